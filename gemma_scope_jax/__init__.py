@@ -1,0 +1,43 @@
+"""Gemma Scope 2 as a system, in JAX: see README.md for the map of the rooms.
+
+Everything public is importable from here; names resolve on first use, so that importing the package
+costs nothing beyond jax.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "errors": ["InputError"],
+    "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
+    "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
+    "model.intercept": [
+        "Intercept", "SITES", "capture", "fold", "freeze", "patch", "per_layer", "read", "steer",
+        "write",
+    ],
+    "model.generate": ["generate"],
+    "model.sharding": ["make_mesh", "param_shardings", "shard_batch"],
+    "model.tokenizer": ["Tokenizer", "load_tokenizer"],
+    "model.checkpoints.load": ["load_model", "model_config"],
+    "coders.sparse_coder": ["SparseCoder"],
+    "coders.multi_layer_coder": ["MultiLayerCoder"],
+    "coders.splice": ["clamp", "edit", "features", "splice"],
+    "coders.gemma_scope_files": ["decoder_rows", "load_coder", "load_decoder", "save_coder"],
+    "coders.catalog": ["addresses"],
+    "training.train": ["train"],
+    "evaluation.evaluate": ["evaluate"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

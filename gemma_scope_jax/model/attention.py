@@ -1,0 +1,94 @@
+"""Grouped-query attention: exact patterns when somebody looks at them, else without keeping them.
+
+Queries and keys carry an absolute position and a segment id each (0 is padding or an empty cache
+slot); a query sees the keys of its own segment at positions p_q - window < p_k <= p_q. One rule for
+padded and packed batches, prefill and decoding.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Scores are made for this many queries at a time, against only the keys that can be seen by them.
+QUERY_CHUNK = 256
+MOST_CHUNKS = 16  # unrolled; longer sequences get longer chunks
+LOWEST = -2.3819763e38  # Gemma's mask value: finite, so that rows of padding stay free of NaN
+
+
+@flax.struct.dataclass
+class Tokens:
+    """Where tokens stand: positions and segments, int32 [B, T] (segment 0: not a token)."""
+
+    positions: jax.Array
+    segments: jax.Array
+
+    def __getitem__(self, index: slice) -> "Tokens":
+        return Tokens(self.positions[:, index], self.segments[:, index])
+
+
+def visible(queries: Tokens, keys: Tokens, window: jax.Array | int) -> jax.Array:
+    """bool [B, T, S]: which keys each query sees under a window of `window` positions."""
+    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    return same & (distance >= 0) & (distance < window) & (keys.segments[:, None, :] > 0)
+
+
+def _probabilities(q, k, scale: float, mask) -> jax.Array:
+    """float32 [B, K, T, G, S]: heads of a group side by side, so that one kv head needs no copy."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 2, 1).reshape(B, K, T * (N // K), H)
+    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, T, N // K, k.shape[1])
+    scores = jnp.where(mask[:, None, :, None, :], scores * scale, LOWEST)
+    return jax.nn.softmax(scores, -1)
+
+
+def _mix(probs: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, K, T, G, S] over values [B, S, K, H]: z [B, T, N, H]."""
+    B, K, T, G, S = probs.shape
+    flat = probs.astype(v.dtype).reshape(B, K, T * G, S)
+    z = jnp.einsum("bkqs,bskh->bkqh", flat, v, preferred_element_type=jnp.float32)
+    z = jnp.moveaxis(z.astype(v.dtype).reshape(B, K, T, G, -1), 1, 2)
+    return z.reshape(B, T, K * G, -1)
+
+
+def pattern(q: jax.Array, k: jax.Array, scale: float, mask: jax.Array) -> jax.Array:
+    """Attention probabilities float32 [B, N, T, S]; queries that see nothing get zeros."""
+    probs = _probabilities(q, k, scale, mask)
+    probs = jnp.where(mask[:, None, :, None, :], probs, 0.0)
+    B, K, T, G, S = probs.shape
+    return jnp.moveaxis(probs, 3, 2).reshape(B, K * G, T, S)
+
+
+def mix(probs: jax.Array, v: jax.Array) -> jax.Array:
+    """Values weighted by a pattern: [B, N, T, S] and [B, S, K, H] to z [B, T, N, H]."""
+    B, N, T, S = probs.shape
+    K = v.shape[2]
+    return _mix(jnp.moveaxis(probs.reshape(B, K, N // K, T, S), 2, 3), v)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float,
+    queries: Tokens, keys: Tokens, window: jax.Array, causal: bool,
+) -> jax.Array:  # fmt: skip
+    """z [B, T, N, H] of q [B, T, N, H] over k, v [B, S, K, H]; the pattern is never kept whole.
+
+    `causal` says that queries and keys are the same tokens in the same order, so that a chunk of
+    queries needs no keys beyond its own end.
+    """
+    T = q.shape[1]
+    chunk = max(QUERY_CHUNK, -(-T // MOST_CHUNKS))
+
+    @jax.checkpoint
+    def some(q, k, v, queries, keys):
+        mask = visible(queries, keys, window)
+        z = _mix(_probabilities(q, k, scale, mask), v)
+        return jnp.where((queries.segments > 0)[:, :, None, None], z, jnp.zeros((), z.dtype))
+
+    parts = []
+    for start in range(0, T, chunk):
+        mine = slice(start, min(start + chunk, T))
+        seen = slice(0, mine.stop if causal else k.shape[1])
+        parts.append(some(q[:, mine], k[:, seen], v[:, seen], queries[mine], keys[seen]))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)

@@ -1,0 +1,363 @@
+"""The Gemma 3 forward pass: a pure function over a pytree, with a name for every activation.
+
+Axis glossary (B T S L D N K H G M V F X): see `config.py`. Sites, in order of appearance:
+
+    embed                                   [B, T, D]   embedding x sqrt(D), the first residual
+    per layer
+      resid_pre                             [B, T, D]
+      pre_attn_scale                        [B, T, 1]   1 / rms of resid_pre, float32
+      q, k, v                               [B, T, N|K, H]  q and k after their norms and RoPE
+      attn_pattern                          [B, N, T, S]    only computed when somebody asks
+      z                                     [B, T, N*H] heads concatenated, what w_o reads
+      post_attn_scale, attn_out             [B, T, 1], [B, T, D]  after the post-norm
+      resid_mid                             [B, T, D]
+      pre_mlp_scale, mlp_in                 [B, T, 1], [B, T, D]  after the pre-norm and its gain
+      mlp_act                               [B, T, M]   gelu(gate) * up
+      post_mlp_scale, mlp_out               [B, T, 1], [B, T, D]  after the post-norm
+      resid_post                            [B, T, D]
+    resid_final                             [B, T, D]   the last residual, before the final norm
+    final_scale                             [B, T, 1]
+    logits                                  [B, T, V]   float32
+
+All layers are scanned alike: local and global ones differ by a flag (mask and RoPE base), never by
+structure. Layers are cut into segments where the set of active intercepts changes; the stacked
+weights are indexed inside the body, because slicing them would copy them.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import intercept as ic
+from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
+from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
+
+Logits = Literal["all", "last", "none"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far; slots fill from 0, the same slot in every row."""
+
+    k: jax.Array  # [L, B, S, K, H]
+    v: jax.Array  # [L, B, S, K, H]
+    tokens: Tokens  # [B, S]; segment 0 marks padding and slots not yet filled
+    used: jax.Array  # int32 scalar: the next slot to fill
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns: logits (None if not asked for), reads by name, the cache."""
+
+    logits: Any
+    reads: dict[str, Any]
+    cache: Any = None
+
+
+def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: Any) -> Cache:
+    """An empty cache of `slots` tokens for `batch` rows."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    zeros = jnp.zeros(shape, dtype)
+    return Cache(zeros, zeros, Tokens(empty, empty), jnp.zeros((), jnp.int32))
+
+
+def default_positions(segments: jax.Array) -> jax.Array:
+    """int32 [B, T]: the position of each token within its run of equal segment ids."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    before = jnp.concatenate([segments[:, :1], segments[:, :-1]], 1)
+    start = jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
+    return index - start
+
+
+# ---------------------------------------------------------------------------------------------------
+# The pieces of a block
+
+
+def rms_norm(x: jax.Array, w: jax.Array, epsilon: float, at=None, site: str = "") -> jax.Array:
+    """x / rms(x) * (1 + w), float32 whatever x is; `at(site, 1/rms)` when a site is given."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
+    if at is not None:
+        scale = at(site, scale)
+    gain = (1.0 + w).reshape((1,) * (x.ndim - 1) + w.shape)
+    return wide * scale * gain
+
+
+def rope_tables(positions: jax.Array, head_dim: int, base: float, divisor: float):
+    """cos, sin [B, T, 1, H/2] of Gemma's split-half rotary embedding; positions over `divisor`."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    inverse = jnp.asarray(1.0 / (base**exponent) / divisor, jnp.float32)
+    angle = positions[..., None, None].astype(jnp.float32) * inverse[None, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of x [B, T, heads, H], pairing channel i with i + H/2; float32."""
+    a, b = jnp.split(x, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def project(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, D] through w [D, ...], accumulated and returned in float32."""
+    flat = w.reshape(w.shape[0], -1)
+    y = jnp.einsum("btd,de->bte", x, flat, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:2], *w.shape[1:])
+
+
+def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
+    """One layer's attention: z projected, float32 [B, T, D] before the post-norm, and the cache."""
+    c, eps = config, config.norm_epsilon
+    is_global = where.is_global[layer]
+    cos = jnp.where(is_global, where.rope_global[0], where.rope_local[0])
+    sin = jnp.where(is_global, where.rope_global[1], where.rope_local[1])
+    window = jnp.where(is_global, jnp.int32(2**30), jnp.int32(c.window))
+
+    dtype = p.w_q.dtype
+    q = at("q", rotate(rms_norm(project(x, p.w_q), p.q_norm, eps), cos, sin).astype(dtype))
+    k = at("k", rotate(rms_norm(project(x, p.w_k), p.k_norm, eps), cos, sin).astype(dtype))
+    v = at("v", project(x, p.w_v).astype(dtype))
+    if kv is not None:
+        keys, values = kv
+        slot = (jnp.int32(layer), 0, where.slot, 0, 0)
+        keys = jax.lax.dynamic_update_slice(keys, k[None], slot)
+        values = jax.lax.dynamic_update_slice(values, v[None], slot)
+        kv = (keys, values)
+        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+    if where.materialise:
+        mask = visible(where.queries, where.keys, window)
+        z = mix(at("attn_pattern", pattern(q, k, c.query_scale, mask)), v)
+    else:
+        z = attend(q, k, v, c.query_scale, where.queries, where.keys, window, kv is None)
+    z = at("z", z.reshape(*z.shape[:2], c.heads * c.head_dim))
+    return project(z, p.w_o.reshape(c.heads * c.head_dim, c.d_model)), kv
+
+
+def mlp(p: Block, x, at):
+    """The gated MLP of one layer, float32 [B, T, D] before its post-norm."""
+    gate = jax.nn.gelu(project(x, p.w_gate), approximate=True)
+    return project(at("mlp_act", (gate * project(x, p.w_up)).astype(x.dtype)), p.w_down)
+
+
+def block(config: GemmaConfig, p: Block, x, layer, where, kv, at):
+    """One layer: residual [B, T, D] in, residual and cache out. `at` is called once per site."""
+    eps, dtype = config.norm_epsilon, x.dtype
+    x = at("resid_pre", x)
+    h = rms_norm(x, p.pre_attn_norm, eps, at, "pre_attn_scale").astype(dtype)
+    h, kv = attention(config, p, h, layer, where, kv, at)
+    h = at("attn_out", rms_norm(h, p.post_attn_norm, eps, at, "post_attn_scale").astype(dtype))
+    x = at("resid_mid", x + h)
+    h = at("mlp_in", rms_norm(x, p.pre_mlp_norm, eps, at, "pre_mlp_scale").astype(dtype))
+    h = mlp(p, h, at)
+    h = at("mlp_out", rms_norm(h, p.post_mlp_norm, eps, at, "post_mlp_scale").astype(dtype))
+    return at("resid_post", x + h), kv
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+
+
+@flax.struct.dataclass
+class Where:
+    """What every layer shares: masks, RoPE tables, the slot of the cache being filled."""
+
+    is_global: jax.Array  # bool [L]
+    rope_local: Any
+    rope_global: Any
+    queries: Tokens
+    keys: Tokens
+    slot: Any
+    materialise: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, materialise: bool):
+    c, keys, slot = config, queries, None
+    if cache is not None:
+        slot = cache.used
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot))
+        keys = jax.tree.map(put, cache.tokens, queries)
+    return Where(
+        jnp.array([c.is_global(l) for l in range(c.layers)]),
+        rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0),
+        rope_tables(queries.positions, c.head_dim, c.global_rope_base, c.global_rope_divisor),
+        queries, keys, slot, materialise,
+    )  # fmt: skip
+
+
+def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype as in training."""
+    return params.embed[tokens] * jnp.asarray(config.d_model**0.5, params.embed.dtype)
+
+
+def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.Array:
+    """Logits float32 [B, T, V] of a final residual [B, T, D]."""
+    h = rms_norm(x, params.final_norm, config.norm_epsilon, at, "final_scale")
+    h = h.astype(params.embed.dtype)
+    return jnp.einsum("btd,vd->btv", h, params.embed, preferred_element_type=jnp.float32)
+
+
+def forward(
+    model: Model,
+    tokens: jax.Array,
+    intercepts=(),
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+    stop_at_layer: int | None = None,
+    remat: tuple[str, ...] | None = (),
+    logits: Logits = "all",
+) -> Output:
+    """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
+
+    segments       int [B, T]: 0 is padding, equal ids see each other (packing); default all one
+    positions      int [B, T]: absolute; default counts within each run of equal segment ids
+    cache          keys and values so far; the tokens go to its next slots
+    stop_at_layer  run layers 0 .. stop_at_layer - 1 only, no logits
+    remat          under differentiation keep only these sites of a layer and recompute the rest
+                   (default: just the residual between layers); None keeps everything
+    logits         "all", only of the "last" token, or "none"
+    Raises `InputError` for sites, layers, reads and shapes that do not fit.
+    """
+    c, params = model.config, model.params
+    items = ic.flatten(intercepts)
+    ic.check(items, c.layers, stop_at_layer)
+    _check_tokens(c, tokens, cache, positions, segments)
+    tokens = tokens.astype(jnp.int32)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    if positions is None:
+        positions = default_positions(segments)
+        if cache is not None:  # go on after each row's last token, which padding does not count
+            seen = jnp.where(cache.tokens.segments > 0, cache.tokens.positions + 1, 0)
+            positions = positions + jnp.max(seen, 1, keepdims=True)
+    queries = Tokens(positions.astype(jnp.int32), segments.astype(jnp.int32))
+    where = _where(c, queries, cache, ic.reads_whole_pattern(items))
+    everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
+    top = ic.At(items, everything, -1, c.layers, queries.positions, segments > 0, {})
+
+    x = top("embed", embed(c, params, tokens))
+    states = {
+        n: i.init_fn(x, *i.args) if i.init_fn else i.init
+        for n, i in enumerate(items)
+        if i.kind == "fold"
+    }
+    kv = None if cache is None else (cache.k, cache.v)
+    ran = c.layers if stop_at_layer is None else stop_at_layer
+    x, kv, states, collected = _layers(model, x, kv, states, items, where, ran, remat)
+
+    out = None
+    if stop_at_layer is None:
+        x = top("resid_final", x)
+        if logits == "last":
+            x = x[:, -1:]
+            top.positions, top.valid = top.positions[:, -1:], top.valid[:, -1:]
+        if logits != "none" or any(i.site in ("final_scale", "logits") for i in items):
+            out = top("logits", unembed(c, params, x, top))
+    reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
+    if cache is not None:
+        assert kv is not None
+        cache = Cache(*kv, where.keys, cache.used + tokens.shape[1])
+    return Output(None if logits == "none" else out, reads, cache)
+
+
+def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat):
+    """Run layers 0 .. ran - 1, a scan a segment; returns the reads as {index: {layer run: value}}."""
+    c, blocks = model.config, model.params.blocks
+
+    def body(active, carry, layer):
+        x, kv, states = carry
+        take = lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+        valid = where.queries.segments > 0
+        at = ic.At(items, active, layer, c.layers, where.queries.positions, valid, states)
+        x, kv = block(c, jax.tree.map(take, blocks), x, layer, where, kv, at)
+        return (x, kv, at.states), at.reads
+
+    collected: dict[int, list] = {}
+    carry = (x, kv, states)
+    for start, stop, active in ic.segments(items, ran):
+        step = partial(body, active)
+        if stop - start == 1:
+            one = partial(step, layer=start)
+            if remat is not None:
+                one = jax.checkpoint(one, policy=_policy(remat))
+            carry, reads = one(carry)
+            reads = jax.tree.map(lambda a: a[None], reads)
+        else:
+            if remat is not None:
+                step = jax.checkpoint(step, policy=_policy(remat), prevent_cse=False)
+            carry, reads = jax.lax.scan(step, carry, jnp.arange(start, stop, dtype=jnp.int32))
+        for n, value in reads.items():
+            collected.setdefault(n, []).append(value)
+    return *carry, collected
+
+
+def _policy(names: tuple[str, ...]):
+    return jax.checkpoint_policies.save_only_these_names(*names)
+
+
+def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, Any]:
+    reads = {}
+    for n, i in enumerate(items):
+        if i.name is None:
+            continue
+        if i.kind == "fold":
+            reads[i.name] = states[n]
+        elif n in top_reads:
+            reads[i.name] = top_reads[n]
+        elif n in collected:
+            parts = collected[n]
+            stacked = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *parts)
+            if isinstance(i.layers, int):
+                stacked = jax.tree.map(lambda a: a[0], stacked)
+            elif i.layers is not None and tuple(sorted(i.layers)) != i.layers:
+                order = np.argsort(np.argsort(i.layers))
+                stacked = jax.tree.map(lambda a: a[order], stacked)
+            reads[i.name] = stacked
+        else:
+            raise InputError(f"{i.name!r} at {i.site!r} is never reached")
+    return reads
+
+
+def _check_tokens(config: GemmaConfig, tokens, cache: Cache | None, positions, segments) -> None:
+    if 0 in tokens.shape:
+        raise InputError("no tokens: the prompt is empty")
+    shape = tokens.shape if len(tokens.shape) == 2 else ("B", "T")
+    for what, given in {"tokens": tokens, "positions": positions, "segments": segments}.items():
+        if given is None:
+            continue
+        if given.shape != shape or not jnp.issubdtype(given.dtype, jnp.integer):
+            wanted = f"integers [{', '.join(map(str, shape))}]"
+            raise InputError(f"{what} must be {wanted}, got {given.dtype}{list(given.shape)}")
+    room = config.context if cache is None else cache.k.shape[2]
+    if tokens.shape[1] > room:
+        what = "the model's context" if cache is None else "the cache's slots"
+        raise InputError(f"{tokens.shape[1]} tokens are more than {what} of {room}: shorten the text")
+
+
+_run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
+
+
+def run(model: Model, tokens, intercepts=(), **options) -> Output:
+    """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing.
+
+    Token ids given as numpy arrays or lists are checked against the vocabulary.
+    """
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise InputError("tokens must be [B, T]: pad rows of unequal lengths") from None
+        if tokens.dtype.kind in "iu" and tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= model.config.vocab:
+                bad = low if low < 0 else high
+                raise InputError(f"token id {bad} is outside 0..{model.config.vocab - 1}")
+            tokens = tokens.astype(np.int32)
+    return _run(model, tokens, ic.flatten(intercepts), **options)

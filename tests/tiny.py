@@ -1,0 +1,34 @@
+"""The real architecture shrunk: every preset keeps its own quirks at a size that runs in milliseconds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.model.config import GemmaConfig, Model, init_params
+
+
+def tiny(config: GemmaConfig, layers: int = 8) -> GemmaConfig:
+    """Same ratios of heads, same RoPE divisor, window crossed at 8, 8 layers (not a multiple of 6)."""
+    heads = min(config.heads, 4)
+    kv_heads = max(1, heads * config.kv_heads // config.heads)
+    return dataclasses.replace(
+        config,
+        name=f"tiny-{config.name}",
+        layers=layers,
+        d_model=32,
+        d_mlp=48,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=16,
+        window=8,
+        vocab=300,
+        context=64,
+        # 27B's scale is not head_dim ** -0.5, and neither is its shrunken one.
+        query_scale=(24**-0.5 if config.head_dim == 128 else 16**-0.5),
+    )
+
+
+def tiny_model(config: GemmaConfig, seed: int = 0, dtype=jnp.float32, layers: int = 8) -> Model:
+    shrunk = tiny(config, layers)
+    return Model(init_params(shrunk, jax.random.key(seed), dtype), shrunk)
