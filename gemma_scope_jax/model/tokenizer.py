@@ -1,0 +1,247 @@
+"""Text to Gemma's token ids and back, with control tokens out of reach of the text.
+
+A tokenizer that turns "<end_of_turn>" inside a user's message into the control token lets that
+message forge a conversation. Here `encode` treats such text as ordinary characters; control tokens
+come only from `bos`, from `chat`, and from text the caller declares trusted (`allow_special`).
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.tokenizer_files import SPACE, find_tokenizer, read_tokenizer
+
+ROLES = {"system": "system", "user": "user", "model": "model", "assistant": "model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Tokens [start, stop) of a chat. `role`: "system", "user" or "model" for what someone said,
+    "turn" for the tokens of the template around it."""
+
+    start: int
+    stop: int
+    role: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A rendered conversation: int32 ids [T], and the spans that tile them."""
+
+    ids: np.ndarray
+    spans: tuple[Span, ...]
+
+    def mask(self, *roles: str) -> np.ndarray:
+        """bool [T]: the tokens whose span has one of `roles`. Raises `InputError` for others."""
+        if unknown := set(roles) - {"turn", *ROLES.values()}:
+            raise InputError(f"no such role: {unknown}; known are turn, system, user and model")
+        return np.repeat(
+            [s.role in roles for s in self.spans], [s.stop - s.start for s in self.spans]
+        )
+
+
+class Tokenizer:
+    """Gemma's SentencePiece tokenizer; made by `load_tokenizer`. It can be pickled."""
+
+    def __init__(self, model: bytes):
+        """`model`: the serialised SentencePiece model of `tokenizer_files.read_tokenizer`."""
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise InputError(f"not a usable SentencePiece model ({error})") from error
+        ids = list(range(self._processor.get_piece_size()))
+        self._pieces: list[str] = self._processor.id_to_piece(ids)
+        control = np.array(self._processor.is_control(ids), bool)
+        unknown = np.array(self._processor.is_unknown(ids), bool)
+        self.special: np.ndarray = control | unknown  # bool [V]: the ids no text encodes to
+        self._special_ids = {self._pieces[i]: i for i in np.flatnonzero(self.special).tolist()}
+        self.pad_id = self._special_ids["<pad>"]
+        self.eos_id = self._special_ids["<eos>"]
+        self.bos_id = self._special_ids["<bos>"]
+        self.unk_id = self._special_ids["<unk>"]
+        self.start_of_turn_id = self._special_ids["<start_of_turn>"]
+        self.end_of_turn_id = self._special_ids["<end_of_turn>"]
+
+    def __reduce__(self):
+        return Tokenizer, (self._model,)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._pieces)
+
+    # --- text to ids -----------------------------------------------------------------------------
+
+    def encode(self, text: str, bos: bool = True, *, allow_special: bool = False) -> np.ndarray:
+        """`text` as int32 ids [T], <bos> first unless `bos` is False.
+
+        Control tokens written out in `text` are ordinary characters, unless `allow_special`: then
+        they become the tokens (for templates and other trusted text only). Raises `InputError` for
+        text that is not valid Unicode.
+        """
+        ids = [self.bos_id] if bos else []
+        if not allow_special:
+            return np.array(ids + self._encode(text), np.int32)
+        start = 0
+        for match in self._special_pattern.finditer(_checked(text)):
+            if (special := self._special_ids.get(match[0])) is not None:
+                ids += self._encode(text[start : match.start()])
+                ids.append(special)
+                start = match.end()
+        return np.array(ids + self._encode(text[start:]), np.int32)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._processor.encode(_checked(text))
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        unused = re.compile(r"<unused\d+>")  # thousands: matched as one, then looked up
+        named = [re.escape(p) for p in self._special_ids if not unused.fullmatch(p)]
+        return re.compile("|".join([unused.pattern, *sorted(named, key=len, reverse=True)]))
+
+    # --- ids to text -----------------------------------------------------------------------------
+
+    def decode(self, ids: Any, *, special: bool = False) -> str:
+        """The text of `ids` (integers, [T]); control tokens are left out unless `special`.
+
+        Bytes that are not UTF-8 (a character cut in the middle) become U+FFFD. Raises `InputError`
+        for ids outside of the vocabulary.
+        """
+        ids = self._checked_ids(ids)
+        if not special:
+            ids = ids[~self.special[ids]]
+        return b"".join(self._surfaces[i] for i in ids.tolist()).decode(errors="replace")
+
+    def decode_tokens(self, ids: Any) -> list[str]:
+        """One string a token, for display: real spaces, control tokens by name, and the single
+        bytes of rare characters as <0xE2>, since they are no text on their own."""
+        return [self._pieces[i].replace(SPACE, " ") for i in self._checked_ids(ids).tolist()]
+
+    def pieces(self, ids: Any) -> list[str]:
+        """The vocabulary entries themselves: spaces as U+2581, bytes as <0xE2>."""
+        return [self._pieces[i] for i in self._checked_ids(ids).tolist()]
+
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        """What each id stands for in UTF-8 text."""
+        surfaces = [p.replace(SPACE, " ").encode() for p in self._pieces]
+        is_byte = self._processor.is_byte(list(range(len(surfaces))))
+        for i in np.flatnonzero(is_byte).tolist():
+            surfaces[i] = bytes([int(self._pieces[i][3:5], 16)])
+        return surfaces
+
+    def _checked_ids(self, ids: Any) -> np.ndarray:
+        array = np.asarray(ids)
+        if array.shape == (0,):
+            return array.astype(np.int64)  # an empty list makes an array of floats
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(
+                f"token ids must be integers in one row, not {array.dtype} {array.shape}"
+            )
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            bad = array[(array < 0) | (array >= self.vocab_size)][0]
+            raise InputError(
+                f"token id {bad} is not in the vocabulary (0 to {self.vocab_size - 1})"
+            )
+        return array
+
+    # --- conversations ---------------------------------------------------------------------------
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> Chat:
+        """Render `messages` ({"role", "content"}) in Gemma 3's chat template.
+
+        Roles alternate user, model ("assistant" is the same), user, ...; a first "system" message
+        is put before the first user's text, as in the published template. Contents are stripped
+        and can contain no control tokens. With `add_generation_prompt` the model's turn is opened
+        at the end. Raises `InputError` for anything the template has no place for.
+        """
+        system, turns = _checked_messages(messages)
+        ids = [self.bos_id]
+        roles = ["turn"]
+
+        def add(new: list[int], role: str = "turn") -> None:
+            ids.extend(new)
+            roles.extend([role] * len(new))
+
+        newline = self._encode("\n")
+        for number, (role, content) in enumerate(turns):
+            add([self.start_of_turn_id])
+            parts = [(f"{role}\n", "turn")]
+            if number == 0 and system is not None:
+                parts += [(system, "system"), ("\n\n", "turn")]
+            for new, part_role in self._encode_parts([*parts, (content, role)]):
+                add([new], part_role)
+            add([self.end_of_turn_id, *newline])
+        if add_generation_prompt:
+            add([self.start_of_turn_id, *self._encode("model\n")])
+        return Chat(np.array(ids, np.int32), _spans(roles))
+
+    def _encode_parts(self, parts: list[tuple[str, str]]) -> list[tuple[int, str]]:
+        """Encode the parts as one text; each id goes with the role of the part it starts in."""
+        ids = self._encode("".join(text for text, _ in parts))
+        starts = np.cumsum([0, *(len(self._surfaces[i]) for i in ids[:-1])])
+        # A literal U+2581 in the text is the same token as a space, which is shorter.
+        ends = np.cumsum([len(text.replace(SPACE, " ").encode()) for text, _ in parts])
+        part = np.searchsorted(ends, starts, side="right")
+        return [(i, parts[p][1]) for i, p in zip(ids, part.tolist())]
+
+
+def _checked(text: Any) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"text must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}; it was decoded wrongly"
+        ) from error
+    return text
+
+
+def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system text, if any, and (role, stripped content) of every turn."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+    turns: list[tuple[str, str]] = []
+    system = None
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise InputError(f'message {number} is not {{"role": ..., "content": ...}}')
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise InputError(f"message {number} has role {role!r}; known are {', '.join(ROLES)}")
+        if not _checked(content).strip():
+            raise InputError(f"message {number} ({role}) is empty")
+        wanted = ("user", "model")[len(turns) % 2]
+        if role == "system" and number == 0:
+            system = content
+        elif ROLES[role] == wanted:
+            turns.append((wanted, content.strip()))
+        else:
+            raise InputError(f"message {number} is from {role!r} where {wanted!r} must speak")
+    if not turns:
+        raise InputError("a system message needs a user's message after it")
+    return system, turns
+
+
+def _spans(roles: list[str]) -> tuple[Span, ...]:
+    edges = [i for i in range(len(roles)) if i == 0 or roles[i] != roles[i - 1]] + [len(roles)]
+    return tuple(Span(a, b, roles[a]) for a, b in zip(edges, edges[1:]))
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """Gemma's tokenizer from a model's name ("gemma-3-270m"), a folder, a .gguf, a tokenizer.model
+    or a tokenizer.json. A name uses the packaged model if the extra `demo` is installed, and the
+    Hugging Face hub otherwise. Raises `InputError` for what is missing, broken or not Gemma's."""
+    return Tokenizer(read_tokenizer(find_tokenizer(source)))
