@@ -1,0 +1,88 @@
+"""Writing a folder so that it holds either all of its new files, complete, or none of them.
+
+safetensors files are streamed: a file needs no second copy of its tensors in memory, and tensors
+may be produced chunk by chunk. The bytes are those of the safetensors library.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+
+_CODES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A tensor to be written: its dtype's name, its shape, and its rows in order, in chunks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Iterable[np.ndarray]
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Streamed]) -> None:
+    """Write tensors to an open file in the safetensors format, widest dtype first, then by name."""
+    order = sorted(tensors, key=lambda name: (-_CODES[tensors[name].dtype][1], name))
+    header, end = {}, 0
+    for name in order:
+        code, size = _CODES[tensors[name].dtype]
+        start, end = end, end + size * math.prod(tensors[name].shape)
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        for chunk in tensors[name].chunks:
+            file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+
+
+def write_json(file: BinaryIO, value: Any) -> None:
+    """Write a JSON document to an open file."""
+    file.write(json.dumps(value).encode())
+
+
+def write_folder(folder: Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Create files in `folder` (made if missing), each by its writer, and name them at the end.
+
+    They are written under temporary names and renamed, in the order given, when all are complete.
+    If anything fails no name changes and the temporary files go; what the system refuses (a full
+    disk, no permission) raises `InputError`.
+    """
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            with open(temporary[name], "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+        made = False
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            if made:
+                folder.rmdir()
+
+
+def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
+    """What to tell the user when the system refuses to write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"{path}: no space left on the disk; free some, or choose another folder")
+    return InputError(f"{path}: cannot be written ({error.strerror or error})")

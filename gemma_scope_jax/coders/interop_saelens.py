@@ -1,0 +1,260 @@
+"""Coders in SAELens' folders (`cfg.json` and `sae_weights.safetensors`), read and written.
+
+SAELens computes relu(z) * (z > threshold) or relu(z) of z = (x - b_dec) @ W_enc + b_enc, where
+b_dec is subtracted only with `apply_b_dec_to_input`. Both are a `SparseCoder`: relu is threshold 0,
+and the subtraction folds into b_enc. What cannot be folded exactly is refused.
+
+Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_sae_loaders.py`,
+`training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.atomic_files import (
+    Streamed,
+    write_folder,
+    write_json,
+    write_safetensors,
+)
+from gemma_scope_jax.coders.foreign_folders import (
+    config_from,
+    errors_name,
+    hook_of_site,
+    model_named,
+    read_tensors,
+    site_and_layer,
+    text_of,
+)
+from gemma_scope_jax.coders.gemma_scope_config import hook_point, read_json, untrained_positions
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder, float32
+from gemma_scope_jax.errors import InputError
+
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+ARCHITECTURES = (
+    "standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)  # fmt: skip
+KEPT = ("neuronpedia_id", "dataset_path", "context_size", "prepend_bos", "exclude_special_tokens")
+
+
+def is_saelens_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder with SAELens' two files."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS))
+
+
+def load_saelens(path: str | os.PathLike) -> SparseCoder:
+    """The coder of a SAELens folder, its input transformations folded into the weights.
+
+    Raises `InputError`, one line, for damaged files, architectures other than `ARCHITECTURES`,
+    normalisations that are not linear, and hook names that do not say which tensor is meant.
+    """
+    folder = Path(path)
+    config = read_json(folder / CONFIG)
+    with errors_name(folder / CONFIG):
+        metadata = config.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise InputError(f"metadata is a {type(metadata).__name__}, not an object")
+        flat = {**config, **metadata}
+        architecture = _supported(flat)
+        model_name = model_named(flat)
+        reads, writes, layer = _place(flat, architecture)
+    with errors_name(folder):
+        tensors = _weights(folder / WEIGHTS, architecture)
+        _fold(tensors, flat, folder)
+        if (skip := tensors.pop("W_skip", None)) is not None:
+            skip = jnp.asarray(skip.T)
+        weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
+        kind = "transcoder" if "transcoder" in architecture else "sae"
+        width = weights["w_enc"].shape[1]
+        coder = SparseCoder(
+            **weights, w_skip=skip, layer=layer, reads=reads, writes=writes,
+            first=untrained_positions(model_name),
+            info=CoderInfo(
+                model_name, kind, width=width, path=str(path), folder=os.path.abspath(folder),
+                config={"sae_lens": config},
+            ),
+        )  # fmt: skip
+        check_coder(coder)
+        for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
+            if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
+                raise InputError(f"{CONFIG} says {key} {flat[key]!r}, {WEIGHTS} has {size}")
+    return coder
+
+
+def _supported(config: dict[str, Any]) -> str:
+    """The architecture, or an `InputError` for anything whose encoding is another function."""
+    activation = text_of(config, "activation_fn") or text_of(config, "activation_fn_str") or "relu"
+    architecture = text_of(config, "architecture") or "standard"
+    if architecture not in ARCHITECTURES or activation != "relu":
+        what = architecture if activation == "relu" else f"{architecture} with {activation}"
+        raise InputError(f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}")
+    if any(config.get(key) is not None for key in ("hook_head_index", "hook_point_head_index")):
+        raise InputError("a coder of a single head (hook_head_index) is not supported")
+    return architecture
+
+
+def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
+    """Sites and layer, by the Hugging Face names; TransformerLens' only where they are absent."""
+    hook = text_of(config, "hook_name") or text_of(config, "hook_point")
+    names = {"hf_hook_name": text_of(config, "hf_hook_name") or hook}
+    if "transcoder" in architecture:
+        out = text_of(config, "hf_hook_name_out") or text_of(config, "hook_name_out")
+        names["hf_hook_name_out"] = out
+    places = []
+    for key, name in names.items():
+        if not name:
+            raise InputError(f"neither {key} nor {key.removeprefix('hf_')} says where the coder is")
+        try:
+            places.append(site_and_layer(name))
+        except InputError as error:
+            example = "model.layers.12.pre_feedforward_layernorm.output"
+            raise InputError(f"{error}; set {key} to the module meant, as {example}") from error
+    (reads, layer), (writes, out_layer) = places[0], places[-1]
+    if layer != out_layer:
+        raise InputError(f"it reads layer {layer} and writes layer {out_layer}: not supported")
+    return reads, writes, layer
+
+
+def _weights(path: Path, architecture: str) -> dict[str, np.ndarray]:
+    ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
+    if "jumprelu" in architecture:
+        ranks["threshold"] = 1
+    if "skip" in architecture:
+        ranks["W_skip"] = 2
+    tensors = read_tensors(path, ranks, {"scaling_factor": 1})
+    scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
+    if (scale != 1).any():
+        raise InputError("a finetuned scaling_factor other than 1 is not supported")
+    F = tensors["b_enc"].shape[0]
+    tensors.setdefault("threshold", np.zeros(F, tensors["b_enc"].dtype))
+    if tensors["W_enc"].shape != (tensors["W_enc"].shape[0], F):
+        raise InputError(f"W_enc has shape {list(tensors['W_enc'].shape)}, b_enc {F} features")
+    return tensors
+
+
+def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> None:
+    """Fold what SAELens does to the input into the weights, in place.
+
+    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. A fixed scale s of all
+    activations (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the first.
+    """
+    transcoder = "transcoder" in str(config.get("architecture"))
+    subtract = config.get("apply_b_dec_to_input")
+    subtract = not transcoder if subtract is None else subtract
+    normalise = config.get("normalize_activations") or "none"
+    scale = _input_scale(normalise, folder)
+    if subtract and transcoder:
+        raise InputError(f"{CONFIG} says apply_b_dec_to_input, which no transcoder can do")
+    with np.errstate(all="ignore"):  # damaged weights hold anything
+        if subtract:
+            tensors["b_enc"] = _without_b_dec(tensors)
+        if scale != 1:
+            if transcoder:
+                raise InputError(
+                    f"normalize_activations {normalise!r} of a transcoder is undefined"
+                )
+            for name, factor in (("W_enc", scale), ("W_dec", 1 / scale), ("b_dec", 1 / scale)):
+                tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
+
+
+def _without_b_dec(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """b_enc - b_dec @ W_enc, summed in float64, for a few features at a time."""
+    w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
+    if w_enc.shape[0] != b_dec.shape[0]:
+        raise InputError(f"b_dec has {b_dec.shape[0]} values, W_enc {w_enc.shape[0]} inputs")
+    parts = (
+        b_dec.astype(np.float64) @ w_enc[:, start : start + 4096].astype(np.float64)
+        for start in range(0, w_enc.shape[1], 4096)
+    )
+    return (b_enc.astype(np.float64) - np.concatenate([*parts])).astype(np.float32)
+
+
+def _input_scale(normalise: Any, folder: Path) -> float:
+    """The factor SAELens scales activations with, 1 for none, `InputError` if there is no such."""
+    if normalise in ("none", False):
+        return 1.0
+    if normalise not in ("expected_average_only_in", True):
+        raise InputError(
+            f"normalize_activations {normalise!r} depends on the input and does not fold into the "
+            "weights; supported are none and expected_average_only_in"
+        )
+    if not (folder / SCALER).is_file():
+        raise InputError(
+            "normalize_activations is expected_average_only_in, but its factor is nowhere: "
+            f"{SCALER} is missing; fold it in SAELens (fold_activation_norm_scaling_factor) first"
+        )
+    scaler = read_json(folder / SCALER)
+    scale = scaler.get("scaling_factor")
+    number = scale if isinstance(scale, int | float) else 0.0
+    if scale is True or not 1e-30 < number < 1e30 or scaler.get("has_whitening"):
+        raise InputError(f"{folder / SCALER}: scaling_factor {scale!r} is not a sensible factor")
+    return float(number)
+
+
+def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
+    """Write `folder` so that SAELens 6 loads it with the same encodings; float32.
+
+    Hook names are those that SAELens' own Gemma Scope 2 loader writes, `hook_mlp_in` for
+    transcoders included: use `hf_hook_name`, which is right for every site. Both files appear
+    together or not at all. Raises `InputError` for a site that SAELens has no name for.
+    """
+    if not isinstance(coder, SparseCoder):
+        raise InputError("SAELens holds coders of one layer: save_saelens takes a SparseCoder")
+    check_coder(coder)
+    config = _config(coder)
+    weights = {
+        "W_enc": coder.w_enc, "b_enc": coder.b_enc, "threshold": coder.threshold,
+        "W_dec": coder.w_dec, "b_dec": coder.b_dec,
+    }  # fmt: skip
+    if coder.w_skip is not None:
+        weights["W_skip"] = coder.w_skip.T
+    tensors = {name: Streamed.whole(float32(weight)) for name, weight in weights.items()}
+    write_folder(
+        Path(folder),
+        {
+            WEIGHTS: lambda file: write_safetensors(file, tensors),
+            CONFIG: lambda file: write_json(file, config),
+        },
+    )
+
+
+def _config(coder: SparseCoder) -> dict[str, Any]:
+    """cfg.json as SAELens 6.54 writes it."""
+    kind = {"sae": "jumprelu"}.get(coder.kind, f"jumprelu_{coder.kind}")
+    before = config_from(coder.info, "sae_lens")
+    before = {**before, **(before.get("metadata") or {})}
+    metadata = {
+        "sae_lens_version": "6.54.0",  # of the format; below 6 means the old, flat one
+        "sae_lens_training_version": None,
+        "model_name": coder.info.model_name or None,
+        "hook_name": _saelens_hook(coder.reads, coder.layer),
+        "hook_head_index": None,
+        "hf_hook_name": hook_point(coder.reads, (coder.layer,), False),
+        "prepend_bos": True,
+        **{key: before[key] for key in KEPT if key in before},
+    }
+    config = {
+        "architecture": kind,
+        "d_in": coder.d_in,
+        "d_sae": coder.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if coder.kind != "sae":
+        config["d_out"] = coder.d_out
+        metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layer)
+        metadata["hf_hook_name_out"] = hook_point(coder.writes, (coder.layer,), False)
+    return config
+
+
+def _saelens_hook(site: str, layer: int) -> str:
+    return f"blocks.{layer}.{'hook_mlp_in' if site == 'mlp_in' else hook_of_site(site)}"
