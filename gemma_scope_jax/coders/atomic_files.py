@@ -29,6 +29,11 @@ class Streamed:
     shape: tuple[int, ...]
     chunks: Iterable[np.ndarray]
 
+    @classmethod
+    def whole(cls, array: Any) -> "Streamed":
+        """An array in memory or on a device, from where it is brought when its turn comes."""
+        return cls(str(array.dtype), tuple(array.shape), (np.asarray(a) for a in (array,)))
+
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Streamed]) -> None:
     """Write tensors to an open file in the safetensors format, widest dtype first, then by name."""

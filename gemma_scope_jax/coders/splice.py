@@ -1,0 +1,216 @@
+"""Putting coders into the model: their features, reconstructions and edits as intercepts.
+
+A coder knows its layers, the site it reads and the site it writes, so that it can place itself:
+`features` is a `read`, `splice` and `edit` are a `write`, or a `fold` for coders of several layers,
+whose features also write to later layers. The weights are intercept arguments, data: another SAE
+for the same place never recompiles.
+
+Coder maths is float32, cast back to the model's dtype. Positions below `first` (default: the
+coder's own; 1 skips `<bos>`, 4 the opening of a chat) and padding are left alone by everything, and
+features are zero there. Positions are absolute, so all of it works the same while generating.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.intercept import (
+    LAYER_SITES,
+    Context,
+    Intercept,
+    fold,
+    read,
+    token_mask,
+    write,
+)
+
+Coder = SparseCoder | MultiLayerCoder
+
+
+def features(
+    coder: Coder, *, k: int | None = None, first: int | None = None, name: str = "features"
+) -> Intercept:
+    """Read the feature activations: `reads[name]` is float32 [B, T, F].
+
+    With `k`: (values float32 [B, T, k], indices int32 [B, T, k]), the largest first, so that only
+    they leave the device. A coder of several layers gives a leading axis X, in both forms.
+    """
+    layers, first = _place(coder, first)
+    if k is not None and not 1 <= k <= coder.width:
+        raise InputError(f"k is {k}: this {coder.kind} has {coder.width} features a layer")
+    return read(coder.reads, layers, _features, coder, name=name, first=first, k=k)
+
+
+def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Intercept:
+    """Replace the activation that the coder writes by its reconstruction.
+
+    With `error` what the coder misses is added back as a constant: values stay exactly as they
+    were, and gradients flow through the features alone. Without, the model runs on what the coder
+    knows. Skip connections are included. A coder of several layers reads each layer as its own
+    earlier reconstructions have left it.
+    """
+    layers, first = _place(coder, first)
+    if isinstance(coder, SparseCoder):
+        return write(coder.writes, layers, _splice, coder, error=error, first=first)
+    return fold(coder.writes, layers, _splice_fold, _nothing, coder, error=error, first=first)
+
+
+def edit(
+    coder: Coder, fn: Callable, *args: Any, first: int | None = None, positions: Any = None
+) -> Intercept:
+    """Change features: `fn(f, ctx, *args)` takes and returns activations float32 [B, T, F].
+
+    decode(fn(f)) - decode(f) is added to the activation that the coder writes, so what the coder
+    misses stays. `args` are data; `fn` is the program, a module-level function such as `clamp`.
+    `positions` (ints) restricts the change to those absolute positions.
+
+    For a coder of several layers `fn` is called at each of them (`ctx.layer` is the model's) and
+    the change goes to all later layers; a crosscoder's sites lie on the residual stream, where an
+    early change also arrives through the model itself, as well.
+    """
+    layers, first = _place(coder, first)
+    if fn is clamp and args:
+        _check_features(coder, args[0])
+    if isinstance(coder, SparseCoder):
+        return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
+    fold_args = (_edit_fold, _nothing, coder, positions, *args)
+    return fold(coder.writes, layers, *fold_args, fn=fn, first=first)
+
+
+def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = None) -> jax.Array:
+    """Set `feature` (an id, or ids [n]) of f [B, T, F] to `value` (a number, [n], or [B, T, n]).
+
+    0.0 ablates it. `layer`: the model layers they belong to, a number or [n], for coders of several
+    layers; by default every layer of the coder.
+    """
+    ids = jnp.atleast_1d(jnp.asarray(feature, jnp.int32))
+    old = f[..., ids]
+    new = jnp.broadcast_to(jnp.asarray(value, f.dtype), old.shape)
+    if layer is not None:
+        here = jnp.broadcast_to(jnp.asarray(layer, jnp.int32) == ctx.layer, ids.shape)
+        new = jnp.where(here[None, None, :], new, old)
+    return f.at[..., ids].set(new)
+
+
+# -------------------------------------------------------------------------------------------------
+# What happens at the site
+
+
+def _features(x, ctx, coder, *, first, k):
+    f = _encode(coder, ctx, x, token_mask(ctx, x, first))
+    return f if k is None else jax.lax.top_k(f, k)
+
+
+def _splice(x, ctx, coder, *, error, first):
+    return _replace(x, ctx, coder.reconstruct(_source(x, ctx, coder)), error, first)
+
+
+def _splice_fold(x, ctx, written, coder, *, error, first):
+    source, i = _source(x, ctx, coder), _index(coder, ctx)
+    f = _encode(coder, ctx, source, token_mask(ctx, x, first))
+    written = written + coder.contributions(i, f)
+    y = _at(written, i) + coder.skip_layer(i, source)
+    return _replace(x, ctx, y + along_last(_at(coder.b_dec, i), y), error, first), written
+
+
+def _replace(x, ctx, y, error, first):
+    _same_shape(x, y)
+    if error:  # exactly x in value, and y under differentiation: y + stop_gradient(x - y)
+        y = jax.lax.stop_gradient(float32(x)) + (y - jax.lax.stop_gradient(y))
+    return jnp.where(token_mask(ctx, x, first), y.astype(x.dtype), x)
+
+
+def _edit(x, ctx, coder, positions, *args, fn, first):
+    delta = _change(x, ctx, coder, positions, args, fn, first)
+    return _add(x, matmul(delta, coder.w_dec))  # biases and skip cancel
+
+
+def _edit_fold(x, ctx, written, coder, positions, *args, fn, first):
+    delta, i = _change(x, ctx, coder, positions, args, fn, first), _index(coder, ctx)
+    written = written + coder.contributions(i, delta)
+    return _add(x, _at(written, i)), written
+
+
+def _change(x, ctx, coder, positions, args, fn, first):
+    """fn(f) - f [B, T, F], zero wherever nothing may change."""
+    f = _encode(coder, ctx, _source(x, ctx, coder), token_mask(ctx, x, first))
+    g = fn(f, ctx, *args)
+    if getattr(g, "shape", None) != f.shape:
+        raise InputError(
+            f"{getattr(fn, '__name__', fn)} returned {getattr(g, 'shape', type(g).__name__)} for "
+            f"features of shape {f.shape}: return the same shape"
+        )
+    return jnp.where(token_mask(ctx, x, first, positions), float32(g) - f, 0.0)
+
+
+def _add(x, y):
+    _same_shape(x, y)
+    return (float32(x) + y).astype(x.dtype)
+
+
+def _nothing(embed, coder, *_):
+    """What the earlier layers wrote, before the first: zeros [X, B, T, D]."""
+    return jnp.zeros((len(coder.layers), *embed.shape[:-1], coder.d_out), jnp.float32)
+
+
+def _encode(coder, ctx, x, mask):
+    """Features of the layer the model is at, zero outside `mask`."""
+    if isinstance(coder, SparseCoder):
+        return jnp.where(mask, coder.encode(x), 0.0)
+    return jnp.where(mask, coder.encode_layer(_index(coder, ctx), x), 0.0)
+
+
+def _index(coder: MultiLayerCoder, ctx: Context):
+    """Which of the coder's own layers the model is at; traced where `ctx.layer` is."""
+    if isinstance(ctx.layer, int):
+        return coder.layers.index(ctx.layer)
+    table = np.searchsorted(coder.layers, np.arange(max(coder.layers) + 1)).astype(np.int32)
+    return jnp.asarray(table)[ctx.layer]
+
+
+def _source(x, ctx, coder):
+    return x if coder.reads == coder.writes else ctx.seen[coder.reads]
+
+
+def _at(stacked, i):
+    return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
+
+
+# -------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:
+    """Where the coder acts, checked: its layer or layers, and the first position."""
+    if not isinstance(coder, (SparseCoder, MultiLayerCoder)):
+        raise InputError(f"expected a coder (see load_coder), got {type(coder).__name__}")
+    sites = [LAYER_SITES.index(s) if s in LAYER_SITES else -1 for s in (coder.reads, coder.writes)]
+    if min(sites) < 0 or sites[0] > sites[1]:
+        raise InputError(
+            f"a coder that reads {coder.reads!r} and writes {coder.writes!r} has no place in a "
+            f"layer, whose sites are, in order: {' '.join(LAYER_SITES)}"
+        )
+    layers = coder.layer if isinstance(coder, SparseCoder) else coder.layers
+    return layers, coder.first if first is None else first
+
+
+def _check_features(coder: Coder, feature: Any) -> None:
+    """Out of range, a feature would silently be none (or wrap around)."""
+    for leaf in jax.tree.leaves(feature):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        ids = np.atleast_1d(leaf)
+        bad = ids[(ids < 0) | (ids >= coder.width)] if ids.dtype.kind in "iu" else ids
+        if bad.size:
+            raise InputError(f"feature {bad[0]} is not an id from 0 to {coder.width - 1}")
+
+
+def _same_shape(x, y) -> None:
+    if x.shape != y.shape:
+        raise InputError(f"the coder writes {y.shape[-1]} values where the model has {x.shape[-1]}")
