@@ -2,9 +2,9 @@
 
     gemma-scope train configs/sae_270m_resid_12.py --out runs/sae_270m_resid_12
 
-Four million tokens are few. A run this short needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches (4,096), thresholds that start
-from the data. The L0 of equation (5) is the batch mean: a token may
+Four million tokens are few. A run this short needs a higher learning rate and shorter warm-ups
+than the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
+thresholds that start from the data. The L0 of equation (5) is the batch mean, so that one token may
 use more features than another.
 """
 

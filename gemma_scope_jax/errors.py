@@ -1,7 +1,7 @@
 """The one exception that means "the input is wrong": its message is the line the user sees.
 
-Every loader, parser and command raises `InputError` for a file, address, name or text that cannot be
-used: one line saying what, where and what to do. The command line prints it and exits with 2;
+Every loader, parser and command raises `InputError` for a file, address, name or text that cannot
+be used: one line saying what, where and what to do. The command line prints it and exits with 2;
 anything else that escapes is a bug of ours.
 """
 
@@ -17,6 +17,6 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """"; did you mean a, b, c?" for the `known` names nearest to `name`, or "" if none is near."""
+    """ "; did you mean a, b, c?" for the `known` names nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f"; did you mean {', '.join(close)}?" if close else ""

@@ -20,7 +20,7 @@ from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 from gemma_scope_jax.training.recipe import TrainConfig
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 class Letters:

@@ -1,4 +1,4 @@
-"""The real architecture shrunk: every preset keeps its own quirks at a size that runs in milliseconds."""
+"""The real architecture shrunk: every preset keeps its quirks at a size that runs in no time."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model, init_params
 
 
 def tiny(config: GemmaConfig, layers: int = 8) -> GemmaConfig:
-    """Same ratios of heads, same RoPE divisor, window crossed at 8, 8 layers (not a multiple of 6)."""
+    """Same ratio of heads and RoPE divisor, a window of 8, 8 layers (not a multiple of 6)."""
     heads = min(config.heads, 4)
     kv_heads = max(1, heads * config.kv_heads // config.heads)
     return dataclasses.replace(

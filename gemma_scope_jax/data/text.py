@@ -62,8 +62,8 @@ def pack(
 ) -> Iterator[TokenBatch]:
     """Batches of `batch` rows of `length` tokens; the last one is padded with segment 0.
 
-    `encode` maps a document to token ids without <bos>. Pieces shorter than 8 tokens at the end of a
-    row are left out: they would be nearly all <bos> and its neighbourhood.
+    `encode` maps a document to token ids without <bos>. A document that would get
+    fewer than 8 tokens at the end of a row starts in the next: they would see next to nothing.
     """
     tokens = np.zeros((batch, length), np.int32)
     segments = np.zeros((batch, length), np.int32)

@@ -49,9 +49,7 @@ class GemmaConfig:
 
 def _preset(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more) -> GemmaConfig:
     more.setdefault("query_scale", head_dim**-0.5)
-    return GemmaConfig(
-        name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more
-    )
+    return GemmaConfig(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more)
 
 
 PRESETS: dict[str, GemmaConfig] = {

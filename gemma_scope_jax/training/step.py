@@ -175,9 +175,7 @@ def fill_step(state: TrainState, model: Model, tokens, segments, config: TrainCo
 def train_step(state: TrainState, model: Model, tokens, segments, config: TrainConfig):
     """A model pass and `config.updates` updates, one program: (state, means of the loss parts)."""
     state = fill_step(state, model, tokens, segments, config)
-    state, parts = jax.lax.scan(
-        lambda s, _: update(s, config), state, None, length=config.updates
-    )
+    state, parts = jax.lax.scan(lambda s, _: update(s, config), state, None, length=config.updates)
     return state, jax.tree.map(jnp.mean, parts)
 
 

@@ -1,4 +1,4 @@
-"""Opening safetensors files so that nothing is read before it is asked for, and errors are one line."""
+"""Opening safetensors files: nothing is read before it is asked for, and errors are one line."""
 
 import os
 from collections.abc import Iterator
