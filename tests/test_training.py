@@ -51,6 +51,11 @@ def small(corpus, monkeypatch):
     )  # fmt: skip
 
 
+def width(d_model):
+    """A model's config as far as an SAE on its residual stream needs it."""
+    return dataclasses.replace(PRESETS["gemma-3-270m"], d_model=d_model)
+
+
 def random_weights(seed=0, d=6, f=10):
     rng = np.random.default_rng(seed)
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
@@ -115,7 +120,7 @@ def test_folding_is_exact():
 
 def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
     config = TrainConfig(data=(), width=8, target_l0=2, rows=1, length=4, buffer=8, batch=8)
-    state = steps.init_state(config, 3, jax.random.key(0))
+    state = steps.init_state(config, width(3), jax.random.key(0))
     x = jnp.arange(1.0, 7.0)[:, None] * jnp.ones((1, 3))
     counts = jnp.array([True, False, True, True, True, False])
     state = steps.fill(steps.fill(state, x, counts), 10 * x, counts)
@@ -137,7 +142,7 @@ def test_update_keeps_decoder_rows_at_unit_norm_and_thresholds_positive():
     config = TrainConfig(
         data=(), width=16, target_l0=4, rows=2, length=8, buffer=64, batch=64, learning_rate=0.1
     )
-    state = steps.init_state(config, 6, jax.random.key(0))
+    state = steps.init_state(config, width(6), jax.random.key(0))
     rows = jax.random.normal(jax.random.key(1), (64, 6)) * 30
     state = steps.start(steps.fill(state, rows, jnp.ones(64, bool)), config)
     for _ in range(5):

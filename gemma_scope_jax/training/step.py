@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import default_positions, forward
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
@@ -63,8 +63,9 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.adam(schedule(config), b1=config.b1, b2=config.b2, eps=config.epsilon)
 
 
-def init_state(config: TrainConfig, d_in: int, key: jax.Array) -> TrainState:
+def init_state(config: TrainConfig, model: GemmaConfig, key: jax.Array) -> TrainState:
     """He-uniform decoder with unit rows, encoder its transpose, biases zero, thresholds given."""
+    d_in = model.heads * model.head_dim if config.site == "z" else model.d_model
     key, draw = jax.random.split(key)
     bound = (6.0 / d_in) ** 0.5
     w_dec = jax.random.uniform(draw, (config.width, d_in), jnp.float32, -bound, bound)

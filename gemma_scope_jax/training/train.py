@@ -71,10 +71,7 @@ def train(config: TrainConfig, out: str | os.PathLike, model: Model | None = Non
     if not 0 <= config.layer < model.config.layers:
         raise InputError(f"layer {config.layer}: the model has 0..{model.config.layers - 1}")
     _remember_config(config, out)
-    d_in = (
-        model.config.heads * model.config.head_dim if config.site == "z" else model.config.d_model
-    )
-    state = steps.init_state(config, d_in, jax.random.key(config.seed))
+    state = steps.init_state(config, model.config, jax.random.key(config.seed))
     run = _Run(config, out)
     state, done = run.restore(state)
     data = itertools.islice(batches(config, load_tokenizer(config.model)), done, config.passes)
@@ -168,11 +165,8 @@ class _Run:
     def _log(self, done: int, begun: int, seconds: float, state, parts) -> None:
         c, per_pass = self.config, self.config.rows * self.config.length
         rate = (done - begun) * per_pass / seconds
-        row = {
-            "tokens": done * per_pass,
-            "update": int(state.update),
-            "tokens_per_s": round(rate, 1),
-        }
+        row: dict[str, float] = {"tokens": done * per_pass, "update": int(state.update)}
+        row |= {"tokens_per_s": round(rate, 1)}
         row |= {k: round(float(v), 5) for k, v in parts.items()}
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
