@@ -1,0 +1,330 @@
+"""One way in for every kind of checkpoint: `load_model` by name, folder or file.
+
+Weights stream from the file to the devices layer by layer: every leaf is allocated in its final
+sharding; each layer is cast, checked for NaN and written in place there. Beside the model itself
+the host holds one layer, or one slice of the embedding, at a time.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.gguf import GGUFFile, gguf_config, gguf_leaf, open_gguf
+from gemma_scope_jax.model.checkpoints.huggingface import (
+    huggingface_config,
+    huggingface_leaf,
+    open_huggingface,
+)
+from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
+from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
+from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
+from gemma_scope_jax.model.sharding import param_shardings
+
+EMBED_SLICE = 16 << 20  # bytes (as float32) of embedding that pass through the host at a time
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    dtype: Any = "bfloat16",
+    mesh: Mesh | None = None,
+    config: GemmaConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a Gemma 3 text model.
+
+    `source`: a Hugging Face folder; a .gguf file; an official (Orbax) folder, also on gs://; or a
+    name: "gemma-3-270m" is the packaged model where extra `demo` is installed, all others
+    ("gemma-3-1b-pt", "google/gemma-3-4b-it", any "owner/repository") come from Hugging Face's hub.
+    `dtype`: bfloat16, float32 or float16 for the matrices; norms are always float32.
+    `mesh`: shards the weights as `param_shardings` says; None leaves them on the default device.
+    `config`: only for an official checkpoint whose sizes are no preset's.
+    `progress(done, total)`: called with the bytes of the model loaded so far.
+
+    Raises `InputError` for an unknown name, a file that is missing, damaged, or not a Gemma 3, and
+    weights that are NaN, infinite, or too large for `dtype`.
+    """
+    dtype = _checked_dtype(dtype)
+    checkpoint = _open(find_checkpoint(source), config)
+    return Model(_stream(checkpoint, dtype, mesh, progress), checkpoint.config)
+
+
+def model_config(source: str | os.PathLike) -> GemmaConfig:
+    """The architecture of what `load_model(source)` would load; reads no weights.
+
+    A name of the Gemma 3 family is answered without disk or network. Raises `InputError`.
+    """
+    if not _is_local(source):
+        if not _is_foreign_repository(str(source)):
+            return preset(str(source))
+        return huggingface_config(find_checkpoint(source, files=("config.json",)))
+    path = find_checkpoint(source)
+    if path.is_dir() and (path / "config.json").exists():
+        return huggingface_config(path)
+    return _open(path, None).config
+
+
+def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS) -> epath.Path:
+    """The folder or file that `source` (as in `load_model`) stands for, downloaded if need be.
+
+    `files`: the patterns to download when it is a repository on the hub. Raises `InputError`.
+    """
+    if _is_local(source):
+        path = epath.Path(source).expanduser()
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        return path
+    name = str(source)
+    repository = name if _is_foreign_repository(name) else hub_repository(name)
+    is_packaged = repository == "google/gemma-3-270m" and not name.startswith("google/")
+    if is_packaged and is_packaged_model_installed():
+        return epath.Path(packaged_model())
+    return _download(repository, files)
+
+
+def hub_repository(name: str) -> str:
+    """The hub's name of a Gemma 3 model: "gemma-3-1b" -> "google/gemma-3-1b-pt".
+
+    The pretrained 270m alone has no "-pt" there. Raises `InputError` for an unknown name.
+    """
+    base = preset(name).name
+    if name.endswith("-it"):
+        return f"google/{base}-it"
+    return f"google/{base}" if base == "gemma-3-270m" else f"google/{base}-pt"
+
+
+def _is_local(source: str | os.PathLike) -> bool:
+    """Whether `source` is a path rather than a name; what exists on disk always is."""
+    text = os.fspath(source)
+    return (
+        not isinstance(source, str)
+        or "://" in text
+        or text.startswith((".", "~", os.sep))
+        or text.endswith((".gguf", ".safetensors", os.sep))
+        or text.count("/") > 1
+        or os.path.exists(text)
+    )
+
+
+def _is_foreign_repository(name: str) -> bool:
+    """ "owner/repository" of another owner than google."""
+    return not name.startswith("google/") and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return epath.Path(snapshot_download(repository, allow_patterns=list(files)))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+            "then run `hf auth login`; or pass a folder that holds it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{repository}: neither a local folder nor a repository on the hub that you may read; "
+            "check the name, or run `hf auth login`"
+        ) from error
+    except Exception as error:  # the network stack's exceptions change between hub versions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{repository}: cannot be downloaded ({reason}); check the network, or pass a folder "
+            "that holds it"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """An opened checkpoint of any format; `read(leaf, layer, rows)` -> our layout, any float dtype.
+
+    `rows` selects rows of `embed`; the other leaves are read whole, one layer at a time.
+    """
+
+    path: str
+    config: GemmaConfig
+    read: Callable[[str, int | None, slice], np.ndarray]
+
+
+def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
+    """Tell the format by looking, and check names and shapes before any weight is read."""
+    where = str(path)
+    if path.is_dir() and (path / "config.json").exists():
+        folder = open_huggingface(where)
+        return _Checkpoint(where, folder.config, functools.partial(huggingface_leaf, folder))
+    if path.is_dir() and is_official(path):
+        official = open_official(path, config)
+        restore = functools.lru_cache(maxsize=1)(functools.partial(official_layer, official))
+
+        def read(leaf: str, layer: int | None, rows: slice) -> np.ndarray:
+            array = restore(layer)[leaf]
+            return array[rows] if leaf == "embed" else array
+
+        return _Checkpoint(where, official.config, read)
+    if path.is_dir():
+        raise InputError(
+            f"{where}: neither a Hugging Face folder (config.json) nor an Orbax checkpoint"
+        )
+    if where.endswith(".safetensors"):
+        raise InputError(f"{where}: pass the folder that holds it and its config.json")
+    file = open_gguf(where)
+    known = gguf_config(file)
+    return _Checkpoint(where, known, functools.partial(_gguf_read, file, known))
+
+
+def _gguf_read(
+    file: GGUFFile, config: GemmaConfig, leaf: str, layer: int | None, rows: slice
+) -> np.ndarray:
+    if leaf != "embed":
+        return gguf_leaf(file, config, leaf, layer)
+    name = "token_embd.weight"
+    shape = file.tensors[name].shape  # `gguf_config` has read it
+    if len(shape) != 2 or shape[0] < config.vocab or shape[1] != config.d_model:
+        raise InputError(
+            f"{file.path}: {name} is {shape}, but {config.name} makes it "
+            f"{(config.vocab, config.d_model)}"
+        )
+    return file.read_rows(name, rows.start, rows.stop)
+
+
+def _checked_dtype(dtype: Any) -> jnp.dtype:
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = jnp.dtype("int8")  # no dtype at all: as wrong as this one
+    if known not in (jnp.bfloat16, jnp.float32, jnp.float16):
+        raise InputError(f"dtype {dtype!r}: choose bfloat16, float32 or float16")
+    return known
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """Where one leaf of the parameters goes, and how it is laid out while it is filled.
+
+    A leaf is filled as [P, rows, ...]: its first axis is split into the P parts that the sharding
+    gives it, so that writing a slice of rows moves nothing between devices. P is 1 but for a
+    sharded embedding.
+    """
+
+    name: str
+    target: jax.ShapeDtypeStruct
+    sharding: NamedSharding | None
+
+    @property
+    def parts(self) -> int:
+        inner = self.inner
+        first = None if inner is None else inner.spec[0]
+        return 1 if inner is None or first is None else inner.mesh.shape[first]
+
+    @property
+    def rows(self) -> int:
+        return self.target.shape[0] // self.parts
+
+    @property
+    def inner(self) -> NamedSharding | None:
+        """The sharding of [P, rows, ...]."""
+        if self.sharding is None:
+            return None
+        first, *rest = tuple(self.sharding.spec) or (None,)
+        return NamedSharding(self.sharding.mesh, PartitionSpec(first, None, *rest))
+
+    def put(self, values: np.ndarray) -> jax.Array:
+        """Host `values` [P, n, ...] on the devices, each its own part."""
+        if self.inner is None:
+            return jax.device_put(values)
+        return jax.make_array_from_callback(values.shape, self.inner, lambda index: values[index])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _allocate(leaves: tuple[_Leaf, ...]) -> list[jax.Array]:
+    zeros = (jnp.zeros((x.parts, x.rows, *x.target.shape[1:]), x.target.dtype) for x in leaves)
+    return [_placed(array, x.inner) for array, x in zip(zeros, leaves)]
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(arrays: list, values: list, row: jax.Array, leaves: tuple[_Leaf, ...]):
+    """Write each of `values` [P, n, ...] at `row` of its array; also: which are all finite?"""
+    cast = [x.astype(leaf.target.dtype) for x, leaf in zip(values, leaves)]
+    written = [
+        _placed(jax.lax.dynamic_update_slice_in_dim(array, x, row, axis=1), leaf.inner)
+        for array, x, leaf in zip(arrays, cast, leaves)
+    ]
+    return written, jnp.stack([jnp.isfinite(x).all() for x in cast])
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+def _merge(arrays: list[jax.Array], leaves: tuple[_Leaf, ...]) -> list[jax.Array]:
+    return [_placed(x.reshape(y.target.shape), y.sharding) for x, y in zip(arrays, leaves)]
+
+
+def _placed(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+def _stream(
+    checkpoint: _Checkpoint,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    progress: Callable[[int, int], None] | None,
+) -> Params:
+    """Fill all leaves: the embedding by slices of rows, then layer after layer, as files lie."""
+    config = checkpoint.config
+    paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+    shardings = (
+        [None] * len(paths) if mesh is None else jax.tree.leaves(param_shardings(config, mesh))
+    )
+    leaves = tuple(_Leaf(path[-1].name, x, s) for (path, x), s in zip(paths, shardings))
+    arrays = dict(zip(leaves, _allocate(leaves)))
+    total = sum(x.size * x.dtype.itemsize for x in arrays.values())
+    done = 0
+    for some, layer, row, values in _slices(checkpoint, leaves):
+        placed = [leaf.put(x) for leaf, x in zip(some, values)]
+        written, finite = _write([arrays[leaf] for leaf in some], placed, np.int32(row), some)
+        arrays.update(zip(some, written))
+        for leaf, x, is_finite in zip(some, values, np.asarray(finite)):
+            if not is_finite:
+                raise _not_finite(checkpoint.path, leaf, layer, x)
+            done += x.size * leaf.target.dtype.itemsize
+        if progress is not None:
+            progress(done, total)
+    return jax.tree.unflatten(tree, _merge(list(arrays.values()), leaves))
+
+
+def _slices(
+    checkpoint: _Checkpoint, leaves: tuple[_Leaf, ...]
+) -> Iterator[tuple[tuple[_Leaf, ...], int | None, int, list[np.ndarray]]]:
+    """(leaves, layer, row, values [P, n, ...] of each leaf) until everything is read."""
+    named = {leaf.name: leaf for leaf in leaves}
+    embed, final_norm = named.pop("embed"), named.pop("final_norm")
+    blocks = tuple(named.values())
+    step = max(1, EMBED_SLICE // (4 * embed.parts * checkpoint.config.d_model))
+    for row in range(0, embed.rows, step):
+        stop = min(row + step, embed.rows)
+        starts = range(0, checkpoint.config.vocab, embed.rows)  # of the parts
+        parts = [checkpoint.read("embed", None, slice(x + row, x + stop)) for x in starts]
+        yield (embed,), None, row, [np.stack(parts) if len(parts) > 1 else parts[0][None]]
+    yield (final_norm,), None, 0, [checkpoint.read("final_norm", None, slice(None))[None]]
+    for layer in range(checkpoint.config.layers):
+        values = [checkpoint.read(leaf.name, layer, slice(None))[None, None] for leaf in blocks]
+        yield blocks, layer, layer, values
+
+
+def _not_finite(path: str, leaf: _Leaf, layer: int | None, values: np.ndarray) -> InputError:
+    where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
+    if np.isfinite(values).all():
+        return InputError(
+            f"{path}: {where} does not fit into {leaf.target.dtype}; load as bfloat16"
+        )
+    return InputError(f"{path}: {where} holds NaN or infinity; download it again")

@@ -1,0 +1,215 @@
+"""Gemma 3 from Google DeepMind's own checkpoints: Orbax folders, local or on gs://.
+
+The published ones (gs://gemma-data/checkpoints/gemma3-*, Kaggle's flax variation) name their arrays
+flatly, "transformer/layer_0/attn/q_einsum" with a leaf "w"; what the gemma library saves is nested
+and has no "transformer". Joined with "/" the two are one, and one layer at a time is read.
+
+Source: gemma 4.0, gm/ckpts/{_checkpoint,_compat}.py and gm/nn/_modules.py.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import PRESETS, GemmaConfig
+
+PREFIXES = ("", "transformer/", "params/", "params/transformer/")
+MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+
+
+def _heads_inside(x: np.ndarray) -> np.ndarray:
+    return x.transpose(1, 0, 2)  # [N, D, H] -> [D, N, H]
+
+
+# leaf -> (name within the layer, file layout -> ours)
+TOP: dict[str, tuple[str, Callable]] = {
+    "embed": ("embedder/input_embedding", lambda x: x),
+    "final_norm": ("final_norm/scale", lambda x: x),
+}
+LAYER: dict[str, tuple[str, Callable]] = {
+    "pre_attn_norm": ("pre_attention_norm/scale", lambda x: x),
+    "w_q": ("attn/q_einsum/w", _heads_inside),
+    "w_k": ("attn/kv_einsum/w", lambda x: _heads_inside(x[0])),
+    "w_v": ("attn/kv_einsum/w", lambda x: _heads_inside(x[1])),
+    "q_norm": ("attn/_query_norm/scale", lambda x: x),
+    "k_norm": ("attn/_key_norm/scale", lambda x: x),
+    "w_o": ("attn/attn_vec_einsum/w", lambda x: x),
+    "post_attn_norm": ("post_attention_norm/scale", lambda x: x),
+    "pre_mlp_norm": ("pre_ffw_norm/scale", lambda x: x),
+    "w_gate": ("mlp/gating_einsum/w", lambda x: x[0].T),
+    "w_up": ("mlp/gating_einsum/w", lambda x: x[1].T),
+    "w_down": ("mlp/linear/w", lambda x: x),
+    "post_mlp_norm": ("post_ffw_norm/scale", lambda x: x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OfficialCheckpoint:
+    """An opened checkpoint: names, shapes and dtypes of all arrays checked, no weight read."""
+
+    path: str
+    config: GemmaConfig
+    arrays: Mapping[str, Any]  # name, as in `TOP` or "layer_0/" + as in `LAYER` -> TensorStore
+
+
+def is_official(folder: str | os.PathLike) -> bool:
+    """Whether `folder` looks like an Orbax checkpoint."""
+    return any((epath.Path(folder) / mark).exists() for mark in MARKS)
+
+
+def open_official(
+    folder: str | os.PathLike, config: GemmaConfig | None = None
+) -> OfficialCheckpoint:
+    """Open an Orbax checkpoint of Gemma 3, nested or flat; a vision encoder in it is ignored.
+
+    The files hold no architecture: sizes are taken from the shapes, and the preset of these sizes
+    supplies the rest (window, RoPE). For other sizes pass `config`. Raises `InputError`.
+    """
+    path, metadata = _metadata(epath.Path(folder))
+    stored = {_joined(keys): ".".join(keys) for keys in _array_keys(path, metadata)}
+    if any("stacked_layers/" in name for name in stored):
+        raise InputError(
+            f"{path}: holds stacked layers; load it with gemma.gm.ckpts.load_params and save it "
+            "again with save_params"
+        )
+    prefix = next((p for p in PREFIXES if f"{p}embedder/input_embedding" in stored), None)
+    if prefix is None:
+        raise InputError(f"{path}: has no embedder/input_embedding; not a Gemma checkpoint")
+    stored = {n.removeprefix(prefix): s for n, s in stored.items() if n.startswith(prefix)}
+    layers = 0
+    while f"layer_{layers}/attn/attn_vec_einsum/w" in stored:
+        layers += 1
+    wanted = [*_stems(TOP), *(f"layer_{i}/{x}" for i in range(layers) for x in _stems(LAYER))]
+    for name in wanted:
+        if name not in stored:
+            raise InputError(f"{path}: {name} is missing; download the checkpoint again")
+    arrays = _open_arrays(path, metadata, {name: stored[name] for name in wanted})
+    config = config or _preset_of(str(path), layers, arrays["final_norm/scale"].size)
+    if config.layers != layers:
+        raise InputError(f"{path}: has {layers} layers, {config.name} has {config.layers}")
+    for name, array in arrays.items():
+        expected = _file_shape(config, name)
+        if tuple(array.shape) != expected:
+            raise InputError(f"{path}: {name} is {array.shape}, {config.name} needs {expected}")
+        if array.dtype.name not in ("float32", "float16", "bfloat16"):
+            raise InputError(f"{path}: {name} is {array.dtype.name}, not a float")
+    return OfficialCheckpoint(str(path), config, arrays)
+
+
+def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.ndarray]:
+    """All leaves of one layer in our layout without L, in the file's dtype (strided views).
+
+    `layer=None`: `embed` and `final_norm`. Raises `InputError` for damaged files.
+    """
+    table = TOP if layer is None else LAYER
+    within = "" if layer is None else f"layer_{layer}/"
+    reads = {stem: file.arrays[within + stem].read() for stem in _stems(table)}  # side by side
+    read = {stem: _result(file.path, within + stem, future) for stem, future in reads.items()}
+    return {leaf: ours(read[stem]) for leaf, (stem, ours) in table.items()}
+
+
+def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """The checkpoint's absolute path and its _METADATA; a trainer's are one folder deeper."""
+    if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
+        path = path / "default"
+    try:
+        metadata = json.loads((path / "_METADATA").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}/_METADATA: not readable ({_first(error)})") from error
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}/_METADATA: not a JSON object")
+    return path.resolve(), metadata
+
+
+def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The keys that lead to each array in the checkpoint's nested dicts."""
+    try:
+        for entry in metadata["tree_metadata"].values():
+            yield tuple(str(key["key"]) for key in entry["key_metadata"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}/_METADATA: lists no arrays; download it again") from error
+
+
+def _open_arrays(
+    path: epath.Path, metadata: dict[str, Any], stored: Mapping[str, str]
+) -> dict[str, Any]:
+    """Name -> TensorStore of each array, opened side by side (on gs:// each takes a round trip).
+
+    Through tensorstore rather than orbax, which always restores a whole tree at once and, where a
+    file is damaged, leaves its other reads behind to print tracebacks.
+    """
+    import tensorstore as ts
+
+    bucket, _, folder = str(path).removeprefix("gs://").partition("/")
+    base = {"driver": "file", "path": f"{path}/"}
+    if str(path).startswith("gs://"):
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
+    context = ts.Context()
+    futures = {}
+    for name, key in stored.items():
+        kvstore = base | {"path": f"{base['path']}{key}/"}
+        if (path / "manifest.ocdbt").exists():
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        spec = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": kvstore}
+        if metadata.get("store_array_data_equal_to_fill_value"):
+            spec["fill_missing_data_reads"] = False  # a lost chunk is an error, not zeros
+        futures[name] = ts.open(spec, open=True, read=True, context=context)
+    return {name: _result(str(path), name, future) for name, future in futures.items()}
+
+
+def _result(path: str, name: str, future: Any) -> Any:
+    try:
+        return future.result()
+    except Exception as error:  # whatever its drivers raise: ValueError, OverflowError, ...
+        raise InputError(
+            f"{path}: {name} is damaged ({_first(error)}); download the checkpoint again"
+        ) from error
+
+
+def _joined(keys: tuple[str, ...]) -> str:
+    """ "/"-joined; the mlp of the nested layout lacks the "w" that the flat one has."""
+    name = "/".join(keys)
+    return f"{name}/w" if name.endswith(("mlp/linear", "mlp/gating_einsum")) else name
+
+
+def _preset_of(path: str, layers: int, width: int) -> GemmaConfig:
+    for config in PRESETS.values():
+        if (config.layers, config.d_model) == (layers, width):
+            return config
+    raise InputError(
+        f"{path}: {layers} layers of width {width} are no Gemma 3 of {', '.join(PRESETS)}; pass "
+        "`config` for a model of your own"
+    )
+
+
+def _file_shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
+    c = config
+    D, M, N, K, H = c.d_model, c.d_mlp, c.heads, c.kv_heads, c.head_dim
+    shapes = {
+        "embedder/input_embedding": (c.vocab, D),
+        "attn/q_einsum/w": (N, D, H),
+        "attn/kv_einsum/w": (2, K, D, H),
+        "attn/attn_vec_einsum/w": (N, H, D),
+        "mlp/gating_einsum/w": (2, M, D),
+        "mlp/linear/w": (M, D),
+        "attn/_query_norm/scale": (H,),
+        "attn/_key_norm/scale": (H,),
+    }
+    stem = name.partition("/")[2] if name.startswith("layer_") else name
+    return shapes.get(stem, (D,))
+
+
+def _stems(table: Mapping[str, tuple[str, Callable]]) -> Iterable[str]:
+    """Each name of a table once: w_k and w_v share an array, and so do w_gate and w_up."""
+    return dict.fromkeys(stem for stem, _ in table.values())
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error's text, kept short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,98 @@
+"""Where weights and batches live on a mesh: one table of partition specs.
+
+Tensor parallelism runs over the mesh axis "model" (heads, mlp hidden, vocabulary), data parallelism
+over "data", which also shards d_model of every matrix (FSDP). An axis that does not divide stays
+replicated, so every preset loads on every mesh.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import Block, GemmaConfig, Params
+
+
+def make_mesh(
+    data: int = 1, model: int | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of data x model devices with the axes ("data", "model").
+
+    `model=None` takes all the devices that `data` leaves; `devices=None` means `jax.devices()`.
+    The axes are `AxisType.Auto`: the compiler places what nobody annotated, such as a user's
+    intercept function. Raises `InputError` when the devices do not suffice or do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data < 1 or (model is not None and model < 1):
+        raise InputError(f"mesh of data={data}, model={model}: both must be at least 1")
+    if model is None:
+        if len(devices) % data:
+            raise InputError(f"mesh: data={data} does not divide {len(devices)} devices")
+        model = len(devices) // data
+    if data * model > len(devices):
+        raise InputError(f"mesh: data={data} x model={model} is more than {len(devices)} devices")
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: data * model],
+    )
+
+
+def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
+    """The `PartitionSpec` of every weight, as a `Params`: the layer axis L is never sharded.
+
+    The query heads N are sharded over "model", or the head dimension H where N does not divide;
+    kv heads (1 in the small models) are replicated where they do not divide. `fsdp=False` keeps
+    d_model whole: for inference where the weights fit.
+    """
+    c = config
+
+    def fits(axis: str, size: int) -> str | None:
+        return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+
+    D = fits("data", c.d_model) if fsdp else None
+    N, K = fits("model", c.heads), fits("model", c.kv_heads)
+    H = None if N else fits("model", c.head_dim)
+    M, V = fits("model", c.d_mlp), fits("model", c.vocab)
+    P = PartitionSpec
+    return Params(
+        embed=P(V, D),
+        blocks=Block(
+            pre_attn_norm=P(),
+            w_q=P(None, D, N, H),
+            w_k=P(None, D, K, None),
+            w_v=P(None, D, K, None),
+            q_norm=P(),
+            k_norm=P(),
+            w_o=P(None, N, H, D),
+            post_attn_norm=P(),
+            pre_mlp_norm=P(),
+            w_gate=P(None, D, M),
+            w_up=P(None, D, M),
+            w_down=P(None, M, D),
+            post_mlp_norm=P(),
+        ),
+        final_norm=P(),
+    )
+
+
+def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
+    """`param_specs` as `NamedSharding`s on `mesh`: for `device_put`, `jit` and the loader."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, fsdp))
+
+
+def shard_batch(mesh: Mesh, array: Any) -> jax.Array:
+    """Put `array` [B, ...] on `mesh`, B split over "data" and replicated over "model".
+
+    Raises `InputError` when B does not divide.
+    """
+    if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
+        raise InputError(
+            f"batch of shape {np.shape(array)} does not split over {mesh.shape['data']} devices; "
+            'make B a multiple of the mesh\'s "data" axis'
+        )
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
