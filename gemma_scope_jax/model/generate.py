@@ -1,0 +1,399 @@
+"""Generation: prefill and decoding as one jitted program, with intercepts and captures inside it.
+
+The same `forward` runs on the padded prompts and then on one token at a time: what an intercept
+does to a prompt it also does to every generated token, and what it reads is joined into one array
+per read. The KV cache and the joined reads ride in the carry of a `while_loop` and are updated in
+place; logits are made only for the position that is sampled next.
+
+Prompts are padded on the left, to a multiple of `BUCKET`: every row fills the same cache slot, and
+a new prompt length seldom means a new program. What chooses the program: the batch size, the
+bucket, `max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, and whether
+`top_p` and `logits` are asked for. All else is data: ids, args, temperature, `top_p`, key, stops.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import intercept as ic
+from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.gemma import Cache, forward, init_cache
+
+PAD = 0
+STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
+STOP_SLOTS = 8  # room for stop tokens grows in these steps
+BUCKET = 32  # prompts are padded to a multiple of this; above 1, so that a token axis shows itself
+
+
+@flax.struct.dataclass
+class Generation:
+    """What `generate` returns.
+
+    tokens   int32 [B, max_new_tokens]: the generated ids, a stop token included, then 0
+    lengths  int32 [B]: how many of them were generated
+    prompts  the prompts' ids, one int32 array a row
+    reads    the intercepts' reads by name, see `generate`
+    logits   None, or float32 [B, max_new_tokens, V]: what each token was chosen from
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    prompts: tuple[np.ndarray, ...]
+    reads: dict[str, Any]
+    logits: Any = None
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 [B]: the number of tokens of each prompt."""
+        return np.array([len(p) for p in self.prompts], np.int32)
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """Each row's prompt and generated ids, without padding: int32 [T_row] each."""
+        tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
+        return [np.concatenate([p, t[:n]]) for p, t, n in zip(self.prompts, tokens, lengths)]
+
+
+def generate(
+    model: Model,
+    prompts,
+    max_new_tokens: int,
+    intercepts=(),
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | int = 0,
+    stop_tokens=STOP_TOKENS,
+    logits: bool = False,
+) -> Generation:
+    """Continue `prompts` by up to `max_new_tokens` tokens each; a row ends at a stop token.
+
+    prompts      int ids [B, T], or a list of B 1-D id arrays of any lengths; each row is continued
+                 as if it were alone
+    intercepts   act on the prompt and on every generated token, by absolute position; args must
+                 broadcast over any number of tokens ([D], [B, 1, D], not [B, T, D])
+    temperature  0 is greedy, whatever `top_k` and `top_p`. Otherwise logits are divided by it, cut
+                 to the `top_k` largest, then to the fewest whose probability reaches `top_p`;
+                 values tied with the last one kept are kept too
+    key          a `jax.random.key` or an int seed; row b draws by the key and b alone
+    logits       also return the logits of every choice (before temperature)
+
+    Reads. The token axis of a value is the one whose size follows the number of tokens, the batch
+    stands just before it: [B, T, ...] or [n, B, T, ...] (patterns: [B, N, T, S]). Along it the
+    result holds prompt and generated tokens at index = position, longest prompt + max_new_tokens
+    of them, zeros past a row's end; the keys S of `attn_pattern` likewise. The last token is run
+    too, so reads equal those of a plain forward pass over `sequences`. Values without a token axis
+    (means, counts, whole `fold` states) are stacked in front: the prompts', then one a step.
+    Functions that reduce over tokens must heed `ctx.valid`, false on padding; those that write
+    `attn_pattern` see cache slots, a prompt's padding first. `fold` starts afresh each pass.
+
+    A host function: call it outside `jit`. Raises `InputError` for empty prompts, ids outside the
+    vocabulary, more tokens than the model's context, settings out of range, unfit intercepts.
+    """
+    items = ic.flatten(intercepts)
+    rows = _checked_prompts(model.config, prompts)
+    new = _checked_int("max_new_tokens", max_new_tokens)
+    longest = max(len(r) for r in rows)
+    if longest + new > model.config.context:
+        raise InputError(
+            f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
+            f"{model.config.context}: shorten the prompt or lower max_new_tokens"
+        )
+    tokens, segments = _left_padded(rows)
+    sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    program = partial(_generate, new=new, logits=bool(logits))
+    try:
+        ids, lengths, tracks, chosen = program(model, tokens, segments, items, sampling)
+    except (TypeError, ValueError) as error:
+        if not items or isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"an intercept does not fit: it is given {tokens.shape[0]} x {tokens.shape[1]} tokens "
+            f"(the prompts, padded on the left), then {len(rows)} x 1 at a time: {error}"
+        ) from error
+    reads = _map_tracks(lambda track: track.cut(longest + new), tracks)
+    return Generation(ids, lengths, tuple(rows), reads, chosen)
+
+
+# --------------------------------------------------------------------------------------------------
+# Input
+
+
+def _checked_int(what: str, value) -> int:
+    try:
+        number = int(value.__index__())
+    except (AttributeError, TypeError):
+        raise InputError(f"{what} must be a positive integer, not {value!r}") from None
+    if number < 1:
+        raise InputError(f"{what} must be at least 1, got {number}")
+    return number
+
+
+def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
+    """The prompts as int32 arrays, one a row."""
+    wanted = "prompts must be ids [B, T] or a list of 1-D id arrays (for one prompt, ids[None])"
+    if getattr(prompts, "ndim", 2) != 2 or isinstance(prompts, str):
+        raise InputError(wanted)
+    try:
+        rows = np.asarray(prompts) if hasattr(prompts, "ndim") else prompts
+        rows = [np.asarray(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{wanted}: {error}") from None
+    if not rows:
+        raise InputError("no prompts: pass at least one")
+    for n, row in enumerate(rows):
+        if row.ndim == 1 and not row.size:
+            raise InputError(f"prompt {n} is empty: it needs at least one token, such as <bos>")
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise InputError(f"{wanted}; prompt {n} is {row.dtype}{list(row.shape)}")
+        _check_ids(config, f"prompt {n}", row)
+    return [row.astype(np.int32) for row in rows]
+
+
+def _check_ids(config: GemmaConfig, what: str, ids: np.ndarray) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab:
+        bad = low if low < 0 else high
+        raise InputError(f"{what}: token id {bad} is outside 0..{config.vocab - 1}")
+
+
+def _left_padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and segments int32 [B, P], P the bucket of the longest row."""
+    width = -(-max(len(r) for r in rows) // BUCKET) * BUCKET
+    tokens = np.full((len(rows), width), PAD, np.int32)
+    segments = np.zeros_like(tokens)
+    for n, row in enumerate(rows):
+        tokens[n, width - len(row) :] = row
+        segments[n, width - len(row) :] = 1
+    return tokens, segments
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@flax.struct.dataclass
+class _Sampling:
+    """How the next token is chosen; `greedy`, `top_k` and `nucleus` choose the program."""
+
+    key: jax.Array
+    temperature: Any  # float32 scalar
+    top_p: Any  # float32 scalar
+    stop: Any  # int32 [n], filled up with -1
+    greedy: bool = flax.struct.field(pytree_node=False)
+    top_k: int | None = flax.struct.field(pytree_node=False)
+    nucleus: bool = flax.struct.field(pytree_node=False)
+
+
+def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) -> _Sampling:
+    try:
+        heat, p = float(temperature), 1.0 if top_p is None else float(top_p)
+    except (TypeError, ValueError):
+        given = f"{temperature!r} and {top_p!r}"
+        raise InputError(f"temperature and top_p must be numbers, got {given}") from None
+    if not 0.0 <= heat < np.inf:
+        raise InputError(f"temperature must be 0 (greedy) or positive, got {heat}")
+    if not 0.0 < p <= 1.0:
+        raise InputError(f"top_p must be above 0 and at most 1, got {p}")
+    if top_k is not None:
+        top_k = min(_checked_int("top_k", top_k), config.vocab)
+    try:
+        stop = np.asarray(tuple(stop_tokens))
+    except (TypeError, ValueError):
+        stop = np.asarray([None])
+    if stop.size:
+        if stop.ndim != 1 or stop.dtype.kind not in "iu":
+            raise InputError(f"stop_tokens must be a tuple of token ids, not {stop_tokens!r}")
+        _check_ids(config, "stop_tokens", stop)
+    filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
+    filled[: stop.size] = stop
+    greedy = heat == 0.0
+    nucleus = not greedy and p < 1.0
+    data = (_checked_key(key), np.float32(heat), np.float32(p), filled)
+    return _Sampling(*data, greedy, None if greedy else top_k, nucleus)
+
+
+def _checked_key(key) -> jax.Array:
+    if isinstance(key, (int, np.integer)):
+        try:
+            return jax.random.key(int(key))
+        except OverflowError:
+            raise InputError(f"the seed {key} does not fit into 64 bits") from None
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.ndim:
+        raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
+    return key
+
+
+def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:
+    """The next ids int32 [B] from logits [B, V]: temperature, then top-k, then top-p."""
+    if sampling.greedy:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    scores = logits / sampling.temperature
+    ordered = None
+    if sampling.top_k is not None:
+        ordered = jax.lax.top_k(scores, sampling.top_k)[0]
+        scores = jnp.where(scores < ordered[:, -1:], -jnp.inf, scores)
+    if sampling.nucleus:
+        if ordered is None:
+            ordered = jnp.sort(scores, -1, descending=True)
+        probs = jnp.exp(ordered - jax.nn.logsumexp(scores, -1, keepdims=True))
+        before = jnp.cumsum(probs, -1) - probs
+        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
+        scores = jnp.where(scores < least, -jnp.inf, scores)
+    # A key a step and row, so that a row's draws do not depend on how many rows there are.
+    key = jax.random.fold_in(sampling.key, step)
+    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reads joined over the passes
+
+
+@flax.struct.dataclass
+class _Track:
+    """One array of a read over all passes: along its token axis, or stacked if it has none."""
+
+    value: jax.Array
+    batch: int = flax.struct.field(pytree_node=False, default=0)
+    tokens: int | None = flax.struct.field(pytree_node=False, default=None)
+    keys: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def axes(self) -> list[int]:
+        return [a for a in (self.tokens, self.keys) if a is not None]
+
+    def put(self, value: jax.Array, step: jax.Array, prompt: int) -> "_Track":
+        """Add what decoding step `step` has read, after a prompt of `prompt` slots."""
+        if self.tokens is None:
+            return self._with(jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0))
+        slot = step + prompt
+        return self._with(jax.lax.dynamic_update_slice_in_dim(self.value, value, slot, self.tokens))
+
+    def aligned(self, slots: jax.Array) -> "_Track":
+        """From slots to positions; `slots` [B, S]: where each position is, S if nowhere."""
+        value = self.value
+        for axis in self.axes():
+            take = partial(jnp.take, axis=axis - 1, mode="fill", fill_value=0)
+            value = jax.vmap(take, (self.batch, 0), self.batch)(value, slots)
+        return self._with(value)
+
+    def cut(self, positions: int) -> jax.Array:
+        """The value without the positions that only the bucket's padding made room for."""
+        value = self.value
+        for axis in self.axes():
+            value = jax.lax.slice_in_dim(value, 0, min(positions, value.shape[axis]), axis=axis)
+        return value
+
+    def _with(self, value: jax.Array) -> "_Track":
+        return _Track(value, self.batch, self.tokens, self.keys)
+
+
+def _map_tracks(fn, tracks, *rest):
+    return jax.tree.map(fn, tracks, *rest, is_leaf=lambda a: isinstance(a, _Track))
+
+
+def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one) -> _Track:
+    """Room for one array, the prompts' value `many` in it; a decoding step's is shaped as `one`."""
+    if many.shape == one.shape:
+        empty = jnp.zeros((passes + 1, *many.shape), many.dtype)
+        return _Track(empty.at[0].set(many))
+    differ = [a for a, (m, o) in enumerate(zip(many.shape, one.shape)) if m != o]
+    axis = differ[0] if differ else 0
+    pattern = item.site == "attn_pattern" and item.kind == "read"  # heads before the tokens
+    batch = (0 if isinstance(item.layers, int) else 1) if pattern else axis - 1
+    follows = many.ndim == one.ndim and (many.shape[axis], one.shape[axis]) == (P, 1)
+    if not follows or len(differ) > 1 or not 0 <= batch < axis or many.shape[batch] != B:
+        raise InputError(
+            f"the read {item.name!r} is {list(many.shape)} for {B} x {P} tokens but "
+            f"{list(one.shape)} for {B} x 1: return [B, T, ...], or a size that T does not change"
+        )
+    keys = many.ndim - 1 if pattern and many.shape[-1] == P + passes else None
+    room = [(0, passes if a == axis else 0) for a in range(many.ndim)]
+    return _Track(jnp.pad(many, room), batch, axis, keys)
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+@flax.struct.dataclass
+class _State:
+    """The carry of the decoding loop."""
+
+    step: jax.Array  # int32 scalar: the column of `tokens` that is run next
+    tokens: jax.Array  # int32 [B, passes + 1]
+    real: jax.Array  # bool [B]: that column holds a token of the row, not padding
+    alive: jax.Array  # bool [B]: and no stop token, so that another one follows
+    lengths: jax.Array  # int32 [B]: tokens chosen so far
+    cache: Cache | None
+    reads: Any  # tracks
+    logits: Any  # float32 [B, passes + 1, V] or None
+
+
+def _emit(sampling: _Sampling, state: _State, step: jax.Array, logits: jax.Array) -> _State:
+    """Choose column `step` of the tokens by `logits` [B, V]."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+    token = jnp.where(state.alive, _choose(sampling, logits, step), PAD)
+    stops = (token[:, None] == sampling.stop[None, :]).any(-1)
+    return state.replace(  # type: ignore[attr-defined]
+        step=step,
+        tokens=put(state.tokens, token),
+        real=state.alive,
+        alive=state.alive & ~stops,
+        lengths=state.lengths + state.alive.astype(jnp.int32),
+        logits=None if state.logits is None else put(state.logits, logits),
+    )
+
+
+@partial(jax.jit, static_argnames=("new", "logits"))
+def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logits: bool):
+    """Tokens [B, new], lengths [B], tracks in order of position, logits [B, new, V] or None."""
+    B, P = tokens.shape
+    named = {i.name: i for i in items if i.name is not None}
+    passes = new if named else new - 1  # the last token is run only for what is read there
+    prompt = jnp.sum(segments, 1, dtype=jnp.int32)
+    run = partial(forward, model, intercepts=items, remat=None)
+
+    def decode(token, step, real, cache):
+        positions, valid = (prompt + step)[:, None], real[:, None].astype(jnp.int32)
+        return run(token, positions=positions, segments=valid, cache=cache, logits="last")
+
+    def body(s: _State) -> _State:
+        token = jax.lax.dynamic_slice_in_dim(s.tokens, s.step, 1, axis=1)
+        out = decode(token, s.step, s.real, s.cache)
+        reads = _map_tracks(lambda track, value: track.put(value, s.step, P), s.reads, out.reads)
+        s = s.replace(cache=out.cache, reads=reads)  # type: ignore[attr-defined]
+        return _emit(sampling, s, s.step + 1, out.logits[:, -1])
+
+    cache = init_cache(model.config, B, P + passes, model.dtype)
+    everywhere = any(i.site in ("final_scale", "logits") for i in named.values())
+    first = run(tokens, segments=segments, cache=cache, logits="all" if everywhere else "last")
+    zero, yes = jnp.zeros((), jnp.int32), jnp.ones(B, bool)
+    reads = {}
+    if named:
+        one = jax.eval_shape(decode, tokens[:, :1], zero, yes, first.cache).reads
+        for name, item in named.items():
+            room = partial(_track, item, passes, B, P)
+            reads[name] = jax.tree.map(room, first.reads[name], one[name])
+    ids = jnp.full((B, passes + 1), PAD, jnp.int32)
+    kept = jnp.zeros((B, passes + 1, model.config.vocab), jnp.float32) if logits else None
+    state = _State(zero, ids, yes, yes, jnp.zeros(B, jnp.int32), first.cache, reads, kept)
+    state = _emit(sampling, state, zero, first.logits[:, -1])
+    more = lambda s: (s.step < passes) & jnp.any(s.real if named else s.alive)
+    state = jax.lax.while_loop(more, body, state)
+
+    lengths = jnp.minimum(state.lengths, new)
+    # Position p of a row lies in slot padding + p; past the row's end there is nothing.
+    p = jnp.arange(P + passes, dtype=jnp.int32)[None, :]
+    slots = jnp.where(p < (prompt + lengths)[:, None], p + (P - prompt)[:, None], P + passes)
+    reads = _map_tracks(lambda track: track.aligned(slots), state.reads)
+    kept = None if state.logits is None else state.logits[:, :new]
+    return state.tokens[:, :new], lengths, reads, kept
