@@ -1,0 +1,119 @@
+"""Who may import whom: arrows go down only, and heavy packages wait until they are needed."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gemma_scope_jax as gs
+
+ROOT = Path(gs.__file__).parent
+# A room may import itself and those before it; the last three are the top.
+ROOMS = ("errors", "model", "coders", "data", "training", "evaluation", "extraction", "features",
+         "circuits", "behaviour", "explorer", "cli", "__main__")  # fmt: skip
+HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
+         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX")  # fmt: skip
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(tree, name):
+    """Absolute names of the modules that a file (dotted name `name`) imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, name.rpartition(".")[0])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def at_module_level(tree):
+    """The statements that run on import: all that is not inside a function."""
+    kept = ast.Module(body=[], type_ignores=[])
+    queue = list(tree.body)
+    while queue:
+        node = queue.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            kept.body.append(node)
+        queue.extend(ast.iter_child_nodes(node))
+    return kept
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+
+
+def room(name):
+    """`gemma_scope_jax.model.gemma` -> `model`; None for other packages and the package itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == ROOT.name and len(parts) > 1 else None
+
+
+def forbidden(source, name):
+    """The imports in `source` that the module `name` may not have."""
+    allowed = ROOMS[: ROOMS.index(room(name)) + 1]
+    rooms = {r for m in imported(ast.parse(source), name) if (r := room(m)) is not None}
+    return sorted(rooms.difference(allowed))
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f != ROOT / "__init__.py"], ids=module_name)
+def test_arrows_go_down_only(path):
+    assert forbidden(path.read_text(), module_name(path)) == []
+
+
+def loaded_by(statement):
+    """The top-level packages in `sys.modules` of a fresh interpreter after `statement`."""
+    script = f"{statement}; import sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_heavy_packages_are_imported_where_they_are_needed(path):
+    if path.name == "cli.py":
+        return
+    names = imported(at_module_level(ast.parse(path.read_text())), module_name(path))
+    assert [n for n in names if n.split(".")[0] in HEAVY] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "found"),
+    [
+        ("from gemma_scope_jax.coders import splice", "gemma_scope_jax.model.gemma", ["coders"]),
+        ("def f():\n    import gemma_scope_jax.cli", "gemma_scope_jax.data.text", ["cli"]),
+        ("from ..training.train import train", "gemma_scope_jax.model.gemma", ["training"]),
+        ("from gemma_scope_jax import explorer", "gemma_scope_jax.circuits.graph", ["explorer"]),
+        ("from gemma_scope_jax.errors import InputError", "gemma_scope_jax.model.gemma", []),
+        ("import gemma_scope_jax.features", "gemma_scope_jax.cli", []),
+    ],
+)
+def test_a_forbidden_import_is_found(source, name, found):
+    assert forbidden(source, name) == found
+
+
+def test_import_brings_nothing_but_the_package_itself():
+    """Names resolve on first use: not even jax comes with the bare import."""
+    assert loaded_by("import gemma_scope_jax") & {*HEAVY, "jax", "numpy", "flax", "optax"} == set()
+
+
+def test_models_and_coders_bring_nothing_heavy():
+    ours = loaded_by("import gemma_scope_jax as gs; gs.run, gs.generate, gs.splice, gs.load_coder")
+    assert "jax" in ours
+    assert (ours - loaded_by("import flax.struct")) & set(HEAVY) == set()
+
+
+def test_no_public_name_is_also_a_room():
+    """Importing a room `x` would set the attribute `x` of the package, over the public name."""
+    assert {path.stem for path in ROOT.iterdir()} & set(gs.__all__) == set()
+
+
+@pytest.mark.parametrize("name", gs.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(gs, name) is not None
