@@ -1,0 +1,84 @@
+"""An `Inspection` as text in a terminal; plain where the output is a pipe."""
+
+import sys
+from typing import TextIO
+
+from gemma_scope_jax.features.inspect import Inspection
+from gemma_scope_jax.features.labels import Label
+
+
+def visible(token: str) -> str:
+    """A token on one line: line breaks and tabs as signs, other control characters escaped."""
+    signs = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(signs.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in token)
+
+
+def label_text(label: Label, width: int = 60) -> str:
+    """One line of label material: what the feature makes likely, and where it was strongest."""
+    words = ", ".join(visible(t).strip() or visible(t) for t in label["top_logits"][:4])
+    if not label["examples"]:
+        return words
+    example = label["examples"][0]
+    peak = max(range(len(example["values"])), key=example["values"].__getitem__)
+    tokens = [visible(t) for t in example["tokens"]]
+    before, after = "".join(tokens[:peak]), "".join(tokens[peak + 1 :])
+    room = max(10, width - len(words) - len(tokens[peak]) - 8)
+    snippet = f"{before[-room * 2 // 3 :]}[{tokens[peak]}]{after[: room // 3]}".strip()
+    return f"{words} · {snippet}"
+
+
+def figure_lines(figures: dict) -> list[str]:
+    """L0, FVU and delta loss as sentences; undefined figures (one token has no variance) as n/a."""
+    number = lambda value, form: "n/a" if value is None else format(value, form)
+    losses = figures["loss"] or {}
+    return [
+        f"L0 {number(figures['l0'], '.1f')} active features a token",
+        f"FVU {number(figures['fvu'], '.3f')} of the variance unexplained "
+        f"({number(figures['typical']['fvu'], '.3f')} without tokens of enormous norm)",
+        f"delta loss {number(figures['delta_loss'], '+.3f')} nats a token on reconstructions "
+        f"({number(losses.get('clean'), '.3f')} -> {number(losses.get('spliced'), '.3f')})",
+    ]
+
+
+def print_inspection(seen: Inspection, out: TextIO | None = None) -> None:
+    """Print the next tokens, each token with its features, and the figures."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = out or sys.stdout
+    console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
+    place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
+    console.print(
+        Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")
+    )
+    console.print(Text(seen.coder, "dim"))
+    console.print(Text("\nNext token", "bold"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in ("left", "right", "right"):
+        table.add_column(justify=column)  # type: ignore[arg-type]
+    for n in seen.next[:5]:
+        table.add_row(
+            Text(repr(n.token)), Text(f"{100 * n.probability:.1f} %"), Text(f"logit {n.logit:.2f}")
+        )
+    console.print(table)
+
+    console.print(Text("\nFeatures, token by token", "bold"))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("token", no_wrap=True, max_width=24)
+    table.add_column("feature", justify="right", no_wrap=True)
+    table.add_column("activation", justify="right", no_wrap=True)
+    table.add_column("raises · strongest in", no_wrap=True, overflow="ellipsis")
+    for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
+        name = Text(visible(token), "bold")
+        if not features:
+            reason = "not seen by the coder" if position < seen.first else "no feature is active"
+            table.add_row(name, "", "", Text(reason, "dim"))
+        for feature, activation in features:
+            label = Text(label_text(seen.labels[feature], 76), "dim")
+            table.add_row(name, str(feature), f"{activation:,.0f}", label)
+            name = Text("")
+    console.print(table)
+    console.print()
+    for line in figure_lines(seen.figures):
+        console.print(Text(line))

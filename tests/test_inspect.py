@@ -1,0 +1,293 @@
+"""Inspection and label material against what the model and the coder say directly."""
+
+import gzip
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import Letters
+from tiny import tiny_model
+
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.coders.splice import features
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.features.inspect import inspect_text, strongest_features
+from gemma_scope_jax.features.inspect_page import inspection_page
+from gemma_scope_jax.features.inspect_terminal import label_text, print_inspection, visible
+from gemma_scope_jax.features.labels import (
+    AFTER,
+    BEFORE,
+    build_labels,
+    logit_tokens,
+    read_labels,
+    write_labels,
+)
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.intercept import capture
+
+tok = Letters()
+HOSTILE = '</script><script>alert("x")</script>{{data}}<!--&amp;'
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
+
+
+@pytest.fixture(scope="module")
+def coder():
+    keys = jax.random.split(jax.random.key(1), 4)
+    normal = lambda key, *shape: jax.random.normal(key, shape) / 32**0.5
+    return SparseCoder(
+        normal(keys[0], 32, 48), normal(keys[1], 48), jnp.full(48, 1.0), normal(keys[2], 48, 32),
+        normal(keys[3], 32), layer=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seen(model, coder):
+    return inspect_text(model, coder, tok, HOSTILE, top_k=3, shown=7)
+
+
+def test_next_tokens_are_the_models(model, seen):
+    """Padding to a power of two does not move the end of the text."""
+    ids = tok.encode(HOSTILE)
+    assert seen.ids == ids.tolist() and "".join(seen.tokens[1:]) == HOSTILE
+    logits = np.asarray(run(model, ids[None]).logits[0, -1], np.float64)
+    best = np.argsort(-logits)[:10]
+    assert [n.id for n in seen.next] == best.tolist()
+    np.testing.assert_allclose([n.logit for n in seen.next], logits[best], atol=1e-4)
+    chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose([n.probability for n in seen.next], chances[best], rtol=1e-3)
+
+
+def test_features_are_the_coders(model, coder, seen):
+    ids = tok.encode(HOSTILE)
+    f = np.asarray(run(model, ids[None], [features(coder)]).reads["features"][0])
+    assert seen.features[0] == [] and len(seen.features) == len(ids)
+    for t, listed in enumerate(seen.features):
+        best = [i for i in np.argsort(-f[t])[:3].tolist() if f[t, i] > 0]
+        assert [i for i, _ in listed] == best
+        np.testing.assert_allclose([a for _, a in listed], f[t, best], rtol=1e-4)
+    assert len(set(seen.strongest)) == 7
+    np.testing.assert_allclose(np.array(seen.heat), f[:, seen.strongest].T, atol=1e-5)
+    assert set(seen.labels) == {i for some in seen.features for i, _ in some} | set(seen.strongest)
+    assert abs(seen.figures["l0"] - (f[1:] > 0).sum(-1).mean()) < 1e-6
+
+
+def test_every_token_is_stood_for_while_there_is_room():
+    values = np.array([[9.0, 8.0], [1.0, 0.5], [2.0, 0.0]])
+    ids = np.array([[4, 5], [6, 4], [7, 8]])
+    assert strongest_features(values, ids, 3) == [4, 6, 7]  # by where they peak
+    assert strongest_features(values, ids, 4) == [4, 5, 6, 7]
+    assert strongest_features(values, ids, 1) == [4]
+    assert strongest_features(values, ids, 9) == [4, 5, 6, 7]  # 8 is not active
+    assert strongest_features(np.zeros((3, 2)), ids, 9) == []
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "empty"), (" \n\t", "empty"), ("x" * 64, "65 tokens, more than the context"),
+])  # fmt: skip
+def test_texts_that_cannot_be_inspected(model, coder, text, said):
+    with pytest.raises(InputError, match=said):
+        inspect_text(model, coder, tok, text)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(layer=4), "layer 4"), (dict(reads="z", writes="z"), "reads 32 values at z"),
+    (dict(first=9), "skips the first 9"),
+])  # fmt: skip
+def test_coders_that_do_not_fit(model, coder, change, said):
+    with pytest.raises(InputError, match=said):
+        inspect_text(model, coder.replace(**change), tok, "abc")
+    with pytest.raises(InputError, match="top-k 0"):
+        inspect_text(model, coder, tok, "abc", top_k=0)
+    with pytest.raises(InputError, match="48 features"):
+        inspect_text(model, coder, tok, "abc", top_k=49)
+
+
+# -------------------------------------------------------------------------------------------------
+# The page and the terminal
+
+
+def test_page_is_inert_and_self_contained(seen):
+    page = inspection_page(seen)
+    assert page.count("<script") == page.count("</script>") == 2  # the data and the program
+    assert not re.search(r"(https?:)?//[a-z]", page.lower().replace("// ----", ""))
+    assert "default-src 'none'" in page and "{{title}}" not in page
+    title = re.search("<title>(.*)</title>", page)[1]
+    assert title.startswith("&lt;/script&gt;&lt;script&gt;")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    assert not set("<>&") & set(data)
+    data = json.loads(data)
+    assert "".join(data["tokens"][1:]) == HOSTILE
+    dense = np.zeros((len(data["heat"]), len(data["tokens"])))
+    for row, pairs in zip(dense, data["heat"]):
+        row[np.array(pairs[::2], int)] = pairs[1::2]
+    np.testing.assert_allclose(dense, np.array(seen.heat), rtol=1e-3)
+
+
+def test_json_is_plain_and_complete(seen):
+    data = json.loads(json.dumps(seen.as_dict(), allow_nan=False))
+    assert data["features"][3][0].keys() == {"feature", "activation"}
+    assert data["next"][0].keys() == {"token", "id", "probability", "logit"}
+    assert {str(f) for f in seen.strongest} <= data["labels"].keys()
+    assert data["figures"]["delta_loss"] is not None
+
+
+def test_terminal_shows_every_token_on_a_line_of_its_own(seen, capsys):
+    print_inspection(seen)
+    out = capsys.readouterr().out
+    for title in ("Next token", "Features, token by token", "L0 ", "FVU ", "delta loss "):
+        assert title in out
+    rows = out.split("strongest in")[1].split("L0 ")[0].splitlines()
+    assert sum(line[:1] not in ("", " ") for line in rows) == len(seen.tokens)
+    assert "not seen by the coder" in out
+    assert visible("a\n\tb\x1b[1m") == "a⏎⇥b\\x1b[1m"
+    label = {"top_logits": [" the", "\n"], "bottom_logits": [], "density": 0.1, "examples": [
+        {"tokens": [" so", " it", " goes"], "values": [0.0, 2.0, 1.0], "source": "s"}]}  # fmt: skip
+    assert label_text(label) == "the, ⏎ · so[ it] goes"
+
+
+# -------------------------------------------------------------------------------------------------
+# Label material
+
+
+def test_logit_tokens_are_those_of_the_direct_path(model, coder):
+    gain = 1 + np.asarray(model.params.final_norm, np.float64)
+    embed = np.asarray(model.params.embed, np.float64)
+    logits = (np.asarray(coder.w_dec, np.float64) * gain) @ embed.T
+    logits = logits[:, 3:]  # control tokens are left out
+    found = logit_tokens(model, coder, tok, [7, 0, 31], k=4)
+    for i, (top, bottom) in zip([7, 0, 31], found):
+        order = np.argsort(-logits[i])
+        assert top == [chr(c) for c in order[:4]] and bottom == [chr(c) for c in order[::-1][:4]]
+    assert logit_tokens(model, coder.replace(writes="mlp_in"), tok, [1, 2]) == [([], [])] * 2
+    assert logit_tokens(model, coder, tok, []) == []
+
+
+def test_logit_tokens_of_heads_go_through_the_output_projection(model, coder):
+    z = coder.replace(
+        w_enc=jnp.ones((64, 48)), w_dec=jax.random.normal(jax.random.key(9), (48, 64)),
+        b_dec=jnp.zeros(64), reads="z", writes="z",
+    )  # fmt: skip
+    blocks = jax.tree.map(lambda w: np.asarray(w[1], np.float64), model.params.blocks)
+    rows = (
+        np.asarray(z.w_dec, np.float64) @ blocks.w_o.reshape(64, 32) * (1 + blocks.post_attn_norm)
+    )
+    gain = 1 + np.asarray(model.params.final_norm, np.float64)
+    logits = (rows * gain) @ np.asarray(model.params.embed, np.float64).T
+    for i, (top, _) in zip([3, 4], logit_tokens(model, z, tok, [3, 4], k=3)):
+        assert top == [chr(c) for c in np.argsort(-logits[i, 3:])[:3]]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    word = lambda n: "".join(map(chr, rng.integers(65, 120, n)))
+    return [("first", word(70)), ("first", word(40)), ("second", word(90)), ("second", word(12))]
+
+
+@pytest.fixture(scope="module")
+def labels(model, coder, texts):
+    return build_labels(model, coder, tok, texts, examples=2, logits=5, length=32, batch=2)
+
+
+def test_examples_are_the_strongest(model, coder, texts, labels):
+    """Each feature's snippets are its strongest, one a row of text, with the right activations."""
+    fired, count, best = np.zeros(48), 0, {i: [] for i in range(48)}
+    for source in ("first", "second"):
+        pieces = pieces_of([text for name, text in texts if name == source], 32)
+        for row in pieces:
+            peaks = {}
+            for ids in row:
+                out = run(model, ids[None], [features(coder), capture("resid_post", 1)])
+                f = np.asarray(out.reads["features"][0])
+                fired, count = fired + (f > 0).sum(0), count + len(ids) - 1
+                for i in range(48):
+                    t = int(f[:, i].argmax())
+                    peaks[i] = max(peaks.get(i, (0.0,)), (f[t, i], source, ids, t, f[:, i]))
+            for i in range(48):
+                best[i].append(peaks[i])
+    assert labels["tokens"] == count
+    for i, label in enumerate(labels["features"]):
+        wanted = sorted((b for b in best[i] if b[0] > 0), key=lambda b: -b[0])[:2]
+        assert abs(label["density"] - fired[i] / count) < 1e-6
+        assert len(label["examples"]) == len(wanted)
+        for example, (peak, source, ids, t, f) in zip(label["examples"], wanted):
+            inside = slice(max(1, t - BEFORE), t + AFTER + 1)
+            assert example["tokens"] == tok.decode_tokens(ids[inside])
+            assert example["source"] == source
+            np.testing.assert_allclose(example["values"], f[inside], rtol=6e-3)
+            assert abs(max(example["values"]) - peak) < 6e-3 * peak
+
+
+def pieces_of(documents, length):
+    """The rows `pack` makes, as lists of pieces with their <bos>: written out here as an oracle."""
+    rows, row, used = [], [], 0
+    for ids in (tok.encode(d, bos=False) for d in documents):
+        while len(ids):
+            room = length - used - 1
+            if room < min(8, len(ids)):
+                rows, row, used = [*rows, row], [], 0
+                continue
+            row.append(np.concatenate([[2], ids[:room]]).astype(np.int32))
+            used, ids = used + len(row[-1]), ids[room:]
+    return [*rows, row] if row else rows
+
+
+def test_labels_survive_the_file(labels, tmp_path):
+    path = write_labels(labels, tmp_path)
+    assert path.name == "labels.json.gz"
+    read = read_labels(tmp_path, 48)
+    assert read.features == labels["features"] and read.tokens == labels["tokens"]
+    assert read[5] == labels["features"][5] and len(read) == 48
+    path.unlink()
+    assert read_labels(tmp_path, 48) is None
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    assert read_labels(tmp_path, 48).features == labels["features"]
+
+
+def test_labels_are_used_when_they_are_there(model, coder, labels, tmp_path):
+    write_labels(labels, tmp_path)
+    seen = inspect_text(model, coder, tok, "hello", labels=read_labels(tmp_path, 48))
+    f = seen.strongest[0]
+    assert seen.labels[f] == labels["features"][f]
+    page = inspection_page(seen)
+    example = next(e for f in seen.strongest for e in seen.labels[f]["examples"])
+    assert json.dumps(example["source"]) in page
+
+
+def broken(labels):
+    whole = gzip.compress(json.dumps(labels).encode())
+    one = lambda **change: gzip.compress(
+        json.dumps({**labels, "features": [{**labels["features"][0], **change}] * 48}).encode()
+    )
+    return {
+        "truncated": whole[: len(whole) // 2], "empty": b"", "not gzip": b"{}",
+        "not json": gzip.compress(b"{"), "a list": gzip.compress(b"[1]"),
+        "no features": gzip.compress(b'{"tokens": 3}'), "flipped": whole[:40] + b"x" + whole[41:],
+        "label of a string": gzip.compress(b'{"tokens": 3, "features": ["x"]}'),
+        "numbers for tokens": one(top_logits=[1, 2]), "no density": one(density=None),
+        "uneven example": one(examples=[{"tokens": ["a"], "values": [], "source": ""}]),
+        "another coder's": gzip.compress(
+            json.dumps({**labels, "features": labels["features"][:9]}).encode()
+        ),
+    }  # fmt: skip
+
+
+def test_broken_label_files_are_one_line(labels, tmp_path):
+    for name, content in broken(labels).items():
+        (tmp_path / "labels.json.gz").write_bytes(content)
+        with pytest.raises(InputError, match=str(tmp_path)) as error:
+            read_labels(tmp_path, 48)
+        assert "\n" not in str(error.value), name
+
+
+def test_no_text_no_labels(model, coder):
+    with pytest.raises(InputError, match="no text"):
+        build_labels(model, coder, tok, [])
