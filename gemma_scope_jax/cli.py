@@ -50,7 +50,7 @@ def inspect(
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     text = _text(text, file)
-    loaded_model, loaded_coder, tok = _load(model, coder, dtype)
+    loaded_model, loaded_coder, tok = _load(model, coder, dtype, one_layer=True)
     from gemma_scope_jax.features.inspect import inspect_text
     from gemma_scope_jax.features.inspect_page import inspection_page
     from gemma_scope_jax.features.inspect_terminal import print_inspection
@@ -100,7 +100,7 @@ def check(
         documents, source = documents.split(SEPARATOR), "the bundled sample"
     else:
         documents, source = read_documents([str(text)]), str(text)
-    loaded_model, loaded_coder, tok = _load(model, coder, dtype, decoder=True)
+    loaded_model, loaded_coder, tok = _load(model, coder, dtype, one_layer=False)
     from gemma_scope_jax.evaluation.check import check, print_report
     from gemma_scope_jax.evaluation.evaluate import text_batches
 
@@ -228,23 +228,22 @@ def _text(text: str, file: Path | None) -> str:
     return text
 
 
-def _one(coder: Any) -> bool:
-    return hasattr(coder, "layer")
-
-
-def _load(model: str, coder: str, dtype: Dtype, decoder: bool = False):
+def _load(model: str, coder: str, dtype: Dtype, *, one_layer: bool):
     """Model, coder and tokenizer; the small things first, so that mistakes show at once."""
     _use_compilation_cache()
     with _stage(f"loading coder {coder}"):
         import jax
 
         from gemma_scope_jax.coders.gemma_scope_files import load_coder, load_decoder
+        from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
         from gemma_scope_jax.evaluation.evaluate import check_fits
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
         from gemma_scope_jax.model.tokenizer import load_tokenizer
 
         loaded = load_coder(coder)
-        if decoder and not _one(loaded):
+        if isinstance(loaded, MultiLayerCoder):
+            if one_layer:
+                raise InputError(f"{coder} has several layers: inspect takes coders of one layer")
             loaded = load_decoder(loaded)
         name = model or loaded.info.model_name.removeprefix("google/") or DEFAULT_MODEL
         check_fits(model_config(name), loaded)

@@ -160,7 +160,7 @@ def test_unknown_options_and_commands_exit_with_2(capsys):
 
 def test_interrupts_and_full_disks(monkeypatch, capsys):
     def raises(error):
-        def run(*_):
+        def run(*_, **__):
             raise error
 
         return run

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gemma_scope_jax.model.config import GemmaConfig, Model, init_params
+from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 
 
 def tiny(config: GemmaConfig, layers: int = 8) -> GemmaConfig:
@@ -30,5 +31,14 @@ def tiny(config: GemmaConfig, layers: int = 8) -> GemmaConfig:
 
 
 def tiny_model(config: GemmaConfig, seed: int = 0, dtype=jnp.float32, layers: int = 8) -> Model:
-    shrunk = tiny(config, layers)
-    return Model(init_params(shrunk, jax.random.key(seed), dtype), shrunk)
+    """Random weights at the scale of trained ones; drawn by numpy, which compiles nothing."""
+    shrunk, rng = tiny(config, layers), np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].name
+        fan_in = np.prod(leaf.shape[1:-1]) if name in ("w_o", "w_down") else shrunk.d_model
+        scale = 0.2 if "norm" in name else fan_in**-0.5
+        return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    shapes = abstract_params(shrunk, dtype)
+    return Model(jax.tree_util.tree_map_with_path(draw, shapes), shrunk)

@@ -115,7 +115,7 @@ _sums = jax.jit(coder_sums)
 
 
 def _transposed(coder: Coder) -> Coder:
-    return coder.replace(w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
+    return dataclasses.replace(coder, w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
 
 
 def _warnings(

@@ -102,7 +102,8 @@ def _look(model: Model, coder: SparseCoder, tokens, segments, *, k: int):
 @jax.jit
 def _heat(coder: SparseCoder, x: jax.Array, mask: jax.Array, features: jax.Array) -> jax.Array:
     """Activations [S, T] of `features` [S] on inputs x [T, D]; 0 outside of `mask` [T]."""
-    some = coder.replace(
+    some = dataclasses.replace(
+        coder,
         w_enc=jnp.asarray(coder.w_enc)[:, features],
         b_enc=jnp.asarray(coder.b_enc)[features],
         threshold=jnp.asarray(coder.threshold)[features],
@@ -151,8 +152,6 @@ def inspect_text(
         computed. Raises `InputError` for an empty text, one beyond the context, and a coder that
         does not fit the model.
     """
-    if not isinstance(coder, SparseCoder):
-        raise InputError(f"inspect shows coders of one layer; this is a {coder.kind} of several")
     if shown < 1:
         raise InputError(f"shown is {shown}: at least one feature must be")
     if not 1 <= top_k <= coder.width:

@@ -1,8 +1,6 @@
 """An `Inspection` as text in a terminal; plain where the output is a pipe."""
 
 import sys
-from typing import TextIO
-
 from gemma_scope_jax.features.inspect import Inspection
 from gemma_scope_jax.features.labels import Label
 
@@ -40,14 +38,14 @@ def figure_lines(figures: dict) -> list[str]:
     ]
 
 
-def print_inspection(seen: Inspection, out: TextIO | None = None) -> None:
+def print_inspection(seen: Inspection) -> None:
     """Print the next tokens, each token with its features, and the figures."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = out or sys.stdout
-    console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    console = Console(file=sys.stdout, highlight=False, width=width)
     place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
     console.print(
         Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")
