@@ -51,14 +51,12 @@ def inspect(
     """
     text = _text(text, file)
     loaded_model, loaded_coder, tok = _load(model, coder, dtype, one_layer=True)
-    from gemma_scope_jax.features.inspect import inspect_text
-    from gemma_scope_jax.features.inspect_page import inspection_page
-    from gemma_scope_jax.features.inspect_terminal import print_inspection
-    from gemma_scope_jax.features.labels import read_labels
+    from gemma_scope_jax.cards.inspect import inspect_text
+    from gemma_scope_jax.cards.inspect_page import inspection_page
+    from gemma_scope_jax.cards.inspect_terminal import print_inspection
+    from gemma_scope_jax.cards.labels import read_labels
 
-    labels = (
-        read_labels(loaded_coder.info.folder, loaded_coder.width) if _one(loaded_coder) else None
-    )
+    labels = read_labels(loaded_coder.info.folder, loaded_coder.width)
     with _stage("compiling and running (what was compiled before is taken from the cache)"):
         seen = inspect_text(loaded_model, loaded_coder, tok, text, top_k=top_k, labels=labels)
     if html is not None:
@@ -228,7 +226,7 @@ def _text(text: str, file: Path | None) -> str:
     return text
 
 
-def _load(model: str, coder: str, dtype: Dtype, *, one_layer: bool):
+def _load(model: str, coder: str, dtype: Dtype, *, one_layer: bool) -> tuple[Any, Any, Any]:
     """Model, coder and tokenizer; the small things first, so that mistakes show at once."""
     _use_compilation_cache()
     with _stage(f"loading coder {coder}"):
@@ -241,12 +239,13 @@ def _load(model: str, coder: str, dtype: Dtype, *, one_layer: bool):
         from gemma_scope_jax.model.tokenizer import load_tokenizer
 
         loaded = load_coder(coder)
-        if isinstance(loaded, MultiLayerCoder):
-            if one_layer:
-                raise InputError(f"{coder} has several layers: inspect takes coders of one layer")
-            loaded = load_decoder(loaded)
+        several = isinstance(loaded, MultiLayerCoder)
+        if several and one_layer:
+            raise InputError(f"{coder} has several layers: inspect takes coders of one layer")
         name = model or loaded.info.model_name.removeprefix("google/") or DEFAULT_MODEL
         check_fits(model_config(name), loaded)
+        if several:
+            loaded = load_decoder(loaded)
         tok = load_tokenizer(name)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

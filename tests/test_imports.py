@@ -12,7 +12,7 @@ import gemma_scope_jax as gs
 
 ROOT = Path(gs.__file__).parent
 # A room may import itself and those before it; the last three are the top.
-ROOMS = ("errors", "model", "coders", "data", "training", "evaluation", "extraction", "features",
+ROOMS = ("errors", "model", "coders", "data", "training", "evaluation", "extraction", "cards",
          "circuits", "behaviour", "explorer", "cli", "__main__")  # fmt: skip
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
          "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX")  # fmt: skip
@@ -91,7 +91,7 @@ def test_heavy_packages_are_imported_where_they_are_needed(path):
         ("from ..training.train import train", "gemma_scope_jax.model.gemma", ["training"]),
         ("from gemma_scope_jax import explorer", "gemma_scope_jax.circuits.graph", ["explorer"]),
         ("from gemma_scope_jax.errors import InputError", "gemma_scope_jax.model.gemma", []),
-        ("import gemma_scope_jax.features", "gemma_scope_jax.cli", []),
+        ("import gemma_scope_jax.cards", "gemma_scope_jax.cli", []),
     ],
 )
 def test_a_forbidden_import_is_found(source, name, found):

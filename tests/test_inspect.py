@@ -11,13 +11,10 @@ import pytest
 from letters import Letters
 from tiny import tiny_model
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.coders.splice import features
-from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.features.inspect import inspect_text, strongest_features
-from gemma_scope_jax.features.inspect_page import inspection_page
-from gemma_scope_jax.features.inspect_terminal import label_text, print_inspection, visible
-from gemma_scope_jax.features.labels import (
+from gemma_scope_jax.cards.inspect import inspect_text, strongest_features
+from gemma_scope_jax.cards.inspect_page import inspection_page
+from gemma_scope_jax.cards.inspect_terminal import label_text, print_inspection, visible
+from gemma_scope_jax.cards.labels import (
     AFTER,
     BEFORE,
     build_labels,
@@ -25,6 +22,9 @@ from gemma_scope_jax.features.labels import (
     read_labels,
     write_labels,
 )
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.coders.splice import features
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.cards.labels import Label, Labels, logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK, counted
-from gemma_scope_jax.features.labels import Label, Labels, logit_tokens
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import default_positions, forward, unembed
 from gemma_scope_jax.model.intercept import capture

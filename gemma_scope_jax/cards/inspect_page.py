@@ -8,7 +8,7 @@ import html
 import json
 from importlib import resources
 
-from gemma_scope_jax.features.inspect import Inspection
+from gemma_scope_jax.cards.inspect import Inspection
 
 TITLE, DATA = "{{title}}", "{{data}}"
 

@@ -1,8 +1,9 @@
 """An `Inspection` as text in a terminal; plain where the output is a pipe."""
 
 import sys
-from gemma_scope_jax.features.inspect import Inspection
-from gemma_scope_jax.features.labels import Label
+
+from gemma_scope_jax.cards.inspect import Inspection
+from gemma_scope_jax.cards.labels import Label
 
 
 def visible(token: str) -> str:

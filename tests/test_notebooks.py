@@ -1,0 +1,32 @@
+"""The notebooks run from top to bottom as they stand, and are shipped with their results."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_is_shipped_executed_and_without_errors(path):
+    for cell in cells(path):
+        assert cell.execution_count
+        assert all(output.output_type != "error" for output in cell.outputs)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_runs(path, capsys):
+    namespace: dict = {}
+    for cell in cells(path):
+        exec(compile(cell.source, path.name, "exec"), namespace)
+    assert capsys.readouterr().out
