@@ -1,6 +1,6 @@
 """Turn a finished training run into a coder that ships: bfloat16 weights, label material, figures.
 
-    python packaging/ship_coder.py RUN gemma-3-270m-resid-post-12-width-4k-l0-50 [--tokens 300000]
+    python packaging/ship_coder.py RUN gemma-3-270m-resid-post-12-width-4k-l0-50 [--tokens 200000]
 
 Writes gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors, config.json), the
 recipe that made it (train_config.json), figures on the held-out text (figures.json), and label
@@ -51,16 +51,16 @@ def figures(model, coder, tok, tokens: int, loss_tokens: int) -> dict:
     batches = list(text_batches(tok, documents, length=512))
     per_batch = batches[0][0].size
     fit = gs.evaluate(model, coder, batches[: -(-tokens // per_batch)], delta_loss=False)
-    cost = gs.evaluate(model, coder, batches[: -(-loss_tokens // per_batch)])
-    seen = fit.as_dict() | {"losses": cost.as_dict()["losses"], "dead": fit.dead}
-    return seen | {"dense": int((fit.density > 0.1).sum()), "text": "eval/heldout_mix.txt"}
+    cost = gs.evaluate(model, coder, batches[: -(-loss_tokens // per_batch)], ablation=True)
+    costs = {name: cost.as_dict()[name] for name in ("loss", "delta_loss", "loss_recovered")}
+    return fit.as_dict() | costs | {"text": "eval/heldout_mix.txt of the corpus"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
-    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
     args = parser.parse_args()
     folder = Path(gs.__file__).parent / "packaged" / args.name
