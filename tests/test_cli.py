@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.model.config import PRESETS
 
@@ -109,6 +110,11 @@ def bad(folder, tmp):
         "deep": dict(layer=40), "wide": dict(d=64), "head": dict(reads="z", writes="z"),
     }.items():  # fmt: skip
         save_coder(random_coder(**change), tmp / name, config_extra={"model_name": "acme/tiny"})
+    crosscoder = MultiLayerCoder(
+        jnp.ones((2, 32, 8)), jnp.ones((2, 8)), jnp.ones((2, 8)), jnp.ones((3, 8, 32)),
+        jnp.ones((2, 32)), layers=(0, 1),
+    )  # fmt: skip
+    save_coder(crosscoder, tmp / "cross", config_extra={"model_name": "acme/tiny"})
     inspect = ("inspect", TEXT, "--model", "tiny", "--coder")
     check = ("check", folder, "--model", "tiny", "--text")
     yield ("inspect", ""), "the text is empty"
@@ -128,6 +134,7 @@ def bad(folder, tmp):
     yield (*inspect, tmp / "deep"), "layer 40, but tiny"
     yield (*inspect, tmp / "wide"), "reads 64 values at resid_post"
     yield (*inspect, tmp / "head"), "reads 32 values at z"
+    yield (*inspect, tmp / "cross"), "several layers"
     yield (*inspect, folder, "--top-k", 0), "top-k 0"
     yield (*inspect, folder, "--top-k", 49), "48 features"
     yield (*inspect, folder, "--html", tmp / "latin.txt" / "page.html"), "latin.txt"

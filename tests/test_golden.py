@@ -36,12 +36,14 @@ def model(name: str) -> gs.Model:
     return gs.Model(jax.tree.map(jnp.asarray, params), config)
 
 
-def assert_sites_agree(reads, expected) -> None:
+def assert_sites_agree(reads, expected, largest=None) -> None:
+    """Within 2e-5 of each layer's largest value, of `expected` or as given by site."""
     for site in SITES:
         ours, theirs = np.asarray(reads[site]), expected[site]
         assert ours.shape == theirs.shape
         for layer in range(len(theirs)):
-            error = np.abs(ours[layer] - theirs[layer]).max() / np.abs(theirs[layer]).max()
+            top = np.abs(theirs[layer] if largest is None else largest[site][layer]).max()
+            error = np.abs(ours[layer] - theirs[layer]).max() / top
             assert error < 2e-5, (site, layer, error)
 
 
@@ -71,8 +73,9 @@ def test_the_real_270m_agrees_with_transformers():
     expected = golden("real")
     out = gs.run(real_model(), expected["ids"], EVERYTHING)
     assert np.abs(np.asarray(out.logits)[..., ::256] - expected["logits"]).max() < 1e-4
+    # Only the last token's values are kept in the file; a site's largest is another token's.
     last = {site: np.asarray(out.reads[site])[:, :, -1] for site in SITES}
-    assert_sites_agree(last, expected)
+    assert_sites_agree(last, expected, {site: np.asarray(out.reads[site]) for site in SITES})
 
 
 @pytest.mark.real

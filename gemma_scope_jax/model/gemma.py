@@ -31,10 +31,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
+from gemma_scope_jax.model.attention_kernels import attend_in_order
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
 
 Logits = Literal["all", "last", "none"]
@@ -75,6 +77,24 @@ def default_positions(segments: jax.Array) -> jax.Array:
     return index - start
 
 
+def mesh_of(params: Params) -> Any:
+    """The abstract mesh the weights live on if it has our axes (`sharding.py`), else None.
+
+    The type of a weight tells it, inside `jit` too, so that nobody has to hand it down.
+    """
+    mesh = jax.typeof(params.embed).sharding.mesh
+    ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours else None
+
+
+def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:
+    """Spread `x` over the mesh's `axes`, one a dimension, where they divide; no mesh, no change."""
+    if mesh is None:
+        return x
+    spec = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 # ---------------------------------------------------------------------------------------------------
 # The pieces of a block
 
@@ -113,15 +133,16 @@ def project(x: jax.Array, w: jax.Array) -> jax.Array:
 def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
     """One layer's attention: z projected, float32 [B, T, D] before the post-norm, and the cache."""
     c, eps = config, config.norm_epsilon
-    is_global = where.is_global[layer]
+    is_global = c.is_global(layer) if isinstance(layer, int) else where.is_global[layer]
     cos = jnp.where(is_global, where.rope_global[0], where.rope_local[0])
     sin = jnp.where(is_global, where.rope_global[1], where.rope_local[1])
     window = jnp.where(is_global, jnp.int32(2**30), jnp.int32(c.window))
 
     dtype = p.w_q.dtype
-    q = at("q", rotate(rms_norm(project(x, p.w_q), p.q_norm, eps), cos, sin).astype(dtype))
-    k = at("k", rotate(rms_norm(project(x, p.w_k), p.k_norm, eps), cos, sin).astype(dtype))
-    v = at("v", project(x, p.w_v).astype(dtype))
+    heads = lambda w: place(where.mesh, project(x, w), "data", None, "model", None)
+    q = at("q", rotate(rms_norm(heads(p.w_q), p.q_norm, eps), cos, sin).astype(dtype))
+    k = at("k", rotate(rms_norm(heads(p.w_k), p.k_norm, eps), cos, sin).astype(dtype))
+    v = at("v", heads(p.w_v).astype(dtype))
     if kv is not None:
         keys, values = kv
         slot = (jnp.int32(layer), 0, where.slot, 0, 0)
@@ -133,16 +154,22 @@ def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
     if where.materialise:
         mask = visible(where.queries, where.keys, window)
         z = mix(at("attn_pattern", pattern(q, k, c.query_scale, mask)), v)
+    elif where.in_order:
+        share = (where.queries, where.packed, c.window, is_global, where.mesh)
+        z = attend_in_order(q, k, v, c.query_scale, *share)
     else:
         z = attend(q, k, v, c.query_scale, where.queries, where.keys, window, kv is None)
     z = at("z", z.reshape(*z.shape[:2], c.heads * c.head_dim))
-    return project(z, p.w_o.reshape(c.heads * c.head_dim, c.d_model)), kv
+    out = project(z, p.w_o.reshape(c.heads * c.head_dim, c.d_model))
+    return place(where.mesh, out, "data", None, None), kv
 
 
-def mlp(p: Block, x, at):
+def mlp(p: Block, x, mesh, at):
     """The gated MLP of one layer, float32 [B, T, D] before its post-norm."""
-    gate = jax.nn.gelu(project(x, p.w_gate), approximate=True)
-    return project(at("mlp_act", (gate * project(x, p.w_up)).astype(x.dtype)), p.w_down)
+    hidden = lambda w: place(mesh, project(x, w), "data", None, "model")
+    gate = jax.nn.gelu(hidden(p.w_gate), approximate=True)
+    out = project(at("mlp_act", (gate * hidden(p.w_up)).astype(x.dtype)), p.w_down)
+    return place(mesh, out, "data", None, None)
 
 
 def block(config: GemmaConfig, p: Block, x, layer, where, kv, at):
@@ -154,7 +181,7 @@ def block(config: GemmaConfig, p: Block, x, layer, where, kv, at):
     h = at("attn_out", rms_norm(h, p.post_attn_norm, eps, at, "post_attn_scale").astype(dtype))
     x = at("resid_mid", x + h)
     h = at("mlp_in", rms_norm(x, p.pre_mlp_norm, eps, at, "pre_mlp_scale").astype(dtype))
-    h = mlp(p, h, at)
+    h = mlp(p, h, where.mesh, at)
     h = at("mlp_out", rms_norm(h, p.post_mlp_norm, eps, at, "post_mlp_scale").astype(dtype))
     return at("resid_post", x + h), kv
 
@@ -174,9 +201,12 @@ class Where:
     keys: Tokens
     slot: Any
     materialise: bool = flax.struct.field(pytree_node=False, default=False)
+    in_order: bool = flax.struct.field(pytree_node=False, default=False)  # of position; no cache
+    packed: bool = flax.struct.field(pytree_node=False, default=True)  # or padded
+    mesh: Any = flax.struct.field(pytree_node=False, default=None)
 
 
-def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, materialise: bool):
+def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
     c, keys, slot = config, queries, None
     if cache is not None:
         slot = cache.used
@@ -186,20 +216,22 @@ def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, materialis
         jnp.array([c.is_global(l) for l in range(c.layers)]),
         rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0),
         rope_tables(queries.positions, c.head_dim, c.global_rope_base, c.global_rope_divisor),
-        queries, keys, slot, materialise,
+        queries, keys, slot, **static,
     )  # fmt: skip
 
 
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype as in training."""
-    return params.embed[tokens] * jnp.asarray(config.d_model**0.5, params.embed.dtype)
+    x = place(mesh_of(params), params.embed[tokens], "data", None, None)
+    return x * jnp.asarray(config.d_model**0.5, params.embed.dtype)
 
 
 def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.Array:
     """Logits float32 [B, T, V] of a final residual [B, T, D]."""
     h = rms_norm(x, params.final_norm, config.norm_epsilon, at, "final_scale")
     h = h.astype(params.embed.dtype)
-    return jnp.einsum("btd,vd->btv", h, params.embed, preferred_element_type=jnp.float32)
+    out = jnp.einsum("btd,vd->btv", h, params.embed, preferred_element_type=jnp.float32)
+    return place(mesh_of(params), out, "data", None, "model")
 
 
 def forward(
@@ -216,7 +248,8 @@ def forward(
 ) -> Output:
     """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
 
-    segments       int [B, T]: 0 is padding, equal ids see each other (packing); default all one
+    segments       int [B, T]: 0 is padding, equal ids side by side see each other (packing);
+                   default all one
     positions      int [B, T]: absolute; default counts within each run of equal segment ids
     cache          keys and values so far; the tokens go to its next slots
     stop_at_layer  run layers 0 .. stop_at_layer - 1 only, no logits
@@ -230,6 +263,7 @@ def forward(
     ic.check(items, c.layers, stop_at_layer)
     _check_tokens(c, tokens, cache, positions, segments)
     tokens = tokens.astype(jnp.int32)
+    in_order, packed = positions is None and cache is None, segments is not None
     if segments is None:
         segments = jnp.ones_like(tokens)
     if positions is None:
@@ -238,7 +272,8 @@ def forward(
             seen = jnp.where(cache.tokens.segments > 0, cache.tokens.positions + 1, 0)
             positions = positions + jnp.max(seen, 1, keepdims=True)
     queries = Tokens(positions.astype(jnp.int32), segments.astype(jnp.int32))
-    where = _where(c, queries, cache, ic.reads_whole_pattern(items))
+    static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params)}
+    where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
     top = ic.At(items, everything, -1, c.layers, queries.positions, segments > 0, {})
 
