@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.parity import assert_sites_agree, our_forward
 from golden.weights import SITES, checksum, random_params
 
 import gemma_scope_jax as gs
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers.npz"
-EVERYTHING = [gs.capture(site) for site in SITES]
 
 
 @cache
@@ -36,24 +36,13 @@ def model(name: str) -> gs.Model:
     return gs.Model(jax.tree.map(jnp.asarray, params), config)
 
 
-def assert_sites_agree(reads, expected, largest=None) -> None:
-    """Within 2e-5 of each layer's largest value, of `expected` or as given by site."""
-    for site in SITES:
-        ours, theirs = np.asarray(reads[site]), expected[site]
-        assert ours.shape == theirs.shape
-        for layer in range(len(theirs)):
-            top = np.abs(theirs[layer] if largest is None else largest[site][layer]).max()
-            error = np.abs(ours[layer] - theirs[layer]).max() / top
-            assert error < 2e-5, (site, layer, error)
-
-
 @pytest.mark.parametrize("name", gs.PRESETS)
 def test_shrunken_model_agrees_with_transformers(name):
     expected = golden(name)
     assert expected["ids"].shape[1] > model(name).config.window
-    out = gs.run(model(name), expected["ids"], EVERYTHING)
-    assert np.abs(np.asarray(out.logits) - expected["logits"]).max() < 1e-4
-    assert_sites_agree(out.reads, expected)
+    logits, sites = our_forward(model(name), expected["ids"])
+    assert np.abs(logits - expected["logits"]).max() < 1e-4
+    assert_sites_agree(sites, expected)
 
 
 @pytest.mark.parametrize("name", gs.PRESETS)
@@ -71,11 +60,9 @@ def real_model() -> gs.Model:
 @pytest.mark.real
 def test_the_real_270m_agrees_with_transformers():
     expected = golden("real")
-    out = gs.run(real_model(), expected["ids"], EVERYTHING)
-    assert np.abs(np.asarray(out.logits)[..., ::256] - expected["logits"]).max() < 1e-4
-    # Only the last token's values are kept in the file; a site's largest is another token's.
-    last = {site: np.asarray(out.reads[site])[:, :, -1] for site in SITES}
-    assert_sites_agree(last, expected, {site: np.asarray(out.reads[site]) for site in SITES})
+    logits, sites = our_forward(real_model(), expected["ids"])
+    assert np.abs(logits[..., ::256] - expected["logits"]).max() < 1e-4
+    assert_sites_agree({site: sites[site][:, :, -1] for site in SITES}, expected)
 
 
 @pytest.mark.real

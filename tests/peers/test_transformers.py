@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.weights import SITES, random_ids, random_params
+from golden.parity import assert_sites_agree, our_forward
+from golden.weights import random_ids, random_params
 from tiny import tiny
 
 import gemma_scope_jax as gs
@@ -48,17 +49,11 @@ def assert_parity(model: gs.Model, peer, ids: np.ndarray, share: float = 1.0) ->
     """Logits of a `share` of the tokens within 1e-4 (and of all within 3e-4); sites within 2e-5."""
     from golden.peer import peer_forward
 
-    logits, sites = peer_forward(peer, ids)
-    out = gs.run(model, ids, [gs.capture(site) for site in SITES])
-    errors = np.abs(np.asarray(out.logits) - logits).max(-1)
+    (logits, sites), (their_logits, their_sites) = our_forward(model, ids), peer_forward(peer, ids)
+    errors = np.abs(logits - their_logits).max(-1)
     assert (errors < 1e-4).mean() >= share, errors.max()
     assert errors.max() < 3e-4
-    for site in SITES:
-        read = np.asarray(out.reads[site])
-        assert read.shape == sites[site].shape
-        for layer, (mine, other) in enumerate(zip(read, sites[site], strict=True)):
-            error = np.abs(mine - other).max() / np.abs(other).max()
-            assert error < 2e-5, (site, layer, error)
+    assert_sites_agree(sites, their_sites)
 
 
 @pytest.mark.parametrize("name", SIZES)
