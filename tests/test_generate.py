@@ -17,7 +17,7 @@ LONG = list(range(2, 35))  # 33 tokens, one more than fits the smallest bucket
 @pytest.fixture(scope="module")
 def small():
     """Two layers: compiles fast, for what does not depend on the layers."""
-    return tiny_model(gs.PRESETS["gemma-3-1b"], layers=2)
+    return tiny_model(gs.PRESETS["gemma-3-1b"], layers=2, seed=7)  # its rows say different things
 
 
 def count(x, ctx, limit):

@@ -151,9 +151,10 @@ def test_update_keeps_decoder_rows_at_unit_norm_and_thresholds_positive():
     assert float(state.weights.threshold.min()) >= 0
 
 
-def test_packing_starts_every_piece_with_bos_and_loses_nothing(corpus):
+@pytest.mark.parametrize("length", [2, 6, 32])
+def test_packing_starts_every_piece_with_bos_and_loses_nothing(corpus, length):
     documents, tok = read_documents([corpus]), Letters()
-    batches = list(pack(documents, lambda t: tok.encode(t, bos=False), 4, 32, 2))
+    batches = list(pack(documents, lambda t: tok.encode(t, bos=False), 4, length, 2))
     tokens = np.concatenate([b.tokens for b in batches])
     segments = np.concatenate([b.segments for b in batches])
     first = np.diff(segments, axis=1, prepend=0) > 0

@@ -65,6 +65,8 @@ def pack(
     `encode` maps a document to token ids without <bos>. A document that would get
     fewer than 8 tokens at the end of a row starts in the next: they would see next to nothing.
     """
+    if batch < 1 or length < 2:
+        raise InputError(f"rows must hold <bos> and a token: batch {batch}, length {length}")
     tokens = np.zeros((batch, length), np.int32)
     segments = np.zeros((batch, length), np.int32)
     row, column, piece = 0, 0, 1
@@ -72,7 +74,7 @@ def pack(
         ids = encode(document)
         while len(ids):
             room = length - column - 1
-            if room < min(8, len(ids)):
+            if column and room < min(8, len(ids)):
                 row, column, piece = row + 1, 0, 1
                 if row == batch:
                     yield TokenBatch(tokens.copy(), segments.copy())
