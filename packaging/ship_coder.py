@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gemma_scope_jax.cards.labels import build_labels, write_labels
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.cards.labels import build_labels, write_labels
 from gemma_scope_jax.data.text import read_documents
 from gemma_scope_jax.evaluation.evaluate import text_batches
 

@@ -95,7 +95,7 @@ def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The pieces of a block
 
 
@@ -186,7 +186,7 @@ def block(config: GemmaConfig, p: Block, x, layer, where, kv, at):
     return at("resid_post", x + h), kv
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -221,7 +221,7 @@ def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
 
 
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype as in training."""
+    """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype, as trained."""
     x = place(mesh_of(params), params.embed[tokens], "data", None, None)
     return x * jnp.asarray(config.d_model**0.5, params.embed.dtype)
 
@@ -303,7 +303,7 @@ def forward(
 
 
 def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat):
-    """Run layers 0 .. ran - 1, a scan a segment; returns the reads as {index: {layer run: value}}."""
+    """Run layers 0 .. ran - 1, a scan a segment; the reads come as {index: [a value a segment]}."""
     c, blocks = model.config, model.params.blocks
 
     def body(active, carry, layer):
@@ -353,7 +353,7 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
                 stacked = jax.tree.map(lambda a: a[0], stacked)
             elif i.layers is not None and tuple(sorted(i.layers)) != i.layers:
                 order = np.argsort(np.argsort(i.layers))
-                stacked = jax.tree.map(lambda a: a[order], stacked)
+                stacked = jax.tree.map(partial(jnp.take, indices=order, axis=0), stacked)
             reads[i.name] = stacked
         else:
             raise InputError(f"{i.name!r} at {i.site!r} is never reached")
@@ -373,7 +373,8 @@ def _check_tokens(config: GemmaConfig, tokens, cache: Cache | None, positions, s
     room = config.context if cache is None else cache.k.shape[2]
     if tokens.shape[1] > room:
         what = "the model's context" if cache is None else "the cache's slots"
-        raise InputError(f"{tokens.shape[1]} tokens are more than {what} of {room}: shorten the text")
+        count = tokens.shape[1]
+        raise InputError(f"{count} tokens are more than {what} of {room}: shorten the text")
 
 
 _run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
