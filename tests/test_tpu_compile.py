@@ -132,13 +132,13 @@ def check_gathers(found: list[list], config, model: int) -> int:
     sizes = [math.prod(w.shape) * w.dtype.itemsize for w in (blocks.w_q, blocks.w_gate)]
     passed = 0
     for operation, arrays, count in found:
-        for dtype, dimensions in arrays:
-            shape = [int(n) for n in dimensions.split(",") if n]
-            size = math.prod(shape) * BYTES[dtype]
-            assert config.layers not in shape and size < max(sizes), (operation, dtype, shape)
-            if operation == "all-gather" and shape != [config.vocab // model, config.d_model]:
-                assert size <= max(sizes) // config.layers, (operation, dtype, shape)
-                passed += count * (dtype == "bf16")
+        shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
+        size = max(math.prod(s) * BYTES[dtype] for (dtype, _), s in zip(arrays, shapes))
+        assert not any(config.layers in s for s in shapes), (operation, arrays)
+        assert size < max(sizes), (operation, arrays)
+        if operation == "all-gather" and (config.vocab // model, config.d_model) not in shapes:
+            assert size <= max(sizes) // config.layers, (operation, arrays)
+            passed += count * any(dtype == "bf16" for dtype, _ in arrays)
     return passed
 
 
