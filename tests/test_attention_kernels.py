@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import tiny
 
 import gemma_scope_jax as gs
@@ -177,7 +177,7 @@ def test_on_a_cpu_attend_is_all_there_is():
 
 @pytest.fixture(scope="module")
 def model():
-    config = dataclasses.replace(tiny(gs.PRESETS["gemma-3-4b"]), window=40, context=T)
+    config = dataclasses.replace(tiny(gs.PRESETS["gemma-3-4b"], 7), window=40, context=T)
     return Model(init_params(config, jax.random.key(0)), config)
 
 
@@ -206,7 +206,7 @@ def test_the_forward_pass_and_its_gradients_are_the_same_with_kernels(
     tokens = ids(2)
 
     def run(params, steer):
-        work = [gs.capture("z", (4, 5, 6)), gs.steer("resid_post", 2, steer)]
+        work = [gs.capture("z", (5,)), gs.steer("embed", None, steer)]  # 0-4 scanned, 5, 6
         out = gs.forward(model.replace(params=params), tokens, work, segments=segments)
         real = (jnp.ones_like(tokens) if segments is None else segments) > 0
         return jnp.where(real[..., None], out.logits, 0.0).std(), out.reads["z"]
@@ -238,6 +238,34 @@ def test_kernels_can_be_vmapped(model, monkeypatch):
     swept = jax.jit(jax.vmap(run))(vectors)
     for one, vector in zip(swept, vectors):
         np.testing.assert_allclose(one, jax.jit(run)(vector), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["other names", "only tokens", "manual"])
+def test_over_other_meshes_than_ours_only_manual_code_takes_kernels(model, monkeypatch, kind):
+    def read(model, tokens):
+        work = [gs.capture("resid_post", 0)]
+        return gs.forward(model, tokens, work, stop_at_layer=1).reads["resid_post"]
+
+    def kernel(*args, **options):
+        used.append(options["window"])
+        return interpreted(*args, **options)
+
+    used: list[int | None] = []
+    names = ("data", "model") if kind == "only tokens" else ("x", "y")
+    mesh = jax.make_mesh((2, 4), names, axis_types=(AxisType.Auto, AxisType.Auto))
+    whole, rows = PartitionSpec(), PartitionSpec(names[0])
+    tokens = ids(2)[:, :128]
+    one_device = jax.jit(read)(model, tokens)
+    run = read
+    if kind == "manual":
+        options = {"in_specs": (whole, rows), "out_specs": rows, "check_vma": False}
+        run = jax.shard_map(read, mesh=mesh, **options)
+    if kind != "only tokens":
+        model = jax.device_put(model, NamedSharding(mesh, whole))
+    monkeypatch.setattr(kernels, "kernel_for", lambda *_: kernel)
+    many = jax.jit(run)(model, jax.device_put(tokens, NamedSharding(mesh, rows)))
+    np.testing.assert_allclose(many, one_device, atol=1e-5)
+    assert used == ([40] if kind == "manual" else [])
 
 
 def test_other_orders_caches_and_patterns_take_no_kernel(model, kernels_everywhere):

@@ -84,7 +84,10 @@ def compile_for_tpu(size: str):
 
 
 def figures(compiled) -> dict:
-    """Bytes of HBM a chip, the compiler's estimates, collectives with their shapes, kernels."""
+    """Bytes of HBM a chip, the compiler's estimates, collectives with their shapes, kernels.
+
+    A loop's body counts once in the estimates, and Pallas kernels not at all.
+    """
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     names = ("argument", "output", "temp", "generated_code")
     return {
@@ -92,6 +95,7 @@ def figures(compiled) -> dict:
         "flops": cost["flops"],
         "optimal_seconds": cost.get("optimal_seconds"),
         "collectives": collectives(text),
+        "logits": list(compiled.output_shardings.logits.spec),
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
     }
 
@@ -148,6 +152,7 @@ def test_the_forward_pass_with_captures_and_an_sae_fits_and_gathers_no_stack(siz
     found = compiled(size)
     assert sum(found["hbm"].values()) <= room
     assert check_gathers(found["collectives"], preset(f"gemma-3-{size}"), model) > 0
+    assert found["logits"] == ["data", None, "model"]  # each chip works on its rows only
     assert found["kernels"] >= len(layers)  # the splash kernel, whatever layers are cut out
 
 

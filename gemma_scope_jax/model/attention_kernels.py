@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from gemma_scope_jax.model.attention import Tokens, attend
 
@@ -40,6 +40,8 @@ def attend_in_order(
     device = None if mesh is None else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
     kernel = kernel_for(platform, q, packed)
+    if mesh is None and set(jax.typeof(q).sharding.mesh.axis_types) - {AxisType.Manual}:
+        kernel = None  # somebody else's mesh: only the compiler knows how to split over it
     segments = tokens.segments if packed else None
     if kernel is None:
         return plain(q, k, v, segments)
@@ -129,7 +131,7 @@ def splash(
         interpret=interpret,
     )
 
-    def row(q, k, v, segments):
+    def row(q, k, v, segments) -> Any:
         return kernel(q, k, v, None if segments is None else sa.SegmentIds(segments, segments))
 
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * jnp.asarray(scale, q.dtype), k, v))
