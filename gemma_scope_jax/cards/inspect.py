@@ -19,9 +19,9 @@ from gemma_scope_jax.cards.labels import Label, Labels, logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
-from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK, counted
+from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import default_positions, forward, unembed
+from gemma_scope_jax.model.gemma import counted, forward, unembed
 from gemma_scope_jax.model.intercept import capture
 
 NEXT = 10  # next tokens listed
@@ -94,7 +94,7 @@ def _look(model: Model, coder: SparseCoder, tokens, segments, *, k: int):
     size = min(TOKEN_CHUNK, x.shape[0])
     strongest = lambda x: jax.lax.top_k(coder.encode(x), k)
     values, features = jax.lax.map(strongest, x.reshape(-1, size, x.shape[-1]))
-    mask = counted(default_positions(segments), segments, coder.first)[0]
+    mask = counted(segments, coder.first)[0]
     values = jnp.where(mask[:, None], values.reshape(-1, k), 0.0)
     return (ids, best, chances), (values, features.reshape(-1, k)), (x, mask)
 

@@ -25,9 +25,9 @@ import numpy as np
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import check_fits, read_site, text_batches
-from gemma_scope_jax.evaluation.metrics import OUTLIER, counted, median_norm
+from gemma_scope_jax.evaluation.metrics import OUTLIER, median_norm
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import default_positions
+from gemma_scope_jax.model.gemma import counted
 
 FILES = ("labels.json.gz", "labels.json")
 FORMAT = 1
@@ -123,7 +123,7 @@ def _nothing_yet(width: int, k: int) -> _Best:
 def _update(model: Model, coder: SparseCoder, best: _Best, tokens, segments, row) -> _Best:
     """Look at one batch [B, T], whose first row of text has the number `row`."""
     x = read_site(model, (coder.layer,), (coder.reads,), tokens, segments)[coder.reads][0]
-    mask = counted(default_positions(segments), segments, coder.first)
+    mask = counted(segments, coder.first)
     norms = jnp.linalg.norm(float32(x), axis=-1).reshape(tokens.shape)
     usual = norms <= OUTLIER * median_norm(x[None], mask.reshape(-1))[0]
     rows = row + jnp.arange(tokens.shape[0], dtype=jnp.int32)

@@ -20,18 +20,17 @@ import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import float32
-from gemma_scope_jax.evaluation.evaluate import Batch, Metrics, check_fits, evaluate, site_width
+from gemma_scope_jax.evaluation.evaluate import Batch, Metrics, check_fits, evaluate
 from gemma_scope_jax.evaluation.metrics import (
     Coder,
     Fit,
     coder_sums,
-    counted,
     fit,
     layers_of,
     merge,
 )
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import default_positions, forward
+from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 
 CLEARLY = 0.8  # an alternative is better if its FVU is below this share of the stated place's
@@ -100,7 +99,7 @@ def check(model: Model, coder: Coder, batches: Iterable[Batch]) -> Report:
         tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
         places = {place for way in ways for place in (way.reads, way.writes)}
         seen = _activations(model, tokens, segments, layers_of(coder), tuple(sorted(places)))
-        mask = counted(default_positions(segments), segments, coder.first).reshape(-1)
+        mask = counted(segments, coder.first).reshape(-1)
         for i, way in enumerate(ways):
             used = _transposed(coder) if way.transposed else coder
             typical = _sums(used, seen[way.reads], seen[way.writes], mask)[1]

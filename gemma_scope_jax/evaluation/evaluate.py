@@ -25,7 +25,6 @@ from gemma_scope_jax.evaluation.metrics import (
     Fit,
     Moments,
     coder_sums,
-    counted,
     fit,
     layers_of,
     merge,
@@ -33,8 +32,8 @@ from gemma_scope_jax.evaluation.metrics import (
     predicts,
 )
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import default_positions, forward
-from gemma_scope_jax.model.intercept import LAYER_SITES, Context, capture, token_mask, write
+from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.intercept import Context, capture, token_mask, write
 
 Batch = tuple[Any, Any]  # tokens int [B, T], segments int [B, T]: 0 is padding
 
@@ -181,7 +180,7 @@ def read_site(model: Model, layers: tuple[int, ...], sites: tuple[str, ...], tok
 @jax.jit
 def _fit_step(model: Model, coder: Coder, tokens: jax.Array, segments: jax.Array):
     sites = read_site(model, layers_of(coder), (coder.reads, coder.writes), tokens, segments)
-    mask = counted(default_positions(segments), segments, coder.first).reshape(-1)
+    mask = counted(segments, coder.first).reshape(-1)
     return coder_sums(coder, sites[coder.reads], sites[coder.writes], mask)
 
 
@@ -192,7 +191,7 @@ def _zeros(x: jax.Array, ctx: Context, *, first: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="ablation")
 def _loss_step(model: Model, coder: Coder, tokens, segments, *, ablation: bool):
     """{run: -log p(next token) [B, T]} and the tokens that count, bool [B, T]."""
-    mask = predicts(default_positions(segments), segments, coder.first)
+    mask = predicts(segments, coder.first)
     runs = {"clean": [], "spliced": [splice(coder, error=False)]}
     if ablation:
         runs["ablated"] = [write(coder.writes, layers_of(coder), _zeros, first=coder.first)]
@@ -202,21 +201,6 @@ def _loss_step(model: Model, coder: Coder, tokens, segments, *, ablation: bool):
         out = forward(model, tokens, reads, segments=segments, logits="none")
         losses[name] = next_token_loss(model, out.reads["resid_final"], tokens, mask)
     return losses, mask
-
-
-def site_width(config: GemmaConfig, site: str) -> int:
-    """The last axis of a layer site that a coder can stand at. Raises `InputError`."""
-    if site == "z":
-        return config.heads * config.head_dim
-    if site == "mlp_act":
-        return config.d_mlp
-    if (
-        site not in LAYER_SITES
-        or site in ("q", "k", "v", "attn_pattern")
-        or site.endswith("_scale")
-    ):
-        raise InputError(f"no coder can stand at site {site!r}")
-    return config.d_model
 
 
 def check_fits(config: GemmaConfig, coder: Coder) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import unembed
+from gemma_scope_jax.model.gemma import counted, unembed
 
 OUTLIER = 3.0
 TOKEN_CHUNK = 256  # features [256, F] and logits [256, V] exist at a time, never more
@@ -75,11 +75,6 @@ def fit(moments: Moments) -> Fit:
         int(moments.tokens.max()), float(l0.mean()), float(fvu.mean()), float(mse.mean()),
         tuple(map(float, fvu)),
     )  # fmt: skip
-
-
-def counted(positions: jax.Array, segments: jax.Array, first: int) -> jax.Array:
-    """bool, as `positions`: tokens that a coder was trained on; not padding, nor before `first`."""
-    return (segments > 0) & (positions >= first)
 
 
 def layers_of(coder: Coder) -> tuple[int, ...]:
@@ -147,10 +142,10 @@ def _moments(y: jax.Array, error: jax.Array, active: jax.Array, mask: jax.Array)
 # The loss on the next token
 
 
-def predicts(positions: jax.Array, segments: jax.Array, first: int) -> jax.Array:
+def predicts(segments: jax.Array, first: int) -> jax.Array:
     """bool [B, T]: counted tokens (see `counted`) whose next token is of the same document."""
     following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
-    return counted(positions, segments, first) & (following == segments)
+    return counted(segments, first) & (following == segments)
 
 
 def next_token_loss(model: Model, resid_final: jax.Array, tokens: jax.Array, valid: jax.Array):

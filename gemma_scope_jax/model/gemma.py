@@ -31,13 +31,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
+from gemma_scope_jax.model.sharding import mesh_of, place
 
 Logits = Literal["all", "last", "none"]
 
@@ -77,22 +77,24 @@ def default_positions(segments: jax.Array) -> jax.Array:
     return index - start
 
 
-def mesh_of(params: Params) -> Any:
-    """The abstract mesh the weights live on if it has our axes (`sharding.py`), else None.
-
-    The type of a weight tells it, inside `jit` too, so that nobody has to hand it down.
-    """
-    mesh = jax.typeof(params.embed).sharding.mesh
-    ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if ours else None
+def counted(segments: jax.Array, first: int) -> jax.Array:
+    """bool [B, T]: tokens that a coder was trained on; not padding, nor before `first`."""
+    return (segments > 0) & (default_positions(segments) >= first)
 
 
-def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:
-    """Spread `x` over the mesh's `axes`, one a dimension, where they divide; no mesh, no change."""
-    if mesh is None:
-        return x
-    spec = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+def site_width(config: GemmaConfig, site: str) -> int:
+    """The last axis of a layer site that a coder can stand at. Raises `InputError`."""
+    if site == "z":
+        return config.heads * config.head_dim
+    if site == "mlp_act":
+        return config.d_mlp
+    if (
+        site not in ic.LAYER_SITES
+        or site in ("q", "k", "v", "attn_pattern")
+        or site.endswith("_scale")
+    ):
+        raise InputError(f"no coder can stand at site {site!r}")
+    return config.d_model
 
 
 # -------------------------------------------------------------------------------------------------
@@ -377,6 +379,14 @@ def _check_tokens(config: GemmaConfig, tokens, cache: Cache | None, positions, s
         raise InputError(f"{count} tokens are more than {what} of {room}: shorten the text")
 
 
+def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
+    """Raise `InputError` if any of `ids` (some of them) is not a token; `what` begins the line."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab:
+        bad = low if low < 0 else high
+        raise InputError(f"{what}token id {bad} is outside 0..{config.vocab - 1}")
+
+
 _run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
 
 
@@ -391,9 +401,6 @@ def run(model: Model, tokens, intercepts=(), **options) -> Output:
         except ValueError:
             raise InputError("tokens must be [B, T]: pad rows of unequal lengths") from None
         if tokens.dtype.kind in "iu" and tokens.size:
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= model.config.vocab:
-                bad = low if low < 0 else high
-                raise InputError(f"token id {bad} is outside 0..{model.config.vocab - 1}")
+            check_ids(model.config, tokens)
             tokens = tokens.astype(np.int32)
     return _run(model, tokens, ic.flatten(intercepts), **options)

@@ -22,7 +22,7 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import Cache, forward, init_cache
+from gemma_scope_jax.model.gemma import Cache, check_ids, forward, init_cache
 
 PAD = 0
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
@@ -152,15 +152,8 @@ def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
             raise InputError(f"prompt {n} is empty: it needs at least one token, such as <bos>")
         if row.ndim != 1 or row.dtype.kind not in "iu":
             raise InputError(f"{wanted}; prompt {n} is {row.dtype}{list(row.shape)}")
-        _check_ids(config, f"prompt {n}", row)
+        check_ids(config, row, f"prompt {n}: ")
     return [row.astype(np.int32) for row in rows]
-
-
-def _check_ids(config: GemmaConfig, what: str, ids: np.ndarray) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab:
-        bad = low if low < 0 else high
-        raise InputError(f"{what}: token id {bad} is outside 0..{config.vocab - 1}")
 
 
 def _left_padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +203,7 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
     if stop.size:
         if stop.ndim != 1 or stop.dtype.kind not in "iu":
             raise InputError(f"stop_tokens must be a tuple of token ids, not {stop_tokens!r}")
-        _check_ids(config, "stop_tokens", stop)
+        check_ids(config, stop, "stop_tokens: ")
     filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
     filled[: stop.size] = stop
     greedy = heat == 0.0

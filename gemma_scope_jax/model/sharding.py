@@ -96,3 +96,21 @@ def shard_batch(mesh: Mesh, array: Any) -> jax.Array:
             'make B a multiple of the mesh\'s "data" axis'
         )
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def mesh_of(params: Params) -> Any:
+    """The abstract mesh the weights live on if it has our axes, else None.
+
+    The type of a weight tells it, inside `jit` too, so that nobody has to hand it down.
+    """
+    mesh = jax.typeof(params.embed).sharding.mesh
+    ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours else None
+
+
+def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:
+    """Spread `x` over the mesh's `axes`, one a dimension, where they divide; no mesh, no change."""
+    if mesh is None:
+        return x
+    spec = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -14,7 +14,7 @@ import optax
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import default_positions, forward
+from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 from gemma_scope_jax.training.recipe import TrainConfig
@@ -65,7 +65,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(config: TrainConfig, model: GemmaConfig, key: jax.Array) -> TrainState:
     """He-uniform decoder with unit rows, encoder its transpose, biases zero, thresholds given."""
-    d_in = model.heads * model.head_dim if config.site == "z" else model.d_model
+    d_in = site_width(model, config.site)
     key, draw = jax.random.split(key)
     bound = (6.0 / d_in) ** 0.5
     w_dec = jax.random.uniform(draw, (config.width, d_in), jnp.float32, -bound, bound)
@@ -155,8 +155,7 @@ def model_activations(model: Model, tokens, segments, config: TrainConfig):
         segments=segments, stop_at_layer=config.layer + 1, logits="none", remat=None,
     )  # fmt: skip
     x = out.reads[config.site]
-    counts = (segments > 0) & (default_positions(segments) > 0)
-    return x.reshape(-1, x.shape[-1]), counts.reshape(-1)
+    return x.reshape(-1, x.shape[-1]), counted(segments, 1).reshape(-1)
 
 
 def fill(state: TrainState, x: jax.Array, counts: jax.Array) -> TrainState:
