@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
@@ -203,7 +204,7 @@ def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]
 def _check_features(coder: Coder, feature: Any) -> None:
     """Out of range, a feature would silently be none (or wrap around)."""
     for leaf in jax.tree.leaves(feature):
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             continue
         ids = np.atleast_1d(leaf)
         bad = ids[(ids < 0) | (ids >= coder.width)] if ids.dtype.kind in "iu" else ids

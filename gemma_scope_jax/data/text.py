@@ -53,7 +53,7 @@ def shuffled(documents: Sequence[str], seed: int) -> Iterator[str]:
     epoch = 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(len(documents))
-        yield from (documents[i] for i in order)
+        yield from (documents[int(i)] for i in order)
         epoch += 1
 
 

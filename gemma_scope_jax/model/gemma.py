@@ -299,12 +299,12 @@ def forward(
             out = top("logits", unembed(c, params, x, top))
     reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
     if cache is not None:
-        assert kv is not None
-        cache = Cache(*kv, where.keys, cache.used + tokens.shape[1])
+        k, v = kv
+        cache = Cache(k, v, where.keys, cache.used + tokens.shape[1])
     return Output(None if logits == "none" else out, reads, cache)
 
 
-def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat):
+def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat) -> Any:
     """Run layers 0 .. ran - 1, a scan a segment; the reads come as {index: [a value a segment]}."""
     c, blocks = model.config, model.params.blocks
 

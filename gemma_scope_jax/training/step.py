@@ -5,6 +5,7 @@ draw from it at random. Everything is divided by one scalar so that inputs have 
 norm; `fold` puts that scalar, and the decoder bias subtracted from the input, into the weights.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -59,7 +60,7 @@ def schedule(config: TrainConfig):
     return rate
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig) -> Any:  # optax's types know arrays, not dataclasses
     return optax.adam(schedule(config), b1=config.b1, b2=config.b2, eps=config.epsilon)
 
 
@@ -133,17 +134,18 @@ def update(state: TrainState, config: TrainConfig) -> tuple[TrainState, dict]:
     # Moving along a decoder row only changes its norm, which is put back to one below.
     w_dec = state.weights.w_dec
     along = jnp.sum(grads.w_dec * w_dec, -1, keepdims=True)
-    grads = grads.replace(w_dec=grads.w_dec - along * w_dec)
+    grads = dataclasses.replace(grads, w_dec=grads.w_dec - along * w_dec)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         changes, opt = optimizer(config).update(grads, state.optimizer, state.weights)
-    weights = optax.apply_updates(state.weights, changes)
-    weights = weights.replace(
-        w_dec=_unit_rows(weights.w_dec), threshold=jnp.maximum(weights.threshold, 0.0)
+    before: Any = state.weights
+    weights: Any = optax.apply_updates(before, changes)
+    weights = dataclasses.replace(
+        weights, w_dec=_unit_rows(weights.w_dec), threshold=jnp.maximum(weights.threshold, 0.0)
     )
     last = jnp.where(parts.pop("active"), state.update, state.last_active)
     parts["dead"] = jnp.mean(dead)
-    state = state.replace(
-        weights=weights, optimizer=opt, last_active=last, update=state.update + 1, key=key
+    state = dataclasses.replace(
+        state, weights=weights, optimizer=opt, last_active=last, update=state.update + 1, key=key
     )
     return state, parts
 
@@ -164,7 +166,9 @@ def fill(state: TrainState, x: jax.Array, counts: jax.Array) -> TrainState:
     slot = (state.filled + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
     slot = jnp.where(counts, slot, size)  # beyond the end: dropped
     buffer = state.buffer.at[slot].set(x.astype(state.buffer.dtype), mode="drop")
-    return state.replace(buffer=buffer, filled=state.filled + jnp.sum(counts, dtype=jnp.int32))
+    return dataclasses.replace(
+        state, buffer=buffer, filled=state.filled + jnp.sum(counts, dtype=jnp.int32)
+    )
 
 
 def fill_step(state: TrainState, model: Model, tokens, segments, config: TrainConfig) -> TrainState:
@@ -194,11 +198,13 @@ def start(state: TrainState, config: TrainConfig) -> TrainState:
     scale = jnp.sqrt(jnp.mean(squares))
     w = state.weights
     if config.threshold is None:
-        w = w.replace(b_dec=jnp.mean(rows, 0) / scale)
+        w = dataclasses.replace(w, b_dec=jnp.mean(rows, 0) / scale)
         sample = rows[:8192] / scale - w.b_dec[None, :]
         share = config.target_l0 / config.width
-        w = w.replace(threshold=jnp.maximum(jnp.quantile(sample @ w.w_enc, 1 - share, 0), 0.001))
-    return state.replace(scale=scale, weights=w)
+        w = dataclasses.replace(
+            w, threshold=jnp.maximum(jnp.quantile(sample @ w.w_enc, 1 - share, 0), 0.001)
+        )
+    return dataclasses.replace(state, scale=scale, weights=w)
 
 
 def fold(weights: Weights, scale: jax.Array, *, layer: int, site: str) -> SparseCoder:

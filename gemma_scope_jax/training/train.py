@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,8 @@ def coder(config: TrainConfig, state: steps.TrainState) -> SparseCoder:
     """The coder of a training state in the published form, with its published config."""
     sae = steps.fold(state.weights, state.scale, layer=config.layer, site=config.site)
     name = config.model if "/" in config.model else f"google/{config.model}"
-    return sae.replace(
-        info=CoderInfo(model_name=name, type="sae", l0=config.target_l0, width=config.width)
+    return dataclasses.replace(
+        sae, info=CoderInfo(model_name=name, type="sae", l0=config.target_l0, width=config.width)
     )
 
 
@@ -117,7 +118,8 @@ class _Run:
         done = self.manager.latest_step()
         if done is None:
             return state, 0
-        return _keyed(self.manager.restore(done, args=self.args.StandardRestore(_raw(state)))), done
+        restored: Any = self.manager.restore(done, args=self.args.StandardRestore(_raw(state)))
+        return _keyed(restored), done
 
     def save(self, done: int, state: steps.TrainState) -> None:
         if self.manager.latest_step() != done:
@@ -177,8 +179,8 @@ class _Run:
 
 def _raw(state: steps.TrainState) -> steps.TrainState:
     """Typed keys as their data, which checkpoints can hold."""
-    return state.replace(key=jax.random.key_data(state.key))
+    return dataclasses.replace(state, key=jax.random.key_data(state.key))
 
 
 def _keyed(state: steps.TrainState) -> steps.TrainState:
-    return state.replace(key=jax.random.wrap_key_data(state.key))
+    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
