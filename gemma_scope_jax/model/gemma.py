@@ -224,7 +224,7 @@ def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
 
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype, as trained."""
-    x = place(mesh_of(params), params.embed[tokens], "data", None, None)
+    x = place(mesh_of(params.embed), params.embed[tokens], "data", None, None)
     return x * jnp.asarray(config.d_model**0.5, params.embed.dtype)
 
 
@@ -233,7 +233,7 @@ def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.A
     h = rms_norm(x, params.final_norm, config.norm_epsilon, at, "final_scale")
     h = h.astype(params.embed.dtype)
     out = jnp.einsum("btd,vd->btv", h, params.embed, preferred_element_type=jnp.float32)
-    return place(mesh_of(params), out, "data", None, "model")
+    return place(mesh_of(params.embed), out, "data", None, "model")
 
 
 def forward(
@@ -274,7 +274,7 @@ def forward(
             seen = jnp.where(cache.tokens.segments > 0, cache.tokens.positions + 1, 0)
             positions = positions + jnp.max(seen, 1, keepdims=True)
     queries = Tokens(positions.astype(jnp.int32), segments.astype(jnp.int32))
-    static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params)}
+    static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
     where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
     top = ic.At(items, everything, -1, c.layers, queries.positions, segments > 0, {})

@@ -5,6 +5,7 @@ over "data", which also shards d_model of every matrix (FSDP). An axis that does
 replicated, so every preset loads on every mesh.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,29 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
+
+
+def join_processes(
+    coordinator: str = "", processes: int | None = None, process: int | None = None
+) -> None:
+    """Make the processes of a job one JAX program; call it before anything else of JAX.
+
+    What is not given comes from the environment: TPU pods, SLURM and Open MPI are recognised. One
+    process alone: nothing happens. Raises `InputError` if they cannot come together.
+    """
+    given = (coordinator, processes, process)
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
+    sizes = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    several = workers or any(size.isdigit() and int(size) > 1 for size in sizes)
+    if given == ("", None, None) and not several:
+        return
+    try:
+        jax.distributed.initialize(coordinator or None, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes of this job could not be joined ({error}); give --coordinator "
+            "HOST:PORT, --processes and --process"
+        ) from error
 
 
 def make_mesh(
@@ -98,12 +122,12 @@ def shard_batch(mesh: Mesh, array: Any) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def mesh_of(params: Params) -> Any:
-    """The abstract mesh the weights live on if it has our axes, else None.
+def mesh_of(weight: jax.Array) -> Any:
+    """The abstract mesh a weight lives on if it has our axes, else None.
 
     The type of a weight tells it, inside `jit` too, so that nobody has to hand it down.
     """
-    mesh = jax.typeof(params.embed).sharding.mesh
+    mesh = jax.typeof(weight).sharding.mesh
     ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if ours else None
 

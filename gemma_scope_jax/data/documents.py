@@ -1,0 +1,278 @@
+"""Where text comes from: files, TensorFlow Datasets, Python objects; shuffled, split over hosts.
+
+What can be read in any order (text, JSON Lines, ArrayRecord, TFDS, lists) is shuffled globally: the
+memory holds the byte offsets of the documents and nothing else. What can only be read from its
+beginning (compressed files, iterables) is shuffled within a window. Either way the order is a
+function of (seed, epoch), so a run resumes by a document's number.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.data.document_files import (
+    Record,
+    indexed_file,
+    is_stream,
+    stream_records,
+    text_files,
+)
+from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.tokenizer import ROLES
+
+Chat = Sequence[Mapping[str, str]]
+Shard = tuple[int, int]  # (index, count): which of `count` hosts this is
+_BLOCK = 1024  # positions shuffled at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """What to read: either `files` or `tfds`, and what of a record is text.
+
+    files           glob patterns; .txt (documents separated by a line holding one form feed),
+                    .jsonl, .jsonl.gz, .jsonl.zst, .array_record (UTF-8 text or JSON)
+    tfds            a TensorFlow Datasets name such as "name/config:1.0.0", prepared as ArrayRecord
+    split           of the TFDS dataset
+    tfds_folder     where TFDS datasets lie; default: TFDS's own
+    field           the key that holds the text in JSON and TFDS records
+    messages        instead of `field`: the key that holds a chat, [{"role": ..., "content": ...}]
+    roles           whose tokens count in chats ("assistant" is the same as "model")
+    shuffle_window  documents held in memory to shuffle compressed files and iterables
+    skip_bad        leave out records that cannot be used instead of stopping at the first
+
+    One compressed file among the files makes all of them a stream. Raises `InputError`.
+    """
+
+    files: tuple[str, ...] = ()
+    tfds: str = ""
+    split: str = "train"
+    tfds_folder: str = ""
+    field: str = "text"
+    messages: str = ""
+    roles: tuple[str, ...] = ("model",)
+    shuffle_window: int = 10_000
+    skip_bad: bool = False
+
+    def __post_init__(self):
+        for name in ("files", "roles"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                raise InputError(f"{name} must be a tuple of strings, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if self.files and self.tfds:
+            raise InputError("text comes from either files or tfds, not both")
+        if unknown := set(self.roles) - set(ROLES):
+            raise InputError(f"no such role: {sorted(unknown)}; known are {', '.join(ROLES)}")
+        if self.messages and not self.roles:
+            raise InputError("chats need at least one role whose tokens count")
+        if self.shuffle_window < 1:
+            raise InputError(f"shuffle_window must be at least 1, not {self.shuffle_window}")
+
+    @property
+    def counted_roles(self) -> tuple[str, ...]:
+        """`roles` as `tokenizer.Chat.mask` knows them."""
+        return tuple(dict.fromkeys(ROLES[role] for role in self.roles))
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """Documents that can be read in any order.
+
+    `identity` is JSON that tells these documents from others; `read` takes 0 .. count - 1.
+    """
+
+    identity: Any
+    count: int
+    read: Callable[[int], Record]
+    once: bool = False
+
+    def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
+        """This host's documents of an epoch, from its `start`th on."""
+        index, hosts = shard
+        for first in range(index + start * hosts, self.count, hosts * _BLOCK):
+            stop = min(self.count, first + hosts * _BLOCK)
+            positions = np.arange(first, stop, hosts)
+            for number in shuffled_positions(positions, self.count, seed, epoch).tolist():
+                yield self.read(number)
+
+    def in_order(self) -> Iterator[Record]:
+        """All documents as they lie."""
+        return map(self.read, range(self.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Documents that can only be read from the beginning.
+
+    `read` takes the order of the parts (None: as they lie) and gives all records; `once`: it can
+    be called once only.
+    """
+
+    identity: Any
+    parts: int
+    read: Callable[[Sequence[int] | None], Iterator[Record]]
+    window: int
+    once: bool = False
+
+    def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
+        """This host's documents of an epoch, from its `start`th on; all are read, to skip them."""
+        index, hosts = shard
+        order = shuffled_positions(np.arange(self.parts), self.parts, seed, epoch).tolist()
+        shuffled = shuffled_window(self.read(order), self.window, seed, epoch)
+        for position, record in enumerate(shuffled):
+            if position % hosts == index and position // hosts >= start:
+                yield record
+
+    def in_order(self) -> Iterator[Record]:
+        """All documents as they lie."""
+        return self.read(None)
+
+
+Documents = Indexed | Streamed
+Source = TextData | Iterable[str] | Callable[[], Iterable[str]]
+
+
+def open_documents(source: Source, window: int = 10_000) -> Documents:
+    """The documents of `source`: a `TextData`, a list or other iterable of strings, or a function
+    that returns a fresh iterable for each epoch (`window` is its shuffle window).
+
+    Scans the files once for where documents begin. Raises `InputError` for what cannot be read.
+    """
+    if isinstance(source, TextData):
+        if source.tfds:
+            return _tfds(source)
+        if not source.files:
+            raise InputError("no text given: name files or a TFDS dataset")
+        return _files(source)
+    if isinstance(source, str):
+        raise InputError('text must be TextData(files=("...",)) or several strings, not one string')
+    if isinstance(source, Sequence):
+        sizes = [len(s) if isinstance(s, str) else -1 for s in source]
+        if not sizes:
+            raise InputError("the list of documents is empty")
+        get = lambda i: Record(f"document {i}", source[i], "string")
+        return Indexed(["list", sizes], len(source), get)
+    if not callable(source) and not isinstance(source, Iterable):
+        raise InputError(f"cannot take text from a {type(source).__name__}")
+
+    def records(order):
+        strings = source() if callable(source) else source
+        return (Record(f"document {i}", s, "string") for i, s in enumerate(strings))
+
+    return Streamed(["iterable"], 1, records, window, once=isinstance(source, Iterator))
+
+
+def _files(data: TextData) -> Documents:
+    paths = text_files(data.files)
+    if any(is_stream(path) for path in paths):
+        identity = [[path.name, path.stat().st_size] for path in paths]
+
+        def records(order):
+            for number in range(len(paths)) if order is None else order:
+                yield from stream_records(paths[number])
+
+        return Streamed(identity, len(paths), records, data.shuffle_window)
+    files = [indexed_file(path) for path in paths]
+    ends = np.cumsum([file.count for file in files])
+    if not ends[-1]:
+        raise InputError(f"no text in {' '.join(data.files)}")
+
+    def read(number: int) -> Record:
+        which = int(np.searchsorted(ends, number, side="right"))
+        return files[which].read(number - int(ends[which]) + files[which].count)
+
+    identity = [[file.path.name, file.size] for file in files]
+    return Indexed(identity, int(ends[-1]), read)
+
+
+def _tfds(data: TextData) -> Indexed:
+    """Random access to a prepared TFDS dataset, without TensorFlow."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise InputError(
+            f"TFDS dataset {data.tfds!r} needs `pip install tensorflow-datasets array_record`"
+        ) from None
+    try:
+        builder = tfds.builder(
+            data.tfds, data_dir=data.tfds_folder or None, file_format="array_record"
+        )
+        source = builder.as_data_source(split=data.split)
+    except Exception as error:  # TFDS raises dozens of types
+        raise InputError(
+            f"TFDS dataset {data.tfds!r}, split {data.split!r}: {str(error)[:200]}; prepare it by "
+            f"`tfds build {data.tfds} --file_format=array_record`"
+        ) from error
+    if not len(source):
+        raise InputError(f"TFDS dataset {data.tfds!r}, split {data.split!r} is empty")
+    name = f"TFDS {data.tfds} {data.split}"
+    get = lambda i: Record(f"{name}, record {i}", source[i], "mapping")
+    return Indexed([builder.info.full_name, data.split, len(source)], len(source), get)
+
+
+def read_documents(patterns: Sequence[str]) -> list[str]:
+    """All documents of the files as they lie. Raises `InputError` for bad files and for none."""
+    data = TextData(files=tuple(patterns))
+    documents = [parse(record, data) for record in open_documents(data).in_order()]
+    if not documents:
+        raise InputError(f"no text in {' '.join(patterns)}")
+    return documents  # type: ignore[return-value]  # no chats without `messages`
+
+
+def parse(record: Record, data: TextData) -> str | Chat:
+    """The text of a record, or its chat if `data.messages`. Raises `InputError` saying where."""
+    value = record.value
+    if record.kind in ("text", "string") and data.messages:
+        raise InputError(f"{record.where}: plain text holds no chats; leave out `messages`")
+    if record.kind == "string":
+        if not isinstance(value, str):
+            raise InputError(f"{record.where}: must be a str, not {type(value).__name__}")
+        return value
+    if record.kind == "text":
+        return _decoded(value, record.where)
+    if record.kind == "mapping":
+        return _take(value, record.where, data)
+    if record.kind == "either" and not data.messages and value.lstrip()[:1] != b"{":
+        return _decoded(value, record.where)
+    try:
+        value = json.loads(value)
+    except ValueError as error:
+        if record.kind == "either" and not data.messages:
+            return _decoded(value, record.where)
+        raise InputError(f"{record.where}: not JSON ({error})") from error
+    return _take(value, record.where, data)
+
+
+def _decoded(value: bytes, where: str) -> str:
+    try:
+        return value.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _take(value: Any, where: str, data: TextData) -> str | Chat:
+    """The text or the chat of a JSON or TFDS record."""
+    key = data.messages or data.field
+    if not isinstance(value, Mapping) or key not in value:
+        keys = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no object"
+        raise InputError(f"{where}: no key {key!r} (it has {keys}); name it in the data's config")
+    value = value[key]
+    if not data.messages:
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {key!r} must be text, not {type(value).__name__}")
+        return value
+    if isinstance(value, Mapping):  # TFDS keeps a sequence of records as a record of sequences
+        value = [dict(zip(value, row)) for row in zip(*value.values())]
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise InputError(f"{where}: {key!r} must be a list of messages")
+    text = lambda v: v.decode(errors="replace") if isinstance(v, bytes) else v
+    return [
+        {k: text(v) for k, v in message.items()} if isinstance(message, Mapping) else message
+        for message in value
+    ]

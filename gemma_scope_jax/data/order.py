@@ -1,0 +1,68 @@
+"""A shuffled order of n things that needs no list of n: a keyed bijection on 0 .. n - 1.
+
+A Feistel network permutes the numbers of an even count of bits, and whoever lands outside of
+0 .. n - 1 walks on until inside. Position p of epoch e is thus a pure function of (seed, e, p, n):
+nothing to store, and resuming costs nothing.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+_ROUNDS = 8
+
+
+def shuffled_positions(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The things at `positions` (integers in 0 .. n - 1, any shape) of the order of an epoch.
+
+    int64; over all positions each of 0 .. n - 1 occurs once.
+    """
+    half = max(2, (max(1, n - 1).bit_length() + 1) // 2)
+    keys = _round_keys(seed, epoch)
+    value = _feistel(np.asarray(positions, np.uint64), half, keys)
+    outside = value >= n
+    while outside.any():
+        value[outside] = _feistel(value[outside], half, keys)
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+def _round_keys(seed: int, epoch: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, "<u8")
+
+
+def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of 0 .. 4 ** half - 1: rounds of (left, right) -> (right, left ^ f(right))."""
+    mask, shift = np.uint64(2**half - 1), np.uint64(half)
+    left, right = value >> shift, value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << shift) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffled_window(items: Iterable[T], window: int, seed: int, epoch: int) -> Iterator[T]:
+    """All `items`, each drawn at random from the `window` next ones; for what has no length."""
+    rng, held = random.Random(f"{seed} {epoch}"), []
+    for item in items:
+        if len(held) < window:
+            held.append(item)
+            continue
+        chosen = int(rng.random() * window)
+        held[chosen], item = item, held[chosen]
+        yield item
+    while held:
+        chosen = int(rng.random() * len(held))
+        held[chosen], held[-1] = held[-1], held[chosen]
+        yield held.pop()
