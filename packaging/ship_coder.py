@@ -1,10 +1,10 @@
-"""Turn a finished training run into a coder that ships: bfloat16 weights, label material, figures.
+"""Turn the coders of a training run into coders that ship: bfloat16 weights, label material, figures.
 
-    python packaging/ship_coder.py RUN gemma-3-270m-resid-post-12-width-4k-l0-50 [--tokens 200000]
+    python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--no-labels]
 
-Writes gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors, config.json), the
-recipe that made it (train_config.json), figures on the held-out text (figures.json), and label
-material (labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane
+Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
+config.json), the recipe that made it (train_config.json), figures on the held-out text
+(figures.json), and label material (labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane
 Austen's novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and library (PSF).
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import gemma_scope_jax as gs
 from gemma_scope_jax.cards.labels import build_labels, write_labels
 from gemma_scope_jax.data.text import read_documents
-from gemma_scope_jax.evaluation.evaluate import text_batches
+from gemma_scope_jax.evaluation.evaluate import evaluate_all, text_batches
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
 SOURCES = {
@@ -44,38 +44,55 @@ def some_texts(tokens: int):
             left -= len(documents[i][:4000])
 
 
-def figures(model, coder, tok, tokens: int, loss_tokens: int) -> dict:
-    """Held-out figures: how it fits on `tokens`, what it costs on the first `loss_tokens`."""
+def name_of(coder) -> str:
+    """As the published folders are named, with the model and the site before."""
+    width = f"{coder.width // 1024}k" if coder.width % 1024 == 0 else coder.width
+    kind = "resid-post" if coder.writes == coder.reads else "transcoder"
+    skip = "" if coder.w_skip is None else "-affine"
+    return f"gemma-3-270m-{kind}-{coder.layer}-width-{width}-l0-{coder.info.l0:g}{skip}"
+
+
+def figures(model, coders, tok, tokens: int, loss_tokens: int) -> list[dict]:
+    """Held-out figures: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
     documents = read_documents([str(CORPUS / "eval" / "heldout_mix.txt")])
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
     batches = list(text_batches(tok, documents, length=512))
-    per_batch = batches[0][0].size
-    fit = gs.evaluate(model, coder, batches[: -(-tokens // per_batch)], delta_loss=False)
-    cost = gs.evaluate(model, coder, batches[: -(-loss_tokens // per_batch)], ablation=True)
-    costs = {name: cost.as_dict()[name] for name in ("loss", "delta_loss", "loss_recovered")}
-    return fit.as_dict() | costs | {"text": "eval/heldout_mix.txt of the corpus"}
+    some = lambda tokens: batches[: -(-tokens // batches[0][0].size)]
+    fits = evaluate_all(model, coders, some(tokens), delta_loss=False)
+    costs = evaluate_all(model, coders, some(loss_tokens), ablation=True)
+    names = ("loss", "delta_loss", "loss_recovered")
+    text = {"text": "eval/heldout_mix.txt of the corpus"}
+    return [
+        fit.as_dict() | {name: cost.as_dict()[name] for name in names} | text
+        for fit, cost in zip(fits, costs)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN/coders/FOLDER")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
+    parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    folder = Path(gs.__file__).parent / "packaged" / args.name
-    coder = gs.load_coder(args.run / "coder")
-    coder = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder)
-    gs.save_coder(coder, folder)
-    shutil.copy(args.run / "config.json", folder / "train_config.json")
-    coder = gs.load_coder(folder)
     tok = gs.load_tokenizer("gemma-3-270m")
     model = gs.load_model("gemma-3-270m", dtype="bfloat16")
-    found = figures(model, coder, tok, args.tokens, args.loss_tokens)
-    (folder / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
-    write_labels(build_labels(model, coder, tok, some_texts(args.tokens)), folder)
-    print(folder)
+    shipped = []
+    for source in args.folders:
+        coder = gs.load_coder(source)
+        folder = Path(gs.__file__).parent / "packaged" / name_of(coder)
+        shutil.rmtree(folder, ignore_errors=True)
+        gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
+        shutil.copy(source / "train_config.json", folder)
+        shipped.append(gs.load_coder(folder))
+    found = figures(model, shipped, tok, args.tokens, args.loss_tokens)
+    for coder, figure in zip(shipped, found):
+        folder = Path(coder.info.folder)
+        (folder / "figures.json").write_text(json.dumps(figure, indent=1) + "\n")
+        print(folder.name, json.dumps({k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}))
+        if args.labels:
+            labels = build_labels(model, coder, tok, some_texts(args.tokens))
+            write_labels(labels, folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,13 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.evaluate import _fit_step, _loss_step, evaluate, text_batches
+from gemma_scope_jax.evaluation.evaluate import (
+    _fit_step,
+    _loss_step,
+    evaluate,
+    evaluate_all,
+    text_batches,
+)
 from gemma_scope_jax.evaluation.metrics import next_token_loss
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
@@ -120,6 +126,20 @@ def test_figures_equal_a_float64_brute_force(model, kind):
         np.testing.assert_allclose(got.losses.spliced, spliced, rtol=1e-5)
         np.testing.assert_allclose(got.delta_loss, spliced - want["clean"], atol=1e-4)
         assert abs(got.delta_loss) > 1e-2
+
+
+def test_many_at_once_have_the_figures_of_each_alone(model):
+    coders = [random_coder(kind) for kind in ("sae", "skip", "z", "sae")]
+    coders[3] = coders[3].replace(first=4)
+    batches = [random_batch(), random_batch(1)]
+    together = evaluate_all(model, coders, batches, ablation=True)
+    for coder, got in zip(coders, together):
+        alone = evaluate(model, coder, batches, ablation=True)
+        np.testing.assert_allclose(figures(got), figures(alone), rtol=1e-6)
+        np.testing.assert_array_equal(got.density, alone.density)
+        for name in ("tokens", "clean", "spliced", "ablated"):
+            one, other = getattr(got.losses, name), getattr(alone.losses, name)
+            np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_a_few_enormous_tokens_are_told_apart(model):

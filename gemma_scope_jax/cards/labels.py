@@ -24,7 +24,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.evaluate import check_fits, read_site, text_batches
+from gemma_scope_jax.evaluation.evaluate import check_fits, read_sites, text_batches
 from gemma_scope_jax.evaluation.metrics import OUTLIER, median_norm
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted
@@ -122,7 +122,7 @@ def _nothing_yet(width: int, k: int) -> _Best:
 @partial(jax.jit, donate_argnames="best")
 def _update(model: Model, coder: SparseCoder, best: _Best, tokens, segments, row) -> _Best:
     """Look at one batch [B, T], whose first row of text has the number `row`."""
-    x = read_site(model, (coder.layer,), (coder.reads,), tokens, segments)[coder.reads][0]
+    x = read_sites(model, {coder.reads: (coder.layer,)}, tokens, segments)[coder.reads][0]
     mask = counted(segments, coder.first)
     norms = jnp.linalg.norm(float32(x), axis=-1).reshape(tokens.shape)
     usual = norms <= OUTLIER * median_norm(x[None], mask.reshape(-1))[0]

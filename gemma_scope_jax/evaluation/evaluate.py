@@ -9,7 +9,7 @@ Both programs are compiled once for a shape of batch; batches stream, and only s
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -128,35 +128,74 @@ def evaluate(
     coder's figures are means over its layers. Raises `InputError` if the coder does not fit the
     model or no token is counted.
     """
-    check_fits(model.config, coder)
-    everything: Moments | None = None
-    typical: Moments | None = None
-    fired = np.zeros((len(layers_of(coder)), coder.width), np.int64)
-    sums: dict[str, float] = {}
-    predicted = 0
+    return evaluate_all(model, [coder], batches, delta_loss=delta_loss, ablation=ablation)[0]
+
+
+def evaluate_all(
+    model: Model,
+    coders: Sequence[Coder],
+    batches: Iterable[Batch],
+    *,
+    delta_loss: bool = True,
+    ablation: bool = False,
+) -> list[Metrics]:
+    """`evaluate` of any coders on the same batches: how they fit takes one model pass for all.
+
+    With the same `first`, the model's own loss is taken once too.
+    """
+    for coder in coders:
+        check_fits(model.config, coder)
+    tallies = [_Tally(coder) for coder in coders]
     for tokens, segments in batches:
         tokens, segments = _batch(tokens, segments)
-        a, t, fires = _fit_step(model, coder, tokens, segments)
-        everything, typical = merge(everything, a), merge(typical, t)
-        fired += np.asarray(fires)
-        if delta_loss or ablation:
-            losses, mask = _loss_step(model, coder, tokens, segments, ablation=ablation)
-            mask = np.asarray(mask)
-            predicted += int(mask.sum())
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(np.asarray(loss, np.float64)[mask].sum())
-    if everything is None or typical is None or everything.tokens[0] == 0:
-        raise InputError(
-            f"nothing to evaluate on: no token at or after position {coder.first} of a document"
-        )
-    density = fired / everything.tokens[:, None]
-    mean = {name: total / predicted if predicted else math.nan for name, total in sums.items()}
-    losses = (
-        Losses(predicted, mean["clean"], mean["spliced"], mean.get("ablated")) if mean else None
-    )
-    if isinstance(coder, SparseCoder):
-        density = density[0]
-    return Metrics(fit(everything), fit(typical), density, losses)
+        for tally, sums in zip(tallies, _fit_step(model, tuple(coders), tokens, segments)):
+            tally.add_fit(sums)
+        clean: dict[int, Any] = {}  # by `first`
+        for tally in tallies if delta_loss or ablation else ():
+            first = tally.coder.first
+            runs = ("clean",) * (first not in clean) + ("spliced",) + ("ablated",) * ablation
+            losses, mask = _loss_step(model, tally.coder, tokens, segments, runs=runs)
+            clean.setdefault(first, losses.get("clean"))
+            tally.add_losses(losses | {"clean": clean[first]}, np.asarray(mask))
+    return [tally.metrics() for tally in tallies]
+
+
+class _Tally:
+    """The sums of one coder over batches."""
+
+    def __init__(self, coder: Coder):
+        self.coder = coder
+        self.everything: Moments | None = None
+        self.typical: Moments | None = None
+        self.fired = np.zeros((len(layers_of(coder)), coder.width), np.int64)
+        self.losses: dict[str, float] = {}
+        self.predicted = 0
+
+    def add_fit(self, sums: Any) -> None:
+        everything, typical, fires = sums
+        self.everything = merge(self.everything, everything)
+        self.typical = merge(self.typical, typical)
+        self.fired += np.asarray(fires)
+
+    def add_losses(self, losses: dict[str, jax.Array], mask: np.ndarray) -> None:
+        self.predicted += int(mask.sum())
+        for name, loss in losses.items():
+            total = float(np.asarray(loss, np.float64)[mask].sum())
+            self.losses[name] = self.losses.get(name, 0.0) + total
+
+    def metrics(self) -> Metrics:
+        coder, a, t = self.coder, self.everything, self.typical
+        if a is None or t is None or a.tokens[0] == 0:
+            raise InputError(
+                f"nothing to evaluate on: no token at or after position {coder.first} of a document"
+            )
+        density = self.fired / a.tokens[:, None]
+        n = self.predicted
+        mean = {name: total / n if n else math.nan for name, total in self.losses.items()}
+        losses = Losses(n, mean["clean"], mean["spliced"], mean.get("ablated")) if mean else None
+        if isinstance(coder, SparseCoder):
+            density = density[0]
+        return Metrics(fit(a), fit(t), density, losses)
 
 
 def _batch(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
@@ -168,36 +207,51 @@ def _batch(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
 
 
-def read_site(model: Model, layers: tuple[int, ...], sites: tuple[str, ...], tokens, segments):
-    """Activations at `sites` of `layers`: {site: [X, B*T, D]}. The model stops after the last."""
+def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segments):
+    """Activations {site: [X, B*T, D]} at the `layers` of each site. The model stops at the last."""
     out = forward(
-        model, tokens, [capture(site, layers) for site in dict.fromkeys(sites)],
-        segments=segments, stop_at_layer=max(layers) + 1, logits="none",
+        model, tokens, [capture(site, some) for site, some in layers.items()],
+        segments=segments, stop_at_layer=1 + max(map(max, layers.values())), logits="none",
     )  # fmt: skip
     return {s: a.reshape(a.shape[0], -1, *a.shape[3:]) for s, a in out.reads.items()}
 
 
 @jax.jit
-def _fit_step(model: Model, coder: Coder, tokens: jax.Array, segments: jax.Array):
-    sites = read_site(model, layers_of(coder), (coder.reads, coder.writes), tokens, segments)
-    mask = counted(segments, coder.first).reshape(-1)
-    return coder_sums(coder, sites[coder.reads], sites[coder.writes], mask)
+def _fit_step(model: Model, coders: tuple[Coder, ...], tokens: jax.Array, segments: jax.Array):
+    """`coder_sums` of each coder, from one pass that reads what any of them needs."""
+    wanted: dict[str, set[int]] = {}
+    for coder in coders:
+        for site in (coder.reads, coder.writes):
+            wanted.setdefault(site, set()).update(layers_of(coder))
+    layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
+    x = read_sites(model, layers, tokens, segments)
+    sums = []
+    for coder in coders:
+        mask = counted(segments, coder.first).reshape(-1)
+        read, target = (
+            x[site][jnp.asarray([layers[site].index(layer) for layer in layers_of(coder)])]
+            for site in (coder.reads, coder.writes)
+        )
+        sums.append(coder_sums(coder, read, target, mask))
+    return sums
 
 
 def _zeros(x: jax.Array, ctx: Context, *, first: int) -> jax.Array:
     return jnp.where(token_mask(ctx, x, first), jnp.zeros_like(x), x)
 
 
-@functools.partial(jax.jit, static_argnames="ablation")
-def _loss_step(model: Model, coder: Coder, tokens, segments, *, ablation: bool):
+@functools.partial(jax.jit, static_argnames="runs")
+def _loss_step(model: Model, coder: Coder, tokens, segments, *, runs: tuple[str, ...]):
     """{run: -log p(next token) [B, T]} and the tokens that count, bool [B, T]."""
     mask = predicts(segments, coder.first)
-    runs = {"clean": [], "spliced": [splice(coder, error=False)]}
-    if ablation:
-        runs["ablated"] = [write(coder.writes, layers_of(coder), _zeros, first=coder.first)]
+    intercepts = {
+        "clean": lambda: [],
+        "spliced": lambda: [splice(coder, error=False)],
+        "ablated": lambda: [write(coder.writes, layers_of(coder), _zeros, first=coder.first)],
+    }
     losses = {}
-    for name, intercepts in runs.items():
-        reads = [*intercepts, capture("resid_final")]
+    for name in runs:
+        reads = [*intercepts[name](), capture("resid_final")]
         out = forward(model, tokens, reads, segments=segments, logits="none")
         losses[name] = next_token_loss(model, out.reads["resid_final"], tokens, mask)
     return losses, mask
