@@ -1,263 +1,584 @@
-"""The SAE trainer: its gradients, its folding, its buffer, and a run killed and resumed."""
+"""The trainer: weights and their folding, grouping, initialisation, the buffer, and whole runs."""
 
 import dataclasses
 import json
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from letters import Letters
 from tiny import tiny_model
 
 from gemma_scope_jax.coders.gemma_scope_files import load_coder
-from gemma_scope_jax.data.text import pack, read_documents, shuffled
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.data.text import TextData, TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.training import feeds, init, progress
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
-from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
-from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.weights import Group, Weights, fold, groups, unfold, unit_decoder
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-class Letters:
-    """A tokenizer of one token a letter, so that runs on tiny models need no vocabulary file."""
-
-    bos_id = 2
-
-    def encode(self, text, bos=True):
-        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        return np.concatenate([[2], ids]) if bos else ids
+MODEL = PRESETS["gemma-3-270m"]
+LOSS = LossConfig(l0_warmup=20, per_token=False)
+TRANSCODER = dict(reads="mlp_in", writes="mlp_out")
 
 
-@pytest.fixture
-def corpus(tmp_path):
+WORDS = ("one", "two", "three", "four", "five", "six", "seven")
+
+
+def documents(count=80):
     rng = np.random.default_rng(0)
-    text = "\n\f\n".join(" ".join(rng.choice(WORDS, rng.integers(3, 60))) for _ in range(80))
-    (tmp_path / "text.txt").write_text(text)
-    return str(tmp_path / "text.txt")
+    return [" ".join(rng.choice(WORDS, rng.integers(3, 60))) for _ in range(count)]
 
 
-@pytest.fixture
-def small(corpus, monkeypatch):
-    monkeypatch.setattr(training, "load_tokenizer", lambda source: Letters())
-    return TrainConfig(
-        data=(corpus,), model="tiny", layer=3, width=64, target_l0=8, tokens=128 * 30, rows=4,
-        length=32, buffer=512, batch=128, updates=3, learning_rate=3e-3, learning_rate_warmup=10,
-        l0_warmup=20, threshold=None, checkpoint_every=1e9,
+def coder(layers=3, **options):
+    """A coder that a few dozen updates can train."""
+    return CoderConfig(layers, **dict(width=64, target_l0=8, threshold=None, loss=LOSS) | options)
+
+
+def recipe(*coders, **options):
+    """A run of 30 passes: those that fill the buffer, then some with three updates each."""
+    common = dict(
+        coders=coders, tokens=128 * 30, rows=4, length=32, buffer=512, batch=128, updates=3,
+        optimizer=OptimizerConfig(3e-3, 10), checkpoint_every=1e9, model="tiny", sparse=0.0,
     )  # fmt: skip
+    return TrainConfig(**common | options)
 
 
-def width(d_model):
-    """A model's config as far as an SAE on its residual stream needs it."""
-    return dataclasses.replace(PRESETS["gemma-3-270m"], d_model=d_model)
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(MODEL)
 
 
-def random_weights(seed=0, d=6, f=10):
-    rng = np.random.default_rng(seed)
-    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
-    return steps.Weights(draw(d, f), 0.1 * draw(f), 0.3 + 0 * draw(f), draw(f, d), draw(d))
+@pytest.fixture(scope="module", autouse=True)
+def letters():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feeds, "load_tokenizer", lambda source: Letters())
+        yield
 
 
-def test_jumprelu_and_step_are_strict_and_their_gradients_are_the_published_ones():
-    bandwidth = 0.5
-    z = jnp.array([[0.2, 0.5, 0.6, 0.9, -1.0], [0.5001, 0.1, 2.0, 0.3, 0.74]])
-    threshold = jnp.full(5, 0.5)
-    assert jumprelu(z, threshold, bandwidth)[0, 1] == 0 and step(z, threshold, bandwidth)[0, 1] == 0
-    g = jnp.asarray(np.random.default_rng(0).standard_normal(z.shape), jnp.float32)
-    _, pull = jax.vjp(lambda z, t: jumprelu(z, t, bandwidth), z, threshold)
-    dz, dt = pull(g)
-    near = np.abs(np.asarray(z) - 0.5) / bandwidth < 0.5
-    np.testing.assert_allclose(dz, np.asarray(g) * (np.asarray(z) > 0.5), rtol=1e-6)
-    np.testing.assert_allclose(dt, (-0.5 / bandwidth * np.asarray(g) * near).sum(0), rtol=1e-6)
-    _, pull = jax.vjp(lambda z, t: step(z, t, bandwidth), z, threshold)
-    dz, dt = pull(g)
-    assert not np.any(dz)
-    np.testing.assert_allclose(dt, (-np.asarray(g) * near / bandwidth).sum(0), rtol=1e-6)
+def same(a, b, rtol=1e-5):
+    """Two arrays or trees, equal within a share of each leaf's largest entry."""
+    leaves = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert len(leaves[0]) == len(leaves[1])
+    for one, other in zip(*leaves):
+        assert one.shape == other.shape
+        atol = rtol * np.abs(other).max() if other.size else 0
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
-def test_quadratic_penalty_is_equation_5():
-    assert quadratic_l0(jnp.float32(30), 20.0) == pytest.approx(2 / 20 * 10**2)
+# -------------------------------------------------------------------------------------------------
+# Weights: fold and unfold
 
-
-@pytest.mark.parametrize("per_token", [True, False])
-def test_gradients_away_from_thresholds_equal_finite_differences(per_token):
-    """With no pre-activation within the bandwidth the loss is smooth in all but the thresholds."""
-    config = TrainConfig(
-        data=(), width=10, target_l0=3, bandwidth=1e-4, per_token=per_token, outlier=2.0
-    )
-    weights = random_weights()
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((7, 6)), jnp.float32)
-    dead = jnp.zeros(10).at[1].set(1.0)
-    config = dataclasses.replace(config, dead_weight=0.5)
-    total = lambda w: steps.loss(w, x, jnp.float32(0.1), dead, config)[0]
-    grads = jax.grad(total)(weights)
-    for name in ("w_enc", "b_enc", "w_dec", "b_dec"):
-        value = getattr(weights, name)
-        index = (1,) * value.ndim
-        move = jnp.zeros_like(value).at[index].set(3e-3)
-        up = total(weights.replace(**{name: value + move}))
-        down = total(weights.replace(**{name: value - move}))
-        got = float(getattr(grads, name)[index])
-        assert got == pytest.approx(float(up - down) / 6e-3, rel=2e-2, abs=2e-3), name
-
-
-def test_folding_is_exact():
-    weights = random_weights()
-    scale = jnp.float32(1500.0)
-    raw = scale * jnp.asarray(np.random.default_rng(2).standard_normal((20, 6)), jnp.float32)
-    x = raw / scale
-    z = (x - weights.b_dec[None, :]) @ weights.w_enc + weights.b_enc[None, :]
-    f = jnp.where(z > weights.threshold[None, :], jax.nn.relu(z), 0.0)
-    y = scale * (f @ weights.w_dec + weights.b_dec[None, :])
-    sae = steps.fold(weights, scale, layer=3, site="resid_post")
-    np.testing.assert_allclose(sae.encode(raw), scale * f, rtol=1e-5, atol=1e-2)
-    np.testing.assert_allclose(sae.decode(sae.encode(raw)), y, rtol=1e-5, atol=2e-2)
-
-
-def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
-    config = TrainConfig(data=(), width=8, target_l0=2, rows=1, length=4, buffer=8, batch=8)
-    state = steps.init_state(config, width(3), jax.random.key(0))
-    x = jnp.arange(1.0, 7.0)[:, None] * jnp.ones((1, 3))
-    counts = jnp.array([True, False, True, True, True, False])
-    state = steps.fill(steps.fill(state, x, counts), 10 * x, counts)
-    state = steps.fill(state, 100 * x, counts)
-    assert int(state.filled) == 12
-    got = sorted(np.asarray(state.buffer[:, 0], np.float32))
-    assert got == [10, 30, 40, 50, 100, 300, 400, 500]
-
-
-def test_model_activations_leave_out_bos_of_every_piece_and_padding():
-    model = tiny_model(PRESETS["gemma-3-270m"])
-    config = TrainConfig(data=(), layer=2, width=8, target_l0=2)
-    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    _, counts = steps.model_activations(model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, config)
-    assert counts.tolist() == [False, True, True, False, True, False]
-
-
-def test_update_keeps_decoder_rows_at_unit_norm_and_thresholds_positive():
-    config = TrainConfig(
-        data=(), width=16, target_l0=4, rows=2, length=8, buffer=64, batch=64, learning_rate=0.1
-    )
-    state = steps.init_state(config, width(6), jax.random.key(0))
-    rows = jax.random.normal(jax.random.key(1), (64, 6)) * 30
-    state = steps.start(steps.fill(state, rows, jnp.ones(64, bool)), config)
-    for _ in range(5):
-        state, _ = steps.update(state, config)
-    np.testing.assert_allclose(jnp.linalg.norm(state.weights.w_dec, axis=1), 1.0, rtol=1e-5)
-    assert float(state.weights.threshold.min()) >= 0
-
-
-@pytest.mark.parametrize("length", [2, 6, 32])
-def test_packing_starts_every_piece_with_bos_and_loses_nothing(corpus, length):
-    documents, tok = read_documents([corpus]), Letters()
-    batches = list(pack(documents, lambda t: tok.encode(t, bos=False), 4, length, 2))
-    tokens = np.concatenate([b.tokens for b in batches])
-    segments = np.concatenate([b.segments for b in batches])
-    first = np.diff(segments, axis=1, prepend=0) > 0
-    assert np.all(tokens[first] == 2) and np.all(tokens[segments == 0] == 0)
-    kept = bytes(tokens[(segments > 0) & ~first].astype(np.uint8)).decode()
-    assert kept == "".join(documents)
-
-
-def test_shuffling_is_a_function_of_the_seed_and_shows_every_document_each_time_round():
-    take = lambda seed: [x for x, _ in zip(shuffled("abcdef", seed), range(12))]
-    assert take(0) == take(0) != take(1)
-    assert sorted(take(0)[:6]) == sorted(take(0)[6:]) == list("abcdef")
-
-
-def test_a_run_lowers_its_loss_nears_its_target_and_loads_back(small, tmp_path):
-    model = tiny_model(PRESETS["gemma-3-270m"])
-    sae = training.train(small, tmp_path / "run", model)
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert log[-1]["tokens"] == small.tokens and log[-1]["update"] == small.total_updates
-    loaded = load_coder(tmp_path / "run/coder")
-    for a, b in zip(jax.tree.leaves(sae), jax.tree.leaves(loaded)):
-        np.testing.assert_array_equal(a, b)
-    assert (loaded.layer, loaded.reads, loaded.info.l0) == (3, "resid_post", 8)
-    config = dataclasses.replace(small, tokens=128 * 4)  # only fills the buffer
-    start = training.train(config, tmp_path / "start", model)
-    tok, errors = Letters(), []
-    batch = next(pack(read_documents(small.data), lambda t: tok.encode(t, bos=False), 8, 32, 2))
-    x, counts = steps.model_activations(model, batch.tokens, jnp.asarray(batch.segments), small)
-    x = x[np.asarray(counts)]
-    for coder in (start, sae):
-        f = coder.encode(x)
-        errors.append(float(jnp.sum((coder.decode(f) - x) ** 2)))
-    assert errors[1] < 0.6 * errors[0]
-    assert 4 < float((f > 0).sum(-1).mean()) < 14
-
-
-def test_a_run_stopped_by_sigterm_resumes_to_the_same_bits(small, tmp_path, monkeypatch):
-    model = tiny_model(PRESETS["gemma-3-270m"])
-    whole = training.train(small, tmp_path / "whole", model)
-    real, passes = training.TokenBatch, 0
-
-    def interrupted(*args):
-        nonlocal passes
-        for batch in pack(*args):
-            passes += 1
-            if passes == 15:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield real(batch.tokens, batch.segments)
-
-    monkeypatch.setattr(training, "pack", interrupted)
-    with pytest.raises(SystemExit, match="run the same command to go on"):
-        training.train(small, tmp_path / "cut", model)
-    assert not (tmp_path / "cut/coder").exists()
-    monkeypatch.setattr(training, "pack", pack)
-    resumed = training.train(small, tmp_path / "cut", model)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed)):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_the_step_compiles_once(small, tmp_path):
-    names = []
-    model = tiny_model(PRESETS["gemma-3-270m"])
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, _, **k: names.append(k.get("fun_name")) if "backend_compile" in name else None
-    )
-    training.train(small, tmp_path / "run", model)
-    assert sum("train_step" in str(name) for name in names) <= 1
-
-
-BAD_CONFIGS = {
-    "width": dict(width=0),
-    "target above width": dict(width=10, target_l0=20),
-    "buffer too small": dict(buffer=100),
-    "tokens": dict(tokens=-5),
+KINDS = {
+    "sae": CoderConfig(3, width=8, target_l0=2),
+    "sae without input bias": CoderConfig(3, width=8, target_l0=2, input_bias=False),
+    "transcoder": CoderConfig(3, width=8, target_l0=2, **TRANSCODER),
+    "skip transcoder": CoderConfig(3, width=8, target_l0=2, skip=True, **TRANSCODER),
+    "crosscoder": CoderConfig((1, 3, 4), width=8, target_l0=2),
+    "clt": CoderConfig((0, 2), width=8, target_l0=2, skip=True, **TRANSCODER),
 }
 
 
-@pytest.mark.parametrize("change", BAD_CONFIGS.values(), ids=list(BAD_CONFIGS))
-def test_bad_recipes_are_refused(change):
-    with pytest.raises(InputError):
-        TrainConfig(data=("x",), **change)
+def random_weights(config, seed=0):
+    """Two coders of unit decoder norm, D = 6, E = 6 or, of one layer, 5; and their scales."""
+    rng, X, F = np.random.default_rng(seed), len(config.layer_tuple), config.width
+    D, E = 6, 6 if config.target == config.reads or config.several else 5
+    draw = lambda *s: jnp.asarray(rng.standard_normal((2, *s)), jnp.float32)
+    w = Weights(
+        draw(X, F, D), draw(X, F), jnp.abs(draw(X, F)),
+        unit_decoder(tuple(draw(j + 1, F, E) for j in range(X))), draw(X, E),
+        draw(X, D, E) if config.skip else None,
+    )  # fmt: skip
+    c_in = jnp.asarray(rng.uniform(2, 900, X), jnp.float32)
+    c_out = c_in if config.target == config.reads else c_in[::-1] / 7
+    return w, {"in": c_in, "out": c_out}
 
 
-def test_bad_runs_are_refused(small, tmp_path):
-    model = tiny_model(PRESETS["gemma-3-270m"])
-    with pytest.raises(InputError, match="layer 99"):
-        training.train(dataclasses.replace(small, layer=99), tmp_path / "a", model)
-    with pytest.raises(InputError, match="no text files"):
-        training.train(dataclasses.replace(small, data=("nowhere/*.txt",)), tmp_path / "b", model)
-    training.train(dataclasses.replace(small, tokens=128), tmp_path / "c", model)
-    with pytest.raises(InputError, match="another config"):
-        training.train(small, tmp_path / "c", model)
+def run_by_hand(w, n, config, x):
+    """Features [X, B, F] and reconstructions [X, B, E] of x in training units, float64."""
+    a = jax.tree.map(lambda v: np.asarray(v, np.float64)[n], w)
+    f, y = [], []
+    for i in range(len(x)):
+        rows = x[i] - a.b_dec[i] if config.centred else x[i]
+        z = rows @ a.w_enc[i].T + a.b_enc[i]
+        f.append(z * (z > a.threshold[i]))
+        y.append(sum(f[k] @ a.w_dec[i][k] for k in range(i + 1)) + a.b_dec[i])
+        if a.w_skip is not None:
+            y[i] = y[i] + x[i] @ a.w_skip[i]
+    return np.stack(f), np.stack(y)
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=list(KINDS))
+def test_folding_is_exact_and_unfolding_undoes_it(config):
+    w, scales = random_weights(config)
+    x = np.random.default_rng(1).standard_normal((len(config.layer_tuple), 20, 6))
+    folded = fold(w, 1, config, scales, first=4)
+    scale = {k: np.asarray(v, np.float64)[:, None, None] for k, v in scales.items()}
+    f, y = run_by_hand(w, 1, config, x)
+    raw = jnp.asarray(x * scale["in"], jnp.float32)
+    raw = raw if config.several else raw[0]
+    both = (f * scale["out"], y * scale["out"])
+    assert np.any(f > 0)
+    same((folded.encode(raw), folded.reconstruct(raw)), both if config.several
+         else (both[0][0], both[1][0]))  # fmt: skip
+    assert (folded.reads, folded.writes, folded.first) == (config.reads, config.target, 4)
+    back = unfold(folded, config, scales)
+    same(back, jax.tree.map(lambda v: v[1:], w))
+
+
+@pytest.mark.parametrize("name", ["skip transcoder", "crosscoder"])
+def test_unfolding_a_coder_whose_decoders_are_not_of_unit_norm_keeps_its_function(name):
+    config = KINDS[name]
+    w, scales = random_weights(config)
+    folded = fold(w, 0, config, scales)
+    norm = jnp.asarray(np.random.default_rng(5).uniform(0.3, 3, folded.w_dec.shape[:-1]))
+    odd = folded.replace(w_dec=folded.w_dec * norm.astype(jnp.float32)[..., None])
+    unfolded = unfold(odd, config, scales)
+    squares = sum(jnp.sum(b[0, 0] ** 2, -1) for b in unfolded.w_dec)
+    np.testing.assert_allclose(squares, 1.0, rtol=1e-5)
+    x = 300 * np.random.default_rng(1).standard_normal((len(config.layer_tuple), 20, 6))
+    x = jnp.asarray(x if config.several else x[0], jnp.float32)
+    same(fold(unfolded, 0, config, scales).reconstruct(x), odd.reconstruct(x))
+
+
+def test_unfold_refuses_what_does_not_fit():
+    config = KINDS["transcoder"]
+    w, scales = random_weights(config)
+    folded = fold(w, 0, config, scales)
+    for change, message in (
+        ({"layers": 4}, r"layers \(3,\), the config \(4,\)"),
+        ({"writes": "resid_post"}, "writes mlp_out, the config resid_post"),
+        ({"reads": "resid_mid"}, "reads mlp_in, the config resid_mid"),
+        ({"width": 9}, "width 8, the config 9"),
+        ({"skip": True}, "skip False, the config True"),
+    ):
+        with pytest.raises(InputError, match=message):
+            unfold(folded, dataclasses.replace(config, **change), scales)
+
+
+# -------------------------------------------------------------------------------------------------
+# Groups
+
+
+def test_coders_that_differ_in_data_only_share_a_group():
+    other = dataclasses.replace(LOSS, l0_weight=0.5)
+    nested = dataclasses.replace(LOSS, frequency_weight=0.1)
+    config = recipe(
+        coder(3), coder(4), coder(3, target_l0=5.5), coder(3, seed=1),
+        coder(4, loss=other, name="a"),
+        coder(3, width=32), coder(3, prefixes=(8,), name="b"), coder(3, activation="topk"),
+        coder(4, activation="topk", target_l0=5), coder((3,)), coder(3, skip=True),
+        coder(3, loss=nested, name="c"), coder(3, threshold=0.5, name="d"),
+    )  # fmt: skip
+    members = [group.members for group in groups(config)]
+    assert members[0] == (0, 1, 2, 3, 4)
+    assert members[1:] == [(i,) for i in range(5, 13)]
+
+
+# -------------------------------------------------------------------------------------------------
+# How coders start
+
+
+def test_random_coders_are_of_unit_norm_and_differ_by_seed_alone():
+    pair = Group((0, 1), (coder((1, 2)), coder((4, 5), seed=1)))
+    w = init.random_weights(pair, 6, 6, seed=3)
+    squares = np.stack([np.sum(np.square(w.w_dec[0][:, 0]), -1), 0 * w.b_enc[:, 0]], 1)
+    squares += np.stack([np.sum(np.square(w.w_dec[1][:, i]), -1) for i in range(2)], 1)
+    np.testing.assert_allclose(squares, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(w.w_enc, axis=-1), 1.0, rtol=1e-5)
+    assert not np.any(w.b_enc) and not np.any(w.b_dec)
+    for n, c in enumerate(pair.coders):
+        alone = init.random_weights(Group((0,), (dataclasses.replace(c, layers=(0, 7)),)), 6, 6, 3)
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(w)):
+            np.testing.assert_array_equal(a[0], b[n])
+    assert not np.array_equal(w.w_enc[0], w.w_enc[1])
+
+
+def test_coders_started_from_data_are_at_their_target_l0():
+    pair = Group((0, 1), (coder((1, 2), **TRANSCODER, skip=True),
+                          coder((4, 5), target_l0=20, **TRANSCODER, skip=True)))  # fmt: skip
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    x = draw(2, 2, 400, 6) + 3.0
+    true = draw(2, 2, 6, 6)
+    y = jnp.einsum("nxbd,nxde->nxbe", x, true) + 0.01 * draw(2, 2, 400, 6) + 5.0
+    w = init.from_data(init.random_weights(pair, 6, 6, 0), pair, x, y)
+    for n, c in enumerate(pair.coders):
+        f, _ = run_by_hand(w, n, c, np.asarray(x[n]))
+        l0 = np.sum(f > 0, (0, 2)).mean()
+        assert l0 == pytest.approx(c.target_l0, rel=0.1)
+        assert init.expected_l0(w, pair, n, x[n]) == pytest.approx(l0, rel=1e-5)
+    assert np.all(w.threshold >= 0.001)
+    np.testing.assert_allclose(w.w_skip, true, atol=0.02)  # ridge, so nearly
+    off = np.asarray(y - jnp.einsum("nxbd,nxde->nxbe", x, w.w_skip)).mean(2)
+    np.testing.assert_allclose(w.b_dec, off, atol=1e-3)
+
+
+def planted(later_width=16):
+    """Two SAEs on layers 1 and 2; of the later one, features 1, 3 .. 15 nearly copy the earlier's
+    0 .. 7 in reverse, and the others are of its own."""
+    q = np.linalg.qr(np.random.default_rng(0).standard_normal((32, 32)))[0]
+    early = q[:16]
+    later = np.empty((16, 32))
+    later[1::2], later[::2] = q[7::-1] + 0.3 * q[24:], q[16:24]
+    later /= np.linalg.norm(later, axis=1, keepdims=True)
+    made = []
+    for layer, rows in ((1, early), (2, later[:later_width])):
+        rows = jnp.asarray(rows, jnp.float32)
+        zeros = jnp.zeros(len(rows))
+        made.append(
+            SparseCoder(rows.T, zeros, zeros + 0.5, rows, jnp.ones(32) * layer, layer=layer)
+        )
+    return made, later
+
+
+def test_coders_of_several_layers_take_each_feature_once():
+    config = coder((1, 2), width=8, target_l0=2, init_layers=("a", "b"))
+    scales = {"in": jnp.array([2.0, 5.0]), "out": jnp.array([2.0, 5.0])}
+    singles, later = planted()
+    w, taken = init.from_coders(singles, config, scales)
+    assert taken[0].tolist() == list(range(8)) and taken[1].tolist() == list(range(0, 16, 2))
+    copies = later[1::2][::-1]  # of the early features 0 .. 7
+    early = np.asarray(singles[0].w_dec[:8])
+    strength = np.sum(early * copies, 1, keepdims=True)
+    norm = np.sqrt(1 + strength**2)
+    np.testing.assert_allclose(w.w_dec[0][0, 0], early / norm, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(w.w_dec[1][0, 0], strength * copies / norm, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(w.w_dec[1][0, 1], later[::2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(w.b_dec[0, 1], 2 / 5 * np.ones(32), rtol=1e-5)
+    # The same feature fires where it did: unit_rows scales z and threshold alike.
+    np.testing.assert_allclose(w.threshold[0, 0], 0.25 * norm[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(w.w_enc[0, 0], early * norm, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="b: 4 features are left .* 8 are needed"):
+        init.from_coders(planted(later_width=12)[0], config, scales)
+
+
+# -------------------------------------------------------------------------------------------------
+# The buffer and the update
+
+
+def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
+    config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=8, batch=8)
+    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=3))
+    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=3))
+    x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
+    counts = jnp.array([True, False, True, True, True, False])
+    for scale in (1, 10, 100):
+        state = steps.fill(state, {"resid_post": scale * x}, counts)
+    got = sorted(np.asarray(state.buffer["resid_post"][0, :, 0], np.float32))
+    assert got == [10, 30, 40, 50, 100, 300, 400, 500]
+
+
+def test_every_activation_is_drawn_once_in_a_sweep():
+    config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=12, batch=4)
+    small = dataclasses.replace(MODEL, d_model=3)
+    plan = steps.make_plan(config, small)
+    state = steps.init_state(plan, small)
+    x = jnp.arange(12.0)[None, :, None] * jnp.ones((1, 12, 3))
+    state = steps.fill(state, {"resid_post": x}, jnp.ones(12, bool))
+    sweeps = []
+    for _ in range(2):
+        seen = []
+        for _ in range(3):
+            state, batch = steps.draw(state, plan)
+            seen += np.asarray(batch["resid_post"][0, :, 0], np.float32).tolist()
+        assert sorted(seen) == list(range(12))
+        sweeps.append(seen)
+    assert sweeps[0] != sweeps[1] != list(range(12))
+
+
+def test_model_activations_leave_out_bos_of_every_piece_padding_and_what_the_data_says(model):
+    plan = steps.make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
+    segments, counts = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
+    x, kept = steps.model_activations(
+        model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, counts, plan
+    )
+    assert kept.tolist() == [False, True, False, False, True, False]
+    assert x["resid_post"].shape == (1, 6, 32) and x["z"].shape == (1, 6, 64)
+
+
+def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
+    config = recipe(
+        coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), batch=64
+    )
+    small = dataclasses.replace(MODEL, d_model=6)
+    plan = steps.make_plan(config, small)
+    x = {"resid_post": 30 * jax.random.normal(jax.random.key(1), (2, 64, 6))}
+    state = training.start(plan, steps.init_state(plan, small), x, {})
+    norms = jnp.sqrt(jnp.mean(jnp.sum(x["resid_post"] ** 2, -1), 1))
+    np.testing.assert_allclose(state.scale["resid_post"], norms, rtol=0.2)
+    update = jax.jit(lambda s: steps.update(s, x, plan)[0])
+    for _ in range(5):
+        state = update(state)
+    for group in state.groups:
+        d = group.weights.w_dec
+        for i in range(len(d)):
+            squares = sum(jnp.sum(d[j][:, i] ** 2, -1) for j in range(i, len(d)))
+            np.testing.assert_allclose(squares, 1.0, rtol=1e-5)
+        assert float(group.weights.threshold.min()) >= 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs
+
+EVERY_KIND = (
+    coder(3), coder(4), coder(2, skip=True, **TRANSCODER),
+    coder((3, 4), activation="batch_topk", prefixes=(8, 32), name="nested"),
+    coder((0, 1), skip=True, **TRANSCODER), coder(3, reads="z", activation="topk"),
+)  # fmt: skip
+NAMES = {
+    "resid_post/layer_3_width_64_l0_8": "sae",
+    "resid_post/layer_4_width_64_l0_8": "sae",
+    "transcoder/layer_2_width_64_l0_8_affine": "skip_transcoder",
+    "nested": "crosscoder",
+    "clt/layer_0_1_width_64_l0_8_affine": "clt",
+    "attn_out/layer_3_width_64_l0_8_topk": "sae",
+}
+
+
+@dataclasses.dataclass
+class Finished:
+    config: TrainConfig
+    folder: object
+    coders: dict
+    log: list
+    compiled: list  # names of the programs
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """One run of a coder of every kind."""
+    names, folder = [], tmp_path_factory.mktemp("run")
+    listen = lambda name, _, **k: names.append(str(k)) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    config = recipe(*EVERY_KIND)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "EVERY", 0.0)
+        found = training.train(config, folder, model, documents())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return Finished(config, folder, found, log, list(names))
+
+
+@pytest.fixture(scope="module")
+def activations(model):
+    """{(site, layer): [B, D]} of a few sequences, bfloat16 rounded as the buffer does."""
+    want = {c: i for c in EVERY_KIND for i in c.layer_tuple}
+    plan = steps.make_plan(recipe(*want), model.config)
+    batch = next(TokenBatches(documents(), Letters(), 16, 32, seed=9))
+    run = jax.jit(lambda *a: steps.model_activations(model, *a, plan))
+    x, counts = run(batch.tokens, batch.segments, batch.counts)
+    keep = np.asarray(counts)
+    return {(s, i): np.asarray(x[s][n])[keep] for s, ls in plan.sites for n, i in enumerate(ls)}
+
+
+def reconstruction(coder, config, activations):
+    """(FVU, mean L0) over all layers, each layer's activations at unit mean squared norm."""
+
+    def rows(site):
+        return np.stack([activations[site, i] for i in config.layer_tuple])
+
+    x, y = rows(config.reads), rows(config.target)
+    out = coder.reconstruct(x if config.several else x[0])
+    f = np.asarray(coder.encode(x if config.several else x[0]))
+    l0 = (f > 0).sum((0, 2)).mean() if config.several else (f > 0).sum(-1).mean()
+    scale = np.sum(y**2, -1).mean(-1)
+    error = (np.sum((y - np.asarray(out).reshape(y.shape)) ** 2, -1).mean(-1) / scale).sum()
+    variance = (np.sum((y - y.mean(1, keepdims=True)) ** 2, -1).mean(-1) / scale).sum()
+    return error / variance, l0
+
+
+def test_a_coder_of_every_kind_learns_and_loads_back(finished, activations):
+    assert list(finished.coders) == list(NAMES)
+    rows = [row["coders"] for row in finished.log if row["coders"]]
+    assert len(finished.log) == 30 and finished.log[-1]["tokens"] == 128 * 30
+    assert finished.log[-1]["update"] == 3 * len(rows) and 20 <= len(rows) <= 26
+    for (name, kind), config in zip(NAMES.items(), EVERY_KIND):
+        assert config.folder == name
+        own = finished.coders[name]
+        loaded = load_coder(finished.folder / "coders" / name, decoder=True)
+        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(loaded), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (loaded.kind, loaded.reads, loaded.writes) == (kind, config.reads, config.target)
+        assert loaded.info.l0 == 8 and loaded.first == 1
+        layers = loaded.layers if config.several else (loaded.layer,)
+        assert layers == config.layer_tuple
+        curve = [row[name]["fvu"] for row in rows]
+        assert curve[-1] < 0.7 * curve[0], name
+        fvu, l0 = reconstruction(loaded, config, activations)
+        assert fvu == pytest.approx(curve[-1], rel=0.25), name
+        assert l0 == pytest.approx(rows[-1][name]["l0"], rel=0.25, abs=1.5), name
+        if "topk" in config.activation:
+            assert l0 == pytest.approx(8, rel=0.15)
+        card = finished.folder / "coders" / name / "README.md"
+        assert card.read_text().startswith(f"# {name}\n")
+        saved = json.loads((card.parent / "train_config.json").read_text())
+        assert saved["coders"][0]["target_l0"] == 8
+
+
+def test_the_step_compiles_once(finished):
+    for program in ("train_step", "fill_step"):
+        assert sum(program in name for name in finished.compiled) == 1, program
+
+
+def test_a_finished_run_is_only_written_again_and_no_other_continued(finished, model):
+    """The last checkpoint is of the last pass, so no step runs."""
+    again = training.train(finished.config, finished.folder, model, documents())
+    for a, b in zip(jax.tree.leaves(finished.coders), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="holds a run of another config"):
+        training.train(dataclasses.replace(finished.config, seed=1), finished.folder, model)
+
+
+def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, activations):
+    tuned = [dataclasses.replace(c, init_from=str(finished.folder / "coders" / name))
+             for name, c in zip(NAMES, EVERY_KIND) if c.activation == "jumprelu"]  # fmt: skip
+    singles = tuple(str(finished.folder / "coders" / name) for name in list(NAMES)[:2])
+    both = coder((3, 4), width=16, init_layers=singles, name="from two")
+    plan = steps.make_plan(recipe(*tuned, both), model.config)
+    sample = {s: jnp.stack([activations[s, i] for i in ls]) for s, ls in plan.sites}
+    state = training.start(
+        plan, steps.init_state(plan, model.config), sample, training.load_starts(plan.config)
+    )
+    found = training.coders(plan, state, sample)
+    for c in tuned:
+        before, after = finished.coders[c.folder], found[c.folder]
+        assert reconstruction(after, c, activations) == pytest.approx(
+            reconstruction(before, c, activations), rel=1e-4
+        )
+        if not c.several:  # there the norm of a decoder depends on all layers' scales
+            same(after, before)
+    # The crosscoder's first layer is the first features of the first SAE, and its target L0 starts
+    # where it is.
+    x = np.stack([activations["resid_post", 3], activations["resid_post", 4]])
+    on = np.asarray(found["from two"].encode(x)) > 0
+    first = finished.coders[list(NAMES)[0]].encode(x[0])[:, :16] > 0
+    np.testing.assert_array_equal(on[0], first)
+    [start] = [g.l0_start for g, like in zip(state.groups, plan.groups) if like.like is both]
+    assert start == pytest.approx(max(8, on.sum((0, 2)).mean()), rel=1e-4)
+
+
+def test_several_coders_train_as_each_would_alone(model, tmp_path):
+    """In the sparse step, with a threshold near which many pre-activations lie."""
+    loss = dataclasses.replace(LOSS, bandwidth=0.1)
+    last = coder(4, loss=dataclasses.replace(loss, l0_weight=0.5), target_l0=6.0, seed=1)
+    config = recipe(coder(3, loss=loss), coder(3, target_l0=5.0, loss=loss), last,
+                    tokens=128 * 8, sparse=2.0)  # fmt: skip
+    plan = steps.make_plan(config, model.config)
+    assert len(plan.groups) == 1 and plan.capacity(plan.groups[0]) == 16
+    together = training.train(config, tmp_path / "all", model, documents())
+    config = dataclasses.replace(config, coders=(last,))
+    alone = training.train(config, tmp_path / "alone", model, documents())
+    same(together[last.folder], alone[last.folder])
+
+
+def test_a_run_on_stored_activations_learns(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    batches = TokenBatches(documents(), Letters(), 8, 32)
+    write_activations(model, batches, {"resid_post": (2, 3)}, tmp_path / "store", 2000)
+    store = str(tmp_path / "store")
+    config = recipe(coder(3), store=store, tokens=128 * 3 * 26)
+    found = training.train(config, tmp_path / "run", model)[coder(3).folder]
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    curve = [row["coders"][coder(3).folder]["fvu"] for row in log]
+    assert len(curve) == 26 and curve[-1] < 0.7 * curve[0] and log[-1]["update"] == 78
+    assert found.layer == 3
+    with pytest.raises(InputError, match="no layer 4 of resid_post"):
+        training.train(recipe(coder(4), store=store), tmp_path / "a", model)
+    with pytest.raises(InputError, match="no site 'mlp_in'"):
+        training.train(recipe(coder(3, **TRANSCODER), store=store), tmp_path / "b", model)
+
+
+# -------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def one_line(excinfo):
+    assert "\n" not in str(excinfo.value)
+
+
+BAD_CODERS = {
+    "width": (dict(width=0), "width must be positive"),
+    "target above width": (dict(width=10, target_l0=20), "must be below the width 10"),
+    "negative target": (dict(target_l0=-1), "target_l0 must be positive"),
+    "no layers": (dict(layers=()), "one layer, or several|must be below"),
+    "layers falling": (dict(layers=(3, 1)), "rising order"),
+    "a layer twice": (dict(layers=(3, 3)), "rising order"),
+    "activation": (dict(activation="top"), "activation 'top' is none of .*topk"),
+    "half a k": (dict(activation="topk", target_l0=7.5), "needs a whole target_l0, not 7.5"),
+    "prefixes falling": (dict(prefixes=(8, 4)), "prefixes .* must rise"),
+    "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "lie below 64"),
+    "prefix of nothing": (dict(prefixes=(0, 8)), "prefixes"),
+    "too few to start from": (dict(layers=(1, 2), init_layers=("a",)), "not one a layer"),
+    "two starts": (dict(init_from="a", init_layers=("b",)), "exclude each other"),
+}
+BAD_LOSSES = {
+    "sparsity": (dict(sparsity="squared"), "sparsity 'squared' is none of quadratic"),
+    "bandwidth": (dict(bandwidth=0.0), "bandwidth must be positive"),
+    "weight": (dict(l0_weight=-1.0), "l0_weight must not be negative"),
+    "nan": (dict(dead_weight=float("nan")), "dead_weight must not be negative"),
+}
+BAD_RUNS = {
+    "no coders": (dict(coders=()), "at least one coder"),
+    "one name twice": (dict(coders=(coder(3), coder(3))), "two coders are called resid_post/layer"),
+    "buffer too small": (dict(buffer=100), "buffer 100 must hold"),
+    "buffer never full": (dict(tokens=1000), "tokens 1000 do not fill the buffer"),
+    "tokens": (dict(tokens=-5), "tokens must be positive"),
+    "track": (dict(track=("tensorbord",)), "'tensorbord' is none of tensorboard"),
+}
+
+
+@pytest.mark.parametrize("kind", [BAD_CODERS, BAD_LOSSES, BAD_RUNS], ids=["coder", "loss", "run"])
+def test_bad_recipes_are_refused(kind):
+    make = {
+        id(BAD_CODERS): lambda c: CoderConfig(**dict(layers=3) | c),
+        id(BAD_LOSSES): lambda c: LossConfig(**c),
+        id(BAD_RUNS): lambda c: TrainConfig(**dict(coders=(coder(3),)) | c),
+    }[id(kind)]
+    make({})
+    for change, message in kind.values():
+        with pytest.raises(InputError, match=message) as refused:
+            make(change)
+        one_line(refused)
+
+
+def test_bad_runs_are_refused_before_anything_is_computed(model, tmp_path, monkeypatch):
+    def refused(message, *coders, folder="a", data=None, **options):
+        with pytest.raises(InputError, match=message) as why:
+            training.train(recipe(*coders, **options), tmp_path / folder, model, data)
+        one_line(why)
+
+    refused("layer 99: the model has 0..7", coder(99))
+    refused("layer 8: the model has 0..7", coder((3, 8)))
+    refused("site 'resid_pots'", coder(3, reads="resid_pots"))
+    refused("no.*file.*nowhere", coder(3), data=TextData(files=("nowhere/*.txt",)), folder="b")
+    refused("no store|nowhere", coder(3), store=str(tmp_path / "nowhere"), folder="c")
+    assert not (tmp_path / "c").exists()  # so that a corrected config may use the folder
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/config.json").write_text('{"coders": [')
+    refused("config.json", coder(3), folder="c")
 
 
 def test_config_files_are_read_and_bad_ones_refused(tmp_path):
     path = tmp_path / "run.py"
-    path.write_text("config = 3")
-    with pytest.raises(InputError, match="TrainConfig"):
-        training.load_config(path)
-    path.write_text("config = 1 / 0")
-    with pytest.raises(InputError, match="ZeroDivisionError"):
-        training.load_config(path)
+    for text, message in (
+        ("config = 3", "TrainConfig"),
+        ("config = 1 / 0", "ZeroDivisionError"),
+        ("config = (", "SyntaxError"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message) as refused:
+            training.load_config(path)
+        one_line(refused)
     with pytest.raises(InputError, match="no such config"):
         training.load_config(tmp_path / "none.py")
-    shipped = training.load_config("configs/sae_270m_resid_12.py")
-    assert shipped.width == 4096 and shipped.tokens >= 4_000_000
+    path.write_text(
+        "from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig\n"
+        "config = TrainConfig(coders=(CoderConfig(5), CoderConfig((1, 2), width=32, target_l0=4)))"
+    )
+    config = training.load_config(path)
+    assert [c.layer_tuple for c in config.coders] == [(5,), (1, 2)] and config.tokens == 4_000_000

@@ -1,14 +1,15 @@
-"""The loss of a JumpReLU coder and its straight-through gradients.
+"""The terms of a coder's loss, each a small function, and the straight-through gradients.
 
-    L = |x - y|^2 + lambda * (2 / L0*) * (|f|_0 - L0*)^2
+    L = mean |y - y_hat|^2 + lambda (2 / L0*) (L0 - L0*)^2 + frequency + revival
 
-Source: Gemma Scope 2 technical paper, equations (4) and (5); JumpReLU SAEs, arXiv 2407.14435: with
+Source: Gemma Scope 2 technical paper, equations (4) to (6); JumpReLU SAEs, arXiv 2407.14435: with
 the rectangle kernel K(u) = 1[|u| < 1/2] and bandwidth e,
 
     d JumpReLU(z) / d threshold = -(threshold / e) K((z - threshold) / e)
     d H(z - threshold) / d threshold = -(1 / e) K((z - threshold) / e)
 
-and the sparsity penalty sends no gradient to z. Inputs have unit mean squared norm.
+and the sparsity penalty sends no gradient to z. Activations have unit mean squared norm. Shapes are
+those of the caller: `z` and `threshold` alike, over all features or over the active ones alone.
 """
 
 from functools import partial
@@ -18,13 +19,13 @@ import jax.numpy as jnp
 
 
 def _near(z, threshold, bandwidth):
-    return (jnp.abs(z - threshold[None, :]) < 0.5 * bandwidth).astype(z.dtype)
+    return (jnp.abs(z - threshold) < 0.5 * bandwidth).astype(z.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def jumprelu(z: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
-    """z * (z > threshold) for z [B, F], with the straight-through gradient to threshold [F]."""
-    return jnp.where(z > threshold[None, :], jax.nn.relu(z), 0.0)
+    """z * (z > threshold), elementwise, with the straight-through gradient to `threshold`."""
+    return jnp.where(z > threshold, jax.nn.relu(z), 0.0)
 
 
 def _jumprelu_fwd(z, threshold, bandwidth):
@@ -33,9 +34,8 @@ def _jumprelu_fwd(z, threshold, bandwidth):
 
 def _jumprelu_bwd(bandwidth, saved, g):
     z, threshold = saved
-    dz = jnp.where((z > threshold[None, :]) & (z > 0), g, 0.0)
-    dt = -(threshold / bandwidth) * jnp.sum(g * _near(z, threshold, bandwidth), 0)
-    return dz, dt
+    dz = jnp.where((z > threshold) & (z > 0), g, 0.0)
+    return dz, -(threshold / bandwidth) * g * _near(z, threshold, bandwidth)
 
 
 jumprelu.defvjp(_jumprelu_fwd, _jumprelu_bwd)
@@ -43,8 +43,8 @@ jumprelu.defvjp(_jumprelu_fwd, _jumprelu_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def step(z: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
-    """1[z > threshold] for z [B, F], with the straight-through gradient to threshold only."""
-    return (z > threshold[None, :]).astype(z.dtype)
+    """1[z > threshold], elementwise, with the straight-through gradient to `threshold` only."""
+    return (z > threshold).astype(z.dtype)
 
 
 def _step_fwd(z, threshold, bandwidth):
@@ -53,12 +53,41 @@ def _step_fwd(z, threshold, bandwidth):
 
 def _step_bwd(bandwidth, saved, g):
     z, threshold = saved
-    return jnp.zeros_like(z), -jnp.sum(g * _near(z, threshold, bandwidth), 0) / bandwidth
+    return jnp.zeros_like(z), -g * _near(z, threshold, bandwidth) / bandwidth
 
 
 step.defvjp(_step_fwd, _step_bwd)
 
 
-def quadratic_l0(l0: jax.Array, target: float) -> jax.Array:
+def quadratic_l0(l0: jax.Array, target: jax.Array) -> jax.Array:
     """(2 / L0*) (L0 - L0*)^2, elementwise: equation (5) without its weight."""
     return (2.0 / target) * (l0 - target) ** 2
+
+
+def tanh_l0(f: jax.Array, scale: float) -> jax.Array:
+    """sum tanh(c f) over the last axis: Anthropic's smooth count of active features.
+
+    Source: Circuits updates, January 2025; decoder rows have unit norm, so they do not appear.
+    """
+    return jnp.sum(jnp.tanh(scale * f), -1)
+
+
+def frequency_penalty(frequency: jax.Array, limit: float) -> jax.Array:
+    """limit * sum max(0, p / limit - 1)^2 over the last axis, p [..., F] the share of tokens.
+
+    The paper tells that features above 10 % are penalised, not how. Here one more activation of a
+    feature at twice the limit costs 2, as it costs 1 under equation (4), and nothing at the limit:
+    weights compare with lambda, and features below the limit are left alone.
+    """
+    return limit * jnp.sum(jax.nn.relu(frequency / limit - 1.0) ** 2, -1)
+
+
+def token_weight(y: jax.Array, outlier: float) -> jax.Array:
+    """min(1, outlier^2 / |y|^2) over y [..., D]: rare enormous tokens weigh as if at `outlier`."""
+    return jnp.minimum(1.0, outlier**2 / jnp.maximum(jnp.sum(y * y, -1), 1e-9))
+
+
+def end_to_end(mse: jax.Array, kl: jax.Array, beta: float) -> jax.Array:
+    """(MSE + alpha beta KL) / (1 + beta), alpha = stop_gradient(MSE / (KL + 1e-8)): eq. (6)."""
+    alpha = jax.lax.stop_gradient(mse / (kl + 1e-8))
+    return (mse + alpha * beta * kl) / (1.0 + beta)

@@ -1,74 +1,217 @@
-"""What a training run is: one frozen dataclass, written beside the weights it made.
+"""What a training run is: nested frozen dataclasses, written beside the weights they made.
 
-Defaults are the published recipe (Gemma Scope 2 technical paper, section 3.2) where it is known;
-fields that the paper leaves open, or that a short run needs otherwise, say so.
+Defaults are the published recipe (Gemma Scope 2 technical paper, section 3) where it is known;
+fields that the paper leaves open, or that a short run needs otherwise, say so. A `configs/*.py`
+file exposes one `TrainConfig` as `config`.
 """
 
 import dataclasses
+from typing import Any
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.errors import InputError, nearest
+
+ACTIVATIONS = ("jumprelu", "topk", "batch_topk")
+SPARSITIES = ("quadratic", "step", "tanh")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} must be positive, not {getattr(config, name)!r}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} must not be negative, but is {getattr(config, name)!r}")
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        hint = nearest(value, known)
+        raise InputError(f"{what} {value!r} is none of {', '.join(known)}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One JumpReLU SAE on one site of one layer."""
+class LossConfig:
+    """What one coder minimises, each activation of unit mean squared norm.
 
-    data: tuple[str, ...]  # glob patterns of text files, documents separated by a form feed line
-    model: str = "gemma-3-270m"
-    model_dtype: str = "bfloat16"
-    site: str = "resid_post"
-    layer: int = 12
-    width: int = 4096
-    target_l0: float = 50.0
-    tokens: int = 4_000_000  # tokens the model reads, <bos> included
-    rows: int = 4  # sequences a model pass
-    length: int = 512
-    buffer: int = 131_072  # activations shuffled on the device
-    batch: int = 4096  # activation vectors an update
-    updates: int = 1  # optimizer updates a model pass: each activation is seen
-    #                   updates * batch / (rows * length) times on average
-    learning_rate: float = 7e-5
-    learning_rate_warmup: int = 1000  # updates, cosine from a tenth
-    learning_rate_decay: float = 0.0  # share of the updates at the end with linear decay; paper: 0
-    b1: float = 0.0
-    b2: float = 0.999
-    epsilon: float = 1e-8
-    bandwidth: float = 0.001
-    threshold: float | None = 0.001  # at the start; None: from the data, see `step.start`
-    l0_weight: float = 0.03  # lambda; not published
+    Losses compose: reconstruction (the mean over `prefixes` where there are any), sparsity,
+    frequency, the revival of dead features and, with `kl_weight`, the effect on the model.
+    """
+
+    sparsity: str = "quadratic"  # equation (5); "step": (4), without target; "tanh": Anthropic's
+    l0_weight: float = 0.1  # lambda; not published
     l0_warmup: int = 50_000  # updates over which lambda grows from 0
+    l0_start: float | None = None  # target L0 at the start, decaying linearly over `l0_warmup`
     per_token: bool = True  # the square of equation (5) per token, as it is written, or of the mean
+    tanh_scale: float = 4.0  # c in tanh(c f); decoder rows have unit norm
+    frequency_limit: float = 0.1  # share of tokens above which a feature is penalised
+    frequency_weight: float = 0.0  # see `losses.frequency_penalty`; the paper gives no formula
+    bandwidth: float = 0.001  # of the straight-through kernel
     dead_after: int = 1000  # updates without activity after which a feature counts as dead
     dead_weight: float = 1e-3  # of the pre-activation loss that revives dead features; not in the
     #                            paper, from Anthropic's circuits updates, January 2025; 0: off
     outlier: float = 3.0  # tokens above this many root-mean-square norms count as if at it;
     #                       one token in a thousand has 6 times the median norm, 40 times its square
-    seed: int = 0
-    checkpoint_every: float = 300.0  # seconds
+    kl_weight: float = 0.0  # beta of equation (6), end-to-end finetuning; 0: off
 
     def __post_init__(self) -> None:
-        positive = (
-            "width", "target_l0", "tokens", "rows", "length", "buffer", "batch", "updates",
-            "learning_rate", "bandwidth", "outlier",
-        )  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, not {getattr(self, name)!r}")
-        if self.target_l0 >= self.width:
+        _one_of("sparsity", self.sparsity, SPARSITIES)
+        _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale")
+        _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class CoderConfig:
+    """One coder: an SAE or transcoder on one layer; a crosscoder or CLT over several.
+
+    `layers` is an int for a coder of one layer and a tuple for one of several. It reads one site
+    and writes the same one (SAE, crosscoder) or another (transcoder, CLT).
+    """
+
+    layers: int | tuple[int, ...]
+    reads: str = "resid_post"
+    writes: str = ""  # where it reads
+    width: int = 4096  # features, of each layer
+    target_l0: float = 50.0  # features of one token, over all layers
+    activation: str = "jumprelu"  # or "topk", "batch_topk", saved as the JumpReLU nearest to them
+    skip: bool = False  # an affine skip connection, x @ w_skip
+    prefixes: tuple[int, ...] = ()  # Matryoshka: the first so many features reconstruct alone, too
+    input_bias: bool = True  # where it writes what it reads, b_dec is subtracted from the input
+    threshold: float | None = 0.001  # at the start; None: from the data, see `init.from_data`
+    init_from: str = ""  # a folder or address: finetune that coder
+    init_layers: tuple[str, ...] = ()  # one single-layer coder a layer, see `init.from_coders`
+    seed: int = 0
+    name: str = ""  # of its folder; "": made from the rest
+    loss: LossConfig = LossConfig()
+
+    def __post_init__(self) -> None:
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _positive(self, "width", "target_l0")
+        if self.target_l0 >= self.width * len(self.layer_tuple):
             raise InputError(f"target_l0 {self.target_l0} must be below the width {self.width}")
-        if self.buffer < max(self.batch, 2 * self.rows * self.length):
-            raise InputError(f"buffer {self.buffer} must hold a batch and two model passes")
+        if list(self.layer_tuple) != sorted(set(self.layer_tuple)) or not self.layer_tuple:
+            raise InputError(f"layers {self.layers} must be one layer, or several in rising order")
+        if list(self.prefixes) != sorted(set(self.prefixes)) or not all(
+            0 < p < self.width for p in self.prefixes
+        ):
+            raise InputError(f"prefixes {self.prefixes} must rise and lie below {self.width}")
+        if self.init_layers and len(self.init_layers) != len(self.layer_tuple):
+            raise InputError(f"init_layers has {len(self.init_layers)} coders, not one a layer")
+        if self.init_from and self.init_layers:
+            raise InputError("init_from and init_layers exclude each other")
+        if self.activation != "jumprelu" and self.target_l0 != int(self.target_l0):
+            raise InputError(f"{self.activation} needs a whole target_l0, not {self.target_l0}")
 
     @property
-    def fill_passes(self) -> int:
-        """Model passes that fill the buffer before the first update."""
-        return -(-self.buffer // (self.rows * self.length))
+    def layer_tuple(self) -> tuple[int, ...]:
+        return (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+
+    @property
+    def several(self) -> bool:
+        return not isinstance(self.layers, int)
+
+    @property
+    def target(self) -> str:
+        """The site it writes."""
+        return self.writes or self.reads
+
+    @property
+    def centred(self) -> bool:
+        """Whether b_dec is subtracted from the input."""
+        return self.input_bias and self.target == self.reads
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder, as the release spells it."""
+        if self.name:
+            return self.name
+        if self.several:
+            kind = "crosscoder" if self.target == self.reads else "clt"
+            layers = list(self.layer_tuple)
+            run = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
+            names = [layers[0], "to", layers[-1]] if run else layers
+            where = f"{kind}/layer_{'_'.join(map(str, names))}"
+        else:
+            site = {"z": "attn_out"}.get(self.reads, self.reads)
+            where = f"{site if self.target == self.reads else 'transcoder'}/layer_{self.layers}"
+        ends = "_affine" if self.skip else ""
+        activation = "" if self.activation == "jumprelu" else f"_{self.activation}"
+        seed = f"_seed_{self.seed}" if self.seed else ""
+        return f"{where}_width_{self.width}_l0_{self.target_l0:g}{activation}{ends}{seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, as published; the same for all coders of a run."""
+
+    learning_rate: float = 7e-5
+    warmup: int = 1000  # updates, cosine from a tenth
+    decay: float = 0.0  # share of the updates at the end with linear decay to 0; paper: none
+    b1: float = 0.0
+    b2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "epsilon")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Any number of coders fed by one model pass, or by one activation store."""
+
+    coders: tuple[CoderConfig, ...]
+    data: TextData = TextData()
+    store: str = ""  # a folder of stored activations instead of `data`
+    model: str = "gemma-3-270m"
+    model_dtype: str = "bfloat16"
+    tokens: int = 4_000_000  # read by the model, <bos> included; of a store: activations drawn
+    rows: int = 4  # sequences a model pass
+    length: int = 1024  # tokens a sequence
+    first: int = 1  # leading positions that are not trained on: <bos>; 4 for chats
+    buffer: int = 131_072  # activations shuffled on the device
+    batch: int = 4096  # activations an update
+    updates: int = 1  # optimizer updates a model pass: each activation is seen
+    #                   updates * batch / (rows * length) times on average
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sparse: float = 4.0  # slots for active features a token, in target L0s, of the sparse step;
+    #                      0: dense products. Tokens that need more make that update dense.
+    mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
+    #                                      over the features, on CPUs one device
+    seed: int = 0
+    checkpoint_every: float = 300.0  # seconds
+    keep: int = 2  # checkpoints
+    track: tuple[str, ...] = ()  # "tensorboard", "wandb", beside log.jsonl
+
+    def __post_init__(self) -> None:
+        _positive(self, "tokens", "rows", "length", "buffer", "batch", "updates", "keep")
+        if not self.coders:
+            raise InputError("a run needs at least one coder")
+        for name in self.track:
+            _one_of("track", name, ("tensorboard", "wandb"))
+        if not self.store and self.buffer < max(self.batch, 2 * self.rows * self.length):
+            raise InputError(f"buffer {self.buffer} must hold a batch and two model passes")
+        if not self.store and self.tokens <= self.buffer:
+            raise InputError(f"tokens {self.tokens} do not fill the buffer of {self.buffer}")
+        if self.store and any(c.loss.kl_weight for c in self.coders):
+            raise InputError("kl_weight needs the model on text, not stored activations")
+        folders = [c.folder for c in self.coders]
+        twice = sorted({f for f in folders if folders.count(f) > 1})
+        if twice:
+            raise InputError(f"two coders are called {twice[0]}: give one another name or seed")
+
+    @property
+    def tokens_a_pass(self) -> int:
+        return self.updates * self.batch if self.store else self.rows * self.length
 
     @property
     def passes(self) -> int:
-        """Model passes in all."""
-        return max(1, self.tokens // (self.rows * self.length))
+        """Calls of the compiled step in all."""
+        return max(1, self.tokens // self.tokens_a_pass)
 
-    @property
-    def total_updates(self) -> int:
-        return max(0, self.passes - self.fill_passes) * self.updates
+
+def as_json(config: Any) -> dict:
+    """A config as plain JSON values (tuples become lists)."""
+    return dataclasses.asdict(config)

@@ -1,8 +1,9 @@
-"""One compiled step: the model's pass, a shuffle buffer on the device, the coder's updates.
+"""One compiled step: the model's pass, a shuffle buffer on the device, the updates of all coders.
 
-Activations of a pass (without <bos> and padding) overwrite the oldest of a ring buffer; updates
-draw from it at random. Everything is divided by one scalar so that inputs have unit mean squared
-norm; `fold` puts that scalar, and the decoder bias subtracted from the input, into the weights.
+Activations of a pass (without <bos>, padding and what the data leaves out) overwrite the oldest of
+a ring buffer, one a site; updates draw from it in random order. Each layer of each site is divided
+by one scalar so that they have unit mean squared norm; `fold` puts that into the weights.
+With stored activations the batches come from the host and the rest is the same.
 """
 
 import dataclasses
@@ -12,214 +13,301 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
-from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
-from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.model.sharding import place
+from gemma_scope_jax.training.init import random_weights
+from gemma_scope_jax.training.objective import gradients
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.weights import Group, Weights, groups, unit_decoder
+
+Sites = dict[str, jax.Array]  # site -> activations of its layers [L, ..., D]
 
 
 @flax.struct.dataclass
-class Weights:
-    """The trained parameters, float32, on inputs of unit mean squared norm."""
+class GroupState:
+    """What one group of coders carries from update to update."""
 
-    w_enc: jax.Array  # [D, F]
-    b_enc: jax.Array  # [F]
-    threshold: jax.Array  # [F]
-    w_dec: jax.Array  # [F, D], unit rows
-    b_dec: jax.Array  # [D], subtracted from the input too
+    weights: Weights
+    optimizer: Any
+    last_active: jax.Array  # int32 [N, X, F]: update at which a feature was last active
+    l0_start: jax.Array  # float32 [N]: target L0 from which the target comes down
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything that a checkpoint holds: resuming from it continues bit for bit."""
 
-    weights: Weights
-    optimizer: Any
-    buffer: jax.Array  # [buffer, D] raw activations, bfloat16
-    filled: jax.Array  # int32: activations ever written
-    scale: jax.Array  # float32: root-mean-square norm of raw activations; 0 until known
-    last_active: jax.Array  # int32 [F]: update at which a feature was last active
+    groups: tuple[GroupState, ...]
+    buffer: Sites  # site -> [L, buffer, D] raw activations, bfloat16; empty with a store
+    slot: jax.Array  # int32: of the buffer, to write next
+    filled: jax.Array  # int32: slots ever written
+    order: jax.Array  # int32 [buffer]: the order in which slots are drawn
+    drawn: jax.Array  # int32: slots of `order` already drawn
+    scale: Sites  # site -> float32 [L]: root-mean-square norm of raw activations; 0 until known
     update: jax.Array  # int32: updates done
+    total: jax.Array  # int32: updates there will be, known when they begin
     key: jax.Array
 
 
-def schedule(config: TrainConfig):
-    """Learning rate by update: cosine from a tenth over the warm-up, then constant (then decay)."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides the program of a run: static, and the same for every step."""
 
-    def rate(count):
-        count = count.astype(jnp.float32)
-        ramp = jnp.minimum(1.0, count / max(1, config.learning_rate_warmup))
-        warm = 1.0 - 0.45 * (1.0 + jnp.cos(jnp.pi * ramp))
-        tail = max(1.0, config.learning_rate_decay * config.total_updates)
-        left = jnp.clip((config.total_updates - count) / tail, 0.0, 1.0)
-        return config.learning_rate * warm * (left if config.learning_rate_decay else 1.0)
+    config: TrainConfig
+    groups: tuple[Group, ...]
+    sites: tuple[tuple[str, tuple[int, ...]], ...]  # each site with the layers somebody reads
+    mesh: Any = None
 
-    return rate
+    @property
+    def stop(self) -> int:
+        """The model's layers that have to run."""
+        return 1 + max(layer for _, layers in self.sites for layer in layers)
+
+    def capacity(self, group: Group) -> int:
+        """Slots a token (of one layer) in the sparse step, 0 for dense products."""
+        if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
+            return 0
+        target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
+        slots = 16 * int(-(-self.config.sparse * target // 16))
+        return slots if slots < group.like.width // 2 else 0
+
+
+def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> Plan:
+    """The plan of a run. Raises `InputError` for layers and sites that the model does not have."""
+    wanted: dict[str, set[int]] = {}
+    for coder in config.coders:
+        for site in (coder.reads, coder.target):
+            site_width(model, site)
+            wanted.setdefault(site, set()).update(coder.layer_tuple)
+    sites = tuple((site, tuple(sorted(layers))) for site, layers in sorted(wanted.items()))
+    return Plan(config, groups(config), sites, mesh)
+
+
+# -------------------------------------------------------------------------------------------------
+# State
+
+
+def learning_rate(config: TrainConfig, update: jax.Array, total: jax.Array) -> jax.Array:
+    """Of an update: cosine from a tenth over the warm-up, then constant (then linear decay)."""
+    o = config.optimizer
+    update, total = update.astype(jnp.float32), total.astype(jnp.float32)
+    ramp = jnp.minimum(1.0, update / max(1, o.warmup))
+    rate = o.learning_rate * (1.0 - 0.45 * (1.0 + jnp.cos(jnp.pi * ramp)))
+    if not o.decay:
+        return rate
+    return rate * jnp.clip((total - update) / jnp.maximum(1.0, o.decay * total), 0.0, 1.0)
 
 
 def optimizer(config: TrainConfig) -> Any:  # optax's types know arrays, not dataclasses
-    return optax.adam(schedule(config), b1=config.b1, b2=config.b2, eps=config.epsilon)
+    """Adam; with b1 = 0, as published, without the first moment that nobody would read."""
+    o = config.optimizer
+    if o.b1 == 0:
+        return optax.scale_by_rms(o.b2, o.epsilon, eps_in_sqrt=False, bias_correction=True)
+    return optax.scale_by_adam(o.b1, o.b2, o.epsilon)
 
 
-def init_state(config: TrainConfig, model: GemmaConfig, key: jax.Array) -> TrainState:
-    """He-uniform decoder with unit rows, encoder its transpose, biases zero, thresholds given."""
-    d_in = site_width(model, config.site)
-    key, draw = jax.random.split(key)
-    bound = (6.0 / d_in) ** 0.5
-    w_dec = jax.random.uniform(draw, (config.width, d_in), jnp.float32, -bound, bound)
-    w_dec = _unit_rows(w_dec)
-    zeros = jnp.zeros(config.width)
-    weights = Weights(w_dec.T, zeros, zeros + (config.threshold or 0.0), w_dec, jnp.zeros(d_in))
+def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
+    """Coders at random, an empty buffer."""
+    config = plan.config
+    buffer = 0 if config.store else config.buffer
     return TrainState(
-        weights,
-        optimizer(config).init(weights),
-        jnp.zeros((config.buffer, d_in), jnp.bfloat16),
+        tuple(_group_state(plan, group, model) for group in plan.groups),
+        {s: jnp.zeros((len(ls), buffer, site_width(model, s)), jnp.bfloat16)
+         for s, ls in plan.sites if buffer},
         jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.float32),
-        jnp.zeros(config.width, jnp.int32),
         jnp.zeros((), jnp.int32),
-        key,
-    )
-
-
-def _unit_rows(w: jax.Array) -> jax.Array:
-    return w / jnp.linalg.norm(w, axis=-1, keepdims=True)
-
-
-def loss(
-    weights: Weights, x: jax.Array, l0_weight: jax.Array, dead: jax.Array, config: TrainConfig
-):
-    """Mean loss of a batch x [B, D] of unit mean squared norm, and its parts.
-
-    Tokens beyond `outlier` root-mean-square norms weigh as if they stood at it. Features marked
-    `dead` (float32 [F]) are drawn towards their thresholds.
-    """
-    z = (x - weights.b_dec[None, :]) @ weights.w_enc + weights.b_enc[None, :]
-    f = jumprelu(z, weights.threshold, config.bandwidth)
-    y = f @ weights.w_dec + weights.b_dec[None, :]
-    error = jnp.sum((x - y) ** 2, -1)
-    weight = jnp.minimum(1.0, config.outlier**2 / jnp.maximum(jnp.sum(x * x, -1), 1e-9))
-    l0 = jnp.sum(step(z, weights.threshold, config.bandwidth), -1)
-    if config.per_token:
-        penalty = jnp.mean(quadratic_l0(l0, config.target_l0))
-    else:
-        penalty = quadratic_l0(jnp.mean(l0), config.target_l0)
-    reconstruction = jnp.mean(weight * error)
-    revival = jnp.mean(jnp.sum(dead[None, :] * jax.nn.relu(weights.threshold[None, :] - z), -1))
-    centred = jnp.sum((x - jnp.mean(x, 0, keepdims=True)) ** 2, -1)
-    parts = {
-        "loss": reconstruction + l0_weight * penalty + config.dead_weight * revival,
-        "mse": reconstruction,
-        "fvu": jnp.sum(weight * error) / jnp.sum(weight * centred),
-        "l0": jnp.mean(l0),
-        "active": jnp.any(f > 0, 0),
-    }
-    return parts["loss"], parts
-
-
-def update(state: TrainState, config: TrainConfig) -> tuple[TrainState, dict]:
-    """One optimizer update on a batch drawn from the buffer."""
-    key, draw = jax.random.split(state.key)
-    rows = jax.random.randint(draw, (config.batch,), 0, state.buffer.shape[0])
-    x = state.buffer[rows].astype(jnp.float32) / state.scale
-    ramp = jnp.minimum(1.0, state.update.astype(jnp.float32) / max(1, config.l0_warmup))
-    idle = state.update - state.last_active
-    dead = (idle > config.dead_after).astype(jnp.float32)
-    grads, parts = jax.grad(loss, has_aux=True)(
-        state.weights, x, config.l0_weight * ramp, dead, config
-    )
-    # Moving along a decoder row only changes its norm, which is put back to one below.
-    w_dec = state.weights.w_dec
-    along = jnp.sum(grads.w_dec * w_dec, -1, keepdims=True)
-    grads = dataclasses.replace(grads, w_dec=grads.w_dec - along * w_dec)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        changes, opt = optimizer(config).update(grads, state.optimizer, state.weights)
-    before: Any = state.weights
-    weights: Any = optax.apply_updates(before, changes)
-    weights = dataclasses.replace(
-        weights, w_dec=_unit_rows(weights.w_dec), threshold=jnp.maximum(weights.threshold, 0.0)
-    )
-    last = jnp.where(parts.pop("active"), state.update, state.last_active)
-    parts["dead"] = jnp.mean(dead)
-    state = dataclasses.replace(
-        state, weights=weights, optimizer=opt, last_active=last, update=state.update + 1, key=key
-    )
-    return state, parts
-
-
-def model_activations(model: Model, tokens, segments, config: TrainConfig):
-    """Activations [B*T, D] of the site, and which of them count (no padding, no <bos>)."""
-    out = forward(
-        model, tokens, [capture(config.site, config.layer)],
-        segments=segments, stop_at_layer=config.layer + 1, logits="none", remat=None,
+        jnp.arange(max(1, buffer), dtype=jnp.int32),  # Orbax saves no empty arrays
+        jnp.asarray(buffer, jnp.int32),  # all drawn: the first draw shuffles
+        {s: jnp.zeros(len(ls)) for s, ls in plan.sites},
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jax.random.key(config.seed),
     )  # fmt: skip
-    x = out.reads[config.site]
-    return x.reshape(-1, x.shape[-1]), counted(segments, 1).reshape(-1)
 
 
-def fill(state: TrainState, x: jax.Array, counts: jax.Array) -> TrainState:
+def _group_state(plan: Plan, group: Group, model: GemmaConfig) -> GroupState:
+    d_in, d_out = (site_width(model, s) for s in (group.like.reads, group.like.target))
+    weights = random_weights(group, d_in, d_out, plan.config.seed)
+    start = [c.loss.l0_start or c.target_l0 for c in group.coders]
+    return GroupState(
+        weights,
+        optimizer(plan.config).init(weights),
+        jnp.zeros(weights.b_enc.shape, jnp.int32),
+        jnp.asarray(start, jnp.float32),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Any) -> TrainState:
+    """Where a state lives on a mesh: features over "model", buffered activations over "data".
+
+    Weights, the optimizer's moments and counters of features split over their feature axis; what
+    has none, or does not divide, is everywhere. `state` may be abstract.
+    """
+
+    def one(path, leaf):
+        names = {getattr(p, "name", getattr(p, "key", "")) for p in path}
+        spec = [None] * leaf.ndim
+        if names & {"w_enc", "b_enc", "threshold", "w_dec", "last_active"}:
+            axis, over = 2, "model"
+        elif "buffer" in names:
+            axis, over = 1, "data"
+        else:
+            return NamedSharding(mesh, PartitionSpec())
+        if leaf.shape[axis] % mesh.shape[over] == 0:
+            spec[axis] = over
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def first_state(plan: Plan, model: GemmaConfig) -> TrainState:
+    """`init_state`, made in place on the plan's mesh."""
+    if plan.mesh is None:
+        return init_state(plan, model)
+    places = placement(plan, model)
+    return jax.jit(lambda: init_state(plan, model), out_shardings=places)()
+
+
+def placement(plan: Plan, model: GemmaConfig) -> Any:
+    """`state_shardings` of a run, None for one device."""
+    if plan.mesh is None:
+        return None
+    return state_shardings(jax.eval_shape(lambda: init_state(plan, model)), plan.mesh)
+
+
+# -------------------------------------------------------------------------------------------------
+# Activations
+
+
+def model_activations(model: Model, tokens, segments, counts, plan: Plan):
+    """Activations {site: [L, B*T, D]}, and which count (data's `counts`, no padding, no <bos>)."""
+    out = forward(
+        model, tokens, [capture(site, layers) for site, layers in plan.sites],
+        segments=segments, stop_at_layer=plan.stop, logits="none", remat=None,
+    )  # fmt: skip
+    x = {s: out.reads[s].reshape(len(ls), -1, out.reads[s].shape[-1]) for s, ls in plan.sites}
+    return x, (counted(segments, plan.config.first) & counts).reshape(-1)
+
+
+def fill(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
     """Write the activations that count over the oldest of the buffer."""
-    size = state.buffer.shape[0]
-    slot = (state.filled + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
+    size = state.order.shape[0]
+    slot = (state.slot + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
     slot = jnp.where(counts, slot, size)  # beyond the end: dropped
-    buffer = state.buffer.at[slot].set(x.astype(state.buffer.dtype), mode="drop")
-    return dataclasses.replace(
-        state, buffer=buffer, filled=state.filled + jnp.sum(counts, dtype=jnp.int32)
+    write = lambda old, new: old.at[:, slot].set(new.astype(old.dtype), mode="drop")
+    buffer = {site: write(old, x[site]) for site, old in state.buffer.items()}
+    new = jnp.sum(counts, dtype=jnp.int32)
+    filled = jnp.minimum(state.filled + new, size)
+    return dataclasses.replace(state, buffer=buffer, slot=(state.slot + new) % size, filled=filled)
+
+
+def draw(state: TrainState, plan: Plan) -> tuple[TrainState, Sites]:
+    """A batch from the buffer: each slot once in every sweep, in another order each time."""
+    size, batch = state.order.shape[0], plan.config.batch
+    key, shuffle = jax.random.split(state.key)
+    over = state.drawn + batch > size
+    order = jax.lax.cond(
+        over, lambda: jax.random.permutation(shuffle, state.order), lambda: state.order
     )
+    begin = jnp.where(over, 0, state.drawn)
+    slots = jax.lax.dynamic_slice_in_dim(order, begin, batch)
+    state = dataclasses.replace(state, key=key, order=order, drawn=begin + batch)
+    return state, {site: rows[:, slots] for site, rows in state.buffer.items()}
 
 
-def fill_step(state: TrainState, model: Model, tokens, segments, config: TrainConfig) -> TrainState:
-    """A model pass that only fills the buffer."""
-    return fill(state, *model_activations(model, tokens, segments, config))
+def pairs(plan: Plan, group: Group, x: Sites, scale: Sites) -> tuple[jax.Array, jax.Array]:
+    """What a group reads and what it should write: [N, X, B, D] each, unit mean squared norm."""
+    mesh, layers_of = plan.mesh, dict(plan.sites)
+
+    def pick(site):
+        at = [[layers_of[site].index(layer) for layer in row] for row in group.layers]
+        at = jnp.asarray(at, jnp.int32)
+        rows = x[site][at].astype(jnp.float32) / scale[site][at][..., None, None]
+        return place(mesh, rows, None, None, "data", None)
+
+    read = pick(group.like.reads)
+    return read, read if group.like.target == group.like.reads else pick(group.like.target)
 
 
-def train_step(state: TrainState, model: Model, tokens, segments, config: TrainConfig):
-    """A model pass and `config.updates` updates, one program: (state, means of the loss parts)."""
-    state = fill_step(state, model, tokens, segments, config)
-    state, parts = jax.lax.scan(lambda s, _: update(s, config), state, None, length=config.updates)
-    return state, jax.tree.map(jnp.mean, parts)
+# -------------------------------------------------------------------------------------------------
+# Updates
 
 
-def start(state: TrainState, config: TrainConfig) -> TrainState:
-    """What the full buffer decides before the first update: the scale, and the first weights.
-
-    The scale is the root-mean-square norm. With `config.threshold` None, the decoder bias starts at
-    the mean and each threshold where its feature is active on target_l0 / width of the tokens: a
-    short run then starts at its target L0 with nothing dead, instead of spending itself on getting
-    there from half of all features.
-    """
-    rows = state.buffer.astype(jnp.float32)
-    squares = jnp.sum(rows * rows, -1)
-    # Rare tokens of enormous norm would otherwise decide the scale.
-    squares = jnp.minimum(squares, config.outlier**2 * jnp.median(squares))
-    scale = jnp.sqrt(jnp.mean(squares))
-    w = state.weights
-    if config.threshold is None:
-        w = dataclasses.replace(w, b_dec=jnp.mean(rows, 0) / scale)
-        sample = rows[:8192] / scale - w.b_dec[None, :]
-        share = config.target_l0 / config.width
-        w = dataclasses.replace(
-            w, threshold=jnp.maximum(jnp.quantile(sample @ w.w_enc, 1 - share, 0), 0.001)
-        )
-    return dataclasses.replace(state, scale=scale, weights=w)
+def dials(
+    state: GroupState, group: Group, update: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What moves during a run: weight [N] and target [N] of the L0 penalty, dead features."""
+    config = group.like.loss
+    ramp = jnp.minimum(1.0, update.astype(jnp.float32) / max(1, config.l0_warmup))
+    target = state.l0_start + ramp * (group.of("target_l0") - state.l0_start)
+    dead = (update - state.last_active > config.dead_after).astype(jnp.float32)
+    return group.of("l0_weight") * ramp, target, dead
 
 
-def fold(weights: Weights, scale: jax.Array, *, layer: int, site: str) -> SparseCoder:
-    """The published form: raw inputs, nothing subtracted, the same features times `scale`.
+def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState, config):
+    """One step of Adam: (group state, parts). Decoders stay at unit norm, thresholds positive."""
+    w: Any = old.weights
+    rate = learning_rate(config, state.update, state.total)
+    grads = dataclasses.replace(grads, w_dec=_across(grads.w_dec, w.w_dec))
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        changes, moments = optimizer(config).update(grads, old.optimizer, w)
+    w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
+    w = dataclasses.replace(w, w_dec=unit_decoder(w.w_dec), threshold=jnp.maximum(w.threshold, 0.0))
+    parts = dict(parts)
+    last = jnp.where(parts.pop("active"), state.update, old.last_active)
+    parts["dead"] = jnp.mean(dead, (1, 2))
+    return dataclasses.replace(old, weights=w, optimizer=moments, last_active=last), parts
 
-    With C the scale: b_enc' = C (b_enc - b_dec w_enc), b_dec' = C b_dec, threshold' = C threshold.
-    """
-    w = weights
-    return SparseCoder(
-        w_enc=w.w_enc,
-        b_enc=scale * (w.b_enc - w.b_dec @ w.w_enc),
-        threshold=scale * w.threshold,
-        w_dec=w.w_dec,
-        b_dec=scale * w.b_dec,
-        layer=layer,
-        reads=site,
-        writes=site,
+
+def _across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Gradients without their part along the decoder, which would only change its norm."""
+    X = len(w_dec)
+    along = jnp.stack(
+        [sum(jnp.sum(grads[j][:, i] * w_dec[j][:, i], -1) for j in range(i, X)) for i in range(X)],
+        1,
     )
+    return tuple(g - along[:, : j + 1, :, None] * w for j, (g, w) in enumerate(zip(grads, w_dec)))
+
+
+def update(state: TrainState, x: Sites, plan: Plan) -> tuple[TrainState, list]:
+    """One update on activations x {site: [L, batch, D]} of every coder that learns from them."""
+    done, parts = [], []
+    for group, old in zip(plan.groups, state.groups):
+        part = None
+        if not group.like.loss.kl_weight:
+            read, write = pairs(plan, group, x, state.scale)
+            dial = dials(old, group, state.update)
+            grads, part = gradients(old.weights, read, write, *dial, group, plan.capacity(group))
+            old, part = apply(old, grads, part, dial[-1], state, plan.config)
+        done.append(old)
+        parts.append(part)
+    return dataclasses.replace(state, groups=tuple(done), update=state.update + 1), parts
+
+
+def scales(x: Sites, plan: Plan) -> Sites:
+    """Root-mean-square norms of a sample {site: [L, B, D]}: [L] each.
+
+    Rare tokens of enormous norm count as if at `outlier` median norms, or they would decide it.
+    """
+    limit = max(c.loss.outlier for c in plan.config.coders)
+
+    def one(rows):
+        squares = jnp.sum(jnp.square(rows.astype(jnp.float32)), -1)
+        median = jnp.median(squares, 1, keepdims=True)
+        return jnp.sqrt(jnp.mean(jnp.minimum(squares, limit**2 * median), 1))
+
+    return {site: one(rows) for site, rows in x.items()}
+
+
+def scales_of(plan: Plan, coder: CoderConfig, scale: Sites) -> Sites:
+    """The scales of a coder's layers where it reads, "in", and where it writes, "out": [X] each."""
+    layers = dict(plan.sites)
+
+    def pick(site):
+        return scale[site][jnp.asarray([layers[site].index(i) for i in coder.layer_tuple])]
+
+    return {"in": pick(coder.reads), "out": pick(coder.target)}

@@ -1,36 +1,47 @@
-"""The training loop: batches in, a published-layout folder out; can be killed and resumed anywhere.
+"""The training loop: activations in, published-layout folders out; killed and resumed anywhere.
 
 A run folder holds `config.json` (the resolved recipe), `log.jsonl` (a line every few seconds),
-`checkpoints/` (Orbax, the last two) and, once finished, `coder/` in the published layout.
+`checkpoints/` (Orbax) and, once finished, `coders/`: a published folder with a model card for each.
 """
 
+import contextlib
 import dataclasses
+import errno
 import importlib.util
-import itertools
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
-from gemma_scope_jax.coders.gemma_scope_files import save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
-from gemma_scope_jax.data.text import TokenBatch, pack, read_documents, shuffled
+from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.splice import Coder
+from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.tokenizer import Tokenizer, load_tokenizer
+from gemma_scope_jax.model.sharding import make_mesh
+from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.card import write_card
+from gemma_scope_jax.training.checkpoints import Checkpoints
+from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
+from gemma_scope_jax.training.objective import calibrated
+from gemma_scope_jax.training.progress import Progress
+from gemma_scope_jax.training.recipe import TrainConfig, as_json
+from gemma_scope_jax.training.weights import Group, fold, unfold
 
-LOG_EVERY = 10.0  # seconds
+AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
+SAMPLE = 8192  # activations from which coders start
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
@@ -42,145 +53,279 @@ def load_config(path: str | os.PathLike) -> TrainConfig:
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # configs may share what they have in common
     try:
         spec.loader.exec_module(module)
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise InputError(f"{path}: must set `config` to a TrainConfig")
     return config
 
 
-def batches(config: TrainConfig, tok: Tokenizer) -> Iterator[TokenBatch]:
-    """The packed token batches of a run, without end: a function of the config alone."""
-    documents = shuffled(read_documents(config.data), config.seed)
-    encode = lambda text: tok.encode(text, bos=False)
-    return pack(documents, encode, config.rows, config.length, tok.bos_id)
+def train(
+    config: TrainConfig, out: str | os.PathLike, model: Model | None = None, data: Any = None
+) -> dict[str, Coder]:
+    """Train all coders of `config`; continue if `out` holds a run of it. Returns them by folder.
 
-
-def train(config: TrainConfig, out: str | os.PathLike, model: Model | None = None) -> SparseCoder:
-    """Train one SAE; continue if `out` holds a run of the same config. Returns it folded.
-
-    The folded coder is also written to `out`/coder. SIGTERM and Ctrl-C save a checkpoint and leave.
-    Raises `InputError` for data, models and folders that do not fit.
+    They are also written to `out`/coders in the published layout. `data` may be any iterable of
+    strings, or a function that returns one, in place of `config.data`. SIGTERM and Ctrl-C save a
+    checkpoint and leave. Raises `InputError` for data, models and folders that do not fit.
     """
-    out = Path(out).expanduser().absolute()
+    out = epath.Path(out).expanduser().absolute()
+    _check_folder(config, out)
+    mesh = _mesh(config)
+    model = model or load_model(config.model, dtype=config.model_dtype, mesh=mesh)
+    _check_layers(config, model)
+    run = _Run(config, out, model, mesh, data)
+    try:
+        return run.finish(run.loop())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{out}: no room left on the disk ({error}); checkpoints written before are whole, so "
+            "make room and run the same command again"
+        ) from error
+
+
+def store_activations(
+    config: TrainConfig, folder: str | os.PathLike, tokens: int | None = None,
+    dtype: str = "bfloat16", model: Model | None = None, data: Any = None,
+) -> None:  # fmt: skip
+    """Write what the coders of `config` read and write to an activation store; resumable.
+
+    `tokens` counts activations; default: the config's. See `data.activation_store`.
+    """
     model = model or load_model(config.model, dtype=config.model_dtype)
-    if not 0 <= config.layer < model.config.layers:
-        raise InputError(f"layer {config.layer}: the model has 0..{model.config.layers - 1}")
-    _remember_config(config, out)
-    state = steps.init_state(config, model.config, jax.random.key(config.seed))
-    run = _Run(config, out)
-    state, done = run.restore(state)
-    data = itertools.islice(batches(config, load_tokenizer(config.model)), done, config.passes)
-    state = run.loop(model, state, data, done)
-    sae = coder(config, state)
-    save_coder(sae, out / "coder")
-    print(f"{out / 'coder'}", flush=True)
-    return sae
+    _check_layers(config, model)
+    sites = dict(steps.make_plan(config, model.config).sites)
+    batches = token_batches(config, data)
+    count = config.tokens if tokens is None else tokens
+    write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
+    print(folder, flush=True)
 
 
-def coder(config: TrainConfig, state: steps.TrainState) -> SparseCoder:
-    """The coder of a training state in the published form, with its published config."""
-    sae = steps.fold(state.weights, state.scale, layer=config.layer, site=config.site)
-    name = config.model if "/" in config.model else f"google/{config.model}"
-    return dataclasses.replace(
-        sae, info=CoderInfo(model_name=name, type="sae", l0=config.target_l0, width=config.width)
-    )
+def _mesh(config: TrainConfig) -> Any:
+    """The mesh of a run; None for one device."""
+    if config.mesh is not None:
+        return make_mesh(*config.mesh) if config.mesh != (1, 1) else None
+    devices = jax.devices()
+    alone = len(devices) == 1 or (devices[0].platform == "cpu" and jax.process_count() == 1)
+    return None if alone else make_mesh(1, len(devices))
 
 
-def _remember_config(config: TrainConfig, out: Path) -> None:
-    text = json.dumps(dataclasses.asdict(config), indent=1)
+def _check_layers(config: TrainConfig, model: Model) -> None:
+    for coder in config.coders:
+        for layer in coder.layer_tuple:
+            if not 0 <= layer < model.config.layers:
+                raise InputError(f"layer {layer}: the model has 0..{model.config.layers - 1}")
+
+
+def _decisive(config: dict) -> dict:
+    """What of a config in JSON decides the results."""
+    free = ("checkpoint_every", "keep", "track", "mesh")
+    return {k: v for k, v in config.items() if k not in free}
+
+
+def _check_folder(config: TrainConfig, out: epath.Path) -> None:
+    """Raise `InputError` if the folder holds a run of another config."""
     file = out / "config.json"
-    if file.exists() and json.loads(file.read_text()) != json.loads(text):
-        raise InputError(f"{out} holds a run of another config: choose another folder")
+    if not file.exists():
+        return
+    try:
+        there = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: damaged, no JSON; choose another folder") from error
+    here = json.loads(json.dumps(as_json(config)))
+    if _decisive(there) != _decisive(here):
+        other = [k for k, v in _decisive(here).items() if there.get(k) != v]
+        raise InputError(
+            f"{out} holds a run of another config ({', '.join(other)} differ): choose another"
+        )
+
+
+def _remember_config(config: TrainConfig, out: epath.Path) -> None:
+    if jax.process_index() or (out / "config.json").exists():
+        return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n")
+    (out / ".config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
+    (out / ".config.json").rename(out / "config.json")  # complete whenever it is killed
+
+
+def load_starts(config: TrainConfig) -> dict[str, Any]:
+    """The coders that the config's coders start from: by folder, one or a list of one a layer.
+
+    Raises `InputError` for those that do not fit.
+    """
+    found: dict[str, Any] = {}
+    for c in config.coders:
+        ones = jnp.ones(len(c.layer_tuple))
+        scales = {"in": ones, "out": ones}
+        if c.init_from:
+            own = found[c.folder] = load_coder(c.init_from, decoder=True)
+            jax.eval_shape(lambda own=own, c=c, scales=scales: unfold(own, c, scales))
+        elif c.init_layers:
+            found[c.folder] = [load_coder(address) for address in c.init_layers]
+            init.check_coders(found[c.folder], c)
+    return found
 
 
 class _Run:
-    """Checkpoints, log and progress of one run: what the loop needs beside the state."""
+    """One run: what the loop needs beside the state."""
 
-    def __init__(self, config: TrainConfig, out: Path):
-        import orbax.checkpoint as ocp
-
-        self.config, self.out, self.stop = config, out, False
-        self.args = ocp.args
-        self.manager = ocp.CheckpointManager(
-            out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
+        self.config, self.out, self.model, self.stop = config, out, model, False
+        self.plan = steps.make_plan(config, model.config, mesh)
+        self.feed = (
+            StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
+        self.starts = load_starts(config)
+        self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
 
-    def restore(self, state: steps.TrainState) -> tuple[steps.TrainState, int]:
-        """The newest checkpoint and how many passes it has seen, or the state given and 0."""
-        done = self.manager.latest_step()
-        if done is None:
-            return state, 0
-        restored: Any = self.manager.restore(done, args=self.args.StandardRestore(_raw(state)))
-        return _keyed(restored), done
-
-    def save(self, done: int, state: steps.TrainState) -> None:
-        if self.manager.latest_step() != done:
-            self.manager.save(done, args=self.args.StandardSave(_raw(state)))
-            self.manager.wait_until_finished()
-
-    def loop(self, model: Model, state, data: Iterator[TokenBatch], done: int):
-        config = self.config
-        fill = jax.jit(partial(steps.fill_step, config=config), donate_argnums=0)
-        train_step = jax.jit(partial(steps.train_step, config=config), donate_argnums=0)
-        start = jax.jit(partial(steps.start, config=config), donate_argnums=0)
-        old = signal.signal(signal.SIGTERM, self._asked_to_stop)
-        began, begun, saved, logged, parts = time.time(), done, time.time(), 0.0, {}
-        try:
-            for batch in data:
-                tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-                if done < config.fill_passes:
-                    state = fill(state, model, tokens, segments)
-                    if done == config.fill_passes - 1:
-                        state = start(state)
-                else:
-                    state, parts = train_step(state, model, tokens, segments)
-                done += 1
-                now = time.time()
-                if now - logged > LOG_EVERY or done == config.passes:
-                    jax.block_until_ready(state.update)
-                    self._log(done, begun, time.time() - began, state, parts)
-                    logged = time.time()
-                if self.stop or time.time() - saved > config.checkpoint_every:
-                    self.save(done, state)
-                    saved = time.time()
-                if self.stop:
+    def loop(self) -> steps.TrainState:
+        config, feed = self.config, self.feed
+        state, done, position = self.checkpoints.restore(
+            steps.first_state(self.plan, self.model.config)
+        )
+        parts, self.saved, started = None, time.time(), int(state.total) > 0
+        with _signals(self._asked_to_stop), feed.batches(position, done) as data:
+            _remember_config(config, self.out)
+            progress = Progress(config, self.out, done)
+            while done < config.passes:
+                if not started and feed.ready(state):
+                    state, started = self.start(state, done), True
+                batch, position = next(data, (None, position))
+                if batch is None:  # the text was given as an iterator, and has ended
+                    break
+                state, new = feed.step(state, batch, started)
+                jax.block_until_ready(parts)  # the host is never more than one pass ahead
+                parts, done = new or parts, done + 1
+                if progress.due() or done == config.passes:
+                    progress.report(done, int(state.update), parts, self.plan.groups)
+                stop, save = self._due(done)
+                if stop or save:
+                    self.checkpoints.save(done, state, position, wait=stop)
+                if stop and done < config.passes:
+                    self.checkpoints.close()
                     raise SystemExit(f"stopped at pass {done}; run the same command to go on")
-        except KeyboardInterrupt:
-            self.save(done, state)
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, old)
-        self.save(done, state)
+        if not started:
+            raise InputError(
+                f"the text filled {int(state.filled)} of the buffer's {config.buffer} slots, so no "
+                "training was done: give more tokens or a smaller buffer"
+            )
+        self.checkpoints.save(done, state, position, wait=True)
+        self.checkpoints.close()
         return state
+
+    def start(self, state: steps.TrainState, done: int) -> steps.TrainState:
+        state = start(self.plan, state, self.feed.sample(state), self.starts)
+        self.starts = {}
+        total = (self.config.passes - done) * self.config.updates
+        return dataclasses.replace(state, total=jnp.full_like(state.total, total))
+
+    def _due(self, done: int) -> tuple[bool, bool]:
+        """Whether to stop and whether to save now, the same on every host."""
+        save = time.time() - self.saved > self.config.checkpoint_every
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if done % AGREE_EVERY:
+                return False, False
+            flags = multihost_utils.process_allgather(np.array([self.stop, save]))
+            self.stop, save = (bool(f) for f in flags.any(0))
+        if save:
+            self.saved = time.time()
+        return self.stop, save
 
     def _asked_to_stop(self, *_) -> None:
         self.stop = True
 
-    def _log(self, done: int, begun: int, seconds: float, state, parts) -> None:
-        c, per_pass = self.config, self.config.rows * self.config.length
-        rate = (done - begun) * per_pass / seconds
-        row: dict[str, float] = {"tokens": done * per_pass, "update": int(state.update)}
-        row |= {"tokens_per_s": round(rate, 1)}
-        row |= {k: round(float(v), 5) for k, v in parts.items()}
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        left = (c.passes - done) * per_pass / max(rate, 1e-9) / 60
-        shown = " ".join(f"{k} {v}" for k, v in row.items())
-        print(f"{100 * done / c.passes:5.1f} %  {shown}  {left:.0f} min left", file=sys.stderr)
+    def finish(self, state: steps.TrainState) -> dict[str, Coder]:
+        """Write every coder and its card; returns them by folder."""
+        found = coders(self.plan, state, self.feed.sample(state))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            found = {k: multihost_utils.process_allgather(c, tiled=True) for k, c in found.items()}
+        for name, coder in found.items() if jax.process_index() == 0 else ():
+            save_coder(coder, self.out / "coders" / name)
+            write_card(self.out / "coders" / name, name, self.config, self.out / "log.jsonl")
+            print(self.out / "coders" / name, flush=True)
+        return found
 
 
-def _raw(state: steps.TrainState) -> steps.TrainState:
-    """Typed keys as their data, which checkpoints can hold."""
-    return dataclasses.replace(state, key=jax.random.key_data(state.key))
+def start(
+    plan: steps.Plan, state: steps.TrainState, sample: steps.Sites, starts: dict[str, Any]
+) -> steps.TrainState:
+    """What a sample {site: [L, B, D]} decides before the first update: scales, first weights.
+
+    `starts` is what `load_starts` gives.
+    """
+    state = dataclasses.replace(state, scale=steps.scales(sample, plan))
+    few = {site: rows[:, :SAMPLE] for site, rows in sample.items()}
+    new = []
+    for group, old in zip(plan.groups, state.groups):
+        x, y = steps.pairs(plan, group, few, state.scale)
+        weights, targets = init.from_data(old.weights, group, x, y), old.l0_start
+        for n, c in enumerate(group.coders):
+            scales = steps.scales_of(plan, c, state.scale)
+            if c.init_from:
+                own = unfold(starts[c.folder], c, scales)
+            elif c.init_layers:
+                own, _ = init.from_coders(starts[c.folder], c, scales)
+                l0 = init.expected_l0(own, Group((0,), (c,)), 0, x[n])
+                targets = targets.at[n].set(jnp.maximum(l0, c.target_l0))
+            else:
+                continue
+            put = lambda both, one, n=n: both.at[n].set(one[0])
+            weights = jax.tree.map(put, weights, own)
+        new.append(dataclasses.replace(old, weights=weights, l0_start=targets))
+    return dataclasses.replace(state, groups=tuple(new))
 
 
-def _keyed(state: steps.TrainState) -> steps.TrainState:
-    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+def coders(plan: steps.Plan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
+    """All coders of a state in the published form, by folder, in the config's order.
+
+    TopK and BatchTopK become JumpReLU with the threshold at which `sample` has the target L0.
+    """
+    config, found = plan.config, {}
+    few = {site: rows[:, :SAMPLE] for site, rows in sample.items()}
+    name = config.model if "/" in config.model else f"google/{config.model}"
+    for group, own in zip(plan.groups, state.groups):
+        weights = own.weights
+        if group.like.activation != "jumprelu":
+            x, _ = steps.pairs(plan, group, few, state.scale)
+            weights = calibrated(weights, x, group)
+        for n, c in enumerate(group.coders):
+            width = c.width * len(c.layer_tuple)
+            kind = {(False, False): "sae", (False, True): "transcoder",
+                    (True, False): "crosscoder", (True, True): "clt"}  # fmt: skip
+            info = CoderInfo(
+                model_name=name, type=kind[c.several, c.target != c.reads], l0=c.target_l0,
+                width=width,
+            )  # fmt: skip
+            scales = steps.scales_of(plan, c, state.scale)
+            found[c.folder] = fold(weights, n, c, scales, config.first, info)
+    return {c.folder: found[c.folder] for c in config.coders}
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C end the run after the step in progress, the second at once."""
+
+    def interrupted(*args):
+        handler(*args)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = [signal.signal(signal.SIGTERM, handler), signal.signal(signal.SIGINT, interrupted)]
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old[0])
+        signal.signal(signal.SIGINT, old[1])

@@ -1,0 +1,357 @@
+"""One optimizer update of a JumpReLU SAE: ours against SAELens, same loss, weights and batches.
+
+    make peers && .venv/bin/python benchmarks/train_step.py [--width 16384 65536] [--rounds 7]
+
+The peer is SAELens' `SAETrainer.step` on `JumpReLUTrainingSAE` with `quadratic` sparsity, which has
+our loss: squared error summed over D, (2 / L0*) (L0 - L0*)^2 a token, the same straight-through
+kernel, thresholds trained as they are and kept from below zero, b_dec subtracted from the input,
+dead features revived (there are none here). Ours is `step.update`, compiled with a donated
+state as training runs it: the sparse step, and the dense one beside it. Before any time is taken
+the loss, its parts and all gradients of the first batch are compared. What then follows differs:
+SAELens clips the gradient's norm to 1, ours keeps decoders at unit norm and without the gradient
+along them; both run Adam with b1 = 0, where SAELens still stores a first moment.
+
+Activations are sparse sums of a planted dictionary, a mean and noise; the coder is that dictionary,
+with thresholds where each feature is active on 50 / F of the tokens. Processes, threads and turns
+are as in forward.py; the floor is the one product with the encoder that no exact step can go
+without, 2 D F flops a token, at the best matmul rate measured on either side. Memory at F = 65536:
+some 9 GB.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+D, L0, BATCHES = 640, 50, 4
+RATE, PENALTY, REVIVAL, BANDWIDTH = 7e-5, 0.1, 1e-3, 0.001
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
+AGREE = {"loss": 1e-4, "mse": 1e-4, "l0": 1e-4}  # relative differences
+AGREE_GRADIENT = (
+    1e-2  # norm of the difference over the norm: one entry may fall off a kernel's edge
+)
+
+
+def activations(w_dec: np.ndarray, batch: int) -> np.ndarray:
+    """[BATCHES, batch, D] float32: about L0 of the rows of w_dec [F, D], a mean, noise.
+
+    Norms of tokens vary by a tenth: L0 grows steeply with them, and spreads as in training.
+    """
+    rng = np.random.default_rng(0)
+    tokens, width = BATCHES * batch, len(w_dec)
+    x = np.zeros((tokens, D), np.float32)
+    count = rng.poisson(L0, tokens)
+    for k in range(count.max()):
+        here = np.flatnonzero(count > k)
+        size = 0.5 + rng.standard_exponential(len(here), np.float32)
+        x[here] += size[:, None] * w_dec[rng.integers(0, width, len(here))]
+    norm = np.exp(0.1 * rng.standard_normal((tokens, 1), np.float32))
+    x *= norm / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
+    x += 0.3 * rng.standard_normal(D, np.float32) / D**0.5
+    x += 0.3 * rng.standard_normal((tokens, D), np.float32) / D**0.5
+    x /= np.sqrt(np.mean(np.sum(x * x, -1)))
+    return x.reshape(BATCHES, batch, D)
+
+
+def serve(answers: dict) -> None:
+    """Answer each line "name argument" of stdin by a line of JSON."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, *rest = line.split()
+        print(json.dumps(answers[name](*rest)), flush=True)
+
+
+def best(product) -> float:
+    """The fastest of 20 runs of a product [2048, D] x [D, 2048], in seconds."""
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def memory() -> float:
+    """The largest resident size so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---- ours ------------------------------------------------------------------------------------
+
+
+def ours(width: int, batch: int, folder: Path) -> None:
+    import dataclasses
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    from gemma_scope_jax.model.config import preset
+    from gemma_scope_jax.training import init, objective, sparse
+    from gemma_scope_jax.training import step as steps
+    from gemma_scope_jax.training.recipe import (
+        CoderConfig,
+        LossConfig,
+        OptimizerConfig,
+        TrainConfig,
+    )
+    from gemma_scope_jax.training.weights import encoder_bias
+
+    loss = LossConfig(l0_weight=PENALTY, l0_warmup=0, bandwidth=BANDWIDTH, dead_weight=REVIVAL)
+    coder = CoderConfig(layers=0, width=width, target_l0=L0, threshold=None, loss=loss)
+    config = TrainConfig((coder,), store="given below", batch=batch,
+                         optimizer=OptimizerConfig(RATE, warmup=0))  # fmt: skip
+    plan = {"sparse": steps.make_plan(config, preset("gemma-3-270m"))}
+    plan["dense"] = dataclasses.replace(
+        plan["sparse"], config=dataclasses.replace(config, sparse=0)
+    )
+    group, site = plan["sparse"].groups[0], "resid_post"
+    state = steps.init_state(plan["sparse"], preset("gemma-3-270m"))
+    state = dataclasses.replace(state, scale={site: jnp.ones(1)})
+    x = activations(np.asarray(state.groups[0].weights.w_dec[0][0, 0]), batch)
+    batches = [{site: jnp.asarray(rows)[None]} for rows in x]
+    first = batches[0][site][None]
+    weights = init.from_data(state.groups[0].weights, group, first, first)
+    state = dataclasses.replace(
+        state, groups=(dataclasses.replace(state.groups[0], weights=weights),)
+    )
+
+    def flat(w):
+        arrays = w.w_enc, w.b_enc, w.threshold, w.w_dec[0], w.b_dec
+        return {name: np.asarray(a[0, 0]) for name, a in zip(NAMES, arrays)}
+
+    np.save(folder / "x.npy", x)
+    np.savez(folder / "weights.npz", **flat(weights))
+    step = {name: jax.jit(partial(steps.update, plan=p), donate_argnums=0)
+            for name, p in plan.items()}  # fmt: skip
+    states = {"sparse": state}
+    del state, weights
+
+    def compare(file, name="sparse"):
+        capacity, dead = plan[name].capacity(group), jnp.zeros((1, 1, width))
+        numbers = jnp.full(1, PENALTY), jnp.full(1, float(L0))
+        call = jax.jit(partial(objective.gradients, group=group, capacity=capacity))
+        grads, parts = call(states[name].groups[0].weights, first, first, *numbers, dead)
+        np.savez(file, **flat(grads))
+        return {k: float(parts[k][0]) for k in AGREE}
+
+    def update(name, i):
+        if name not in states:  # a second state only once the first has been compared
+            states[name] = jax.tree.map(jnp.copy, states["sparse"])
+        start = time.perf_counter()
+        states[name], parts = step[name](states[name], batches[int(i)])
+        jax.block_until_ready(states[name])
+        return {"seconds": time.perf_counter() - start, "l0": float(parts[0]["l0"][0])}
+
+    def overflow():
+        """How many of the batches have a token with more entries than slots, so run dense."""
+        w, capacity = states["sparse"].groups[0].weights, plan["sparse"].capacity(group)
+        low = w.threshold[0] - 0.5 * BANDWIDTH
+        bias = encoder_bias(w, group.like.centred)[0]
+        counts = [sparse.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
+                  for b in batches]  # fmt: skip
+        return sum(int(c.max()) > capacity for c in counts)
+
+    a, b = jnp.ones((2048, D)), jnp.ones((D, 2048))
+    product = jax.jit(jnp.matmul)
+    serve({
+        "compare": compare, "update": update, "overflow": overflow, "memory": memory,
+        "weights": lambda file: np.save(file, flat(states["sparse"].groups[0].weights)["w_enc"]),
+        "matmul": lambda: best(lambda: product(a, b).block_until_ready()),
+    })  # fmt: skip
+
+
+# ---- SAELens ---------------------------------------------------------------------------------
+
+
+def peer(width: int, batch: int, folder: Path, threads: int) -> None:
+    import torch
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.set_num_threads(threads)
+    x = torch.from_numpy(np.load(folder / "x.npy"))
+    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
+        d_in=D, d_sae=width, decoder_init_norm=None, jumprelu_sparsity_loss_mode="quadratic",
+        target_l0=float(L0), l0_coefficient=PENALTY, jumprelu_bandwidth=BANDWIDTH,
+        pre_act_loss_coefficient=REVIVAL,
+    ))  # fmt: skip
+    own = dict(zip(NAMES, (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)))
+    turn = lambda name, a: a.T if name == "w_enc" else a  # theirs is [D, F]
+    with np.load(folder / "weights.npz") as file, torch.no_grad():
+        for name in NAMES:
+            own[name].copy_(turn(name, torch.from_numpy(file[name])))
+    config = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=batch,
+        lr=RATE,
+        lr_end=RATE,
+        adam_beta1=0.0,
+    )
+    trainer = SAETrainer(config, sae, iter(()))
+
+    def compare(file):
+        out = sae.training_forward_pass(
+            TrainStepInput(x[0], trainer.get_coefficients(), trainer.dead_neurons, 0, False)
+        )
+        out.loss.backward()
+        np.savez(file, **{n: turn(n, own[n].grad).numpy() for n in NAMES})
+        trainer.optimizer.zero_grad()
+        l0 = out.feature_acts.count_nonzero() / batch
+        return {"loss": out.loss.item(), "mse": out.losses["mse_loss"].item(), "l0": l0.item()}
+
+    def update(_, i):
+        start = time.perf_counter()
+        out = trainer.step(x[int(i)])
+        seconds = time.perf_counter() - start
+        trainer.n_training_steps += 1  # as its `fit` does
+        return {"seconds": seconds, "l0": (out.feature_acts.count_nonzero() / batch).item()}
+
+    a, b = torch.ones(2048, D), torch.ones(D, 2048)
+    serve({
+        "compare": compare, "update": update, "memory": memory,
+        "weights": lambda file: np.save(file, own["w_enc"].detach().T.numpy()),
+        "matmul": lambda: best(lambda: a @ b),
+    })  # fmt: skip
+
+
+# ---- the comparison --------------------------------------------------------------------------
+
+
+class Side:
+    """One process of the comparison."""
+
+    def __init__(self, python: Path, role: str, width: int, args, folder: str):
+        given = ("--width", width, "--batch", args.batch, "--threads", args.threads)
+        command = [python, __file__, "--role", role, "--folder", folder, *given]
+        quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        self.role = role
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | quiet,
+        )  # fmt: skip
+        for line in self.process.stdout:
+            if line.strip() == "ready":
+                return
+        raise SystemExit(f"the {role} side stopped: see its message above")
+
+    def ask(self, *line):
+        self.process.stdin.write(" ".join(map(str, line)) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the {self.role} side stopped at {line}: see its message above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def agree(sides: dict, folder: str) -> bool:
+    """Whether loss, parts and gradients of the first batch are the same before any update."""
+    files = {name: f"{folder}/{name}.npz" for name in sides}
+    parts = {name: side.ask("compare", files[name]) for name, side in sides.items()}
+    off = {k: abs(parts["ours"][k] / parts["peer"][k] - 1) for k in AGREE}
+    with np.load(files["ours"]) as mine, np.load(files["peer"]) as theirs:
+        gradient = {k: float(np.linalg.norm(mine[k] - theirs[k]) / np.linalg.norm(theirs[k]))
+                    for k in NAMES}  # fmt: skip
+    p = parts["ours"]
+    print(f"  before: loss {p['loss']:.4f}, squared error {p['mse']:.4f}, L0 {p['l0']:.2f}; "
+          "differences " + ", ".join(f"{k} {v:.0e}" for k, v in off.items()) + "; of gradients "
+          + ", ".join(f"{k} {v:.0e}" for k, v in gradient.items()))  # fmt: skip
+    return all(off[k] < AGREE[k] for k in AGREE) and max(gradient.values()) < AGREE_GRADIENT
+
+
+def changed(sides: dict, folder: str) -> bool:
+    """Whether the encoders of both have moved from the common start."""
+    with np.load(f"{folder}/weights.npz") as file:
+        start = file["w_enc"]
+    moves = {}
+    for name, side in sides.items():
+        side.ask("weights", f"{folder}/now.npy")
+        now = np.load(f"{folder}/now.npy")
+        moves[name] = float(np.linalg.norm(now - start) / np.linalg.norm(start))
+    print("  encoders moved by " + ", ".join(f"{k} {v:.1e}" for k, v in moves.items()))
+    return all(0 < v < np.inf for v in moves.values())
+
+
+def compare(width: int, args, folder: str) -> dict:
+    sides = {"ours": Side(Path(sys.executable), "ours", width, args, folder)}
+    sides["peer"] = Side(args.peers, "peer", width, args, folder)
+    print(f"F = {width}, D = {D}, batch {args.batch}")
+    same = agree(sides, folder)
+    columns = {"sparse": "ours", "peer": "peer", "dense": "ours"}
+    times = {name: [] for name in columns}
+    for i in range(args.rounds + 1):
+        for name, side in columns.items():
+            answer = sides[side].ask("update", name, i % BATCHES)
+            times[name] += [answer["seconds"]] if i else []  # the first compiles
+            if i in (0, args.rounds):
+                print(f"  {'first' if i == 0 else 'last'} {name}: L0 {answer['l0']:.2f}")
+    same &= changed(sides, folder)
+    rate = 2 * 2048 * D * 2048 / min(side.ask("matmul") for side in sides.values())
+    overflow = sides["ours"].ask("overflow")
+    peak = {name: side.ask("memory") for name, side in sides.items()}
+    for side in sides.values():
+        side.close()
+    seconds = {name: statistics.median(t) for name, t in times.items()}
+    floor = 2 * D * width * args.batch / rate
+    print(f"  {'update':24s} {'ms':>8s} {'min':>8s} {'tokens/s':>9s} {'of floor':>8s}")
+    rows = {"ours, sparse": "sparse", "ours, dense": "dense", "SAELens": "peer"}
+    for label, name in rows.items():
+        s, low = seconds[name], min(times[name])
+        print(
+            f"  {label:24s} {1e3 * s:8.0f} {1e3 * low:8.0f} {args.batch / s:9.0f} {s / floor:7.2f}x"
+        )
+    print(f"  {'floor':24s} {1e3 * floor:8.0f}, at {rate / 1e9:.0f} GFLOP/s")
+    print(f"  {overflow} of {BATCHES} batches overflow into the dense step; peak memory "
+          f"{peak['ours']:.1f} GB ours, {peak['peer']:.1f} GB SAELens")  # fmt: skip
+    return {
+        "name": f"train_step_{width // 1024}k" if width >= 1024 else f"train_step_{width}",
+        "ours": args.batch / seconds["sparse"], "peer": args.batch / seconds["peer"],
+        "ratio": seconds["peer"] / seconds["sparse"], "floor_share": floor / seconds["sparse"],
+        "dense": args.batch / seconds["dense"], "agree": bool(same),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="processor cores each side may use")
+    parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")
+    parser.add_argument("--role", choices=("ours", "peer"))
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
+    if args.role:
+        if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as cores it may run on
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        if args.role == "ours":
+            return ours(args.width[0], args.batch, args.folder)
+        return peer(args.width[0], args.batch, args.folder, args.threads)
+    if not args.peers.exists():
+        raise SystemExit(f"{args.peers} is missing: run `make peers` first")
+    rows = []
+    for width in args.width:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(width, args, folder))
+    for row in rows:
+        print(json.dumps(row))
+    return None
+
+
+if __name__ == "__main__":
+    main()

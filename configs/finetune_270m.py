@@ -1,0 +1,35 @@
+"""End-to-end finetuning, equation (6) of the paper: the packaged SAE, by what it does to the model.
+
+    gemma-scope train configs/finetune_270m.py --out runs/finetune_270m
+
+The model runs twice on every pass, and gradients come back through its later layers. Passes are
+short, since the logits of all tokens are held.
+"""
+
+import dataclasses
+
+from short_run import LOSS, RUN
+
+from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    coders=(
+        CoderConfig(
+            layers=12,
+            width=4096,
+            target_l0=50,
+            init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
+            loss=dataclasses.replace(LOSS, kl_weight=1.0, l0_warmup=0),
+        ),
+    ),
+    **RUN
+    | dict(
+        rows=1,
+        length=512,
+        updates=1,
+        buffer=8192,
+        batch=512,
+        tokens=min(RUN["tokens"], 400_000),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=20, decay=0.25),
+    ),
+)

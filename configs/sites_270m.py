@@ -1,0 +1,25 @@
+"""An SAE on each kind of site, in one run: resid_post, z and mlp_out of layer 9; TopK ones beside.
+
+    gemma-scope train configs/sites_270m.py --out runs/sites_270m
+
+`z` is what the output projection of attention reads: the release calls these SAEs attn_out. TopK
+and BatchTopK coders are saved as JumpReLU coders, with one threshold that keeps their L0.
+"""
+
+from short_run import LOSS, RUN
+
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+
+config = TrainConfig(
+    coders=(
+        *(
+            CoderConfig(layers=9, reads=site, width=2048, target_l0=40, threshold=None, loss=LOSS)
+            for site in ("resid_post", "z", "mlp_out")
+        ),
+        *(
+            CoderConfig(layers=9, width=2048, target_l0=40, activation=kind, threshold=None)
+            for kind in ("topk", "batch_topk")
+        ),
+    ),
+    **RUN,
+)

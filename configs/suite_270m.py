@@ -1,0 +1,32 @@
+"""The coders that ship with the package, in one run: an SAE and a transcoder for each layer.
+
+    gemma-scope train configs/suite_270m.py --out runs/suite_270m
+
+The SAE stands at resid_post of layer 12, with Matryoshka prefixes and the frequency penalty; the
+transcoders, affine, at all 18 layers. One model pass feeds them all, and the transcoders, being of
+one shape, are trained as one batch.
+"""
+
+import dataclasses
+
+from short_run import LOSS, RUN
+
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+
+sae = CoderConfig(
+    layers=12,
+    width=4096,
+    target_l0=50,
+    prefixes=(256, 1024),
+    threshold=None,
+    loss=dataclasses.replace(LOSS, frequency_weight=0.1),
+)
+transcoders = tuple(
+    CoderConfig(
+        layers=layer, reads="mlp_in", writes="mlp_out", skip=True, width=384, target_l0=20,
+        threshold=None, loss=LOSS,
+    )
+    for layer in range(18)
+)  # fmt: skip
+
+config = TrainConfig(coders=(sae, *transcoders), **RUN)

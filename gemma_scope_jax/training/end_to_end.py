@@ -1,0 +1,88 @@
+"""Finetuning a coder by what it does to the model: equation (6) of the Gemma Scope 2 paper.
+
+    L = (MSE + alpha beta KL(p(x), p(x_hat))) / (1 + beta),  alpha = MSE / KL as a constant
+
+The model runs twice on a pass's tokens, as it is and with the reconstruction in place of what the
+coder writes, and the KL divergence of the two predictions is differentiated through the layers in
+between. A coder of several layers is spliced at all of them at once, each reconstruction made from
+the activations of the model as it is. There is no shuffle buffer: updates see whole texts.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import counted, forward
+from gemma_scope_jax.model.intercept import Context, Intercept, capture, write
+from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.objective import activate, decode, encode, loss
+from gemma_scope_jax.training.weights import Group, Weights
+
+
+def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
+    """One update of the groups with a `kl_weight` on one model pass: (state, parts of each)."""
+    reads = [capture(site, layers) for site, layers in plan.sites]
+    out = forward(model, tokens, reads, segments=segments, remat=None)
+    counts = (counted(segments, plan.config.first) & counts).reshape(-1)
+    x = {s: out.reads[s].reshape(len(ls), -1, out.reads[s].shape[-1]) for s, ls in plan.sites}
+    clean = jax.nn.log_softmax(out.logits.astype(jnp.float32), -1)
+
+    def run(splice: Intercept):
+        logits = forward(model, tokens, [splice], segments=segments).logits
+        spliced = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
+        each = jnp.sum(jnp.exp(clean) * (clean - spliced), -1).reshape(-1)
+        return jnp.mean(each, where=counts)
+
+    done, parts = [], []
+    for group, old in zip(plan.groups, state.groups):
+        part: Any = None
+        if group.like.loss.kl_weight:
+            read, target = steps.pairs(plan, group, x, state.scale)
+            old, part = _update_group(
+                old, group, read, target, counts, tokens.shape, run, state, plan
+            )
+        done.append(old)
+        parts.append(part)
+    return dataclasses.replace(state, groups=tuple(done)), parts
+
+
+def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
+    weight, target, dead = steps.dials(old, group, state.update)
+    # As many rows as there are tokens, going round those that count: the rest is left out.
+    order = jnp.argsort(~counts, stable=True)
+    rows = order[jnp.arange(counts.shape[0]) % jnp.maximum(jnp.sum(counts), 1)]
+
+    def total(w: Weights):
+        kl = _divergences(w, group, x, y, counts, shape, run, state.scale, plan)
+        codes = encode(w, x[:, :, rows], group)
+        value, parts = loss(w, codes, x[:, :, rows], y[:, :, rows], weight, target, dead, group, kl)
+        return value, parts | {"kl": kl}
+
+    grads, parts = jax.grad(total, has_aux=True)(old.weights)
+    return steps.apply(old, grads, parts, dead, state, plan.config)
+
+
+def _divergences(w: Weights, group: Group, x, y, counts, shape, run, scale, plan) -> jax.Array:
+    """KL(model, model with the reconstruction of coder n) for each n: [N]."""
+    codes = encode(w, x, group)
+    outputs = [out[:, -1] for out in decode(w, activate(codes, group)[0], codes, x, group)]
+    found = []
+    for n, c in enumerate(group.coders):
+        raw = steps.scales_of(plan, c, scale)["out"]
+        y_hat = jnp.stack([out[n] * raw[j] for j, out in enumerate(outputs)])
+        keep = counts.reshape(*shape, 1)
+        layers = c.layer_tuple if c.several else c.layers
+        args = (y_hat.reshape(len(raw), *shape, -1), keep)
+        found.append(run(write(c.target, layers, _put, *args, layers=c.layer_tuple)))
+    return jnp.stack(found)
+
+
+def _put(x: jax.Array, ctx: Context, y_hat, keep, *, layers) -> jax.Array:
+    """The reconstruction of the layer at hand, at the tokens that count."""
+    table = np.searchsorted(layers, np.arange(max(layers) + 1)).astype(np.int32)
+    here = jax.lax.dynamic_index_in_dim(y_hat, jnp.asarray(table)[ctx.layer], keepdims=False)
+    return jnp.where(keep, here.astype(x.dtype), x)

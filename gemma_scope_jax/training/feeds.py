@@ -1,0 +1,137 @@
+"""The two sources of activations behind one interface: the model on text, or a store on disk.
+
+A feed gives batches with the position after each (JSON, for checkpoints), and a compiled step that
+takes one: `step(state, batch, started)` -> (state, parts of the loss, None before they started).
+`ready` tells whether the coders can start, from what `sample` gives. With several hosts each reads
+the same text and keeps its rows, so that their number changes neither results nor checkpoints.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gemma_scope_jax.data.activation_store import ActivationStore
+from gemma_scope_jax.data.text import TokenBatches, prefetch
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import load_tokenizer
+from gemma_scope_jax.training import end_to_end
+from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.recipe import TrainConfig
+
+
+def fill_step(
+    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan
+) -> steps.TrainState:
+    """A model pass that only fills the buffer."""
+    return steps.fill(state, *steps.model_activations(model, tokens, segments, counts, plan))
+
+
+def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
+    """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
+    state = fill_step(state, model, tokens, segments, counts, plan)
+    by_effect = None
+    if any(group.like.loss.kl_weight for group in plan.groups):
+        state, by_effect = end_to_end.update(state, model, tokens, segments, counts, plan)
+
+    def one(state, _):
+        state, x = steps.draw(state, plan)
+        return steps.update(state, x, plan)
+
+    state, parts = jax.lax.scan(one, state, None, length=plan.config.updates)
+    parts = jax.tree.map(lambda p: jnp.mean(p, 0), parts)
+    return state, [a or b for a, b in zip(parts, by_effect)] if by_effect else parts
+
+
+def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.Plan):
+    """`updates` updates on stored activations x {site: [L, updates * batch, D]}."""
+    cut = lambda a: jnp.moveaxis(a.reshape(a.shape[0], plan.config.updates, -1, a.shape[-1]), 1, 0)
+    state, parts = jax.lax.scan(lambda s, x: steps.update(s, x, plan), state, jax.tree.map(cut, x))
+    return state, jax.tree.map(lambda p: jnp.mean(p, 0), parts)
+
+
+def token_batches(config: TrainConfig, data: Any = None, position: Any = None) -> TokenBatches:
+    """The token batches of a run from a position on; `data` replaces the config's text."""
+    return TokenBatches(
+        config.data if data is None else data, load_tokenizer(config.model),
+        rows=config.rows, length=config.length, seed=config.seed, position=position,
+    )  # fmt: skip
+
+
+class TextFeed:
+    """Text through the model into the buffer on the device; `data` replaces the config's text."""
+
+    def __init__(self, plan: steps.Plan, model: Model, data: Any = None):
+        self.plan, self.model, self.data = plan, model, data
+        places = steps.placement(plan, model.config)
+        self.fill = jax.jit(partial(fill_step, plan=plan), donate_argnums=0, out_shardings=places)
+        self.train = jax.jit(
+            partial(train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
+        )
+
+    @contextmanager
+    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
+        """Token batches from a position of the text on; `done` is not needed."""
+        mesh, source = self.plan.mesh, token_batches(self.plan.config, self.data, position)
+        with prefetch(source) as batches:
+            parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
+            yield ((parts(batch), after) for batch, after in batches)
+
+    def step(self, state: steps.TrainState, batch: Any, started: bool):
+        if not started:
+            return self.fill(state, self.model, *batch), None
+        return self.train(state, self.model, *batch)
+
+    def ready(self, state: steps.TrainState) -> bool:
+        """Whether the buffer is full."""
+        return int(state.filled) == self.plan.config.buffer
+
+    def sample(self, state: steps.TrainState) -> steps.Sites:
+        """The buffer {site: [L, B, D]}."""
+        return state.buffer
+
+
+class StoreFeed:
+    """Stored activations in a global random order; the model does not run."""
+
+    def __init__(self, plan: steps.Plan, model: Model):
+        self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
+        places = steps.placement(plan, model.config)
+        self.train = jax.jit(
+            partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
+        )
+
+    @contextmanager
+    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
+        """The batches from number `done` on: a function of the seed and that number."""
+        c = self.plan.config
+        with prefetch(self.store.batches(c.tokens_a_pass, c.seed, start=done)) as batches:
+            yield ((self._on_device(x), None) for x, _ in batches)
+
+    def step(self, state: steps.TrainState, batch: Any, started: bool):
+        return self.train(state, batch)
+
+    def ready(self, state: steps.TrainState) -> bool:
+        return True
+
+    def sample(self, state: steps.TrainState) -> steps.Sites:
+        """Activations from all over the store {site: [L, B, D]}."""
+        count = min(len(self.store), self.plan.config.buffer)
+        rows = np.linspace(0, len(self.store) - 1, count, dtype=np.int64)
+        return self._on_device(self.store.read(rows))
+
+    def _on_device(self, x: dict[str, np.ndarray]) -> steps.Sites:
+        return {site: put(self.plan.mesh, rows, None, "data") for site, rows in x.items()}
+
+
+def put(mesh: Any, array: np.ndarray, *axes: str | None) -> jax.Array:
+    """An array that every host has, on the mesh; each device gets its part. No mesh: as it is."""
+    if mesh is None:
+        return jnp.asarray(array)
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

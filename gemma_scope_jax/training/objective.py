@@ -1,0 +1,282 @@
+"""What a batch costs a group of coders, and its gradients: over all features, or the active ones.
+
+The loss is written once over `Codes`: pre-activations with their thresholds, either of all F
+features or of the at most K a token that can matter, the active ones and those within the kernel of
+the straight-through estimator. Both give the same gradients; the second needs one dense product
+with the encoder and otherwise touches active features only (`sparse`). A few tokens of a batch may
+need more than K (early on, those of enormous norm do): their rows are done densely beside the rest.
+Too many of them make the whole batch dense (`lax.cond`), so the result never depends on K.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.model.sharding import mesh_of, place
+from gemma_scope_jax.training import losses, sparse
+from gemma_scope_jax.training.weights import Group, Weights, encoder_bias
+
+NEVER = 1e9  # the threshold of an unused slot
+ROWS = 64  # one token in so many may need more slots than there are
+
+
+@flax.struct.dataclass
+class Codes:
+    """Pre-activations and thresholds of features, all of them or the `feature` ids given."""
+
+    z: jax.Array  # [N, X, B, F or K]
+    threshold: jax.Array  # likewise, or [N, X, 1, F]
+    feature: Any = None  # int32 [N, X, B, K]; None: all features
+    count: Any = None  # int32 [N, X, B], slots in use
+    rest: Any = None  # Rows: tokens that are not in here but there
+
+
+@flax.struct.dataclass
+class Rows:
+    """A few tokens of a batch with all their features."""
+
+    codes: Codes  # of R tokens
+    at: jax.Array  # int32 [R]: which of the batch they are
+    used: jax.Array  # bool [R]: others are there to make up the number
+
+
+def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: Group, capacity: int):
+    """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
+
+    `l0_weight` and `l0_target` are [N], `dead` float32 [N, X, F]; `capacity` is K, 0 for dense
+    products. Parts are [N] each, and `active`, bool [N, X, F]; of a sparse step also `dense`, 1
+    where too many tokens needed more than K and all was done densely.
+    """
+    if not capacity or group.like.activation != "jumprelu":
+        return _dense_gradients(w, x, y, l0_weight, l0_target, dead, group)
+    shape = x.shape[:3]
+    slots = shape[0] * shape[1]
+    low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.like.loss.bandwidth
+    form = sparse.sparse_form()
+
+    def find(w_enc, b_enc, b_dec):
+        bias = encoder_bias(
+            dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec), group.like.centred
+        )
+        flat: Any = [a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low)]
+        active = sparse.encode_active(flat[0], flat[1], flat[2], flat[3], capacity, form=form)
+        return active.z, (active.feature, active.count)
+
+    z, pull, (feature, count) = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
+    unflat = lambda a: a.reshape(*shape, *a.shape[2:])
+    over = jnp.any(count > capacity, 0)  # [B]: by all coders alike
+    count = jnp.where(over[None, :], 0, count)
+    rows = jnp.argsort(~over, stable=True)[: max(1, shape[2] // ROWS)].astype(jnp.int32)
+
+    def on_active(w):
+        def total(w, z):
+            table = w.threshold.reshape(slots, -1)
+            threshold = sparse.lookup(table, feature, count, NEVER, form)
+            rest = Rows(encode(w, x[:, :, rows], group), rows, over[rows])
+            codes = Codes(unflat(z), unflat(threshold), unflat(feature), unflat(count), rest)
+            return loss(w, codes, x, y, l0_weight, l0_target, dead, group)
+
+        (grads, dz), parts = jax.grad(total, (0, 1), has_aux=True)(w, z)
+        d_enc, d_bias, d_dec = pull(dz)
+        grads = dataclasses.replace(
+            grads, w_enc=grads.w_enc + d_enc, b_enc=grads.b_enc + d_bias, b_dec=grads.b_dec + d_dec
+        )
+        return grads, parts
+
+    on_all = lambda w: _dense_gradients(w, x, y, l0_weight, l0_target, dead, group)
+    many = jnp.sum(over) > rows.shape[0]
+    grads, parts = jax.lax.cond(many, on_all, on_active, w)
+    share = jnp.broadcast_to(many, parts["loss"].shape).astype(jnp.float32)
+    return grads, parts | {"dense": share}
+
+
+def _dense_gradients(w, x, y, l0_weight, l0_target, dead, group):
+    total = lambda w: loss(w, encode(w, x, group), x, y, l0_weight, l0_target, dead, group)
+    return jax.grad(total, has_aux=True)(w)
+
+
+def encode(w: Weights, x: jax.Array, group: Group) -> Codes:
+    """Pre-activations of all features, x [N, X, B, D]."""
+    if x.shape[0] * x.shape[1] == 1:  # a plain product is faster than a batch of one
+        z = (x[0, 0] @ w.w_enc[0, 0].T)[None, None]
+    else:
+        z = jnp.einsum("nxbd,nxfd->nxbf", x, w.w_enc)
+    z = z + encoder_bias(w, group.like.centred)[:, :, None, :]
+    z = place(mesh_of(w.w_enc), z, None, None, "data", "model")
+    return Codes(z, w.threshold[:, :, None, :])
+
+
+def activate(codes: Codes, group: Group) -> tuple[jax.Array, jax.Array]:
+    """Feature activations and 1 where active, both like `codes.z`, with their gradients."""
+    z, config = codes.z, group.like
+    if config.activation == "jumprelu":
+        threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
+        return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
+    on = jax.lax.stop_gradient((z >= cutoff(z, group)) & (z > 0)).astype(z.dtype)
+    return z * on, on
+
+
+def cutoff(z: jax.Array, group: Group) -> jax.Array:
+    """The smallest z [N, X, B, F] that TopK or BatchTopK keeps, with axes that broadcast.
+
+    TopK takes the k largest of a token over all layers, BatchTopK the k B largest of the batch.
+    """
+    k, (N, X, B, F) = int(group.like.target_l0), z.shape
+    if group.like.activation == "topk":
+        together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
+        return jax.lax.top_k(together, k)[0][:, None, :, -1:]
+    form = sparse.sparse_form()
+    kth = [sparse.kth_largest(jax.lax.stop_gradient(z[n]), k * B, form=form) for n in range(N)]
+    return jnp.stack(kth)[:, None, None, None]
+
+
+def decode(w: Weights, f: jax.Array, codes: Codes, x: jax.Array, group: Group) -> list[jax.Array]:
+    """The nested reconstructions of each output layer j: [N, M, B, E] in a list of X."""
+    outputs, N = [], x.shape[0]
+    for j, w_dec in enumerate(w.w_dec):
+        if codes.feature is None:
+            parts = _dense_parts(f[:, : j + 1], w_dec, group.ends)
+        else:
+            pairs = tuple((n * group.X + i, n) for n in range(N) for i in range(j + 1))
+            flat = lambda a: a.reshape(-1, *a.shape[2:])
+            parts = sparse.decode_active(
+                flat(f), flat(codes.feature), flat(codes.count), flat(w_dec), pairs, N, group.ends,
+                form=sparse.sparse_form(),
+            )  # fmt: skip
+        constant = w.b_dec[:, j, None, None, :]
+        if w.w_skip is not None:
+            constant = constant + jnp.einsum("nbd,nde->nbe", x[:, j], w.w_skip[:, j])[:, None]
+        outputs.append(jnp.cumsum(parts, 1) + constant if len(group.ends) > 1 else parts + constant)
+    return outputs
+
+
+def _dense_parts(f, w_dec, ends):
+    """f [N, X, B, F] times w_dec [N, X, F, E] by prefixes: [N, M, B, E], not yet cumulated."""
+    parts, begin = [], 0
+    for end in ends:
+        if f.shape[0] * f.shape[1] == 1:
+            parts.append((f[0, 0, :, begin:end] @ w_dec[0, 0, begin:end])[None])
+        else:
+            g, v = f[..., begin:end], w_dec[:, :, begin:end]
+            parts.append(jnp.einsum("nxbf,nxfe->nbe", g, v))
+        begin = end
+    return jnp.stack(parts, 1)
+
+
+def per_feature(codes: Codes, values: jax.Array, group: Group) -> jax.Array:
+    """Sums over the batch: values like `codes.z` -> [N, X, F]."""
+    if codes.feature is None:
+        return jnp.sum(values, 2)
+    N, X = values.shape[:2]
+    flat = lambda a: a.reshape(N * X, *a.shape[2:])
+    sums = sparse.per_feature(
+        flat(values), flat(codes.feature), flat(codes.count), group.like.width,
+        sparse.sparse_form(),
+    )  # fmt: skip
+    return sums.reshape(N, X, -1)
+
+
+def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Group, kl=None):
+    """The sum of the group's losses, and their parts: [N] each, `active` [N, X, F].
+
+    `kl` [N], where given, joins the reconstruction as equation (6) says.
+    """
+    config, B = group.like.loss, x.shape[2]
+    f, on = activate(codes, group)
+    outputs = decode(w, f, codes, x, group)
+    count = lambda f, on: jnp.sum(on, (1, 3))
+    if config.sparsity == "tanh":
+        count = lambda f, on: jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1)
+    above = lambda codes: jax.nn.relu(codes.z - codes.threshold)
+    l0, sparsity = jnp.sum(on, (1, 3)), count(f, on)  # [N, B]
+    fired = per_feature(codes, on, group)  # [N, X, F]
+    edge = cutoff(codes.z, group) if group.like.activation != "jumprelu" else None
+    excess: Any = per_feature(codes, above(codes), group) if edge is None else None
+    if codes.rest is not None:
+        rows = codes.rest
+        keep = rows.used.astype(jnp.float32)[None, None, :, None]
+        more_f, more_on = (a * keep for a in activate(rows.codes, group))
+        more = decode(w, more_f, rows.codes, x[:, :, rows.at], group)
+        outputs = [
+            out.at[:, :, rows.at].set(jnp.where(keep > 0, new, out[:, :, rows.at]))
+            for out, new in zip(outputs, more)
+        ]
+        l0 = l0.at[:, rows.at].add(jnp.sum(more_on, (1, 3)))
+        sparsity = sparsity.at[:, rows.at].add(count(more_f, more_on))
+        fired = fired + jnp.sum(more_on, 2)
+        excess = excess + jnp.sum(above(rows.codes) * keep, 2)
+    whole, nested, variance = reconstruction(outputs, y, config.outlier)
+    total = nested if kl is None else losses.end_to_end(nested, kl, config.kl_weight)
+    if group.like.activation == "jumprelu":
+        total = total + l0_weight * _penalty(sparsity, l0_target, config)
+        if config.frequency_weight:
+            share = fired.reshape(len(group.coders), -1) / B
+            penalty = losses.frequency_penalty(share, config.frequency_limit)
+            total = total + group.of("frequency_weight") * penalty
+    if config.dead_weight:
+        revival = _revival(w, codes, x, dead, edge, excess, group)
+        total = total + group.of("dead_weight") * revival
+    parts = {
+        "loss": total,
+        "mse": whole,
+        "fvu": whole / jnp.maximum(variance, 1e-20),
+        "l0": jnp.mean(l0, -1),
+        "active": jax.lax.stop_gradient(fired) > 0,
+    }
+    return jnp.sum(total), parts
+
+
+def reconstruction(outputs: list[jax.Array], y: jax.Array, outlier: float):
+    """Squared errors [N] of the whole and of the mean over prefixes, and the variance [N].
+
+    Means over tokens, rare enormous ones weighed down, and sums over layers, whose activations have
+    unit mean squared norm each; outputs are X of [N, M, B, E], y is [N, X, B, E].
+    """
+    weight = losses.token_weight(y, outlier)  # [N, X, B]
+    each = [jnp.sum((y[:, j, None] - out) ** 2, -1) for j, out in enumerate(outputs)]
+    error = weight[:, :, None] * jnp.stack(each, 1)  # [N, X, M, B]
+    centred = jnp.sum((y - jnp.mean(y, 2, keepdims=True)) ** 2, -1)
+    over = lambda e: jnp.sum(jnp.mean(e, -1), 1)
+    return over(error[:, :, -1]), over(jnp.mean(error, 2)), over(weight * centred)
+
+
+def _penalty(sparsity, target, config):
+    """The sparsity term [N] without its weight, from counts [N, B] of active features."""
+    if config.sparsity != "quadratic":
+        return jnp.mean(sparsity, -1)
+    if config.per_token:
+        return jnp.mean(losses.quadratic_l0(sparsity, target[:, None]), -1)
+    return losses.quadratic_l0(jnp.mean(sparsity, -1), target)
+
+
+def _revival(w: Weights, codes: Codes, x, dead, edge, excess, group: Group):
+    """Mean over tokens of the sum over dead features of relu(threshold - z): [N].
+
+    relu(t - z) = (t - z) + relu(z - t): the first part is linear in the mean token, the second,
+    `excess` [N, X, F] summed over tokens, concerns features that are active after all. So dead
+    features cost no dense product. For TopK the threshold is the mean cut-off `edge`.
+    """
+    threshold = w.threshold
+    mean_z = jnp.einsum("nxd,nxfd->nxf", jnp.mean(x, 2), w.w_enc)
+    mean_z = mean_z + encoder_bias(w, group.like.centred)
+    if edge is not None:
+        edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
+        threshold = jnp.broadcast_to(edge, threshold.shape)
+        excess = jnp.sum(jax.nn.relu(codes.z - threshold[:, :, None, :]), 2)
+    return jnp.sum(dead * (threshold - mean_z + excess / x.shape[2]), (1, 2))
+
+
+def calibrated(w: Weights, x: jax.Array, group: Group) -> Weights:
+    """Thresholds for a TopK or BatchTopK group: one a coder, where a sample has the target L0.
+
+    x is [N, X, B, D] of unit mean squared norm. For BatchTopK this is the cut-off of training
+    itself, on a larger batch; TopK's fixed count a token becomes a mean.
+    """
+    batch = dataclasses.replace(group.like, activation="batch_topk")
+    batch = Group(group.members, (batch, *group.coders[1:]))
+    edge = jnp.squeeze(cutoff(encode(w, x, group).z, batch), -1)
+    edge = jnp.nextafter(edge, -jnp.inf)  # JumpReLU is strict
+    return dataclasses.replace(w, threshold=jnp.broadcast_to(edge, w.threshold.shape))

@@ -1,0 +1,100 @@
+"""What a run shows while it lasts: a line on the terminal, log.jsonl, TensorBoard and wandb."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training.recipe import TrainConfig, as_json
+
+EVERY = 10.0  # seconds
+
+
+class Progress:
+    """Reports at most every few seconds; reading a number waits for the device."""
+
+    def __init__(self, config: TrainConfig, out: epath.Path, done: int):
+        self.config, self.out, self.began, self.begun = config, out, time.time(), done
+        self.logged = 0.0
+        tracked = () if jax.process_index() else config.track
+        self.trackers = [_tracker(name, config, out) for name in tracked]
+
+    def due(self) -> bool:
+        return time.time() - self.logged > EVERY
+
+    def report(self, done: int, update: int, parts: list | None, groups: Any) -> None:
+        """One line: tokens, rate and time left, then each coder's loss parts (if any yet)."""
+        config, each = self.config, self.config.tokens_a_pass
+        seconds = max(time.time() - self.began, 1e-9)
+        if jax.process_index():  # one host speaks for all
+            self.logged = time.time()
+            return
+        rate = (done - self.begun) * each / seconds
+        row: dict[str, Any] = {"tokens": done * each, "update": update}
+        row["tokens_per_s"] = round(rate, 1)
+        row["coders"] = _by_coder(config, parts, groups) if parts else {}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for track in self.trackers:
+            track(row)
+        left = (config.passes - done) * each / max(rate, 1e-9) / 60
+        shown = f"{100 * done / config.passes:5.1f} %  {row['tokens']:,} tokens  {rate:,.0f}/s"
+        print(f"{shown}  {left:.0f} min left{_summary(row['coders'])}", file=sys.stderr, flush=True)
+        self.logged = time.time()
+
+
+def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[str, float]]:
+    found = {}
+    for group, part in zip(groups, parts):
+        values = {k: np.asarray(v) for k, v in part.items()}
+        for n, c in enumerate(group.coders):
+            found[c.folder] = {k: round(float(v[n]), 6) for k, v in values.items()}
+    return {c.folder: found[c.folder] for c in config.coders}
+
+
+def _summary(coders: dict[str, dict[str, float]]) -> str:
+    """ "  FVU 0.21  L0 50.3  dead 0.0 %", of many coders the range."""
+    text = ""
+    for name, key, scale, form in (
+        ("loss", "loss", 1, ".4f"), ("FVU", "fvu", 1, ".3f"),
+        ("L0", "l0", 1, ".1f"), ("dead %", "dead", 100, ".1f"),
+    ):  # fmt: skip
+        values = [scale * c[key] for c in coders.values()]
+        if values:
+            low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+            text += f"  {name} {low if low == high else f'{low}-{high}'}"
+    return text
+
+
+def _tracker(name: str, config: TrainConfig, out: epath.Path) -> Any:
+    """A function that takes a row of the log. Raises `InputError` if the package is missing."""
+    try:
+        if name == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writer = SummaryWriter(str(out / "tensorboard"))
+            return lambda row: _to_tensorboard(writer, row)
+        import wandb
+
+        run = wandb.init(project="gemma_scope_jax", dir=str(out), config=as_json(config))
+        return lambda row: run.log(dict(_flat(row)), step=row["update"])
+    except ImportError as error:
+        raise InputError(f"track {name!r} needs: pip install 'gemma-scope-jax[track]'") from error
+
+
+def _flat(row: dict) -> Any:
+    yield "tokens_per_s", row["tokens_per_s"]
+    for coder, parts in row["coders"].items():
+        for key, value in parts.items():
+            yield f"{coder}/{key}", value
+
+
+def _to_tensorboard(writer: Any, row: dict) -> None:
+    for key, value in _flat(row):
+        writer.add_scalar(key, value, row["update"])
+    writer.flush()

@@ -1,0 +1,180 @@
+"""The parameters under training, and their way to and from the published form.
+
+Coders of the same shape are one *group*: their weights are stacked, so that one product serves all.
+A coder of one layer is the case X = 1 of one of several. Axes here: N coders of the group, X layers
+of each, F features a layer, D inputs, E outputs, B activations, M prefixes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, float32
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Coders of a run that differ in layers, targets, weights of losses and seeds only."""
+
+    members: tuple[int, ...]  # positions in `TrainConfig.coders`
+    coders: tuple[CoderConfig, ...]
+
+    @property
+    def like(self) -> CoderConfig:
+        """The first coder: what all have in common."""
+        return self.coders[0]
+
+    @property
+    def layers(self) -> tuple[tuple[int, ...], ...]:
+        """[N][X] layers of the model."""
+        return tuple(c.layer_tuple for c in self.coders)
+
+    @property
+    def X(self) -> int:
+        return len(self.layers[0])
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where the M nested reconstructions end; the last one is the whole."""
+        return (*self.like.prefixes, self.like.width)
+
+    def of(self, field: str) -> jax.Array:
+        """A number of each coder's config, or of its loss, as float32 [N]."""
+        values = [getattr(c if hasattr(c, field) else c.loss, field) for c in self.coders]
+        return jnp.asarray(values, jnp.float32)
+
+
+def groups(config: TrainConfig) -> tuple[Group, ...]:
+    """The coders of a run, those of the same shape and program together."""
+    found: dict[Any, list[int]] = {}
+    for i, c in enumerate(config.coders):
+        loss = dataclasses.replace(c.loss, l0_weight=0.0, frequency_weight=0.0, dead_weight=0.0)
+        k = c.target_l0 if c.activation != "jumprelu" else 0  # decides the program
+        uses = (c.loss.frequency_weight > 0, c.loss.dead_weight > 0)
+        key = (len(c.layer_tuple), c.several, c.reads, c.target, c.width, c.activation, c.skip)
+        key += (c.centred, c.prefixes, loss, k, uses, c.threshold is None)
+        found.setdefault(key, []).append(i)
+    return tuple(Group(tuple(m), tuple(config.coders[i] for i in m)) for m in found.values())
+
+
+@flax.struct.dataclass
+class Weights:
+    """The trained parameters of a group, float32, for activations of unit mean squared norm."""
+
+    w_enc: jax.Array  # [N, X, F, D], one row a feature
+    b_enc: jax.Array  # [N, X, F]
+    threshold: jax.Array  # [N, X, F]
+    w_dec: tuple[jax.Array, ...]  # of output layer j from the layers up to it: [N, j + 1, F, E]
+    b_dec: jax.Array  # [N, X, E]; subtracted from the input, too, if the coder is `centred`
+    w_skip: jax.Array | None = None  # [N, X, D, E]
+
+
+def decoder_norms(w_dec: tuple[jax.Array, ...]) -> jax.Array:
+    """The norm of each feature's decoder over all output layers: [N, X, F]."""
+    X = len(w_dec)
+    squares = [
+        sum(jnp.sum(w_dec[j][:, i] ** 2, -1) for j in range(i, X))
+        for i in range(X)
+    ]  # fmt: skip
+    return jnp.sqrt(jnp.stack(squares, 1))
+
+
+def unit_decoder(w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Every feature's decoder at unit norm."""
+    norms = jnp.maximum(decoder_norms(w_dec), 1e-20)
+    return tuple(w / norms[:, : w.shape[1], :, None] for w in w_dec)
+
+
+def unit_rows(w: Weights) -> Weights:
+    """The same coder with decoders of unit norm: encoders and thresholds take the norm over."""
+    norms = decoder_norms(w.w_dec)
+    return dataclasses.replace(
+        w,
+        w_enc=w.w_enc * norms[..., None],
+        b_enc=w.b_enc * norms,
+        threshold=w.threshold * norms,
+        w_dec=unit_decoder(w.w_dec),
+    )
+
+
+def encoder_bias(w: Weights, centred: bool) -> jax.Array:
+    """b_enc with the decoder bias that a centred coder subtracts from its input: [N, X, F]."""
+    if not centred:
+        return w.b_enc
+    return w.b_enc - jnp.einsum("nxfd,nxd->nxf", w.w_enc, w.b_dec)
+
+
+def fold(
+    w: Weights, n: int, config: CoderConfig, scales: Mapping[str, jax.Array],
+    first: int = 1, info: CoderInfo | None = None,
+) -> SparseCoder | MultiLayerCoder:  # fmt: skip
+    """Coder `n` of a group in the published form: for raw inputs, with nothing subtracted.
+
+    `scales` maps "in" and "out" to root-mean-square norms C, D of raw activations [X] each. Decoder
+    rows of one layer keep unit norm, so features become D times larger:
+
+        w_enc' = w_enc D / C   b_enc' = D (b_enc - w_enc b_dec)   threshold' = D threshold
+        b_dec' = D b_dec       w_skip' = w_skip D / C   w_dec'(i,j) = w_dec(i,j) D_j / D_i
+
+    Source: Gemma Scope 2, section 3.2, generalised to other targets than the input.
+    """
+    c_in, c_out = scales["in"], scales["out"]
+    ratio = c_out / c_in
+    w_enc = jnp.swapaxes(w.w_enc[n], -1, -2) * ratio[:, None, None]
+    b_enc = encoder_bias(w, config.centred)[n] * c_out[:, None]
+    threshold, b_dec = w.threshold[n] * c_out[:, None], w.b_dec[n] * c_out[:, None]
+    w_skip = None if w.w_skip is None else w.w_skip[n] * ratio[:, None, None]
+    places: dict[str, Any] = dict(reads=config.reads, writes=config.target, first=first)
+    places["info"] = info or CoderInfo()
+    if not config.several:
+        return SparseCoder(
+            w_enc[0], b_enc[0], threshold[0], w.w_dec[0][n, 0], b_dec[0],
+            None if w_skip is None else w_skip[0], layer=config.layer_tuple[0], **places,
+        )  # fmt: skip
+    X = len(config.layer_tuple)
+    blocks = [w.w_dec[j][n, i] * (c_out[j] / c_out[i]) for i in range(X) for j in range(i, X)]
+    return MultiLayerCoder(
+        w_enc, b_enc, threshold, jnp.stack(blocks), b_dec, w_skip,
+        layers=config.layer_tuple, **places,
+    )  # fmt: skip
+
+
+def unfold(coder: SparseCoder | MultiLayerCoder, config: CoderConfig, scales: Mapping) -> Weights:
+    """The inverse of `fold`, N = 1: any coder, published or own, as weights to go on training.
+
+    Raises `InputError` if it does not have the shape, sites or layers of `config`.
+    """
+    c_in, c_out = scales["in"], scales["out"]
+    several = isinstance(coder, MultiLayerCoder)
+    layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
+    got: tuple[Any, ...] = (tuple(layers), coder.reads, coder.writes)
+    got += (coder.width, coder.w_skip is not None)
+    wanted = (config.layer_tuple, config.reads, config.target, config.width, config.skip)
+    for what, have, want in zip(("layers", "reads", "writes", "width", "skip"), got, wanted):
+        if have != want:
+            raise InputError(f"the coder to start from has {what} {have}, the config {want}")
+    stack = lambda x: float32(x) if several else float32(x)[None]
+    ratio = (c_in / c_out)[:, None, None]
+    w_enc = jnp.swapaxes(stack(coder.w_enc), -1, -2) * ratio
+    b_dec = stack(coder.b_dec) / c_out[:, None]
+    b_enc = stack(coder.b_enc) / c_out[:, None]
+    if config.centred:
+        b_enc = b_enc + jnp.einsum("xfd,xd->xf", w_enc, b_dec)
+
+    def block(i, j):
+        return float32(coder.decoder(i, j) if isinstance(coder, MultiLayerCoder) else coder.w_dec)
+
+    w_dec = tuple(
+        jnp.stack([block(i, j) * (c_out[i] / c_out[j]) for i in range(j + 1)])
+        for j in range(len(config.layer_tuple))
+    )
+    w_skip = None if coder.w_skip is None else stack(coder.w_skip) * ratio
+    w = Weights(w_enc, b_enc, stack(coder.threshold) / c_out[:, None], w_dec, b_dec, w_skip)
+    return unit_rows(jax.tree.map(lambda x: x[None], w))

@@ -1,0 +1,134 @@
+"""The training step, compiled for TPUs by the real TPU compiler, from abstract weights.
+
+python tests/test_tpu_training.py 1b_sae     # prints the figures as JSON
+"""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_tpu_compile import BYTES, ENVIRONMENT, collectives, no_libtpu
+
+from gemma_scope_jax.model.config import Model, abstract_params, preset
+from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from gemma_scope_jax.training import feeds
+from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+
+pytestmark = pytest.mark.skipif(no_libtpu, reason="libtpu is built for Linux on x86-64 only")
+
+CLT = CoderConfig(
+    tuple(range(26)), "mlp_in", "mlp_out", width=10_080, target_l0=150, skip=True, threshold=None
+)
+# topology, mesh (data, features), model, coder, sequences of 1024 a pass, buffer, HBM
+PROGRAMS = {
+    "1b_sae": ("v5e:2x4", (2, 4), "1b", CoderConfig(13, width=65_536), 16, 131_072, 16e9),
+    "27b_sae": ("v5p:2x2x4", (4, 4), "27b", CoderConfig(31, width=262_144), 16, 131_072, 95e9),
+    "1b_clt": ("v5p:2x2x4", (1, 16), "1b", CLT, 8, 65_536, 95e9),
+}
+BATCH = 4096
+
+
+# -------------------------------------------------------------------------------------------------
+# In the process with the TPU compiler
+
+
+def compile_for_tpu(name: str):
+    """A model pass and one update, compiled for a TPU slice: (compiled, plan)."""
+    from jax.experimental import topologies
+
+    topology, shape, size, coder, rows, buffer, _ = PROGRAMS[name]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh, config = make_mesh(*shape, devices), preset(f"gemma-3-{size}")
+    plan = steps.make_plan(
+        TrainConfig(coders=(coder,), rows=rows, length=1024, buffer=buffer, batch=BATCH),
+        config,
+        mesh,
+    )
+    at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    places = steps.placement(plan, config)
+    state = jax.tree.map(at, jax.eval_shape(lambda: steps.init_state(plan, config)), places)
+    params = jax.tree.map(at, abstract_params(config), param_shardings(config, mesh))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    batch = [jax.ShapeDtypeStruct((rows, 1024), d, sharding=split) for d in (jnp.int32,) * 2]
+    batch.append(jax.ShapeDtypeStruct((rows, 1024), jnp.bool_, sharding=split))
+    program = jax.jit(
+        partial(feeds.train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
+    )
+    return program.lower(state, Model(params, config), *batch).compile()
+
+
+def figures(compiled) -> dict:
+    """Bytes of HBM a chip, the compiler's estimate of the time, collectives with their shapes.
+
+    A loop's body, such as a layer of the model, counts once in the estimates.
+    """
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    # Donated arguments are the outputs, too.
+    names = ("argument", "temp", "generated_code", "output", "alias")
+    return {
+        "hbm": {name: getattr(memory, f"{name}_size_in_bytes") for name in names},
+        "flops": cost["flops"],
+        "optimal_seconds": cost.get("optimal_seconds"),
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# In the test's process
+
+
+@functools.cache
+def compiled(name: str) -> dict:
+    run = subprocess.run(
+        [sys.executable, __file__, name],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def used(hbm: dict) -> int:
+    """Bytes a chip needs: outputs that lie where arguments were count once."""
+    return sum(hbm.values()) - 2 * hbm["alias"]
+
+
+def features(name: str) -> int:
+    """Of a coder's layer, on one chip."""
+    _, (_, model), _, coder, *_ = PROGRAMS[name]
+    return coder.width // model
+
+
+@pytest.mark.parametrize(
+    "name", ["1b_sae", *(pytest.param(n, marks=pytest.mark.slow) for n in ("27b_sae", "1b_clt"))]
+)
+def test_the_training_step_fits_and_moves_no_coder(name):
+    found, (_, (data, _), size, coder, *_, room) = compiled(name), PROGRAMS[name]
+    assert used(found["hbm"]) <= room
+    d, gradients = preset(f"gemma-3-{size}").d_model, 0
+    for operation, arrays, count in found["collectives"]:
+        shapes = [tuple(int(n) for n in dims.split(",") if n) for _, dims in arrays]
+        floats = [s for s, (dtype, _) in zip(shapes, arrays) if dtype == "f32"]
+        # Features stay on their chip: only gradients of a chip's own go over the data axis.
+        own = [s for s in floats if features(name) in s and d in s]
+        assert not any(coder.width in s for s in floats if d in s), (operation, arrays)
+        assert not own or (operation == "all-reduce" and data > 1), (operation, arrays)
+        gradients += count * bool(own)
+        # Nothing is larger than a layer of the model or a chip's gradient.
+        largest = max(math.prod(s) * BYTES[t] for (t, _), s in zip(arrays, shapes))
+        assert largest <= max(4 * features(name) * d, 4 * 16 * 1024 * d), (operation, arrays)
+    assert bool(gradients) == (data > 1)
+
+
+if __name__ == "__main__":
+    os.environ |= ENVIRONMENT
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(figures(compile_for_tpu(sys.argv[1]))))

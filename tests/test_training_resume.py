@@ -1,0 +1,245 @@
+"""Training runs stopped, killed, corrupted and out of disk: they end with the same bits."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.experimental.compilation_cache.compilation_cache as cache
+import numpy as np
+import pytest
+from letters import Letters
+from tiny import tiny_model
+from training_runner import PASSES, documents, run
+
+from gemma_scope_jax.coders.gemma_scope_files import load_coder
+from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.training import feeds
+
+RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Every run here is the same program: the first compiles it, the others find it on disk."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    real = feeds.load_tokenizer
+    cache.reset_cache()  # it may have found that there was none
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield options
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
+    feeds.load_tokenizer = real
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The coder of a run that nobody disturbed."""
+    return run(tmp_path_factory.mktemp("whole") / "run", **RARELY)
+
+
+def same_bits(a, b):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def steps(folder):
+    """The passes of the checkpoints that lie under their final names."""
+    return sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
+
+
+@contextlib.contextmanager
+def stopped(monkeypatch, feed, after, by=signal.SIGTERM):
+    """Within this, the run gets a signal as its `after`th pass begins."""
+    real, done = feed.step, 0
+
+    def step(self, *args):
+        nonlocal done
+        done += 1
+        if done == after:
+            os.kill(os.getpid(), by)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "step", step)
+        with pytest.raises(SystemExit, match=f"pass {after}; run the same command to go on"):
+            yield
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """The folder of a run with a checkpoint after every pass, stopped in the ninth."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch, stopped(patch, feeds.TextFeed, 9):
+        run(folder)
+    assert steps(folder) == [8, 9] and not (folder / "coders").exists()
+    return folder
+
+
+@pytest.fixture
+def cut(stopped_run, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped_run, tmp_path / "cut")
+
+
+def test_a_run_stopped_while_training_resumes_to_the_same_bits(whole, cut):
+    same_bits(run(cut), whole)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert steps(cut)[-1] == PASSES
+    updates = [json.loads(x)["update"] for x in (cut / "log.jsonl").read_text().splitlines()]
+    assert updates[-1] == max(updates) > 0
+
+
+def test_a_run_stopped_while_its_buffer_fills_resumes_to_the_same_bits(
+    whole, tmp_path, monkeypatch
+):
+    with stopped(monkeypatch, feeds.TextFeed, 2):
+        run(tmp_path, **RARELY)
+    assert steps(tmp_path) == [2]
+    same_bits(run(tmp_path, **RARELY), whole)
+
+
+def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
+    batches = TokenBatches(documents(), Letters(), 8, 32)
+    write_activations(model, batches, {"resid_post": (2,)}, tmp_path / "store", 1500)
+    options = dict(RARELY, store=str(tmp_path / "store"), tokens=128 * 3 * 12)
+    expected = run(tmp_path / "whole", **options)
+    with stopped(monkeypatch, feeds.StoreFeed, 5, signal.SIGINT):
+        run(tmp_path / "cut", **options)
+    same_bits(run(tmp_path / "cut", **options), expected)
+
+
+# -------------------------------------------------------------------------------------------------
+# Killed
+
+
+def kill_and_resume(folder, whole, passes, kills, compile_once, errors):
+    """Kill a run `kills` times at random moments of its steps and checkpoints; then let it end."""
+    rng, killed, ended = random.Random(0), 0, None
+    program = [sys.executable, Path(__file__).parent / "training_runner.py", folder, str(passes)]
+    environment = os.environ | {name.upper(): str(v) for name, v in compile_once.items()}
+    runner = subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        env=environment,
+    )  # fmt: skip
+    with runner:
+        while ended != 0:
+            print(file=runner.stdin, flush=True)
+            child = int(runner.stdout.readline())
+            if killed < kills:
+                begun, patience = steps(folder), time.monotonic() + 100
+                while steps(folder) == begun and time.monotonic() < patience:
+                    time.sleep(0.002)
+                time.sleep(rng.random() * 0.3)  # within the next pass or its checkpoint
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child, signal.SIGKILL)
+            ended = int(line) if (line := child_end(runner)) else -1
+            killed += ended == signal.SIGKILL
+            assert ended in (0, signal.SIGKILL)
+            if (folder / "config.json").exists():
+                json.loads((folder / "config.json").read_text())
+            for path in folder.glob("coders/**/params.safetensors"):
+                same_bits(load_coder(path.parent), whole)  # complete, or not there
+        runner.stdin.close()
+    return killed
+
+
+def child_end(runner):
+    """The line that the runner prints when its child has ended, past what the child printed."""
+    while (line := runner.stdout.readline()) and not line.strip().isdigit():
+        pass
+    return line
+
+
+@pytest.mark.parametrize(
+    ("passes", "kills"), [(PASSES, 3), pytest.param(120, 20, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    whole, tmp_path, passes, kills, compile_once
+):
+    errors, folder = tmp_path / "errors", tmp_path / "run"
+    if passes != PASSES:
+        whole = run(tmp_path / "whole", tokens=128 * passes, **RARELY)
+    with errors.open("w") as file:
+        killed = kill_and_resume(folder, whole, passes, kills, compile_once, file)
+    assert killed == kills
+    assert "damaged" not in errors.read_text()  # a checkpoint with its final name is complete
+    same_bits(load_coder(next(folder.glob("coders/*/*"))), whole)
+    assert steps(folder)[-1] == passes
+
+
+# -------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+def damage(checkpoint, how):
+    """Cut all files of a checkpoint to half, or change one byte in each of its arrays' files."""
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.stat().st_size]
+    if how == "changed":
+        files = [p for p in files if p.parent.name == "d"]  # where OCDBT keeps data
+    assert files
+    for path in files:
+        data, at = path.read_bytes(), path.stat().st_size // 2
+        changed = data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+        path.write_bytes(data[:at] if how == "cut" else changed)
+
+
+# The reads that Orbax had under way when the first of them failed find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, capfd, how):
+    damage(cut / "checkpoints" / "9", how)
+    same_bits(run(cut), whole)
+    lines = [x for x in capfd.readouterr().err.splitlines() if "damaged" in x]
+    assert len(lines) == 1 and str(cut / "damaged-checkpoint-9") in lines[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_if_all_checkpoints_are_damaged_it_says_so(cut):
+    for step in steps(cut):
+        damage(cut / "checkpoints" / str(step), "cut")
+    with pytest.raises(InputError, match="none of its 2 checkpoints can be read") as refused:
+        run(cut)
+    assert "\n" not in str(refused.value)
+
+
+@contextlib.contextmanager
+def no_space(limit=4096):
+    """No file can grow beyond `limit` bytes, for anything in this process: a disk nearly full."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# Orbax's threads end with exceptions of their own then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_one_before_is_whole(whole, cut):
+    message = "could not be written.*run the same command"
+    with pytest.raises(InputError, match=message) as refused, no_space():
+        run(cut)
+    assert "\n" not in str(refused.value)
+    assert steps(cut)[-1] == 9
+    same_bits(run(cut), whole)
