@@ -44,7 +44,8 @@ AGREE_GRADIENT = (
 def activations(w_dec: np.ndarray, batch: int) -> np.ndarray:
     """[BATCHES, batch, D] float32: about L0 of the rows of w_dec [F, D], a mean, noise.
 
-    Norms of tokens vary by a tenth: L0 grows steeply with them, and spreads as in training.
+    Norms of tokens vary as those at resid_post 12 of the 270M do, the 99th percentile at 1.13 of the
+    median: L0 grows steeply with them, and spreads as in training.
     """
     rng = np.random.default_rng(0)
     tokens, width = BATCHES * batch, len(w_dec)
@@ -54,7 +55,7 @@ def activations(w_dec: np.ndarray, batch: int) -> np.ndarray:
         here = np.flatnonzero(count > k)
         size = 0.5 + rng.standard_exponential(len(here), np.float32)
         x[here] += size[:, None] * w_dec[rng.integers(0, width, len(here))]
-    norm = np.exp(0.1 * rng.standard_normal((tokens, 1), np.float32))
+    norm = np.exp(0.055 * rng.standard_normal((tokens, 1), np.float32))
     x *= norm / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
     x += 0.3 * rng.standard_normal(D, np.float32) / D**0.5
     x += 0.3 * rng.standard_normal((tokens, D), np.float32) / D**0.5
