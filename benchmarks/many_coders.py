@@ -67,11 +67,23 @@ def main() -> None:
     tokens, ratio = config.rows * config.length, seconds[0] / sum(seconds[1:])
     print(f"{len(config.coders)} coders, {tokens} tokens through the model and {config.updates} "
           f"updates of {config.batch} a pass")  # fmt: skip
-    print(f"  one run {seconds[0]:.2f} s a pass; single runs "
-          + ", ".join(f"{s:.2f}" for s in seconds[1:]) + f", together {sum(seconds[1:]):.2f} s")
+    print(
+        f"  one run {seconds[0]:.2f} s a pass; single runs "
+        + ", ".join(f"{s:.2f}" for s in seconds[1:])
+        + f", together {sum(seconds[1:]):.2f} s"
+    )
     print(f"  first pass with compilation: {compiled[0]:.1f} s against {sum(compiled[1:]):.1f} s")
-    print(json.dumps({"name": "many_coders", "ours": tokens / seconds[0],
-                      "singles": tokens / sum(seconds[1:]), "ratio": ratio, "agree": same}))
+    print(
+        json.dumps(
+            {
+                "name": "many_coders",
+                "ours": tokens / seconds[0],
+                "singles": tokens / sum(seconds[1:]),
+                "ratio": ratio,
+                "agree": same,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

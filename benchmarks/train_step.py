@@ -44,8 +44,8 @@ AGREE_GRADIENT = (
 def activations(w_dec: np.ndarray, batch: int) -> np.ndarray:
     """[BATCHES, batch, D] float32: about L0 of the rows of w_dec [F, D], a mean, noise.
 
-    Norms of tokens vary as those at resid_post 12 of the 270M do, the 99th percentile at 1.13 of the
-    median: L0 grows steeply with them, and spreads as in training.
+    Norms of tokens vary as those at resid_post 12 of the 270M do, the 99th percentile at 1.13 of
+    the median: L0 grows steeply with them, and spreads as in training.
     """
     rng = np.random.default_rng(0)
     tokens, width = BATCHES * batch, len(w_dec)

@@ -1,11 +1,12 @@
-"""Turn the coders of a training run into coders that ship: bfloat16 weights, label material, figures.
+"""Turn the coders of a training run into coders that ship: bfloat16 weights, labels, figures.
 
     python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--no-labels]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
 config.json), the recipe that made it (train_config.json), figures on the held-out text
-(figures.json), and label material (labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane
-Austen's novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and library (PSF).
+(figures.json), and label material (labels.json.gz). Snippets come only from texts whose licence
+lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC BY-SA), the Python
+manual and library (PSF).
 """
 
 import argparse
