@@ -7,9 +7,12 @@ import pytest
 from letters import Letters
 from tiny import tiny_model
 
+import gemma_scope_jax as gs
+from gemma_scope_jax.coders import gemma_scope_files as files
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
+from gemma_scope_jax.data.text import SEPARATOR
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import (
     _fit_step,
@@ -293,3 +296,17 @@ def test_text_in_rows():
     assert "".join(characters).replace("<bos>", "") == "".join(texts)
     starts = (segments > 0) & (positions_of(segments) == 0)
     assert (tokens[starts] == 2).all()
+
+
+@pytest.mark.real
+def test_the_packaged_transcoders_compute_what_the_mlps_do():
+    """One pass for all 18 layers, on the bundled sample, which none of them was trained on."""
+    names = [p.name for p in files.PACKAGED.glob("gemma-3-270m-transcoder-*")]
+    coders = sorted(map(gs.load_coder, names), key=lambda coder: coder.layer)
+    assert [coder.layer for coder in coders] == list(range(18))
+    documents = (files.PACKAGED / "sample.txt").read_text(encoding="utf-8").split(SEPARATOR)
+    model, tok = gs.load_model("gemma-3-270m"), gs.load_tokenizer("gemma-3-270m")
+    found = evaluate_all(model, coders, text_batches(tok, documents), delta_loss=False)
+    assert np.mean([metrics.typical.fvu for metrics in found]) < 0.5
+    for coder, metrics in zip(coders, found):
+        assert 0.5 < metrics.l0 / coder.info.l0 < 2

@@ -191,3 +191,23 @@ def test_a_sae_trained_by_saelens_with_its_decoder_bias_on_the_input(tmp_path):
     ours = gs.load_coder(tmp_path)
     assert (ours.reads, ours.layer) == ("resid_post", 5)
     assert_same(ours, SAE.load_from_disk(tmp_path))
+
+
+PACKAGED = sorted(p.parent for p in Path(gs.__file__).parent.glob("packaged/*/config.json"))
+
+
+@pytest.mark.parametrize("folder", PACKAGED, ids=lambda folder: folder.name)
+def test_what_we_trained_encodes_the_same(folder, tmp_path):
+    """Inputs as strong as the coder knows them: the activations that its features write."""
+    import torch
+    from sae_lens import SAE
+
+    ours, rng = gs.load_coder(folder), np.random.default_rng(0)
+    save_saelens(ours, tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    x = rng.standard_normal((256, ours.d_in)).astype(np.float32)
+    x *= 2.0 * float(np.median(ours.threshold / np.linalg.norm(ours.w_enc, axis=0)))
+    with torch.inference_mode():
+        f = theirs.encode(torch.from_numpy(x)).numpy()
+    assert (f > 0).any(-1).all()
+    np.testing.assert_allclose(np.asarray(ours.encode(x)), f, rtol=1e-5, atol=1e-5 * f.max())
