@@ -203,6 +203,7 @@ def test_what_we_trained_encodes_the_same(folder, tmp_path):
     from sae_lens import SAE
 
     ours, rng = gs.load_coder(folder), np.random.default_rng(0)
+    ours = jax.tree.map(lambda a: a.astype("float32"), ours)  # SAELens' folders are
     save_saelens(ours, tmp_path)
     theirs = SAE.load_from_disk(tmp_path)
     x = rng.standard_normal((256, ours.d_in)).astype(np.float32)
