@@ -117,11 +117,18 @@ def test_a_run_stopped_while_its_buffer_fills_resumes_to_the_same_bits(
     same_bits(run(tmp_path, **RARELY), whole)
 
 
-def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The folder of 1,500 stored activations."""
+    folder = tmp_path_factory.mktemp("activations") / "store"
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
     batches = TokenBatches(documents(), Letters(), 8, 32)
-    write_activations(model, batches, {"resid_post": (2,)}, tmp_path / "store", 1500)
-    options = dict(RARELY, store=str(tmp_path / "store"), tokens=128 * 3 * 12)
+    write_activations(model, batches, {"resid_post": (2,)}, folder, 1500)
+    return str(folder)
+
+
+def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(store, tmp_path, monkeypatch):
+    options = dict(RARELY, store=store, tokens=128 * 3 * 12)
     expected = run(tmp_path / "whole", **options)
     with stopped(monkeypatch, feeds.StoreFeed, 5, signal.SIGINT):
         run(tmp_path / "cut", **options)
@@ -132,10 +139,11 @@ def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(tmp_path, m
 # Killed
 
 
-def kill_and_resume(folder, whole, passes, kills, compile_once, errors):
+def kill_and_resume(folder, whole, options, kills, compile_once, errors):
     """Kill a run `kills` times at random moments of its steps and checkpoints; then let it end."""
     rng, killed, ended = random.Random(0), 0, None
-    program = [sys.executable, Path(__file__).parent / "training_runner.py", folder, str(passes)]
+    runner = Path(__file__).parent / "training_runner.py"
+    program = [sys.executable, runner, folder, json.dumps(options)]
     environment = os.environ | {name.upper(): str(v) for name, v in compile_once.items()}
     runner = subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
@@ -173,14 +181,17 @@ def child_end(runner):
 @pytest.mark.parametrize(
     ("passes", "kills"), [(PASSES, 3), pytest.param(120, 20, marks=pytest.mark.slow)]
 )
+@pytest.mark.parametrize("source", ["text", "store"])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
-    whole, tmp_path, passes, kills, compile_once
+    whole, store, tmp_path, source, passes, kills, compile_once
 ):
-    errors, folder = tmp_path / "errors", tmp_path / "run"
-    if passes != PASSES:
-        whole = run(tmp_path / "whole", tokens=128 * passes, **RARELY)
+    errors, folder, options = tmp_path / "errors", tmp_path / "run", dict(tokens=128 * passes)
+    if source == "store":
+        options = dict(store=store, tokens=128 * 3 * passes)
+    if source == "store" or passes != PASSES:
+        whole = run(tmp_path / "whole", **options, **RARELY)
     with errors.open("w") as file:
-        killed = kill_and_resume(folder, whole, passes, kills, compile_once, file)
+        killed = kill_and_resume(folder, whole, options, kills, compile_once, file)
     assert killed == kills
     assert "damaged" not in errors.read_text()  # a checkpoint with its final name is complete
     same_bits(load_coder(next(folder.glob("coders/*/*"))), whole)

@@ -4,6 +4,7 @@ For each line it is sent, the program continues the run in a process of its own,
 the id and then how it ended: importing JAX every time would take longer than all the rest.
 """
 
+import json
 import os
 import sys
 
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     for _ in sys.stdin:
         child = os.fork()
         if not child:
-            run(sys.argv[1], tokens=128 * int(sys.argv[2]))
+            run(sys.argv[1], **json.loads(sys.argv[2]))
             os._exit(0)
         print(child, flush=True)
         print(os.waitpid(child, 0)[1], flush=True)
