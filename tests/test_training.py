@@ -463,8 +463,21 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
     assert start == pytest.approx(max(8, on.sum((0, 2)).mean()), rel=1e-4)
 
 
-def test_several_coders_train_as_each_would_alone(model, tmp_path):
+def test_the_sparse_step_is_taken_where_it_is_faster(model, monkeypatch):
+    """With gathers that XLA writes to memory a coder has to be much wider than with kernels."""
+
+    def capacity(width, form):
+        monkeypatch.setattr(steps.sparse, "sparse_form", lambda: form)
+        plan = steps.make_plan(recipe(coder(3, width=width), sparse=2.0), model.config)
+        return plan.capacity(plan.groups[0])
+
+    assert [capacity(w, "kernels") for w in (32, 33, 8192)] == [0, 16, 16]
+    assert [capacity(w, "xla") for w in (8192, 8193)] == [0, 16]
+
+
+def test_several_coders_train_as_each_would_alone(model, tmp_path, monkeypatch):
     """In the sparse step, with a threshold near which many pre-activations lie."""
+    monkeypatch.setitem(steps.sparse.FEATURES_A_SLOT, "xla", 2)  # without a compiler, too
     loss = dataclasses.replace(LOSS, bandwidth=0.1)
     last = coder(4, loss=dataclasses.replace(loss, l0_weight=0.5), target_l0=6.0, seed=1)
     config = recipe(coder(3, loss=loss), coder(3, target_l0=5.0, loss=loss), last,

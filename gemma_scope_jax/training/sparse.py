@@ -39,6 +39,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
 TOKENS = 256  # that the kernels' form encodes at a time
 CHUNK = 2**24  # floats that the XLA form gathers at a time
+# Features a slot from which a sparse step is faster than a dense one. Of the XLA form this is
+# arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte of memory speed.
+FEATURES_A_SLOT = {"kernels": 2, "xla": 512}
 
 Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
 

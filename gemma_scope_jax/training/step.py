@@ -19,6 +19,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import place
+from gemma_scope_jax.training import sparse
 from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.objective import gradients
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
@@ -73,7 +74,8 @@ class Plan:
             return 0
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
         slots = 16 * int(-(-self.config.sparse * target // 16))
-        return slots if slots < group.like.width // 2 else 0
+        least = sparse.FEATURES_A_SLOT[sparse.sparse_form()]
+        return slots if least * slots < group.like.width else 0
 
 
 def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> Plan:
