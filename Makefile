@@ -5,7 +5,7 @@
 #   make test-official      the test suite, and parity with the gemma package (Python >= 3.12, 4 GB)
 #   make test-slow          the tests that take minutes each
 #   make test-peers         parity with transformers and SAELens, in an environment of their own
-#   make bench              the benchmarks against those libraries
+#   make bench              the benchmarks against those libraries (but train_quality.py: hours)
 #   make lint               ruff and pyright
 #   make golden             write anew what transformers computes (tests/golden)
 #   make constraints        write anew the tested versions (constraints.txt)
@@ -117,5 +117,5 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 
 bench: $(VENV)/.has-demo $(PEERS)/.has
-	@for script in benchmarks/*.py; do \
+	@for script in $(filter-out %/train_quality.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done
