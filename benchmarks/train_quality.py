@@ -90,7 +90,7 @@ def stores(folder: Path, tokens: int):
         path = folder / name
         if not (path / "manifest.json").exists() or len(ActivationStore(path)) < count:
             config = dataclasses.replace(
-                runs(folder, tokens)["plain"], store="", length=512,
+                runs(folder, tokens)["plain"], store="", tokens=count, length=512, buffer=8192,
                 data=TextData(files=(f"{corpus}/{text}",)),
             )  # fmt: skip
             store_activations(config, path, count)

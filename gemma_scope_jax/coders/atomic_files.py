@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 
+from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError
 
 _CODES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
@@ -57,13 +59,18 @@ def write_json(file: BinaryIO, value: Any) -> None:
     file.write(json.dumps(value).encode())
 
 
-def write_folder(folder: Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    """Create files in `folder` (made if missing), each by its writer, and name them at the end.
+def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Create files in a folder (made if missing), each by its writer, and name them at the end.
 
     They are written under temporary names and renamed, in the order given, when all are complete.
     If anything fails no name changes and the temporary files go; what the system refuses (a full
-    disk, no permission) raises `InputError`.
+    disk, no permission) raises `InputError`. In a bucket, where a file appears when it is complete,
+    they are written one after the other.
     """
+    if is_remote(folder):
+        _write_remote(epath.Path(folder), writers)
+        return
+    folder = Path(folder)
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
     made = not folder.exists()
     try:
@@ -84,6 +91,18 @@ def write_folder(folder: Path, writers: Mapping[str, Callable[[BinaryIO], None]]
                 path.unlink(missing_ok=True)
             if made:
                 folder.rmdir()
+
+
+def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    for name, write in writers.items():
+        try:
+            with (folder / name).open("wb") as file:
+                write(file)
+        except (TypeError, InputError):
+            raise
+        except Exception as error:  # the clients raise types of their own
+            why = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / name}: cannot be written ({why})") from error
 
 
 def disk_error(path: str | os.PathLike, error: OSError) -> InputError:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.buckets import folder_path, is_remote, local_copy
 from gemma_scope_jax.coders import catalog, hub
 from gemma_scope_jax.coders.atomic_files import (
     Streamed,
@@ -157,7 +158,7 @@ def save_coder(
     `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
     take their names when all are complete. Raises `InputError` for what could not be loaded again.
     """
-    folder = Path(folder)
+    folder = folder_path(folder)
     _check_shapes(coder)
     for field in TENSORS:
         array = getattr(coder, field)
@@ -168,7 +169,7 @@ def save_coder(
     if isinstance(coder, MultiLayerCoder):
         names = [f"params_layer_{i}.safetensors" for i in range(len(coder.layers))]
         sources = _files_of(coder) if coder.w_dec is None else [None] * len(names)
-    _check_against_config(coder, folder_config(config, os.path.abspath(folder), len(names)))
+    _check_against_config(coder, folder_config(config, os.fspath(folder), len(names)))
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     on_host = jax.tree.map(np.asarray, coder)
@@ -183,10 +184,10 @@ def save_coder(
         raise InputError(f"config_extra is not JSON: {error}") from error
 
 
-def parameter_files(folder: Path) -> list[str]:
-    """The names of the published parameter files that a folder holds."""
+def parameter_files(folder: Any) -> list[str]:
+    """The names of the published parameter files that a folder, given as a path, holds."""
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
     return sorted(n for n in names if re.fullmatch(r"params(_layer_\d+)?\.safetensors", n))
@@ -202,6 +203,8 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str]
     text = os.fsdecode(source)
     if not text or "\0" in text:
         raise InputError(f"{text!r} is neither a folder nor an address")
+    if is_remote(text):
+        return local_copy(text), text
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder, os.path.abspath(folder)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
@@ -20,7 +21,9 @@ class Progress:
 
     def __init__(self, config: TrainConfig, out: epath.Path, done: int):
         self.config, self.out, self.began, self.begun = config, out, time.time(), done
-        self.logged = 0.0
+        self.logged, self.log, self.written = 0.0, out / "log.jsonl", time.time()
+        remote = is_remote(out) and not jax.process_index()
+        self.text = self.log.read_text() if remote and self.log.exists() else ""
         tracked = () if jax.process_index() else config.track
         self.trackers = [_tracker(name, config, out) for name in tracked]
 
@@ -38,14 +41,31 @@ class Progress:
         row: dict[str, Any] = {"tokens": done * each, "update": update}
         row["tokens_per_s"] = round(rate, 1)
         row["coders"] = _by_coder(config, parts, groups) if parts else {}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write(json.dumps(row) + "\n")
+        if done == config.passes:
+            self.flush()
         for track in self.trackers:
             track(row)
         left = (config.passes - done) * each / max(rate, 1e-9) / 60
         shown = f"{100 * done / config.passes:5.1f} %  {row['tokens']:,} tokens  {rate:,.0f}/s"
         print(f"{shown}  {left:.0f} min left{_summary(row['coders'])}", file=sys.stderr, flush=True)
         self.logged = time.time()
+
+    def _write(self, line: str) -> None:
+        """Append to the log; in a bucket, where nothing can be appended, write it anew at times."""
+        if not is_remote(self.log):
+            with self.log.open("a") as file:
+                file.write(line)
+            return
+        self.text += line
+        if time.time() - self.written > max(60.0, len(self.text) / 1e5):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what a bucket's log still lacks."""
+        if self.text:
+            self.log.write_text(self.text)
+            self.written = time.time()
 
 
 def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from gemma_scope_jax.buckets import folder_path, write_text
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.coders.splice import Coder
@@ -77,7 +78,7 @@ def train(
     strings, or a function that returns one, in place of `config.data`. SIGTERM and Ctrl-C save a
     checkpoint and leave. Raises `InputError` for data, models and folders that do not fit.
     """
-    out = epath.Path(out).expanduser().absolute()
+    out = folder_path(out)
     _check_folder(config, out)
     mesh = _mesh(config)
     model = model or load_model(config.model, dtype=config.model_dtype, mesh=mesh)
@@ -154,8 +155,7 @@ def _remember_config(config: TrainConfig, out: epath.Path) -> None:
     if jax.process_index() or (out / "config.json").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
-    (out / ".config.json").rename(out / "config.json")  # complete whenever it is killed
+    write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
 
 
 def load_starts(config: TrainConfig) -> dict[str, Any]:
@@ -212,6 +212,7 @@ class _Run:
                 if stop or save:
                     self.checkpoints.save(done, state, position, wait=stop)
                 if stop and done < config.passes:
+                    progress.flush()
                     self.checkpoints.close()
                     raise SystemExit(f"stopped at pass {done}; run the same command to go on")
         if not started:

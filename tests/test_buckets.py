@@ -1,0 +1,107 @@
+"""A run in a gs:// bucket, on a server that speaks the protocol of Google Cloud Storage."""
+
+import json
+import os
+import signal
+import time
+
+import fsspec.config
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from etils.epath import gpath
+from gcp_storage_emulator.server import create_server
+from training_runner import PASSES, run
+
+from gemma_scope_jax.buckets import folder_path, local_copy
+from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training import feeds, progress
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """gs://bucket, and local copies of it in a folder of the test."""
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{server._api._httpd.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", address)  # read by gcsfs
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks another server
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)  # by Orbax's tensorstore
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for protocol in ("gs", "gcs"):
+            patch.setitem(fsspec.config.conf, protocol, {"token": "anon"})
+        patch.setattr(gpath, "_is_tf_installed", lambda: False)  # whose client knows one server
+        patch.setattr(feeds, "load_tokenizer", feeds.load_tokenizer)
+        yield epath.Path("gs://bucket")
+    server.stop()
+
+
+def same_bits(a, b):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# The reads that Orbax had under way when the first of them failed find its event loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_in_a_bucket_is_stopped_resumed_and_loaded(bucket, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    whole = run(tmp_path / "whole", checkpoint_every=1e9)
+    real, done = feeds.TextFeed.step, []
+
+    def step(self, *args):
+        done.append(1)
+        if len(done) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped at pass 12"):
+        patch.setattr(feeds.TextFeed, "step", step)
+        run("gs://bucket/run", checkpoint_every=1e9)
+    found = run("gs://bucket/run", checkpoint_every=1e9)
+    same_bits(found, whole)
+    checkpoints = {p.name for p in (bucket / "run/checkpoints").iterdir()}
+    assert checkpoints == {"12", str(PASSES)}
+    log = (bucket / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] // 128 for line in log] == list(range(1, PASSES + 1))
+    [folder] = (bucket / "run/coders/resid_post").iterdir()
+    names = {p.name for p in folder.iterdir()}
+    assert {"README.md", "config.json", "params.safetensors", "train_config.json"} <= names
+    same_bits(load_coder(str(folder)), whole)
+    assert not os.path.exists("gs:")  # nothing fell beside it
+
+    files = list((bucket / f"run/checkpoints/{PASSES}/state").glob("*/d/*"))
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[::2])
+    capfd.readouterr()
+    same_bits(run("gs://bucket/run", checkpoint_every=1e9), whole)
+    lines = [x for x in capfd.readouterr().err.splitlines() if "damaged, set aside" in x]
+    assert len(lines) == 1 and f"gs://bucket/run/damaged-checkpoint-{PASSES}" in lines[0]
+
+
+def test_a_copy_is_made_once_for_the_same_files(bucket):
+    coder = run("gs://bucket/other", checkpoint_every=1e9)
+    save_coder(coder, "gs://bucket/mine")
+    copy = local_copy("gs://bucket/mine")
+    assert local_copy("gs://bucket/mine/") == copy
+    time.sleep(1.1)  # times are whole seconds
+    save_coder(jax.tree.map(lambda w: 2 * w, coder), "gs://bucket/mine")
+    assert local_copy("gs://bucket/mine") != copy
+    same_bits(load_coder("gs://bucket/mine").w_dec, 2 * coder.w_dec)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: folder_path("ftp://a/b"), "ftp:// is not known"),
+        (lambda: folder_path("s3://a/b"), "s3:// needs `pip install s3fs`"),
+        (lambda: load_coder("gs://bucket/nothing"), "gs://bucket/nothing: no such folder"),
+    ],
+)
+def test_what_cannot_be_found_is_said_in_a_line(bucket, call, message):
+    with pytest.raises(InputError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
