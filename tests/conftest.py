@@ -8,7 +8,27 @@ FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
 import jax  # noqa: E402
+import jax.experimental.compilation_cache.compilation_cache as cache  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """For runs of one program: the first compiles it, the others find it on disk."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    cache.reset_cache()  # it may have found that there was none
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield options
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()

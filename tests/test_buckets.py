@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import time
 
 import fsspec.config
 import jax
-import numpy as np
 import pytest
 from etils import epath
 from etils.epath import gpath
 from gcp_storage_emulator.server import create_server
-from training_runner import PASSES, run
+from training_runner import PASSES, run, same_bits, stopped
 
 from gemma_scope_jax.buckets import folder_path, local_copy
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
@@ -21,7 +19,7 @@ from gemma_scope_jax.training import feeds, progress
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
+def bucket(tmp_path_factory, compile_once):
     """gs://bucket, and local copies of it in a folder of the test."""
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
@@ -34,14 +32,8 @@ def bucket(tmp_path_factory):
         for protocol in ("gs", "gcs"):
             patch.setitem(fsspec.config.conf, protocol, {"token": "anon"})
         patch.setattr(gpath, "_is_tf_installed", lambda: False)  # whose client knows one server
-        patch.setattr(feeds, "load_tokenizer", feeds.load_tokenizer)
         yield epath.Path("gs://bucket")
     server.stop()
-
-
-def same_bits(a, b):
-    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 # The reads that Orbax had under way when the first of them failed find its event loop closed.
@@ -49,16 +41,7 @@ def same_bits(a, b):
 def test_a_run_in_a_bucket_is_stopped_resumed_and_loaded(bucket, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     whole = run(tmp_path / "whole", checkpoint_every=1e9)
-    real, done = feeds.TextFeed.step, []
-
-    def step(self, *args):
-        done.append(1)
-        if len(done) == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped at pass 12"):
-        patch.setattr(feeds.TextFeed, "step", step)
+    with stopped(monkeypatch, feeds.TextFeed, 12):
         run("gs://bucket/run", checkpoint_every=1e9)
     found = run("gs://bucket/run", checkpoint_every=1e9)
     same_bits(found, whole)

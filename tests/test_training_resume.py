@@ -12,13 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import jax.experimental.compilation_cache.compilation_cache as cache
-import numpy as np
 import pytest
 from letters import Letters
 from tiny import tiny_model
-from training_runner import PASSES, documents, run
+from training_runner import PASSES, documents, run, same_bits, stopped
 
 from gemma_scope_jax.coders.gemma_scope_files import load_coder
 from gemma_scope_jax.data.activation_store import write_activations
@@ -30,35 +27,13 @@ from gemma_scope_jax.training import feeds
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every run here is the same program: the first compiles it, the others find it on disk."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    real = feeds.load_tokenizer
-    cache.reset_cache()  # it may have found that there was none
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield options
-    for name, value in before.items():
-        jax.config.update(name, value)
-    cache.reset_cache()
-    feeds.load_tokenizer = real
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compile_once):
     """The coder of a run that nobody disturbed."""
     return run(tmp_path_factory.mktemp("whole") / "run", **RARELY)
-
-
-def same_bits(a, b):
-    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def steps(folder):
@@ -66,26 +41,8 @@ def steps(folder):
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
 
 
-@contextlib.contextmanager
-def stopped(monkeypatch, feed, after, by=signal.SIGTERM):
-    """Within this, the run gets a signal as its `after`th pass begins."""
-    real, done = feed.step, 0
-
-    def step(self, *args):
-        nonlocal done
-        done += 1
-        if done == after:
-            os.kill(os.getpid(), by)
-        return real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(feed, "step", step)
-        with pytest.raises(SystemExit, match=f"pass {after}; run the same command to go on"):
-            yield
-
-
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory):
+def stopped_run(tmp_path_factory, compile_once):
     """The folder of a run with a checkpoint after every pass, stopped in the ninth."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch, stopped(patch, feeds.TextFeed, 9):

@@ -4,12 +4,16 @@ For each line it is sent, the program continues the run in a process of its own,
 the id and then how it ended: importing JAX every time would take longer than all the rest.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 
 import conftest  # noqa: F401  the same flags for XLA, hence the same bits
+import jax
 import numpy as np
+import pytest
 from letters import Letters
 from tiny import tiny_model
 
@@ -38,10 +42,37 @@ def documents():
 
 def run(folder, data=None, **options):
     """The run in `folder`, from its beginning or from where it was left: the coder."""
-    feeds.load_tokenizer = lambda source: Letters()
+    real, feeds.load_tokenizer = feeds.load_tokenizer, lambda source: Letters()
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
-    [coder] = train.train(config(**options), folder, model, data or documents()).values()
+    try:
+        found = train.train(config(**options), folder, model, data or documents())
+    finally:
+        feeds.load_tokenizer = real
+    [coder] = found.values()
     return coder
+
+
+def same_bits(a, b):
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@contextlib.contextmanager
+def stopped(monkeypatch, feed, after, by=signal.SIGTERM):
+    """Within this, the run gets a signal as its `after`th pass begins."""
+    real, done = feed.step, 0
+
+    def step(self, *args):
+        nonlocal done
+        done += 1
+        if done == after:
+            os.kill(os.getpid(), by)
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "step", step)
+        with pytest.raises(SystemExit, match=f"pass {after}; run the same command to go on"):
+            yield
 
 
 if __name__ == "__main__":
