@@ -96,7 +96,8 @@ def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]])
 def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
     for name, write in writers.items():
         try:
-            with (folder / name).open("wb") as file:
+            opened: Any = (folder / name).open("wb")
+            with opened as file:
                 write(file)
         except (TypeError, InputError):
             raise
