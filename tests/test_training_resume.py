@@ -99,8 +99,8 @@ def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(store, tmp_
 def kill_and_resume(folder, whole, options, kills, compile_once, errors):
     """Kill a run `kills` times at random moments of its steps and checkpoints; then let it end."""
     rng, killed, ended = random.Random(0), 0, None
-    runner = Path(__file__).parent / "training_runner.py"
-    program = [sys.executable, runner, folder, json.dumps(options)]
+    script = Path(__file__).parent / "training_runner.py"
+    program = [sys.executable, script, folder, json.dumps(options)]
     environment = os.environ | {name.upper(): str(v) for name, v in compile_once.items()}
     runner = subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,

@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,7 @@ _KEYS = {"model", "sites", "dtype", "first", "shard_rows", "data", "rows", "shar
 def local_folder(folder: str | os.PathLike) -> Path:
     """The folder's path. Raises `InputError` for buckets, which cannot be memory-mapped."""
     text = os.fspath(folder)
-    if "://" in text:
+    if is_remote(text):
         raise InputError(f"{text}: activations are memory-mapped; copy them to a local disk")
     return Path(text).expanduser().absolute()
 

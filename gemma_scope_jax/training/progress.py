@@ -42,8 +42,6 @@ class Progress:
         row["tokens_per_s"] = round(rate, 1)
         row["coders"] = _by_coder(config, parts, groups) if parts else {}
         self._write(json.dumps(row) + "\n")
-        if done == config.passes:
-            self.flush()
         for track in self.trackers:
             track(row)
         left = (config.passes - done) * each / max(rate, 1e-9) / 60

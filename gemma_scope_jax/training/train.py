@@ -215,6 +215,7 @@ class _Run:
                     progress.flush()
                     self.checkpoints.close()
                     raise SystemExit(f"stopped at pass {done}; run the same command to go on")
+            progress.flush()
         if not started:
             raise InputError(
                 f"the text filled {int(state.filled)} of the buffer's {config.buffer} slots, so no "
