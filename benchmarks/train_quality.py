@@ -7,14 +7,14 @@ the same order: width 4096, batch 1,024, the quadratic L0 penalty with the same 
 learning rates, bandwidth, revival of dead features, and inputs of unit mean squared norm. What is
 left is each side's own: SAELens penalises the L0 of each token, starts from one threshold and clips
 gradients; ours penalises the batch's L0, starts thresholds from the data and keeps decoders at unit
-norm.
+norm. `saelens-defaults` has SAELens' own learning rate, momentum, bandwidth and scale instead.
 
 Each result is measured by the same few lines of numpy on activations of held-out text: L0, FVU
 (without the rare tokens of enormous norm, too), features that never fire, and those that fire on
 more than 10 % of tokens. The ratio compares FVU at SAELens' own L0, between ours of the nearest
 L0s. Everything is kept under --folder; the same command goes on after an interruption. Text comes
 from $CORPUS (see configs/short_run.py). On two cores the store takes about 45 minutes (2.6 GB),
-SAELens about 25, ours some five minutes a coder.
+SAELens about 25 each, ours some five minutes a coder.
 """
 
 import argparse
@@ -35,6 +35,12 @@ RATE, WARMUP, DECAY = 1.5e-3, 100, 0.25
 PENALTY, PENALTY_WARMUP, BANDWIDTH, REVIVAL, DEAD_AFTER = 0.1, 200, 0.001, 1e-3, 400
 MATRYOSHKA, FREQUENCY = (256, 1024), 0.1
 HELD_OUT = 100_000
+# Learning rate, its warm-up, Adam's b1, bandwidth, updates until dead, norm of the inputs: those of
+# ours, and SAELens' defaults with inputs as its "expected_average_only_in" scales them.
+PEERS = {
+    "saelens": (RATE, WARMUP, 0.0, BANDWIDTH, DEAD_AFTER, 1.0),
+    "saelens-defaults": (3e-4, 0, 0.9, 0.05, 1000, 640**0.5),
+}
 NAMES = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
 
 
@@ -58,7 +64,7 @@ def runs(folder: Path, tokens: int) -> dict:
 
     def run(*coders):
         return TrainConfig(
-            coders, store=str(folder / "store"), model_dtype="float32", tokens=tokens,
+            coders, store=str(folder / "store"), tokens=tokens,
             batch=BATCH, updates=UPDATES, optimizer=OptimizerConfig(RATE, WARMUP, DECAY),
         )  # fmt: skip
 
@@ -113,8 +119,8 @@ def ours(name: str, folder: Path, tokens: int) -> dict:
 # ---- SAELens ---------------------------------------------------------------------------------
 
 
-def peer(folder: Path, tokens: int, threads: int) -> None:
-    """Train with SAELens; leaves saelens.npz."""
+def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
+    """Train with SAELens; leaves `name`.npz."""
     import torch
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
@@ -125,20 +131,22 @@ def peer(folder: Path, tokens: int, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     store, passes = ActivationStore(folder / "store"), tokens // (UPDATES * BATCH)
-    steps, scale = passes * UPDATES, float(np.load(folder / "scale.npy"))
+    rate, warmup, b1, bandwidth, dead_after, norm = PEERS[name]
+    steps, scale = passes * UPDATES, float(np.load(folder / "scale.npy")) / norm
     sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
         d_in=store.width("resid_post"), d_sae=WIDTH, jumprelu_sparsity_loss_mode="quadratic",
-        target_l0=float(TARGET), l0_coefficient=PENALTY, l0_warm_up_steps=PENALTY_WARMUP,
-        jumprelu_bandwidth=BANDWIDTH, pre_act_loss_coefficient=REVIVAL,
+        target_l0=float(TARGET), l0_coefficient=PENALTY * norm**2,
+        l0_warm_up_steps=PENALTY_WARMUP, jumprelu_bandwidth=bandwidth,
+        pre_act_loss_coefficient=REVIVAL * norm,
         normalize_activations="none",
     ))  # fmt: skip
     config = SAETrainerConfig(
-        total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, lr=RATE, lr_end=0.0,
-        lr_warm_up_steps=WARMUP, lr_decay_steps=int(DECAY * steps), adam_beta1=0.0,
-        dead_feature_window=DEAD_AFTER,
+        total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, lr=rate, lr_end=0.0,
+        lr_warm_up_steps=warmup, lr_decay_steps=int(DECAY * steps), adam_beta1=b1,
+        dead_feature_window=dead_after,
     )  # fmt: skip
     trainer = SAETrainer(config, sae, iter(()))
-    state, saved, seconds = folder / "saelens", time.time(), 0.0
+    state, saved, seconds = folder / name, time.time(), 0.0
     if (state / "done.json").exists():
         seconds = json.loads((state / "done.json").read_text())["seconds"]
         sae.load_state_dict(torch.load(state / "sae.pt"))
@@ -159,7 +167,7 @@ def peer(folder: Path, tokens: int, threads: int) -> None:
             (state / "done.json").write_text(json.dumps({"steps": done, "seconds": seconds}))
             l0 = out.feature_acts.count_nonzero().item() / BATCH
             left = (steps - done) * seconds / done / 60
-            print(f"SAELens: {100 * done / steps:.1f} %  {done * BATCH / seconds:,.0f} tokens/s  "
+            print(f"{name}: {100 * done / steps:.1f} %  {done * BATCH / seconds:,.0f} tokens/s  "
                   f"{left:.0f} min left  squared error {out.losses['mse_loss'].item():.4f}  "
                   f"L0 {l0:.1f}", file=sys.stderr, flush=True)  # fmt: skip
     w = dict(zip(NAMES, (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)))
@@ -168,7 +176,7 @@ def peer(folder: Path, tokens: int, threads: int) -> None:
         w["b_enc"] = w["b_enc"] - w["b_dec"] @ w["w_enc"]
     for name in ("b_enc", "threshold", "b_dec"):  # for raw activations, as `fold` does it
         w[name] = w[name] * scale
-    np.savez(folder / "saelens.npz", rate=steps * BATCH / seconds, **w)
+    np.savez(folder / f"{name}.npz", rate=steps * BATCH / seconds, **w)
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -209,15 +217,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--folder", type=Path, default=ROOT / "out/train_quality")
-    parser.add_argument("--only", nargs="+", help="some of: saelens, " + ", ".join(runs(Path(), 1)))
+    parser.add_argument(
+        "--only", nargs="+", help="some of: " + ", ".join([*runs(Path(), 1), *PEERS])
+    )
     parser.add_argument("--threads", type=int, default=2, help="of SAELens")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")
-    parser.add_argument("--role", choices=("peer",))
+    parser.add_argument("--role", choices=tuple(PEERS))
     args = parser.parse_args()
     if args.role:
-        return peer(args.folder, args.tokens, args.threads)
+        return peer(args.role, args.folder, args.tokens, args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
-    wanted = args.only or [*runs(args.folder, args.tokens), "saelens"]
+    wanted = args.only or [*runs(args.folder, args.tokens), *PEERS]
     store, held_out = stores(args.folder, args.tokens)
     x = held_out.read(np.arange(len(held_out)))["resid_post"][0].astype(np.float32)
     some = store.read(np.linspace(0, len(store) - 1, 65_536, dtype=np.int64))["resid_post"][0]
@@ -235,25 +245,25 @@ def main() -> None:
         )  # fmt: skip
 
     for name in wanted:
-        if name != "saelens":
+        if name not in PEERS:
             for target, found in ours(name, args.folder, args.tokens).items():
                 add(name, target, *found)
             continue
         if not args.peers.exists():
             raise SystemExit(f"{args.peers} is missing: run `make peers` first")
-        command = [args.peers, __file__, "--role", "peer", "--folder", args.folder,
+        command = [args.peers, __file__, "--role", name, "--folder", args.folder,
                    "--tokens", args.tokens, "--threads", args.threads]  # fmt: skip
         quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
         subprocess.run(list(map(str, command)), check=True, env=os.environ | quiet, cwd=ROOT)
-        with np.load(args.folder / "saelens.npz") as file:
-            add("saelens", TARGET, dict(file), float(file["rate"]))
+        with np.load(args.folder / f"{name}.npz") as file:
+            add(name, TARGET, dict(file), float(file["rate"]))
     (args.folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
     curve = [r for r in rows if r["name"] in ("plain", "targets")]
     for r in rows:
-        if r["name"] == "saelens" and curve:
+        if r["name"] in PEERS and curve:
             mine = at_l0(curve, r["l0"], "fvu")
             print(json.dumps({
-                "name": "train_quality", "l0": r["l0"], "ours": mine, "peer": r["fvu"],
+                "name": f"train_quality {r['name']}", "l0": r["l0"], "ours": mine, "peer": r["fvu"],
                 "ratio": r["fvu"] / mine,
                 "typical": {"ours": at_l0(curve, r["l0"], "typical"), "peer": r["typical"]},
                 "agree": any(abs(c["l0"] / r["l0"] - 1) < 0.05 for c in curve),

@@ -1,5 +1,6 @@
 """Training over meshes and over several processes equals training on one device."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -54,11 +55,15 @@ def coders(folder: Path) -> list:
     return [load_coder(path) for path in found]
 
 
-def check_same(folder: Path, other: Path, within: float) -> None:
+def check_same(folder: Path, other: Path) -> None:
+    """Within 1e-5 of the largest; what starts as a regression has rounding times its condition."""
     for a, b in zip(coders(folder), coders(other)):
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-            x, y = np.asarray(x), np.asarray(y)
-            np.testing.assert_allclose(x, y, atol=within * np.abs(x).max())
+        regression = () if a.w_skip is None else ("b_dec", "w_skip")
+        for field in dataclasses.fields(a):
+            for x, y in zip(*(jax.tree.leaves(getattr(c, field.name)) for c in (a, b))):
+                x, y = np.asarray(x), np.asarray(y)
+                within = 3e-5 if field.name in regression else 1e-5
+                np.testing.assert_allclose(x, y, atol=within * np.abs(x).max())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +88,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1)])
 def test_a_mesh_of_eight_devices_equals_one(stored, tmp_path, mesh):
     run(tmp_path, mesh, str(stored / "store"))
-    check_same(stored / "one", tmp_path, 1e-5)
+    check_same(stored / "one", tmp_path)
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -102,7 +107,7 @@ def test_two_processes_equal_one(tmp_path):
     ]  # fmt: skip
     said = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
-    check_same(tmp_path / "one", tmp_path / "two", 1e-5)
+    check_same(tmp_path / "one", tmp_path / "two")
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     tokens = [json.loads(line)["tokens"] for line in lines]
     assert tokens == sorted(set(tokens))  # one process speaks for both

@@ -171,8 +171,6 @@ def damage(checkpoint, how):
         path.write_bytes(data[:at] if how == "cut" else changed)
 
 
-# The reads that Orbax had under way when the first of them failed find its event loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["cut", "changed"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, capfd, how):
     damage(cut / "checkpoints" / "9", how)
@@ -181,7 +179,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, capf
     assert len(lines) == 1 and str(cut / "damaged-checkpoint-9") in lines[0]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
 def test_if_all_checkpoints_are_damaged_it_says_so(cut):
     for step in steps(cut):
         damage(cut / "checkpoints" / str(step), "cut")

@@ -88,14 +88,16 @@ def from_data(w: Weights, group: Group, x: jax.Array, y: jax.Array) -> Weights:
 
 
 def _exceeded(z: jax.Array, share: float) -> jax.Array:
-    """What each row of z [F, B] exceeds in a share of its values: jnp.quantile of 1 - share.
+    """What each row of z [F, B] exceeds in a share of its values.
 
+    Halfway between two of them and, as many tokens may have the same value, a ten-thousandth below
+    the upper one at least: whether a value on the threshold is above it would hang on rounding.
     Only the largest values are sorted, since few are asked for.
     """
-    place = share * (z.shape[1] - 1)
-    low = int(place)
-    top = jax.lax.top_k(z, min(low + 2, z.shape[1]))[0]
-    return top[:, low] + (place - low) * (top[:, min(low + 1, z.shape[1] - 1)] - top[:, low])
+    above = min(max(round(share * z.shape[1]), 1), z.shape[1] - 1)
+    top = jax.lax.top_k(z, above + 1)[0]
+    low, high = top[:, above], top[:, above - 1]
+    return high - jnp.maximum((high - low) / 2, 1e-4 * jnp.abs(high))
 
 
 def from_coders(
