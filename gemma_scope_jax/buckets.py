@@ -1,4 +1,4 @@
-"""Folders in buckets (gs://, s3://) beside local ones: where the two differ.
+"""Folders in buckets (gs://, s3://) beside local ones: where the two differ; the local cache.
 
 An object appears when it is complete, so nothing needs a temporary name; it cannot be appended to,
 nor memory-mapped. `etils.epath` does the rest.
@@ -39,6 +39,11 @@ def folder_path(folder: str | os.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME (or ~/.cache)/gemma_scope_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gemma_scope_jax")
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Write a file that is complete whenever it is there under its name."""
     if is_remote(path):
@@ -55,14 +60,13 @@ def local_copy(folder: str | os.PathLike) -> Path:
     Raises `InputError` for a folder that is not there or cannot be read.
     """
     remote = folder_path(folder)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         if not remote.is_dir():
             raise InputError(f"{remote}: no such folder")
         files = sorted((p for p in remote.iterdir() if p.is_file()), key=str)
         what = [(p.name, (s := p.stat()).length, s.mtime) for p in files]
         name = hashlib.sha256(repr((str(remote), what)).encode()).hexdigest()[:24]
-        copy = root / "gemma_scope_jax" / "buckets" / name / remote.name
+        copy = cache_folder() / "buckets" / name / remote.name
         if copy.is_dir():
             return copy
         copy.parent.mkdir(parents=True, exist_ok=True)

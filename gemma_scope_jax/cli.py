@@ -299,11 +299,10 @@ def _use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second run has nothing to compile."""
     import jax
 
+    from gemma_scope_jax.buckets import cache_folder
+
     if jax.config.jax_compilation_cache_dir is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update(
-            "jax_compilation_cache_dir", os.path.join(cache, "gemma_scope_jax", "compiled")
-        )
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from gemma_scope_jax.buckets import cache_folder
 from gemma_scope_jax.errors import InputError
 
 SOURCE = Path(__file__).with_name("sparse_kernels.cc")
@@ -92,8 +93,7 @@ def _library() -> Path:
     version = run([compiler, "--version"]).stdout
     key = (SOURCE.read_text(), FLAGS, version, jaxlib.__version__, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = root / "gemma_scope_jax" / "kernels" / f"{name}.so"
+    file = cache_folder() / "kernels" / f"{name}.so"
     if file.exists():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)

