@@ -33,7 +33,7 @@ LAYER, WIDTH, TARGET, TARGETS = 12, 4096, 50, (10, 20, 50, 60, 150)
 BATCH, UPDATES = 1024, 2
 RATE, WARMUP, DECAY = 1.5e-3, 100, 0.25
 PENALTY, PENALTY_WARMUP, BANDWIDTH, REVIVAL, DEAD_AFTER = 0.1, 200, 0.001, 1e-3, 400
-MATRYOSHKA, FREQUENCY = (256, 1024), 0.1
+MATRYOSHKA, FREQUENCY = (256, 1024), 0.01
 HELD_OUT = 100_000
 # Learning rate, its warm-up, Adam's b1, bandwidth, updates until dead, norm of the inputs: those of
 # ours, and SAELens' defaults with inputs as its "expected_average_only_in" scales them.

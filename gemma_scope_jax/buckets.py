@@ -51,7 +51,7 @@ def write_text(path: epath.Path, text: str) -> None:
         return
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def local_copy(folder: str | os.PathLike) -> Path:

@@ -324,6 +324,40 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
         assert float(group.weights.threshold.min()) >= 0
 
 
+def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alone():
+    config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
+    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    [group] = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
+    rng, moments, squares = np.random.default_rng(0), group.optimizer, []
+    optimizer = steps.optimizer(config)
+    normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+    for _ in range(4):
+        grads = jax.tree.map(normal, group.weights)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, grads, steps.clipped(
+            grads, moments, dataclasses.replace(config.optimizer, clip=0.0)
+        )))  # fmt: skip
+        if not squares:  # nothing is usual yet
+            first = steps.clipped(grads, moments, config.optimizer)
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, grads, first))
+        squares.append(np.sum(np.asarray(grads.w_enc) ** 2, (1, 2, 3)))
+        with jax.numpy_dtype_promotion("standard"):
+            _, moments = optimizer.update(grads, moments)
+    grads = jax.tree.map(normal, group.weights)
+    wild = dataclasses.replace(grads, w_enc=grads.w_enc.at[1].multiply(1000.0))
+    cut = steps.clipped(wild, moments, config.optimizer)
+    shares = 0.1 * 0.9 ** np.arange(3, -1, -1)
+    usual = np.sqrt(shares @ np.array(squares) / shares.sum())
+    np.testing.assert_allclose(np.linalg.norm(cut.w_enc[1]), 1.5 * usual[1], rtol=1e-5)
+    np.testing.assert_allclose(
+        cut.w_enc[1] / np.linalg.norm(cut.w_enc[1]),
+        grads.w_enc[1] / np.linalg.norm(grads.w_enc[1]), rtol=1e-4,
+    )  # fmt: skip
+    usually = steps.clipped(grads, moments, config.optimizer)
+    assert jnp.array_equal(cut.w_enc[0], usually.w_enc[0])
+    assert jnp.array_equal(cut.b_dec, usually.b_dec)
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs
 

@@ -22,7 +22,7 @@ from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds
+from gemma_scope_jax.training import feeds, progress
 
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
 
@@ -63,6 +63,15 @@ def test_a_run_stopped_while_training_resumes_to_the_same_bits(whole, cut):
     assert steps(cut)[-1] == PASSES
     updates = [json.loads(x)["update"] for x in (cut / "log.jsonl").read_text().splitlines()]
     assert updates[-1] == max(updates) > 0
+
+
+def test_what_a_killed_run_logged_beyond_its_checkpoint_is_not_logged_twice(cut, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with (cut / "log.jsonl").open("a") as log:
+        log.write('{"tokens": 1280, "update": 0, "coders": {}}\n{"tokens": 1408, "upd')
+    run(cut)
+    tokens = [json.loads(x)["tokens"] for x in (cut / "log.jsonl").read_text().splitlines()]
+    assert tokens == sorted(set(tokens)) and tokens[-1] == 128 * PASSES
 
 
 def test_a_run_stopped_while_its_buffer_fills_resumes_to_the_same_bits(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.buckets import is_remote, write_text
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
@@ -22,10 +22,19 @@ class Progress:
     def __init__(self, config: TrainConfig, out: epath.Path, done: int):
         self.config, self.out, self.began, self.begun = config, out, time.time(), done
         self.logged, self.log, self.written = 0.0, out / "log.jsonl", time.time()
-        remote = is_remote(out) and not jax.process_index()
-        self.text = self.log.read_text() if remote and self.log.exists() else ""
+        self.text = "" if jax.process_index() else self._until(done * config.tokens_a_pass)
         tracked = () if jax.process_index() else config.track
         self.trackers = [_tracker(name, config, out) for name in tracked]
+
+    def _until(self, tokens: int) -> str:
+        """The log so far, without what a killed run wrote beyond the checkpoint it goes on from."""
+        if not self.log.exists():
+            return ""
+        lines = self.log.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["tokens"] <= tokens]
+        if kept != lines:
+            write_text(self.log, "".join(kept))
+        return "".join(kept) if is_remote(self.log) else ""
 
     def due(self) -> bool:
         return time.time() - self.logged > EVERY

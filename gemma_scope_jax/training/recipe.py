@@ -153,9 +153,11 @@ class OptimizerConfig:
     b1: float = 0.0
     b2: float = 0.999
     epsilon: float = 1e-8
+    clip: float = 1.2  # see `step.clipped`; not in the paper; 0: off
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "epsilon")
+        _not_negative(self, "clip")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gemma_scope_jax.model.sharding import place
 from gemma_scope_jax.training import sparse
 from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.objective import gradients
-from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 from gemma_scope_jax.training.weights import Group, Weights, groups, unit_decoder
 
 Sites = dict[str, jax.Array]  # site -> activations of its layers [L, ..., D]
@@ -255,6 +255,7 @@ def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState,
     w: Any = old.weights
     rate = learning_rate(config, state.update, state.total)
     grads = dataclasses.replace(grads, w_dec=_across(grads.w_dec, w.w_dec))
+    grads = clipped(grads, old.optimizer, config.optimizer)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         changes, moments = optimizer(config).update(grads, old.optimizer, w)
     w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
@@ -263,6 +264,28 @@ def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState,
     last = jnp.where(parts.pop("active"), state.update, old.last_active)
     parts["dead"] = jnp.mean(dead, (1, 2))
     return dataclasses.replace(old, weights=w, optimizer=moments, last_active=last), parts
+
+
+def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
+    """Gradients of a coder, of each kind of weight, of at most `clip` times their usual norm.
+
+    That is the root of Adam's second moments, summed. A token of enormous norm has thousands of
+    active features; Adam moves each at its full rate, together they overshoot, and at high learning
+    rates one such batch could undo the run. Norms are compared for each kind of weight, since that
+    of the thresholds, estimated within a narrow kernel, is a hundred times that of the encoder.
+    """
+    if not config.clip:
+        return grads
+    count = moments.count.astype(jnp.float32)
+    known = 1.0 - jnp.float32(config.b2) ** count  # 0 before the first update
+
+    def one(g, nu):
+        over = lambda a: jnp.sum(a, tuple(range(1, a.ndim)), keepdims=True)
+        limit = config.clip * jnp.sqrt(over(nu) / jnp.maximum(known, 1e-9))
+        norm = jnp.sqrt(over(g * g))
+        return jnp.where((count > 0) & (norm > limit), g * (limit / jnp.maximum(norm, 1e-30)), g)
+
+    return jax.tree.map(one, grads, moments.nu)
 
 
 def _across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
