@@ -19,7 +19,7 @@ sae = CoderConfig(
     target_l0=50,
     prefixes=(256, 1024),
     threshold=None,
-    loss=dataclasses.replace(LOSS, frequency_weight=0.1),
+    loss=dataclasses.replace(LOSS, frequency_weight=0.01),
 )
 transcoders = tuple(
     CoderConfig(

@@ -146,7 +146,7 @@ def check_gathers(found: list[list], config, model: int) -> int:
     return passed
 
 
-@pytest.mark.parametrize("size", PROGRAMS)
+@pytest.mark.parametrize("size", ["1b", pytest.param("27b", marks=pytest.mark.slow)])
 def test_the_forward_pass_with_captures_and_an_sae_fits_and_gathers_no_stack(size):
     _, (_, model), _, layers, _, room = PROGRAMS[size]
     found = compiled(size)

@@ -356,6 +356,9 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
     usually = steps.clipped(grads, moments, config.optimizer)
     assert jnp.array_equal(cut.w_enc[0], usually.w_enc[0])
     assert jnp.array_equal(cut.b_dec, usually.b_dec)
+    wild = dataclasses.replace(grads, threshold=1000.0 * grads.threshold)
+    cut = steps.clipped(wild, moments, config.optimizer)
+    assert jnp.array_equal(cut.threshold, wild.threshold)
 
 
 # -------------------------------------------------------------------------------------------------

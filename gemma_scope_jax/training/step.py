@@ -271,8 +271,8 @@ def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
 
     That is the root of Adam's second moments, summed. A token of enormous norm has thousands of
     active features; Adam moves each at its full rate, together they overshoot, and at high learning
-    rates one such batch could undo the run. Norms are compared for each kind of weight, since that
-    of the thresholds, estimated within a narrow kernel, is a hundred times that of the encoder.
+    rates one such batch could undo a run. Thresholds are left alone: theirs has to answer an L0
+    that is off at once, and one token cannot move them far.
     """
     if not config.clip:
         return grads
@@ -285,7 +285,8 @@ def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
         norm = jnp.sqrt(over(g * g))
         return jnp.where((count > 0) & (norm > limit), g * (limit / jnp.maximum(norm, 1e-30)), g)
 
-    return jax.tree.map(one, grads, moments.nu)
+    cut = jax.tree.map(one, grads, moments.nu)
+    return dataclasses.replace(cut, threshold=grads.threshold)
 
 
 def _across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
