@@ -248,8 +248,8 @@ def differences(name):
 def threshold_gradients(name):
     """The straight-through estimator, an activation at a time: float64 [N, X, F].
 
-    dL/dt = sum_b -(t/e) K((z-t)/e) dL/df - (1/e) K((z-t)/e) dL/d1[z>t], and for a dead feature
-    the share of tokens with z < t.
+    dL/dt = sum_b -(t/e) K((z-t)/e) dL/df - (1/e) K((z-t)/e) dL/d1[z>t], for a dead feature the
+    share of tokens with z < t, and the frequency penalty's own estimate.
     """
     p = problem(name)
     out = np.zeros_like(p.arrays["threshold"])
@@ -276,9 +276,13 @@ def threshold_gradients(name):
             don = q.l0_weight * slope[q.sparsity] / B
             if q.sparsity == "tanh":
                 df += q.l0_weight * q.tanh_scale / np.cosh(q.tanh_scale * r["f"][i, b, k]) ** 2 / B
-            share = r["on"][i, :, k].mean()
-            don += q.frequency_weight * 2 * max(0, share / q.frequency_limit - 1) / B
             out[n, i, k] -= t / q.bandwidth * df + don / q.bandwidth
+        for i, k in np.ndindex(*r["z"].shape[::2]):
+            on, t = r["on"][i, :, k], r["t"][i, 0, k]
+            if on.any() and q.frequency_weight:
+                mean = max(np.mean(r["z"][i, on, k] - t), q.bandwidth)
+                over = max(0, on.mean() / q.frequency_limit - 1)
+                out[n, i, k] -= q.frequency_weight * 2 * over * on.mean() / mean
     return out
 
 

@@ -83,6 +83,20 @@ def frequency_penalty(frequency: jax.Array, limit: float) -> jax.Array:
     return limit * jnp.sum(jax.nn.relu(frequency / limit - 1.0) ** 2, -1)
 
 
+def share_of_tokens(fired, excess, threshold, tokens: int, narrowest: float) -> jax.Array:
+    """The share p of tokens on which features are active, with a gradient to their thresholds.
+
+    `fired` counts a feature's active tokens, `excess` sums z - threshold over them, all [..., F].
+    The gradient is that of values spread exponentially above the threshold, dp / dthreshold =
+    -p / mean(z - threshold), the mean being `narrowest` at least: the narrow kernel of `step` sees
+    nothing of a feature whose every value is far above its threshold, the one that should pay most.
+    """
+    fired, excess = jax.lax.stop_gradient((fired, excess))
+    mean = jnp.maximum(excess / jnp.maximum(fired, 1.0), narrowest)
+    p = fired / tokens
+    return p - p / mean * (threshold - jax.lax.stop_gradient(threshold))
+
+
 def token_weight(y: jax.Array, outlier: float) -> jax.Array:
     """min(1, outlier^2 / |y|^2) over y [..., D]: rare enormous tokens weigh as if at `outlier`."""
     return jnp.minimum(1.0, outlier**2 / jnp.maximum(jnp.sum(y * y, -1), 1e-9))

@@ -213,7 +213,8 @@ def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Grou
     if group.like.activation == "jumprelu":
         total = total + l0_weight * _penalty(sparsity, l0_target, config)
         if config.frequency_weight:
-            share = fired.reshape(len(group.coders), -1) / B
+            share = losses.share_of_tokens(fired, excess, w.threshold, B, config.bandwidth)
+            share = share.reshape(len(group.coders), -1)
             penalty = losses.frequency_penalty(share, config.frequency_limit)
             total = total + group.of("frequency_weight") * penalty
     if config.dead_weight:
