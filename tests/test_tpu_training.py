@@ -107,9 +107,8 @@ def features(name: str) -> int:
     return coder.width // model
 
 
-@pytest.mark.parametrize(
-    "name", ["1b_sae", *(pytest.param(n, marks=pytest.mark.slow) for n in ("27b_sae", "1b_clt"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_the_training_step_fits_and_moves_no_coder(name):
     found, (_, (data, _), size, coder, *_, room) = compiled(name), PROGRAMS[name]
     assert used(found["hbm"]) <= room
