@@ -34,7 +34,7 @@ BATCH, UPDATES = 1024, 2
 RATE, WARMUP, DECAY = 1.5e-3, 100, 0.25
 PENALTY, PENALTY_WARMUP, BANDWIDTH, REVIVAL, DEAD_AFTER = 0.1, 200, 0.001, 1e-3, 400
 MATRYOSHKA, FREQUENCY = (256, 1024), 0.01
-HELD_OUT = 100_000
+HELD_OUT = 150_000
 OFTEN = 0.12  # share of tokens; the penalty leaves features at 0.1, and other text differs
 # Learning rate, its warm-up, Adam's b1, bandwidth, updates until dead, norm of the inputs: those of
 # ours, and SAELens' defaults with inputs as its "expected_average_only_in" scales them.
