@@ -16,6 +16,10 @@ with thresholds where each feature is active on 50 / F of the tokens. Processes,
 are as in forward.py; the floor is the one product with the encoder that no exact step can go
 without, 2 D F flops a token, at the best matmul rate measured on either side. Memory at F = 65536:
 some 9 GB.
+
+On a GPU, --device gpu compares both there, in --precision tensorfloat32 or bfloat16 (SAELens: with
+`autocast`); losses and gradients are still compared in float32. --peers may name the same
+interpreter.
 """
 
 import argparse
@@ -71,8 +75,13 @@ def serve(answers: dict) -> None:
         print(json.dumps(answers[name](*rest)), flush=True)
 
 
+def side(args) -> int:
+    """Of the square product that tells the matmul rate, [side, D] x [D, side]."""
+    return 2048 if args.device == "cpu" else 16384
+
+
 def best(product) -> float:
-    """The fastest of 20 runs of a product [2048, D] x [D, 2048], in seconds."""
+    """The fastest of 20 runs of a product, in seconds."""
     times = []
     for _ in range(20):
         start = time.perf_counter()
@@ -89,9 +98,11 @@ def memory() -> float:
 # ---- ours ------------------------------------------------------------------------------------
 
 
-def ours(width: int, batch: int, folder: Path) -> None:
+def ours(args) -> None:
     import dataclasses
     from functools import partial
+
+    width, batch, folder = args.width[0], args.batch, args.folder
 
     import jax
     import jax.numpy as jnp
@@ -109,8 +120,9 @@ def ours(width: int, batch: int, folder: Path) -> None:
 
     loss = LossConfig(l0_weight=PENALTY, l0_warmup=0, bandwidth=BANDWIDTH, dead_weight=REVIVAL)
     coder = CoderConfig(layers=0, width=width, target_l0=L0, threshold=None, loss=loss)
-    config = TrainConfig((coder,), store="given below", batch=batch,
+    config = TrainConfig((coder,), store="given below", batch=batch, precision=args.precision,
                          optimizer=OptimizerConfig(RATE, warmup=0))  # fmt: skip
+    sparse.FEATURES_A_SLOT[sparse.sparse_form()] = 0  # also where a dense step may be faster
     plan = {"sparse": steps.make_plan(config, preset("gemma-3-270m"))}
     plan["dense"] = dataclasses.replace(
         plan["sparse"], config=dataclasses.replace(config, sparse=0)
@@ -141,7 +153,8 @@ def ours(width: int, batch: int, folder: Path) -> None:
         capacity, dead = plan[name].capacity(group), jnp.zeros((1, 1, width))
         numbers = jnp.full(1, PENALTY), jnp.full(1, float(L0))
         call = jax.jit(partial(objective.gradients, group=group, capacity=capacity))
-        grads, parts = call(states[name].groups[0].weights, first, first, *numbers, dead)
+        with jax.default_matmul_precision("float32"):
+            grads, parts = call(states[name].groups[0].weights, first, first, *numbers, dead)
         np.savez(file, **flat(grads))
         return {k: float(parts[k][0]) for k in AGREE}
 
@@ -162,10 +175,17 @@ def ours(width: int, batch: int, folder: Path) -> None:
                   for b in batches]  # fmt: skip
         return max(int((c > capacity).sum()) for c in counts)
 
-    a, b = jnp.ones((2048, D)), jnp.ones((D, 2048))
-    product = jax.jit(jnp.matmul)
+    def peak():
+        if args.device == "cpu":
+            return memory()
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
+
+    n = side(args)
+    a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((n, D), (D, n))))
+    with steps.precision(config):
+        product = jax.jit(jnp.matmul).lower(a, b).compile()
     serve({
-        "compare": compare, "update": update, "overflow": overflow, "memory": memory,
+        "compare": compare, "update": update, "overflow": overflow, "memory": peak,
         "weights": lambda file: np.save(file, flat(states["sparse"].groups[0].weights)["w_enc"]),
         "matmul": lambda: best(lambda: product(a, b).block_until_ready()),
     })  # fmt: skip
@@ -174,20 +194,23 @@ def ours(width: int, batch: int, folder: Path) -> None:
 # ---- SAELens ---------------------------------------------------------------------------------
 
 
-def peer(width: int, batch: int, folder: Path, threads: int) -> None:
+def peer(args) -> None:
     import torch
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.set_num_threads(threads)
-    x = torch.from_numpy(np.load(folder / "x.npy"))
+    width, batch, folder = args.width[0], args.batch, args.folder
+    torch.set_num_threads(args.threads)
+    device = {"cpu": "cpu", "gpu": "cuda"}[args.device]
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    x = torch.from_numpy(np.load(folder / "x.npy")).to(device)
     sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
         d_in=D, d_sae=width, decoder_init_norm=None, jumprelu_sparsity_loss_mode="quadratic",
         target_l0=float(L0), l0_coefficient=PENALTY, jumprelu_bandwidth=BANDWIDTH,
-        pre_act_loss_coefficient=REVIVAL,
-    ))  # fmt: skip
+        pre_act_loss_coefficient=REVIVAL, device=device,
+    )).to(device)  # fmt: skip
     own = dict(zip(NAMES, (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)))
     turn = lambda name, a: a.T if name == "w_enc" else a  # theirs is [D, F]
     with np.load(folder / "weights.npz") as file, torch.no_grad():
@@ -199,6 +222,8 @@ def peer(width: int, batch: int, folder: Path, threads: int) -> None:
         lr=RATE,
         lr_end=RATE,
         adam_beta1=0.0,
+        autocast=args.precision == "bfloat16",
+        device=device,
     )
     trainer = SAETrainer(config, sae, iter(()))
 
@@ -207,23 +232,30 @@ def peer(width: int, batch: int, folder: Path, threads: int) -> None:
             TrainStepInput(x[0], trainer.get_coefficients(), trainer.dead_neurons, 0, False)
         )
         out.loss.backward()
-        np.savez(file, **{n: turn(n, own[n].grad).numpy() for n in NAMES})
+        np.savez(file, **{n: turn(n, own[n].grad).cpu().numpy() for n in NAMES})
+        if args.precision in ("tensorfloat32", "bfloat16"):  # from here on
+            torch.set_float32_matmul_precision("high")
         trainer.optimizer.zero_grad()
         l0 = out.feature_acts.count_nonzero() / batch
         return {"loss": out.loss.item(), "mse": out.losses["mse_loss"].item(), "l0": l0.item()}
 
     def update(_, i):
+        wait()
         start = time.perf_counter()
         out = trainer.step(x[int(i)])
+        wait()
         seconds = time.perf_counter() - start
         trainer.n_training_steps += 1  # as its `fit` does
         return {"seconds": seconds, "l0": (out.feature_acts.count_nonzero() / batch).item()}
 
-    a, b = torch.ones(2048, D), torch.ones(D, 2048)
+    kind = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
+    n = side(args)
+    a, b = (torch.randn(s, device=device, dtype=kind) for s in ((n, D), (D, n)))
+    peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else memory()
     serve({
-        "compare": compare, "update": update, "memory": memory,
-        "weights": lambda file: np.save(file, own["w_enc"].detach().T.numpy()),
-        "matmul": lambda: best(lambda: a @ b),
+        "compare": compare, "update": update, "memory": peak,
+        "weights": lambda file: np.save(file, own["w_enc"].detach().T.cpu().numpy()),
+        "matmul": lambda: best(lambda: (a @ b, wait())),
     })  # fmt: skip
 
 
@@ -234,9 +266,12 @@ class Side:
     """One process of the comparison."""
 
     def __init__(self, python: Path, role: str, width: int, args, folder: str):
-        given = ("--width", width, "--batch", args.batch, "--threads", args.threads)
+        given = ("--width", width, "--batch", args.batch, "--threads", args.threads,
+                 "--device", args.device, "--precision", args.precision)  # fmt: skip
         command = [python, __file__, "--role", role, "--folder", folder, *given]
-        quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        platform = {"cpu": "cpu", "gpu": "cuda"}[args.device]
+        quiet = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                 "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}  # fmt: skip
         self.role = role
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -296,17 +331,17 @@ def compare(width: int, args, folder: str) -> dict:
     columns = {"sparse": "ours", "peer": "peer", "dense": "ours"}
     times = {name: [] for name in columns}
     for i in range(args.rounds + 1):
-        for name, side in columns.items():
-            answer = sides[side].ask("update", name, i % BATCHES)
+        for name, role in columns.items():
+            answer = sides[role].ask("update", name, i % BATCHES)
             times[name] += [answer["seconds"]] if i else []  # the first compiles
             if i in (0, args.rounds):
                 print(f"  {'first' if i == 0 else 'last'} {name}: L0 {answer['l0']:.2f}")
     same &= changed(sides, folder)
-    rate = 2 * 2048 * D * 2048 / min(side.ask("matmul") for side in sides.values())
+    rate = 2 * side(args) ** 2 * D / min(s.ask("matmul") for s in sides.values())
     overflow = sides["ours"].ask("overflow")
-    peak = {name: side.ask("memory") for name, side in sides.items()}
-    for side in sides.values():
-        side.close()
+    peak = {name: s.ask("memory") for name, s in sides.items()}
+    for s in sides.values():
+        s.close()
     seconds = {name: statistics.median(t) for name, t in times.items()}
     floor = 2 * D * width * args.batch / rate
     print(f"  {'update':24s} {'ms':>8s} {'min':>8s} {'tokens/s':>9s} {'of floor':>8s}")
@@ -314,9 +349,9 @@ def compare(width: int, args, folder: str) -> dict:
     for label, name in rows.items():
         s, low = seconds[name], min(times[name])
         print(
-            f"  {label:24s} {1e3 * s:8.0f} {1e3 * low:8.0f} {args.batch / s:9.0f} {s / floor:7.2f}x"
+            f"  {label:24s} {1e3 * s:8.1f} {1e3 * low:8.1f} {args.batch / s:9.0f} {s / floor:7.2f}x"
         )
-    print(f"  {'floor':24s} {1e3 * floor:8.0f}, at {rate / 1e9:.0f} GFLOP/s")
+    print(f"  {'floor':24s} {1e3 * floor:8.1f}, at {rate / 1e9:.0f} GFLOP/s")
     print(f"  {overflow} tokens of a batch had too few slots (one in 64 may); peak memory "
           f"{peak['ours']:.1f} GB ours, {peak['peer']:.1f} GB SAELens")  # fmt: skip
     return {
@@ -333,6 +368,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="processor cores each side may use")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--precision", default="default", help="see TrainConfig.precision")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--role", choices=("ours", "peer"))
     parser.add_argument("--folder", type=Path)
@@ -340,9 +377,7 @@ def main() -> None:
     if args.role:
         if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as cores it may run on
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        if args.role == "ours":
-            return ours(args.width[0], args.batch, args.folder)
-        return peer(args.width[0], args.batch, args.folder, args.threads)
+        return ours(args) if args.role == "ours" else peer(args)
     if not args.peers.exists():
         raise SystemExit(f"{args.peers} is missing: run `make peers` first")
     rows = []

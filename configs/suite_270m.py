@@ -4,14 +4,16 @@
 
 The SAE stands at resid_post of layer 12, with Matryoshka prefixes and the frequency penalty; the
 transcoders, affine, at all 18 layers. One model pass feeds them all, and the transcoders, being of
-one shape, are trained as one batch.
+one shape, are trained as one batch. This is a run for a GPU: ten times the tokens of the others,
+with larger batches and a lower learning rate.
 """
 
 import dataclasses
+import os
 
 from short_run import LOSS, RUN
 
-from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
 sae = CoderConfig(
     layers=12,
@@ -29,4 +31,11 @@ transcoders = tuple(
     for layer in range(18)
 )  # fmt: skip
 
-config = TrainConfig(coders=(sae, *transcoders), **RUN)
+larger = dict(
+    tokens=int(os.environ.get("TOKENS", 40_000_000)),
+    rows=8,
+    batch=2048,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=200, decay=0.25),
+    checkpoint_every=30.0,
+)
+config = TrainConfig(coders=(sae, *transcoders), **RUN | larger)

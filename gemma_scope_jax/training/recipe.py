@@ -13,6 +13,7 @@ from gemma_scope_jax.errors import InputError, nearest
 
 ACTIVATIONS = ("jumprelu", "topk", "batch_topk")
 SPARSITIES = ("quadratic", "step", "tanh")
+PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32")
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -180,6 +181,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     sparse: float = 4.0  # slots for active features a token, in target L0s, of the sparse step;
     #                      0: dense products. Tokens that need more make that update dense.
+    precision: str = "default"  # of the coders' products, float32 in and out: "default" is the
+    #                             backend's (TPU: one pass of bfloat16, GPU: TF32, CPU: float32)
     mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
     #                                      over the features, on CPUs one device
     seed: int = 0
@@ -191,6 +194,7 @@ class TrainConfig:
         _positive(self, "tokens", "rows", "length", "buffer", "batch", "updates", "keep")
         if not self.coders:
             raise InputError("a run needs at least one coder")
+        _one_of("precision", self.precision, PRECISIONS)
         for name in self.track:
             _one_of("track", name, ("tensorboard", "wandb"))
         if not self.store and self.buffer < max(self.batch, 2 * self.rows * self.length):

@@ -6,9 +6,10 @@ dense product, x with the encoder (2 D F flop a token), and lists of the active 
 gathers rows, and so do all gradients.
 
 XLA writes gathered rows to memory before it multiplies them, which on a CPU costs several times the
-dense product itself. So there are two forms of everything here. "kernels": C++ for CPUs, compiled
-at the first use with the machine's compiler and kept in a cache folder. "xla": plain jax.numpy,
-chunked over tokens, for other backends and for machines without a compiler. `sparse_form` chooses.
+dense product itself. So there are three forms of everything here. "kernels": C++ for CPUs, compiled
+at the first use with the machine's compiler and kept in a cache folder. "triton": Pallas kernels
+for NVIDIA GPUs (`sparse_triton`). "xla": plain jax.numpy, chunked over tokens, for other backends
+and for machines without a compiler. `sparse_form` chooses.
 
 Axes: S sources (coders, or the layers a coder reads), B tokens, K entries a token, D inputs,
 F features, P decoders, T targets, M groups of features, E outputs. All floats are float32.
@@ -34,6 +35,7 @@ import numpy as np
 
 from gemma_scope_jax.buckets import cache_folder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training import sparse_triton
 
 SOURCE = Path(__file__).with_name("sparse_kernels.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -42,11 +44,9 @@ TOKENS = 256  # that the kernels' form encodes at a time
 CHUNK = 2**24  # floats that the XLA form gathers at a time
 # Features a slot from which a sparse step is faster than a dense one. Of the XLA form this is
 # arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte of memory speed.
-FEATURES_A_SLOT = {"kernels": 2, "xla": 512}
+FEATURES_A_SLOT = {"kernels": 2, "triton": 64, "xla": 512}
 
 Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
-
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
@@ -62,8 +62,24 @@ class Active:
 
 
 def sparse_form() -> str:
-    """ "kernels" on CPUs where they compile, else "xla"."""
-    return "kernels" if jax.default_backend() == "cpu" and kernels() else "xla"
+    """ "kernels" on CPUs where they compile, "triton" on NVIDIA GPUs, else "xla"."""
+    if jax.default_backend() == "cpu":
+        return "kernels" if kernels() else "xla"
+    return "triton" if jax.default_backend() == "gpu" and triton() else "xla"
+
+
+@functools.cache
+def triton() -> bool:
+    """Whether the GPU kernels compile here; where not, a line on standard error says why."""
+    try:
+        one = jnp.ones((1, 1, 1), jnp.int32)
+        with jax.ensure_compile_time_eval():
+            sparse_triton.per_feature(one.astype(jnp.float32), one, one[0], 2).block_until_ready()
+    except Exception as error:  # whatever Pallas, Triton or the driver say
+        reason = " ".join(str(error).split())[:200]
+        print(f"no GPU kernels, wide coders train slower: {reason}", file=sys.stderr)
+        return False
+    return True
 
 
 @functools.cache
@@ -167,20 +183,47 @@ def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
 
 
 def _encode_some(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
-    z = _einsum("sbd,sfd->sbf", x, w_enc)
+    z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
     s, b, f = z.shape
     if form == "kernels":
         slots = (s, b, capacity)
         call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, s, b))
         return Active(*call(z, b_enc, low))
     z = z + b_enc[:, None, :]
-    active = z > low[:, None, :]
-    # The largest of F - feature are the first features; 0 is no entry.
-    rank = jnp.where(active, f - jnp.arange(f, dtype=jnp.int32)[None, None, :], 0)
-    rank, _ = jax.lax.top_k(rank, capacity)
-    feature = jnp.where(rank > 0, f - rank, 0)
-    values = jnp.where(rank > 0, jnp.take_along_axis(z, feature, -1), 0.0)
-    return Active(values, feature, jnp.sum(active, -1, dtype=jnp.int32))
+    feature, count = _first_above(z, low, capacity)
+    used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
+    feature = jnp.where(used, feature, 0)
+    return Active(jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count)
+
+
+def _first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`; rubbish after.
+
+    One bit an entry, then slot k is found in the running count of bits: z is read once, where a
+    sort or top_k goes through it many times.
+    """
+    s, b, f = z.shape
+    words = -(-f // 32)
+    above = jnp.pad(z > low[:, None, :], ((0, 0), (0, 0), (0, 32 * words - f)))
+    place = jnp.arange(32, dtype=jnp.uint32)
+    bits = above.reshape(s, b, words, 32).astype(jnp.uint32) << place[None, None, None, :]
+    bits = jnp.sum(bits, -1, dtype=jnp.uint32)
+    ones = jax.lax.population_count(bits).astype(jnp.int32)
+    ends = jnp.cumsum(ones, -1)
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    find = jax.vmap(partial(jnp.searchsorted, v=slot, side="right"))
+    word = jnp.minimum(find(ends.reshape(s * b, words)).reshape(s, b, -1), words - 1)
+    take = lambda a: jnp.take_along_axis(a, word, -1)
+    rank, rest = slot[None, None, :] - take(ends - ones), take(bits)
+    place = jnp.zeros_like(rank)
+    for width in (16, 8, 4, 2, 1):  # the bit of this rank is in the lower or the upper half
+        lower = rest & jnp.uint32((1 << width) - 1)
+        inside = jax.lax.population_count(lower).astype(jnp.int32)
+        upper = rank >= inside
+        rank = jnp.where(upper, rank - inside, rank)
+        rest = jnp.where(upper, rest >> jnp.uint32(width), lower)
+        place = place + jnp.where(upper, width, 0)
+    return 32 * word + place, ends[..., -1]
 
 
 def _encode_fwd(x, w_enc, b_enc, low, capacity, form):
@@ -192,8 +235,7 @@ def _encode_bwd(capacity, form, saved, cotangent):
     x, low, feature, count = saved
     s, f = low.shape
     pairs = tuple((i, i) for i in range(s))
-    rows = _rows_kernels if form == "kernels" else _rows_xla
-    dw, db = rows(cotangent.z, feature, count, x[:, None], pairs, (f,))
+    dw, db = _rows(cotangent.z, feature, count, x[:, None], pairs, (f,), form)
     return None, dw, db, None
 
 
@@ -241,6 +283,8 @@ def decode_active(
 def _decode(f, feature, count, w_dec, pairs: Pairs, targets: int, ends, form: str):
     if form == "xla":
         return _decode_xla(f, feature, count, w_dec, pairs, targets, ends)
+    if form == "triton":
+        return sparse_triton.decode(f, feature, count, w_dec, pairs, targets, ends)
     call = _call("decode", (jnp.float32, targets, len(ends), f.shape[1], w_dec.shape[2]))
     return call(f, feature, count, w_dec, **_static(pairs, ends))[0]
 
@@ -254,11 +298,12 @@ def _decode_bwd(pairs, targets, ends, form, saved, g):
     f, feature, count, w_dec = saved
     if form == "xla":
         df = _values_xla(feature, count, w_dec, g, pairs, ends)
-        dw, _ = _rows_xla(f, feature, count, g, pairs, ends)
-        return df, None, None, dw
-    call = _call("decode_values", (jnp.float32, *f.shape))
-    df = call(feature, count, w_dec, g, **_static(pairs, ends))[0]
-    dw, _ = _rows_kernels(f, feature, count, g, pairs, ends)
+    elif form == "triton":
+        df = sparse_triton.decode_values(feature, count, w_dec, g, pairs, ends)
+    else:
+        call = _call("decode_values", (jnp.float32, *f.shape))
+        df = call(feature, count, w_dec, g, **_static(pairs, ends))[0]
+    dw, _ = _rows(f, feature, count, g, pairs, ends, form)
     return df, None, None, dw
 
 
@@ -272,10 +317,16 @@ def _static(pairs: Pairs, ends: tuple[int, ...]) -> dict:
     }
 
 
-def _rows_kernels(f, feature, count, g, pairs: Pairs, ends):
+def _rows(f, feature, count, g, pairs: Pairs, ends, form: str) -> tuple[jax.Array, jax.Array]:
+    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
+    if form == "xla":
+        return _rows_xla(f, feature, count, g, pairs, ends)
+    if form == "triton":
+        return sparse_triton.decode_rows(f, feature, count, g, pairs, ends)
     p, width = len(pairs), ends[-1]
     call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
-    return call(f, feature, count, g, **_static(pairs, ends))
+    dw, total = call(f, feature, count, g, **_static(pairs, ends))
+    return dw, total
 
 
 # ---- the decoder in XLA --------------------------------------------------------------------------
@@ -316,7 +367,7 @@ def _decode_xla(f, feature, count, w_dec, pairs: Pairs, targets: int, ends):
         y = [jnp.zeros((len(ends), f.shape[1], w_dec.shape[2]), f.dtype)] * targets
         for p, (s, t) in enumerate(pairs):
             rows = w_dec[p].at[feature[s]].get(mode="clip")
-            y[t] = y[t] + _einsum("bkm,bke->mbe", scale[s], rows)
+            y[t] = y[t] + jnp.einsum("bkm,bke->mbe", scale[s], rows)
         return jnp.stack(y)
 
     size = _chunk(feature, w_dec.shape[2])
@@ -331,7 +382,7 @@ def _values_xla(feature, count, w_dec, g, pairs: Pairs, ends):
         df = [jnp.zeros(feature.shape[1:], g.dtype)] * feature.shape[0]
         for p, (s, t) in enumerate(pairs):
             rows = w_dec[p].at[feature[s]].get(mode="clip")
-            df[s] = df[s] + jnp.sum(_einsum("mbe,bke->bkm", g[t], rows) * members[s], -1)
+            df[s] = df[s] + jnp.sum(jnp.einsum("mbe,bke->bkm", g[t], rows) * members[s], -1)
         return jnp.stack(df)
 
     size = _chunk(feature, w_dec.shape[2])
@@ -340,14 +391,12 @@ def _values_xla(feature, count, w_dec, g, pairs: Pairs, ends):
 
 
 def _rows_xla(f, feature, count, g, pairs: Pairs, ends):
-    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
-
     def some(sums, tokens):
         f, feature, count, g = tokens
         dw, total = sums
         scale = f[..., None] * _members(feature, count, ends)
         for p, (s, t) in enumerate(pairs):
-            dw = dw.at[p, feature[s]].add(_einsum("bkm,mbe->bke", scale[s], g[t]), mode="drop")
+            dw = dw.at[p, feature[s]].add(jnp.einsum("bkm,mbe->bke", scale[s], g[t]), mode="drop")
             total = total.at[p, feature[s]].add(jnp.sum(scale[s], -1), mode="drop")
         return (dw, total), None
 
@@ -364,10 +413,11 @@ def _rows_xla(f, feature, count, g, pairs: Pairs, ends):
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def per_feature(values: jax.Array, feature: jax.Array, count: jax.Array, width: int, form: str):
     """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
+    if form == "triton":
+        return sparse_triton.per_feature(values, feature, count, width)
     pairs = tuple((i, i) for i in range(values.shape[0]))
-    rows = _rows_kernels if form == "kernels" else _rows_xla
     nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
-    return rows(values, feature, count, nothing, pairs, (width,))[1]
+    return _rows(values, feature, count, nothing, pairs, (width,), form)[1]
 
 
 def _per_feature_fwd(values, feature, count, width, form):

@@ -6,6 +6,7 @@ by one scalar so that they have unit mean squared norm; `fold` puts that into th
 With stored activations the batches come from the host and the rest is the same.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -299,8 +300,21 @@ def _across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple
     return tuple(g - along[:, : j + 1, :, None] * w for j, (g, w) in enumerate(zip(grads, w_dec)))
 
 
+def precision(config: TrainConfig) -> Any:
+    """A context in which products have the config's precision."""
+    name = config.precision
+    if name == "bfloat16" and jax.default_backend() == "gpu":
+        name = "BF16_BF16_F32"  # what JAX calls bfloat16 is the default there, TF32
+    return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
+
+
 def update(state: TrainState, x: Sites, plan: Plan) -> tuple[TrainState, list]:
     """One update on activations x {site: [L, batch, D]} of every coder that learns from them."""
+    with precision(plan.config):
+        return _update(state, x, plan)
+
+
+def _update(state, x, plan):
     done, parts = [], []
     for group, old in zip(plan.groups, state.groups):
         part = None
