@@ -175,8 +175,8 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
     w = {k: v.detach().double().numpy() for k, v in w.items()}
     if sae.cfg.apply_b_dec_to_input:
         w["b_enc"] = w["b_enc"] - w["b_dec"] @ w["w_enc"]
-    for name in ("b_enc", "threshold", "b_dec"):  # for raw activations, as `fold` does it
-        w[name] = w[name] * scale
+    for kind in ("b_enc", "threshold", "b_dec"):  # for raw activations, as `fold` does it
+        w[kind] = w[kind] * scale
     np.savez(folder / f"{name}.npz", rate=steps * BATCH / seconds, **w)
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.training import sparse
+from gemma_scope_jax.training import sparse, sparse_triton
 from gemma_scope_jax.training.sparse import decode_active, encode_active, kth_largest
 
 B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
@@ -18,6 +19,7 @@ B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
 CPU = jax.default_backend() == "cpu"
 COMPILER = CPU and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 FORMS = (*(("kernels",) if COMPILER else ()), "triton", "xla")  # "triton" is interpreted here
+on_cpu = pytest.mark.skipif(not CPU, reason="about the kernels for CPUs")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on this machine")
 
 
@@ -279,6 +281,30 @@ def test_wrong_input_is_one_line():
         kth_largest(np.zeros(3, np.float32), 4)
 
 
+def test_the_gpu_kernels_become_triton_code(monkeypatch):
+    """Lowered for an H100 without one. What they compute is checked above, interpreted (on a GPU
+    this file runs them: JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=float32)."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+    call = sparse_triton.pl.pallas_call
+    monkeypatch.setattr(
+        sparse_triton.pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": False})
+    )
+
+    def loss(f, w, feature, count):
+        y = decode_active(f, feature, count, w, TRIANGLE, ends=(256, 4096), form="triton")
+        return jnp.sum(y) + jnp.sum(sparse.per_feature(f, feature, count, 4096, "triton") ** 2)
+
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (
+        ((2, 64, 48), jnp.float32), ((3, 4096, 640), jnp.float32),
+        ((2, 64, 48), jnp.int32), ((2, 64), jnp.int32),
+    )]  # fmt: skip
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        step = jax.jit(jax.grad(loss, (0, 1))).trace(*shapes)
+        code = step.lower(lowering_platforms=("cuda",)).as_text()
+    # values and rows of the decoder, sums and lookups; y itself has no part in the gradient
+    assert code.count("__gpu$xla.gpu.triton") >= 3
+
+
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache folder, and no memory of an earlier compile."""
@@ -288,6 +314,7 @@ def fresh(tmp_path, monkeypatch):
     sparse.kernels.cache_clear()
 
 
+@on_cpu
 @pytest.mark.parametrize("why", ("missing", "fails", "readonly"))
 def test_without_kernels_one_line_and_the_xla_form(why, fresh, monkeypatch, capfd, request):
     if why == "missing":

@@ -13,7 +13,7 @@ from gemma_scope_jax.buckets import is_remote, write_text
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
-EVERY = 10.0  # seconds
+FIRST, EVERY = 2.0, 10.0  # seconds between reports, at the start and after 1,000 seconds
 
 
 class Progress:
@@ -37,7 +37,9 @@ class Progress:
         return "".join(kept) if is_remote(self.log) else ""
 
     def due(self) -> bool:
-        return time.time() - self.logged > EVERY
+        """More often at first: a run of minutes should have a curve, one of days a small log."""
+        now = time.time()
+        return now - self.logged > min(EVERY, max(FIRST, 0.01 * (now - self.began)))
 
     def report(self, done: int, update: int, parts: list | None, groups: Any) -> None:
         """One line: tokens, rate and time left, then each coder's loss parts (if any yet)."""

@@ -4,6 +4,8 @@ The same sums as in `sparse`, where the axes are explained. A program reads the 
 at a time and keeps the sum in registers, so no gathered rows are written to memory. The gradient of
 a decoder's rows sums over the tokens of each feature, in the order of a sort: no atomic additions,
 and the same bits every time.
+
+JAX has deprecated this backend of Pallas; where it is missing, `sparse` uses its XLA form.
 """
 
 from collections.abc import Callable
