@@ -5,7 +5,8 @@
 #   make test-official      the test suite, and parity with the gemma package (Python >= 3.12, 4 GB)
 #   make test-slow          the tests that take minutes each
 #   make test-peers         parity with transformers and SAELens, in an environment of their own
-#   make bench              the benchmarks against those libraries (but train_quality.py: hours)
+#   make bench              the benchmarks against those libraries (not train_quality.py: an hour;
+#                           train_share.py: for GPUs)
 #   make lint               ruff and pyright
 #   make golden             write anew what transformers computes (tests/golden)
 #   make constraints        write anew the tested versions (constraints.txt)
@@ -20,7 +21,7 @@ ARGS ?=
 
 .PHONY: help demo test test-official test-slow test-peers peers bench lint golden constraints
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 # ---- Interpreters. A pyenv shim can exist and yet not run, so each candidate is tried.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -117,5 +118,5 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 
 bench: $(VENV)/.has-demo $(PEERS)/.has
-	@for script in $(filter-out %/train_quality.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out %/train_quality.py %/train_share.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done

@@ -29,7 +29,7 @@ from gemma_scope_jax.training.train import start
 
 
 def random_model(name: str, seed: int = 0) -> Model:
-    """A model of a preset's shape; matrices of unit gain, in bfloat16."""
+    """A model of a preset's shape: matrices of small random values, in bfloat16."""
     config = preset(name)
     leaves, tree = jax.tree.flatten(abstract_params(config, "bfloat16"))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -85,7 +85,7 @@ def main() -> None:
     model = random_model(args.model)
     form = sparse.sparse_form()
     sparse.FEATURES_A_SLOT[form] = 0  # the sparse step also where a dense one may be faster
-    peak = None
+    peak, rows = None, []
     for width in args.width:
         loss = LossConfig(l0_warmup=0, dead_weight=1e-3)
         coder = CoderConfig(args.layer, width=width, target_l0=50, threshold=None, loss=loss)
@@ -123,8 +123,17 @@ def main() -> None:
                 "dense": float(parts[0].get("dense", jnp.ones(1))[0]),
                 "device": jax.devices()[0].device_kind,
             }  # fmt: skip
-            print(json.dumps(row), flush=True)
+            rows.append(row)
+            print(
+                f"{args.model}, width {width:,}, {row['step']:15s} {row['ms']:8.1f} ms  "
+                f"{row['tokens/s']:10,.0f} tokens/s  {100 * row['share']:5.1f} % of "
+                f"{peak / 1e12:,.1f} TFLOP/s  L0 {row['l0']:.0f}"
+                + (f", {100 * row['dense']:.0f} % done densely" if sparsity else ""),
+                flush=True,
+            )
             del state
+    for row in rows:
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ are as in forward.py; the floor is the one product with the encoder that no exac
 without, 2 D F flops a token, at the best matmul rate measured on either side. Memory at F = 65536:
 some 9 GB.
 
-On a GPU, --device gpu compares both there, in --precision tensorfloat32 or bfloat16 (SAELens: with
-`autocast`); losses and gradients are still compared in float32. --peers may name the same
-interpreter.
+On a GPU, --device gpu compares both there, in --precision tensorfloat32 (SAELens: by
+`set_float32_matmul_precision`) or bfloat16 (by its `autocast`), or float32; losses and gradients
+are still compared in float32. --peers may name the same interpreter.
 """
 
 import argparse
@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="processor cores each side may use")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--precision", default="default", help="see TrainConfig.precision")
+    parser.add_argument("--precision", default="tensorfloat32", help="see TrainConfig.precision")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")
     parser.add_argument("--role", choices=("ours", "peer"))
     parser.add_argument("--folder", type=Path)

@@ -46,11 +46,16 @@ def cache_folder() -> Path:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Write a file that is complete whenever it is there under its name."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """`write_text` of bytes."""
     if is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 

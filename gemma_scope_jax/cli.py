@@ -148,7 +148,7 @@ def train(
 def activations(
     config: Config,
     *,
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
     tokens: int | None = None,
     dtype: Literal["bfloat16", "int8"] = "bfloat16",
 ) -> None:

@@ -3,16 +3,17 @@
     python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--no-labels]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
-config.json), the recipe that made it (train_config.json), figures on the held-out text
-(figures.json), and label material (labels.json.gz). Snippets come only from texts whose licence
-lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC BY-SA), the Python
-manual and library (PSF).
+config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
+held-out text (figures.json), and label material (labels.json.gz). Snippets come only from texts
+whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
+BY-SA), the Python manual and library (PSF).
 """
 
 import argparse
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -48,7 +49,7 @@ def some_texts(tokens: int):
 def name_of(coder) -> str:
     """As the published folders are named, with the model and the site before."""
     width = f"{coder.width // 1024}k" if coder.width % 1024 == 0 else coder.width
-    kind = "resid-post" if coder.writes == coder.reads else "transcoder"
+    kind = coder.reads.replace("_", "-") if coder.writes == coder.reads else "transcoder"
     skip = "" if coder.w_skip is None else "-affine"
     return f"gemma-3-270m-{kind}-{coder.layer}-width-{width}-l0-{coder.info.l0:g}{skip}"
 
@@ -78,22 +79,28 @@ def main() -> None:
     args = parser.parse_args()
     tok = gs.load_tokenizer("gemma-3-270m")
     model = gs.load_model("gemma-3-270m", dtype="bfloat16")
-    shipped = []
-    for source in args.folders:
-        coder = gs.load_coder(source)
-        folder = Path(gs.__file__).parent / "packaged" / name_of(coder)
-        shutil.rmtree(folder, ignore_errors=True)
-        gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
-        shutil.copy(source / "train_config.json", folder)
-        shipped.append(gs.load_coder(folder))
-    found = figures(model, shipped, tok, args.tokens, args.loss_tokens)
-    for coder, figure in zip(shipped, found):
-        folder = Path(coder.info.folder)
-        (folder / "figures.json").write_text(json.dumps(figure, indent=1) + "\n")
-        print(folder.name, json.dumps({k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}))
-        if args.labels:
-            labels = build_labels(model, coder, tok, some_texts(args.tokens))
-            write_labels(labels, folder)
+    packaged = Path(gs.__file__).parent / "packaged"
+    with tempfile.TemporaryDirectory(dir=packaged.parent) as temporary:
+        shipped = []
+        for source in args.folders:
+            coder = gs.load_coder(source)
+            folder = Path(temporary) / name_of(coder)
+            gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
+            for name in ("train_config.json", "README.md", "curves.png"):
+                if (source / name).exists():
+                    shutil.copy(source / name, folder)
+            shipped.append((folder, gs.load_coder(folder)))
+        coders = [coder for _, coder in shipped]
+        found = figures(model, coders, tok, args.tokens, args.loss_tokens)
+        for (folder, coder), figure in zip(shipped, found):
+            (folder / "figures.json").write_text(json.dumps(figure, indent=1) + "\n")
+            shown = {k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}
+            print(folder.name, json.dumps(shown), flush=True)
+            if args.labels:
+                write_labels(build_labels(model, coder, tok, some_texts(args.tokens)), folder)
+        for folder, _ in shipped:  # what was there stays until all is made
+            shutil.rmtree(packaged / folder.name, ignore_errors=True)
+            shutil.move(folder, packaged)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from letters import Letters
 from tiny import tiny_model
 
@@ -361,6 +362,54 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
     assert jnp.array_equal(cut.threshold, wild.threshold)
 
 
+def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
+    config = recipe(coder(2, width=16))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(1e-2, 0, step_limit=2e-2))
+    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    [group] = state.groups
+    moments = steps.optimizer(config).init(group.weights)
+    optimizer, rng = steps.optimizer(config), np.random.default_rng(0)
+    normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+    seldom = lambda g: dataclasses.replace(
+        g, w_enc=g.w_enc.at[:, :, 3].set(0.0), b_enc=g.b_enc.at[:, :, 3].set(0.0)
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(2000):
+            _, moments = optimizer.update(seldom(jax.tree.map(normal, group.weights)), moments)
+        changes, _ = optimizer.update(jax.tree.map(normal, group.weights), moments)
+    cut = steps.limited(changes, config.optimizer)
+    size = lambda a: np.sqrt(np.mean(np.asarray(a[0, 0, 3]) ** 2))
+    assert size(changes.w_enc) > 20 and abs(changes.b_enc[0, 0, 3]) > 2
+    np.testing.assert_allclose(size(cut.w_enc), 2.0, rtol=1e-5)  # 2e-2 over the rate of 1e-2
+    np.testing.assert_allclose(abs(cut.b_enc[0, 0, 3]), 2.0, rtol=1e-5)
+    others = np.delete(np.arange(16), 3)
+    assert jnp.array_equal(cut.w_enc[:, :, others], changes.w_enc[:, :, others])
+    assert jnp.array_equal(cut.threshold, changes.threshold)
+    off = steps.limited(changes, OptimizerConfig(step_limit=0.0))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, off, changes))
+
+
+def test_a_coder_that_starts_silent_learns():
+    """Its first gradients are 0, and so is their usual norm: that is no reason to cut the next."""
+    config = recipe(coder(2, width=16, threshold=0.5, loss=LossConfig(l0_warmup=0, dead_after=0)))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(3e-2, 0))
+    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 6)), jnp.float32)
+    x = {"resid_post": 0.1 * x / jnp.linalg.norm(x, axis=-1, keepdims=True)}
+    state = dataclasses.replace(state, scale={"resid_post": jnp.ones(1)})
+    before, update = state.groups[0].weights.w_dec[0], jax.jit(
+        lambda state: steps.update(state, x, plan)
+    )  # fmt: skip
+    l0 = []
+    for _ in range(60):
+        state, [parts] = update(state)
+        l0.append(float(parts["l0"][0]))
+    assert l0[0] == 0 < l0[-1]
+    assert np.abs(state.groups[0].weights.w_dec[0] - before).max() > 0.01
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs
 
@@ -544,6 +593,76 @@ def test_a_run_on_stored_activations_learns(model, tmp_path, monkeypatch):
         training.train(recipe(coder(3, **TRANSCODER), store=store), tmp_path / "b", model)
 
 
+def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, tmp_path):
+    write = lambda tokens, **options: write_activations(
+        model, TokenBatches(documents(), Letters(), 8, 32), {"resid_post": (3,)},
+        tmp_path / "store", tokens, shard_rows=512, **options,
+    )  # fmt: skip
+    write(2000)
+    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 4)
+    training.train(config, tmp_path / "run", model)
+    with pytest.raises(InputError, match="leaves out positions before 1.*set first=1") as refused:
+        training.train(dataclasses.replace(config, first=4), tmp_path / "a", model)
+    one_line(refused)
+    renamed = dataclasses.replace(model, config=dataclasses.replace(model.config, name="other"))
+    with pytest.raises(InputError, match="holds activations of .*, not of tiny"):
+        training.train(config, tmp_path / "b", renamed)
+    write(2500)  # which extends it
+    with pytest.raises(InputError, match="has grown or changed since this run began") as refused:
+        training.train(config, tmp_path / "run", model)
+    one_line(refused)
+
+
+def test_a_run_on_a_store_needs_no_weights_of_the_model(model, tmp_path, monkeypatch):
+    batches = TokenBatches(documents(), Letters(), 8, 32)
+    write_activations(model, batches, {"resid_post": (3,)}, tmp_path / "store", 1000)
+    monkeypatch.setattr(training, "model_config", lambda name: model.config)
+    monkeypatch.setattr(training, "load_model", None)
+    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 2)
+    assert training.train(config, tmp_path / "run")
+
+
+def test_text_that_ends_early_is_said_and_carded(model, tmp_path, capfd):
+    config = recipe(coder(3), optimizer=OptimizerConfig(3e-3, 10, decay=0.25))
+    text = " ".join(documents(60))  # as an iterator: it comes once
+    training.train(config, tmp_path, model, iter([text[i : i + 99] for i in range(0, 2200, 99)]))
+    [said] = [x for x in capfd.readouterr().err.splitlines() if "the text ended" in x]
+    read = int(said.split(" at ")[1].split()[0].replace(",", ""))
+    assert 512 < read < config.tokens and "the learning rate had not come down" in said
+    card = (tmp_path / "coders" / coder(3).folder / "README.md").read_text()
+    assert f"Trained with gemma_scope_jax on {read:,} tokens" in card
+
+
+def test_a_run_is_continued_by_a_version_that_has_more_options(finished, model):
+    file = finished.folder / "config.json"
+    text = file.read_text()
+    older = json.loads(text)
+    del older["precision"], older["optimizer"]["decay"]
+    del older["coders"][0]["loss"]["kl_weight"]
+    try:
+        file.write_text(json.dumps(older))
+        assert training.train(finished.config, finished.folder, model, documents())
+        older["optimizer"]["b2"] = 0.5
+        file.write_text(json.dumps(older))
+        with pytest.raises(InputError, match=r"another config \(optimizer differ\)"):
+            training.train(finished.config, finished.folder, model, documents())
+    finally:
+        file.write_text(text)
+
+
+def test_reports_are_dense_at_first_and_rare_later(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    shown = progress.Progress(recipe(coder(3)), epath.Path(tmp_path), 0)
+    gaps = []
+    for _ in range(4000):
+        now[0] += 0.5
+        if shown.due():
+            gaps.append(now[0] - shown.logged if shown.logged else 0.0)
+            shown.logged = now[0]
+    assert gaps[1] == 2.5 and gaps[-1] == 10.5 and gaps == sorted(gaps)
+
+
 # -------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -553,9 +672,14 @@ def one_line(excinfo):
 
 
 BAD_CODERS = {
-    "width": (dict(width=0), "width must be positive"),
+    "width": (dict(width=0), "width must be a whole number from 1 on, not 0"),
     "target above width": (dict(width=10, target_l0=20), "must be below the width 10"),
     "negative target": (dict(target_l0=-1), "target_l0 must be positive"),
+    "half a feature": (dict(width=64.5), "width must be a whole number"),
+    "layers as text": (dict(layers="12"), "layers must be a tuple, not '12'"),
+    "layer of another type": (dict(layers=(True, 2)), "layers must be a whole number"),
+    "threshold": (dict(threshold=-1.0), "threshold must be a number that is not negative"),
+    "prefixes as a number": (dict(prefixes=8), "prefixes must be a tuple, not 8"),
     "no layers": (dict(layers=()), "one layer, or several|must be below"),
     "layers falling": (dict(layers=(3, 1)), "rising order"),
     "a layer twice": (dict(layers=(3, 3)), "rising order"),
@@ -570,24 +694,41 @@ BAD_CODERS = {
 BAD_LOSSES = {
     "sparsity": (dict(sparsity="squared"), "sparsity 'squared' is none of quadratic"),
     "bandwidth": (dict(bandwidth=0.0), "bandwidth must be positive"),
-    "weight": (dict(l0_weight=-1.0), "l0_weight must not be negative"),
-    "nan": (dict(dead_weight=float("nan")), "dead_weight must not be negative"),
+    "weight": (dict(l0_weight=-1.0), "l0_weight must be a number that is not negative"),
+    "start": (dict(l0_start=-3.0), "l0_start must be positive"),
+    "part of an update": (dict(dead_after=1.5), "dead_after must be a whole number"),
+    "nan": (dict(dead_weight=float("nan")), "dead_weight must be a number that is not negative"),
+}
+BAD_OPTIMIZERS = {
+    "moments that never fade": (dict(b2=1.0), "b2 must be at least 0 and below 1"),
+    "more decay than run": (dict(decay=2.0), "decay must be a share from 0 to 1"),
+    "warmup": (dict(warmup=-1), "warmup must be a whole number from 0 on"),
 }
 BAD_RUNS = {
     "no coders": (dict(coders=()), "at least one coder"),
     "one name twice": (dict(coders=(coder(3), coder(3))), "two coders are called resid_post/layer"),
     "buffer too small": (dict(buffer=100), "buffer 100 must hold"),
     "buffer never full": (dict(tokens=1000), "tokens 1000 do not fill the buffer"),
-    "tokens": (dict(tokens=-5), "tokens must be positive"),
+    "tokens": (dict(tokens=-5), "tokens must be a whole number from 1 on"),
+    "half a batch": (dict(batch=64.5), "batch must be a whole number"),
+    "first": (dict(first=-1), "first must be a whole number from 0 on"),
+    "mesh": (dict(mesh=(3,)), "mesh must be two numbers of devices"),
+    "precision": (dict(precision="float16"), "precision 'float16' is none of default, bfloat16"),
+    "two updates by effect": (
+        dict(coders=(coder(3, loss=LossConfig(kl_weight=1.0)),), updates=2),
+        "needs updates=1",
+    ),
     "track": (dict(track=("tensorbord",)), "'tensorbord' is none of tensorboard"),
 }
 
 
-@pytest.mark.parametrize("kind", [BAD_CODERS, BAD_LOSSES, BAD_RUNS], ids=["coder", "loss", "run"])
+@pytest.mark.parametrize("kind", [BAD_CODERS, BAD_LOSSES, BAD_OPTIMIZERS, BAD_RUNS],
+                         ids=["coder", "loss", "optimizer", "run"])  # fmt: skip
 def test_bad_recipes_are_refused(kind):
     make = {
         id(BAD_CODERS): lambda c: CoderConfig(**dict(layers=3) | c),
         id(BAD_LOSSES): lambda c: LossConfig(**c),
+        id(BAD_OPTIMIZERS): lambda c: OptimizerConfig(**c),
         id(BAD_RUNS): lambda c: TrainConfig(**dict(coders=(coder(3),)) | c),
     }[id(kind)]
     make({})
@@ -610,8 +751,10 @@ def test_bad_runs_are_refused_before_anything_is_computed(model, tmp_path, monke
     refused("no store|nowhere", coder(3), store=str(tmp_path / "nowhere"), folder="c")
     assert not (tmp_path / "c").exists()  # so that a corrected config may use the folder
     (tmp_path / "c").mkdir()
-    (tmp_path / "c/config.json").write_text('{"coders": [')
-    refused("config.json", coder(3), folder="c")
+    for damaged in ('{"coders": [', "[3]", '{"coders": 3}'):
+        (tmp_path / "c/config.json").write_text(damaged)
+        refused("config.json: damaged", coder(3), folder="c")
+    refused("rows 4 must be a multiple of the 8 devices", coder(3), mesh=(8, 1), folder="d")
 
 
 def test_config_files_are_read_and_bad_ones_refused(tmp_path):

@@ -338,7 +338,7 @@ def test_topk_keeps_the_largest_and_trains_no_threshold(name):
 # The sparse step
 
 
-FORMS = ("kernels", "xla") if sparse.kernels() else ("xla",)
+FORMS = (*(("kernels",) if sparse.kernels() else ()), "xla", "triton")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, capf
     assert len(lines) == 1 and str(cut / "damaged-checkpoint-9") in lines[0]
 
 
+def test_trouble_that_is_not_the_files_sets_no_checkpoint_aside(whole, cut, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def out_of_memory(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", out_of_memory)
+        with pytest.raises(InputError, match="cannot be read now.*nothing was lost") as refused:
+            run(cut)
+    assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
+    same_bits(run(cut), whole)
+
+
+def test_a_second_damaged_checkpoint_of_a_number_gets_another_name(whole, cut, capfd):
+    (cut / "damaged-checkpoint-9").mkdir()
+    damage(cut / "checkpoints" / "9", "cut")
+    same_bits(run(cut), whole)
+    assert str(cut / "damaged-checkpoint-9-2") in capfd.readouterr().err
+
+
 def test_if_all_checkpoints_are_damaged_it_says_so(cut):
     for step in steps(cut):
         damage(cut / "checkpoints" / str(step), "cut")

@@ -7,6 +7,7 @@ one begins, so the same call continues to the same bytes.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -291,6 +292,12 @@ class ActivationStore:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything stored."""
+        text = json.dumps(self.manifest["shards"], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def width(self, site: str) -> int:
         """Values a token and layer."""

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +37,6 @@ from gemma_scope_jax.errors import InputError
 
 __all__ = [
     "SEPARATOR", "TextData", "TokenBatch", "TokenBatches", "pack", "prefetch", "read_documents",
-    "shuffled",
 ]  # fmt: skip
 
 _PLACE = ("epoch", "document", "offset")
@@ -112,15 +111,6 @@ def pack(
     ids = (encode(document) for document in documents)
     pieces = (_Piece(0, 0, i, np.ones(len(i), bool)) for i in ids)
     return (filled for filled, _ in _fill(pieces, batch, length, bos))
-
-
-def shuffled(documents: Sequence[str], seed: int) -> Iterator[str]:
-    """The documents, again and again, in another order each time round."""
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(documents))
-        yield from (documents[int(i)] for i in order)
-        epoch += 1
 
 
 class TokenBatches:

@@ -6,23 +6,29 @@ from typing import Any
 
 from etils import epath
 
+from gemma_scope_jax.buckets import write_bytes, write_text
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
 
 
-def write_card(folder: epath.Path, name: str, config: TrainConfig, log: epath.Path) -> None:
-    """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder."""
+def write_card(
+    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int
+) -> None:
+    """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder.
+
+    `tokens`: how many were read in the end.
+    """
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
-    (folder / "train_config.json").write_text(json.dumps(as_json(config), indent=1) + "\n")
+    write_text(folder / "train_config.json", json.dumps(as_json(config), indent=1) + "\n")
     picture = _plot(rows)
     if picture:
-        (folder / "curves.png").write_bytes(picture)
-    (folder / "README.md").write_text(_text(name, config, rows, bool(picture)))
+        write_bytes(folder / "curves.png", picture)
+    write_text(folder / "README.md", _text(name, config, rows, tokens, bool(picture)))
 
 
-def _text(name: str, config: TrainConfig, rows: list, picture: bool) -> str:
+def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool) -> str:
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
@@ -32,7 +38,7 @@ def _text(name: str, config: TrainConfig, rows: list, picture: bool) -> str:
         f"A sparse coder of `{config.model}`: reads `{coder.reads}` and writes `{coder.target}` of "
         f"layer {where}; {coder.width:,} features a layer, target L0 {coder.target_l0:g}.",
         "",
-        f"Trained with gemma_scope_jax on {config.tokens:,} tokens of {data}; the whole recipe is "
+        f"Trained with gemma_scope_jax on {tokens:,} tokens of {data}; the whole recipe is "
         "in `train_config.json`. Read it with",
         "",
         "    gemma_scope_jax.load_coder(folder)",
@@ -40,7 +46,7 @@ def _text(name: str, config: TrainConfig, rows: list, picture: bool) -> str:
         f"Positions before {config.first} of a text were not trained on.",
     ]
     if rows:
-        tokens, last = rows[-1]
+        tokens, last = rows[-1]  # of the last line of the log
         lines += ["", f"Of the last training batches, at {tokens:,} tokens:", ""]
         lines += ["| " + " | ".join(last) + " |", "|" + " --- |" * len(last)]
         lines += ["| " + " | ".join(f"{v:.4g}" for v in last.values()) + " |"]

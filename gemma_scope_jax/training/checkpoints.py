@@ -1,15 +1,17 @@
 """Checkpoints of a run: everything that continuing bit for bit needs, in Orbax's format.
 
 They are written in the background, appear under their final name only when complete, and the oldest
-go. The state is one item, the positions of the data (one a host) another.
+go. The state is one item, the position in the data another.
 """
 
 import dataclasses
+import itertools
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError
@@ -26,14 +28,16 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder, options=options)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, int, Any]:
-        """(state, passes done, data positions): the newest that can be read; else (like, 0, None).
+    def restore(self, like: TrainState) -> tuple[TrainState, int, Any] | None:
+        """(state, passes done, position in the data): the newest that can be read; None: none yet.
 
-        `like` gives shapes, dtypes and shardings. A damaged checkpoint is named, set aside and the
-        one before it taken; if none is left whole, raises `InputError`.
+        `like` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s). A damaged checkpoint is
+        named, set aside and the one before it taken. Raises `InputError` if none is left whole, and
+        when something else than the files stands in the way: memory, permissions, the network.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
+            found, why = None, ""
             try:
                 both = self.manager.restore(
                     step,
@@ -41,19 +45,28 @@ class Checkpoints:
                         state=self.args.StandardRestore(_raw(like)), data=self.args.JsonRestore()
                     ),
                 )
-                return _keyed(both["state"]), step, both["data"]["positions"]
+                found = _keyed(both["state"]), step, both["data"]["positions"]
             except Exception as error:  # whatever Orbax and the file system raise for bad files
                 why = " ".join(str(error).split())[:200]
-                aside = self.folder.parent / f"damaged-checkpoint-{step}"
+                if _is_no_damage(error):
+                    raise InputError(
+                        f"{self.folder / str(step)}: cannot be read now ({why}); nothing was lost, "
+                        "run the same command again once that is mended"
+                    ) from error
+            if _everywhere(found is not None):
+                return found
+            if jax.process_index() == 0:
+                aside = _free(self.folder.parent / f"damaged-checkpoint-{step}")
                 (self.folder / str(step)).rename(aside)
                 print(f"{aside}: damaged, set aside ({why})", file=sys.stderr)
-                self.manager.reload()
+            _everywhere(True)  # wait for it
+            self.manager.reload()
         if steps:
             raise InputError(
                 f"{self.folder}: none of its {len(steps)} checkpoints can be read; all were set "
                 "aside: run the same command again to start from the beginning"
             )
-        return like, 0, None
+        return None
 
     def save(self, step: int, state: TrainState, positions: Any, wait: bool = False) -> None:
         """Save in the background what the state is now; it may be donated right afterwards.
@@ -82,8 +95,35 @@ class Checkpoints:
         self.manager.close()
 
 
+def _is_no_damage(error: BaseException) -> bool:
+    """Whether the trouble lies elsewhere than in the files: the same may be read another time."""
+    kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
+    words = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED",
+             "UNAUTHENTICATED")  # fmt: skip
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
+def _everywhere(flag: bool) -> bool:
+    """Whether the flag is set on every host; all wait for all."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def _free(path: epath.Path) -> epath.Path:
+    """The path, or where that is taken one with a number behind it."""
+    paths = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], paths) if not p.exists())
+
+
 def _raw(state: TrainState) -> TrainState:
     """Typed keys as their data, which checkpoints can hold."""
+    if isinstance(state.key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+        return dataclasses.replace(state, key=data)
     return dataclasses.replace(state, key=jax.random.key_data(state.key))
 
 

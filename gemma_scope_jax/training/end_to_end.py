@@ -2,13 +2,14 @@
 
     L = (MSE + alpha beta KL(p(x), p(x_hat))) / (1 + beta),  alpha = MSE / KL as a constant
 
-The model runs twice on a pass's tokens, as it is and with the reconstruction in place of what the
+On the tokens of a pass the model runs as it is and with the reconstruction in place of what the
 coder writes, and the KL divergence of the two predictions is differentiated through the layers in
 between. A coder of several layers is spliced at all of them at once, each reconstruction made from
 the activations of the model as it is. There is no shuffle buffer: updates see whole texts.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ from gemma_scope_jax.training.weights import Group, Weights
 
 
 def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
-    """One update of the groups with a `kl_weight` on one model pass: (state, parts of each)."""
+    """One update of the groups with a `kl_weight` on one model pass: (state, parts of each).
+
+    A pass of which no token counts changes nothing.
+    """
     reads = [capture(site, layers) for site, layers in plan.sites]
     out = forward(model, tokens, reads, segments=segments, remat=None)
     counts = (counted(segments, plan.config.first) & counts).reshape(-1)
@@ -35,16 +39,19 @@ def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan
         logits = forward(model, tokens, [splice], segments=segments).logits
         spliced = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
         each = jnp.sum(jnp.exp(clean) * (clean - spliced), -1).reshape(-1)
-        return jnp.mean(each, where=counts)
+        return jnp.sum(jnp.where(counts, each, 0.0)) / jnp.maximum(
+            jnp.sum(counts, dtype=jnp.float32), 1.0
+        )
 
     done, parts = [], []
     for group, old in zip(plan.groups, state.groups):
         part: Any = None
         if group.like.loss.kl_weight:
             read, target = steps.pairs(plan, group, x, state.scale)
-            old, part = _update_group(
+            new, part = _update_group(
                 old, group, read, target, counts, tokens.shape, run, state, plan
             )
+            old = jax.tree.map(partial(jnp.where, jnp.any(counts)), new, old)
         done.append(old)
         parts.append(part)
     return dataclasses.replace(state, groups=tuple(done)), parts

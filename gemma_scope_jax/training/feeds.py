@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.data.activation_store import ActivationStore
 from gemma_scope_jax.data.text import TokenBatches, prefetch
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import load_tokenizer
 from gemma_scope_jax.training import end_to_end
@@ -37,7 +38,8 @@ def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, 
     state = fill_step(state, model, tokens, segments, counts, plan)
     by_effect = None
     if any(group.like.loss.kl_weight for group in plan.groups):
-        state, by_effect = end_to_end.update(state, model, tokens, segments, counts, plan)
+        with steps.precision(plan.config):
+            state, by_effect = end_to_end.update(state, model, tokens, segments, counts, plan)
 
     def one(state, _):
         state, x = steps.draw(state, plan)
@@ -101,6 +103,7 @@ class StoreFeed:
 
     def __init__(self, plan: steps.Plan, model: Model):
         self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
+        _check_store(self.store, plan.config, model)
         places = steps.placement(plan, model.config)
         self.train = jax.jit(
             partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
@@ -108,10 +111,18 @@ class StoreFeed:
 
     @contextmanager
     def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
-        """The batches from number `done` on: a function of the seed and that number."""
-        c = self.plan.config
+        """The batches from number `done` on: a function of the seed and that number.
+
+        Raises `InputError` if the store has changed since: another order would follow.
+        """
+        c, here = self.plan.config, {"store": self.store.fingerprint}
+        if position is not None and position != here:
+            raise InputError(
+                f"{c.store}: has grown or changed since this run began, which would change the "
+                "order; give it back what it held, or train into another folder"
+            )
         with prefetch(self.store.batches(c.tokens_a_pass, c.seed, start=done)) as batches:
-            yield ((self._on_device(x), None) for x, _ in batches)
+            yield ((self._on_device(x), here) for x, _ in batches)
 
     def step(self, state: steps.TrainState, batch: Any, started: bool):
         return self.train(state, batch)
@@ -127,6 +138,20 @@ class StoreFeed:
 
     def _on_device(self, x: dict[str, np.ndarray]) -> steps.Sites:
         return {site: put(self.plan.mesh, rows, None, "data") for site, rows in x.items()}
+
+
+def _check_store(store: ActivationStore, config: TrainConfig, model: Model) -> None:
+    """Raise `InputError` unless the store holds what the config says."""
+    held = store.manifest
+    if held["model"]["name"] != model.config.name:
+        raise InputError(
+            f"{config.store}: holds activations of {held['model']['name']}, not of {config.model}"
+        )
+    if held["first"] != config.first:
+        raise InputError(
+            f"{config.store}: leaves out positions before {held['first']}, the config those before "
+            f"{config.first}: set first={held['first']}"
+        )
 
 
 def put(mesh: Any, array: np.ndarray, *axes: str | None) -> jax.Array:

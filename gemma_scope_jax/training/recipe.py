@@ -16,16 +16,39 @@ SPARSITIES = ("quadratic", "step", "tanh")
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32")
 
 
-def _positive(config: Any, *names: str) -> None:
+def _check(config: Any, what: str, test: Any, *names: str) -> None:
+    """Raise `InputError` for the first of the fields that is not `what`."""
     for name in names:
-        if not getattr(config, name) > 0:
-            raise InputError(f"{name} must be positive, not {getattr(config, name)!r}")
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and test(value)):
+            raise InputError(f"{name} must be {what}, not {value!r}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    _check(config, "positive", lambda v: v > 0, *names)
 
 
 def _not_negative(config: Any, *names: str) -> None:
+    _check(config, "a number that is not negative", lambda v: v >= 0, *names)
+
+
+def _whole(config: Any, least: int, *names: str) -> None:
+    _check(config, f"a whole number from {least} on",
+           lambda v: isinstance(v, int) and v >= least, *names)  # fmt: skip
+
+
+def _share(config: Any, *names: str) -> None:
+    _check(config, "at least 0 and below 1", lambda v: 0 <= v < 1, *names)
+
+
+def _tuples(config: Any, *names: str) -> None:
+    """Lists become tuples, as compiled programs need them; `InputError` for what is neither."""
     for name in names:
-        if not getattr(config, name) >= 0:
-            raise InputError(f"{name} must not be negative, but is {getattr(config, name)!r}")
+        value = getattr(config, name)
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise InputError(f"{name} must be a tuple, not {value!r}")
+        object.__setattr__(config, name, tuple(value))
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -62,6 +85,9 @@ class LossConfig:
         _one_of("sparsity", self.sparsity, SPARSITIES)
         _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale")
         _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
+        _whole(self, 0, "l0_warmup", "dead_after")
+        if self.l0_start is not None:
+            _positive(self, "l0_start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +116,16 @@ class CoderConfig:
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
-        _positive(self, "width", "target_l0")
+        _tuples(self, "prefixes", "init_layers")
+        if not isinstance(self.layers, int):
+            _tuples(self, "layers")
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in self.layer_tuple):
+            raise InputError(f"layers must be a whole number or a tuple of them, not {self.layers}")
+        _whole(self, 1, "width")
+        _whole(self, 0, "seed")
+        _positive(self, "target_l0")
+        if self.threshold is not None:
+            _not_negative(self, "threshold")
         if self.target_l0 >= self.width * len(self.layer_tuple):
             raise InputError(f"target_l0 {self.target_l0} must be below the width {self.width}")
         if list(self.layer_tuple) != sorted(set(self.layer_tuple)) or not self.layer_tuple:
@@ -126,7 +161,7 @@ class CoderConfig:
 
     @property
     def folder(self) -> str:
-        """The name of its folder, as the release spells it."""
+        """Its folder, named as in the release, with the width and the target L0 in figures."""
         if self.name:
             return self.name
         if self.several:
@@ -154,11 +189,15 @@ class OptimizerConfig:
     b1: float = 0.0
     b2: float = 0.999
     epsilon: float = 1e-8
+    step_limit: float = 1e-3  # see `step.limited`; not in the paper; 0: off
     clip: float = 1.2  # see `step.clipped`; not in the paper; 0: off
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "epsilon")
-        _not_negative(self, "clip")
+        _not_negative(self, "clip", "step_limit")
+        _whole(self, 0, "warmup")
+        _share(self, "b1", "b2")
+        _check(self, "a share from 0 to 1", lambda v: 0 <= v <= 1, "decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +221,8 @@ class TrainConfig:
     sparse: float = 4.0  # slots for active features a token, in target L0s, of the sparse step;
     #                      0: dense products. Tokens that need more make that update dense.
     precision: str = "default"  # of the coders' products, float32 in and out: "default" is the
-    #                             backend's (TPU: one pass of bfloat16, GPU: TF32, CPU: float32)
+    #                             backend's (TPU: one pass of bfloat16, GPU: TF32); CPUs
+    #                             compute in float32 whatever is set
     mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
     #                                      over the features, on CPUs one device
     seed: int = 0
@@ -191,7 +231,16 @@ class TrainConfig:
     track: tuple[str, ...] = ()  # "tensorboard", "wandb", beside log.jsonl
 
     def __post_init__(self) -> None:
-        _positive(self, "tokens", "rows", "length", "buffer", "batch", "updates", "keep")
+        counts = ("tokens", "rows", "length", "buffer", "batch", "updates", "keep")
+        _whole(self, 1, *counts)
+        _whole(self, 0, "first", "seed")
+        _not_negative(self, "sparse")
+        _positive(self, "checkpoint_every")
+        _tuples(self, "coders", "track")
+        if self.mesh is not None:
+            _tuples(self, "mesh")
+            if len(self.mesh) != 2 or not all(isinstance(n, int) and n > 0 for n in self.mesh):
+                raise InputError(f"mesh must be two numbers of devices, not {self.mesh}")
         if not self.coders:
             raise InputError("a run needs at least one coder")
         _one_of("precision", self.precision, PRECISIONS)
@@ -203,6 +252,8 @@ class TrainConfig:
             raise InputError(f"tokens {self.tokens} do not fill the buffer of {self.buffer}")
         if self.store and any(c.loss.kl_weight for c in self.coders):
             raise InputError("kl_weight needs the model on text, not stored activations")
+        if self.updates > 1 and any(c.loss.kl_weight for c in self.coders):
+            raise InputError("kl_weight needs updates=1: it makes one update of a model pass")
         folders = [c.folder for c in self.coders]
         twice = sorted({f for f in folders if folders.count(f) > 1})
         if twice:

@@ -175,6 +175,18 @@ def first_state(plan: Plan, model: GemmaConfig) -> TrainState:
     return jax.jit(lambda: init_state(plan, model), out_shardings=places)()
 
 
+def abstract_state(plan: Plan, model: GemmaConfig) -> TrainState:
+    """Shapes, dtypes and places of `first_state`."""
+    shapes = jax.eval_shape(lambda: init_state(plan, model))
+    places = placement(plan, model)
+    if places is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: here, shapes)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
+    )
+
+
 def placement(plan: Plan, model: GemmaConfig) -> Any:
     """`state_shardings` of a run, None for one device."""
     if plan.mesh is None:
@@ -209,7 +221,10 @@ def fill(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
 
 
 def draw(state: TrainState, plan: Plan) -> tuple[TrainState, Sites]:
-    """A batch from the buffer: each slot once in every sweep, in another order each time."""
+    """A batch from the buffer: each slot at most once in a sweep, in another order each time.
+
+    What a sweep leaves over, where the batch does not divide the buffer, waits for the next.
+    """
     size, batch = state.order.shape[0], plan.config.batch
     key, shuffle = jax.random.split(state.key)
     over = state.drawn + batch > size
@@ -259,6 +274,7 @@ def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState,
     grads = clipped(grads, old.optimizer, config.optimizer)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         changes, moments = optimizer(config).update(grads, old.optimizer, w)
+    changes = limited(changes, config.optimizer)
     w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
     w = dataclasses.replace(w, w_dec=unit_decoder(w.w_dec), threshold=jnp.maximum(w.threshold, 0.0))
     parts = dict(parts)
@@ -284,10 +300,33 @@ def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
         over = lambda a: jnp.sum(a, tuple(range(1, a.ndim)), keepdims=True)
         limit = config.clip * jnp.sqrt(over(nu) / jnp.maximum(known, 1e-9))
         norm = jnp.sqrt(over(g * g))
-        return jnp.where((count > 0) & (norm > limit), g * (limit / jnp.maximum(norm, 1e-30)), g)
+        return jnp.where((limit > 0) & (norm > limit), g * (limit / jnp.maximum(norm, 1e-30)), g)
 
     cut = jax.tree.map(one, grads, moments.nu)
     return dataclasses.replace(cut, threshold=grads.threshold)
+
+
+def limited(changes: Weights, config: OptimizerConfig) -> Weights:
+    """Adam's changes, before the learning rate, with those of single features cut.
+
+    A feature that is seldom active has moments of nearly 0: without momentum, the first token on
+    which it is active again moves each of its weights by up to 30 learning rates. At high rates
+    that makes something else of the feature, and the more of them are rare, the less a coder
+    learns. No feature's encoder, decoder or bias moves by more than `step_limit` (root mean square
+    of its entries), or the learning rate if that is larger. Thresholds are left alone, see
+    `clipped`.
+    """
+    if not config.step_limit:
+        return changes
+    most = max(1.0, config.step_limit / config.learning_rate)
+
+    def one(u):
+        rows = u.ndim == 4  # [N, X, features or inputs, D]; biases are [N, X, F or D]
+        size = jnp.sqrt(jnp.mean(u * u, -1, keepdims=True)) if rows else jnp.abs(u)
+        return u / jnp.maximum(1.0, size / most)
+
+    cut = jax.tree.map(one, changes)
+    return dataclasses.replace(cut, threshold=changes.threshold)
 
 
 def _across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

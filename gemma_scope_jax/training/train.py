@@ -28,8 +28,8 @@ from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.coders.splice import Coder
 from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.load import load_model
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.checkpoints.load import load_model, model_config
+from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
@@ -38,11 +38,12 @@ from gemma_scope_jax.training.checkpoints import Checkpoints
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.progress import Progress
-from gemma_scope_jax.training.recipe import TrainConfig, as_json
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 from gemma_scope_jax.training.weights import Group, fold, unfold
 
+STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
 AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
-SAMPLE = 8192  # activations from which coders start
+SAMPLE = 8192  # activations from which coders start and TopK is calibrated
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
@@ -76,12 +77,13 @@ def train(
 
     They are also written to `out`/coders in the published layout. `data` may be any iterable of
     strings, or a function that returns one, in place of `config.data`. SIGTERM and Ctrl-C save a
-    checkpoint and leave. Raises `InputError` for data, models and folders that do not fit.
+    checkpoint and exit with status 143. Raises `InputError` for data, models and folders that do
+    not fit.
     """
     out = folder_path(out)
     _check_folder(config, out)
     mesh = _mesh(config)
-    model = model or load_model(config.model, dtype=config.model_dtype, mesh=mesh)
+    model = model or _model(config, mesh)
     _check_layers(config, model)
     run = _Run(config, out, model, mesh, data)
     try:
@@ -93,6 +95,14 @@ def train(
             f"{out}: no room left on the disk ({error}); checkpoints written before are whole, so "
             "make room and run the same command again"
         ) from error
+
+
+def _model(config: TrainConfig, mesh: Any) -> Model:
+    """The run's model; for a run on stored activations its shapes alone."""
+    if not config.store:
+        return load_model(config.model, dtype=config.model_dtype, mesh=mesh)
+    shape = model_config(config.model)
+    return Model(abstract_params(shape, config.model_dtype), shape)
 
 
 def store_activations(
@@ -115,6 +125,13 @@ def store_activations(
 def _mesh(config: TrainConfig) -> Any:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
+        data = config.mesh[0]
+        for name in ("batch",) if config.store else ("batch", "rows"):
+            if getattr(config, name) % data:
+                raise InputError(
+                    f"{name} {getattr(config, name)} must be a multiple of the {data} devices that "
+                    "`mesh` splits it over"
+                )
         return make_mesh(*config.mesh) if config.mesh != (1, 1) else None
     devices = jax.devices()
     alone = len(devices) == 1 or (devices[0].platform == "cpu" and jax.process_count() == 1)
@@ -128,10 +145,23 @@ def _check_layers(config: TrainConfig, model: Model) -> None:
                 raise InputError(f"layer {layer}: the model has 0..{model.config.layers - 1}")
 
 
-def _decisive(config: dict) -> dict:
-    """What of a config in JSON decides the results."""
-    free = ("checkpoint_every", "keep", "track", "mesh")
-    return {k: v for k, v in config.items() if k not in free}
+FREE = ("checkpoint_every", "keep", "track", "mesh")  # of a config, what does not decide results
+
+
+def _differences(there: Any, here: dict) -> list[str]:
+    """The fields in which two configs in JSON decide on other results; those added since the
+    older was written count as their default."""
+    default = json.loads(json.dumps(as_json(TrainConfig((CoderConfig(0),)))))
+
+    def whole(given: Any, default: Any) -> Any:
+        if isinstance(default, dict) and isinstance(given, dict):
+            return given | {k: whole(given.get(k, v), v) for k, v in default.items()}
+        if isinstance(default, list) and default and isinstance(default[0], dict):
+            return [whole(one, default[0]) for one in given]
+        return given
+
+    there, here = whole(there, default), whole(here, default)
+    return [k for k in there if k not in FREE and there[k] != here.get(k)]
 
 
 def _check_folder(config: TrainConfig, out: epath.Path) -> None:
@@ -141,11 +171,10 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
         return
     try:
         there = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: damaged, no JSON; choose another folder") from error
-    here = json.loads(json.dumps(as_json(config)))
-    if _decisive(there) != _decisive(here):
-        other = [k for k, v in _decisive(here).items() if there.get(k) != v]
+        other = _differences(dict(there), json.loads(json.dumps(as_json(config))))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: damaged, no config; choose another folder") from error
+    if other:
         raise InputError(
             f"{out} holds a run of another config ({', '.join(other)} differ): choose another"
         )
@@ -180,7 +209,7 @@ class _Run:
     """One run: what the loop needs beside the state."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
-        self.config, self.out, self.model, self.stop = config, out, model, False
+        self.config, self.out, self.model, self.stop, self.tokens = config, out, model, False, 0
         self.plan = steps.make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
@@ -190,9 +219,10 @@ class _Run:
 
     def loop(self) -> steps.TrainState:
         config, feed = self.config, self.feed
-        state, done, position = self.checkpoints.restore(
-            steps.first_state(self.plan, self.model.config)
-        )
+        found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
+        state, done, position = found or (
+            steps.first_state(self.plan, self.model.config), 0, None
+        )  # fmt: skip
         parts, self.saved, started = None, time.time(), int(state.total) > 0
         with _signals(self._asked_to_stop), feed.batches(position, done) as data:
             _remember_config(config, self.out)
@@ -202,6 +232,7 @@ class _Run:
                     state, started = self.start(state, done), True
                 batch, position = next(data, (None, position))
                 if batch is None:  # the text was given as an iterator, and has ended
+                    self._ended(done)
                     break
                 state, new = feed.step(state, batch, started)
                 jax.block_until_ready(parts)  # the host is never more than one pass ahead
@@ -214,7 +245,8 @@ class _Run:
                 if stop and done < config.passes:
                     progress.flush()
                     self.checkpoints.close()
-                    raise SystemExit(f"stopped at pass {done}; run the same command to go on")
+                    print(f"stopped at pass {done}; run the same command to go on", file=sys.stderr)
+                    raise SystemExit(STOPPED)
             progress.flush()
         if not started:
             raise InputError(
@@ -223,7 +255,13 @@ class _Run:
             )
         self.checkpoints.save(done, state, position, wait=True)
         self.checkpoints.close()
+        self.tokens = done * config.tokens_a_pass
         return state
+
+    def _ended(self, done: int) -> None:
+        read, o = done * self.config.tokens_a_pass, self.config.optimizer
+        more = "; the learning rate had not come down" if o.decay else ""
+        print(f"the text ended at {read:,} of {self.config.tokens:,} tokens{more}", file=sys.stderr)
 
     def start(self, state: steps.TrainState, done: int) -> steps.TrainState:
         state = start(self.plan, state, self.feed.sample(state), self.starts)
@@ -250,16 +288,24 @@ class _Run:
 
     def finish(self, state: steps.TrainState) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
-        found = coders(self.plan, state, self.feed.sample(state))
+        needed = any(c.activation != "jumprelu" for c in self.config.coders)
+        found = coders(self.plan, state, self.feed.sample(state) if needed else {})
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             found = {k: multihost_utils.process_allgather(c, tiled=True) for k, c in found.items()}
         for name, coder in found.items() if jax.process_index() == 0 else ():
             save_coder(coder, self.out / "coders" / name)
-            write_card(self.out / "coders" / name, name, self.config, self.out / "log.jsonl")
+            write_card(
+                self.out / "coders" / name, name, self.config, self.out / "log.jsonl", self.tokens
+            )
             print(self.out / "coders" / name, flush=True)
         return found
+
+
+def some(sample: steps.Sites, count: int) -> steps.Sites:
+    """About `count` of the activations {site: [L, B, D]}, evenly spaced."""
+    return {site: rows[:, :: max(1, rows.shape[1] // count)] for site, rows in sample.items()}
 
 
 def start(
@@ -269,8 +315,8 @@ def start(
 
     `starts` is what `load_starts` gives.
     """
-    state = dataclasses.replace(state, scale=steps.scales(sample, plan))
-    few = {site: rows[:, :SAMPLE] for site, rows in sample.items()}
+    state = dataclasses.replace(state, scale=steps.scales(some(sample, 2 * SAMPLE), plan))
+    few = some(sample, SAMPLE)
     new = []
     for group, old in zip(plan.groups, state.groups):
         x, y = steps.pairs(plan, group, few, state.scale)
@@ -297,12 +343,11 @@ def coders(plan: steps.Plan, state: steps.TrainState, sample: steps.Sites) -> di
     TopK and BatchTopK become JumpReLU with the threshold at which `sample` has the target L0.
     """
     config, found = plan.config, {}
-    few = {site: rows[:, :SAMPLE] for site, rows in sample.items()}
     name = config.model if "/" in config.model else f"google/{config.model}"
     for group, own in zip(plan.groups, state.groups):
         weights = own.weights
         if group.like.activation != "jumprelu":
-            x, _ = steps.pairs(plan, group, few, state.scale)
+            x, _ = steps.pairs(plan, group, some(sample, SAMPLE), state.scale)
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
             width = c.width * len(c.layer_tuple)
