@@ -325,6 +325,23 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
         assert float(group.weights.threshold.min()) >= 0
 
 
+def test_products_have_the_precision_asked_for():
+    plan = steps.make_plan(recipe(coder(2, width=16)), dataclasses.replace(MODEL, d_model=6))
+    state = jax.eval_shape(lambda: steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)))
+    x = {"resid_post": jax.ShapeDtypeStruct((1, 128, 6), jnp.float32)}
+
+    def products(precision):
+        config = dataclasses.replace(plan.config, precision=precision)
+        step = jax.make_jaxpr(
+            lambda s, x: steps.update(s, x, dataclasses.replace(plan, config=config))
+        )
+        return [line for line in str(step(state, x)).splitlines() if "precision=" in line]
+
+    assert len(products("float32")) > 3 and all("None" in line for line in products("default"))
+    assert all("HIGHEST" in line for line in products("float32"))
+    assert all("HIGH" in line and "HIGHEST" not in line for line in products("tensorfloat32"))
+
+
 def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alone():
     config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
