@@ -21,7 +21,8 @@ sae = CoderConfig(
     target_l0=50,
     prefixes=(256, 1024),
     threshold=None,
-    loss=dataclasses.replace(LOSS, frequency_weight=0.01),
+    # From more features on: with 50 of them from the beginning, two thirds of all come to nothing.
+    loss=dataclasses.replace(LOSS, frequency_weight=0.01, l0_start=400.0, l0_warmup=6000),
 )
 transcoders = tuple(
     CoderConfig(

@@ -60,8 +60,9 @@ def from_data(w: Weights, group: Group, x: jax.Array, y: jax.Array) -> Weights:
 
     With `threshold=None` the decoder bias starts at the mean, the affine skip at the ridge
     regression of y on x, and each threshold where its feature is active on target_l0 / (X F) of the
-    tokens: a short run then starts near its target L0 with nothing dead, instead of spending itself
-    on getting there from half of all features.
+    tokens (of l0_start, where the target comes down from it): a short run then starts near its
+    target L0 with nothing dead, instead of spending itself on getting there from half of all
+    features.
     """
     if group.like.threshold is not None:
         return w
@@ -79,7 +80,8 @@ def from_data(w: Weights, group: Group, x: jax.Array, y: jax.Array) -> Weights:
     if not group.like.centred:
         b_enc = -jnp.einsum("nxfd,nxd->nxf", w.w_enc, mean_x)
     w = dataclasses.replace(w, b_dec=b_dec, b_enc=b_enc)
-    share = [c.target_l0 / (group.X * group.like.width) for c in group.coders]
+    starts = [c.loss.l0_start or c.target_l0 for c in group.coders]
+    share = [l0 / (group.X * group.like.width) for l0 in starts]
     bias = encoder_bias(w, group.like.centred)
     rows = [[_exceeded(w.w_enc[n, i] @ x[n, i].T, share[n]) for i in range(group.X)]
             for n in range(len(group.coders))]  # fmt: skip
