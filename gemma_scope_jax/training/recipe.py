@@ -226,7 +226,7 @@ class TrainConfig:
     mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
     #                                      over the features, on CPUs one device
     seed: int = 0
-    checkpoint_every: float = 300.0  # seconds
+    checkpoint_every: float = 300.0  # seconds; 0: after every pass
     keep: int = 2  # checkpoints
     track: tuple[str, ...] = ()  # "tensorboard", "wandb", beside log.jsonl
 
@@ -234,8 +234,7 @@ class TrainConfig:
         counts = ("tokens", "rows", "length", "buffer", "batch", "updates", "keep")
         _whole(self, 1, *counts)
         _whole(self, 0, "first", "seed")
-        _not_negative(self, "sparse")
-        _positive(self, "checkpoint_every")
+        _not_negative(self, "sparse", "checkpoint_every")
         _tuples(self, "coders", "track")
         if self.mesh is not None:
             _tuples(self, "mesh")
