@@ -87,7 +87,7 @@ def train(
     _check_layers(config, model)
     run = _Run(config, out, model, mesh, data)
     try:
-        return run.finish(run.loop())
+        return run.finish(*run.loop())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -209,7 +209,7 @@ class _Run:
     """One run: what the loop needs beside the state."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
-        self.config, self.out, self.model, self.stop, self.tokens = config, out, model, False, 0
+        self.config, self.out, self.model, self.stop = config, out, model, False
         self.plan = steps.make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
@@ -217,7 +217,8 @@ class _Run:
         self.starts = load_starts(config)
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
 
-    def loop(self) -> steps.TrainState:
+    def loop(self) -> tuple[steps.TrainState, int]:
+        """(the last state, passes done)."""
         config, feed = self.config, self.feed
         found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
         state, done, position = found or (
@@ -255,8 +256,7 @@ class _Run:
             )
         self.checkpoints.save(done, state, position, wait=True)
         self.checkpoints.close()
-        self.tokens = done * config.tokens_a_pass
-        return state
+        return state, done
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
@@ -286,8 +286,9 @@ class _Run:
     def _asked_to_stop(self, *_) -> None:
         self.stop = True
 
-    def finish(self, state: steps.TrainState) -> dict[str, Coder]:
+    def finish(self, state: steps.TrainState, done: int) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
+        tokens, log = done * self.config.tokens_a_pass, self.out / "log.jsonl"
         needed = any(c.activation != "jumprelu" for c in self.config.coders)
         found = coders(self.plan, state, self.feed.sample(state) if needed else {})
         if jax.process_count() > 1:
@@ -296,9 +297,7 @@ class _Run:
             found = {k: multihost_utils.process_allgather(c, tiled=True) for k, c in found.items()}
         for name, coder in found.items() if jax.process_index() == 0 else ():
             save_coder(coder, self.out / "coders" / name)
-            write_card(
-                self.out / "coders" / name, name, self.config, self.out / "log.jsonl", self.tokens
-            )
+            write_card(self.out / "coders" / name, name, self.config, log, tokens)
             print(self.out / "coders" / name, flush=True)
         return found
 
