@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 
@@ -85,7 +85,5 @@ def local_copy(folder: str | os.PathLike) -> Path:
     except InputError:
         raise
     except Exception as error:  # the clients raise types of their own
-        raise InputError(
-            f"{remote}: cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise InputError(f"{remote}: cannot be read ({reason(error)})") from error
     return copy

@@ -16,6 +16,11 @@ class InputError(ValueError):
         super().__init__(" ".join(str(message).split()))
 
 
+def reason(error: BaseException) -> str:
+    """What somebody else's exception says, in one line of at most 200 letters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """ "; did you mean a, b, c?" for the `known` names nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.training import sparse, sparse_triton
+from gemma_scope_jax.training import sparse, sparse_cpu, sparse_triton, sparse_xla
 from gemma_scope_jax.training.sparse import decode_active, encode_active, kth_largest
 
 B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
@@ -18,19 +18,19 @@ B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
 
 CPU = jax.default_backend() == "cpu"
 COMPILER = CPU and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-FORMS = (*(("kernels",) if COMPILER else ()), "triton", "xla")  # "triton" is interpreted here
+FORMS = (*(("cpu",) if COMPILER else ()), "triton", "xla")  # "triton" is interpreted here
 on_cpu = pytest.mark.skipif(not CPU, reason="about the kernels for CPUs")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on this machine")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    assert not CPU or sparse.kernels() == COMPILER
+    assert not CPU or sparse_cpu.available() == COMPILER
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK", 4 * K * E)  # the XLA form: chunks of four tokens
+    monkeypatch.setattr(sparse_xla, "CHUNK", 4 * K * E)  # the XLA form: chunks of four tokens
     monkeypatch.setattr(sparse, "TOKENS", 8)
     return request.param
 
@@ -237,7 +237,7 @@ def test_kernels_do_not_depend_on_the_run():
 
     def gradients(f, w):
         y, back = jax.vjp(
-            lambda f, w: decode_active(f, feature, count, w, TRIANGLE, form="kernels"), f, w
+            lambda f, w: decode_active(f, feature, count, w, TRIANGLE, form="cpu"), f, w
         )
         return y, *back(jnp.asarray(g))
 
@@ -309,9 +309,9 @@ def test_the_gpu_kernels_become_triton_code(monkeypatch):
 def fresh(tmp_path, monkeypatch):
     """An empty cache folder, and no memory of an earlier compile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    sparse.kernels.cache_clear()
+    sparse_cpu.available.cache_clear()
     yield tmp_path
-    sparse.kernels.cache_clear()
+    sparse_cpu.available.cache_clear()
 
 
 @on_cpu
@@ -322,7 +322,7 @@ def test_without_kernels_one_line_and_the_xla_form(why, fresh, monkeypatch, capf
     elif why == "fails":
         source = fresh / "broken.cc"
         source.write_text("int main( {")
-        monkeypatch.setattr(sparse, "SOURCE", source)
+        monkeypatch.setattr(sparse_cpu, "SOURCE", source)
     else:
         (fresh / "gemma_scope_jax").write_text("in the way of the folder")
     assert sparse.sparse_form() == sparse.sparse_form() == "xla"
@@ -340,10 +340,10 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
     """A stand-in source: what counts here is the file, not what it does."""
     source = fresh / "small.cc"
     source.write_text('extern "C" int answer() { return 42; }')
-    monkeypatch.setattr(sparse, "SOURCE", source)
-    file = sparse._library()
+    monkeypatch.setattr(sparse_cpu, "SOURCE", source)
+    file = sparse_cpu._library()
     made = file.stat().st_mtime_ns
-    assert sparse._library() == file and file.stat().st_mtime_ns == made
+    assert sparse_cpu._library() == file and file.stat().st_mtime_ns == made
     assert list(file.parent.iterdir()) == [file]
     source.write_text('extern "C" int answer() { return 43; }')
-    assert sparse._library() != file
+    assert sparse_cpu._library() != file

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.training import losses, objective, sparse
+from gemma_scope_jax.training import losses, objective, sparse, sparse_cpu
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 from gemma_scope_jax.training.objective import calibrated, gradients
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig
@@ -338,7 +338,7 @@ def test_topk_keeps_the_largest_and_trains_no_threshold(name):
 # The sparse step
 
 
-FORMS = (*(("kernels",) if sparse.kernels() else ()), "xla", "triton")
+FORMS = (*(("cpu",) if sparse_cpu.available() else ()), "xla", "triton")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import is_remote
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 
 _CODES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
@@ -102,8 +102,7 @@ def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO],
         except (TypeError, InputError):
             raise
         except Exception as error:  # the clients raise types of their own
-            why = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder / name}: cannot be written ({why})") from error
+            raise InputError(f"{folder / name}: cannot be written ({reason(error)})") from error
 
 
 def disk_error(path: str | os.PathLike, error: OSError) -> InputError:

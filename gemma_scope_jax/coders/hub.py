@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemma_scope_jax.coders.atomic_files import disk_error
 from gemma_scope_jax.coders.catalog import Address, nearest_addresses
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 
 
 def fetch_folder(address: Address, revision: str | None = None) -> Path:
@@ -69,6 +69,6 @@ def _not_there(address: Address, name: str, error: Exception) -> InputError:
 def _unreachable(address: Address, name: str, error: Exception) -> InputError:
     return InputError(
         f"{address}: {name} is not in the cache and cannot be fetched "
-        f"({type(error).__name__}: {str(error)[:200]}); check the network, or download the folder "
+        f"({type(error).__name__}: {reason(error)}); check the network, or download the folder "
         "elsewhere and pass its path"
     )

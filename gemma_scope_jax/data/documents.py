@@ -21,7 +21,7 @@ from gemma_scope_jax.data.document_files import (
     text_files,
 )
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.tokenizer import ROLES
 
 Chat = Sequence[Mapping[str, str]]
@@ -204,7 +204,7 @@ def _tfds(data: TextData) -> Indexed:
         source = builder.as_data_source(split=data.split)
     except Exception as error:  # TFDS raises dozens of types
         raise InputError(
-            f"TFDS dataset {data.tfds!r}, split {data.split!r}: {str(error)[:200]}; prepare it by "
+            f"TFDS dataset {data.tfds!r}, split {data.split!r}: {reason(error)}; prepare it by "
             f"`tfds build {data.tfds} --file_format=array_record`"
         ) from error
     if not len(source):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.training.step import TrainState
 
 
@@ -47,7 +47,7 @@ class Checkpoints:
                 )
                 found = _keyed(both["state"]), step, both["data"]["positions"]
             except Exception as error:  # whatever Orbax and the file system raise for bad files
-                why = " ".join(str(error).split())[:200]
+                why = reason(error)
                 if _is_no_damage(error):
                     raise InputError(
                         f"{self.folder / str(step)}: cannot be read now ({why}); nothing was lost, "
@@ -87,7 +87,7 @@ class Checkpoints:
         except Exception as error:  # Orbax wraps what the file system says in several types
             raise InputError(
                 f"{self.folder}: the checkpoint of pass {step} could not be written "
-                f"({' '.join(str(error).split())[:200]}); those before it are whole, so make room "
+                f"({reason(error)}); those before it are whole, so make room "
                 "and run the same command again"
             ) from error
 

@@ -5,47 +5,31 @@ the dense step is zero, and so is its gradient. Exactly the same values and grad
 dense product, x with the encoder (2 D F flop a token), and lists of the active entries: the decoder
 gathers rows, and so do all gradients.
 
-XLA writes gathered rows to memory before it multiplies them, which on a CPU costs several times the
-dense product itself. So there are three forms of everything here. "kernels": C++ for CPUs, compiled
-at the first use with the machine's compiler and kept in a cache folder. "triton": Pallas kernels
-for NVIDIA GPUs (`sparse_triton`). "xla": plain jax.numpy, chunked over tokens, for other backends
-and for machines without a compiler. `sparse_form` chooses.
+The products come in three forms: "cpu", C++ compiled at the first use (`sparse_cpu`); "triton",
+Pallas kernels for NVIDIA GPUs (`sparse_triton`); "xla", jax.numpy for other backends and machines
+without a compiler (`sparse_xla`). `sparse_form` chooses.
 
 Axes: S sources (coders, or the layers a coder reads), B tokens, K entries a token, D inputs,
 F features, P decoders, T targets, M groups of features, E outputs. All floats are float32.
 """
 
-import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import jaxlib
-import numpy as np
 
-from gemma_scope_jax.buckets import cache_folder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.training import sparse_cpu, sparse_xla
 
-SOURCE = Path(__file__).with_name("sparse_kernels.cc")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
-TOKENS = 256  # that the kernels' form encodes at a time
-CHUNK = 2**24  # floats that the XLA form gathers at a time
+TOKENS = 256  # encoded at a time, but by the form "xla"
 # Features a slot from which a sparse step is faster than a dense one. "triton" was measured on an
 # H100 in TF32 at D 640: dense wins at 79 (3.3 against 4.8 ms), sparse at 315 (8.5 against 10.9). Of
 # "xla" it is arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte.
-FEATURES_A_SLOT = {"kernels": 2, "triton": 192, "xla": 512}
+FEATURES_A_SLOT = {"cpu": 2, "triton": 192, "xla": 512}
 
 Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
 
@@ -59,13 +43,13 @@ class Active:
     count: jax.Array  # int32 [S, B]: how many there are; above K: the entries are incomplete
 
 
-# ---- the compiled kernels ------------------------------------------------------------------------
+# ---- the forms -----------------------------------------------------------------------------------
 
 
 def sparse_form() -> str:
-    """ "kernels" on CPUs where they compile, "triton" on NVIDIA GPUs, else "xla"."""
+    """ "cpu" on CPUs where it compiles, "triton" on NVIDIA GPUs, else "xla"."""
     if jax.default_backend() == "cpu":
-        return "kernels" if kernels() else "xla"
+        return "cpu" if sparse_cpu.available() else "xla"
     return "triton" if jax.default_backend() == "gpu" and triton() else "xla"
 
 
@@ -76,80 +60,20 @@ def triton() -> bool:
         slots = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
         count = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         values = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
-        jax.jit(partial(_gpu().per_feature, width=2)).lower(values, slots, count).compile()
+        jax.jit(partial(_form("triton").per_feature, width=2)).lower(values, slots, count).compile()
     except Exception as error:  # whatever Pallas, Triton or the driver say
-        reason = " ".join(str(error).split())[:200]
-        print(f"no GPU kernels, wide coders train slower: {reason}", file=sys.stderr)
+        print(f"no GPU kernels, wide coders train slower: {reason(error)}", file=sys.stderr)
         return False
     return True
 
 
-@functools.cache
-def kernels() -> bool:
-    """Whether the CPU kernels are there; compiles and registers them at the first call.
+def _form(name: str) -> Any:
+    """The module of a form."""
+    if name == "triton":  # imported only where used: Pallas' Triton backend may not be there
+        from gemma_scope_jax.training import sparse_triton
 
-    Where that fails, one line on standard error says why. $CXX chooses the compiler.
-    """
-    try:
-        _register(_library())
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        text = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
-        reason = " ".join((lines or ["unknown error"])[0].split())
-        print(f"no CPU kernels, training runs slower: {reason}", file=sys.stderr)
-        return False
-    return True
-
-
-def _gpu() -> Any:
-    """`sparse_triton`, imported only where it is used: Pallas' Triton backend may not be there."""
-    from gemma_scope_jax.training import sparse_triton
-
-    return sparse_triton
-
-
-def _library() -> Path:
-    """The compiled kernels for this machine, compiler and jaxlib; compiled if not there yet."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next(filter(None, map(shutil.which, wanted)), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C++ compiler ({', '.join(wanted)}) found; set CXX to one")
-    run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=600)
-    version = run([compiler, "--version"]).stdout
-    key = (SOURCE.read_text(), FLAGS, version, jaxlib.__version__, _cpu())
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    file = cache_folder() / "kernels" / f"{name}.so"
-    if file.exists():
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may compile the same: each writes its own file, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
-        os.replace(made, file)
-    return file
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    kinds = ("model name", "flags", "features")
-    return platform.machine() + str(sorted({x for x in lines if x.lower().startswith(kinds)}))
-
-
-@functools.cache
-def _register(library: Path) -> None:
-    handlers = ctypes.CDLL(str(library))
-    for name in NAMES:
-        handler = jax.ffi.pycapsule(getattr(handlers, f"gemma_scope_{name}"))
-        jax.ffi.register_ffi_target(f"gemma_scope_{name}", handler, platform="cpu")
-
-
-def _call(name: str, *shapes):
-    """A kernel as a function; each shape is (dtype, *sizes)."""
-    results = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in shapes]
-    return jax.ffi.ffi_call(f"gemma_scope_{name}", results, vmap_method="sequential")
+        return sparse_triton
+    return sparse_cpu if name == "cpu" else sparse_xla
 
 
 # ---- the encoder ---------------------------------------------------------------------------------
@@ -187,52 +111,19 @@ def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
         return some(x)
     # A fifth faster than all at once, and all of z is never there: 1 GB for 4096 tokens at 65k.
     chunks = max(1, -(-b // TOKENS))
-    active = jax.lax.map(some, _split(x, 1, -(-b // chunks)))
-    return jax.tree.map(lambda a: _join(a, 1, b), active)
+    active = jax.lax.map(some, sparse_xla.split(x, 1, -(-b // chunks)))
+    return jax.tree.map(lambda a: sparse_xla.join(a, 1, b), active)
 
 
 def _encode_some(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
     z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
-    s, b, f = z.shape
-    if form == "kernels":
-        slots = (s, b, capacity)
-        call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, s, b))
-        return Active(*call(z, b_enc, low))
+    if form == "cpu":
+        return Active(*sparse_cpu.compact(z, b_enc, low, capacity))
     z = z + b_enc[:, None, :]
-    feature, count = _first_above(z, low, capacity)
+    feature, count = sparse_xla.first_above(z, low, capacity)
     used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
     feature = jnp.where(used, feature, 0)
     return Active(jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count)
-
-
-def _first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`; rubbish after.
-
-    One bit an entry, then slot k is found in the running count of bits: z is read once, where a
-    sort or top_k goes through it many times.
-    """
-    s, b, f = z.shape
-    words = -(-f // 32)
-    above = jnp.pad(z > low[:, None, :], ((0, 0), (0, 0), (0, 32 * words - f)))
-    place = jnp.arange(32, dtype=jnp.uint32)
-    bits = above.reshape(s, b, words, 32).astype(jnp.uint32) << place[None, None, None, :]
-    bits = jnp.sum(bits, -1, dtype=jnp.uint32)
-    ones = jax.lax.population_count(bits).astype(jnp.int32)
-    ends = jnp.cumsum(ones, -1)
-    slot = jnp.arange(capacity, dtype=jnp.int32)
-    find = jax.vmap(partial(jnp.searchsorted, v=slot, side="right"))
-    word = jnp.minimum(find(ends.reshape(s * b, words)).reshape(s, b, -1), words - 1)
-    take = lambda a: jnp.take_along_axis(a, word, -1)
-    rank, rest = slot[None, None, :] - take(ends - ones), take(bits)
-    place = jnp.zeros_like(rank)
-    for width in (16, 8, 4, 2, 1):  # the bit of this rank is in the lower or the upper half
-        lower = rest & jnp.uint32((1 << width) - 1)
-        inside = jax.lax.population_count(lower).astype(jnp.int32)
-        upper = rank >= inside
-        rank = jnp.where(upper, rank - inside, rank)
-        rest = jnp.where(upper, rest >> jnp.uint32(width), lower)
-        place = place + jnp.where(upper, width, 0)
-    return 32 * word + place, ends[..., -1]
 
 
 def _encode_fwd(x, w_enc, b_enc, low, capacity, form):
@@ -244,7 +135,7 @@ def _encode_bwd(capacity, form, saved, cotangent):
     x, low, feature, count = saved
     s, f = low.shape
     pairs = tuple((i, i) for i in range(s))
-    dw, db = _rows(cotangent.z, feature, count, x[:, None], pairs, (f,), form)
+    dw, db = _form(form).decode_rows(cotangent.z, feature, count, x[:, None], pairs, (f,))
     return None, dw, db, None
 
 
@@ -290,12 +181,7 @@ def decode_active(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _decode(f, feature, count, w_dec, pairs: Pairs, targets: int, ends, form: str):
-    if form == "xla":
-        return _decode_xla(f, feature, count, w_dec, pairs, targets, ends)
-    if form == "triton":
-        return _gpu().decode(f, feature, count, w_dec, pairs, targets, ends)
-    call = _call("decode", (jnp.float32, targets, len(ends), f.shape[1], w_dec.shape[2]))
-    return call(f, feature, count, w_dec, **_static(pairs, ends))[0]
+    return _form(form).decode(f, feature, count, w_dec, pairs, targets, ends)
 
 
 def _decode_fwd(f, feature, count, w_dec, pairs, targets, ends, form):
@@ -305,115 +191,12 @@ def _decode_fwd(f, feature, count, w_dec, pairs, targets, ends, form):
 
 def _decode_bwd(pairs, targets, ends, form, saved, g):
     f, feature, count, w_dec = saved
-    if form == "xla":
-        df = _values_xla(feature, count, w_dec, g, pairs, ends)
-    elif form == "triton":
-        df = _gpu().decode_values(feature, count, w_dec, g, pairs, ends)
-    else:
-        call = _call("decode_values", (jnp.float32, *f.shape))
-        df = call(feature, count, w_dec, g, **_static(pairs, ends))[0]
-    dw, _ = _rows(f, feature, count, g, pairs, ends, form)
+    df = _form(form).decode_values(feature, count, w_dec, g, pairs, ends)
+    dw, _ = _form(form).decode_rows(f, feature, count, g, pairs, ends)
     return df, None, None, dw
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
-
-
-def _static(pairs: Pairs, ends: tuple[int, ...]) -> dict:
-    return {
-        "pairs": np.asarray(pairs, np.int64).reshape(-1),
-        "ends": np.asarray(ends, np.int64),
-    }
-
-
-def _rows(f, feature, count, g, pairs: Pairs, ends, form: str) -> tuple[jax.Array, jax.Array]:
-    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
-    if form == "xla":
-        return _rows_xla(f, feature, count, g, pairs, ends)
-    if form == "triton":
-        return _gpu().decode_rows(f, feature, count, g, pairs, ends)
-    p, width = len(pairs), ends[-1]
-    call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
-    dw, total = call(f, feature, count, g, **_static(pairs, ends))
-    return dw, total
-
-
-# ---- the decoder in XLA --------------------------------------------------------------------------
-
-
-def _split(a: jax.Array, axis: int, size: int) -> jax.Array:
-    """[.., B, ..] as [B / size, .., size, ..], padded with zeros."""
-    pad = [(0, 0)] * a.ndim
-    pad[axis] = (0, -a.shape[axis] % size)
-    a = jnp.pad(a, pad)
-    a = a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
-    return jnp.moveaxis(a, axis, 0)
-
-
-def _join(a: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse of `_split`."""
-    a = jnp.moveaxis(a, 0, axis)
-    a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
-    return jax.lax.slice_in_dim(a, 0, length, axis=axis)
-
-
-def _chunk(feature: jax.Array, e: int) -> int:
-    _, b, k = feature.shape
-    return max(1, min(b, CHUNK // (k * e)))
-
-
-def _members(feature, count, ends) -> jax.Array:
-    """float32 [S,B,K,M]: 1 where an entry belongs to the group; no group has the empty slots."""
-    group = jnp.sum(feature[..., None] >= jnp.asarray(ends, jnp.int32)[None, None, None, :], -1)
-    used = jnp.arange(feature.shape[-1], dtype=jnp.int32)[None, None, :] < count[..., None]
-    return jax.nn.one_hot(jnp.where(used, group, -1), len(ends), dtype=jnp.float32)
-
-
-def _decode_xla(f, feature, count, w_dec, pairs: Pairs, targets: int, ends):
-    def some(tokens):
-        f, feature, count = tokens
-        scale = f[..., None] * _members(feature, count, ends)
-        y = [jnp.zeros((len(ends), f.shape[1], w_dec.shape[2]), f.dtype)] * targets
-        for p, (s, t) in enumerate(pairs):
-            rows = w_dec[p].at[feature[s]].get(mode="clip")
-            y[t] = y[t] + jnp.einsum("bkm,bke->mbe", scale[s], rows)
-        return jnp.stack(y)
-
-    size = _chunk(feature, w_dec.shape[2])
-    y = jax.lax.map(some, tuple(_split(a, 1, size) for a in (f, feature, count)))
-    return _join(y, 2, f.shape[1])
-
-
-def _values_xla(feature, count, w_dec, g, pairs: Pairs, ends):
-    def some(tokens):
-        feature, count, g = tokens
-        members = _members(feature, count, ends)
-        df = [jnp.zeros(feature.shape[1:], g.dtype)] * feature.shape[0]
-        for p, (s, t) in enumerate(pairs):
-            rows = w_dec[p].at[feature[s]].get(mode="clip")
-            df[s] = df[s] + jnp.sum(jnp.einsum("mbe,bke->bkm", g[t], rows) * members[s], -1)
-        return jnp.stack(df)
-
-    size = _chunk(feature, w_dec.shape[2])
-    tokens = (_split(feature, 1, size), _split(count, 1, size), _split(g, 2, size))
-    return _join(jax.lax.map(some, tokens), 1, feature.shape[1])
-
-
-def _rows_xla(f, feature, count, g, pairs: Pairs, ends):
-    def some(sums, tokens):
-        f, feature, count, g = tokens
-        dw, total = sums
-        scale = f[..., None] * _members(feature, count, ends)
-        for p, (s, t) in enumerate(pairs):
-            dw = dw.at[p, feature[s]].add(jnp.einsum("bkm,mbe->bke", scale[s], g[t]), mode="drop")
-            total = total.at[p, feature[s]].add(jnp.sum(scale[s], -1), mode="drop")
-        return (dw, total), None
-
-    size = _chunk(feature, g.shape[-1])
-    tokens = (*(_split(a, 1, size) for a in (f, feature, count)), _split(g, 2, size))
-    width = (len(pairs), ends[-1])
-    zeros = jnp.zeros((*width, g.shape[-1]), f.dtype), jnp.zeros(width, f.dtype)
-    return jax.lax.scan(some, zeros, tokens)[0]
 
 
 # ---- sums and lookups by feature -----------------------------------------------------------------
@@ -423,10 +206,10 @@ def _rows_xla(f, feature, count, g, pairs: Pairs, ends):
 def per_feature(values: jax.Array, feature: jax.Array, count: jax.Array, width: int, form: str):
     """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
     if form == "triton":
-        return _gpu().per_feature(values, feature, count, width)
+        return _form(form).per_feature(values, feature, count, width)
     pairs = tuple((i, i) for i in range(values.shape[0]))
     nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
-    return _rows(values, feature, count, nothing, pairs, (width,), form)[1]
+    return _form(form).decode_rows(values, feature, count, nothing, pairs, (width,))[1]
 
 
 def _per_feature_fwd(values, feature, count, width, form):
@@ -470,18 +253,8 @@ def kth_largest(z: jax.Array, k: int, form: str | None = None) -> jax.Array:
     if not 1 <= k <= z.size:
         raise InputError(f"kth_largest: k {k} must be 1 to {z.size}, the values there are")
     z = jax.lax.stop_gradient(z)
-    if (form or sparse_form()) == "kernels":
-        return _call("kth_largest", (jnp.float32,))(z, k=np.int64(k))[0]
-    top = jnp.uint32(1 << 31)
-    bits = jax.lax.bitcast_convert_type(z, jnp.uint32)
-    order = jnp.where(bits >= top, ~bits, bits | top)  # sorts as the floats do
-
-    def try_bit(i, best):
-        more = best | (top >> i.astype(jnp.uint32))
-        return jnp.where(jnp.sum(order >= more, dtype=jnp.int32) >= k, more, best)
-
-    best = jax.lax.fori_loop(0, 32, try_bit, jnp.uint32(0))
-    return jax.lax.bitcast_convert_type(jnp.where(best >= top, best ^ top, ~best), jnp.float32)
+    on_cpu = (form or sparse_form()) == "cpu"
+    return (sparse_cpu if on_cpu else sparse_xla).kth_largest(z, k)
 
 
 def _check(where: str, **arrays) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.gguf import GGUFFile, gguf_config, gguf_leaf, open_gguf
 from gemma_scope_jax.model.checkpoints.huggingface import (
     huggingface_config,
@@ -139,10 +139,9 @@ def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
             "check the name, or run `hf auth login`"
         ) from error
     except Exception as error:  # the network stack's exceptions change between hub versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"{repository}: cannot be downloaded ({reason}); check the network, or pass a folder "
-            "that holds it"
+            f"{repository}: cannot be downloaded ({reason(error)}); check the network, or pass a "
+            "folder that holds it"
         ) from error
 
 

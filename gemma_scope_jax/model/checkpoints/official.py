@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
@@ -121,7 +121,7 @@ def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
     try:
         metadata = json.loads((path / "_METADATA").read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}/_METADATA: not readable ({_first(error)})") from error
+        raise InputError(f"{path}/_METADATA: not readable ({reason(error)})") from error
     if not isinstance(metadata, dict):
         raise InputError(f"{path}/_METADATA: not a JSON object")
     return path.resolve(), metadata
@@ -168,7 +168,7 @@ def _result(path: str, name: str, future: Any) -> Any:
         return future.result()
     except Exception as error:  # whatever its drivers raise: ValueError, OverflowError, ...
         raise InputError(
-            f"{path}: {name} is damaged ({_first(error)}); download the checkpoint again"
+            f"{path}: {name} is damaged ({reason(error)}); download the checkpoint again"
         ) from error
 
 
@@ -208,8 +208,3 @@ def _file_shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
 def _stems(table: Mapping[str, tuple[str, Callable]]) -> Iterable[str]:
     """Each name of a table once: w_k and w_v share an array, and so do w_gate and w_up."""
     return dict.fromkeys(stem for stem, _ in table.values())
-
-
-def _first(error: Exception) -> str:
-    """The first line of an error's text, kept short."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,131 @@
+"""The active entries' products in plain jax.numpy, where neither C++ nor GPU kernels are to be had.
+
+The same sums as in `sparse`, where the axes are explained. XLA writes gathered rows to memory
+before it multiplies them, so tokens are taken some at a time.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 2**24  # floats gathered at a time
+
+
+def first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`; rubbish after.
+
+    One bit an entry, then slot k is found in the running count of bits: z is read once, where a
+    sort or top_k goes through it many times.
+    """
+    s, b, f = z.shape
+    words = -(-f // 32)
+    above = jnp.pad(z > low[:, None, :], ((0, 0), (0, 0), (0, 32 * words - f)))
+    place = jnp.arange(32, dtype=jnp.uint32)
+    bits = above.reshape(s, b, words, 32).astype(jnp.uint32) << place[None, None, None, :]
+    bits = jnp.sum(bits, -1, dtype=jnp.uint32)
+    ones = jax.lax.population_count(bits).astype(jnp.int32)
+    ends = jnp.cumsum(ones, -1)
+    slot = jnp.arange(capacity, dtype=jnp.int32)
+    find = jax.vmap(partial(jnp.searchsorted, v=slot, side="right"))
+    word = jnp.minimum(find(ends.reshape(s * b, words)).reshape(s, b, -1), words - 1)
+    take = lambda a: jnp.take_along_axis(a, word, -1)
+    rank, rest = slot[None, None, :] - take(ends - ones), take(bits)
+    place = jnp.zeros_like(rank)
+    for width in (16, 8, 4, 2, 1):  # the bit of this rank is in the lower or the upper half
+        lower = rest & jnp.uint32((1 << width) - 1)
+        inside = jax.lax.population_count(lower).astype(jnp.int32)
+        upper = rank >= inside
+        rank = jnp.where(upper, rank - inside, rank)
+        rest = jnp.where(upper, rest >> jnp.uint32(width), lower)
+        place = place + jnp.where(upper, width, 0)
+    return 32 * word + place, ends[..., -1]
+
+
+def split(a: jax.Array, axis: int, size: int) -> jax.Array:
+    """[.., B, ..] as [B / size, .., size, ..], padded with zeros."""
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = (0, -a.shape[axis] % size)
+    a = jnp.pad(a, pad)
+    a = a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
+    return jnp.moveaxis(a, axis, 0)
+
+
+def join(a: jax.Array, axis: int, length: int) -> jax.Array:
+    """The inverse of `split`."""
+    a = jnp.moveaxis(a, 0, axis)
+    a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(a, 0, length, axis=axis)
+
+
+def _chunk(feature: jax.Array, e: int) -> int:
+    _, b, k = feature.shape
+    return max(1, min(b, CHUNK // (k * e)))
+
+
+def _members(feature, count, ends) -> jax.Array:
+    """float32 [S,B,K,M]: 1 where an entry belongs to the group; no group has the empty slots."""
+    group = jnp.sum(feature[..., None] >= jnp.asarray(ends, jnp.int32)[None, None, None, :], -1)
+    used = jnp.arange(feature.shape[-1], dtype=jnp.int32)[None, None, :] < count[..., None]
+    return jax.nn.one_hot(jnp.where(used, group, -1), len(ends), dtype=jnp.float32)
+
+
+def decode(f, feature, count, w_dec, pairs, targets: int, ends):
+    def some(tokens):
+        f, feature, count = tokens
+        scale = f[..., None] * _members(feature, count, ends)
+        y = [jnp.zeros((len(ends), f.shape[1], w_dec.shape[2]), f.dtype)] * targets
+        for p, (s, t) in enumerate(pairs):
+            rows = w_dec[p].at[feature[s]].get(mode="clip")
+            y[t] = y[t] + jnp.einsum("bkm,bke->mbe", scale[s], rows)
+        return jnp.stack(y)
+
+    size = _chunk(feature, w_dec.shape[2])
+    y = jax.lax.map(some, tuple(split(a, 1, size) for a in (f, feature, count)))
+    return join(y, 2, f.shape[1])
+
+
+def decode_values(feature, count, w_dec, g, pairs, ends):
+    def some(tokens):
+        feature, count, g = tokens
+        members = _members(feature, count, ends)
+        df = [jnp.zeros(feature.shape[1:], g.dtype)] * feature.shape[0]
+        for p, (s, t) in enumerate(pairs):
+            rows = w_dec[p].at[feature[s]].get(mode="clip")
+            df[s] = df[s] + jnp.sum(jnp.einsum("mbe,bke->bkm", g[t], rows) * members[s], -1)
+        return jnp.stack(df)
+
+    size = _chunk(feature, w_dec.shape[2])
+    tokens = (split(feature, 1, size), split(count, 1, size), split(g, 2, size))
+    return join(jax.lax.map(some, tokens), 1, feature.shape[1])
+
+
+def decode_rows(f, feature, count, g, pairs, ends):
+    def some(sums, tokens):
+        f, feature, count, g = tokens
+        dw, total = sums
+        scale = f[..., None] * _members(feature, count, ends)
+        for p, (s, t) in enumerate(pairs):
+            dw = dw.at[p, feature[s]].add(jnp.einsum("bkm,mbe->bke", scale[s], g[t]), mode="drop")
+            total = total.at[p, feature[s]].add(jnp.sum(scale[s], -1), mode="drop")
+        return (dw, total), None
+
+    size = _chunk(feature, g.shape[-1])
+    tokens = (*(split(a, 1, size) for a in (f, feature, count)), split(g, 2, size))
+    width = (len(pairs), ends[-1])
+    zeros = jnp.zeros((*width, g.shape[-1]), f.dtype), jnp.zeros(width, f.dtype)
+    return jax.lax.scan(some, zeros, tokens)[0]
+
+
+def kth_largest(z: jax.Array, k: int) -> jax.Array:
+    """The k-th largest of all values of z, bit by bit."""
+    top = jnp.uint32(1 << 31)
+    bits = jax.lax.bitcast_convert_type(z, jnp.uint32)
+    order = jnp.where(bits >= top, ~bits, bits | top)  # sorts as the floats do
+
+    def try_bit(i, best):
+        more = best | (top >> i.astype(jnp.uint32))
+        return jnp.where(jnp.sum(order >= more, dtype=jnp.int32) >= k, more, best)
+
+    best = jax.lax.fori_loop(0, 32, try_bit, jnp.uint32(0))
+    return jax.lax.bitcast_convert_type(jnp.where(best >= top, best ^ top, ~best), jnp.float32)
