@@ -17,7 +17,7 @@ from gemma_scope_jax.training.recipe import LossConfig, OptimizerConfig
 TOKENS = int(os.environ.get("TOKENS", 4_200_000))
 CORPUS = os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")
 
-LOSS = LossConfig(l0_weight=0.1, l0_warmup=200, per_token=False, dead_after=400)
+LOSS = LossConfig(l0_weight=0.1, l0_warmup=200, per_token=False, dead_after=200)
 
 RUN: dict[str, Any] = dict(
     data=TextData(files=(f"{CORPUS}/train/*.txt",)),

@@ -407,6 +407,29 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, off, changes))
 
 
+def test_features_are_dead_by_how_seldom_they_are_active():
+    """Silent, once in a while, half the limit, four times the limit; all were frequent before."""
+    loss = LossConfig(dead_after=50, dead_below=0.02, l0_warmup=0)
+    config = recipe(coder(3, loss=loss), coder(4, loss=loss, target_l0=16.0))
+    plan = steps.make_plan(config, MODEL)
+    [group], [state] = plan.groups, steps.init_state(plan, MODEL).groups
+    limit = np.array([0.02 * 8 / 64, 0.02 * 16 / 64])[:, None, None]
+    dead = lambda f: steps.dials(dataclasses.replace(state, frequency=f), group, jnp.array(0))[2]
+    assert not dead(state.frequency).any()  # nobody knows yet
+    f = steps.frequencies(state.frequency, jnp.full((2, 1, 64), 0.3), group)
+    when = np.zeros((2, 1, 64))
+    for i in range(400):
+        share = np.full((2, 1, 64), 4.0) * limit
+        share[..., 0], share[..., 1], share[..., 2] = 0.0, 5 * limit[..., 0] * (i % 50 == 0), 0.5
+        share[..., 2] *= limit[..., 0]
+        f = steps.frequencies(f, jnp.asarray(share, jnp.float32), group)
+        when = np.where((when == 0) & (np.asarray(dead(f)) > 0), i + 1, when)
+    got = np.asarray(dead(f))
+    assert (got[..., 3:] == 0).all() and ((when[..., 0] >= 50) & (when[..., 0] <= 52)).all()
+    np.testing.assert_allclose(got[..., 2], 0.5, atol=0.01)
+    assert (got[..., 0] > 0.99).all() and ((got[..., 1] > 0.8) & (got[..., 1] < 1)).all()
+
+
 def test_a_coder_that_starts_silent_learns():
     """Its first gradients are 0, and so is their usual norm: that is no reason to cut the next."""
     config = recipe(coder(2, width=16, threshold=0.5, loss=LossConfig(l0_warmup=0, dead_after=0)))

@@ -70,7 +70,7 @@ def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
         return value, parts | {"kl": kl}
 
     grads, parts = jax.grad(total, has_aux=True)(old.weights)
-    return steps.apply(old, grads, parts, dead, state, plan.config)
+    return steps.apply(old, grads, parts, dead, state, plan, group)
 
 
 def _divergences(w: Weights, group: Group, x, y, counts, shape, run, scale, plan) -> jax.Array:

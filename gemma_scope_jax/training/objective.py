@@ -46,9 +46,9 @@ class Rows:
 def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: Group, capacity: int):
     """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
 
-    `l0_weight` and `l0_target` are [N], `dead` float32 [N, X, F]; `capacity` is K, 0 for dense
-    products. Parts are [N] each, and `active`, bool [N, X, F]; of a sparse step also `dense`, 1
-    where too many tokens needed more than K and all was done densely.
+    `l0_weight` and `l0_target` are [N], `dead` float32 [N, X, F], from 0 to 1; `capacity` is K, 0
+    for dense products. Parts are [N] each, and `frequency` [N, X, F], shares of tokens; of a sparse
+    step also `dense`, 1 where too many tokens needed more than K and all was done densely.
     """
     if not capacity or group.like.activation != "jumprelu":
         return _dense_gradients(w, x, y, l0_weight, l0_target, dead, group)
@@ -180,7 +180,7 @@ def per_feature(codes: Codes, values: jax.Array, group: Group) -> jax.Array:
 
 
 def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Group, kl=None):
-    """The sum of the group's losses, and their parts: [N] each, `active` [N, X, F].
+    """The sum of the group's losses, and their parts: [N] each, `frequency` [N, X, F].
 
     `kl` [N], where given, joins the reconstruction as equation (6) says.
     """
@@ -225,7 +225,7 @@ def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Grou
         "mse": whole,
         "fvu": whole / jnp.maximum(variance, 1e-20),
         "l0": jnp.mean(l0, -1),
-        "active": jax.lax.stop_gradient(fired) > 0,
+        "frequency": jax.lax.stop_gradient(fired) / B,
     }
     return jnp.sum(total), parts
 
@@ -254,7 +254,7 @@ def _penalty(sparsity, target, config):
 
 
 def _revival(w: Weights, codes: Codes, x, dead, edge, excess, group: Group):
-    """Mean over tokens of the sum over dead features of relu(threshold - z): [N].
+    """Mean over tokens of the sum over features of dead * relu(threshold - z): [N].
 
     relu(t - z) = (t - z) + relu(z - t): the first part is linear in the mean token, the second,
     `excess` [N, X, F] summed over tokens, concerns features that are active after all. So dead

@@ -74,7 +74,9 @@ class LossConfig:
     frequency_limit: float = 0.1  # share of tokens above which a feature is penalised
     frequency_weight: float = 0.0  # see `losses.frequency_penalty`; the paper gives no formula
     bandwidth: float = 0.001  # of the straight-through kernel
-    dead_after: int = 1000  # updates without activity after which a feature counts as dead
+    dead_after: int = 1000  # silent updates after which a feature counts as dead, or so long a
+    #                         mean of its share of tokens below the next; see `step.frequencies`
+    dead_below: float = 0.01  # of the mean feature's share, target_l0 / width
     dead_weight: float = 1e-3  # of the pre-activation loss that revives dead features; not in the
     #                            paper, from Anthropic's circuits updates, January 2025; 0: off
     outlier: float = 3.0  # tokens above this many root-mean-square norms count as if at it;
@@ -85,6 +87,7 @@ class LossConfig:
         _one_of("sparsity", self.sparsity, SPARSITIES)
         _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale")
         _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
+        _share(self, "dead_below")
         _whole(self, 0, "l0_warmup", "dead_after")
         if self.l0_start is not None:
             _positive(self, "l0_start")

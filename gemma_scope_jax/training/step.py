@@ -35,7 +35,7 @@ class GroupState:
 
     weights: Weights
     optimizer: Any
-    last_active: jax.Array  # int32 [N, X, F]: update at which a feature was last active
+    frequency: jax.Array  # float32 [N, X, F]: running share of tokens, see `frequencies`
     l0_start: jax.Array  # float32 [N]: target L0 from which the target comes down
 
 
@@ -139,7 +139,7 @@ def _group_state(plan: Plan, group: Group, model: GemmaConfig) -> GroupState:
     return GroupState(
         weights,
         optimizer(plan.config).init(weights),
-        jnp.zeros(weights.b_enc.shape, jnp.int32),
+        jnp.e * dead_below(group) + jnp.zeros(weights.b_enc.shape),
         jnp.asarray(start, jnp.float32),
     )
 
@@ -154,7 +154,7 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
     def one(path, leaf):
         names = {getattr(p, "name", getattr(p, "key", "")) for p in path}
         spec = [None] * leaf.ndim
-        if names & {"w_enc", "b_enc", "threshold", "w_dec", "last_active"}:
+        if names & {"w_enc", "b_enc", "threshold", "w_dec", "frequency"}:
             axis, over = 2, "model"
         elif "buffer" in names:
             axis, over = 1, "data"
@@ -258,16 +258,36 @@ def pairs(plan: Plan, group: Group, x: Sites, scale: Sites) -> tuple[jax.Array, 
 def dials(
     state: GroupState, group: Group, update: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What moves during a run: weight [N] and target [N] of the L0 penalty, dead features."""
+    """What moves during a run: weight [N] and target [N] of the L0 penalty, dead features.
+
+    Those are float32 [N, X, F]: 0 for a feature that is active often enough, 1 for a silent one.
+    """
     config = group.like.loss
     ramp = jnp.minimum(1.0, update.astype(jnp.float32) / max(1, config.l0_warmup))
     target = state.l0_start + ramp * (group.of("target_l0") - state.l0_start)
-    dead = (update - state.last_active > config.dead_after).astype(jnp.float32)
+    dead = jax.nn.relu(1.0 - state.frequency / dead_below(group))
     return group.of("l0_weight") * ramp, target, dead
 
 
-def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState, config):
+def dead_below(group: Group) -> jax.Array:
+    """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
+    mean = group.of("target_l0") / (group.X * group.like.width)
+    return (group.like.loss.dead_below * mean)[:, None, None]
+
+
+def frequencies(old: jax.Array, share: jax.Array, group: Group) -> jax.Array:
+    """The running mean of each feature's `share` of a batch's tokens, over `dead_after` updates.
+
+    It never exceeds e times the limit, so that a feature that falls silent is known to be dead
+    after `dead_after` updates, however often it was active before.
+    """
+    new = old + (share - old) / max(1, group.like.loss.dead_after)
+    return jnp.minimum(new, jnp.e * dead_below(group))
+
+
+def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState, plan, group):
     """One step of Adam: (group state, parts). Decoders stay at unit norm, thresholds positive."""
+    config = plan.config
     w: Any = old.weights
     rate = learning_rate(config, state.update, state.total)
     grads = dataclasses.replace(grads, w_dec=_across(grads.w_dec, w.w_dec))
@@ -278,9 +298,9 @@ def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState,
     w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
     w = dataclasses.replace(w, w_dec=unit_decoder(w.w_dec), threshold=jnp.maximum(w.threshold, 0.0))
     parts = dict(parts)
-    last = jnp.where(parts.pop("active"), state.update, old.last_active)
-    parts["dead"] = jnp.mean(dead, (1, 2))
-    return dataclasses.replace(old, weights=w, optimizer=moments, last_active=last), parts
+    frequency = frequencies(old.frequency, parts.pop("frequency"), group)
+    parts["dead"] = jnp.mean(dead > 0, (1, 2))
+    return dataclasses.replace(old, weights=w, optimizer=moments, frequency=frequency), parts
 
 
 def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
@@ -361,7 +381,7 @@ def _update(state, x, plan):
             read, write = pairs(plan, group, x, state.scale)
             dial = dials(old, group, state.update)
             grads, part = gradients(old.weights, read, write, *dial, group, plan.capacity(group))
-            old, part = apply(old, grads, part, dial[-1], state, plan.config)
+            old, part = apply(old, grads, part, dial[-1], state, plan, group)
         done.append(old)
         parts.append(part)
     return dataclasses.replace(state, groups=tuple(done), update=state.update + 1), parts
