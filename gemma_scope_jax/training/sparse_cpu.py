@@ -82,11 +82,12 @@ def _register(library: Path) -> None:
         jax.ffi.register_ffi_target(f"gemma_scope_{name}", handler, platform="cpu")
 
 
-def compact(z, b_enc, low, capacity: int) -> list[jax.Array]:
+def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as `Active`."""
     slots = (*z.shape[:2], capacity)
     call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
-    return call(z, b_enc, low)
+    values, feature, count = call(z, b_enc, low)
+    return values, feature, count
 
 
 def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
