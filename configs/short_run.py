@@ -4,8 +4,9 @@ Such a run needs a higher learning rate and shorter warm-ups than the published 
 and 50,000 updates), smaller batches than its 4,096, and thresholds that start from the data. The L0
 of equation (5) is the batch mean, so that one token may use more features than another.
 
-$CORPUS is a folder with train/*.txt, documents separated by a line holding one form feed; $TOKENS
-shortens a run: TOKENS=100000 shows in minutes that it works.
+$CORPUS is a folder with train/*.txt, documents separated by a line holding one form feed; $STORE a
+folder of stored activations to read instead; $TOKENS shortens a run: TOKENS=100000 shows in minutes
+that it works.
 """
 
 import os
@@ -21,6 +22,7 @@ LOSS = LossConfig(l0_weight=0.1, l0_warmup=200, per_token=False, dead_after=200)
 
 RUN: dict[str, Any] = dict(
     data=TextData(files=(f"{CORPUS}/train/*.txt",)),
+    store=os.environ.get("STORE", ""),
     model="gemma-3-270m",
     tokens=TOKENS,
     rows=4,
