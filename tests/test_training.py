@@ -450,6 +450,40 @@ def test_a_coder_that_starts_silent_learns():
     assert np.abs(state.groups[0].weights.w_dec[0] - before).max() > 0.01
 
 
+def test_silent_features_become_features_that_are_used():
+    """Tokens are sums of 3 of 128 directions; half of 128 features start far above every token."""
+    D, F, few = 64, 128, dataclasses.replace(MODEL, d_model=64)
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((128, D)) / D**0.5
+
+    def batch():
+        on = np.argsort(rng.random((512, 128)), 1)[:, :3]
+        x = np.sum(rng.uniform(0.5, 1.5, (512, 3, 1)) * directions[on], 1)
+        return {"resid_post": jnp.asarray(x[None] / np.sqrt(np.mean(np.sum(x**2, 1))), jnp.float32)}
+
+    def trained(dead_weight):
+        """Whether each feature is used after 600 updates, and the FVU then."""
+        loss = LossConfig(l0_warmup=0, per_token=False, bandwidth=0.05, dead_after=20,
+                          dead_below=0.1, dead_weight=dead_weight)  # fmt: skip
+        config = recipe(coder(2, width=F, target_l0=4, threshold=0.3, loss=loss))
+        plan = steps.make_plan(config, few)
+        state = dataclasses.replace(steps.init_state(plan, few), scale={"resid_post": jnp.ones(1)})
+        [group] = state.groups
+        threshold = group.weights.threshold.at[..., F // 2 :].set(1.0)
+        weights = dataclasses.replace(group.weights, threshold=threshold)
+        state = dataclasses.replace(state, groups=(dataclasses.replace(group, weights=weights),))
+        update = jax.jit(lambda state, x: steps.update(state, x, plan))
+        for _ in range(600):
+            state, [parts] = update(state, batch())
+        w = jax.tree.map(lambda a: np.asarray(a)[0, 0], state.groups[0].weights)
+        z = (np.asarray(batch()["resid_post"][0]) - w.b_dec) @ w.w_enc.T + w.b_enc
+        return (z > w.threshold).mean(0) > 0.1 * 4 / F, float(parts["fvu"][0])
+
+    (off, without), (on, fvu) = trained(0.0), trained(0.01)
+    assert off[: F // 2].all() and not off[F // 2 :].any()
+    assert on[F // 2 :].mean() > 0.95 and fvu < 0.3 * without
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs
 

@@ -176,8 +176,11 @@ def kept(z, config):
     return (z >= edges[None, :, None]) & (z > 0), edges.mean()
 
 
-def reference(p, a, n, edge=None):
-    """Coder n in plain float64: its loss, the other parts, and the pieces they are made of."""
+def reference(p, a, n, edge=None, held=None):
+    """Coder n in plain float64: its loss, the other parts, and the pieces they are made of.
+
+    The revival of dead features sees `held` for z, where given: it has no gradient to it.
+    """
     c, X, ends = p.group.coders[n], p.group.X, p.group.ends
     q, x, y = c.loss, p.x[n], p.y[n]
     z = pre_activations(a, p.x, n, c)
@@ -212,7 +215,8 @@ def reference(p, a, n, edge=None):
             sparsity = 2 / target * (l0.mean() - target) ** 2
         over = np.maximum(on.mean(1) / q.frequency_limit - 1, 0)
         total += q.l0_weight * sparsity + q.frequency_weight * q.frequency_limit * np.sum(over**2)
-    total += q.dead_weight * np.sum(p.dead[n] * np.maximum(t - z, 0).mean(1))
+    far = np.maximum(t - (z if held is None else held), 0)
+    total += q.dead_weight * np.sum(p.dead[n] * far.mean(1))
     centre = np.sum((y - y.mean(1, keepdims=True)) ** 2, -1)
     return total, {
         "z": z, "t": t, "on": on, "f": f, "l0": l0, "residual": residual, "weight": weight,
@@ -227,8 +231,8 @@ def differences(name):
     a = jax.tree.map(np.copy, p.arrays)
     N = len(p.group.coders)
     topk = p.group.like.activation != "jumprelu"
-    edges = [kept(pre_activations(a, p.x, n, p.group.like), p.group.like)[1] if topk else None
-             for n in range(N)]  # fmt: skip
+    start = [pre_activations(a, p.x, n, p.group.like) for n in range(N)]
+    fixed = [(kept(z, p.group.like)[1], None) if topk else (None, z) for z in start]
 
     def slopes(v):
         out = np.zeros_like(v)
@@ -237,7 +241,7 @@ def differences(name):
             values = []
             for h in (1e-5, -1e-5):
                 v[index] = old + h
-                values.append(reference(p, a, n, edges[n])[0])
+                values.append(reference(p, a, n, *fixed[n])[0])
             v[index] = old
             out[index] = (values[0] - values[1]) / 2e-5
         return out

@@ -218,7 +218,7 @@ def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Grou
             penalty = losses.frequency_penalty(share, config.frequency_limit)
             total = total + group.of("frequency_weight") * penalty
     if config.dead_weight:
-        revival = _revival(w, codes, x, dead, edge, excess, group)
+        revival = _revival(w, codes, x, dead, edge, excess, fired, group)
         total = total + group.of("dead_weight") * revival
     parts = {
         "loss": total,
@@ -253,21 +253,31 @@ def _penalty(sparsity, target, config):
     return losses.quadratic_l0(jnp.mean(sparsity, -1), target)
 
 
-def _revival(w: Weights, codes: Codes, x, dead, edge, excess, group: Group):
+def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Group):
     """Mean over tokens of the sum over features of dead * relu(threshold - z): [N].
+
+    Its gradient goes to the thresholds alone: a dead feature comes to fire on the tokens that it
+    points to most. Raised through its bias, it would write a constant wherever it fires, which the
+    sparsity penalty undoes by raising the threshold, and so on. TopK has no thresholds of its own
+    to lower: there the gradient goes to z, and the threshold is the mean cut-off `edge`.
 
     relu(t - z) = (t - z) + relu(z - t): the first part is linear in the mean token, the second,
     `excess` [N, X, F] summed over tokens, concerns features that are active after all. So dead
-    features cost no dense product. For TopK the threshold is the mean cut-off `edge`.
+    features cost no dense product.
     """
-    threshold = w.threshold
+    threshold, B = w.threshold, x.shape[2]
     mean_z = jnp.einsum("nxd,nxfd->nxf", jnp.mean(x, 2), w.w_enc)
     mean_z = mean_z + encoder_bias(w, group.like.centred)
-    if edge is not None:
+    if edge is None:
+        below = jax.lax.stop_gradient(threshold - mean_z + excess / B)
+        slope = jax.lax.stop_gradient(1.0 - fired / B)
+        below = below + slope * (threshold - jax.lax.stop_gradient(threshold))
+    else:
         edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
         threshold = jnp.broadcast_to(edge, threshold.shape)
         excess = jnp.sum(jax.nn.relu(codes.z - threshold[:, :, None, :]), 2)
-    return jnp.sum(dead * (threshold - mean_z + excess / x.shape[2]), (1, 2))
+        below = threshold - mean_z + excess / B
+    return jnp.sum(dead * below, (1, 2))
 
 
 def calibrated(w: Weights, x: jax.Array, group: Group) -> Weights:

@@ -178,10 +178,11 @@ def first_state(plan: Plan, model: GemmaConfig) -> TrainState:
 def abstract_state(plan: Plan, model: GemmaConfig) -> TrainState:
     """Shapes, dtypes and places of `first_state`."""
     shapes = jax.eval_shape(lambda: init_state(plan, model))
-    places = placement(plan, model)
-    if places is None:
+    if plan.mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda _: here, shapes)
+    else:
+        places = state_shardings(shapes, plan.mesh)
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
     )
