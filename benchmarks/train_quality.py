@@ -4,12 +4,12 @@
 
 All train once through the same activations of the real Gemma 3 270M, resid_post of layer 12, in
 the same order: width 4096, batch 1,024, the quadratic L0 penalty with the same weight, warm-up,
-learning rates, bandwidth, weight of the loss that revives dead features, and inputs of unit mean
-squared norm. What is left is each side's own: SAELens penalises the L0 of each token, starts from
-one threshold, clips gradients and calls a feature dead until it is active once; ours penalises the
-batch's L0, starts thresholds from the data, keeps decoders at unit norm, cuts changes of rare
-features and calls them dead while they are rare. `saelens-defaults` has SAELens' own learning rate,
-momentum, bandwidth and scale instead; `falling` is the recipe of the packaged SAE.
+learning rates, bandwidth, and inputs of unit mean squared norm. What is left is each side's own:
+SAELens penalises the L0 of each token, starts from one threshold, clips gradients and calls a
+feature dead until it is active once; ours penalises the batch's L0, starts thresholds from the
+data, keeps decoders at unit norm, cuts changes of rare features and calls them dead while they are
+rare. `saelens-defaults` has SAELens' own learning rate, momentum, bandwidth and scale instead;
+`falling` is the recipe of the packaged SAE.
 
 Each result is measured by the same few lines of numpy on activations of held-out text: L0, FVU
 (without the rare tokens of enormous norm, too), features that never fire, that fire on fewer than
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYER, WIDTH, TARGET, TARGETS = 12, 4096, 50, (10, 20, 50, 60, 150)
 BATCH, UPDATES = 1024, 2
 RATE, WARMUP, DECAY = 1.5e-3, 100, 0.25
-PENALTY, PENALTY_WARMUP, BANDWIDTH, REVIVAL, DEAD_AFTER = 0.1, 200, 0.001, 1e-3, 200
+PENALTY, PENALTY_WARMUP, BANDWIDTH = 0.1, 200, 0.001
 MATRYOSHKA, FREQUENCY, L0_START = (256, 1024), 0.01, 400.0
 HELD_OUT = 150_000
 SELDOM = 1e-4
@@ -42,9 +42,10 @@ OFTEN = 0.12  # share of tokens; the penalty leaves features at 0.1, and other t
 # Learning rate, its warm-up, Adam's b1, bandwidth, updates until dead, norm of the inputs: those of
 # ours, and SAELens' defaults with inputs as its "expected_average_only_in" scales them.
 PEERS = {
-    "saelens": (RATE, WARMUP, 0.0, BANDWIDTH, DEAD_AFTER, 1.0),
+    "saelens": (RATE, WARMUP, 0.0, BANDWIDTH, 400, 1.0),
     "saelens-defaults": (3e-4, 0, 0.9, 0.05, 1000, 640**0.5),
 }
+PEER_REVIVAL = 1e-3
 NAMES = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
 
 
@@ -62,7 +63,7 @@ def runs(folder: Path, tokens: int) -> dict:
 
     loss = LossConfig(
         l0_weight=PENALTY, l0_warmup=PENALTY_WARMUP, per_token=False, bandwidth=BANDWIDTH,
-        dead_weight=REVIVAL, dead_after=DEAD_AFTER,
+        dead_after=200,
     )  # fmt: skip
     often = dataclasses.replace(loss, frequency_weight=FREQUENCY)
     falling = dataclasses.replace(often, l0_start=L0_START, l0_warmup=tokens // BATCH // 2)
@@ -143,7 +144,7 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
         d_in=store.width("resid_post"), d_sae=WIDTH, jumprelu_sparsity_loss_mode="quadratic",
         target_l0=float(TARGET), l0_coefficient=PENALTY * norm**2,
         l0_warm_up_steps=PENALTY_WARMUP, jumprelu_bandwidth=bandwidth,
-        pre_act_loss_coefficient=REVIVAL * norm,
+        pre_act_loss_coefficient=PEER_REVIVAL * norm,
         normalize_activations="none",
     ))  # fmt: skip
     config = SAETrainerConfig(

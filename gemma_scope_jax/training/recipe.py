@@ -77,7 +77,7 @@ class LossConfig:
     dead_after: int = 1000  # silent updates after which a feature counts as dead, or so long a
     #                         mean of its share of tokens below the next; see `step.frequencies`
     dead_below: float = 0.01  # of the mean feature's share, target_l0 / width
-    dead_weight: float = 1e-3  # of the pre-activation loss that revives dead features; not in the
+    dead_weight: float = 0.01  # of the pre-activation loss that revives dead features; not in the
     #                            paper, from Anthropic's circuits updates, January 2025; 0: off
     outlier: float = 3.0  # tokens above this many root-mean-square norms count as if at it;
     #                       one token in a thousand has 6 times the median norm, 40 times its square
