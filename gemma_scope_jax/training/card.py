@@ -65,9 +65,11 @@ def _plot(rows: list) -> bytes | None:
         return None
     figure: Any = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES):
-        axes.plot([t / 1e6 for t, _ in rows], [parts[key] for _, parts in rows], lw=1)
+        values = [parts[key] for _, parts in rows]
+        axes.plot([t / 1e6 for t, _ in rows], values, lw=1)
         axes.set(title=title, xlabel="million tokens")
-        axes.set_ylim(bottom=0)
+        settled = max(values[len(values) // 50 :])  # the first few can be ten times the rest
+        axes.set_ylim(0, 1.1 * settled if settled > 0 else None)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=110)
     return stream.getvalue()
