@@ -6,10 +6,11 @@ All train once through the same activations of the real Gemma 3 270M, resid_post
 the same order: width 4096, batch 1,024, the quadratic L0 penalty with the same weight, warm-up,
 learning rates, bandwidth, and inputs of unit mean squared norm. What is left is each side's own:
 SAELens penalises the L0 of each token, starts from one threshold, clips gradients and calls a
-feature dead until it is active once; ours penalises the batch's L0, starts thresholds from the
-data, keeps decoders at unit norm, cuts changes of rare features and calls them dead while they are
-rare. `saelens-defaults` has SAELens' own learning rate, momentum, bandwidth and scale instead;
-`falling` is the recipe of the packaged SAE.
+feature dead that was not active for 400 updates (weight of the revival 1e-3); ours penalises the
+batch's L0, starts thresholds from the data, keeps decoders at unit norm, cuts changes of rare
+features and calls those dead that were rare in the last 200 updates (weight 0.01).
+`saelens-defaults` has SAELens' own learning rate, momentum, bandwidth and scale instead; `falling`
+is the recipe of the packaged SAE, but for its rate and tokens.
 
 Each result is measured by the same few lines of numpy on activations of held-out text: L0, FVU
 (without the rare tokens of enormous norm, too), features that never fire, that fire on fewer than
@@ -40,7 +41,7 @@ HELD_OUT = 150_000
 SELDOM = 1e-4
 OFTEN = 0.12  # share of tokens; the penalty leaves features at 0.1, and other text differs
 # Learning rate, its warm-up, Adam's b1, bandwidth, updates until dead, norm of the inputs: those of
-# ours, and SAELens' defaults with inputs as its "expected_average_only_in" scales them.
+# ours, but for the window, and SAELens' defaults with inputs scaled as it does.
 PEERS = {
     "saelens": (RATE, WARMUP, 0.0, BANDWIDTH, 400, 1.0),
     "saelens-defaults": (3e-4, 0, 0.9, 0.05, 1000, 640**0.5),

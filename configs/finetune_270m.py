@@ -8,28 +8,24 @@ short, since the logits of all tokens are held.
 
 import dataclasses
 
-from short_run import LOSS, RUN
+from sae_270m import sae
+from short_run import RUN
 
-from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
 
-config = TrainConfig(
-    coders=(
-        CoderConfig(
-            layers=12,
-            width=4096,
-            target_l0=50,
-            init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
-            loss=dataclasses.replace(LOSS, kl_weight=1.0, l0_warmup=0),
-        ),
-    ),
-    **RUN
-    | dict(
-        rows=1,
-        length=512,
-        updates=1,
-        buffer=8192,
-        batch=512,
-        tokens=min(RUN["tokens"], 400_000),
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=20, decay=0.25),
-    ),
+coder = dataclasses.replace(
+    sae,
+    init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
+    loss=dataclasses.replace(sae.loss, kl_weight=1.0, l0_start=None, l0_warmup=0),
 )
+short = dict(
+    store="",
+    tokens=min(RUN["tokens"], 400_000),
+    rows=1,
+    length=512,
+    updates=1,
+    buffer=8192,
+    batch=512,
+    optimizer=OptimizerConfig(learning_rate=2e-4, warmup=20, decay=0.25),
+)
+config = TrainConfig(coders=(coder,), **RUN | short)

@@ -3,7 +3,9 @@
     gemma-scope train configs/sae_270m.py --out runs/sae_270m
 
 With Matryoshka prefixes and the frequency penalty, and a target L0 that comes down over the first
-half of the run: with 50 features a token from the beginning, two thirds of all come to nothing.
+half of the run: with 50 features a token from the beginning, many come to nothing. The packaged one
+had TOKENS=8400000 from a $STORE of half as many, 20 minutes on two CPU cores; expect an FVU of 0.14
+on training batches, an L0 within a per cent of 50, and 1 % of dead features.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ from short_run import LOSS, RUN, TOKENS
 
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
-half = TOKENS // RUN["batch"] // 2  # of the updates
+half = (TOKENS - (0 if RUN["store"] else RUN["buffer"])) // RUN["batch"] // 2  # of the updates
 sae = CoderConfig(
     layers=12,
     width=4096,

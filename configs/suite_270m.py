@@ -2,9 +2,9 @@
 
     gemma-scope train configs/suite_270m.py --out runs/suite_270m
 
-The transcoders, affine, stand at all 18 layers; the packaged ones come from this run. One model
-pass feeds all, and the transcoders, being of one shape, are trained as one batch. This is a run for
-a GPU: ten times the tokens of the others, with larger batches.
+The transcoders, affine, stand at all 18 layers; the packaged ones come from such a run, their cards
+have its settings. One model pass feeds all, and the transcoders, being of one shape, are trained as
+one batch. This is a run for a GPU: ten times the tokens of the others, with larger batches.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from short_run import LOSS, RUN
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
 TOKENS, BATCH = int(os.environ.get("TOKENS", 40_000_000)), 2048
-half = TOKENS // BATCH // 2  # of the updates
+half = (TOKENS - RUN["buffer"]) // BATCH // 2  # of the updates
 transcoders = tuple(
     CoderConfig(
         layers=layer, reads="mlp_in", writes="mlp_out", skip=True, width=384, target_l0=20,

@@ -24,7 +24,7 @@ from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerCo
 from gemma_scope_jax.training.weights import Group, Weights, fold, groups, unfold, unit_decoder
 
 MODEL = PRESETS["gemma-3-270m"]
-LOSS = LossConfig(l0_warmup=20, per_token=False)
+LOSS = LossConfig(l0_warmup=20, per_token=False, dead_after=3, dead_below=0.5)
 TRANSCODER = dict(reads="mlp_in", writes="mlp_out")
 
 
@@ -410,19 +410,21 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
 def test_features_are_dead_by_how_seldom_they_are_active():
     """Silent, once in a while, half the limit, four times the limit; all were frequent before."""
     loss = LossConfig(dead_after=50, dead_below=0.02, l0_warmup=0)
+    of_two_layers = steps.make_plan(recipe(coder((3, 4), loss=loss)), MODEL)
+    assert float(steps.dead_limit(of_two_layers.groups[0])[0, 0, 0]) == pytest.approx(0.02 * 4 / 64)
     config = recipe(coder(3, loss=loss), coder(4, loss=loss, target_l0=16.0))
     plan = steps.make_plan(config, MODEL)
     [group], [state] = plan.groups, steps.init_state(plan, MODEL).groups
     limit = np.array([0.02 * 8 / 64, 0.02 * 16 / 64])[:, None, None]
-    dead = lambda f: steps.dials(dataclasses.replace(state, frequency=f), group, jnp.array(0))[2]
-    assert not dead(state.frequency).any()  # nobody knows yet
-    f = steps.frequencies(state.frequency, jnp.full((2, 1, 64), 0.3), group)
+    dead = lambda f: steps.dials(dataclasses.replace(state, activity=f), group, jnp.array(0))[2]
+    assert not dead(state.activity).any()  # nobody knows yet
+    f = steps.activities(state.activity, jnp.full((2, 1, 64), 0.3), group)
     when = np.zeros((2, 1, 64))
     for i in range(400):
         share = np.full((2, 1, 64), 4.0) * limit
         share[..., 0], share[..., 1], share[..., 2] = 0.0, 5 * limit[..., 0] * (i % 50 == 0), 0.5
         share[..., 2] *= limit[..., 0]
-        f = steps.frequencies(f, jnp.asarray(share, jnp.float32), group)
+        f = steps.activities(f, jnp.asarray(share, jnp.float32), group)
         when = np.where((when == 0) & (np.asarray(dead(f)) > 0), i + 1, when)
     got = np.asarray(dead(f))
     assert (got[..., 3:] == 0).all() and ((when[..., 0] >= 50) & (when[..., 0] <= 52)).all()
@@ -451,7 +453,7 @@ def test_a_coder_that_starts_silent_learns():
 
 
 def test_silent_features_become_features_that_are_used():
-    """Tokens are sums of 3 of 128 directions; half of 128 features start far above every token."""
+    """Tokens are sums of 3 of 128 directions; half of 128 features start out of their reach."""
     D, F, few = 64, 128, dataclasses.replace(MODEL, d_model=64)
     rng = np.random.default_rng(0)
     directions = rng.standard_normal((128, D)) / D**0.5
@@ -461,7 +463,7 @@ def test_silent_features_become_features_that_are_used():
         x = np.sum(rng.uniform(0.5, 1.5, (512, 3, 1)) * directions[on], 1)
         return {"resid_post": jnp.asarray(x[None] / np.sqrt(np.mean(np.sum(x**2, 1))), jnp.float32)}
 
-    def trained(dead_weight):
+    def trained(dead_weight, threshold=0.3, b_enc=0.0):
         """Whether each feature is used after 600 updates, and the FVU then."""
         loss = LossConfig(l0_warmup=0, per_token=False, bandwidth=0.05, dead_after=20,
                           dead_below=0.1, dead_weight=dead_weight)  # fmt: skip
@@ -469,8 +471,10 @@ def test_silent_features_become_features_that_are_used():
         plan = steps.make_plan(config, few)
         state = dataclasses.replace(steps.init_state(plan, few), scale={"resid_post": jnp.ones(1)})
         [group] = state.groups
-        threshold = group.weights.threshold.at[..., F // 2 :].set(1.0)
-        weights = dataclasses.replace(group.weights, threshold=threshold)
+        weights = dataclasses.replace(
+            group.weights, threshold=group.weights.threshold.at[..., F // 2 :].set(threshold),
+            b_enc=group.weights.b_enc.at[..., F // 2 :].set(b_enc),
+        )  # fmt: skip
         state = dataclasses.replace(state, groups=(dataclasses.replace(group, weights=weights),))
         update = jax.jit(lambda state, x: steps.update(state, x, plan))
         for _ in range(600):
@@ -479,8 +483,10 @@ def test_silent_features_become_features_that_are_used():
         z = (np.asarray(batch()["resid_post"][0]) - w.b_dec) @ w.w_enc.T + w.b_enc
         return (z > w.threshold).mean(0) > 0.1 * 4 / F, float(parts["fvu"][0])
 
-    (off, without), (on, fvu) = trained(0.0), trained(0.01)
+    (off, without), (on, fvu) = trained(0.0, 1.0), trained(0.01, 1.0)
     assert off[: F // 2].all() and not off[F // 2 :].any()
+    assert on[F // 2 :].mean() > 0.95 and fvu < 0.3 * without
+    on, fvu = trained(0.01, b_enc=-0.8)
     assert on[F // 2 :].mean() > 0.95 and fvu < 0.3 * without
 
 
@@ -770,6 +776,7 @@ BAD_LOSSES = {
     "bandwidth": (dict(bandwidth=0.0), "bandwidth must be positive"),
     "weight": (dict(l0_weight=-1.0), "l0_weight must be a number that is not negative"),
     "start": (dict(l0_start=-3.0), "l0_start must be positive"),
+    "no limit": (dict(dead_below=0.0), "dead_below must be positive"),
     "part of an update": (dict(dead_after=1.5), "dead_after must be a whole number"),
     "nan": (dict(dead_weight=float("nan")), "dead_weight must be a number that is not negative"),
 }

@@ -80,6 +80,33 @@ def test_updates_bring_the_kl_down(run):
     assert min(kl[-5:]) < 0.8 * kl[0]
 
 
+def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
+    """<bos> is many times as large as the others: what it would take does not go from theirs."""
+    plan, _, state, _, _ = run
+    config = dataclasses.replace(plan.config, coders=(dataclasses.replace(
+        CODER, activation="batch_topk"), dataclasses.replace(
+        CODER, activation="batch_topk", seed=1)))  # fmt: skip
+    [group] = steps.groups(config)
+    weights = jax.tree.map(lambda w: jnp.concatenate([w, w]), state.groups[0].weights)
+    x = np.random.default_rng(0).standard_normal((2, 1, B * T, weights.w_enc.shape[-1]))
+    x = x.astype(np.float32) / np.sqrt(x.shape[-1])
+    counts = np.arange(B * T) % T > 1
+
+    def reconstructed(x):
+        order = jnp.argsort(~counts, stable=True)
+        rows = order[jnp.arange(B * T) % counts.sum()]
+        found = []
+        run = lambda intercept: found.append(intercept.args[0]) or jnp.zeros(())
+        end_to_end._divergences(
+            weights, group, jnp.asarray(x), rows, jnp.asarray(counts), (B, T), run, state.scale,
+            plan,
+        )  # fmt: skip
+        return np.stack(found).reshape(2, B * T, -1)[:, counts]
+
+    large = np.where(counts[:, None], x, 20 * x)
+    np.testing.assert_allclose(reconstructed(large), reconstructed(x), rtol=1e-6)
+
+
 def test_a_pass_without_a_token_that_counts_changes_nothing(run):
     plan, model, state, tokens, segments = run
     step = jax.jit(partial(feeds.train_step, plan=plan))

@@ -19,7 +19,7 @@ from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds, train
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
 
-LOSS = LossConfig(l0_warmup=20, per_token=False, bandwidth=0.1)
+LOSS = LossConfig(l0_warmup=20, per_token=False, bandwidth=0.1, dead_after=1, dead_below=0.5)
 CODERS = (
     CoderConfig(2, width=96, target_l0=8, threshold=None, loss=LOSS),
     CoderConfig((1, 2), "mlp_in", "mlp_out", width=64, target_l0=8, skip=True, threshold=None,
@@ -87,6 +87,9 @@ def stored(tmp_path_factory):
 def test_a_mesh_of_eight_devices_equals_one(stored, tmp_path, mesh):
     run(tmp_path, mesh, str(stored / "store"))
     check_same(stored / "one", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for coder in rows[-1]["coders"].values():
+        assert coder["dead"] > 0  # revival is part of what is compared
 
 
 def test_two_processes_equal_one(tmp_path):

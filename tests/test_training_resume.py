@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import optax
 import pytest
 from letters import Letters
 from tiny import tiny_model
@@ -22,7 +23,7 @@ from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, progress
+from gemma_scope_jax.training import feeds, progress, step
 
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
 
@@ -61,8 +62,9 @@ def test_a_run_stopped_while_training_resumes_to_the_same_bits(whole, cut):
     same_bits(run(cut), whole)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert steps(cut)[-1] == PASSES
-    updates = [json.loads(x)["update"] for x in (cut / "log.jsonl").read_text().splitlines()]
-    assert updates[-1] == max(updates) > 0
+    rows = [json.loads(x) for x in (cut / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["update"] == max(row["update"] for row in rows) > 0
+    assert any(c["dead"] > 0 for row in rows for c in row["coders"].values())
 
 
 def test_what_a_killed_run_logged_beyond_its_checkpoint_is_not_logged_twice(cut, monkeypatch):
@@ -202,6 +204,15 @@ def test_trouble_that_is_not_the_files_sets_no_checkpoint_aside(whole, cut, monk
     same_bits(run(cut), whole)
 
 
+def test_a_checkpoint_of_another_version_is_not_set_aside(cut, monkeypatch):
+    """Its state has other fields: there, the optimizer's first moments."""
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "optimizer", lambda config: optax.scale_by_adam(0.9))
+        with pytest.raises(InputError, match="another version of gemma_scope_jax") as refused:
+            run(cut)
+    assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
+
+
 def test_a_second_damaged_checkpoint_of_a_number_gets_another_name(whole, cut, capfd):
     (cut / "damaged-checkpoint-9").mkdir()
     damage(cut / "checkpoints" / "9", "cut")
@@ -210,8 +221,8 @@ def test_a_second_damaged_checkpoint_of_a_number_gets_another_name(whole, cut, c
 
 
 def test_if_all_checkpoints_are_damaged_it_says_so(cut):
-    for step in steps(cut):
-        damage(cut / "checkpoints" / str(step), "cut")
+    for number in steps(cut):
+        damage(cut / "checkpoints" / str(number), "cut")
     with pytest.raises(InputError, match="none of its 2 checkpoints can be read") as refused:
         run(cut)
     assert "\n" not in str(refused.value)

@@ -26,7 +26,7 @@ PASSES = 18
 
 def config(**options):
     """One coder in the sparse step; a checkpoint after every pass, if not told otherwise."""
-    loss = LossConfig(l0_warmup=20, per_token=False, bandwidth=0.1)
+    loss = LossConfig(l0_warmup=20, per_token=False, bandwidth=0.1, dead_after=3, dead_below=0.5)
     coder = CoderConfig(2, width=96, target_l0=8, threshold=None, loss=loss)
     common = dict(
         coders=(coder,), tokens=128 * PASSES, rows=4, length=32, buffer=512, batch=128, updates=3,

@@ -48,6 +48,12 @@ class Checkpoints:
                 found = _keyed(both["state"]), step, both["data"]["positions"]
             except Exception as error:  # whatever Orbax and the file system raise for bad files
                 why = reason(error)
+                if "tree structures do not match" in why:
+                    raise InputError(
+                        f"{self.folder / str(step)}: holds another state than this run's, made by "
+                        "another version of gemma_scope_jax: continue it with that one, or start "
+                        "in a new folder"
+                    ) from error
                 if _is_no_damage(error):
                     raise InputError(
                         f"{self.folder / str(step)}: cannot be read now ({why}); nothing was lost, "

@@ -20,7 +20,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, write
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training.objective import activate, decode, encode, loss
+from gemma_scope_jax.training.objective import activate, cutoff, decode, encode, loss
 from gemma_scope_jax.training.weights import Group, Weights
 
 
@@ -64,7 +64,7 @@ def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
     rows = order[jnp.arange(counts.shape[0]) % jnp.maximum(jnp.sum(counts), 1)]
 
     def total(w: Weights):
-        kl = _divergences(w, group, x, y, counts, shape, run, state.scale, plan)
+        kl = _divergences(w, group, x, rows, counts, shape, run, state.scale, plan)
         codes = encode(w, x[:, :, rows], group)
         value, parts = loss(w, codes, x[:, :, rows], y[:, :, rows], weight, target, dead, group, kl)
         return value, parts | {"kl": kl}
@@ -73,10 +73,15 @@ def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
     return steps.apply(old, grads, parts, dead, state, plan, group)
 
 
-def _divergences(w: Weights, group: Group, x, y, counts, shape, run, scale, plan) -> jax.Array:
-    """KL(model, model with the reconstruction of coder n) for each n: [N]."""
-    codes = encode(w, x, group)
-    outputs = [out[:, -1] for out in decode(w, activate(codes, group)[0], codes, x, group)]
+def _divergences(w: Weights, group: Group, x, rows, counts, shape, run, scale, plan) -> jax.Array:
+    """KL(model, model with the reconstruction of coder n) for each n: [N].
+
+    BatchTopK keeps its share of the tokens that count, `rows`, not of <bos> and padding, too.
+    """
+    codes, edge = encode(w, x, group), None
+    if group.like.activation == "batch_topk":
+        edge = cutoff(codes.z[:, :, rows], group)
+    outputs = [out[:, -1] for out in decode(w, activate(codes, group, edge)[0], codes, x, group)]
     found = []
     for n, c in enumerate(group.coders):
         raw = steps.scales_of(plan, c, scale)["out"]

@@ -109,13 +109,17 @@ def encode(w: Weights, x: jax.Array, group: Group) -> Codes:
     return Codes(z, w.threshold[:, :, None, :])
 
 
-def activate(codes: Codes, group: Group) -> tuple[jax.Array, jax.Array]:
-    """Feature activations and 1 where active, both like `codes.z`, with their gradients."""
+def activate(codes: Codes, group: Group, edge: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Feature activations and 1 where active, both like `codes.z`, with their gradients.
+
+    `edge`: what TopK and BatchTopK keep, if not the `cutoff` of these very codes.
+    """
     z, config = codes.z, group.like
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
-    on = jax.lax.stop_gradient((z >= cutoff(z, group)) & (z > 0)).astype(z.dtype)
+    edge = cutoff(z, group) if edge is None else edge
+    on = jax.lax.stop_gradient((z >= edge) & (z > 0)).astype(z.dtype)
     return z * on, on
 
 
@@ -256,10 +260,11 @@ def _penalty(sparsity, target, config):
 def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Group):
     """Mean over tokens of the sum over features of dead * relu(threshold - z): [N].
 
-    Its gradient goes to the thresholds alone: a dead feature comes to fire on the tokens that it
-    points to most. Raised through its bias, it would write a constant wherever it fires, which the
-    sparsity penalty undoes by raising the threshold, and so on. TopK has no thresholds of its own
-    to lower: there the gradient goes to z, and the threshold is the mean cut-off `edge`.
+    Of JumpReLU its gradient goes to the thresholds alone: a dead feature comes to fire on the
+    tokens that it points to most. Raised through its bias, it would write a constant wherever it
+    fires, which the sparsity penalty undoes by raising the threshold, and so on. Only where the
+    threshold is 0 already, and z is so on every token, the bias is raised. TopK has no thresholds
+    of its own: there the gradient goes to z, and the threshold is the mean cut-off `edge`.
 
     relu(t - z) = (t - z) + relu(z - t): the first part is linear in the mean token, the second,
     `excess` [N, X, F] summed over tokens, concerns features that are active after all. So dead
@@ -269,9 +274,10 @@ def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Grou
     mean_z = jnp.einsum("nxd,nxfd->nxf", jnp.mean(x, 2), w.w_enc)
     mean_z = mean_z + encoder_bias(w, group.like.centred)
     if edge is None:
-        below = jax.lax.stop_gradient(threshold - mean_z + excess / B)
-        slope = jax.lax.stop_gradient(1.0 - fired / B)
-        below = below + slope * (threshold - jax.lax.stop_gradient(threshold))
+        stop = jax.lax.stop_gradient
+        lever = jnp.where(threshold > 0, threshold, -w.b_enc)
+        below = stop(threshold - mean_z + excess / B)
+        below = below + stop(1.0 - fired / B) * (lever - stop(lever))
     else:
         edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
         threshold = jnp.broadcast_to(edge, threshold.shape)

@@ -74,11 +74,14 @@ class LossConfig:
     frequency_limit: float = 0.1  # share of tokens above which a feature is penalised
     frequency_weight: float = 0.0  # see `losses.frequency_penalty`; the paper gives no formula
     bandwidth: float = 0.001  # of the straight-through kernel
-    dead_after: int = 1000  # silent updates after which a feature counts as dead, or so long a
-    #                         mean of its share of tokens below the next; see `step.frequencies`
-    dead_below: float = 0.01  # of the mean feature's share, target_l0 / width
+    dead_below: float = 0.01  # a feature is dead while it is active on a smaller share of tokens
+    #                           than this times the mean feature's, target_l0 / (layers * width)
+    dead_after: int = 1000  # updates over which that share is a mean: so long after a feature has
+    #                         fallen silent it counts as dead
     dead_weight: float = 0.01  # of the pre-activation loss that revives dead features; not in the
-    #                            paper, from Anthropic's circuits updates, January 2025; 0: off
+    #                            paper, from Anthropic's circuits updates, January 2025; 0: off.
+    #                            Adam makes silent features move alike at any weight: it counts
+    #                            for features that are active now and then
     outlier: float = 3.0  # tokens above this many root-mean-square norms count as if at it;
     #                       one token in a thousand has 6 times the median norm, 40 times its square
     kl_weight: float = 0.0  # beta of equation (6), end-to-end finetuning; 0: off
@@ -87,7 +90,7 @@ class LossConfig:
         _one_of("sparsity", self.sparsity, SPARSITIES)
         _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale")
         _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
-        _share(self, "dead_below")
+        _positive(self, "dead_below")
         _whole(self, 0, "l0_warmup", "dead_after")
         if self.l0_start is not None:
             _positive(self, "l0_start")

@@ -35,7 +35,7 @@ class GroupState:
 
     weights: Weights
     optimizer: Any
-    frequency: jax.Array  # float32 [N, X, F]: running share of tokens, see `frequencies`
+    activity: jax.Array  # float32 [N, X, F]: recent share of tokens, cut; see `activities`
     l0_start: jax.Array  # float32 [N]: target L0 from which the target comes down
 
 
@@ -139,7 +139,7 @@ def _group_state(plan: Plan, group: Group, model: GemmaConfig) -> GroupState:
     return GroupState(
         weights,
         optimizer(plan.config).init(weights),
-        jnp.e * dead_below(group) + jnp.zeros(weights.b_enc.shape),
+        jnp.e * dead_limit(group) + jnp.zeros(weights.b_enc.shape),
         jnp.asarray(start, jnp.float32),
     )
 
@@ -154,7 +154,7 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
     def one(path, leaf):
         names = {getattr(p, "name", getattr(p, "key", "")) for p in path}
         spec = [None] * leaf.ndim
-        if names & {"w_enc", "b_enc", "threshold", "w_dec", "frequency"}:
+        if names & {"w_enc", "b_enc", "threshold", "w_dec", "activity"}:
             axis, over = 2, "model"
         elif "buffer" in names:
             axis, over = 1, "data"
@@ -266,24 +266,24 @@ def dials(
     config = group.like.loss
     ramp = jnp.minimum(1.0, update.astype(jnp.float32) / max(1, config.l0_warmup))
     target = state.l0_start + ramp * (group.of("target_l0") - state.l0_start)
-    dead = jax.nn.relu(1.0 - state.frequency / dead_below(group))
+    dead = jax.nn.relu(1.0 - state.activity / dead_limit(group))
     return group.of("l0_weight") * ramp, target, dead
 
 
-def dead_below(group: Group) -> jax.Array:
+def dead_limit(group: Group) -> jax.Array:
     """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
     mean = group.of("target_l0") / (group.X * group.like.width)
     return (group.like.loss.dead_below * mean)[:, None, None]
 
 
-def frequencies(old: jax.Array, share: jax.Array, group: Group) -> jax.Array:
+def activities(old: jax.Array, share: jax.Array, group: Group) -> jax.Array:
     """The running mean of each feature's `share` of a batch's tokens, over `dead_after` updates.
 
-    It never exceeds e times the limit, so that a feature that falls silent is known to be dead
-    after `dead_after` updates, however often it was active before.
+    It is cut at e times the limit, where all features in use are, so that one that falls silent is
+    known to be dead after `dead_after` updates, however often it was active before.
     """
     new = old + (share - old) / max(1, group.like.loss.dead_after)
-    return jnp.minimum(new, jnp.e * dead_below(group))
+    return jnp.minimum(new, jnp.e * dead_limit(group))
 
 
 def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState, plan, group):
@@ -299,9 +299,9 @@ def apply(old: GroupState, grads: Weights, parts: dict, dead, state: TrainState,
     w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
     w = dataclasses.replace(w, w_dec=unit_decoder(w.w_dec), threshold=jnp.maximum(w.threshold, 0.0))
     parts = dict(parts)
-    frequency = frequencies(old.frequency, parts.pop("frequency"), group)
+    activity = activities(old.activity, parts.pop("frequency"), group)
     parts["dead"] = jnp.mean(dead > 0, (1, 2))
-    return dataclasses.replace(old, weights=w, optimizer=moments, frequency=frequency), parts
+    return dataclasses.replace(old, weights=w, optimizer=moments, activity=activity), parts
 
 
 def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
@@ -335,7 +335,7 @@ def limited(changes: Weights, config: OptimizerConfig) -> Weights:
     that makes something else of the feature, and the more of them are rare, the less a coder
     learns. No feature's encoder, decoder or bias moves by more than `step_limit` (root mean square
     of its entries), or the learning rate if that is larger. Thresholds are left alone, see
-    `clipped`.
+    `clipped`; cut, too, more features stayed silent.
     """
     if not config.step_limit:
         return changes
