@@ -14,7 +14,8 @@ from short_run import LOSS, RUN, TOKENS
 
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
-half = (TOKENS - (0 if RUN["store"] else RUN["buffer"])) // RUN["batch"] // 2  # of the updates
+fill = 0 if RUN["store"] else RUN["buffer"]  # tokens before the first update
+half = max(0, TOKENS - fill) // RUN["batch"] // 2  # of the updates
 sae = CoderConfig(
     layers=12,
     width=4096,

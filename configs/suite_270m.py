@@ -16,7 +16,7 @@ from short_run import LOSS, RUN
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
 TOKENS, BATCH = int(os.environ.get("TOKENS", 40_000_000)), 2048
-half = (TOKENS - RUN["buffer"]) // BATCH // 2  # of the updates
+half = max(0, TOKENS - RUN["buffer"]) // BATCH // 2  # of the updates
 transcoders = tuple(
     CoderConfig(
         layers=layer, reads="mlp_in", writes="mlp_out", skip=True, width=384, target_l0=20,
