@@ -8,11 +8,11 @@ short, since the logits of all tokens are held.
 
 import dataclasses
 
-from sae_270m import sae
-from short_run import RUN
+from short_run import RUN, packaged_sae
 
 from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
 
+sae = packaged_sae(RUN["tokens"], RUN["batch"])
 coder = dataclasses.replace(
     sae,
     init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",

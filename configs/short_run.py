@@ -9,11 +9,12 @@ folder of stored activations to read instead; $TOKENS shortens a run: TOKENS=100
 that it works.
 """
 
+import dataclasses
 import os
 from typing import Any
 
 from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.training.recipe import LossConfig, OptimizerConfig
+from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig
 
 TOKENS = int(os.environ.get("TOKENS", 4_200_000))
 CORPUS = os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")
@@ -32,3 +33,21 @@ RUN: dict[str, Any] = dict(
     updates=2,
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=100, decay=0.25),
 )
+
+
+def packaged_sae(tokens: int, batch: int) -> CoderConfig:
+    """resid_post of layer 12 with Matryoshka prefixes and the frequency penalty, in a run so long.
+
+    The target L0 comes down over the first half of the updates: with 50 features a token from the
+    beginning, many come to nothing.
+    """
+    first = 0 if RUN["store"] else RUN["buffer"]  # tokens before the first update
+    half = max(0, tokens - first) // batch // 2
+    return CoderConfig(
+        layers=12,
+        width=4096,
+        target_l0=50,
+        prefixes=(256, 1024),
+        threshold=None,
+        loss=dataclasses.replace(LOSS, frequency_weight=0.01, l0_start=400.0, l0_warmup=half),
+    )

@@ -7,16 +7,13 @@ have its settings. One model pass feeds all, and the transcoders, being of one s
 one batch. This is a run for a GPU: ten times the tokens of the others, with larger batches.
 """
 
-import dataclasses
 import os
 
-from sae_270m import sae
-from short_run import LOSS, RUN
+from short_run import LOSS, RUN, packaged_sae
 
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
 TOKENS, BATCH = int(os.environ.get("TOKENS", 40_000_000)), 2048
-half = max(0, TOKENS - RUN["buffer"]) // BATCH // 2  # of the updates
 transcoders = tuple(
     CoderConfig(
         layers=layer, reads="mlp_in", writes="mlp_out", skip=True, width=384, target_l0=20,
@@ -32,5 +29,4 @@ larger = dict(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=200, decay=0.25),
     checkpoint_every=30.0,
 )
-first = dataclasses.replace(sae, loss=dataclasses.replace(sae.loss, l0_warmup=half))
-config = TrainConfig(coders=(first, *transcoders), **RUN | larger)
+config = TrainConfig(coders=(packaged_sae(TOKENS, BATCH), *transcoders), **RUN | larger)
