@@ -8,18 +8,15 @@ short, since the logits of all tokens are held.
 
 import dataclasses
 
-from short_run import RUN, packaged_sae
+from short_run import RUN, SAE
 
 from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
 
-sae = packaged_sae(RUN["tokens"], RUN["batch"])
 coder = dataclasses.replace(
-    sae,
+    SAE,
     init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
     # A batch is one passage here: features that are on for a tenth of it are no fault.
-    loss=dataclasses.replace(
-        sae.loss, kl_weight=1.0, frequency_weight=0.0, l0_start=None, l0_warmup=0
-    ),
+    loss=dataclasses.replace(SAE.loss, kl_weight=1.0, frequency_weight=0.0, l0_warmup=0),
 )
 short = dict(
     store="",

@@ -6,11 +6,11 @@ The packaged one had TOKENS=8400000 from a $STORE of half as many, 20 minutes on
 expect an FVU of 0.14 on training batches, an L0 within a per cent of 50, and 1 % of dead features.
 """
 
-from short_run import RUN, TOKENS, packaged_sae
+from short_run import RUN, SAE, TOKENS, falling
 
 from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
 
 config = TrainConfig(
-    coders=(packaged_sae(TOKENS, RUN["batch"]),),
+    coders=(falling(SAE, TOKENS, RUN["batch"]),),
     **RUN | dict(optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay=0.25)),
 )

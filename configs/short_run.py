@@ -34,20 +34,23 @@ RUN: dict[str, Any] = dict(
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=100, decay=0.25),
 )
 
+# The packaged SAE, but for the way its target L0 comes down.
+SAE = CoderConfig(
+    layers=12,
+    width=4096,
+    target_l0=50,
+    prefixes=(256, 1024),
+    threshold=None,
+    loss=dataclasses.replace(LOSS, frequency_weight=0.01),
+)
 
-def packaged_sae(tokens: int, batch: int) -> CoderConfig:
-    """resid_post of layer 12 with Matryoshka prefixes and the frequency penalty, in a run so long.
 
-    The target L0 comes down over the first half of the updates: with 50 features a token from the
-    beginning, many come to nothing.
+def falling(coder: CoderConfig, tokens: int, batch: int) -> CoderConfig:
+    """The coder with a target L0 that comes down from 400 over the first half of the updates.
+
+    With 50 features a token from the beginning, many come to nothing.
     """
     first = 0 if RUN["store"] else RUN["buffer"]  # tokens before the first update
     half = max(0, tokens - first) // batch // 2
-    return CoderConfig(
-        layers=12,
-        width=4096,
-        target_l0=50,
-        prefixes=(256, 1024),
-        threshold=None,
-        loss=dataclasses.replace(LOSS, frequency_weight=0.01, l0_start=400.0, l0_warmup=half),
-    )
+    loss = dataclasses.replace(coder.loss, l0_start=400.0, l0_warmup=half)
+    return dataclasses.replace(coder, loss=loss)

@@ -9,7 +9,7 @@ one batch. This is a run for a GPU: ten times the tokens of the others, with lar
 
 import os
 
-from short_run import LOSS, RUN, packaged_sae
+from short_run import LOSS, RUN, SAE, falling
 
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 
@@ -29,4 +29,4 @@ larger = dict(
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup=200, decay=0.25),
     checkpoint_every=30.0,
 )
-config = TrainConfig(coders=(packaged_sae(TOKENS, BATCH), *transcoders), **RUN | larger)
+config = TrainConfig(coders=(falling(SAE, TOKENS, BATCH), *transcoders), **RUN | larger)

@@ -88,9 +88,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _one_of("sparsity", self.sparsity, SPARSITIES)
-        _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale")
+        _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale", "dead_below")
         _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
-        _positive(self, "dead_below")
         _whole(self, 0, "l0_warmup", "dead_after")
         if self.l0_start is not None:
             _positive(self, "l0_start")
