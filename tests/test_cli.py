@@ -13,6 +13,7 @@ from letters import Letters
 from tiny import tiny_model
 
 from gemma_scope_jax import cli
+from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
@@ -54,7 +55,7 @@ def tiny(monkeypatch, model):
     monkeypatch.setattr(load, "model_config", config)
     monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
 
 
 def command(*argv):
@@ -176,7 +177,7 @@ def test_interrupts_and_full_disks(monkeypatch, capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "page.html"), 2, "error: page.html: No space left"),
     ):
-        monkeypatch.setattr(cli, "_load", raises(error))
+        monkeypatch.setattr(shared, "stage", raises(error))
         assert cli.main(["inspect", "x"]) == code
         assert capsys.readouterr().err.startswith(said)
 
@@ -209,7 +210,7 @@ def test_a_closed_pipe_is_quiet():
 @pytest.mark.real
 def test_the_capital_of_france(tmp_path, capsys, monkeypatch):
     """The real model and the packaged coder, as `make demo` runs them."""
-    monkeypatch.setattr(cli, "_use_compilation_cache", lambda: None)
+    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
     page = tmp_path / "page.html"
     options = ("--json", "--html", page, "--dtype", "float32")
     assert command("inspect", "The capital of France is", *options) == 0

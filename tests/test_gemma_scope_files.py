@@ -26,6 +26,7 @@ from gemma_scope_jax.coders.gemma_scope_files import (
     decoder_rows,
     load_coder,
     load_decoder,
+    matching,
     save_coder,
 )
 from gemma_scope_jax.coders.interop import save_circuit_tracer, save_saelens
@@ -380,3 +381,15 @@ def test_folders_of_other_libraries_load_alike(tmp_path):
     np.testing.assert_array_equal(narrow.w_enc, coder.w_enc.astype(jnp.bfloat16))
     traced = load_coder(tmp_path / "tracer")
     np.testing.assert_array_equal(traced[0].w_skip, transcoder.w_skip)
+
+
+def test_a_glob_stands_for_what_it_matches(tmp_path):
+    for layer in (2, 10):
+        (tmp_path / f"layer_{layer}").mkdir()
+    assert matching(f"{tmp_path}/layer_*") == [f"{tmp_path}/layer_2", f"{tmp_path}/layer_10"]
+    packaged = matching("gemma-3-270m-transcoder-*")
+    assert len(packaged) == 18 and "-transcoder-17-" in packaged[-1]
+    assert len(matching("gemma-scope-2-270m-pt/transcoder_all/*_16k_l0_small")) == 18
+    assert matching("layer_2") == ["layer_2"]
+    with pytest.raises(InputError, match="matches no folder, packaged coder or address"):
+        matching("nothing-*")

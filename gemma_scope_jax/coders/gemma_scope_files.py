@@ -10,7 +10,9 @@ can be read without loading anything. Whatever cannot be used raises `InputError
 """
 
 import dataclasses
+import fnmatch
 import functools
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,6 +198,31 @@ def parameter_files(folder: Any) -> list[str]:
 # Finding a folder and what it holds
 
 
+def matching(pattern: str) -> list[str]:
+    """What a glob stands for, as `load_coder` takes it: folders, packaged coders, addresses.
+
+    Anything without `*`, `?` or `[`, and an existing folder, stands for itself. Raises `InputError`
+    if a glob matches nothing.
+    """
+    if not set("*?[") & set(pattern) or os.path.isdir(pattern):
+        return [pattern]
+    folders = [f for f in sorted(glob.glob(os.path.expanduser(pattern))) if os.path.isdir(f)]
+    packaged = [n for n in _packaged() if fnmatch.fnmatchcase(n, pattern)]
+    found = folders or packaged or [str(a) for a in catalog.addresses(pattern=pattern)]
+    if not found:
+        raise InputError(f"{pattern}: matches no folder, packaged coder or address")
+    return sorted(found, key=_by_number)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _packaged() -> list[str]:
+    return sorted(p.name for p in PACKAGED.iterdir() if p.is_dir()) if PACKAGED.is_dir() else []
+
+
 def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str]:
     """The local folder of a source, and the address or path that says what it holds."""
     if not isinstance(source, (str, os.PathLike)):
@@ -210,7 +237,7 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str]
         return folder, os.path.abspath(folder)
     if folder.exists():
         raise InputError(f"{text}: a file; pass the folder that holds it, {folder.parent}")
-    packaged = sorted(p.name for p in PACKAGED.iterdir() if p.is_dir()) if PACKAGED.is_dir() else []
+    packaged = _packaged()
     if text in packaged:
         return PACKAGED / text, text
     if isinstance(source, os.PathLike) or text[0] in "/.~":

@@ -1,0 +1,63 @@
+"""The command `gemma-scope`: one plain typed function a subcommand.
+
+Exit codes: 0 done; 1 `check` has warnings; 2 bad input, with one line "error: ..." on stderr; 130
+interrupted. Results go to stdout, progress to stderr. Nothing heavy is imported before a command
+runs, so that --help and list answer at once.
+"""
+
+import os
+import sys
+
+import tyro
+
+from gemma_scope_jax.cli.look import check, inspect, list_
+from gemma_scope_jax.cli.train import activations, train
+from gemma_scope_jax.errors import InputError
+
+COMMANDS = {
+    "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("--version", "-V"):
+        print(f"gemma-scope-jax {_version()}")
+        return 0
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="gemma-scope",
+            config=(tyro.conf.FlagCreatePairsOff,),
+            description="Gemma 3 and its sparse coders (Gemma Scope 2), looked into.",
+            args=argv,
+        )
+        sys.stdout.flush()
+        return code or 0
+    except InputError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # The reader has gone; keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("gemma-scope-jax")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,114 @@
+"""What subcommands share: types of arguments, input, loading, progress on stderr."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gemma_scope_jax.errors import InputError
+
+PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
+DEFAULT_MODEL = "gemma-3-270m"
+Dtype = Literal["auto", "float32", "bfloat16"]
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
+
+def given_text(text: str, file: Path | None) -> str:
+    """The text to look at; of standard input and files without the line break at the end."""
+    if text and file is not None:
+        raise InputError("give a text or --file FILE, not both")
+    try:
+        if file is not None:
+            text = file.read_text(encoding="utf-8").removesuffix("\n")
+        elif text == "-":
+            text = sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        where = file or "standard input"
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise InputError('the text is empty: give one, "-" for standard input, or --file FILE')
+    return text
+
+
+def load_all(
+    model: str, coders: Sequence[str], dtype: Dtype, *, one_layer: bool = False
+) -> tuple[Any, list[Any], Any]:
+    """Model, coders and tokenizer; the small things first, so that mistakes show at once.
+
+    A glob among `coders` stands for all packaged coders, published addresses and folders that it
+    matches. `one_layer`: those of several layers are refused.
+    """
+    use_compilation_cache()
+    with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
+        import jax
+
+        from gemma_scope_jax.coders.gemma_scope_files import load_coder, load_decoder, matching
+        from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+        from gemma_scope_jax.evaluation.evaluate import check_fits
+        from gemma_scope_jax.model.checkpoints.load import load_model, model_config
+        from gemma_scope_jax.model.tokenizer import load_tokenizer
+
+        names = [name for given in coders for name in matching(given)]
+        loaded = [load_coder(name) for name in names]
+        for name, coder in zip(names, loaded):
+            if one_layer and isinstance(coder, MultiLayerCoder):
+                raise InputError(f"{name} has several layers: this takes coders of one layer")
+        made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
+        if not model and len(made_for) > 1:
+            raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
+        model = model or next(iter(made_for), DEFAULT_MODEL)
+        for coder in loaded:
+            check_fits(model_config(model), coder)
+        loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
+        tok = load_tokenizer(model)
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with bar(f"loading model {model} ({dtype})") as progress:
+        return load_model(model, dtype=dtype, progress=progress), loaded, tok
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that a second run has nothing to compile."""
+    import jax
+
+    from gemma_scope_jax.buckets import cache_folder
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def stage(message: str) -> Iterator[None]:
+    """Show what goes on, on stderr: a spinner in a terminal, else a line."""
+    if not sys.stderr.isatty():
+        print(f"{message} ...", file=sys.stderr, flush=True)
+        yield
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(message)):
+        yield
+
+
+@contextlib.contextmanager
+def bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show how far something is, on stderr: a bar in a terminal, else a line."""
+    if not sys.stderr.isatty():
+        print(f"{message} ...", file=sys.stderr, flush=True)
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(escape(message), total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

@@ -1,0 +1,61 @@
+"""Making coders: `train`, and `activations` to train from."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gemma_scope_jax.cli.shared import Name, use_compilation_cache
+
+Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+
+
+def train(
+    config: Config,
+    *,
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    coordinator: Name = "",
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Train coders as a configs/*.py file says; the same command continues an interrupted run.
+
+    On several hosts run it on each: TPU pods and SLURM are recognised, elsewhere number them.
+
+    Args:
+        config: A Python file that sets `config`.
+        out: Folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
+            published layout.
+        coordinator: Address and port of the first of several processes.
+        processes: How many there are.
+        process: Which this is, from 0.
+    """
+    use_compilation_cache()
+    from gemma_scope_jax.model.sharding import join_processes
+
+    join_processes(coordinator, processes, process)
+    from gemma_scope_jax.training.train import load_config
+    from gemma_scope_jax.training.train import train as run_training
+
+    run_training(load_config(config), out)
+
+
+def activations(
+    config: Config,
+    *,
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    tokens: int | None = None,
+    dtype: Literal["bfloat16", "int8"] = "bfloat16",
+) -> None:
+    """Store the activations that a training config reads, to train from with its `store`.
+
+    Args:
+        config: A Python file that sets `config`.
+        out: Folder of the store; the same command continues an interrupted one.
+        tokens: How many to store; default: the config's.
+        dtype: int8 has a scale for each token and halves the size.
+    """
+    use_compilation_cache()
+    from gemma_scope_jax.training.train import load_config, store_activations
+
+    store_activations(load_config(config), out, tokens, dtype)
