@@ -53,7 +53,7 @@ def build_cards(
     settings = settings or CardSettings()
     layer = layers_of(coder)[decoders.source_layer(coder, layer)]
     files = CardFiles(folder)
-    files.manifest |= _about(coder, layer, settings, gain)
+    files.manifest |= _about(coder, name, layer, settings, gain)
     weights = _weights(coder)
     from_file = isinstance(source, str | os.PathLike)
     if from_file:
@@ -70,7 +70,7 @@ def build_cards(
             if from_file:
                 read_published(Path(source), coder.width, settings, stage, progress)
             else:
-                stage.facts["strongest_only"] = None
+                stage.facts |= {"strongest_only": None, **_text(source.manifest)}
                 gather_examples(source, name, layer, settings, stage, progress)
     k = settings.listed
     if not from_file and not files.has("correlations", made_of):
@@ -94,12 +94,23 @@ def build_cards(
     return FeatureCards(folder)
 
 
-def _about(coder: Coder, layer: int, settings: CardSettings, gain: Gain) -> dict[str, Any]:
+def _about(
+    coder: Coder, name: str | None, layer: int, settings: CardSettings, gain: Gain
+) -> dict[str, Any]:
+    path = coder.info.path or coder.kind
+    address = os.path.basename(path) if os.path.exists(path) else path  # no paths of this machine
     return {
-        "coder": coder.info.path or coder.kind, "model": coder.info.model_name, "kind": coder.kind,
+        "coder": address, "name": name or address, "model": coder.info.model_name, "kind": coder.kind,
         "layer": layer, "reads": coder.reads, "writes": coder.writes, "width": coder.width,
         "first": coder.first, "settings": dataclasses.asdict(settings), "gain": gain,
     }  # fmt: skip
+
+
+def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a store's text is called, how many documents it has and how long its pieces are."""
+    data = manifest["data"]
+    names = [os.path.basename(name) for name in data.get("files") or ()] or [data.get("tfds") or ""]
+    return {"text": " ".join(names), "prompts": manifest["documents"], "prompt_tokens": data["length"]}
 
 
 def _only(store: Any) -> str:

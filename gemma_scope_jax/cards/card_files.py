@@ -28,6 +28,7 @@ E slots: first the `top` strongest, then `each` random ones for each of `groups`
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,6 +244,21 @@ class FeatureCards:
         inside = np.take_along_axis(counts, left, -1)
         share = np.where(inside > 0, (wanted - at) / np.maximum(inside, 1), 0.0)
         return (left + share) / bins * largest[:, None]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name, over an old one, if the block ends well."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 def identity(value: Mapping[str, Any]) -> str:

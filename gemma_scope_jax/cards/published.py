@@ -54,7 +54,10 @@ def read_published(
         )
         _gather(path, tokens, blocks, width, settings, stage, progress)
         stage.put("density", frequency)
-        stage.facts |= {"tokens": None, "strongest_only": shapes["activations"][1]}
+        stage.facts |= {
+            "tokens": None, "strongest_only": shapes["activations"][1],
+            "text": "the published examples", "prompts": len(tokens), "prompt_tokens": tokens.shape[1],
+        }  # fmt: skip
         if set(LOGITS) <= shapes.keys():
             for name, source in zip(("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS):
                 dtype = np.int32 if name.endswith("ids") else np.float32

@@ -11,7 +11,6 @@ visit does not look at stays on the disk. Text goes into elements through `textC
 
 import html
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import write_text
-from gemma_scope_jax.cards.card_files import FeatureCards
+from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.cards.page_data import inert_json
 from gemma_scope_jax.errors import InputError
@@ -51,22 +50,20 @@ def build_site(
     sites: where the sites of compared coders are, relative to this one's page.
     """
     explanations, name = explanations or {}, str(cards.manifest["coder"])
-    data = folder / "data"
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir(parents=True)
-    postings = _Postings(data)
-    for start in range(0, len(cards), CHUNK):
-        progress("site", start, len(cards))
-        features = range(start, min(start + CHUNK, len(cards)))
-        words, ids = _vocabulary(cards, features, tok)
-        place = partial(np.searchsorted, ids)
-        made = [_card(cards, f, place) for f in features]
-        _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
-        text_of = dict(zip(ids.tolist(), words))
-        for f in features:
-            postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
-    postings.finish(len(cards))
-    _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
+    with new_folder(folder / "data") as data:
+        postings = _Postings(data)
+        for start in range(0, len(cards), CHUNK):
+            progress("site", start, len(cards))
+            features = range(start, min(start + CHUNK, len(cards)))
+            words, ids = _vocabulary(cards, features, tok)
+            place = partial(np.searchsorted, ids)
+            made = [_card(cards, f, place) for f in features]
+            _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
+            text_of = dict(zip(ids.tolist(), words))
+            for f in features:
+                postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
+        postings.finish(len(cards))
+        _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
     template = resources.files(__package__).joinpath("site.html").read_text(encoding="utf-8")
     write_text(folder / "index.html", template.replace(TITLE, html.escape(name)))  # type: ignore[arg-type]
 
