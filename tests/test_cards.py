@@ -17,16 +17,15 @@ from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
-from gemma_scope_jax.cards.examples import CardSettings, chance
+from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import OUTLIER
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS
 
 tok = Letters()
-F, ENORMOUS = 48, "Z"
+F, HUGE = 48, "Z"
 SETTINGS = CardSettings(top=4, groups=5, each=2, before=3, after=2, bins=20, seed=3, listed=6)
 
 
@@ -45,7 +44,7 @@ def random_coder(seed=1, width=F, d=32, **place):
 def model():
     """Every feature is enormous on the letter Z."""
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
-    embed = model.params.embed.at[tok.encode(ENORMOUS, bos=False)[0]].multiply(60.0)
+    embed = model.params.embed.at[tok.encode(HUGE, bos=False)[0]].multiply(60.0)
     return model.replace(params=model.params.replace(embed=embed))
 
 
@@ -59,7 +58,7 @@ def texts():
     rng = np.random.default_rng(0)
     word = lambda n: "".join(map(chr, rng.integers(65, 120, n)))
     texts = [word(n) for n in (90, 40, 7, 150, 30, 61, 61)]
-    return [t[:20] + ENORMOUS + t[20:] if i % 3 == 0 else t for i, t in enumerate(texts)]
+    return [t[:20] + HUGE + t[20:] if i % 3 == 0 else t for i, t in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def seen(store):
                 everything[row, int(features[e])] = float(values[e])
         middle = np.median([s for s, c in zip(sums, segment.counted) if c and s > 0])
         for t, total in enumerate(sums):
-            if segment.counted[t] and total <= OUTLIER * middle:
+            if segment.counted[t] and total <= ENORMOUS * middle:
                 typical.add(segment.start + t)
     usual = {(row, f): v for (row, f), v in everything.items() if row in typical}
     return everything, usual, place, typical
@@ -109,8 +108,8 @@ def test_the_store_is_worth_looking_at(store, seen, texts):
     everything, usual, place, typical = seen
     assert store.segment_count > 2 and len({p[2] for p in place.values()}) == 7
     left_out = {row for row, _ in everything} - typical
-    assert {place[row][0] for row in left_out} == {tok.encode(ENORMOUS, bos=False)[0]}
-    assert len(left_out) == sum(text.count(ENORMOUS) for text in texts)
+    assert {place[row][0] for row in left_out} == {tok.encode(HUGE, bos=False)[0]}
+    assert len(left_out) == sum(text.count(HUGE) for text in texts)
     assert len(usual) < len(everything)
 
 
@@ -125,7 +124,11 @@ def test_counts(cards, store, seen):
         counts = np.zeros(20, int)
         for v in values:
             for b in range(20):
-                if max(values) * b / 20 < v * (1 + 1e-12) <= max(values) * (b + 1) / 20 * (1 + 1e-9):
+                if (
+                    max(values) * b / 20
+                    < v * (1 + 1e-12)
+                    <= max(values) * (b + 1) / 20 * (1 + 1e-9)
+                ):
                     counts[b] += 1
                     break
         assert cards["histogram"][f].tolist() == counts.tolist()
@@ -215,7 +218,9 @@ def test_correlations(cards, seen):
         wanted.sort(reverse=True)
         found = cards.listed("correlated", f, "pearson", "cosine")
         assert [g for g, _, _ in found] == [g for _, _, g in wanted[:6]]
-        np.testing.assert_allclose([r for _, r, _ in found], [r for r, _, _ in wanted[:6]], rtol=1e-5)
+        np.testing.assert_allclose(
+            [r for _, r, _ in found], [r for r, _, _ in wanted[:6]], rtol=1e-5
+        )
         np.testing.assert_allclose([c for *_, c in found], [c for _, c, _ in wanted[:6]], rtol=1e-5)
     assert cards.manifest["correlated_tokens"] == len(x)
 
@@ -259,7 +264,9 @@ def test_logits(model, coder, cards, gain, added):
         assert (bottom[f] - 3).tolist() == order[::-1][:4].tolist()
         np.testing.assert_allclose(up[f], logits[f, order[:4]], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(down[f], logits[f, order[::-1][:4]], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(ends[f], [logits[f].min(), logits[f].max()], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            ends[f], [logits[f].min(), logits[f].max()], rtol=1e-4, atol=1e-4
+        )
         wanted = np.histogram(logits[f], 8, (logits[f].min(), logits[f].max()))[0]
         assert counts[f].sum() == 297 and np.abs(counts[f] - wanted).sum() <= 2  # ties of rounding
     if gain == "exact":
@@ -299,7 +306,11 @@ def test_other_coders(store, coder, model, tmp_path):
     """PT and IT: the same numbers, other weights; and a coder of another width."""
     near = coder.replace(w_dec=coder.w_dec[:30] + 0.1, w_enc=coder.w_enc[:, :30])
     cards = build_cards(
-        store, coder, tmp_path, settings=SETTINGS, compare={"near": near, "far": random_coder(4, 60)}
+        store,
+        coder,
+        tmp_path,
+        settings=SETTINGS,
+        compare={"near": near, "far": random_coder(4, 60)},
     )
     assert cards.manifest["compared"] == [["near", 30], ["far", 60]]
     w = np.asarray(coder.w_dec, np.float64)

@@ -19,11 +19,12 @@ from gemma_scope_jax.cards import decoders
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import Gain
-from gemma_scope_jax.cards.examples import CardSettings, Progress, gather_examples
+from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.gemma_scope_files import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.metrics import layers_of
+from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 
 
@@ -32,7 +33,6 @@ def build_cards(
     coder: Coder,
     folder: str | os.PathLike,
     *,
-    name: str | None = None,
     layer: int | None = None,
     model: Model | None = None,
     tok: Any = None,
@@ -44,26 +44,25 @@ def build_cards(
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
 
     source: a feature store, or the path of an examples.safetensors.
-    name: the coder's name in the store; default: the only one there.
     model, tok: for the logit tokens; without them a store's cards have none, and those of published
         examples have the file's.
     compare: other coders by name, whose decoders are looked through for similar features.
-    Raises `InputError` for a store that lacks the coder or was made with another.
+    Raises `InputError` for a store that lacks the coder.
     """
     settings = settings or CardSettings()
     layer = layers_of(coder)[decoders.source_layer(coder, layer)]
     files = CardFiles(folder)
-    files.manifest |= _about(coder, name, layer, settings, gain)
+    files.manifest |= _about(coder, layer, settings, gain)
     weights = _weights(coder)
     from_file = isinstance(source, str | os.PathLike)
     if from_file:
         size = os.path.getsize(source) if os.path.exists(source) else 0
         origin: dict[str, Any] = {"examples": str(source), "bytes": size}
+        name = ""
     else:
-        name = name or _only(source)
-        _check_store(source, name, coder)
+        name = name_in_store(source, coder)
         origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
-    made_of = {"from": origin, "settings": dataclasses.asdict(settings)}
+    made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
 
     if not files.has("examples", made_of):
         with files.stage("examples", made_of) as stage:
@@ -94,13 +93,15 @@ def build_cards(
     return FeatureCards(folder)
 
 
-def _about(
-    coder: Coder, name: str | None, layer: int, settings: CardSettings, gain: Gain
-) -> dict[str, Any]:
+def public_name(coder: Coder) -> str:
+    """The coder's address, or the name of its folder: no paths of this machine."""
     path = coder.info.path or coder.kind
-    address = os.path.basename(path) if os.path.exists(path) else path  # no paths of this machine
+    return os.path.basename(path) if os.path.isabs(path) else path
+
+
+def _about(coder: Coder, layer: int, settings: CardSettings, gain: Gain) -> dict[str, Any]:
     return {
-        "coder": address, "name": name or address, "model": coder.info.model_name, "kind": coder.kind,
+        "coder": public_name(coder), "model": coder.info.model_name, "kind": coder.kind,
         "layer": layer, "reads": coder.reads, "writes": coder.writes, "width": coder.width,
         "first": coder.first, "settings": dataclasses.asdict(settings), "gain": gain,
     }  # fmt: skip
@@ -110,26 +111,23 @@ def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a store's text is called, how many documents it has and how long its pieces are."""
     data = manifest["data"]
     names = [os.path.basename(name) for name in data.get("files") or ()] or [data.get("tfds") or ""]
-    return {"text": " ".join(names), "prompts": manifest["documents"], "prompt_tokens": data["length"]}
+    return {
+        "text": " ".join(names),
+        "prompts": manifest["documents"],
+        "prompt_tokens": data["length"],
+    }
 
 
-def _only(store: Any) -> str:
-    if len(store.coders) != 1:
-        raise InputError(f"which coder of the store? It has {', '.join(store.coders)}")
-    return store.coders[0]
-
-
-def _check_store(store: Any, name: str, coder: Coder) -> None:
-    described = {c["name"]: c for c in store.manifest["coders"]}
-    if name not in described:
-        raise InputError(f"the store has no coder {name}; it has {', '.join(described)}")
-    held = described[name]
-    same = held["width"] == coder.width and held["reads"] == coder.reads
-    if not same or list(held["layers"]) != list(layers_of(coder)):
-        raise InputError(
-            f"the store's {name} reads {held['reads']} of layers {held['layers']} with "
-            f"{held['width']} features: not this coder"
-        )
+def name_in_store(store: Any, coder: Coder) -> str:
+    """What a feature store calls a coder, which it knows by its weights. Raises `InputError`."""
+    wanted = describe("", coder)
+    for held in store.manifest["coders"]:
+        if all(held[key] == wanted[key] for key in ("weights", "width", "layers", "reads")):
+            return held["name"]
+    raise InputError(
+        f"{store.folder}: holds no features of {public_name(coder)}, but of "
+        f"{', '.join(store.coders)}; extract again"
+    )
 
 
 def _weights(coder: Coder) -> str:

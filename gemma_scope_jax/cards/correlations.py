@@ -5,13 +5,14 @@ the device would take F^2 (for F 4,096 and L0 50, 6,700 times the work). Pairs t
 together are not looked at: their correlation is negative, so none can be among the largest.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import Progress, by_feature, typical, typical_tokens
+from gemma_scope_jax.cards.examples import Progress, typical_tokens
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
 PAIRS = 1 << 21  # pairs of features in a block, if all are active together
@@ -28,7 +29,7 @@ def correlate(
     """
     width = len(store.fired(coder, layer))
     some = _sampled(store, coder, layer, entries)
-    by_row = _matrix(store, coder, layer, some, width, progress)
+    by_row: Any = _matrix(store, coder, layer, some, width, progress)
     tokens, by_column = by_row.shape[0], by_row.tocsc()
     mean = np.asarray(by_column.sum(0)).ravel() / tokens
     squares = np.asarray(by_column.multiply(by_column).sum(0)).ravel()
@@ -56,7 +57,7 @@ def correlate(
 
     rows = min(width, max(64, PAIRS // width))
     starts = range(0, width, rows)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, _ in enumerate(pool.map(block, starts)):
             progress("correlations", done, len(starts))
     stage.put("correlated_ids", ids)
@@ -76,16 +77,13 @@ def _matrix(store, coder: str, layer: int, some: list[int], width: int, progress
     """The activations [typical tokens, F] of segments, float64, sparse."""
     from scipy import sparse
 
-    parts, tokens = [], 0
+    parts: list[Any] = []
     for done, i in enumerate(some):
         progress("activations", done, len(some))
         segment = store.segment(i)
-        active = by_feature(segment, coder, layer)
-        mask = typical_tokens(active, segment.counted)
-        active = typical(active, mask)
-        number = np.cumsum(mask) - 1  # of each token among the typical ones
-        place = (number[active.rows], active.features)
-        shape = (int(mask.sum()), width)
-        parts.append(sparse.csr_array((active.values.astype(np.float64), place), shape=shape))
-        tokens += shape[0]
+        offsets, features, values = segment.by_token(coder, layer)
+        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        mask = typical_tokens(rows, values, segment.counted)
+        shape = (len(offsets) - 1, width)
+        parts.append(sparse.csr_array((values.astype(np.float64), features, offsets), shape)[mask])
     return sparse.vstack(parts, format="csr")

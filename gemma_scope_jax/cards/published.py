@@ -27,6 +27,9 @@ from gemma_scope_jax.cards.examples import (
     activation_bin,
     chance,
 )
+from gemma_scope_jax.coders.catalog import parse_address
+from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.coders.hub import fetch_file
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 
@@ -34,6 +37,16 @@ FILE = "examples.safetensors"
 BLOCK = 2048  # features at a time
 PER_FEATURE = ("activations", "seq_ids", "positions")
 LOGITS = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
+
+
+def find_examples(coder: Coder) -> Path | None:
+    """The file beside a coder, fetched if the coder came from the hub; None if there is none."""
+    path = Path(coder.info.folder or ".") / FILE
+    if path.is_file():
+        return path
+    if not coder.info.path.startswith("gemma-scope-2-"):
+        return None
+    return fetch_file(parse_address(coder.info.path), FILE)
 
 
 def read_published(
@@ -59,7 +72,9 @@ def read_published(
             "text": "the published examples", "prompts": len(tokens), "prompt_tokens": tokens.shape[1],
         }  # fmt: skip
         if set(LOGITS) <= shapes.keys():
-            for name, source in zip(("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS):
+            for name, source in zip(
+                ("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS
+            ):
                 dtype = np.int32 if name.endswith("ids") else np.float32
                 stage.put(name, np.asarray(file.get_tensor(source)).astype(dtype))
 

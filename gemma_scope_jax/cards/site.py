@@ -23,8 +23,8 @@ import numpy as np
 from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
 from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.page_data import inert_json
-from gemma_scope_jax.errors import InputError
 
 CHUNK = 32  # features a file
 SHARDS = 128  # files of words
@@ -40,13 +40,13 @@ def build_site(
     folder: Path,
     tok: Any,
     *,
-    explanations: Mapping[int, Mapping[str, Any]] | None = None,
+    explanations: Mapping[int, Explanation] | None = None,
     sites: Mapping[str, str] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> None:
     """Write the site of `cards` into `folder`; index.html comes last.
 
-    explanations: {feature: {"text": ..., "method": ..., "score": ...}}.
+    explanations: of features, as `read_explanations` gives them.
     sites: where the sites of compared coders are, relative to this one's page.
     """
     explanations, name = explanations or {}, str(cards.manifest["coder"])
@@ -105,7 +105,9 @@ def _card(cards: FeatureCards, f: int, place: Place) -> dict[str, Any]:
     card["x"] = []
     for n in range(len(cards.manifest.get("compared", []))):
         same = float(cards[f"compared_{n}_same"][f])
-        card["x"].append([near(f"compared_{n}", "cosines"), None if np.isnan(same) else round(same, 3)])
+        card["x"].append(
+            [near(f"compared_{n}", "cosines"), None if np.isnan(same) else round(same, 3)]
+        )
     return card
 
 
@@ -133,30 +135,24 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
     ids = np.unique(some)
     read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
     text = f"{cards.tokens:,} tokens" if cards.tokens else "the published examples"
-    about = f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {width:,} features \u00b7 {text}"
+    about = (
+        f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {width:,} features \u00b7 {text}"
+    )
     if m["gain"] != "exact" and "top_ids" in cards:
         about += f" \u00b7 logits as in the {m['gain']}"
-    labels = [str(explanations.get(f, {}).get("text") or "") for f in range(width)]
+    labels, notes = [""] * width, [""] * width
+    for f, explanation in explanations.items():
+        labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))
     return {
         "name": name, "about": about, "chunk": CHUNK, "shards": SHARDS,
         "density": [float(f"{v:.3g}") for v in cards["density"].tolist()],
         "largest": [_short(v) for v in cards["largest"].tolist()],
         "mean": [_short(v) for v in cards["mean"].tolist()],
         "words": tok.decode_tokens(ids), "raises": np.searchsorted(ids, some).tolist(),
-        "labels": labels, "notes": [_note(explanations.get(f)) for f in range(width)],
+        "labels": labels, "notes": notes,
         "explained": any(labels),
         "compared": [[other, sites.get(other, ""), width_of] for other, width_of in m.get("compared", [])],
     }  # fmt: skip
-
-
-def _note(explanation: Mapping[str, Any] | None) -> str:
-    """Where a label comes from and how good it is."""
-    if not explanation:
-        return ""
-    method, score = explanation.get("method"), explanation.get("score")
-    scores = score if isinstance(score, Mapping) else {"score": score}
-    shown = [f"{k} {v:.2f}" for k, v in scores.items() if isinstance(v, (int, float))]
-    return ", ".join([str(method)] * bool(method) + shown)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -166,7 +162,7 @@ def _note(explanation: Mapping[str, Any] | None) -> str:
 def _scores(cards: FeatureCards, f: int, text_of, explanation) -> dict[str, int]:
     """What each word that has to do with a feature is worth: label, logits, strongest examples."""
     scores: dict[str, int] = defaultdict(int)
-    for word in WORD.findall(str((explanation or {}).get("text") or "").lower()):
+    for word in WORD.findall(explanation["text"].lower()) if explanation else ():
         scores[word] += LABEL
     for name in ("top_ids", "bottom_ids"):
         for i in cards[name][f].tolist() if name in cards else ():
@@ -257,25 +253,3 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
     template = resources.files(__package__).joinpath("sites.html").read_text(encoding="utf-8")
     text = template.replace("{{coders}}", "\n".join(items))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]
-
-
-def read_explanations(path: Path, width: int) -> dict[int, dict[str, Any]]:
-    """{feature: explanation} of an explanations.json; {} if there is none.
-
-    Raises `InputError` for a file that cannot be understood or is another coder's.
-    """
-    import json
-
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = {int(f): dict(e) for f, e in content["explanations"].items()}
-        fine = content["format"] == 1 and all(isinstance(e["text"], str) for e in found.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it or make it again") from None
-    if not fine:
-        raise InputError(f"{path}: not a file of explanations; delete it or make it again")
-    if found and not 0 <= min(found) <= max(found) < width:
-        raise InputError(f"{path}: explains feature {max(found)}, the coder has {width}")
-    return found

@@ -39,18 +39,21 @@ def feature_files(cards: FeatureCards, tok: Any) -> Iterator[tuple[int, dict[str
         stop = min(start + BLOCK, len(cards))
         percentiles = cards.percentiles(slice(start, stop))
         for f in range(start, stop):
-            yield f, {
-                "transcoder_id": str(cards.manifest["name"]),
-                "index": cantor(layer, f),
-                "examples_quantiles": _quantiles(cards, f, tok),
-                "top_logits": _tokens(cards, "top_ids", f, tok),
-                "bottom_logits": _tokens(cards, "bottom_ids", f, tok),
-                "act_min": 0.0,
-                "act_max": round(float(cards["largest"][f]), 5),
-                "quantile_values": rounded(percentiles[f - start]),
-                "histogram": cards["histogram"][f].astype(float).tolist(),
-                "activation_frequency": float(cards["density"][f]),
-            }
+            yield (
+                f,
+                {
+                    "transcoder_id": str(cards.manifest["coder"]),
+                    "index": cantor(layer, f),
+                    "examples_quantiles": _quantiles(cards, f, tok),
+                    "top_logits": _tokens(cards, "top_ids", f, tok),
+                    "bottom_logits": _tokens(cards, "bottom_ids", f, tok),
+                    "act_min": 0.0,
+                    "act_max": round(float(cards["largest"][f]), 5),
+                    "quantile_values": rounded(percentiles[f - start]),
+                    "histogram": cards["histogram"][f].astype(float).tolist(),
+                    "activation_frequency": float(cards["density"][f]),
+                },
+            )
 
 
 def _tokens(cards: FeatureCards, name: str, f: int, tok: Any) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
 from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.explanations import FIGURES, Explanation
 from gemma_scope_jax.cards.export.saedashboard import (
     batch_facts,
     batches,
@@ -44,7 +45,7 @@ SAME = tuple(
 
 def export_neuronpedia(
     cards: FeatureCards, coder: Coder, tok: Any, folder: Path, progress: Progress, *,
-    heads: int | None = None, explanations: Mapping[int, Mapping[str, Any]] | None = None,
+    heads: int | None = None, explanations: Mapping[int, Explanation] | None = None,
 ) -> None:  # fmt: skip
     """Write `folder`/MODEL/LAYER-SET; see `export_saedashboard` for `heads`."""
     facts, now = batch_facts(cards), datetime.datetime.now(datetime.UTC).isoformat()
@@ -57,8 +58,14 @@ def export_neuronpedia(
             progress("Neuronpedia", batch[0], len(cards))
             rows = [_feature(cards, feature, place, coder) for feature in features]
             shown = [a for feature in features for a in _activations(feature, place)]
-            said = [_explanation(f, explanations[f], place) for f in batch if f in (explanations or {})]
-            for table, lines in (("features", rows), ("activations", shown), ("explanations", said)):
+            said = [
+                _explanation(f, explanations[f], place) for f in batch if f in (explanations or {})
+            ]
+            for table, lines in (
+                ("features", rows),
+                ("activations", shown),
+                ("explanations", said),
+            ):
                 if lines:
                     _write(new / table / f"batch-{number}.jsonl.gz", lines)
 
@@ -149,13 +156,14 @@ def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def _explanation(f: int, explanation: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
-    score = explanation.get("score")
+def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
+    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in FIGURES.items())
+    score = next((s for s in figures if isinstance(s, int | float)), None)
     name = f"c{f:08x}{place['layer']}".replace("-", "")
     return {
         "id": name[:25].ljust(25, "0"), "modelId": place["modelId"], "layer": place["layer"],
         "index": str(f), "description": explanation["text"], "authorId": place["creatorId"],
-        "scoreV1": score if isinstance(score, int | float) else None,
-        "typeName": explanation.get("method"), "explanationModelName": explanation.get("model"),
+        "scoreV1": score, "typeName": explanation["method"],
+        "explanationModelName": explanation["model"],
         "notes": None, "createdAt": place["createdAt"],
     }  # fmt: skip

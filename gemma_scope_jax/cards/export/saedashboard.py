@@ -39,7 +39,11 @@ def export_saedashboard(
             progress("SAEDashboard", batch[0], len(cards))
             _write(new / f"batch-{number}.json", {**about, "features": features})
         _write(new / "run_settings.json", _settings(cards, about))
-        skipped = {"layer": str(about["layer"]), "log_sparsity": -6, "skipped_indexes": silent(cards)}
+        skipped = {
+            "layer": str(about["layer"]),
+            "log_sparsity": -6,
+            "skipped_indexes": silent(cards),
+        }
         keys = ("model_id", "layer", "sae_set", "log_sparsity", "skipped_indexes")
         _write(new / "skipped_indexes.json", {key: {**about, **skipped}[key] for key in keys})
 
@@ -68,12 +72,17 @@ def batch_facts(cards: FeatureCards) -> dict[str, Any]:
     """Names as Neuronpedia has them."""
     m = cards.manifest
     model = str(m["model"]).removeprefix("google/") or "unknown"
-    return {"model_id": model, "layer": m["layer"], "sae_set": set_name(cards), "sae_id_suffix": None}
+    return {
+        "model_id": model,
+        "layer": m["layer"],
+        "sae_set": set_name(cards),
+        "sae_id_suffix": None,
+    }
 
 
 def set_name(cards: FeatureCards) -> str:
     """What tells the coder from others of its layer, in letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", str(cards.manifest["name"]).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", str(cards.manifest["coder"]).lower()).strip("-")
 
 
 def text_facts(cards: FeatureCards) -> dict[str, Any]:
