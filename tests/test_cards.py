@@ -1,21 +1,15 @@
 """Feature cards against plain loops over a small store, in float64."""
 
-import gzip
-import json
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import Letters
-from safetensors.numpy import save_file
 from tiny import tiny_model
 
 from gemma_scope_jax.cards.build import build_cards
-from gemma_scope_jax.cards.card_files import FILE, FeatureCards
-from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.card_files import CardFiles
+from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
@@ -104,7 +98,7 @@ def seen(store):
 
 
 def test_the_store_is_worth_looking_at(store, seen, texts):
-    """Several segments, documents and enormous tokens: the tests below would not see them missing."""
+    """Several segments, documents and enormous tokens, which the tests below need."""
     everything, usual, place, typical = seen
     assert store.segment_count > 2 and len({p[2] for p in place.values()}) == 7
     left_out = {row for row, _ in everything} - typical

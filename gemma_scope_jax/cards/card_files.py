@@ -2,16 +2,17 @@
 
 Arrays are memory-mapped, so that of a coder of a million features only what is looked at is read.
 
-    cards.json            format, coder, data, settings, stages (what each finished stage was made of)
+    cards.json            format, coder, text, settings, stages (what each was made of)
     density               float64 [F]      the share of the counted tokens on which it is active
     largest, mean         float32 [F]      of its activations on typical tokens (see `examples.py`)
     histogram             int64 [F, bins]  how many of those lie in equal bins of (0, largest]
     example_rows          int64 [F, E]     the token an example is around, -1: none
     example_documents     int64 [F, E]     its document
     example_positions     int32 [F, E]     its position in the piece of the document
+    example_sources       int32 [F, E]     the document's file: a number in the manifest's `sources`
     example_tokens        int32 [F, E, W]  ids of the window, -1 outside of the piece
     example_values        float32 [F, E, W]
-    top_ids, bottom_ids   int32 [F, K]     tokens that the decoder row raises and lowers most, -1: none
+    top_ids, bottom_ids   int32 [F, K]     tokens that the decoder row raises and lowers most
     top_logits, bottom_logits float32 [F, K]
     logit_range           float32 [F, 2]   smallest and largest logit over the vocabulary
     logit_histogram       int32 [F, bins]  of the logits, equal bins between the two
@@ -52,6 +53,7 @@ class Example:
     at: int
     document: int
     position: int
+    source: str  # the document's file, "" if there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +208,7 @@ class FeatureCards:
     def _some(self, feature: int, start: int, stop: int) -> list[Example]:
         before, found = self.settings["before"], []
         ids, values = self["example_tokens"][feature], self["example_values"][feature]
-        rows = self["example_rows"][feature]
+        rows, files = self["example_rows"][feature], self.manifest.get("sources", [])
         for slot in range(start, stop):
             if rows[slot] < 0:
                 continue
@@ -217,12 +219,13 @@ class FeatureCards:
                     int(np.searchsorted(kept, before)),
                     int(self["example_documents"][feature, slot]),
                     int(self["example_positions"][feature, slot]),
+                    files[self["example_sources"][feature, slot]] if files else "",
                 )
             )  # fmt: skip
         return found
 
     def listed(self, name: str, feature: int, *facts: str) -> list[tuple[Any, ...]]:
-        """Rows (id, fact, ...) of a list such as "correlated" or "neighbour", as far as there are."""
+        """Rows (id, fact, ...) of a list such as "correlated" or "neighbour"; it may be short."""
         if f"{name}_ids" not in self:
             return []
         ids = self[f"{name}_ids"][feature]

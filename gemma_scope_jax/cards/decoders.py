@@ -139,7 +139,7 @@ def write_logits(
     model: Model, coder: Coder, tok: Any, layer: int | None, k: int, bins: int, gain: Gain,
     stage: Stage, progress: Progress,
 ) -> None:  # fmt: skip
-    """Make `top_ids` to `logit_histogram`; nothing for a coder that does not write to the stream."""
+    """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
     if coder.writes not in TO_LOGITS:
         return
     F, done = coder.width, 0

@@ -5,13 +5,14 @@ kept is a table of the best candidates so far, F rows, so memory does not grow w
 
 A few tokens of Gemma's residual stream have several times the usual norm, and what is active on
 them is enormous. They say nothing about any one feature, so a token is left out of everything but
-`density` if its activations sum to more than `ENORMOUS` times the median of its segment; the other
-tokens are the typical ones. `labels.py` and the metrics go by the norm, which a store does not hold:
+`density` if its activations sum to more than `ENORMOUS` times the median of its segment; the others
+are the typical ones. `labels.py` and the metrics go by the norm, which a store does not hold:
 with the packaged SAE the two rules name the same tokens, whose sums are 6 to 8 times the median,
 where no other token's is 4 times.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -174,7 +175,8 @@ def gather_examples(
         slots = active.features.astype(np.int64) * s.groups + group
         sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
     rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
-    _windows(store, coder, layer, s, rows, stage, progress)
+    documents = _windows(store, coder, layer, s, rows, stage, progress)
+    _sources(store, documents, stage)
     stage.put("density", fired / store.counted)
     stage.facts["tokens"] = int(store.counted)
     stage.put("largest", largest)
@@ -205,8 +207,21 @@ def _strongest(store, coder: str, layer: int, s: CardSettings, progress: Progres
     return fired, total, count, largest, best
 
 
-def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> None:
-    """The text around `rows` int64 [F, E], and the feature's activations there."""
+def _sources(store: Any, documents: np.ndarray, stage: Stage) -> None:
+    """Which file each example's document is from: `sources` of the manifest by number."""
+    found, number = np.unique(documents, return_inverse=True)
+    files = [store.where(d).rpartition(", ")[0] if d >= 0 else "" for d in found.tolist()]
+    names = sorted({os.path.basename(file) for file in files})
+    of = np.array([names.index(os.path.basename(file)) for file in files], np.int32)
+    stage.put("example_sources", of[number].reshape(documents.shape))
+    stage.facts["sources"] = names
+
+
+def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> np.ndarray:
+    """The text around `rows` int64 [F, E], and the feature's activations there.
+
+    Returns the numbers of the documents [F, E]; -1: no example.
+    """
     width, slots = rows.shape
     tokens = stage.create("example_tokens", (width, slots, s.window), np.int32, -1)
     values = stage.create("example_values", (width, slots, s.window), np.float32, 0)
@@ -235,3 +250,4 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
         found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         here = inside & (keys[found] == wanted) if len(keys) else np.zeros_like(inside)
         values[features, slot] = np.where(here, active.values[found] if len(keys) else 0, 0)
+    return documents

@@ -50,8 +50,8 @@ def read_explanations(
         raise InputError(f"{path}: cannot be read ({error}); delete it or write it anew") from None
     if version != FORMAT:
         raise InputError(f"{path}: format {version!r} is not known (this reads {FORMAT})")
-    if bad := next((f for f, entry in entries.items() if not _is_explanation(entry)), None):
-        raise InputError(f"{path}: feature {bad} has no explanation as written here; delete it")
+    if bad := [f for f, entry in entries.items() if not _is_explanation(entry)]:
+        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here; delete it")
     if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
         raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
     return entries
@@ -77,10 +77,11 @@ def explanation_note(entry: Explanation) -> str:
 
 
 def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
-    """Write explanations.json into a folder, local or gs://: the old file or the new, whole."""
-    explanations = {str(f): entries[f] for f in sorted(entries)}
-    content = {"format": FORMAT, "coder": coder, "explanations": explanations}
-    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    """Write explanations.json into a folder, local or gs://: the old file or the new, whole. A line
+    holds a feature."""
+    plain = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(f"{plain(str(f))}: {plain(entries[f])}" for f in sorted(entries))
+    text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())

@@ -1,7 +1,7 @@
 """Cards from the `examples.safetensors` that the release has beside many coders.
 
     tokens [S, T]                                  sequences, ids
-    activations, seq_ids, positions [F, N]         the N strongest of each feature, falling; padded by 0
+    activations, seq_ids, positions [F, N]         the N strongest of each, falling; padded by 0
     logit_effects [F, N]                           (not used: what an example did to the next token)
     feature_frequencies [F]                        share of tokens on which a feature is active
     top_tokens, top_logits, bottom_tokens, bottom_logits [F, 10]
@@ -14,7 +14,6 @@ Source: the layout as described by users of the release; dtypes are taken as the
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,19 +56,21 @@ def read_published(
     Raises `InputError` for a file that is not one of examples, or of another coder.
     """
     with open_safetensors(path) as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
         _check(path, shapes, width)
         tokens = np.asarray(file.get_tensor("tokens"))
         frequency = np.asarray(file.get_tensor("feature_frequencies"), np.float64)
+        part = lambda n, start: file.get_slice(n)[start : min(start + BLOCK, width)]
         blocks = (
-            (start, [np.asarray(file.get_slice(n)[start : start + BLOCK]) for n in PER_FEATURE])
+            (start, [np.asarray(part(n, start)) for n in PER_FEATURE])
             for start in range(0, width, BLOCK)
         )
         _gather(path, tokens, blocks, width, settings, stage, progress)
         stage.put("density", frequency)
         stage.facts |= {
             "tokens": None, "strongest_only": shapes["activations"][1],
-            "text": "the published examples", "prompts": len(tokens), "prompt_tokens": tokens.shape[1],
+            "text": "the published examples", "prompts": len(tokens),
+            "prompt_tokens": tokens.shape[1],
         }  # fmt: skip
         if set(LOGITS) <= shapes.keys():
             for name, source in zip(
@@ -109,7 +110,7 @@ def _gather(
         progress("published examples", start, width)
         at = sequences.astype(np.int64) * length + places.astype(np.int64)
         active = _entries(activations, at)
-        if len(active.rows) and not (0 <= active.rows.min() and active.rows.max() < tokens.size):
+        if len(active.rows) and not (active.rows.min() >= 0 and active.rows.max() < tokens.size):
             raise InputError(f"{path}: an example lies outside of the tokens; download it again")
         n = len(activations)
         here = slice(start, start + n)

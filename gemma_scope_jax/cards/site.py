@@ -89,10 +89,10 @@ def _card(cards: FeatureCards, f: int, place: Place) -> dict[str, Any]:
     """What the page calls h g l t c n x: histogram, examples, logits, neighbours."""
     largest = max(float(cards["largest"][f]), 1e-30)
     card: dict[str, Any] = {"h": cards["histogram"][f].tolist(), "l": None, "t": None}
-    card["g"] = [
-        [g.name, _short(g.low), _short(g.high), g.count, [_example(e, largest, place) for e in g.examples]]
-        for g in cards.groups(f)
-    ]  # fmt: skip
+    card["g"] = []
+    for g in cards.groups(f):
+        examples = [_example(e, largest, place) for e in g.examples]
+        card["g"].append([g.name, _short(g.low), _short(g.high), g.count, examples])
     if "top_ids" in cards:
         both = [_logits(cards, f, end, place) for end in ("top", "bottom")]
         if "logit_histogram" in cards:
@@ -121,12 +121,14 @@ def _short(value: float) -> float:
 
 
 def _example(example: Any, largest: float, place: Place) -> list[Any]:
-    """Document, position, place of the token, words, and activations in thousandths of the largest:
-    sparse, [place, value, place, value, ...]."""
+    """Where it is from, the place of the token, words, and activations in thousandths of the
+    largest: sparse, [place, value, place, value, ...]."""
     strength = np.round(1000 * np.asarray(example.values) / largest).astype(int)
     at = np.flatnonzero(strength)
     pairs = np.stack([at, strength[at]], -1).ravel().tolist()
-    return [example.document, example.position, example.at, place(example.ids).tolist(), pairs]
+    file = f"{example.source}, " * bool(example.source)
+    where = f"{file}document {example.document}, token {example.position}"
+    return [where, example.at, place(example.ids).tolist(), pairs]
 
 
 def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
         "words": tok.decode_tokens(ids), "raises": np.searchsorted(ids, some).tolist(),
         "labels": labels, "notes": notes,
         "explained": any(labels),
-        "compared": [[other, sites.get(other, ""), width_of] for other, width_of in m.get("compared", [])],
+        "compared": [[other, sites.get(other, ""), n] for other, n in m.get("compared", [])],
     }  # fmt: skip
 
 

@@ -88,7 +88,9 @@ def _store(model: Any, coders: list, tok: Any, text: tuple[str, ...], store: str
     from gemma_scope_jax.data.documents import TextData
     from gemma_scope_jax.extraction.extract import extract
 
-    return extract(model, coders, tok, TextData(files=text), out / "store", tokens=tokens)
+    length = min(1024, model.config.context)
+    data, folder = TextData(files=text), out / "store"
+    return extract(model, coders, tok, data, folder, tokens=tokens, length=length)
 
 
 def _make(model, coders, tok, store, others, settings, logits, export, out: Path) -> None:

@@ -85,8 +85,8 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
     return {
         "release": {
             "name": name, "description": title, "descriptionShort": title, "creatorName": CREATOR,
-            "creatorNameShort": CREATOR, "visibility": "PUBLIC", "isNewUi": False, "featured": False,
-            "urls": [], "creatorEmail": None, "defaultSourceSetName": None,
+            "creatorNameShort": CREATOR, "visibility": "PUBLIC", "isNewUi": False,
+            "featured": False, "urls": [], "creatorEmail": None, "defaultSourceSetName": None,
             "defaultSourceId": None, "defaultUmapSourceIds": [], **by,
         },
         "model": {
@@ -99,8 +99,8 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "modelId": model, "name": name, "hasDashboards": True, "visibility": "PUBLIC",
             "description": title, "type": m["kind"], "creatorName": CREATOR, "urls": [],
             "creatorEmail": None, "releaseName": name, "defaultOfModelId": None, "defaultRange": 1,
-            "defaultShowBreaks": True, "showDfa": False, "showCorrelated": "correlated_ids" in cards,
-            "showHeadAttribution": False, "showUmap": False, **by,
+            "defaultShowBreaks": True, "showDfa": False,
+            "showCorrelated": "correlated_ids" in cards, "showHeadAttribution": False, "showUmap": False, **by,
         },
         "source": {
             "id": source, "modelId": model, "setName": name, "hasDashboards": True,
@@ -131,7 +131,8 @@ def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder
         "maxActApprox": round(float(cards["largest"][f]), 5), "hasVector": False, "vector": [],
         "vectorLabel": None, "vectorDefaultSteerStrength": STRENGTH,
         "hookName": f"blocks.{cards.manifest['layer']}.{coder.writes}",
-        "topkCosSimIndices": [i for i, _ in near], "topkCosSimValues": rounded([c for _, c in near]),
+        "topkCosSimIndices": [i for i, _ in near],
+        "topkCosSimValues": rounded([c for _, c in near]),
         **{key: feature[key] for key in SAME},
     }  # fmt: skip
 
@@ -150,7 +151,8 @@ def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]
                 "dataSource": None, "dataIndex": None, "dfaValues": [], "dfaTargetIndex": None,
                 "dfaMaxValue": None, "lossValues": [], "logitContributions": None,
                 "binMin": a["bin_min"], "binMax": a["bin_max"], "binContains": a["bin_contains"],
-                "qualifyingTokenIndex": a["qualifying_token_index"], "zIndices": None, "zValues": None,
+                "qualifyingTokenIndex": a["qualifying_token_index"], "zIndices": None,
+                "zValues": None,
             }
         )  # fmt: skip
     return rows

@@ -1,6 +1,6 @@
 """Cards as SAEDashboard's batch JSON, which Neuronpedia's tools and others read.
 
-    batch-N.json           {model_id, layer, sae_set, sae_id_suffix, features: [...]}, 128 features each
+    batch-N.json           {model_id, layer, sae_set, sae_id_suffix, features: [...]}, 128 each
     run_settings.json      how the dashboards were made
     skipped_indexes.json   the features that are never active, which have no dashboard
 
@@ -71,7 +71,7 @@ def silent(cards: FeatureCards) -> list[int]:
 def batch_facts(cards: FeatureCards) -> dict[str, Any]:
     """Names as Neuronpedia has them."""
     m = cards.manifest
-    model = str(m["model"]).removeprefix("google/") or "unknown"
+    model = str(m["model"]).split("/")[-1] or "unknown"
     return {
         "model_id": model,
         "layer": m["layer"],
