@@ -48,6 +48,7 @@ def export_neuronpedia(
     heads: int | None = None, explanations: Mapping[int, Explanation] | None = None,
 ) -> None:  # fmt: skip
     """Write `folder`/MODEL/LAYER-SET; see `export_saedashboard` for `heads`."""
+    explanations = explanations or {}
     facts, now = batch_facts(cards), datetime.datetime.now(datetime.UTC).isoformat()
     source = f"{facts['layer']}-{facts['sae_set']}"
     place = {"modelId": facts["model_id"], "layer": source, "creatorId": CREATOR, "createdAt": now}
@@ -58,9 +59,7 @@ def export_neuronpedia(
             progress("Neuronpedia", batch[0], len(cards))
             rows = [_feature(cards, feature, place, coder) for feature in features]
             shown = [a for feature in features for a in _activations(feature, place)]
-            said = [
-                _explanation(f, explanations[f], place) for f in batch if f in (explanations or {})
-            ]
+            said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
             for table, lines in (
                 ("features", rows),
                 ("activations", shown),
@@ -100,7 +99,8 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "description": title, "type": m["kind"], "creatorName": CREATOR, "urls": [],
             "creatorEmail": None, "releaseName": name, "defaultOfModelId": None, "defaultRange": 1,
             "defaultShowBreaks": True, "showDfa": False,
-            "showCorrelated": "correlated_ids" in cards, "showHeadAttribution": False, "showUmap": False, **by,
+            "showCorrelated": "correlated_ids" in cards, "showHeadAttribution": False,
+            "showUmap": False, **by,
         },
         "source": {
             "id": source, "modelId": model, "setName": name, "hasDashboards": True,
