@@ -91,8 +91,8 @@ def made(tmp_path_factory, model):
         assert command(
             "cards", tmp / "one", tmp / "two", "--text", tmp / "text.txt", "--tokens", 5000,
             "--out", tmp / "out", "--model", "tiny", "--top", 9, "--each", 2, "--before", 14,
-            "--after", 9, "--compare", tmp / "two", "--export", "saedashboard", "neuronpedia", "anthropic",
-            "anthropic-json",
+            "--after", 9, "--compare", tmp / "two", "--export", "saedashboard", "neuronpedia",
+            "anthropic", "anthropic-json",
         ) == 0  # fmt: skip
     return tmp / "out"
 
@@ -524,7 +524,10 @@ def test_finished_stages_are_kept(made, cards, tiny, tmp_path, monkeypatch, caps
     with pytest.raises(InputError, match="not finished"):
         FeatureCards(copy)
     again = build_cards(store, coder, copy, settings=CardSettings(top=7))
-    assert again["example_rows"].shape == (F, 7 + 25)
+    assert again["example_rows"].shape == (F, 7 + 25) and "top_ids" in again
+    published(tmp_path, np.random.default_rng(0))
+    other = build_cards(tmp_path / "examples.safetensors", coder, copy)
+    assert "correlated_ids" not in other and "logit_range" not in other  # nothing stale is left
 
 
 def bad(folder, tmp):
@@ -559,6 +562,7 @@ def bad(folder, tmp):
     yield ("cards", tmp / "other", *store), "holds no features of other"
     yield ("cards", one, *store, "--compare", tmp / "small"), "cannot be compared"
     yield ("cards", one, *store, "--compare", tmp / "nobody"), "nobody"
+    yield ("cards", one, *store, "--out", "gs://bucket/cards"), "a local folder"
     yield ("cards", one, *store, "--top", 0), "top is 0"
     yield ("cards", one, *store, "--before", -1), "before is -1"
     yield ("cards", one, *store, "--groups", 0), "groups is 0"

@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
-from gemma_scope_jax.cards.correlations import correlate
+from gemma_scope_jax.cards.correlations import LEAST, correlate
 from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
@@ -208,7 +208,7 @@ def test_correlations(cards, seen):
                 r = ((x[:, f] - x[:, f].mean()) * (x[:, g] - x[:, g].mean())).mean()
                 r /= x[:, f].std() * x[:, g].std()
                 cosine = x[:, f] @ x[:, g] / np.linalg.norm(x[:, f]) / np.linalg.norm(x[:, g])
-                wanted += [(r, cosine, g)] * int(r > 1e-12)
+                wanted += [(r, cosine, g)] * int(r >= LEAST)
         wanted.sort(reverse=True)
         found = cards.listed("correlated", f, "pearson", "cosine")
         assert [g for g, _, _ in found] == [g for _, _, g in wanted[:6]]

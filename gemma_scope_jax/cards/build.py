@@ -51,10 +51,10 @@ def build_cards(
     """
     settings = settings or CardSettings()
     layer = layers_of(coder)[decoders.source_layer(coder, layer)]
-    files = CardFiles(folder)
-    files.manifest |= _about(coder, layer, settings, gain)
-    weights = _weights(coder)
-    from_file = isinstance(source, str | os.PathLike)
+    weights, from_file = _weights(coder), isinstance(source, str | os.PathLike)
+    files = CardFiles(folder, [weights, layer, "file" if from_file else "store"])
+    as_published = from_file and model is None
+    files.manifest |= _about(coder, layer, settings, "as published" if as_published else gain)
     if from_file:
         size = os.path.getsize(source) if os.path.exists(source) else 0
         origin: dict[str, Any] = {"examples": str(source), "bytes": size}
@@ -99,7 +99,7 @@ def public_name(coder: Coder) -> str:
     return os.path.basename(path) if os.path.isabs(path) else path
 
 
-def _about(coder: Coder, layer: int, settings: CardSettings, gain: Gain) -> dict[str, Any]:
+def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:
     return {
         "coder": public_name(coder), "model": coder.info.model_name, "kind": coder.kind,
         "layer": layer, "reads": coder.reads, "writes": coder.writes, "width": coder.width,

@@ -70,14 +70,19 @@ class Group:
 class CardFiles:
     """The arrays of a folder while they are made: a stage's appear together when all are there."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, belongs: Any = None):
+        """The folder is emptied of the cards of anything else than `belongs` (JSON) says."""
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE
         self.manifest: dict[str, Any] = read_manifest(path) if path.exists() else {}
-        self.manifest |= {"format": FORMAT}
+        if self.manifest.get("belongs") != belongs:
+            self.manifest = {}
+            for array in self.folder.glob("*.npy"):
+                array.unlink()
+        self.manifest |= {"format": FORMAT, "belongs": belongs}
 
     def has(self, stage: str, made_of: Any) -> bool:
         """Whether a stage is there and was made of the same (JSON)."""

@@ -15,6 +15,7 @@ from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import Progress, typical_tokens
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
+LEAST = 0.01  # correlations below this are not listed: most pairs, and they say nothing
 PAIRS = 1 << 21  # pairs of features in a block, if all are active together
 
 
@@ -22,7 +23,7 @@ def correlate(
     store: Any, coder: str, layer: int, k: int, stage: Stage, progress: Progress,
     entries: int = ENTRIES,
 ) -> None:  # fmt: skip
-    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest above 0.
+    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest from `LEAST` on.
 
     The cosine is that of the uncentred activations. A store with more than `entries` active
     features is sampled, evenly spaced segments of it.
@@ -44,7 +45,7 @@ def correlate(
         i, j = product.row + start, product.col
         with np.errstate(divide="ignore", invalid="ignore"):
             r = (product.data / tokens - mean[i] * mean[j]) / (spread[i] * spread[j])
-        kept = (i != j) & (r > 0)
+        kept = (i != j) & (r >= LEAST)
         i, j, r, inner = i[kept], j[kept], r[kept], product.data[kept]
         order = np.lexsort((j, -r, i))
         i, j, r, inner = i[order], j[order], r[order], inner[order]

@@ -40,8 +40,8 @@ LOGITS = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
 
 def find_examples(coder: Coder) -> Path | None:
     """The file beside a coder, fetched if the coder came from the hub; None if there is none."""
-    path = Path(coder.info.folder or ".") / FILE
-    if path.is_file():
+    path = Path(coder.info.folder) / FILE
+    if coder.info.folder and path.is_file():
         return path
     if not coder.info.path.startswith("gemma-scope-2-"):
         return None

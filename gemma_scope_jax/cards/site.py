@@ -140,8 +140,12 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
     about = (
         f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {width:,} features \u00b7 {text}"
     )
-    if m["gain"] != "exact" and "top_ids" in cards:
-        about += f" \u00b7 logits as in the {m['gain']}"
+    logits = {
+        "notebook": "logits as in the official notebook",
+        "as published": "logits as published",
+    }
+    if m["gain"] in logits and "top_ids" in cards:
+        about += f" \u00b7 {logits[m['gain']]}"
     labels, notes = [""] * width, [""] * width
     for f, explanation in explanations.items():
         labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))

@@ -17,7 +17,7 @@ Export = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
 def cards(
     coders: Coders,
     *,
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
     text: Files = (),
     tokens: int = 1_000_000,
     store: Name = "",
@@ -63,20 +63,24 @@ def cards(
         raise InputError("name at least one coder")
     if text and store:
         raise InputError("give --text or --store, not both")
+    from gemma_scope_jax.buckets import is_remote
     from gemma_scope_jax.cards.examples import CardSettings
 
+    if is_remote(out):
+        raise InputError(f"{out}: cards are written to a local folder; copy them from there")
+    folder = Path(out).expanduser()
     settings = CardSettings(
         top=top, groups=groups, each=each, before=before, after=after, bins=8 * groups,
         seed=seed, listed=listed,
     )  # fmt: skip
     from gemma_scope_jax.coders.gemma_scope_files import load_coder, matching
 
-    others = {name: load_coder(name) for given in compare for name in matching(given)}
+    others = [load_coder(name) for given in compare for name in matching(given)]
     published = not (text or store)
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
-    source = None if published else _store(loaded_model, loaded, tok, text, store, tokens, out)
-    _make(loaded_model, loaded, tok, source, others, settings, logits, export, out)
-    print(f"page: {out / 'index.html'}")
+    source = None if published else _store(loaded_model, loaded, tok, text, store, tokens, folder)
+    _make(loaded_model, loaded, tok, source, others, settings, logits, export, folder)
+    print(f"page: {folder / 'index.html'}")
 
 
 def _store(model: Any, coders: list, tok: Any, text: tuple[str, ...], store: str, tokens, out):
@@ -104,7 +108,9 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
     progress = _progress()
     wanted = [(c, layer) for c in coders for layer in layers_of(c)]
     names = _folders([(public_name(c), layer, len(layers_of(c)) > 1) for c, layer in wanted])
-    sites = {public_name(c): f"../{n}/index.html" for (c, _), n in zip(wanted, names)}
+    pages = {c.info.path: f"../{n}/index.html" for (c, _), n in zip(wanted, names)}
+    called = _names(others)
+    sites = {n: pages[c.info.path] for n, c in called.items() if c.info.path in pages}
     heads = model.config.heads if model is not None else None
     made = {}
     for (coder, layer), name in zip(wanted, names):
@@ -115,9 +121,7 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
                 f"{public_name(coder)}: no examples are published beside it: give --text FILES or "
                 "--store FOLDER"
             )
-        compared = {
-            public_name(c): c for c in others.values() if public_name(c) != public_name(coder)
-        }
+        compared = {n: c for n, c in called.items() if c.info.path != coder.info.path}
         made[name] = build_cards(
             source, coder, out / name / "cards", layer=layer, model=model, tok=tok,
             settings=settings, gain=logits, compare=compared, progress=progress,
@@ -129,6 +133,18 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
         _export(made[name], coder, tok, out / name, export, heads, explained, progress)
     _export_layers(made, tok, out, export, progress)
     write_index(out, list(made))
+
+
+def _names(coders: list[Any]) -> dict[str, Any]:
+    """Coders by name; those of one name with their folder's parent in front."""
+    from gemma_scope_jax.cards.build import public_name
+
+    names = [public_name(coder) for coder in coders]
+    long = ["/".join(Path(coder.info.path).parts[-2:]) for coder in coders]
+    return {
+        name if names.count(name) == 1 else longer: coder
+        for name, longer, coder in zip(names, long, coders)
+    }
 
 
 def _folders(named: list[tuple[str, int, bool]]) -> list[str]:
