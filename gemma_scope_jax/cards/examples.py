@@ -235,6 +235,7 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
         progress("windows", i, store.segment_count)
         n = len(segment.tokens)
         some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
+        some = np.sort(some)  # by feature, as the arrays lie on the disk
         features, slot = np.divmod(some, slots)
         at = rows[features, slot] - segment.start
         index = at[:, None] + around
