@@ -6,9 +6,9 @@ kept is a table of the best candidates so far, F rows, so memory does not grow w
 A few tokens of Gemma's residual stream have several times the usual norm, and what is active on
 them is enormous. They say nothing about any one feature, so a token is left out of everything but
 `density` if its activations sum to more than `ENORMOUS` times the median of its segment; the others
-are the typical ones. The metrics go by the norm, which a store does not hold:
-with the packaged SAE the two rules name the same tokens, whose sums are 6 to 8 times the median,
-where no other token's is 4 times.
+are the typical ones. The metrics go by the norm, which a store does not hold: with the packaged SAE
+the two rules name the same tokens, whose sums are 6 to 8 times the median, where no other token's
+is 4 times.
 """
 
 import dataclasses

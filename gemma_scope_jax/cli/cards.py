@@ -88,7 +88,10 @@ def _store(model: Any, coders: list, tok: Any, text: tuple[str, ...], store: str
     from gemma_scope_jax.extraction.store import FeatureStore
 
     if store:
-        return FeatureStore(store)
+        given = FeatureStore(store)
+        if not given.complete:
+            print(f"{store}: not finished; the cards are of {len(given):,} tokens", file=sys.stderr)
+        return given
     from gemma_scope_jax.data.documents import TextData
     from gemma_scope_jax.extraction.extract import extract
 
@@ -115,7 +118,7 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
     made = {}
     for (coder, layer), name in zip(wanted, names):
         print(f"cards of {name}", file=sys.stderr)
-        source = store or find_examples(coder)
+        source = find_examples(coder) if store is None else store
         if source is None:
             raise InputError(
                 f"{public_name(coder)}: no examples are published beside it: give --text FILES or "
@@ -126,7 +129,8 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
             source, coder, out / name / "cards", layer=layer, model=model, tok=tok,
             settings=settings, gain=logits, compare=compared, progress=progress,
         )  # fmt: skip
-        explained = read_explanations(coder.info.folder, coder.width) if coder.info.folder else {}
+        beside = coder.info.folder if len(layers_of(coder)) == 1 else ""
+        explained = read_explanations(beside, coder.width) if beside else {}
         build_site(
             made[name], out / name, tok, explanations=explained, sites=sites, progress=progress
         )
