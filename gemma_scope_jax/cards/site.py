@@ -151,7 +151,7 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
         labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))
     return {
         "name": name, "about": about, "chunk": CHUNK, "shards": SHARDS,
-        "density": [float(f"{v:.3g}") for v in cards["density"].tolist()],
+        "density": [float(f"{v:.6g}") for v in cards["density"].tolist()],
         "largest": [_short(v) for v in cards["largest"].tolist()],
         "mean": [_short(v) for v in cards["mean"].tolist()],
         "words": tok.decode_tokens(ids), "raises": np.searchsorted(ids, some).tolist(),
