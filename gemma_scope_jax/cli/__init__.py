@@ -10,6 +10,7 @@ import sys
 
 import tyro
 
+from gemma_scope_jax.cli.cards import cards
 from gemma_scope_jax.cli.extract import extract
 from gemma_scope_jax.cli.look import check, inspect, list_
 from gemma_scope_jax.cli.train import activations, train
@@ -17,7 +18,7 @@ from gemma_scope_jax.errors import InputError
 
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
-    "extract": extract,
+    "extract": extract, "cards": cards,
 }  # fmt: skip
 
 
