@@ -102,10 +102,20 @@ class Segment:
     ) -> Entries:
         """`by_token` of the segment's rows `start` to `stop`; reads the blocks that hold them."""
         c = self._store.place(coder, layer)
-        ends = self._about["coders"][c]["token_parts"]
+        return self._some(c, start, stop, self._about["coders"][c]["token_parts"], _TOKENS)
+
+    def features(
+        self, start: int, stop: int, coder: str | None = None, layer: int | None = None
+    ) -> Entries:
+        """`by_feature` of features `start` to `stop`; reads the blocks that hold them."""
+        c = self._store.place(coder, layer)
+        return self._some(c, start, stop, self._about["coders"][c]["parts"], _FEATURES)
+
+    def _some(self, c: int, start: int, stop: int, ends: list[int], names: Any) -> Entries:
+        """The lists `start` to `stop` of those whose blocks end at `ends`."""
         first, last = np.searchsorted(ends, [start, max(start, stop - 1)], side="right").tolist()
         begin = 0 if first == 0 else ends[first - 1]
-        offsets, ids, values = self._lists(c, first, ends[: last + 1], *_TOKENS)
+        offsets, ids, values = self._lists(c, first, ends[: last + 1], *names)
         offsets = offsets[start - begin : stop - begin + 1]
         some = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], ids[some], values[some])
@@ -119,13 +129,8 @@ class Segment:
         self, feature: int, coder: str | None = None, layer: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(rows of the segment, values) of one feature; reads the block of the index around it."""
-        c = self._store.place(coder, layer)
-        ends = self._about["coders"][c]["parts"]
-        part = int(np.searchsorted(ends, feature, side="right"))
-        offsets, rows, values = self._lists(c, part, ends[: part + 1], *_FEATURES)
-        at = feature - (0 if part == 0 else ends[part - 1])
-        some = slice(offsets[at], offsets[at + 1])
-        return rows[some], values[some]
+        found = self.features(feature, feature + 1, coder, layer)
+        return found.ids, found.values
 
     def _lists(self, c: int, first: int, ends: list[int], *names: str) -> Entries:
         """The lists in the parts from `first` on, up to the last of `ends`."""
