@@ -19,7 +19,7 @@ from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS
 
 
-def texts(count=300):
+def texts(count=900):
     rng = np.random.default_rng(0)
     return ["".join(rng.choice(list("abcdef "), rng.integers(1, 90))) for _ in range(count)]
 
