@@ -24,7 +24,7 @@ def texts(count=900):
     return ["".join(rng.choice(list("abcdef "), rng.integers(1, 90))) for _ in range(count)]
 
 
-def write(folder, share=(0, 1)):
+def write(folder, share=(0, 1), count=900):
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
     k = jax.random.split(jax.random.key(0), 2)
     coder = SparseCoder(
@@ -32,7 +32,7 @@ def write(folder, share=(0, 1)):
         jax.random.normal(k[1], (48, 32)), jnp.zeros(32), layer=2,
     )  # fmt: skip
     return extract(
-        model, {"sae": coder}, Letters(), texts(), folder, rows=4, length=32, slots=32,
+        model, {"sae": coder}, Letters(), texts(count), folder, rows=4, length=32, slots=32,
         shard_tokens=500, share=share,
     )  # fmt: skip
 

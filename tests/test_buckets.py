@@ -13,6 +13,7 @@ import jax
 import pytest
 from etils import epath
 from etils.epath import gpath
+from feature_writer import write
 from gcp_storage_emulator import server
 from training_runner import PASSES, run, same_bits, stopped
 
@@ -97,6 +98,19 @@ def test_a_copy_is_made_once_for_the_same_files(bucket):
     save_coder(jax.tree.map(lambda w: 2 * w, coder), "gs://bucket/mine")
     assert local_copy("gs://bucket/mine") != copy
     same_bits(load_coder("gs://bucket/mine").w_dec, 2 * coder.w_dec)
+
+
+def test_features_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
+    whole = write(tmp_path / "whole", count=100)
+    for index in (1, 0):
+        store = write("gs://bucket/features", (index, 2), count=100)
+    assert store.complete and len(store) == len(whole)
+    for name in os.listdir(whole.folder):
+        assert (bucket / "features" / name).read_bytes() == (whole.folder / name).read_bytes()
+    store.verify()
+    rows, values = store.feature(7)
+    assert (rows == whole.feature(7)[0]).all() and (values == whole.feature(7)[1]).all()
+    assert not os.path.exists("gs:")
 
 
 @pytest.mark.parametrize(

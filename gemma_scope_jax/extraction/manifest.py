@@ -165,7 +165,10 @@ def read_manifest(folder: Any) -> dict[str, Any]:
 
 def shards_there(folder: Any) -> list[int]:
     """The numbers of the shards in a folder."""
-    names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
+    try:
+        names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
+    except FileNotFoundError:  # a bucket's folder is there when something is in it
+        return []
     found = [n.removeprefix("shard-").removesuffix(".features") for n in names
              if n.startswith("shard-") and n.endswith(".features")]  # fmt: skip
     return sorted(int(n) for n in found if n.isdigit())
