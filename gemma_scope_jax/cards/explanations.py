@@ -1,0 +1,66 @@
+"""Explanations of a coder's features: `explanations.json` beside the coder, read wherever one shows.
+
+    {"format": 1, "coder": "...", "explanations": {"17": {
+        "text": "negations in English", "method": "endpoint", "model": "gpt-4o-mini", "examples": 15,
+        "scores": {"detection": {"balanced_accuracy": 0.91, ...}, ...}}}}
+
+`method` says what wrote the text: a chat "endpoint", a "model" on this machine, or token "statistics".
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_jax.coders.atomic_files import write_folder
+from gemma_scope_jax.errors import InputError
+
+FILE = "explanations.json"
+FORMAT = 1
+
+Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples: int; more allowed
+
+
+def read_explanations(
+    folder: str | os.PathLike, width: int | None = None
+) -> dict[int, Explanation]:
+    """The explanations in a folder (or a file named *.json) by feature; {} if there are none.
+
+    width: of the coder, to refuse another coder's file. Raises `InputError` for a file that cannot
+    be understood.
+    """
+    path = Path(folder) if str(folder).endswith(".json") else Path(folder) / FILE
+    if not path.is_file():
+        if path.name != FILE:
+            raise InputError(f"{path}: no such file")
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+        entries = {int(feature): entry for feature, entry in content["explanations"].items()}
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it or write it anew") from None
+    if version != FORMAT:
+        raise InputError(f"{path}: format {version!r} is not known (this reads {FORMAT})")
+    if bad := next((f for f, entry in entries.items() if not _is_explanation(entry)), None):
+        raise InputError(f"{path}: feature {bad} has no explanation as written here; delete it")
+    if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
+        raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
+    return entries
+
+
+def _is_explanation(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("text", "method", "model"))
+        and isinstance(entry.get("scores"), dict)
+    )
+
+
+def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
+    """Write explanations.json into a folder, local or gs://: the old file or the new, whole."""
+    content = {"format": FORMAT, "coder": coder, "explanations": {}}
+    content["explanations"] = {str(f): entries[f] for f in sorted(entries)}
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    write_folder(folder, {FILE: lambda file: file.write(text.encode()) and None})
