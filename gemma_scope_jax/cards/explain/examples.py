@@ -89,7 +89,7 @@ class Corpus:
     layer: int | None
     pool: np.ndarray  # int64 [n] rows of the test half, in random order
     pool_tokens: np.ndarray  # int32 [n, length]
-    pool_pieces: np.ndarray  # int64 [n]
+    starts: np.ndarray  # int64 [pieces], ascending: the rows at which pieces of documents begin
     counts: np.ndarray  # int64 [V] how often each token counts in the train half
 
     def feature(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +101,8 @@ class Corpus:
         return self.store.windows(rows, before, after)
 
     def pieces(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [m]: where the pieces begin that hold `rows`; `<bos>` has position 0."""
-        return rows - self.store.places(rows)[1]
+        """int64 [m]: where the pieces begin that hold `rows`; pieces are named by that."""
+        return self.starts[np.searchsorted(self.starts, rows, side="right") - 1]
 
 
 def sides(length: int) -> tuple[int, int]:
@@ -128,28 +128,26 @@ def open_corpus(
     layer: int | None = None,
 ) -> Corpus:  # fmt: skip
     """One pass over the store's tokens. Raises `InputError` if there are too few pieces."""
-    counts = np.zeros(tok.vocab_size, np.int64)
-    best = np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    counts, starts = np.zeros(tok.vocab_size, np.int64), []
+    pool, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     for segment in store.segments():
         rows = segment.start + np.arange(len(segment.tokens), dtype=np.int64)
+        starts.append(rows[segment.positions == 0])
         test = in_test(rows - segment.positions, sampling.seed)
-        counts += np.bincount(
-            segment.tokens[segment.counted & ~test], minlength=len(counts)
-        )[: len(counts)]  # fmt: skip
+        seen = segment.tokens[segment.counted & ~test]
+        counts += np.bincount(seen, minlength=len(counts))[: len(counts)]
         rows = rows[segment.counted & test]
-        keys = mixed(rows, sampling.seed + 1)
-        rows, keys = np.concatenate([best[0], rows]), np.concatenate([best[1], keys])
+        pool, keys = np.r_[pool, rows], np.r_[keys, mixed(rows, sampling.seed + 1)]
         order = np.argsort(keys, kind="stable")[:POOL]
-        best = rows[order], keys[order]
-    pool = best[0]
+        pool, keys = pool[order], keys[order]
     if not len(pool) or not counts.any():
         raise InputError("the store has too little text: extract from more than a few documents")
     order = np.argsort(pool)
     tokens = np.zeros((len(pool), sampling.length), np.int32)
     tokens[order] = store.windows(pool[order], *sides(sampling.length))
-    pieces = np.zeros(len(pool), np.int64)
-    pieces[order] = pool[order] - store.places(pool[order])[1]
-    return Corpus(store, tok, sampling, coder, layer, pool, tokens, pieces, counts)
+    return Corpus(
+        store, tok, sampling, coder, layer, pool, tokens, np.concatenate(starts), counts
+    )
 
 
 def peaks(rows: np.ndarray, values: np.ndarray, pieces: np.ndarray, length: int) -> np.ndarray:
@@ -195,14 +193,17 @@ def gather(corpus: Corpus, feature: int, neighbours: Sequence[int] = ()) -> Mate
     quantile = quantiles_of(len(test), s.quantiles)
     drawn = spread(quantile, s.test, rng)
     strong = top_and_weighted(values[test], 2, 2, rng)
-    make = lambda which, q=None: _examples(corpus, rows, values, rows[which], pieces[which], q)
+    picked = np.r_[train[chosen], test[drawn], test[strong]]
+    quantile = np.r_[np.full(len(chosen), -1), quantile[drawn], np.full(len(strong), -1)]
+    made = _examples(corpus, rows, values, rows[picked], quantile)
+    ends = np.cumsum([len(chosen), len(drawn)])
     hard = _hard_negatives(corpus, rows, neighbours)[: s.hard]
     return Material(
         feature=feature,
-        train=make(train[chosen]),
-        test=make(test[drawn], quantile[drawn]),
+        train=made[: ends[0]],
+        test=made[ends[0] : ends[1]],
         silent=[*hard, *_silent(corpus, rows, s.silent - len(hard))],
-        strong=make(test[strong]),
+        strong=made[ends[1] :],
         fired=len(rows),
     )
 
@@ -232,12 +233,12 @@ def spread(quantile: np.ndarray, count: int, rng: Any) -> np.ndarray:
     return np.sort(order[np.argsort(turn, kind="stable")[:count]])
 
 
-def _examples(corpus: Corpus, rows, values, centres, pieces, quantile=None) -> list[Example]:
+def _examples(corpus: Corpus, rows, values, centres, quantile) -> list[Example]:
     order = np.argsort(centres)
     tokens = np.zeros((len(centres), corpus.sampling.length), np.int32)
     tokens[order] = corpus.windows(centres[order])
     found = _values_around(corpus, rows, values, centres)
-    quantile = np.full(len(centres), -1) if quantile is None else quantile
+    pieces = corpus.pieces(centres)
     return [
         _example(corpus.tok, *some)
         for some in zip(tokens, found, centres.tolist(), pieces.tolist(), quantile.tolist())
@@ -280,12 +281,12 @@ def _silent(corpus: Corpus, rows: np.ndarray, count: int) -> list[Example]:
         return []
     free = np.flatnonzero(_is_silent(corpus, rows, corpus.pool))
     free = free[_apart(corpus.pool[free], corpus.sampling.length, count)]
-    zeros = np.zeros(corpus.sampling.length, np.float32)
+    zeros, rows = np.zeros(corpus.sampling.length, np.float32), corpus.pool[free]
+    pieces = corpus.pieces(rows)
     return [
-        _example(corpus.tok, corpus.pool_tokens[i], zeros, int(corpus.pool[i]),
-                 int(corpus.pool_pieces[i]))
-        for i in free
-    ]  # fmt: skip
+        _example(corpus.tok, tokens, zeros, row, piece)
+        for tokens, row, piece in zip(corpus.pool_tokens[free], rows.tolist(), pieces.tolist())
+    ]
 
 
 def _hard_negatives(corpus: Corpus, rows: np.ndarray, neighbours: Sequence[int]) -> list[Example]:
