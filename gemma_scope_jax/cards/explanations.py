@@ -1,23 +1,30 @@
-"""Explanations of a coder's features: `explanations.json` beside the coder, read wherever one shows.
+"""Explanations of a coder's features: `explanations.json` beside the coder, read wherever one
+shows.
 
     {"format": 1, "coder": "...", "explanations": {"17": {
-        "text": "negations in English", "method": "endpoint", "model": "gpt-4o-mini", "examples": 15,
-        "scores": {"detection": {"balanced_accuracy": 0.91, ...}, ...}}}}
+        "text": "negations in English", "method": "endpoint", "model": "gpt-4o-mini",
+        "examples": 15, "scores": {"detection": {"balanced_accuracy": 0.91, ...}, ...}}}}
 
-`method` says what wrote the text: a chat "endpoint", a "model" on this machine, or token "statistics".
+`method` says what wrote the text: a chat "endpoint", a "model" on this machine, or token
+"statistics".
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gemma_scope_jax.coders.atomic_files import write_folder
 from gemma_scope_jax.errors import InputError
 
 FILE = "explanations.json"
 FORMAT = 1
+# The one figure of each score that stands for it where there is little room.
+FIGURES = {
+    "detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy",
+    "simulation": "correlation", "saebench": "score",
+}  # fmt: skip
 
 Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples: int; more allowed
 
@@ -58,9 +65,24 @@ def _is_explanation(entry: Any) -> bool:
     )
 
 
+def explanation_note(entry: Explanation) -> str:
+    """Where an explanation comes from and how good it is: "gpt-4o-mini, detection 0.91"."""
+    figures = [
+        f"{name} {value:.2f}"
+        for name, figure in FIGURES.items()
+        if isinstance(score := entry["scores"].get(name), dict)
+        and isinstance(value := score.get(figure), (int, float))
+    ]
+    return ", ".join([entry["model"], *figures])
+
+
 def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
     """Write explanations.json into a folder, local or gs://: the old file or the new, whole."""
-    content = {"format": FORMAT, "coder": coder, "explanations": {}}
-    content["explanations"] = {str(f): entries[f] for f in sorted(entries)}
+    explanations = {str(f): entries[f] for f in sorted(entries)}
+    content = {"format": FORMAT, "coder": coder, "explanations": explanations}
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    write_folder(folder, {FILE: lambda file: file.write(text.encode()) and None})
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_folder(folder, {FILE: write})

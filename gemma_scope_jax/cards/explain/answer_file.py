@@ -1,7 +1,8 @@
 """Answers kept on disk by what was asked, so that nothing is asked, or paid, twice.
 
-A file of JSON lines, `{"key": hash of the request, "answer": ...}`, only ever appended to, a line in
-one write: a process killed at any moment leaves at most one torn line, at the end, which is ignored.
+A file of JSON lines, `{"key": hash of the request, "answer": ...}`, only ever appended to, a line
+in one write: a process killed at any moment leaves at most one torn line, at the end, which is
+ignored.
 """
 
 import hashlib

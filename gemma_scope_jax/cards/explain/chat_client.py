@@ -1,10 +1,10 @@
-"""A client for chat-completions endpoints: OpenAI's, and the many that speak the same (vLLM, Ollama,
-llama.cpp, OpenRouter, ...).
+"""A client for chat-completions endpoints: OpenAI's, and the many that speak the same (vLLM,
+Ollama, llama.cpp, OpenRouter, ...).
 
-Requests are plain HTTP by the standard library. At most `concurrency` are under way; what passes (429,
-5xx, time-outs, broken connections, broken JSON) is tried again after a growing, random pause, or the
-one the server names; what does not is one `InputError`. The API key goes into one header and nowhere
-else: not to other hosts (redirects are refused), not into messages, files or logs.
+Requests are plain HTTP by the standard library. At most `concurrency` are under way; what passes
+(429, 5xx, time-outs, broken connections, broken JSON) is tried again after a growing, random pause,
+or the one the server names; what does not is one `InputError`. The API key goes into one header and
+nowhere else: not to other hosts (redirects are refused), not into messages, files or logs.
 """
 
 import contextlib
@@ -53,7 +53,9 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"endpoint {self.url!r}: give a URL such as https://api.openai.com/v1")
         if parts.username or parts.password:
-            raise InputError("endpoint: no user or password in the URL; the key comes from a variable")
+            raise InputError(
+                "endpoint: no user or password in the URL; the key comes from a variable"
+            )
         if not self.model:
             raise InputError("an endpoint needs the name of a model")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
@@ -101,7 +103,10 @@ class ChatClient:
     """Sends messages, from any number of threads; counts what it took."""
 
     def __init__(
-        self, endpoint: Endpoint, answers: AnswerFile, notify: Callable[[str], None] = lambda _: None
+        self,
+        endpoint: Endpoint,
+        answers: AnswerFile,
+        notify: Callable[[str], None] = lambda _: None,
     ):
         self.endpoint, self.answers, self.notify = endpoint, answers, notify
         self.requests = self.retried = self.refused = 0
@@ -161,8 +166,7 @@ class ChatClient:
             try:
                 with self._slot():
                     content = self._post(json.dumps(body).encode())
-                    reply = self._read(content)
-                return reply
+                    return self._read(content)
             except _Again as error:
                 if attempt == e.retries:
                     raise InputError(
@@ -232,7 +236,9 @@ class ChatClient:
     def _named_wait(self, error: urllib.error.HTTPError, said: str) -> Exception:
         wait = retry_after(error.headers.get("Retry-After"))
         if wait is not None and wait > LONGEST_WAIT:
-            return InputError(f"{self.endpoint.url}: {said}: asks to wait {wait:.0f} s; later, then")
+            return InputError(
+                f"{self.endpoint.url}: {said}: asks to wait {wait:.0f} s; later, then"
+            )
         return _Again(said, wait)
 
     def _read(self, content: bytes) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A chat endpoint as a judge: one request a question, in parallel, asked again if not understood."""
+"""A chat endpoint as a judge: a request a question, in parallel, asked again if not understood."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from gemma_scope_jax.cards.explain.chat_client import ChatClient
+from gemma_scope_jax.cards.explain.chat_client import ChatClient, Stopped
 from gemma_scope_jax.cards.explain.prompts import complaint, lengths, messages, parse
 from gemma_scope_jax.cards.explain.questions import Answer, Question
 
@@ -22,7 +22,10 @@ class EndpointJudge:
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """In order; an answer that does not have the form has `values` None."""
-        return list(self._pool.map(self._ask, questions))
+        try:
+            return list(self._pool.map(self._ask, questions))
+        except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
+            raise Stopped from None
 
     def _ask(self, question: Question) -> Answer:
         conversation, text = messages(question), ""

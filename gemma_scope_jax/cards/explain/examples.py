@@ -2,8 +2,9 @@
 
 Pieces of documents are dealt to two halves once for all features: explanations see the one, scores
 the other, so that no text is in both. Windows are 32 tokens around the local peaks of a feature
-(Paulo et al. 2024, delphi: quantiles of the activation, silent windows, neighbours' windows; SAEBench:
-the top ones and some drawn by importance). Everything follows from the seed and the store.
+(Paulo et al. 2024, delphi: quantiles of the activation, silent windows, neighbours' windows;
+SAEBench: the top ones and some drawn by importance). Everything follows from the seed and the
+store.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ class Material:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """A feature store seen through one coder (and one layer of it), with what all features share."""
+    """A store seen through one coder (and one layer of it), with what all features share."""
 
     store: Any  # extraction.store.FeatureStore
     tok: Any
@@ -112,7 +113,9 @@ def sides(length: int) -> tuple[int, int]:
 
 def mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
     """A hash, uint64 like `numbers`: the finaliser of splitmix64."""
-    x = numbers.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+    x = numbers.astype(np.uint64) + np.uint64(
+        (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
+    )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return x ^ (x >> np.uint64(31))
@@ -145,9 +148,7 @@ def open_corpus(
     order = np.argsort(pool)
     tokens = np.zeros((len(pool), sampling.length), np.int32)
     tokens[order] = store.windows(pool[order], *sides(sampling.length))
-    return Corpus(
-        store, tok, sampling, coder, layer, pool, tokens, np.concatenate(starts), counts
-    )
+    return Corpus(store, tok, sampling, coder, layer, pool, tokens, np.concatenate(starts), counts)
 
 
 def peaks(rows: np.ndarray, values: np.ndarray, pieces: np.ndarray, length: int) -> np.ndarray:
@@ -272,7 +273,10 @@ def _apart(rows: np.ndarray, length: int, count: int) -> list[int]:
 
 def _is_silent(corpus: Corpus, rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
     before, after = sides(corpus.sampling.length)
-    first, last = np.searchsorted(rows, centres - before), np.searchsorted(rows, centres + after + 1)
+    first, last = (
+        np.searchsorted(rows, centres - before),
+        np.searchsorted(rows, centres + after + 1),
+    )
     return first == last
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -31,7 +31,9 @@ from gemma_scope_jax.errors import InputError, nearest
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress
-PLACEHOLDER = "an explanation of about twenty words stands here while nobody has been asked what " * 2
+PLACEHOLDER = (
+    "an explanation of about twenty words stands here while nobody has been asked what " * 2
+)
 
 
 @dataclasses.dataclass
@@ -48,11 +50,13 @@ class Report:
 def check_scores(scores: Sequence[str]) -> None:
     for name in scores:
         if name not in SCORES:
-            raise InputError(f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}")
+            raise InputError(
+                f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}"
+            )
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """Eight letters for what examples are drawn from and how: scores of different ones don't mix."""
+    """Eight letters for what examples are drawn from and how, as scores of others differ."""
     about = [dataclasses.asdict(corpus.sampling), len(corpus.store), corpus.coder, corpus.layer]
     about.append(hashlib.sha256(corpus.counts.tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
@@ -66,7 +70,11 @@ def _is_of(entry: Explanation | None, judge: Judge, drawn: str) -> bool:
     """Whether an explanation is this judge's, from these examples."""
     if entry is None:
         return False
-    return (entry["method"], entry["model"], entry.get("drawn")) == (judge.method, judge.name, drawn)
+    return (entry["method"], entry["model"], entry.get("drawn")) == (
+        judge.method,
+        judge.name,
+        drawn,
+    )
 
 
 def explain_features(
@@ -94,40 +102,13 @@ def explain_features(
     drawn, report = fingerprint(corpus), Report()
     todo = [f for f in features if not is_finished(entries.get(f), judge, scores, drawn)]
     report.kept = len(features) - len(todo)
-
-    def work(material: Material, text: str, old: Explanation | None) -> Explanation | None:
-        return _explained(corpus, judge, material, scores, text, old, drawn)
-
-    progress = _Progress(len(todo), report, status)
-    saved = time.monotonic()
+    progress, saved = _Progress(len(todo), report, status), time.monotonic()
+    pool = ThreadPoolExecutor(judge.parallel, thread_name_prefix="feature")
+    running: dict[Future, int] = {}
+    most = 1 if judge.parallel == 1 else 2 * judge.parallel
     try:
-        for feature, entry in _finished(corpus, judge, todo, neighbours or {}, entries, raises,
-                                        drawn, work, report):  # fmt: skip
-            if entry is None:
-                report.unexplained += 1
-            else:
-                entries[feature] = entry
-                report.done += 1
-                report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
-            progress.show()
-            if time.monotonic() - saved > WRITE_EVERY:
-                write_explanations(folder, coder, entries)
-                saved = time.monotonic()
-    finally:
-        if report.done:
-            write_explanations(folder, coder, entries)
-    progress.show(last=True)
-    return report
-
-
-def _finished(
-    corpus, judge, todo, neighbours, entries, raises, drawn, work, report
-) -> Iterable[tuple[int, Explanation | None]]:
-    """(feature, its explanation) as they get done; examples are drawn here, in one thread."""
-    pool, running = ThreadPoolExecutor(judge.parallel, thread_name_prefix="feature"), {}
-    try:
-        for feature in todo:
-            material = gather(corpus, feature, neighbours.get(feature, ()))
+        for feature in todo:  # examples are drawn here, in one thread
+            material = gather(corpus, feature, (neighbours or {}).get(feature, ()))
             if material is None:
                 report.few += 1
                 continue
@@ -135,30 +116,48 @@ def _finished(
             if isinstance(judge, RuleJudge):
                 text, rule = token_label(corpus, feature, raises(feature))
                 judge.learn(text, rule)
-            elif not _is_of(old, judge, drawn):
-                old = None
-            running[pool.submit(work, material, text, old)] = feature
-            while len(running) >= 2 * judge.parallel:
-                yield from _some(running)
+            old = old if _is_of(old, judge, drawn) else None
+            job = (_explained, corpus, judge, material, scores, text, old, drawn)
+            running[pool.submit(*job)] = feature
+            if len(running) >= most:
+                _take(running, entries, report)
+            progress.show()
+            if time.monotonic() - saved > WRITE_EVERY:
+                write_explanations(folder, coder, entries)
+                saved = time.monotonic()
         while running:
-            yield from _some(running)
+            _take(running, entries, report)
+            progress.show()
     except BaseException:
         judge.close()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        yield from ()
+        for future in [f for f in running if f.done() and not f.cancelled() and f.exception()]:
+            del running[future]  # the first one was raised
+        while running:
+            _take(running, entries, report)
+        if report.done:
+            write_explanations(folder, coder, entries)
+    progress.show(last=True)
+    return report
 
 
-def _some(running: dict[Future, int]) -> Iterable[tuple[int, Explanation | None]]:
-    """Take what is done out of `running`, waiting for the first."""
+def _take(running: dict[Future, int], entries: dict[int, Explanation], report: Report) -> None:
+    """Put what is done into `entries`, after waiting for the first."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         feature = running.pop(future)
         try:
-            yield feature, future.result()
+            entry = future.result()
         except (Stopped, CancelledError):
             continue
+        if entry is None:
+            report.unexplained += 1
+            continue
+        entries[feature] = entry
+        report.done += 1
+        report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
 
 
 def _explained(

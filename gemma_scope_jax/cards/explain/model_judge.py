@@ -1,11 +1,11 @@
 """A Gemma on this machine as a judge, where no endpoint is at hand: log-probabilities, no sampling.
 
 A choice (yes or no, a text's number, a digit) is read off the logits of its candidates after the
-prompt, so answers always have the form, are deterministic and carry confidences. An instruction-tuned
-model is asked in its chat template; a pretrained one continues a list of solved cases. For yes or no
-the log-odds of an empty text are taken off (Zhao et al. 2021): small models lean one way whatever the
-text. Simulation reads the digits at every token in one pass over a list of tokens whose digits are
-left open (all at once: Bills et al. 2023).
+prompt, so answers always have the form, are deterministic and carry confidences. An
+instruction-tuned model is asked in its chat template; a pretrained one continues a list of solved
+cases. For yes or no the log-odds of an empty text are taken off (Zhao et al. 2021): small models
+lean one way whatever the text. Simulation reads the digits at every token in one pass over a list
+of tokens whose digits are left open (all at once: Bills et al. 2023).
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def _choice_logits(model: Model, tokens, segments, places, choices) -> jax.Array
     of tokens [B, T]."""
     out = forward(model, tokens, [capture("resid_final")], segments=segments, logits="none")
     x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)
-    params = model.params.replace(embed=model.params.embed[choices])
+    params = dataclasses.replace(model.params, embed=model.params.embed[choices])
     return unembed(model.config, params, x)
 
 
@@ -284,7 +284,7 @@ class ModelJudge:
     # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """Of each prompt the logits [places, C]; prompts of like length and choices run together."""
+        """Of each prompt the logits [places, C]; prompts of like length run together."""
         found: dict[int, np.ndarray] = {}
         groups: dict[Any, list[int]] = {}
         for i, p in enumerate(prompts):
@@ -299,7 +299,9 @@ class ModelJudge:
             size = max(1, TOKENS // length)
             for start in range(0, len(members), size):
                 some = [prompts[i] for i in members[start : start + size]]
-                for i, logits in zip(members[start:], self._run(some, length, size, width, choices)):
+                for i, logits in zip(
+                    members[start:], self._run(some, length, size, width, choices)
+                ):
                     found[i] = logits
         return [found[i] for i in range(len(prompts))]
 

@@ -43,7 +43,9 @@ def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int
     their indicators: n(both) / sqrt(n(one) n(other)). One pass over the store."""
     fired = corpus.store.fired(coder=corpus.coder, layer=corpus.layer).astype(np.float64)
     if len(features) * len(fired) * 8 > LARGEST:
-        raise InputError(f"neighbours of {len(features)} features: take fewer, or --neighbours decoder")
+        raise InputError(
+            f"neighbours of {len(features)} features: take fewer, or --neighbours decoder"
+        )
     number = np.full(len(fired), -1, np.int64)
     number[np.asarray(features, np.int64)] = np.arange(len(features))
     both = np.zeros((len(features), len(fired)), np.int64)

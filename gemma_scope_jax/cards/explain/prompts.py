@@ -22,24 +22,29 @@ ROLE = (
 )
 MARKS = "Tokens between << and >> are marked. "
 SYSTEM = {
-    "explain": ROLE + MARKS + "Here the marked tokens are those on which one feature is active; how "
-    "strongly, from 0 to 10, is listed after each text. Say in one phrase of at most 20 words what "
-    "makes the feature active: the words themselves, their parts, what stands before or after them, "
-    "or the subject of the text. Be as general as the texts demand and as precise as they allow. "
-    "Answer with the phrase alone.",
+    "explain": ROLE
+    + MARKS
+    + "Here the marked tokens are those on which one feature is active; how strongly, from 0 to 10, "
+    "is listed after each text. Say in one phrase of at most 20 words what makes the feature "
+    "active: the words themselves, their parts, what stands before or after them, or the subject "
+    "of the text. Be as general as the texts demand and as precise as they allow. Answer with the "
+    "phrase alone.",
     "classify": ROLE + "Given what a feature is said to respond to, judge for each numbered text "
-    "whether the feature is active somewhere in it. Answer with a JSON list that has one number for "
-    "each text, in order: 1 if active, 0 if not. Nothing else.",
+    "whether the feature is active somewhere in it. Answer with a JSON list that has one number "
+    "for each text, in order: 1 if active, 0 if not. Nothing else.",
     "marked": ROLE + MARKS + "Given what a feature is said to respond to, judge for each numbered "
     "text whether the marked tokens are ones on which the feature is active. Answer with a JSON "
     "list that has one number for each text, in order: 1 if so, 0 if not. Nothing else.",
     "select": ROLE + "Given what a feature is said to respond to and some numbered texts in random "
     "order, name the texts in which it is active at least once. Answer with their numbers, "
     'separated by commas, or with "None". Nothing else.',
-    "intruder": ROLE + MARKS + "In all numbered texts but one, the marked tokens are those on which "
+    "intruder": ROLE
+    + MARKS
+    + "In all numbered texts but one, the marked tokens are those on which "
     "one and the same feature is active; in one text they are marked at random. Find that text. "
     "Answer with its number in square brackets, as in [2]. Nothing else.",
-    "simulate": ROLE + "Given what a feature is said to respond to and a text as a JSON list of its "
+    "simulate": ROLE
+    + "Given what a feature is said to respond to and a text as a JSON list of its "
     "tokens, estimate how active the feature is on each token, as a whole number from 0 to 10. "
     "Answer with a JSON list that has one number for each token, in order. Nothing else.",
 }
@@ -87,10 +92,10 @@ def complaint(question: Question) -> str:
     n = question.expected
     return {
         "explain": "That was empty. Answer with one phrase of at most 20 words.",
-        "classify": f"That is not a JSON list of {n} numbers, each 0 or 1. Answer with it alone.",
+        "classify": f"Not a JSON list of {n} numbers, each 0 or 1. Answer with it alone.",
         "select": f'Answer with numbers from 1 to {n} separated by commas, or with "None", alone.',
         "intruder": f"Answer with a number from 1 to {len(question.examples)} in square brackets.",
-        "simulate": f"That is not a JSON list of {n} whole numbers from 0 to 10. Answer with it alone.",
+        "simulate": f"Not a JSON list of {n} whole numbers from 0 to 10. Answer with it alone.",
     }[question.task]
 
 

@@ -16,7 +16,9 @@ import numpy as np
 
 from gemma_scope_jax.cards.explain.examples import Example
 
-MARKED = 0.3  # tokens with at least this share of the window's largest activation are marked (delphi)
+MARKED = (
+    0.3  # tokens with at least this share of the window's largest activation are marked (delphi)
+)
 
 Task = Literal["explain", "classify", "select", "intruder", "simulate"]
 
@@ -88,6 +90,8 @@ class Judge(Protocol):
     parallel: int
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
+
+    def close(self) -> None: ...
 
 
 def marks_of(values: np.ndarray) -> tuple[bool, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.cards.explain.examples import Example, Material, Sampling
+from gemma_scope_jax.cards.explain.examples import Material, Sampling
 from gemma_scope_jax.cards.explain.metrics import binary_metrics, pearson
 from gemma_scope_jax.cards.explain.questions import (
     Answer,
@@ -30,7 +30,11 @@ from gemma_scope_jax.cards.explain.questions import (
 SHOWN = 5  # texts in one question (delphi)
 INTRUDERS = 20  # intruder questions
 SIMULATED = 10  # windows of each kind to simulate on
-BUFFER, FAINT, RANDOM = 10, 0.01, 10  # SAEBench: tokens each side, share of the maximum, random ones
+BUFFER, FAINT, RANDOM = (
+    10,
+    0.01,
+    10,
+)  # SAEBench: tokens each side, share of the maximum, random ones
 
 Score = dict[str, Any]
 
@@ -163,14 +167,8 @@ SCORES: dict[str, tuple[Callable[..., list[Question]], Callable[..., Score]]] = 
     "simulation": (ask_simulation, grade_simulation),
     "saebench": (ask_saebench, grade_saebench),
 }
-FIGURE = {
-    "detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy",
-    "simulation": "correlation", "saebench": "score",
-}  # fmt: skip
 
 
 def short_score(score: Score) -> Score:
     """For the file: figures to four digits."""
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in score.items()}
-
-

@@ -1,9 +1,10 @@
 """Labels from token statistics alone, where no model is to judge: on which tokens a feature fires.
 
 A label names the tokens (or what stands before or after) that best tell where the feature fires: of
-the up to ten with the highest share of firings, those whose F1 as a rule for single tokens is largest,
-over the half of the text that explanations may see. The same rule then answers the questions of every
-score, so a label is measured like any other explanation, by what its text says and nothing more.
+the up to ten with the highest share of firings, those whose F1 as a rule for single tokens is
+largest, over the half of the text that explanations may see. The same rule then answers the
+questions of every score, so a label is measured like any other explanation, by what its text says
+and nothing more.
 """
 
 import dataclasses
@@ -77,8 +78,8 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
 
 
 def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: float):
-    """F1, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), each standing
-    for `each` firings, and the rule's tokens, the most frequent first."""
+    """F1, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), and its
+    tokens, the most frequent first. An entry of `ids` stands for `each` firings."""
     special = ids < 0
     special[~special] = corpus.tok.special[ids[~special]]
     known, inverse, n = np.unique(ids[~special], return_inverse=True, return_counts=True)
