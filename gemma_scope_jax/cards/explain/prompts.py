@@ -24,7 +24,7 @@ MARKS = "Tokens between << and >> are marked. "
 SYSTEM = {
     "explain": ROLE
     + MARKS
-    + "Here the marked tokens are those on which one feature is active; how strongly, from 0 to 10, "
+    + "Here the marked tokens are those on which one feature is active; how strongly, 0 to 10, "
     "is listed after each text. Say in one phrase of at most 20 words what makes the feature "
     "active: the words themselves, their parts, what stands before or after them, or the subject "
     "of the text. Be as general as the texts demand and as precise as they allow. Answer with the "

@@ -96,8 +96,8 @@ class Judge(Protocol):
 
 def marks_of(values: np.ndarray) -> tuple[bool, ...]:
     """The tokens of a window that stand for the feature: `MARKED` of the largest activation."""
-    peak = values.max(initial=0.0)
-    return tuple((peak > 0) & (v >= MARKED * peak) for v in values.tolist())
+    peak = float(values.max(initial=0.0))
+    return tuple(0 < peak and v >= MARKED * peak for v in values.tolist())
 
 
 def random_marks(example: Example, count: int, rng: Any) -> tuple[bool, ...]:

@@ -147,12 +147,14 @@ class RuleJudge:
 
 
 def _odd_one_out(examples: Sequence[Shown]) -> int:
-    """The text whose marked tokens come back in the fewest others; among equals the one with the
-    fewest tokens right before its marks that do."""
-    marked = [{t.strip().lower() for t in s.marked} for s in examples]
-    before = [{t.strip().lower() for t, m in zip(s.tokens, s.marks[1:]) if m} for s in examples]
-    shared = lambda sets, i: sum(bool(sets[i] & other) for other in sets) - bool(sets[i])
-    return min(range(len(examples)), key=lambda i: (shared(marked, i), shared(before, i)))
+    """The text with the fewest others that share one of its marked tokens, or of the tokens right
+    before its marks: intruders are found without an explanation."""
+    plain = lambda t: t.strip().lower() or t
+    marked = [{plain(t) for t in s.marked} for s in examples]
+    before = [{plain(t) for t, m in zip(s.tokens, s.marks[1:]) if m} for s in examples]
+    shared = lambda sets: [sum(bool(one & other) for other in sets) for one in sets]
+    clear, vague = sorted((shared(marked), shared(before)), key=sum, reverse=True)
+    return min(range(len(examples)), key=lambda i: (clear[i], vague[i]))
 
 
 def _at_marks(rule: Rule, shown: Shown) -> tuple[bool, float]:
