@@ -10,6 +10,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from gemma_scope_jax.cards.explain.answer_file import AnswerFile
+from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint
+from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
+from gemma_scope_jax.cards.explain.explain import explain_features
+
+KEY = "sk-a-very-secret-key-0123456789"
+
 
 class ChatServer:
     def __init__(self, answer, trouble=lambda number, body: None, pause=0.0, usage=True, extra=None):
@@ -95,3 +102,19 @@ class ChatServer:
             request.send_header(name, value)
         request.end_headers()
         request.wfile.write(data)
+
+
+def explained(corpus, server, folder, features=(0, 1), scores=("detection",), **options):
+    """Run to the end; returns the report and the client."""
+    options = {"timeout": 5.0, "key": KEY, "concurrency": 4, **options}
+    notes = []
+    answers = AnswerFile(folder / "answers.jsonl")
+    client = ChatClient(Endpoint(server.url, "judge-1", **options), answers, notes.append)
+    client.notes = notes
+    judge = EndpointJudge(client)
+    try:
+        report = explain_features(corpus, judge, list(features), scores, folder, coder="c", width=8)
+    finally:
+        judge.close()
+        answers.close()
+    return report, client

@@ -14,6 +14,10 @@ PLANTED = ["a", "bc", "d", "ef", "gh"]
 AFTER_X, DEAD, DENSE, WIDTH = 5, 6, 7, 8
 
 
+class Tok(Letters):
+    vocab_size = 300
+
+
 class PlantedStore:
     """The interface of `extraction.store.FeatureStore`, of one coder called "planted"."""
 

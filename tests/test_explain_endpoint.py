@@ -15,23 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_server import ChatServer
-from planted_store import PLANTED, PlantedStore
-from test_explain_examples import Tok
+from chat_server import KEY, ChatServer, explained
+from planted_store import PLANTED, PlantedStore, Tok
 
 from gemma_scope_jax.cards.explain import chat_client
 from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
 from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint, retry_after
-from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
 from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-from gemma_scope_jax.cards.explain.explain import explain_features, plan
+from gemma_scope_jax.cards.explain.explain import plan
 from gemma_scope_jax.cards.explain.prompts import lengths, messages, parse
 from gemma_scope_jax.cards.explain.questions import Question, Shown
 from gemma_scope_jax.cards.explain.scores import SCORES
 from gemma_scope_jax.cards.explanations import read_explanations
 from gemma_scope_jax.errors import InputError
 
-KEY = "sk-a-very-secret-key-0123456789"
 ALL = tuple(SCORES)
 
 
@@ -92,22 +89,6 @@ def guess(body, rng):
     if "separated by commas" in system:
         return ", ".join(str(i) for i, a in enumerate(chosen, 1) if a) or "None"
     return json.dumps(chosen)
-
-
-def explained(corpus, server, folder, features=(0, 1), scores=("detection",), **options):
-    """Run to the end; returns the report and the client."""
-    options = {"timeout": 5.0, "key": KEY, "concurrency": 4, **options}
-    notes = []
-    answers = AnswerFile(folder / "answers.jsonl")
-    client = ChatClient(Endpoint(server.url, "judge-1", **options), answers, notes.append)
-    client.notes = notes
-    judge = EndpointJudge(client)
-    try:
-        report = explain_features(corpus, judge, list(features), scores, folder, coder="c", width=8)
-    finally:
-        judge.close()
-        answers.close()
-    return report, client
 
 
 def test_a_perfect_judge_scores_one(corpus, tmp_path):
@@ -190,8 +171,7 @@ def test_retry_after_holds_everybody(corpus, tmp_path):
     """A 429 that names 0.6 s: nobody sends in that time."""
     busy = (429, {"Retry-After": "0.6"}, '{"error": {"message": "slow down"}}')
     with ChatServer(know, lambda number, body: busy if number == 3 else None) as server:
-        report, client = explained(corpus, server, tmp_path, pause=None) if False else explained(
-            corpus, server, tmp_path)  # fmt: skip
+        report, client = explained(corpus, server, tmp_path)
         t = np.sort(server.times)
     assert report.done == 2 and client.retried == 1
     assert np.diff(t).max() >= 0.55  # all were told
@@ -423,9 +403,8 @@ RUN = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from planted_store import PlantedStore
-from test_explain_endpoint import explained
-from test_explain_examples import Tok
+from chat_server import explained
+from planted_store import PlantedStore, Tok
 from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
 import types
 server = types.SimpleNamespace(url={url!r})
@@ -441,9 +420,9 @@ def start(server, folder):
 
 
 def test_killed_and_resumed_it_asks_nothing_twice(corpus, tmp_path):
-    """SIGKILL at three moments. Only what was under way is asked again, and the file is the same."""
+    """SIGKILL at two moments. Only what was under way is asked again, and the file is the same."""
     with ChatServer(know, pause=0.03) as server:
-        for _ in range(3):
+        for _ in range(2):
             run, before = start(server, tmp_path), len(server.bodies)
             while len(server.bodies) < before + 25 and run.poll() is None:
                 time.sleep(0.005)
@@ -456,7 +435,7 @@ def test_killed_and_resumed_it_asks_nothing_twice(corpus, tmp_path):
         assert last.returncode == 0, error
         asked = [json.dumps(b) for b in server.bodies]
         repeated = len(asked) - len(set(asked))
-        assert repeated <= 3 * 4  # those under way at a kill
+        assert repeated <= 2 * 4  # those under way at a kill
         whole = tmp_path / "whole"
         explained(corpus, server, whole, range(5), ("detection", "fuzzing"))
     assert read_explanations(tmp_path, 8) == read_explanations(whole, 8)

@@ -38,7 +38,7 @@ class EndpointJudge:
                 return answer
             said = {"role": "assistant", "content": text or "(nothing)"}
             complain = {"role": "user", "content": complaint(question)}
-            conversation = [*messages(question), said, complain]
+            conversation = [*conversation, said, complain]
         return Answer(text)
 
     def close(self) -> None:

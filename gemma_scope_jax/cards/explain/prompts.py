@@ -132,7 +132,7 @@ def _phrase(text: str) -> str:
     phrase = lines[-1] if lines else ""
     phrase = re.sub(r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", "",
                     phrase, flags=re.IGNORECASE)  # fmt: skip
-    return phrase.strip(" \"'*`").rstrip(".")[:LONGEST].strip()
+    return phrase.strip(" \"'*`.")[:LONGEST].strip()
 
 
 def _numbers(text: str, count: int, most: float) -> tuple[float, ...] | None:
