@@ -19,7 +19,9 @@ KEY = "sk-a-very-secret-key-0123456789"
 
 
 class ChatServer:
-    def __init__(self, answer, trouble=lambda number, body: None, pause=0.0, usage=True, extra=None):
+    def __init__(
+        self, answer, trouble=lambda number, body: None, pause=0.0, usage=True, extra=None
+    ):
         self.answer, self.trouble, self.pause, self.usage = answer, trouble, pause, usage
         self.extra = extra or (lambda body: {})
         self.bodies, self.headers, self.times = [], [], []

@@ -372,7 +372,9 @@ def test_the_answer_file_survives_a_torn_line(tmp_path):
         path.write_bytes(whole[:cut])
         found = AnswerFile(path)
         lines = whole[:cut].count(b"\n")
-        complete = whole[:cut].rstrip(b"\n").count(b"\n") + (cut in (len(whole) - 1, whole.index(b"\n")))
+        complete = whole[:cut].rstrip(b"\n").count(b"\n") + (
+            cut in (len(whole) - 1, whole.index(b"\n"))
+        )
         assert len(found) == max(lines, complete)
         found.put("three", 3)
         found.close()
@@ -380,7 +382,9 @@ def test_the_answer_file_survives_a_torn_line(tmp_path):
         assert again.get("three") == 3 and len(again) == len(found)
         assert lines < 1 or again.get("one") == {"text": "ü\n"}
         again.close()
-    assert request_key({"a": 1, "b": [2]}) == request_key({"b": [2], "a": 1}) != request_key({"a": 1})
+    assert (
+        request_key({"a": 1, "b": [2]}) == request_key({"b": [2], "a": 1}) != request_key({"a": 1})
+    )
 
 
 def test_answer_files_that_cannot_be_written(tmp_path):

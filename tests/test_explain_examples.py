@@ -1,24 +1,20 @@
 """Examples of planted features, metrics and labels against plain loops."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
-from letters import Letters
-from planted_store import AFTER_X, DEAD, DENSE, PLANTED, WIDTH, PlantedStore
+from planted_store import AFTER_X, DEAD, DENSE, PLANTED, WIDTH, PlantedStore, Tok
 
 from gemma_scope_jax.cards.explain import examples as ex
-from gemma_scope_jax.cards.explain import metrics
+from gemma_scope_jax.cards.explain import metrics, statistics
 from gemma_scope_jax.cards.explain.neighbours import cooccurring, decoder_neighbours
 from gemma_scope_jax.cards.explain.questions import Shown, marks_of
 from gemma_scope_jax.cards.explain.scores import SCORES
 from gemma_scope_jax.cards.explain.statistics import RuleJudge, token_label
 from gemma_scope_jax.errors import InputError
-
-
-class Tok(Letters):
-    vocab_size = 300
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +170,9 @@ def test_marks_are_tokens_of_three_tenths_of_the_peak():
 def test_fuzzing_marks_as_many_tokens_on_both_sides(corpus, material):
     questions = SCORES["fuzzing"][0](material, "b or c", corpus.sampling)
     pairs = [(s, t) for q in questions for s, t in zip(q.examples, q.truth)]
-    assert len(pairs) == len(material.test) + 50 and all(len(q.examples) == 5 for q in questions[:-1])
+    assert len(pairs) == len(material.test) + 50 and all(
+        len(q.examples) == 5 for q in questions[:-1]
+    )
     true = [len(s.marked) for s, t in pairs if t]
     hard = {e.tokens for e in material.silent if e.other is not None}
     random = {len(s.marked) for s, t in pairs if not t and s.tokens not in hard}
@@ -232,7 +230,8 @@ def test_a_label_says_what_stands_before(corpus):
 
 
 def test_rules_are_measured_like_any_explanation(corpus):
-    """A planted feature's rule is right about everything; strengths vary, so correlation is below 1."""
+    """A planted feature's rule is right but for strengths, which vary; intruders are found by
+    tokens in common, of which a feature of two letters has fewer."""
     for feature in (0, 1, AFTER_X):
         material, judge = ex.gather(corpus, feature), RuleJudge()
         text, rule = token_label(corpus, feature)
@@ -248,28 +247,38 @@ def test_rules_are_measured_like_any_explanation(corpus):
             elif name == "saebench":
                 assert score["score"] == 1 and score["n"] == 14
             else:
-                assert score["accuracy"] > 0.9 and score["chance"] == pytest.approx(0.2)
-    assert RuleJudge().answer(SCORES["detection"][0](material, "?", corpus.sampling))[0].values is None
+                assert score["accuracy"] > 0.8 and score["chance"] == pytest.approx(0.2)
+    assert (
+        RuleJudge().answer(SCORES["detection"][0](material, "?", corpus.sampling))[0].values is None
+    )
 
 
-def test_a_rule_is_the_best_of_its_kind(corpus, store):
-    """F1 of the named tokens on the train half against all sets of a few tokens, for a feature that
-    fires on "a" always and on "j" every tenth time."""
-    noisy = PlantedStore()
-    letters = Tok().encode("j", bos=False)[0]
-    extra = np.flatnonzero(noisy.tokens == letters)[::10]
-    noisy.values[0, extra] = 1.0
-    noisy_corpus = ex.open_corpus(noisy, Tok())
-    _, rule = token_label(noisy_corpus, 0)
-    rows, _ = noisy_corpus.feature(0)
-    train = rows[~ex.in_test(noisy_corpus.pieces(rows), 0)]
-    hits = {c: (noisy.tokens[train] == Tok().encode(c, bos=False)[0]).sum() for c in "aj"}
-    total = {c: noisy_corpus.counts[Tok().encode(c, bos=False)[0]] for c in "aj"}
-    f1 = {
-        chosen: 2 * sum(hits[c] for c in chosen) / (sum(total[c] for c in chosen) + len(train))
-        for chosen in ("a", "j", "aj")
-    }
-    assert set(rule.tokens) == set(max(f1, key=f1.get))
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_set_of_tokens_is_that_of_all_sets(seed, monkeypatch):
+    monkeypatch.setattr(statistics, "NAMED", 4)
+    rng = np.random.default_rng(seed)
+    total = rng.integers(1, 200, 10)
+    hits = rng.binomial(total, rng.uniform(0, 1, 10)).astype(float)
+    fired = hits.sum() + 50
+
+    def f_half(some):
+        precision = hits[list(some)].sum() / total[list(some)].sum()
+        recall = hits[list(some)].sum() / fired
+        return 1.25 * precision * recall / (0.25 * precision + recall) if recall else 0.0
+
+    sets = [s for k in range(1, 5) for s in itertools.combinations(range(10), k)]
+    chosen, found = statistics.best_set(hits, total, fired)
+    assert found == pytest.approx(max(map(f_half, sets))) and f_half(chosen) == pytest.approx(found)
+    assert (np.diff(hits[chosen]) <= 0).all()
+
+
+def test_labels_count_what_is_sampled(corpus, monkeypatch):
+    """A label from a fifth of the firings says the same, but for what chance does."""
+    whole = token_label(corpus, DENSE)[1]
+    monkeypatch.setattr(statistics, "MOST", len(corpus.feature(DENSE)[0]) // 10)
+    part = token_label(corpus, DENSE)[1]
+    shares = lambda rule: np.mean([s for s, _ in rule.tokens.values()])
+    assert shares(whole) == 1 and shares(part) > 0.8
 
 
 # --- neighbours ----------------------------------------------------------------------------------

@@ -77,10 +77,11 @@ def explanation_note(entry: Explanation) -> str:
 
 
 def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
-    """Write explanations.json into a folder, local or gs://: the old file or the new, whole."""
-    explanations = {str(f): entries[f] for f in sorted(entries)}
-    content = {"format": FORMAT, "coder": coder, "explanations": explanations}
-    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    """Write explanations.json into a folder, local or gs://: the old file or the new, whole. A line
+    holds a feature."""
+    plain = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(f"{plain(str(f))}: {plain(entries[f])}" for f in sorted(entries))
+    text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())

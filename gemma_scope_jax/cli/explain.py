@@ -294,7 +294,7 @@ def _print_report(report: Any, folder: str, width: int, scores: Sequence[str]) -
     entries = read_explanations(folder, width)
     print(f"{folder}/explanations.json: {len(entries):,} features explained")
     for what, count in (("finished before", report.kept), ("explained now", report.done),
-                        ("fire in too few windows", report.few),
+                        ("fire in too few windows to be scored", report.few),
                         ("whose explanation was not understood", report.unexplained)):  # fmt: skip
         if count:
             print(f"  {count:,} {what}")

@@ -42,7 +42,7 @@ class Report:
 
     done: int = 0  # features explained or scored
     kept: int = 0  # that were finished before
-    few: int = 0  # left out: too few windows on which they fire
+    few: int = 0  # not scored: too few windows on which they fire
     unexplained: int = 0  # whose explanation could not be understood
     unparsed: int = 0  # examples or questions without an answer in the form asked for
 
@@ -62,21 +62,6 @@ def fingerprint(corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
-def is_finished(entry: Explanation | None, judge: Judge, scores: Sequence[str], drawn: str) -> bool:
-    return _is_of(entry, judge, drawn) and set(scores) <= set(entry["scores"])  # type: ignore
-
-
-def _is_of(entry: Explanation | None, judge: Judge, drawn: str) -> bool:
-    """Whether an explanation is this judge's, from these examples."""
-    if entry is None:
-        return False
-    return (entry["method"], entry["model"], entry.get("drawn")) == (
-        judge.method,
-        judge.name,
-        drawn,
-    )
-
-
 def explain_features(
     corpus: Corpus,
     judge: Judge,
@@ -93,101 +78,141 @@ def explain_features(
     """Explain and score `features`, into explanations.json in `folder` (local or gs://).
 
     What is there by the same judge from the same examples is kept, and only what it lacks is asked;
-    entries of other features stay. neighbours: of each feature, for hard negatives. raises: the
-    tokens that a feature's logits raise, named in labels from statistics. status: more to say in
-    the line of progress. Raises `InputError` for unknown scores and what judge and disk refuse.
+    entries of other features stay, and labels from statistics replace nothing but their own kind.
+    neighbours: of each feature, for hard negatives. raises: the tokens whose logits a feature
+    raises, named in labels from statistics. status: more to say in the line of progress. Raises
+    `InputError` for unknown scores and what judge and disk refuse; what is done by then is written.
     """
     check_scores(scores)
-    entries = read_explanations(folder, width)
-    drawn, report = fingerprint(corpus), Report()
-    todo = [f for f in features if not is_finished(entries.get(f), judge, scores, drawn)]
-    report.kept = len(features) - len(todo)
-    progress, saved = _Progress(len(todo), report, status), time.monotonic()
-    pool = ThreadPoolExecutor(judge.parallel, thread_name_prefix="feature")
-    running: dict[Future, int] = {}
-    most = 1 if judge.parallel == 1 else 2 * judge.parallel
+    run = _Run(corpus, judge, tuple(scores), folder, coder, read_explanations(folder, width))
+    todo = [f for f in features if not run.is_finished(f)]
+    run.report.kept = len(features) - len(todo)
+    progress = _Progress(len(todo), run.report, status)
     try:
-        for feature in todo:  # examples are drawn here, in one thread
-            material = gather(corpus, feature, (neighbours or {}).get(feature, ()))
-            if material is None:
-                report.few += 1
-                continue
-            text, old = "", entries.get(feature)
-            if isinstance(judge, RuleJudge):
-                text, rule = token_label(corpus, feature, raises(feature))
-                judge.learn(text, rule)
-            old = old if _is_of(old, judge, drawn) else None
-            job = (_explained, corpus, judge, material, scores, text, old, drawn)
-            running[pool.submit(*job)] = feature
-            if len(running) >= most:
-                _take(running, entries, report)
-            progress.show()
-            if time.monotonic() - saved > WRITE_EVERY:
-                write_explanations(folder, coder, entries)
-                saved = time.monotonic()
-        while running:
-            _take(running, entries, report)
-            progress.show()
+        for number, feature in enumerate(todo, 1):
+            run.start(feature, (neighbours or {}).get(feature, ()), raises)
+            run.take(2 * judge.parallel if judge.parallel > 1 else 1)
+            progress.show(number - len(run.running))
+            run.write(every=WRITE_EVERY)
+        while run.running:
+            run.take(len(run.running))
+            progress.show(len(todo) - len(run.running))
     except BaseException:
-        judge.close()
+        judge.close()  # answers under way are still received
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in [f for f in running if f.done() and not f.cancelled() and f.exception()]:
-            del running[future]  # the first one was raised
-        while running:
-            _take(running, entries, report)
-        if report.done:
-            write_explanations(folder, coder, entries)
-    progress.show(last=True)
-    return report
+        run.finish()
+    progress.show(len(todo), last=True)
+    return run.report
 
 
-def _take(running: dict[Future, int], entries: dict[int, Explanation], report: Report) -> None:
-    """Put what is done into `entries`, after waiting for the first."""
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        feature = running.pop(future)
-        try:
-            entry = future.result()
-        except (Stopped, CancelledError):
-            continue
+@dataclasses.dataclass
+class _Run:
+    """Features being worked on, and the file."""
+
+    corpus: Corpus
+    judge: Judge
+    scores: tuple[str, ...]
+    folder: Any
+    coder: str
+    entries: dict[int, Explanation]
+
+    def __post_init__(self):
+        self.drawn, self.report = fingerprint(self.corpus), Report()
+        self.pool = ThreadPoolExecutor(self.judge.parallel, thread_name_prefix="feature")
+        self.running: dict[Future, int] = {}
+        self.saved, self.changed = time.monotonic(), False
+
+    def is_ours(self, entry: Explanation | None) -> bool:
+        """Whether an explanation is this judge's, from these examples."""
+        found = entry and (entry["method"], entry["model"], entry.get("drawn"))
+        return found == (self.judge.method, self.judge.name, self.drawn)
+
+    def is_finished(self, feature: int) -> bool:
+        entry = self.entries.get(feature)
         if entry is None:
-            report.unexplained += 1
-            continue
-        entries[feature] = entry
-        report.done += 1
-        report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
+            return False
+        if self.judge.method == "statistics" and entry["method"] != "statistics":
+            return True
+        return self.is_ours(entry) and set(self.scores) <= set(entry["scores"])
 
+    def start(self, feature: int, neighbours: Sequence[int], raises: Callable) -> None:
+        """Draw the examples of a feature, here, in one thread, and hand it to another."""
+        material = gather(self.corpus, feature, neighbours)
+        if material is None:
+            self.report.few += 1
+        if isinstance(self.judge, RuleJudge):
+            text, rule = token_label(self.corpus, feature, raises(feature))
+            entry = self.entry(text, material, {})
+            entry["rule"] = rule.as_dict()
+            self.judge.learn(text, rule)
+            if material is None and rule.tokens:  # a label needs fewer examples than its scores
+                self.keep(feature, entry)
+        else:
+            entry = self.entries.get(feature)
+            entry = entry if self.is_ours(entry) else None
+        if material is not None:
+            self.running[self.pool.submit(self.explained, material, entry)] = feature
 
-def _explained(
-    corpus: Corpus, judge: Judge, material: Material, scores: Sequence[str], text: str,
-    old: Explanation | None, drawn: str,
-) -> Explanation | None:  # fmt: skip
-    """One feature from examples to scores; None if the explanation could not be understood."""
-    extra: dict[str, Any] = {}
-    if isinstance(judge, RuleJudge):
-        extra["rule"] = judge.rule(text).as_dict()
-    elif old is not None:
-        text = old["text"]
-    else:
-        (answer,) = judge.answer([explain_question(material.train)])
-        if answer.values is None:
-            return None
-        text = answer.text
-    known = {} if old is None or isinstance(judge, RuleJudge) else dict(old["scores"])
-    asked = {
-        name: SCORES[name][0](material, text, corpus.sampling)
-        for name in scores
-        if name not in known
-    }
-    answers = iter(judge.answer([q for questions in asked.values() for q in questions]))
-    for name, questions in asked.items():
-        known[name] = short_score(SCORES[name][1](questions, [next(answers) for _ in questions]))
-    return {
-        "text": text, "method": judge.method, "model": judge.name, "scores": known,
-        "examples": len(material.train), "fired": material.fired, "drawn": drawn, **extra,
-    }  # fmt: skip
+    def explained(self, material: Material, entry: Explanation | None) -> Explanation | None:
+        """From examples to scores; None if no explanation could be understood."""
+        if entry is None:
+            (answer,) = self.judge.answer([explain_question(material.train)])
+            if answer.values is None:
+                return None
+            entry = self.entry(answer.text, material, {})
+        missing = [name for name in self.scores if name not in entry["scores"]]
+        sampling = self.corpus.sampling
+        asked = [SCORES[name][0](material, entry["text"], sampling) for name in missing]
+        answers = iter(self.judge.answer([q for questions in asked for q in questions]))
+        known = dict(entry["scores"])
+        for name, questions in zip(missing, asked):
+            known[name] = short_score(
+                SCORES[name][1](questions, [next(answers) for _ in questions])
+            )
+        return {**entry, "scores": known}
+
+    def entry(self, text: str, material: Material | None, scores: Mapping) -> Explanation:
+        return {
+            "text": text, "method": self.judge.method, "model": self.judge.name,
+            "scores": scores, "examples": len(material.train) if material else 0,
+            "drawn": self.drawn,
+        }  # fmt: skip
+
+    def keep(self, feature: int, entry: Explanation) -> None:
+        self.entries[feature], self.changed = entry, True
+        self.report.done += 1
+        self.report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
+
+    def take(self, room: int) -> None:
+        """Keep what is done; wait until fewer than `room` features are being worked on."""
+        while len(self.running) >= room:
+            done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+            for future in done:
+                feature = self.running.pop(future)
+                try:
+                    entry = future.result()
+                except (Stopped, CancelledError):
+                    continue
+                if entry is None:
+                    self.report.unexplained += 1
+                else:
+                    self.keep(feature, entry)
+
+    def write(self, every: float = 0.0) -> None:
+        """The file anew, if something changed and it is some seconds old."""
+        if self.changed and time.monotonic() - self.saved >= every:
+            write_explanations(self.folder, self.coder, self.entries)
+            self.saved, self.changed = time.monotonic(), False
+
+    def finish(self) -> None:
+        """Keep what got done meanwhile, whatever happened, and write it."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for future, feature in self.running.items():
+            if not future.cancelled() and future.exception() is None and future.result():
+                self.keep(feature, future.result())
+        self.running.clear()
+        self.write()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -244,11 +269,11 @@ class _Progress:
         self.total, self.report, self.status = total, report, status
         self.began = self.said = time.monotonic()
 
-    def show(self, last: bool = False) -> None:
+    def show(self, passed: int, last: bool = False) -> None:
         now, r = time.monotonic(), self.report
         if not self.total or (now - self.said < SAY_EVERY and not last):
             return
-        self.said, passed = now, r.done + r.few + r.unexplained
+        self.said = now
         rate = passed / max(now - self.began, 1e-9)
         left = (self.total - passed) / max(rate, 1e-9)
         left_text = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"

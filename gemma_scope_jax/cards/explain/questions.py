@@ -97,7 +97,7 @@ class Judge(Protocol):
 def marks_of(values: np.ndarray) -> tuple[bool, ...]:
     """The tokens of a window that stand for the feature: `MARKED` of the largest activation."""
     peak = float(values.max(initial=0.0))
-    return tuple(0 < peak and v >= MARKED * peak for v in values.tolist())
+    return tuple(peak > 0 and v >= MARKED * peak for v in values.tolist())
 
 
 def random_marks(example: Example, count: int, rng: Any) -> tuple[bool, ...]:

@@ -1,10 +1,10 @@
 """Labels from token statistics alone, where no model is to judge: on which tokens a feature fires.
 
-A label names the tokens (or what stands before or after) that best tell where the feature fires: of
-the up to ten with the highest share of firings, those whose F1 as a rule for single tokens is
-largest, over the half of the text that explanations may see. The same rule then answers the
-questions of every score, so a label is measured like any other explanation, by what its text says
-and nothing more.
+A label names the up to ten tokens (or what stands before or after) that best tell where the
+feature fires: the set with the largest F0.5 as a rule for single tokens (precision counts more, so
+that what is named means something), over the half of the text that explanations may see. The same
+rule then answers the questions of every score, so a label is measured like any other explanation,
+by what its text says and nothing more.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from gemma_scope_jax.cards.explain.examples import Corpus, in_test
 from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
 
 NAMED = 10  # tokens in a label
-CONSIDERED = 64  # the most frequent ones where the feature fires
+BETA = 0.5  # of F: below 1 precision counts more than recall
+SEEN = 2  # times that a token must have fired to be named, if any has so often
 MOST = 20_000  # firings looked at
 
 Place = Literal["this", "previous", "next"]
@@ -78,7 +79,7 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
 
 
 def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: float):
-    """F1, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), and its
+    """F, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), and its
     tokens, the most frequent first. An entry of `ids` stands for `each` firings."""
     special = ids < 0
     special[~special] = corpus.tok.special[ids[~special]]
@@ -86,21 +87,31 @@ def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: floa
     if not len(known):
         return 0.0, 0.0, 0.0, {}
     sums = np.bincount(inverse, values[~special].astype(np.float64), len(known)) * each
-    hits = n * each
+    hits = np.where(n >= min(SEEN, n.max()), n * each, 0.0)
     total = np.maximum(corpus.counts[known], hits)
-    kept = np.argsort(-hits, kind="stable")[:CONSIDERED]
-    kept = kept[np.argsort(-(hits / total)[kept], kind="stable")]
-    hit, all_of_them = np.cumsum(hits[kept]), np.cumsum(total[kept])
-    fired = len(ids) * each
-    f1 = (2 * hit / (all_of_them + fired))[:NAMED]
-    count = int(f1.argmax()) + 1
-    chosen = kept[:count][np.argsort(-hits[kept[:count]], kind="stable")]
+    chosen, best = best_set(hits, total, len(ids) * each)
+    hit, everywhere = hits[chosen].sum(), total[chosen].sum()
     names = corpus.tok.decode_tokens(known[chosen])
     pairs = zip((hits / total)[chosen].tolist(), (sums / total)[chosen].tolist())
-    return (
-        float(f1[count - 1]), float(hit[count - 1] / fired),
-        float(hit[count - 1] / all_of_them[count - 1]), dict(zip(names, pairs)),
-    )  # fmt: skip
+    return best, hit / (len(ids) * each), hit / everywhere, dict(zip(names, pairs))
+
+
+def best_set(hits: np.ndarray, total: np.ndarray, fired: float) -> tuple[np.ndarray, float]:
+    """The at most `NAMED` tokens whose F as a rule is largest, the most frequent first, and it.
+
+    hits, total [n]: firings and occurrences of each token; fired: firings in all. Exact, by
+    Dinkelbach's method: F = (1 + b) sum(hits) / (sum(total) + b fired), b = `BETA`^2, is a ratio of
+    sums, and for a guess of it the best set holds the largest (1 + b) hits - F total.
+    """
+    b, best = BETA**2, 0.0
+    while True:
+        gain = (1 + b) * hits - best * total
+        chosen = np.argsort(-gain, kind="stable")[:NAMED]
+        chosen = chosen[gain[chosen] > 0]
+        better = (1 + b) * hits[chosen].sum() / (total[chosen].sum() + b * fired)
+        if better <= best + 1e-12:
+            return chosen[np.argsort(-hits[chosen], kind="stable")], float(best)
+        best = better
 
 
 def _quoted(token: str) -> str:
@@ -158,11 +169,11 @@ def _odd_one_out(examples: Sequence[Shown]) -> int:
 
 
 def _at_marks(rule: Rule, shown: Shown) -> tuple[bool, float]:
-    """Whether the rule names a token (of marked ones: at least half), and the largest (of marked
-    ones: the mean) share."""
+    """Whether the rule names a token (of marked ones: at least half), and the chance that one of
+    them fires (of marked ones: the mean share)."""
     shares = [share for share, _ in rule.strengths(shown.tokens)]
     if not shown.marks:
-        return any(shares), max(shares, default=0.0)
+        return any(shares), 1.0 - float(np.prod([1.0 - s for s in shares]))
     marked = [s for s, m in zip(shares, shown.marks) if m]
     named = 2 * sum(s > 0 for s in marked) >= len(marked) > 0
     return named, float(np.mean(marked)) if marked else 0.0
