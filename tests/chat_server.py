@@ -1,7 +1,7 @@
-"""A local OpenAI-compatible server over real HTTP, whose answers and failures the test decides.
+"""A local OpenAI-compatible server, over real HTTP: the test decides what it says and how it fails.
 
-`answer(body) -> str` gives the text; `trouble(number, body)` may return what goes wrong with request
-`number` (from 0): a status, (status, headers, body), "close", "hang", "garbage" or None.
+`answer(body) -> str` gives the text; `trouble(number, body)` may return what goes wrong with
+request `number` (from 0): a status, (status, headers, body), "close", "hang", "garbage" or None.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """A feature store in memory whose features are planted: they fire on given letters.
 
 Text is letters a token (see `letters.py`); feature i fires on the letters `PLANTED[i]`, with a
-strength that differs from place to place. Feature 5 fires after an "x", feature 6 nowhere, feature 7
-everywhere.
+strength that differs from place to place. Feature 5 fires after an "x", feature 6 nowhere,
+feature 7 everywhere.
 """
 
 import types
@@ -54,7 +54,8 @@ class PlantedStore:
         for a, b in self.cuts:
             yield types.SimpleNamespace(
                 start=int(a), tokens=self.tokens[a:b], positions=self.positions[a:b],
-                counted=self.is_counted[a:b], by_token=lambda coder, layer, a=a, b=b: self._rows(a, b),
+                counted=self.is_counted[a:b],
+                by_token=lambda coder, layer, a=a, b=b: self._rows(a, b),
             )  # fmt: skip
 
     def _rows(self, a, b):

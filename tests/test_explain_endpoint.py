@@ -123,8 +123,10 @@ def test_a_guessing_judge_scores_a_half(corpus, tmp_path):
     with ChatServer(answer) as server:
         explained(corpus, server, tmp_path, range(5), ALL, concurrency=1)
     entries = read_explanations(tmp_path, 8).values()
-    for name, figure, chance in (("detection", "accuracy", 0.5), ("fuzzing", "accuracy", 0.5),
-                                 ("intruder", "accuracy", 0.2), ("saebench", "score", 0.5)):  # fmt: skip
+    for name, figure, chance in (
+        ("detection", "accuracy", 0.5), ("fuzzing", "accuracy", 0.5),
+        ("intruder", "accuracy", 0.2), ("saebench", "score", 0.5),
+    ):  # fmt: skip
         n = sum(e["scores"][name]["n"] for e in entries)
         right = sum(e["scores"][name]["n"] * e["scores"][name][figure] for e in entries)
         assert abs(right / n - chance) < 4.5 * (chance * (1 - chance) / n) ** 0.5, name
@@ -146,8 +148,9 @@ def test_no_request_shows_bos_or_the_truth(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [500, 502, 503, 529, 408, "close", "garbage", "short", (200, {}, "[]"), (200, {}, '{"choices":[]}'),
-     (200, {}, '{"choices":[{"message":{"content":[1]}}]}'), (200, {}, '{"error":"busy"}')],
+    [500, 502, 503, 529, 408, "close", "garbage", "short", (200, {}, "[]"),
+     (200, {}, '{"choices":[]}'), (200, {}, '{"choices":[{"message":{"content":[1]}}]}'),
+     (200, {}, '{"error":"busy"}')],
 )  # fmt: skip
 def test_what_passes_is_tried_again(corpus, tmp_path, wrong):
     """Every third request fails once; the result is that of a server without trouble."""
@@ -276,9 +279,9 @@ def test_single_requests_that_are_refused(corpus, tmp_path):
     ],
 )
 def test_what_does_not_pass_is_one_line(corpus, tmp_path, wrong, says):
-    with ChatServer(know, lambda number, body: wrong) as server:
-        with pytest.raises(InputError, match=says) as error:
-            explained(corpus, server, tmp_path, range(5), retries=2)
+    bad = ChatServer(know, lambda number, body: wrong)
+    with bad as server, pytest.raises(InputError, match=says) as error:
+        explained(corpus, server, tmp_path, range(5), retries=2)
     assert KEY not in str(error.value) and "\n" not in str(error.value)
     assert len(server.bodies) <= 12
 

@@ -50,8 +50,8 @@ def read_explanations(
         raise InputError(f"{path}: cannot be read ({error}); delete it or write it anew") from None
     if version != FORMAT:
         raise InputError(f"{path}: format {version!r} is not known (this reads {FORMAT})")
-    if bad := next((f for f, entry in entries.items() if not _is_explanation(entry)), None):
-        raise InputError(f"{path}: feature {bad} has no explanation as written here; delete it")
+    if bad := [f for f, entry in entries.items() if not _is_explanation(entry)]:
+        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here; delete it")
     if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
         raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
     return entries

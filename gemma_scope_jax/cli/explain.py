@@ -147,11 +147,11 @@ def chosen_features(
         raise InputError("give --features or --sample, not both")
     if text:
         return parse_features(text, len(fired))
-    live = np.flatnonzero(fired >= 2 * least)
     if sample is None:
         if judge != "statistics":
             raise InputError("which features? --features 1,5,10-20 or --sample N")
-        return live.tolist()
+        return np.flatnonzero(fired).tolist()
+    live = np.flatnonzero(fired >= 2 * least)
     if sample < 1:
         raise InputError(f"--sample {sample}: at least one")
     if not len(live):
@@ -269,7 +269,7 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
         with bar(f"loading model {model} ({dtype})") as progress:
             loaded = load_model(model, dtype=dtype, progress=progress)
         held = AnswerFile(path)
-        return ModelJudge(loaded, tok, held), lambda: "", held
+        return ModelJudge(loaded, tok, model, held), lambda: "", held
     from gemma_scope_jax.cards.explain.chat_client import ChatClient
     from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
 

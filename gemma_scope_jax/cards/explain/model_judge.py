@@ -9,7 +9,9 @@ of tokens whose digits are left open (all at once: Bills et al. 2023).
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,13 +22,14 @@ from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
 from gemma_scope_jax.cards.explain.prompts import LONGEST, is_marked
 from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.attention import Tokens
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import forward, unembed
+from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
 from gemma_scope_jax.model.generate import STOP_TOKENS, generate
 from gemma_scope_jax.model.intercept import capture
 
-SHORTEST, TOKENS = 64, 2048  # of a prompt, padded; of a batch
-PLACES = 32  # positions of a prompt read at once: few programs
+SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
+PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
 SNIPPETS, AROUND = 6, 6  # for explaining with a pretrained model: texts, tokens either side
 NEW = 20  # tokens of an explanation
 DIGITS = tuple("0123456789")
@@ -130,11 +133,23 @@ Feature: {feature}
 # The model
 
 
+@partial(jax.jit, static_argnames="slots")
+def _prefix(model: Model, tokens, segments, *, slots: int) -> Cache:
+    """The keys and values of what all prompts begin with, tokens [1, P], with room for more."""
+    cache = init_cache(model.config, 1, slots, model.dtype)
+    return forward(model, tokens, cache=cache, segments=segments, logits="none").cache
+
+
 @jax.jit
-def _choice_logits(model: Model, tokens, segments, places, choices) -> jax.Array:
+def _choice_logits(model: Model, prefix: Cache, tokens, segments, places, choices) -> jax.Array:
     """float32 [B, P, C]: the logits of the tokens `choices` [C] after the positions `places` [B, P]
-    of tokens [B, T]."""
-    out = forward(model, tokens, [capture("resid_final")], segments=segments, logits="none")
+    of tokens [B, T], which follow the prefix (a cache of one row)."""
+    rows = tokens.shape[0]
+    wide = lambda x, axis: jnp.repeat(x, rows, axis)
+    seen = Tokens(wide(prefix.tokens.positions, 0), wide(prefix.tokens.segments, 0))
+    cache = Cache(wide(prefix.k, 1), wide(prefix.v, 1), seen, prefix.used)
+    reads = [capture("resid_final")]
+    out = forward(model, tokens, reads, cache=cache, segments=segments, logits="none")
     x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)
     params = dataclasses.replace(model.params, embed=model.params.embed[choices])
     return unembed(model.config, params, x)
@@ -148,16 +163,20 @@ class _Prompt:
     places: tuple[int, ...]
     choices: tuple[int, ...]
 
+    @property
+    def key(self) -> tuple[bytes, tuple[int, ...]]:
+        return self.ids.tobytes(), self.places
+
 
 class ModelJudge:
-    """Answers by a model. `instructed`: it is instruction-tuned and speaks through its template."""
+    """Answers by a model. It is instruction-tuned, and asked through its template, if its name has
+    "-it" in it, as the published ones' have."""
 
     method, parallel = "model", 1
 
-    def __init__(self, model: Model, tok: Any, answers: AnswerFile | None = None):
-        self.model, self.tok, self.answers = model, tok, answers
-        self.name = model.config.name
-        self.instructed = self.name.endswith("-it")
+    def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
+        self.model, self.tok, self.name, self.answers = model, tok, name, answers
+        self.instructed = re.search(r"-it\b", name) is not None
 
     def close(self) -> None:
         """Nothing is under way between two calls."""
@@ -284,42 +303,63 @@ class ModelJudge:
     # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """Of each prompt the logits [places, C]; prompts of like length run together."""
-        found: dict[int, np.ndarray] = {}
-        groups: dict[Any, list[int]] = {}
-        for i, p in enumerate(prompts):
-            length = max(SHORTEST, 1 << (len(p.ids) - 1).bit_length())
-            if length > self.model.config.context:
-                length = self.model.config.context
-            if len(p.ids) > length:
-                raise InputError(f"a prompt of {len(p.ids)} tokens, more than the model takes")
-            groups.setdefault((length, len(p.places) > 1, p.choices), []).append(i)
-        for (length, many, choices), members in groups.items():
-            width = PLACES if many else 1
-            size = max(1, TOKENS // length)
-            for start in range(0, len(members), size):
-                some = [prompts[i] for i in members[start : start + size]]
-                for i, logits in zip(
-                    members[start:], self._run(some, length, size, width, choices)
-                ):
-                    found[i] = logits
-        return [found[i] for i in range(len(prompts))]
-
-    def _run(self, prompts, length: int, size: int, width: int, choices) -> list[np.ndarray]:
-        """One batch of `size` rows, in as many passes as the most places need."""
-        tokens, segments = np.zeros((2, size, length), np.int32)
-        for row, p in enumerate(prompts):
-            tokens[row, : len(p.ids)], segments[row, : len(p.ids)] = p.ids, 1
-        parts: list[np.ndarray] = []
-        for start in range(0, max(len(p.places) for p in prompts), width):
-            places = np.zeros((size, width), np.int32)
-            for row, p in enumerate(prompts):
-                some = p.places[start : start + width]
-                places[row, : len(some)] = some
+        """Of each prompt the logits [places, C]. Equal prompts run once; what all with the same
+        choices begin with runs once; the rest in batches of like length."""
+        found: dict[Any, np.ndarray] = {}
+        kinds: dict[Any, dict[Any, _Prompt]] = {}
+        for p in prompts:
+            kinds.setdefault((p.choices, len(p.places) > 1), {})[p.key] = p
+        for (choices, many), different in kinds.items():
+            some = list(different.values())
+            shared = _shared(some)
             ids = np.array(choices, np.int32)
-            parts.append(np.asarray(_choice_logits(self.model, tokens, segments, places, ids)))
-        logits = np.concatenate(parts, 1).astype(np.float64)
-        return [logits[row, : len(p.places)] for row, p in enumerate(prompts)]
+            lengths = [_power(len(p.ids) - shared, SHORTEST) for p in some]
+            for length in sorted(set(lengths)):
+                members = [p for p, n in zip(some, lengths) if n == length]
+                found |= self._run(members, shared, length, many, ids)
+        return [found[p.key] for p in prompts]
+
+    def _run(self, prompts, shared: int, length: int, many: bool, choices) -> dict[Any, np.ndarray]:
+        """{key: logits} of prompts with `shared` tokens in common and up to `length` more."""
+        if shared + max(len(p.ids) for p in prompts) > self.model.config.context:
+            raise InputError(f"a prompt is longer than the context of {self.name}")
+        room = -(-shared // STEP) * STEP
+        prefix = _padded([prompts[0].ids[:shared]], 1, room)
+        cache = _prefix(self.model, *prefix, slots=room + length)
+        size = max(1, TOKENS // length)
+        most = max(len(p.places) for p in prompts) if many else 1
+        width = -(-most // PLACES) * PLACES if many else 1
+        found = {}
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            rows = _padded([p.ids[shared:] for p in some], size, length)
+            places = np.zeros((size, width), np.int32)
+            for row, p in enumerate(some):
+                places[row, : len(p.places)] = np.array(p.places) - shared
+            logits = np.asarray(_choice_logits(self.model, cache, *rows, places, choices))
+            for row, p in enumerate(some):
+                found[p.key] = logits[row, : len(p.places)].astype(np.float64)
+        return found
+
+
+def _power(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _shared(prompts: Sequence[_Prompt]) -> int:
+    """How many tokens all prompts begin with; what is read comes after them."""
+    most = min(p.places[0] for p in prompts)
+    in_order = sorted(p.ids[:most].tolist() for p in prompts)
+    differ = np.flatnonzero(np.array(in_order[0]) != np.array(in_order[-1]))
+    return int(differ[0]) if len(differ) else most
+
+
+def _padded(rows: Sequence[np.ndarray], size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments [size, length]."""
+    tokens, segments = np.zeros((2, size, length), np.int32)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+    return tokens, segments
 
 
 _TASKS = {

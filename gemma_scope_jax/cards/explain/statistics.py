@@ -60,13 +60,14 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
     fired = len(rows)
     some = np.unique(np.linspace(0, max(fired - 1, 0), min(MOST, fired)).astype(np.int64))
     around = corpus.store.windows(rows[some], 1, 1)
-    columns: tuple[tuple[Place, int], ...] = (("this", 1), ("previous", 0), ("next", 2))
-    best = (-1.0, 0.0, 0.0, "this", {})
-    for place, column in columns:
-        found = _best_tokens(corpus, around[:, column], values[some], fired / max(1, len(some)))
-        if found[0] > best[0]:
-            best = (*found[:3], place, found[3])
-    _, recall, precision, place, chosen = best
+    each = fired / max(1, len(some))
+    columns: dict[Place, int] = {"this": 1, "previous": 0, "next": 2}
+    found = {
+        place: _best_tokens(corpus, around[:, column], values[some], each)
+        for place, column in columns.items()
+    }
+    place = max(columns, key=lambda p: found[p][0])  # the first among equals
+    _, recall, precision, chosen = found[place]
     rule = Rule(place, chosen)
     named = ", ".join(_quoted(t) for t in chosen) or "tokens without a pattern"
     text = (
