@@ -287,11 +287,12 @@ def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdin", answers())
         assert main(*args) == 0 and not server.bodies
         assert main(*args, "--yes") == 0
-        sent = len(server.bodies)
-        assert main(*args, "--yes") == 0 and len(server.bodies) == sent == 123
+        sent, said = len(server.bodies), capsys.readouterr()
+        assert main(*args) == 0 and len(server.bodies) == sent == 123  # nothing to agree to
+        assert main(*args, "--plan") == 0 and "0 features, at most 0 req" in capsys.readouterr().out
     assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
-    out = "".join(capsys.readouterr())
-    assert "detection: balanced accuracy 1.000" in out and KEY not in out and "123 answers" in out
+    assert KEY not in "".join(said)
+    assert "detection: balanced accuracy 1.000" in said.out and "123 answers" in said.out
     for path in planted.iterdir():
         assert KEY.encode() not in path.read_bytes()
 
@@ -325,6 +326,14 @@ def test_bad_input_is_one_line(planted, capsys, args, says):
     assert main(planted, "--store", "s", *args) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and says in error
+
+
+def test_two_processes_do_not_write_one_file(planted, capsys):
+    from gemma_scope_jax.data.activation_files import only_writer
+
+    with only_writer(planted):
+        assert main(planted, "--store", "s") == 2
+    assert "another process is writing here" in capsys.readouterr().err
 
 
 def test_another_coders_store(planted, capsys, monkeypatch):

@@ -117,7 +117,7 @@ def explain(
     if judge == "endpoint":
         asked = _endpoint(endpoint, judge_model, key_variable, request_options, concurrency,
                           timeout, retries, logprobs, price_in, price_out)  # fmt: skip
-        if not _agreed(corpus, wanted, scores, asked, plan, yes):
+        if not _agreed(corpus, wanted, scores, asked, plan, yes, folder):
             return
     else:
         asked = None
@@ -219,13 +219,20 @@ def _endpoint(
     return Endpoint(url, model, key, concurrency, timeout, retries, more, logprobs, *prices)
 
 
-def _agreed(corpus: Any, features, scores, endpoint: Any, plan_only: bool, yes: bool) -> bool:
-    """Show what is going to be asked; whether to send it."""
-    from gemma_scope_jax.cards.explain.explain import plan
+def _agreed(
+    corpus: Any, features, scores, endpoint: Any, plan_only: bool, yes: bool, folder: Any
+) -> bool:
+    """Show what is going to be asked; whether to send it. Nothing is sent for nothing to do."""
+    from gemma_scope_jax.cards.explain.explain import plan, unfinished
+    from gemma_scope_jax.cards.explanations import read_explanations
 
     prices = (endpoint.price_in, endpoint.price_out)
-    p = plan(corpus, features, scores, prices)
-    cost = f"${p.cost:.2f} to ${p.cost_most:.2f}" if any(prices) else "no prices given"
+    entries = read_explanations(folder)
+    todo = unfinished(corpus, "endpoint", endpoint.model, features, scores, entries)
+    if not todo and not plan_only:
+        return True
+    p = plan(corpus, todo, scores, prices)
+    cost = f"${p.cost:.2f} to ${p.cost_most:.2f}" if any(prices) else "no prices are given"
     lines = (
         f"{p.features:,} features, at most {p.requests:,} requests to {endpoint.url} "
         f"({endpoint.model}); what is on file is not asked again",

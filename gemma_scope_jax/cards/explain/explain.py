@@ -7,6 +7,7 @@ Every finished feature is in explanations.json within seconds, and with an endpo
 single answer is on file at once: the same call goes on where a killed one was.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
+from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.cards.explain.chat_client import Stopped
 from gemma_scope_jax.cards.explain.examples import Corpus, Material, gather
 from gemma_scope_jax.cards.explain.prompts import lengths, messages
@@ -27,6 +30,8 @@ from gemma_scope_jax.cards.explanations import (
     read_explanations,
     write_explanations,
 )
+from gemma_scope_jax.coders.atomic_files import disk_error
+from gemma_scope_jax.data.activation_files import only_writer
 from gemma_scope_jax.errors import InputError, nearest
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
@@ -84,26 +89,61 @@ def explain_features(
     `InputError` for unknown scores and what judge and disk refuse; what is done by then is written.
     """
     check_scores(scores)
-    run = _Run(corpus, judge, tuple(scores), folder, coder, read_explanations(folder, width))
-    todo = [f for f in features if not run.is_finished(f)]
-    run.report.kept = len(features) - len(todo)
-    progress = _Progress(len(todo), run.report, status)
+    with _only_writer(folder):
+        entries = read_explanations(folder, width)
+        run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
+        todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
+        run.report.kept = len(features) - len(todo)
+        progress = _Progress(len(todo), run.report, status)
+        try:
+            for number, feature in enumerate(todo, 1):
+                run.start(feature, (neighbours or {}).get(feature, ()), raises)
+                run.take(2 * judge.parallel if judge.parallel > 1 else 1)
+                progress.show(number - len(run.running))
+                run.write(every=WRITE_EVERY)
+            while run.running:
+                run.take(len(run.running))
+                progress.show(len(todo) - len(run.running))
+        except BaseException:
+            judge.close()  # answers under way are still received
+            raise
+        finally:
+            run.finish()
+        progress.show(len(todo), last=True)
+        return run.report
+
+
+def _only_writer(folder: Any) -> Any:
+    """Hold a local folder, made if missing, against other processes that explain into it."""
+    if is_remote(folder):
+        return contextlib.nullcontext()
     try:
-        for number, feature in enumerate(todo, 1):
-            run.start(feature, (neighbours or {}).get(feature, ()), raises)
-            run.take(2 * judge.parallel if judge.parallel > 1 else 1)
-            progress.show(number - len(run.running))
-            run.write(every=WRITE_EVERY)
-        while run.running:
-            run.take(len(run.running))
-            progress.show(len(todo) - len(run.running))
-    except BaseException:
-        judge.close()  # answers under way are still received
-        raise
-    finally:
-        run.finish()
-    progress.show(len(todo), last=True)
-    return run.report
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return only_writer(Path(folder))
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def unfinished(
+    corpus: Corpus, method: str, model: str, features: Sequence[int], scores: Sequence[str],
+    entries: Mapping[int, Explanation],
+) -> list[int]:  # fmt: skip
+    """Those of `features` that a judge (its `method` and `name`) has yet to explain or score."""
+    drawn = fingerprint(corpus)
+
+    def is_finished(entry: Explanation | None) -> bool:
+        if entry is None:
+            return False
+        if method == "statistics" and entry["method"] != "statistics":
+            return True
+        return _is_of(entry, method, model, drawn) and set(scores) <= set(entry["scores"])
+
+    return [f for f in features if not is_finished(entries.get(f))]
+
+
+def _is_of(entry: Explanation, method: str, model: str, drawn: str) -> bool:
+    """Whether an explanation is this judge's, from these examples."""
+    return (entry["method"], entry["model"], entry.get("drawn")) == (method, model, drawn)
 
 
 @dataclasses.dataclass
@@ -123,19 +163,6 @@ class _Run:
         self.running: dict[Future, int] = {}
         self.saved, self.changed = time.monotonic(), False
 
-    def is_ours(self, entry: Explanation | None) -> bool:
-        """Whether an explanation is this judge's, from these examples."""
-        found = entry and (entry["method"], entry["model"], entry.get("drawn"))
-        return found == (self.judge.method, self.judge.name, self.drawn)
-
-    def is_finished(self, feature: int) -> bool:
-        entry = self.entries.get(feature)
-        if entry is None:
-            return False
-        if self.judge.method == "statistics" and entry["method"] != "statistics":
-            return True
-        return self.is_ours(entry) and set(self.scores) <= set(entry["scores"])
-
     def start(self, feature: int, neighbours: Sequence[int], raises: Callable) -> None:
         """Draw the examples of a feature, here, in one thread, and hand it to another."""
         material = gather(self.corpus, feature, neighbours)
@@ -150,7 +177,8 @@ class _Run:
                 self.keep(feature, entry)
         else:
             entry = self.entries.get(feature)
-            entry = entry if self.is_ours(entry) else None
+            if entry and not _is_of(entry, self.judge.method, self.judge.name, self.drawn):
+                entry = None
         if material is not None:
             self.running[self.pool.submit(self.explained, material, entry)] = feature
 

@@ -13,6 +13,7 @@ from gemma_scope_jax.errors import InputError
 
 ROWS = 256  # features at a time
 LARGEST = 1 << 29  # bytes of co-occurrence counts
+ENTRIES = 1 << 16  # firings looked at together
 
 
 @jax.jit
@@ -51,10 +52,16 @@ def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int
     both = np.zeros((len(features), len(fired)), np.int64)
     for segment in corpus.store.segments():
         offsets, ids, _ = segment.by_token(coder=corpus.coder, layer=corpus.layer)
-        row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        for entry in np.flatnonzero(number[ids] >= 0).tolist():
-            token = row[entry]
-            both[number[ids[entry]], ids[offsets[token] : offsets[token + 1]]] += 1
+        counts = np.diff(offsets)
+        token = np.repeat(np.arange(len(counts)), counts)
+        entries = np.flatnonzero(number[ids] >= 0)
+        for start in range(0, len(entries), ENTRIES):
+            some = entries[start : start + ENTRIES]
+            beside = counts[token[some]]  # features on the same token
+            before = np.cumsum(beside) - beside
+            step = np.arange(beside.sum()) - np.repeat(before, beside)
+            others = ids[np.repeat(offsets[token[some]], beside) + step]
+            np.add.at(both, (np.repeat(number[ids[some]], beside), others), 1)
     cosines = both / np.sqrt(np.maximum(fired[None, :] * fired[np.asarray(features)][:, None], 1))
     cosines[np.arange(len(features)), np.asarray(features)] = -1
     best = np.argsort(-cosines, axis=-1, kind="stable")[:, :k]
