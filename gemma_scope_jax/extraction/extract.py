@@ -42,7 +42,8 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import mesh_of, shard_batch
 from gemma_scope_jax.progress import Progress
 
-SHARD = 1 << 17  # tokens of a shard, about
+SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
+BATCHES = 32  # of a shard, at least about
 
 
 def extract(
@@ -59,7 +60,7 @@ def extract(
     values: str = "float16",
     slots: int | None = None,
     precision: str = "highest",
-    shard_tokens: int = SHARD,
+    shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStore:
     """Store the active features of `coders` on a text; returns the store.
@@ -115,7 +116,7 @@ def job_of(
     values: str = "float16",
     slots: int | None = None,
     precision: str = "highest",
-    shard_tokens: int = SHARD,
+    shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> manifests.Job:
     """The settings of an extraction, checked."""
@@ -140,7 +141,8 @@ def job_of(
         raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.Job(
         text=open_text(source, tok, seed), rows=rows, length=length, values=values,
-        slots=min(slots, widest), precision=precision, shard_tokens=shard_tokens,
+        slots=min(slots, widest), precision=precision,
+        shard_tokens=shard_tokens or max(SHARD, BATCHES * rows * length),
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
     )  # fmt: skip
 
@@ -281,13 +283,17 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     widths = [c.width for c in coders.values() for _ in on_device.layers_of(c)]
     first = min(c.first for c in coders.values())
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
+    threads = min(16, os.cpu_count() or 1)
     with (
-        ThreadPoolExecutor(min(16, os.cpu_count() or 1), "compress") as pool,
+        ThreadPoolExecutor(threads, "compress") as pool,
+        ThreadPoolExecutor(1, "disk") as disk,
+        ThreadPoolExecutor(max(1, threads // 2), "entries") as workers,
         prefetch(plan.batches(shards)) as ahead,
     ):
-        results = _results(runner, ahead)
+        results = _results(runner, ahead, workers, max(1, threads // 2))
         for shard in shards:
-            with ShardWriter(path / shard_name(shard), widths, job.values, pool) as writer:
+            file = path / shard_name(shard)
+            with ShardWriter(file, widths, job.values, disk, pool) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         writer.close(shard=shard, documents=packed.documents)
@@ -299,8 +305,13 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
               file=sys.stderr)  # fmt: skip
 
 
-def _results(runner: "Runner", ahead: Any) -> Iterator[tuple[Packed | Ended, Any]]:
-    """(batch, its entries), and (`Ended`, None), in order, with a batch under way on the device."""
+def _results(
+    runner: "Runner", ahead: Any, workers: ThreadPoolExecutor, most: int
+) -> Iterator[tuple[Packed | Ended, Any]]:
+    """(batch, its entries), and (`Ended`, None), in order.
+
+    The device is a batch ahead; up to `most` batches behind it are turned into entries at a time.
+    """
     waiting: collections.deque = collections.deque()
     for event, _ in ahead:
         if isinstance(event, Ended):
@@ -308,17 +319,14 @@ def _results(runner: "Runner", ahead: Any) -> Iterator[tuple[Packed | Ended, Any
             continue
         batch = event.batch
         started = runner.start(batch.tokens, batch.segments, batch.counts)
-        while waiting:
-            yield _finished(runner, *waiting.popleft())
-        waiting.append((event, started))
+        kept = np.flatnonzero(batch.segments)
+        waiting.append((event, workers.submit(runner.finish, started, kept)))
+        while len(waiting) > most + 1:
+            packed, future = waiting.popleft()
+            yield packed, None if future is None else future.result()
     while waiting:
-        yield _finished(runner, *waiting.popleft())
-
-
-def _finished(runner: "Runner", event: Packed | Ended, started: Any) -> tuple:
-    if isinstance(event, Ended):
-        return event, None
-    return event, runner.finish(started, np.flatnonzero(event.batch.segments))
+        packed, future = waiting.popleft()
+        yield packed, None if future is None else future.result()
 
 
 def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -116,17 +116,33 @@ class ShardWriter:
 
     widths  features of every coder's layer, in the order of the entries given to `add`
     values  "float16" or "float32"
+    disk    one thread, which makes and writes a segment while the next one is added
+    pool    threads that compress
     Lets `OSError` through.
     """
 
-    def __init__(self, path: Any, widths: Sequence[int], values: str, pool: ThreadPoolExecutor):
-        self.path, self.widths, self.values, self._pool = path, widths, values, pool
+    def __init__(
+        self,
+        path: Any,
+        widths: Sequence[int],
+        values: str,
+        disk: ThreadPoolExecutor,
+        pool: ThreadPoolExecutor,
+    ):
+        self.path, self.widths, self.values, self._disk, self._pool = (
+            path,
+            widths,
+            values,
+            disk,
+            pool,
+        )
         self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
         self._file: BinaryIO = self._temporary.open("wb")
         self._at = 0
         self._segments: list[dict] = []
         self._held: list[tuple] = []
         self._waiting = 0
+        self._flushing: Future | None = None
         self._write(MAGIC)
 
     def __enter__(self) -> "ShardWriter":
@@ -134,6 +150,8 @@ class ShardWriter:
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None and not self._file.closed:
+            with contextlib.suppress(Exception):
+                self._wait()
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):
@@ -155,12 +173,13 @@ class ShardWriter:
         """Write the rest and the footer, with `about` in it; returns the footer."""
         if self._held:
             self._flush()
+        self._wait()
         footer = {"version": 1, **about, "segments": self._segments}
         data = zlib.compress(json.dumps(footer, separators=(",", ":")).encode(), 6)
         self._write(data)
         self._write(len(data).to_bytes(4, "little") + zlib.crc32(data).to_bytes(4, "little"))
         self._write(MAGIC)
-        if isinstance(self._temporary, Path) or not is_remote(self._temporary):
+        if not is_remote(self._temporary):
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
@@ -172,8 +191,17 @@ class ShardWriter:
         self._file.write(data)
         self._at += len(data)
 
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
+
     def _flush(self) -> None:
-        held, self._held, self._waiting = self._held, [], 0
+        self._wait()
+        self._flushing = self._disk.submit(self._write_segment, self._held)
+        self._held, self._waiting = [], 0
+
+    def _write_segment(self, held: list[tuple]) -> None:
         tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
         arrays = {
             "tokens": tokens.astype(np.int32),
@@ -182,20 +210,22 @@ class ShardWriter:
             "piece_lengths": pieces[:, 2].astype(np.int32),
             "counted": np.packbits(counted),
         }
-        layers = [
-            (str(c), joined([h[3][c] for h in held]), width) for c, width in enumerate(self.widths)
-        ]
-        segment: dict[str, Any] = {"tokens": len(tokens), "counted": int(counted.sum())}
-        coded = [*self._pool.map(lambda l: _coded(l[0], l[1], l[2], self.values), layers)]
-        blocks = [(name, array.dtype.str, squeeze(array)) for name, array in arrays.items()]
-        segment["blocks"], segment["coders"] = {}, []
-        for about, some in coded:
-            segment["coders"].append(about)
-            blocks += some
-        for name, dtype, data in blocks:
-            segment["blocks"][name] = [self._at, len(data), zlib.crc32(data), dtype]
+        coded = self._pool.map(
+            lambda c: _coded(joined([h[3][c] for h in held]), self.widths[c], self.values),
+            range(len(self.widths)),
+        )
+        coders = []
+        for c, (about, some) in enumerate(coded):
+            coders.append(about)
+            arrays |= {f"{c}.{name}": array for name, array in some.items()}
+        blocks = {}
+        for (name, array), data in zip(arrays.items(), self._pool.map(squeeze, arrays.values())):
+            blocks[name] = [self._at, len(data), zlib.crc32(data), array.dtype.str]
             self._write(data)
-        self._segments.append(segment)
+        self._segments.append(
+            {"tokens": len(tokens), "counted": int(counted.sum()), "blocks": blocks,
+             "coders": coders}
+        )  # fmt: skip
 
 
 def joined(parts: Sequence[Entries]) -> Entries:
@@ -206,8 +236,8 @@ def joined(parts: Sequence[Entries]) -> Entries:
     return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
 
 
-def _coded(name: str, entries: Entries, width: int, kind: str) -> tuple[dict, list]:
-    """What the footer says of a coder's layer in a segment, and its blocks (name, dtype, bytes)."""
+def _coded(entries: Entries, width: int, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """What the footer says of a coder's layer in a segment, and its arrays."""
     values, exponent = store_values(entries.values, kind)
     index = by_feature(entries._replace(values=values), width)
     counts = np.diff(entries.offsets)
@@ -224,9 +254,8 @@ def _coded(name: str, entries: Entries, width: int, kind: str) -> tuple[dict, li
         rows = index.ids[some[0] : some[-1]]
         arrays[f"rows.{number}"] = differences(rows, some - some[0])
         arrays[f"values.{number}"] = index.values[some[0] : some[-1]]
-    blocks = [(f"{name}.{key}", a.dtype.str, squeeze(a)) for key, a in arrays.items()]
     about = {"entries": len(values), "exponent": exponent, "parts": [stop for _, stop in parts]}
-    return about, blocks
+    return about, arrays
 
 
 def _parts(offsets: np.ndarray) -> list[tuple[int, int]]:
