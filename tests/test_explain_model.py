@@ -16,7 +16,11 @@ from tiny_tokenizer import tiny_proto, write_model
 from gemma_scope_jax import cli
 from gemma_scope_jax.cards.explain import model_judge as mj
 from gemma_scope_jax.cards.explain.answer_file import AnswerFile
+from gemma_scope_jax.cards.explain.examples import Sampling, gather, open_corpus
+from gemma_scope_jax.cards.explain.explain import explain_features
 from gemma_scope_jax.cards.explain.questions import Question, Shown
+from gemma_scope_jax.cards.explain.scores import SCORES
+from gemma_scope_jax.cards.explain.statistics import RuleJudge
 from gemma_scope_jax.cards.explanations import (
     explanation_note,
     read_explanations,
@@ -350,3 +354,58 @@ def test_features_by_name_and_by_chance():
     assert len(few) == 2 and set(few) <= {1, 3, 4, 5}
     assert few == chosen_features("", 2, fired, 10, 0, "model")
     assert chosen_features("", 9, fired, 10, 0, "model") == [1, 3, 4, 5]
+
+
+# --- a store as extract writes it ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """Two coders of the tiny model, one of several layers, over random letters."""
+    from letters import Letters
+    from test_extraction import crosscoder, sae
+
+    from gemma_scope_jax.extraction.extract import extract
+
+    rng = np.random.default_rng(0)
+    texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(160)]
+    model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
+    return extract(
+        model, {"a": sae(0, 1), "x": crosscoder(4, (0, 2))}, Letters(), texts,
+        tmp_path_factory.mktemp("s"), rows=8, length=64, slots=32, shard_tokens=3000,
+        values="float32",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("coder", "layer"), [("a", None), ("x", 2)])
+def test_windows_of_an_extracted_store(extracted, coder, layer, tmp_path):
+    """Tokens and activations of every window against the store's own lists, token by token; then
+    labels and their scores from end to end."""
+    corpus = open_corpus(extracted, Tok(), Sampling(length=16), coder, layer)
+    fired = extracted.fired(coder, layer)
+    feature = int(np.argsort(fired)[len(fired) // 2])
+    material = gather(corpus, feature)
+    rows = np.concatenate([s.start + np.arange(len(s)) for s in extracted.segments()])
+    pieces = np.cumsum(np.concatenate([s.positions for s in extracted.segments()]) == 0)
+    tokens = np.concatenate([s.tokens for s in extracted.segments()])
+    at = {int(r): float(v) for r, v in zip(*extracted.feature(feature, coder, layer))}
+    for e in [*material.train, *material.test, *material.silent, *material.strong]:
+        inside = [r for r in range(max(0, e.row - 8), min(len(rows), e.row + 8))
+                  if pieces[r] == pieces[e.row] and tokens[r] != Tok.bos_id]  # fmt: skip
+        assert list(e.tokens) == Tok().decode_tokens(tokens[inside])
+        np.testing.assert_allclose(e.values, [at.get(r, 0.0) for r in inside], rtol=1e-6)
+    assert all(e.peak == 0 for e in material.silent) and all(e.peak > 0 for e in material.test)
+
+    judge = RuleJudge()
+    report = explain_features(
+        corpus, judge, [feature], tuple(SCORES), tmp_path, coder=coder, width=len(fired)
+    )
+    entry = read_explanations(tmp_path, len(fired))[feature]
+    assert report.done == 1 and set(entry["scores"]) == set(SCORES)
+    assert 0 <= entry["scores"]["detection"]["accuracy"] <= 1
+
+
+def test_a_coder_of_several_layers_needs_one_named(extracted):
+    corpus = open_corpus(extracted, Tok(), Sampling(length=16), "x", None)
+    with pytest.raises(InputError, match="none of its layers"):
+        gather(corpus, 0)
