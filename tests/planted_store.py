@@ -47,6 +47,9 @@ class PlantedStore:
     def __len__(self):
         return len(self.tokens)
 
+    def place(self, coder, layer):
+        return 0
+
     def width(self, coder=None):
         return WIDTH
 

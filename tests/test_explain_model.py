@@ -322,6 +322,7 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "not a JSON object"),
         ((*ENDPOINT, "--sample", "2", "--concurrency", "0"), "must be above 0"),
         (("--length", "2"), "length is 2"),
+        (("--name", "other"), "no coder 'other'; --name one of planted"),
         (("--hard-negatives", "99"), "hard is 99"),
         (("--sample", "3", "--least", "50000"), "no feature fires often enough"),
     ],

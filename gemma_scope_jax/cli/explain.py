@@ -62,7 +62,7 @@ def explain(
         endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
         judge_model: Its model; or the Gemma of --judge model (default: the coder's own model).
         scores: detection, fuzzing, intruder, simulation, saebench.
-        out: Where explanations.json goes; default: beside the coder.
+        out: Where explanations.json goes; default: beside the coder. With --layer: into layer_N there.
         plan: Print what would be asked and what it would cost, and stop.
         yes: Send without asking.
         price_in: Dollars a million tokens of prompts.
@@ -104,7 +104,12 @@ def explain(
     with stage(f"opening {store}"):
         opened = FeatureStore(store)
         loaded = load_coder(coder)
-        name = name or opened.coders[0] if len(opened.coders) == 1 else name or coder
+        name = name or (opened.coders[0] if len(opened.coders) == 1 else coder)
+        if name not in opened.coders:
+            raise InputError(
+                f"{store}: no coder {name!r}; --name one of {', '.join(opened.coders)}"
+            )
+        opened.place(name, layer)  # of several layers, one must be named
         if opened.width(name) != loaded.width:
             raise InputError(
                 f"{store}: {name} has {opened.width(name)} features, {coder} {loaded.width}"
@@ -113,6 +118,8 @@ def explain(
         corpus = open_corpus(opened, tok, sampling, name, layer)
     wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, judge)
     folder = out or loaded.info.folder
+    if layer is not None:  # numbers of features are those of a layer
+        folder = f"{folder}/layer_{layer}"
     known = _neighbours(corpus, loaded, wanted, neighbours) if hard_negatives else {}
     if judge == "endpoint":
         asked = _endpoint(endpoint, judge_model, key_variable, request_options, concurrency,
