@@ -62,7 +62,7 @@ def explain(
         endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
         judge_model: Its model; or the Gemma of --judge model (default: the coder's own model).
         scores: detection, fuzzing, intruder, simulation, saebench.
-        out: Where explanations.json goes; default: beside the coder. With --layer: into layer_N there.
+        out: Where explanations.json goes (with --layer, in layer_N); default: beside the coder.
         plan: Print what would be asked and what it would cost, and stop.
         yes: Send without asking.
         price_in: Dollars a million tokens of prompts.
