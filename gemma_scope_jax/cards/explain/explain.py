@@ -296,12 +296,14 @@ class _Progress:
     def __init__(self, total: int, report: Report, status: Callable[[], str]):
         self.total, self.report, self.status = total, report, status
         self.began = self.said = time.monotonic()
+        self.shown = -1
 
     def show(self, passed: int, last: bool = False) -> None:
         now, r = time.monotonic(), self.report
-        if not self.total or (now - self.said < SAY_EVERY and not last):
+        early = now - self.said < SAY_EVERY and not last
+        if not self.total or early or passed == self.shown:
             return
-        self.said = now
+        self.said, self.shown = now, passed
         rate = passed / max(now - self.began, 1e-9)
         left = (self.total - passed) / max(rate, 1e-9)
         left_text = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
