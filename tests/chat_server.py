@@ -65,13 +65,11 @@ class ChatServer:
             self.times.append(time.monotonic())
             self.now += 1
             self.most = max(self.most, self.now)
-        try:
-            if self.pause:
-                time.sleep(self.pause)
-            self.reply(request, self.trouble(number, body), body)
-        finally:
-            with self.lock:
-                self.now -= 1
+        if self.pause:
+            time.sleep(self.pause)
+        with self.lock:  # before the reply, after which the client may send the next
+            self.now -= 1
+        self.reply(request, self.trouble(number, body), body)
 
     def reply(self, request, wrong, body):
         if wrong == "close":

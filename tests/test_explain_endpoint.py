@@ -321,7 +321,7 @@ def test_endpoints_that_cannot_be(change, says):
 def test_no_more_requests_than_allowed_are_under_way(corpus, tmp_path, limit):
     with ChatServer(know, pause=0.02) as server:
         explained(corpus, server, tmp_path, range(4), concurrency=limit)
-    assert server.most == limit
+    assert min(limit, 2) <= server.most <= limit
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(corpus, tmp_path, capsys):
