@@ -285,3 +285,22 @@ def test_no_text_no_labels(model, coder):
         build_labels(model, coder, tok, [])
     with pytest.raises(InputError, match="no text"):
         build_labels(model, coder, tok, [("blank", " \n")])
+
+
+def test_explanations_are_shown_beside_the_logits(model, coder, capsys):
+    """In the JSON, the terminal and the page; other features stay as they are."""
+    entry = {"text": "a <b> of it", "method": "endpoint", "model": "judge-1", "examples": 9,
+             "scores": {"detection": {"balanced_accuracy": 0.876}}}  # fmt: skip
+    plain = inspect_text(model, coder, tok, "abc", top_k=3, shown=7)
+    feature = plain.features[-1][0][0]
+    seen = inspect_text(model, coder, tok, "abc", top_k=3, shown=7, explanations={feature: entry})
+    label = seen.as_dict()["labels"][str(feature)]
+    assert (label["explanation"], label["explained"]) == ("a <b> of it", "judge-1, detection 0.88")
+    same = {f: a for f, a in seen.labels.items() if f != feature}
+    assert same == {f: a for f, a in plain.labels.items() if f != feature}
+    assert label_text(seen.labels[feature]).startswith("a <b> of it · ")
+    assert label_text(seen.labels[feature], 8).startswith("a <b> o… · ")
+    print_inspection(seen)
+    assert "a <b> of it" in capsys.readouterr().out
+    page = inspection_page(seen)
+    assert "a <b> of it" not in page and "a \\u003cb\\u003e of it" in page

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.cards.decoders import logit_tokens
+from gemma_scope_jax.cards.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.labels import Label, Labels
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
@@ -144,14 +146,16 @@ def inspect_text(
     top_k: int = 5,
     shown: int = 40,
     labels: Labels | None = None,
+    explanations: Mapping[int, Explanation] | None = None,
 ) -> Inspection:
     """Run `text` through the model and the coder.
 
     top_k: features listed a token; shown: features that stand for the text in the heat map, for
         each stretch of it.
     labels: the coder's label material; without it, only the logit tokens of what is shown are
-        computed. Raises `InputError` for an empty text, one beyond the context, and a coder that
-        does not fit the model.
+        computed. explanations: of features, by number; they join the labels.
+    Raises `InputError` for an empty text, one beyond the context, and a coder that does not fit
+    the model.
     """
     if shown < 1:
         raise InputError(f"shown is {shown}: at least one feature must be")
@@ -204,7 +208,7 @@ def inspect_text(
         features=per_token,
         strongest=strongest,
         heat=heat[: len(strongest), : len(ids)].tolist(),
-        labels=_labels_of(model, coder, tok, named, labels),
+        labels=_explained(_labels_of(model, coder, tok, named, labels), explanations or {}),
         figures=figures,
     )
 
@@ -223,3 +227,12 @@ def _labels_of(model, coder, tok, features: list[int], labels: Labels | None) ->
     empty = {"examples": [], "density": None}
     pairs = logit_tokens(model, coder, tok, features)
     return {f: {"top_logits": t, "bottom_logits": b, **empty} for f, (t, b) in zip(features, pairs)}
+
+
+def _explained(
+    labels: dict[int, Label], explanations: Mapping[int, Explanation]
+) -> dict[int, Label]:
+    """The labels, with `explanation` (the text) and `explained` (by what, how good) where known."""
+    more = lambda e: {"explanation": e["text"], "explained": explanation_note(e)}
+    return {f: {**a, **more(explanations[f])} if f in explanations else a
+            for f, a in labels.items()}  # fmt: skip

@@ -13,8 +13,12 @@ def visible(token: str) -> str:
 
 
 def label_text(label: Label, width: int = 60) -> str:
-    """One line of label material: what the feature makes likely, and where it was strongest."""
+    """One line of label material: its explanation if there is one, what the feature makes likely,
+    and where it was strongest."""
     words = ", ".join(visible(t).strip() or visible(t) for t in label["top_logits"][:4])
+    if "explanation" in label:
+        text = visible(label["explanation"])
+        return f"{text if len(text) < width else text[: width - 1] + '…'} · {words}"
     if not label["examples"]:
         return words
     example = label["examples"][0]

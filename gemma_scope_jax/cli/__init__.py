@@ -11,6 +11,7 @@ import sys
 import tyro
 
 from gemma_scope_jax.cli.cards import cards
+from gemma_scope_jax.cli.explain import explain
 from gemma_scope_jax.cli.extract import export, extract, verify
 from gemma_scope_jax.cli.look import check, inspect, list_
 from gemma_scope_jax.cli.train import activations, train
@@ -19,6 +20,7 @@ from gemma_scope_jax.errors import InputError
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
     "extract": extract, "verify": verify, "export": export, "cards": cards,
+    "explain": explain,
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def inspect(
     top_k: int = 5,
     json: bool = False,
     html: File = None,
+    explanations: File = None,
     dtype: Dtype = "auto",
 ) -> None:
     """What a model and a coder see in a text: next tokens, features a token, L0, FVU, delta loss.
@@ -41,18 +42,24 @@ def inspect(
         top_k: Features listed for each token.
         json: Print JSON.
         html: Also write one self-contained web page here.
+        explanations: Of the features, from `gemma-scope explain`; default: explanations.json beside
+            the coder, if it is there.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     text = given_text(text, file)
     loaded_model, (loaded_coder,), tok = load_all(model, [coder], dtype, one_layer=True)
+    from gemma_scope_jax.cards.explanations import read_explanations
     from gemma_scope_jax.cards.inspect import inspect_text
     from gemma_scope_jax.cards.inspect_page import inspection_page
     from gemma_scope_jax.cards.inspect_terminal import print_inspection
     from gemma_scope_jax.cards.labels import read_labels
 
     labels = read_labels(loaded_coder.info.folder, loaded_coder.width)
+    known = read_explanations(explanations or loaded_coder.info.folder, loaded_coder.width)
     with stage("compiling and running (what was compiled before is taken from the cache)"):
-        seen = inspect_text(loaded_model, loaded_coder, tok, text, top_k=top_k, labels=labels)
+        seen = inspect_text(
+            loaded_model, loaded_coder, tok, text, top_k=top_k, labels=labels, explanations=known
+        )
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(inspection_page(seen), encoding="utf-8")

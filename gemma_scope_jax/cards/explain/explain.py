@@ -1,0 +1,312 @@
+"""Explaining features and scoring the explanations: examples, questions, answers, the file.
+
+    corpus = open_corpus(FeatureStore("store"), tok)
+    explain_features(corpus, judge, [3, 17], ("detection", "fuzzing"), folder, coder="my coder")
+
+Every finished feature is in explanations.json within seconds, and with an endpoint or a model every
+single answer is on file at once: the same call goes on where a killed one was.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.cards.explain.chat_client import Stopped
+from gemma_scope_jax.cards.explain.examples import Corpus, Material, gather
+from gemma_scope_jax.cards.explain.prompts import lengths, messages
+from gemma_scope_jax.cards.explain.questions import Judge, Question, explain_question
+from gemma_scope_jax.cards.explain.scores import SCORES, short_score
+from gemma_scope_jax.cards.explain.statistics import RuleJudge, token_label
+from gemma_scope_jax.cards.explanations import (
+    Explanation,
+    read_explanations,
+    write_explanations,
+)
+from gemma_scope_jax.coders.atomic_files import disk_error
+from gemma_scope_jax.data.activation_files import only_writer
+from gemma_scope_jax.errors import InputError, nearest
+
+WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
+SAY_EVERY = 5.0  # seconds between two lines of progress
+PLACEHOLDER = (
+    "an explanation of about twenty words stands here while nobody has been asked what " * 2
+)
+
+
+@dataclasses.dataclass
+class Report:
+    """What a run did."""
+
+    done: int = 0  # features explained or scored
+    kept: int = 0  # that were finished before
+    few: int = 0  # not scored: too few windows on which they fire
+    unexplained: int = 0  # whose explanation could not be understood
+    unparsed: int = 0  # examples or questions without an answer in the form asked for
+
+
+def check_scores(scores: Sequence[str]) -> None:
+    for name in scores:
+        if name not in SCORES:
+            raise InputError(
+                f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}"
+            )
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """Eight letters for what examples are drawn from and how, as scores of others differ."""
+    about = [dataclasses.asdict(corpus.sampling), len(corpus.store), corpus.coder, corpus.layer]
+    about.append(hashlib.sha256(corpus.counts.tobytes()).hexdigest())
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+
+
+def explain_features(
+    corpus: Corpus,
+    judge: Judge,
+    features: Sequence[int],
+    scores: Sequence[str],
+    folder: Any,
+    *,
+    coder: str,
+    width: int | None = None,
+    neighbours: Mapping[int, Sequence[int]] | None = None,
+    raises: Callable[[int], Sequence[str]] = lambda _: (),
+    status: Callable[[], str] = lambda: "",
+) -> Report:
+    """Explain and score `features`, into explanations.json in `folder` (local or gs://).
+
+    What is there by the same judge from the same examples is kept, and only what it lacks is asked;
+    entries of other features stay, and labels from statistics replace nothing but their own kind.
+    neighbours: of each feature, for hard negatives. raises: the tokens whose logits a feature
+    raises, named in labels from statistics. status: more to say in the line of progress. Raises
+    `InputError` for unknown scores and what judge and disk refuse; what is done by then is written.
+    """
+    check_scores(scores)
+    with _only_writer(folder):
+        entries = read_explanations(folder, width)
+        run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
+        todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
+        run.report.kept = len(features) - len(todo)
+        progress = _Progress(len(todo), run.report, status)
+        try:
+            for number, feature in enumerate(todo, 1):
+                run.start(feature, (neighbours or {}).get(feature, ()), raises)
+                run.take(2 * judge.parallel if judge.parallel > 1 else 1)
+                progress.show(number - len(run.running))
+                run.write(every=WRITE_EVERY)
+            while run.running:
+                run.take(len(run.running))
+                progress.show(len(todo) - len(run.running))
+        except BaseException:
+            judge.close()  # answers under way are still received
+            raise
+        finally:
+            run.finish()
+        progress.show(len(todo), last=True)
+        return run.report
+
+
+def _only_writer(folder: Any) -> Any:
+    """Hold a local folder, made if missing, against other processes that explain into it."""
+    if is_remote(folder):
+        return contextlib.nullcontext()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return only_writer(Path(folder))
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def unfinished(
+    corpus: Corpus, method: str, model: str, features: Sequence[int], scores: Sequence[str],
+    entries: Mapping[int, Explanation],
+) -> list[int]:  # fmt: skip
+    """Those of `features` that a judge (its `method` and `name`) has yet to explain or score."""
+    drawn = fingerprint(corpus)
+
+    def is_finished(entry: Explanation | None) -> bool:
+        if entry is None:
+            return False
+        if method == "statistics" and entry["method"] != "statistics":
+            return True
+        return _is_of(entry, method, model, drawn) and set(scores) <= set(entry["scores"])
+
+    return [f for f in features if not is_finished(entries.get(f))]
+
+
+def _is_of(entry: Explanation, method: str, model: str, drawn: str) -> bool:
+    """Whether an explanation is this judge's, from these examples."""
+    return (entry["method"], entry["model"], entry.get("drawn")) == (method, model, drawn)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Features being worked on, and the file."""
+
+    corpus: Corpus
+    judge: Judge
+    scores: tuple[str, ...]
+    folder: Any
+    coder: str
+    entries: dict[int, Explanation]
+
+    def __post_init__(self):
+        self.drawn, self.report = fingerprint(self.corpus), Report()
+        self.pool = ThreadPoolExecutor(self.judge.parallel, thread_name_prefix="feature")
+        self.running: dict[Future, int] = {}
+        self.saved, self.changed = time.monotonic(), False
+
+    def start(self, feature: int, neighbours: Sequence[int], raises: Callable) -> None:
+        """Draw the examples of a feature, here, in one thread, and hand it to another."""
+        material = gather(self.corpus, feature, neighbours)
+        if material is None:
+            self.report.few += 1
+        if isinstance(self.judge, RuleJudge):
+            text, rule = token_label(self.corpus, feature, raises(feature))
+            entry = self.entry(text, material, {})
+            entry["rule"] = rule.as_dict()
+            self.judge.learn(text, rule)
+            if material is None and rule.tokens:  # a label needs fewer examples than its scores
+                self.keep(feature, entry)
+        else:
+            entry = self.entries.get(feature)
+            if entry and not _is_of(entry, self.judge.method, self.judge.name, self.drawn):
+                entry = None
+        if material is not None:
+            self.running[self.pool.submit(self.explained, material, entry)] = feature
+
+    def explained(self, material: Material, entry: Explanation | None) -> Explanation | None:
+        """From examples to scores; None if no explanation could be understood."""
+        if entry is None:
+            (answer,) = self.judge.answer([explain_question(material.train)])
+            if answer.values is None:
+                return None
+            entry = self.entry(answer.text, material, {})
+        missing = [name for name in self.scores if name not in entry["scores"]]
+        sampling = self.corpus.sampling
+        asked = [SCORES[name][0](material, entry["text"], sampling) for name in missing]
+        answers = iter(self.judge.answer([q for questions in asked for q in questions]))
+        known = dict(entry["scores"])
+        for name, questions in zip(missing, asked):
+            known[name] = short_score(
+                SCORES[name][1](questions, [next(answers) for _ in questions])
+            )
+        return {**entry, "scores": known}
+
+    def entry(self, text: str, material: Material | None, scores: Mapping) -> Explanation:
+        return {
+            "text": text, "method": self.judge.method, "model": self.judge.name,
+            "scores": scores, "examples": len(material.train) if material else 0,
+            "drawn": self.drawn,
+        }  # fmt: skip
+
+    def keep(self, feature: int, entry: Explanation) -> None:
+        self.entries[feature], self.changed = entry, True
+        self.report.done += 1
+        self.report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
+
+    def take(self, room: int) -> None:
+        """Keep what is done; wait until fewer than `room` features are being worked on."""
+        while len(self.running) >= room:
+            done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+            for future in done:
+                feature = self.running.pop(future)
+                try:
+                    entry = future.result()
+                except (Stopped, CancelledError):
+                    continue
+                if entry is None:
+                    self.report.unexplained += 1
+                else:
+                    self.keep(feature, entry)
+
+    def write(self, every: float = 0.0) -> None:
+        """The file anew, if something changed and it is some seconds old."""
+        if self.changed and time.monotonic() - self.saved >= every:
+            write_explanations(self.folder, self.coder, self.entries)
+            self.saved, self.changed = time.monotonic(), False
+
+    def finish(self) -> None:
+        """Keep what got done meanwhile, whatever happened, and write it."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for future, feature in self.running.items():
+            if not future.cancelled() and future.exception() is None and future.result():
+                self.keep(feature, future.result())
+        self.running.clear()
+        self.write()
+
+
+# -------------------------------------------------------------------------------------------------
+# Before and meanwhile
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run through an endpoint is going to take, from the questions of a few features."""
+
+    features: int
+    requests: int
+    tokens_in: int
+    tokens_out: int  # as answers usually are
+    tokens_out_most: int  # as long as they may be
+    cost: float  # dollars
+    cost_most: float
+
+
+def plan(
+    corpus: Corpus, features: Sequence[int], scores: Sequence[str], prices: tuple[float, float],
+    *, looked_at: int = 8,
+) -> Plan:  # fmt: skip
+    """Count what explaining `features` will ask; prices in dollars a million tokens in and out.
+
+    Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again after an
+    answer that was not understood come on top.
+    """
+    check_scores(scores)
+    step = max(1, len(features) // looked_at)
+    some = [m for f in features[::step][:looked_at] if (m := gather(corpus, f)) is not None]
+    totals = [0, 0, 0, 0]
+    for material in some:
+        questions = [explain_question(material.train)]
+        for name in scores:
+            questions += SCORES[name][0](material, PLACEHOLDER, corpus.sampling)
+        for q in questions:
+            totals = [a + b for a, b in zip(totals, _size(corpus.tok, q))]
+    looked = max(1, len(features[::step][:looked_at]))
+    requests, into, usual, most = (round(t / looked * len(features)) for t in totals)
+    price = lambda out: (into * prices[0] + out * prices[1]) / 1e6
+    return Plan(len(features), requests, into, usual, most, price(usual), price(most))
+
+
+def _size(tok: Any, question: Question) -> tuple[int, int, int, int]:
+    text = "".join(m["content"] for m in messages(question))
+    return (1, len(tok.encode(text)) + 10, *lengths(question))
+
+
+class _Progress:
+    """A line on stderr every few seconds: how far, how fast, how long still."""
+
+    def __init__(self, total: int, report: Report, status: Callable[[], str]):
+        self.total, self.report, self.status = total, report, status
+        self.began = self.said = time.monotonic()
+        self.shown = -1
+
+    def show(self, passed: int, last: bool = False) -> None:
+        now, r = time.monotonic(), self.report
+        early = now - self.said < SAY_EVERY and not last
+        if not self.total or early or passed == self.shown:
+            return
+        self.said, self.shown = now, passed
+        rate = passed / max(now - self.began, 1e-9)
+        left = (self.total - passed) / max(rate, 1e-9)
+        left_text = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+        parts = [f"{passed:,} of {self.total:,} features", f"{rate:.2g}/s", f"{left_text} left"]
+        parts += [f"{r.unparsed:,} not understood"] if r.unparsed else []
+        print("  ".join([*parts, self.status()]).rstrip(), file=sys.stderr, flush=True)

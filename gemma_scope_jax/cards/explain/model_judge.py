@@ -1,0 +1,377 @@
+"""A Gemma on this machine as a judge, where no endpoint is at hand: log-probabilities, no sampling.
+
+A choice (yes or no, a text's number, a digit) is read off the logits of its candidates after the
+prompt, so answers always have the form, are deterministic and carry confidences. An
+instruction-tuned model is asked in its chat template; a pretrained one continues a list of solved
+cases. For yes or no the log-odds of an empty text are taken off (Zhao et al. 2021): small models
+lean one way whatever the text. Simulation reads the digits at every token in one pass over a list
+of tokens whose digits are left open (all at once: Bills et al. 2023).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
+from gemma_scope_jax.cards.explain.prompts import LONGEST, is_marked
+from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.attention import Tokens
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
+from gemma_scope_jax.model.generate import STOP_TOKENS, generate
+from gemma_scope_jax.model.intercept import capture
+
+SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
+PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
+SNIPPETS, AROUND = 6, 6  # for explaining with a pretrained model: texts, tokens either side
+NEW = 20  # tokens of an explanation
+DIGITS = tuple("0123456789")
+OPEN = "?"  # where a digit is to come
+
+# -------------------------------------------------------------------------------------------------
+# Prompts of a pretrained model: solved cases, then the one at hand. Of our own making.
+
+CLASSES = """\
+Does the feature respond to something in the text?
+
+Feature: words of negation
+Text: She said that it was not her fault.
+Answer: yes
+
+Feature: names of animals
+Text: The bill passed the Senate by two votes.
+Answer: no
+
+Feature: numbers, especially years
+Text: The bridge was opened in 1932 and widened later.
+Answer: yes
+
+Feature: closing brackets in program code
+Text: We walked home through the rain, singing.
+Answer: no
+
+Feature: {feature}
+Text: {text}
+Answer:"""
+MARKED = """\
+Does the feature respond to the words marked << >> in the text?
+
+Feature: words of negation
+Text: She said that it was<< not>> her fault.
+Answer: yes
+
+Feature: words of negation
+Text: She said that it<< was>> not her fault.
+Answer: no
+
+Feature: numbers, especially years
+Text: The bridge was opened in<< 1932>> and widened later.
+Answer: yes
+
+Feature: names of animals
+Text: The dog chased<< the>> ball into the garden.
+Answer: no
+
+Feature: {feature}
+Text: {text}
+Answer:"""
+INTRUDER = """\
+In all texts but one the words marked << >> are of the same kind.
+
+1. She said that it was<< not>> her fault.
+2. He<< never>> came back to the village.
+3. The bridge was opened<< in>> 1932.
+4. I do<< not>> think so.
+5. There was<< no>> answer.
+The one that differs is text 3
+
+{texts}
+The one that differs is text"""
+EXPLAIN = """\
+What do the words marked << >> have in common?
+
+Texts:
+it was<< not>> her fault
+he<< never>> came back
+Answer: words of negation
+
+Texts:
+was opened in<< 1932>> and widened
+the summer of<< 1994>> was hot
+Answer: years
+
+Texts:
+{texts}
+Answer:"""
+SIMULATE = """\
+How strongly does the feature respond to each token, from 0 to 9?
+
+Feature: words of negation
+She: 0
+ did: 0
+ not: 9
+ go: 0
+
+Feature: years
+ opened: 0
+ in: 1
+ 1932: 9
+ and: 0
+
+Feature: {feature}
+"""
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
+
+
+@partial(jax.jit, static_argnames="slots")
+def _prefix(model: Model, tokens, segments, *, slots: int) -> Cache:
+    """The keys and values of what all prompts begin with, tokens [1, P], with room for more."""
+    cache = init_cache(model.config, 1, slots, model.dtype)
+    return forward(model, tokens, cache=cache, segments=segments, logits="none").cache
+
+
+@jax.jit
+def _choice_logits(model: Model, prefix: Cache, tokens, segments, places, choices) -> jax.Array:
+    """float32 [B, P, C]: the logits of the tokens `choices` [C] after the positions `places` [B, P]
+    of tokens [B, T], which follow the prefix (a cache of one row)."""
+    rows = tokens.shape[0]
+    wide = lambda x, axis: jnp.repeat(x, rows, axis)
+    seen = Tokens(wide(prefix.tokens.positions, 0), wide(prefix.tokens.segments, 0))
+    cache = Cache(wide(prefix.k, 1), wide(prefix.v, 1), seen, prefix.used)
+    reads = [capture("resid_final")]
+    out = forward(model, tokens, reads, cache=cache, segments=segments, logits="none")
+    x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)
+    params = dataclasses.replace(model.params, embed=model.params.embed[choices])
+    return unembed(model.config, params, x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Prompt:
+    """Ids [T], and where one of the choices (ids [C]) comes next (indices of the token before)."""
+
+    ids: np.ndarray
+    places: tuple[int, ...]
+    choices: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[bytes, tuple[int, ...]]:
+        return self.ids.tobytes(), self.places
+
+
+class ModelJudge:
+    """Answers by a model. It is instruction-tuned, and asked through its template, if its name has
+    "-it" in it, as the published ones' have."""
+
+    method, parallel = "model", 1
+
+    def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
+        self.model, self.tok, self.name, self.answers = model, tok, name, answers
+        self.instructed = re.search(r"-it\b", name) is not None
+
+    def close(self) -> None:
+        """Nothing is under way between two calls."""
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """In order. Values are always understood but for an empty explanation."""
+        found: dict[int, Answer] = {}
+        for task, answer in _TASKS.items():
+            some = [i for i, q in enumerate(questions) if q.task in task]
+            if some:
+                found |= dict(zip(some, answer(self, [questions[i] for i in some])))
+        return [found[i] for i in range(len(questions))]
+
+    # --- what is asked ---------------------------------------------------------------------------
+
+    def _ids(self, text: str) -> np.ndarray:
+        if not self.instructed:
+            return self.tok.encode(text)
+        return self.tok.chat([{"role": "user", "content": text}]).ids
+
+    def _choice(self, text: str, choices: Sequence[str]) -> _Prompt:
+        """A prompt after which one of `choices` comes. They are told apart by their first tokens
+        that differ; what they share belongs to the prompt."""
+        prompt = self._ids(text).tolist()
+        if self.instructed:
+            tails = [self.tok.encode(c.strip().capitalize(), bos=False).tolist() for c in choices]
+            rows = [prompt + tail for tail in tails]
+        else:
+            rows = [self.tok.encode(text + c).tolist() for c in choices]
+        shared = 0
+        while all(len(r) > shared for r in rows) and len({r[shared] for r in rows}) == 1:
+            shared += 1
+        nexts = tuple(r[shared] for r in rows if len(r) > shared)
+        if len(set(nexts)) != len(choices):
+            raise InputError(f"this tokenizer does not tell {choices} apart")
+        return _Prompt(np.array(rows[0][:shared], np.int32), (shared - 1,), nexts)
+
+    def _classes(self, questions: Sequence[Question]) -> list[Answer]:
+        prompts = []
+        for q in questions:
+            template = MARKED if is_marked(q) else CLASSES
+            if self.instructed:
+                template = f"{template}\n\nAnswer the last one, with yes or no."
+            for shown in (*q.examples, None):
+                text = "N/A" if shown is None else shown.text().strip()
+                filled = template.format(feature=q.explanation, text=text)
+                prompts.append(self._choice(filled, (" no", " yes")))
+        odds = [float(logits[0, 1] - logits[0, 0]) for logits in self._logits(prompts)]
+        answers, at = [], 0
+        for q in questions:
+            n = len(q.examples)
+            here = np.array(odds[at : at + n], np.float64) - odds[at + n]
+            at += n + 1
+            chance = 1.0 / (1.0 + np.exp(-np.clip(here, -50, 50)))
+            said = tuple(float(p > 0.5) for p in chance)
+            answers.append(Answer("", said, tuple(chance.tolist())))
+        return answers
+
+    def _intruders(self, questions: Sequence[Question]) -> list[Answer]:
+        prompts = []
+        for q in questions:
+            texts = "\n".join(f"{i}. {s.text().strip()}" for i, s in enumerate(q.examples, 1))
+            text = INTRUDER.format(texts=texts)
+            if self.instructed:
+                text += "\n\nAnswer with its number."
+            numbers = [f" {i}" for i in range(1, len(q.examples) + 1)]
+            prompts.append(self._choice(text, numbers))
+        return [Answer("", (float(x[0].argmax()),)) for x in self._logits(prompts)]
+
+    def _simulations(self, questions: Sequence[Question]) -> list[Answer]:
+        """The expected digit, times 10 / 9, at each token."""
+        prompts = [self._simulation(q) for q in questions]
+        answers = []
+        for logits in self._logits(prompts):
+            chance = np.exp(logits - logits.max(-1, keepdims=True))
+            chance /= chance.sum(-1, keepdims=True)
+            answers.append(Answer("", tuple((chance @ np.arange(10) * 10 / 9).tolist())))
+        return answers
+
+    def _simulation(self, question: Question) -> _Prompt:
+        head = self._ids(SIMULATE.format(feature=question.explanation)).tolist()
+        digits = [self.tok.encode(f": {d}", bos=False).tolist() for d in DIGITS]
+        before = digits[0][:-1]
+        if any(d[:-1] != before for d in digits) or len({d[-1] for d in digits}) != 10:
+            raise InputError("this tokenizer does not write digits as single tokens")
+        ids, places = head, []
+        after = self.tok.encode(f"{OPEN}\n", bos=False).tolist()
+        for token in question.examples[0].tokens:
+            ids = [*ids, *self.tok.encode(token.replace("\n", "\\n"), bos=False).tolist(), *before]
+            places.append(len(ids) - 1)
+            ids += after
+        return _Prompt(np.array(ids, np.int32), tuple(places), tuple(d[-1] for d in digits))
+
+    # --- explaining ------------------------------------------------------------------------------
+
+    def _explanations(self, questions: Sequence[Question]) -> list[Answer]:
+        return [self._explanation(q) for q in questions]
+
+    def _explanation(self, question: Question) -> Answer:
+        texts = "\n".join(_snippet(s) for s in question.examples[:SNIPPETS])
+        prompt = EXPLAIN.format(texts=texts)
+        if self.instructed:
+            prompt += "\n\nAnswer the last one in a few words."
+        text = self._kept([self.name, prompt], lambda: self._continued(prompt))
+        phrase = text.strip().split("\n")[0].strip(" .\"'*")[:LONGEST]
+        return Answer(phrase, () if phrase else None)
+
+    def _continued(self, prompt: str) -> str:
+        line_ends = [int(i) for i in self.tok.encode("\n", bos=False)]
+        ends = tuple({*STOP_TOKENS, *line_ends[-1:]})
+        out = generate(self.model, [self._ids(prompt)], NEW, stop_tokens=ends)
+        return self.tok.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+
+    def _kept(self, request: Any, make: Callable[[], Any]) -> Any:
+        """What is on file for a request, or what `make` returns, put on file."""
+        if self.answers is None:
+            return make()
+        key = request_key(["model", str(self.model.dtype), request])
+        if (found := self.answers.get(key)) is None:
+            found = make()
+            self.answers.put(key, found)
+        return found
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
+        """Of each prompt the logits [places, C]. Equal prompts run once; what all with the same
+        choices begin with runs once; the rest in batches of like length."""
+        found: dict[Any, np.ndarray] = {}
+        kinds: dict[Any, dict[Any, _Prompt]] = {}
+        for p in prompts:
+            kinds.setdefault((p.choices, len(p.places) > 1), {})[p.key] = p
+        for (choices, many), different in kinds.items():
+            some = list(different.values())
+            shared = _shared(some)
+            ids = np.array(choices, np.int32)
+            lengths = [_power(len(p.ids) - shared, SHORTEST) for p in some]
+            for length in sorted(set(lengths)):
+                members = [p for p, n in zip(some, lengths) if n == length]
+                found |= self._run(members, shared, length, many, ids)
+        return [found[p.key] for p in prompts]
+
+    def _run(self, prompts, shared: int, length: int, many: bool, choices) -> dict[Any, np.ndarray]:
+        """{key: logits} of prompts with `shared` tokens in common and up to `length` more."""
+        if shared + max(len(p.ids) for p in prompts) > self.model.config.context:
+            raise InputError(f"a prompt is longer than the context of {self.name}")
+        room = -(-shared // STEP) * STEP
+        prefix = _padded([prompts[0].ids[:shared]], 1, room)
+        cache = _prefix(self.model, *prefix, slots=room + length)
+        size = max(1, TOKENS // length)
+        most = max(len(p.places) for p in prompts) if many else 1
+        width = -(-most // PLACES) * PLACES if many else 1
+        found = {}
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            rows = _padded([p.ids[shared:] for p in some], size, length)
+            places = np.zeros((size, width), np.int32)
+            for row, p in enumerate(some):
+                places[row, : len(p.places)] = np.array(p.places) - shared
+            logits = np.asarray(_choice_logits(self.model, cache, *rows, places, choices))
+            for row, p in enumerate(some):
+                found[p.key] = logits[row, : len(p.places)].astype(np.float64)
+        return found
+
+
+def _power(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _shared(prompts: Sequence[_Prompt]) -> int:
+    """How many tokens all prompts begin with; what is read comes after them."""
+    most = min(p.places[0] for p in prompts)
+    in_order = sorted(p.ids[:most].tolist() for p in prompts)
+    differ = np.flatnonzero(np.array(in_order[0]) != np.array(in_order[-1]))
+    return int(differ[0]) if len(differ) else most
+
+
+def _padded(rows: Sequence[np.ndarray], size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments [size, length]."""
+    tokens, segments = np.zeros((2, size, length), np.int32)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
+    return tokens, segments
+
+
+_TASKS = {
+    ("explain",): ModelJudge._explanations,
+    ("classify", "select"): ModelJudge._classes,
+    ("intruder",): ModelJudge._intruders,
+    ("simulate",): ModelJudge._simulations,
+}
+
+
+def _snippet(shown: Shown) -> str:
+    """The surroundings of the strongest token, marked."""
+    peak = max(range(len(shown.tokens)), key=shown.strengths.__getitem__)
+    a, b = max(0, peak - AROUND), peak + AROUND // 2 + 1
+    return Shown(shown.tokens[a:b], shown.marks[a:b]).text().strip()
