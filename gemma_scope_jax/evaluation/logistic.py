@@ -24,7 +24,7 @@ ROWS = 256  # examples are padded to a multiple of this, so that few shapes are 
 
 
 class Fitted(NamedTuple):
-    """Probes of P problems on each of G designs; the score of x is x @ w + b, positive for y = 1."""
+    """Probes of P problems on each of G designs; x @ w + b is positive for y = 1."""
 
     w: np.ndarray  # float64 [G, P, K]
     b: np.ndarray  # float64 [G, P]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
+from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32, matmul
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
@@ -134,7 +134,7 @@ def _batches(
 
 
 def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[list[int]]:
-    """Rows of texts (number, tokens), the longest first, each into the fullest row that has room."""
+    """Rows of texts (number, tokens): the longest first, each into the fullest row with room."""
     by_room: list[list[list[int]]] = [[] for _ in range(length + 1)]
     full: list[list[int]] = []
     for number, size in sorted(sizes, key=lambda item: -item[1]):
@@ -166,7 +166,7 @@ def _batch(texts, rows, how, first, shape, count):
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
 def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places, mean: bool):
-    """{place: [S, D]}, ([S, F] of each coder), S texts; rows of texts that are not there are junk."""
+    """{place: [S, D]}, ([S, F] of each coder), S texts; rows beyond the batch's texts are junk."""
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
@@ -195,3 +195,29 @@ def _pooled_features(coder: SparseCoder, x, share, add):
 
     start = jnp.zeros((share.shape[0], coder.width), jnp.float32)
     return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0)))[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Directions at the site that a coder writes
+
+
+def typical_scale(x: np.ndarray) -> float:
+    """What brings the median norm of x [N, D] to sqrt(D).
+
+    Penalties of probes mean the same for every model then: Gemma 3's norms are a hundred times
+    those that the peers' penalties were chosen for.
+    """
+    norm = float(np.median(np.linalg.norm(np.asarray(x, np.float64), axis=1)))
+    return x.shape[1] ** 0.5 / norm if norm > 0 else 1.0
+
+
+@jax.jit
+def _along(w_dec, directions):
+    w_dec = float32(w_dec)
+    return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
+
+
+def along_decoder(coder: SparseCoder, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w_dec @ directions.T [F, C], directions [C, D_out]; and the decoder rows' norms [F]."""
+    products, norms = _along(coder.w_dec, jnp.asarray(directions, jnp.float32))
+    return np.asarray(products, np.float64), np.asarray(norms, np.float64)

@@ -141,7 +141,7 @@ def folds(y: np.ndarray, seed: int = SEED) -> list[np.ndarray]:
 
 
 def choose_strength(designs: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """For each of designs [G, N, K] the C of `STRENGTHS` with the best mean AUC on held-out rows."""
+    """For each design [G, N, K] the C of `STRENGTHS` with the best mean AUC on held-out rows."""
     total = np.zeros((len(designs), len(STRENGTHS)))
     tried = 0
     for held in folds(y):
@@ -191,9 +191,7 @@ def _scores(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) -
         scores = fit_logistic(a[None], y[None], c).scores(b[None])[0, 0]
         truth = split.test_y
         found.append(
-            Score(
-                accuracy(truth, scores), auc(truth, scores), weighted_f1(truth, scores), float(c)
-            )
+            Score(accuracy(truth, scores), auc(truth, scores), weighted_f1(truth, scores), float(c))
         )
     return found
 

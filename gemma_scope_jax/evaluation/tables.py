@@ -183,31 +183,36 @@ def sae_probes_split(classes: np.ndarray, seed: int = 42) -> Split:
     return Split(rows["train"], y["train"], rows["test"], y["test"])
 
 
+def held_out(classes: np.ndarray, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The rows of each class, shuffled: those that train, and the fifth of them that tests."""
+    draw = np.random.default_rng(seed)
+    count = int(classes.max()) + 1
+    shuffled = [draw.permutation(np.flatnonzero(classes == c)) for c in range(count)]
+    fifth = [-(-len(rows) // 5) for rows in shuffled]
+    return [r[n:] for r, n in zip(shuffled, fifth)], [r[:n] for r, n in zip(shuffled, fifth)]
+
+
 def one_against_rest(
-    classes: np.ndarray, *, train: int = 4000, test: int = 1000, seed: int = 42
+    classes: np.ndarray, *, every: bool = False, train: int = 4000, test: int = 1000, seed: int = 42
 ) -> dict[int, Split]:
     """SAEBench's balanced questions, class c [N] against as many of all the others, evenly.
 
     A row trains probes or tests them, for every class alike: a fifth of each class tests. `train`
-    and `test` are the largest numbers of rows of one question. With two classes there is one
-    question, about class 1.
+    and `test` are the largest numbers of rows of one question. Of two classes only class 1 is asked
+    for, unless `every`. Raises `InputError` if a class has too few rows.
     """
-    draw = np.random.default_rng(seed)
     count = int(classes.max()) + 1
-    shuffled = [draw.permutation(np.flatnonzero(classes == c)) for c in range(count)]
-    held = [-(-len(rows) // 5) for rows in shuffled]
-    pools = {
-        "test": ([rows[:n] for rows, n in zip(shuffled, held)], test),
-        "train": ([rows[n:] for rows, n in zip(shuffled, held)], train),
-    }
+    learnt, held = held_out(classes, seed)
+    pools = {"test": (held, test), "train": (learnt, train)}
     questions: dict[int, Split] = {}
-    for c in [1] if count == 2 else range(count):
+    for c in [1] if count == 2 and not every else range(count):
         parts: dict[str, np.ndarray] = {}
         for name, (pool, most) in pools.items():
             others = [rows for i, rows in enumerate(pool) if i != c]
             each = min(min(map(len, others)), len(pool[c]) // len(others), most // 2 // len(others))
             if each < 1:
-                raise InputError(f"class {c} of {count} has too few rows: {len(shuffled[c])}")
+                few = min(int((classes == i).sum()) for i in range(count))
+                raise InputError(f"a class of {few} rows is too small: 10 for each of the others")
             negative = np.concatenate([rows[:each] for rows in others])
             parts[name] = np.concatenate([pool[c][: len(negative)], negative])
         y = {name: (classes[rows] == c).astype(np.int64) for name, rows in parts.items()}
