@@ -6,14 +6,16 @@ here, so that every benchmark of a table sees the same split.
 
 import csv
 import dataclasses
+import glob
 import gzip
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import decompressed, text_files
+from gemma_scope_jax.data.document_files import decompressed
 from gemma_scope_jax.errors import InputError, reason
 
 TEXT = ("prompt", "text")  # the names that the column of texts may have
@@ -43,17 +45,17 @@ class Table:
 
 
 def table_files(patterns: Sequence[str]) -> list[Path]:
-    """The tables that folders and globs name. Raises `InputError` where one names none."""
+    """The tables that files, folders and globs name. Raises `InputError` where one names none."""
     found: list[Path] = []
     for pattern in patterns:
         folder = Path(pattern).expanduser()
-        if not folder.is_dir():
-            found += text_files([pattern])
-            continue
-        inside = [p for p in sorted(folder.iterdir()) if p.name.endswith(SUFFIXES)]
-        if not inside:
-            raise InputError(f"{folder}: no tables in it ({', '.join(SUFFIXES)})")
-        found += inside
+        names = glob.glob(f"{glob.escape(str(folder))}/*" if folder.is_dir() else str(folder))
+        some = [Path(n) for n in sorted(names) if os.path.isfile(n)]
+        tables = [p for p in some if p.name.endswith(SUFFIXES)]
+        if not tables:
+            what = f"{some[0].name} is not one" if some else "there is none"
+            raise InputError(f"{pattern}: tables are named {', '.join(SUFFIXES)}; {what}")
+        found += tables
     return list(dict.fromkeys(found))
 
 
