@@ -32,6 +32,8 @@ from gemma_scope_jax.evaluation.tables import (
 )
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
+ROUGHLY = 1e-5  # the gradient at which a probe is good enough to compare penalties by
+WIDTHS = (8, 32, 128, 512)  # that probes of k features are padded to
 SEED = 42
 
 
@@ -140,22 +142,18 @@ def folds(y: np.ndarray, seed: int = SEED) -> list[np.ndarray]:
     return [np.flatnonzero(dealt == part) for part in range(parts)]
 
 
-def choose_strength(designs: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """For each design [G, N, K] the C of `STRENGTHS` with the best mean AUC on held-out rows."""
-    total = np.zeros((len(designs), len(STRENGTHS)))
-    tried = 0
+def choose_strength(x: np.ndarray, y: np.ndarray) -> float:
+    """The C of `STRENGTHS` with the best mean AUC on held-out rows of x [N, K]; 1 if there is no
+    part of the rows with both classes to hold out."""
+    total = np.zeros(len(STRENGTHS))
     for held in folds(y):
         kept = np.ones(len(y), bool)
         kept[held] = False
         if min(len(np.unique(y[held])), len(np.unique(y[kept]))) < 2:
             continue
-        fitted = fit_logistic(
-            designs[:, kept], np.broadcast_to(y[kept], (len(designs), kept.sum())), STRENGTHS
-        )
-        for g, scores in enumerate(fitted.scores(designs[:, held])):
-            total[g] += [auc(y[held], s) for s in scores]
-        tried += 1
-    return STRENGTHS[np.argmax(total, 1)] if tried else np.ones(len(designs))
+        fitted = fit_logistic(x[None, kept], y[None, kept], STRENGTHS, tolerance=ROUGHLY)
+        total += [auc(y[held], scores) for scores in fitted.scores(x[None, held])[0]]
+    return float(STRENGTHS[np.argmax(total)]) if total.any() else 1.0
 
 
 def probe(
@@ -167,33 +165,25 @@ def probe(
     """
     train, test = x[split.train], x[split.test]
     order = rank(train, split.train_y, protocol.by_scale)
-    chosen = {str(k): order[:k] for k in ks}
-    widest = max(map(len, chosen.values()))
-    side = lambda rows: np.stack(
-        [np.pad(rows[:, c], ((0, 0), (0, widest - len(c)))) for c in chosen.values()]
-    )
-    scores = _scores(side(train), side(test), split, tuned=protocol.tuned)
-    found = {
-        k: dataclasses.replace(s, features=tuple(map(int, columns)))
-        for (k, columns), s in zip(chosen.items(), scores)
-    }
+    found = {}
+    for k in ks:
+        columns = order[:k]
+        width = next((n for n in WIDTHS if n >= len(columns)), len(columns))
+        pad = ((0, 0), (0, width - len(columns)))  # with zeros: few shapes are compiled
+        a, b = np.pad(train[:, columns], pad), np.pad(test[:, columns], pad)
+        score = _score(a, b, split, tuned=protocol.tuned)
+        found[str(k)] = dataclasses.replace(score, features=tuple(map(int, columns)))
     if full:
-        found["full"] = _scores(train[None], test[None], split, tuned=True)[0]
+        found["full"] = _score(train, test, split, tuned=True)
     return found
 
 
-def _scores(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) -> list[Score]:
-    """A probe on each design [G, N, K], trained and tested."""
-    y = split.train_y
-    strengths = choose_strength(train, y) if tuned else np.ones(len(train))
-    found = []
-    for c, a, b in zip(strengths, train, test):
-        scores = fit_logistic(a[None], y[None], c).scores(b[None])[0, 0]
-        truth = split.test_y
-        found.append(
-            Score(accuracy(truth, scores), auc(truth, scores), weighted_f1(truth, scores), float(c))
-        )
-    return found
+def _score(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) -> Score:
+    """A probe on [N, K], trained and tested."""
+    c = choose_strength(train, split.train_y) if tuned else 1.0
+    scores = fit_logistic(train[None], split.train_y[None], c).scores(test[None])[0, 0]
+    y = split.test_y
+    return Score(accuracy(y, scores), auc(y, scores), weighted_f1(y, scores), c)
 
 
 def probe_task(
