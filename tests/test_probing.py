@@ -2,6 +2,7 @@
 whose answer is known."""
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 
+HERE = Path("table.csv")
 SAE_PROBES, SAEBENCH = PROTOCOLS["sae-probes"], PROTOCOLS["saebench"]
 
 
@@ -282,20 +284,20 @@ def test_labels_become_classes_or_say_why_not(tmp_path):
 
 def test_sae_probes_split_is_balanced_disjoint_and_its_size():
     classes = np.random.default_rng(0).permutation(np.repeat([0, 1], [700, 1000]))
-    split = sae_probes_split(classes)
+    split = sae_probes_split(classes, HERE)
     assert (len(split.train), len(split.test)) == (1024, 1400 - 1024 - 1)
     assert not set(split.train) & set(split.test)
     assert split.train_y.sum() == 512 and split.test_y.sum() == 188
     assert (classes[split.train] == split.train_y).all()
     assert (classes[split.test] == split.test_y).all()
-    assert (sae_probes_split(classes).train == split.train).all()
+    assert (sae_probes_split(classes, HERE).train == split.train).all()
     with pytest.raises(InputError, match="too few"):
-        sae_probes_split(np.repeat([0, 1], 50))
+        sae_probes_split(np.repeat([0, 1], 50), HERE)
 
 
 def test_one_against_rest_is_balanced_over_the_others_and_never_tests_what_trained():
     classes = np.repeat([0, 1, 2, 3], [100, 80, 60, 90])
-    questions = one_against_rest(classes)
+    questions = one_against_rest(classes, HERE)
     train = set(np.concatenate([s.train for s in questions.values()]))
     assert not train & set(np.concatenate([s.test for s in questions.values()]))
     for c, split in questions.items():
@@ -303,12 +305,12 @@ def test_one_against_rest_is_balanced_over_the_others_and_never_tests_what_train
         assert split.train_y.mean() == split.test_y.mean() == 0.5
         others = np.bincount(classes[split.train], minlength=4)
         assert len(set(np.delete(others, c))) == 1
-    assert list(one_against_rest(np.repeat([0, 1], 20))) == [1]
-    assert list(one_against_rest(np.repeat([0, 1], 20), every=True)) == [0, 1]
-    small = one_against_rest(classes, train=30, test=6)
+    assert list(one_against_rest(np.repeat([0, 1], 20), HERE)) == [1]
+    assert list(one_against_rest(np.repeat([0, 1], 20), HERE, every=True)) == [0, 1]
+    small = one_against_rest(classes, HERE, train=30, test=6)
     assert max(len(s.train) for s in small.values()) == 30
     with pytest.raises(InputError, match="too small"):
-        one_against_rest(np.repeat([0, 1, 2], [100, 100, 1]))
+        one_against_rest(np.repeat([0, 1, 2], [100, 100, 1]), HERE)
 
 
 def test_a_limit_keeps_the_first_of_each_class():

@@ -90,9 +90,9 @@ def make_task(table: Table, protocol: Protocol, limit: int | None = None) -> Tas
     names, classes = classes_of(labels, table.path, most)
     kept = first_of_each(classes, limit)
     if protocol.name == "sae-probes":
-        questions = {names[1]: sae_probes_split(classes[kept], SEED)}
+        questions = {names[1]: sae_probes_split(classes[kept], table.path, SEED)}
     else:
-        found = one_against_rest(classes[kept], seed=SEED)
+        found = one_against_rest(classes[kept], table.path, seed=SEED)
         questions = {names[c]: split for c, split in found.items()}
     return _needed(Task(table.name, [table.texts[i] for i in kept], questions))
 

@@ -108,7 +108,7 @@ def tpp_task(table: Table, limit: int | None = None) -> TppTask:
             f"{table.path}: TPP compares classes: it needs at least 3, not {len(names)}"
         )
     kept = first_of_each(classes, limit)
-    questions = one_against_rest(classes[kept], seed=SEED)
+    questions = one_against_rest(classes[kept], table.path, seed=SEED)
     return TppTask(
         table.name, [table.texts[i] for i in kept], {names[c]: s for c, s in questions.items()}
     )

@@ -160,7 +160,7 @@ def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def sae_probes_split(classes: np.ndarray, seed: int = 42) -> Split:
+def sae_probes_split(classes: np.ndarray, path: Path, seed: int = 42) -> Split:
     """SAE-Probes' split of a binary table, class [N] in {0, 1}: balanced, 1,024 rows to train.
 
     The draws are those of its `get_train_test_indices`, so that on the same balanced table (all of
@@ -170,7 +170,9 @@ def sae_probes_split(classes: np.ndarray, seed: int = 42) -> Split:
     usable = 2 * int(np.bincount(classes, minlength=2).min())
     train = min(usable - 100, 1024)
     if train < 8:
-        raise InputError(f"{usable} balanced rows are too few: 100 to test, and some to train")
+        raise InputError(
+            f"{path}: {usable} balanced rows are too few: 100 to test, and some to train"
+        )
     test = usable - train - 1
     draw = np.random.RandomState(seed)
     by_class = {c: np.flatnonzero(classes == c) for c in (1, 0)}
@@ -195,7 +197,13 @@ def held_out(classes: np.ndarray, seed: int) -> tuple[list[np.ndarray], list[np.
 
 
 def one_against_rest(
-    classes: np.ndarray, *, every: bool = False, train: int = 4000, test: int = 1000, seed: int = 42
+    classes: np.ndarray,
+    path: Path,
+    *,
+    every: bool = False,
+    train: int = 4000,
+    test: int = 1000,
+    seed: int = 42,
 ) -> dict[int, Split]:
     """SAEBench's balanced questions, class c [N] against as many of all the others, evenly.
 
@@ -214,7 +222,9 @@ def one_against_rest(
             each = min(min(map(len, others)), len(pool[c]) // len(others), most // 2 // len(others))
             if each < 1:
                 few = min(int((classes == i).sum()) for i in range(count))
-                raise InputError(f"a class of {few} rows is too small: 10 for each of the others")
+                raise InputError(
+                    f"{path}: a class of {few} rows is too small: 10 for each of the others"
+                )
             negative = np.concatenate([rows[:each] for rows in others])
             parts[name] = np.concatenate([pool[c][: len(negative)], negative])
         y = {name: (classes[rows] == c).astype(np.int64) for name, rows in parts.items()}
