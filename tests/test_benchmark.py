@@ -167,6 +167,43 @@ def test_absorption_of_words_that_are_embedded_by_their_letter(folder, tiny, cap
     )
 
 
+def test_activations_of_words_are_kept_and_serve_other_coders(
+    folder, tiny, capsys, monkeypatch, compile_once
+):
+    tiny()
+    monkeypatch.setattr(benchmark, "CHUNK", 100)
+    options = ["--absorption", "--words", "9", "--model", "tiny", "--out"]
+    passes, real = measured(monkeypatch), benchmark.pool
+    stopped = iter([real, real])
+    monkeypatch.setattr(benchmark, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o))
+    out = str(folder / "kept")
+    assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 130
+    assert len(passes) == 2
+    monkeypatch.setattr(benchmark, "pool", real)
+    assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 0
+    assert len(passes) == 3  # 234 words in files of 100
+    whole = str(folder / "at once")
+    monkeypatch.setattr(benchmark, "CHUNK", 1000)
+    assert cli.main(["benchmark", str(folder / "sae0"), *options, whole]) == 0
+    results = lambda path: json.loads(
+        next((folder / path / "tasks" / "absorption_first_letter").glob("*.json")).read_text()
+    )["results"]
+    assert results("kept") == results("at once") and len(passes) == 4
+    monkeypatch.setattr(benchmark, "CHUNK", 100)
+    assert cli.main(["benchmark", str(folder / "sae*"), *options, out]) == 0
+    assert len(passes) == 4 and len(results("kept")) == 2
+    file = next((folder / "kept").rglob("*.npz"))
+    file.write_bytes(file.read_bytes()[:99])
+    for path in (folder / "kept" / "tasks" / "absorption_first_letter").glob("*.json"):
+        path.unlink()
+    assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 2
+    assert "broken; remove it" in capsys.readouterr().err
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_other_settings_other_weights_and_another_model_are_other_results(folder, tiny):
     from etils import epath
 

@@ -303,6 +303,7 @@ def test_one_against_rest_is_balanced_over_the_others_and_never_tests_what_train
     for c, split in questions.items():
         assert (split.train_y == (classes[split.train] == c)).all()
         assert split.train_y.mean() == split.test_y.mean() == 0.5
+        assert 0 < split.train_y[folds(split.train_y)[0]].mean() < 1  # both classes to choose C on
         others = np.bincount(classes[split.train], minlength=4)
         assert len(set(np.delete(others, c))) == 1
     assert list(one_against_rest(np.repeat([0, 1], 20), HERE)) == [1]

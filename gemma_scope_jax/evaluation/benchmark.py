@@ -8,29 +8,40 @@ table, model, a coder's weights) is part of the key that finds it.
 
 import dataclasses
 import hashlib
+import io
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.buckets import write_bytes, write_text
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import absorption as spelling
 from gemma_scope_jax.evaluation import scr_tpp
-from gemma_scope_jax.evaluation.pooling import Place, Pooled, Report, encode_texts, pool
+from gemma_scope_jax.evaluation.pooling import (
+    Place,
+    Pooled,
+    Report,
+    encode_rows,
+    encode_texts,
+    places_of,
+    pool,
+)
 from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.evaluation.results import plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
 
 SPELLING_COST = 90  # tokens of a spelling prompt
+CHUNK = 256  # words whose activations are one file
 Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
 
 
@@ -215,7 +226,10 @@ def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int
     return measure
 
 
-def _pooled(bench, missing, texts, context, how, report, keep="first") -> tuple[list[str], Pooled]:
+def _pooled(
+    bench: Bench, missing: Sequence[str], texts: Sequence[str], context: int,
+    how: Literal["mean"] | int, report: Report, keep: Literal["first", "last"] = "first",
+) -> tuple[list[str], Pooled]:  # fmt: skip
     """The names of the coders among `missing`, and what they and the activations need."""
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}
@@ -270,28 +284,54 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
         raise InputError(f"{per_letter} words a letter are too few: 5 at least")
     work = SPELLING_COST * 26 * (per_letter or 4000)
     settings = {"per_letter": per_letter, "question": spelling.QUESTION, "seed": spelling.SEED}
+    family, names = "absorption_first_letter", tuple(bench.coders)
 
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         task = spelling.spelling_prompts(bench.tok, per_letter)
-        names = [name for name in bench.coders if name in missing]
-        coders = [bench.coders[name] for name in names]
-        lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
-        pooled = pool(
-            bench.model, coders, task.prompts, how=task.at, lengths=lengths, report=report
-        )
+        coders = {name: bench.coders[name] for name in names if name in missing}
+        x = _word_activations(bench, job, task, sorted(places_of(list(coders.values()))), report)
         probes: dict[Place, spelling.LetterProbes] = {}
         results = {}
-        for coder, name, f in zip(coders, names, pooled.features):
+        for name, coder in coders.items():
             place = (coder.writes, coder.layer)
-            x = pooled.raw[place]
             if place not in probes:
-                probes[place] = spelling.fit_letters(x, task.letters)
-            results[name] = spelling.absorption(coder, x, f, task.letters, probes[place])
+                probes[place] = spelling.fit_letters(x[place], task.letters)
+            f = encode_rows(coder, x[coder.reads, coder.layer])
+            results[name] = spelling.absorption(coder, x[place], f, task.letters, probes[place])
         return results
 
-    return Job(
-        "absorption_first_letter", "vocabulary", settings, tuple(bench.coders), work, measure
-    )
+    job = Job(family, "vocabulary", settings, names, work, measure)
+    return job
+
+
+def _word_activations(
+    bench: Bench, job: Job, task: spelling.Spelling, places: Sequence[Place], report: Report
+) -> dict[Place, np.ndarray]:
+    """Activations [W, D] at each of `places` at the words of the prompts.
+
+    Kept in files of `CHUNK` words beside the results: the whole vocabulary is hours of work, which
+    may be interrupted, and later coders at the same places need no model.
+    """
+    where = hashlib.blake2b(repr(places).encode(), digest_size=4).hexdigest()
+    folder = job.path(bench).with_suffix("") / f"activations-{where}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
+    parts = []
+    for start in range(0, len(task.prompts), CHUNK):
+        file = folder / f"{start:06d}.npz"
+        if not file.exists():
+            some = task.prompts[start : start + CHUNK]
+            found = pool(bench.model, (), some, how=task.at, places=places, lengths=lengths)
+            data = io.BytesIO()
+            np.savez(data, *[found.raw[place] for place in places])
+            write_bytes(file, data.getvalue())
+        try:
+            with np.load(io.BytesIO(file.read_bytes())) as arrays:
+                parts.append([arrays[f"arr_{n}"] for n in range(len(places))])
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file}: broken; remove it to measure again") from error
+        report(min(start + CHUNK, len(task.prompts)), len(task.prompts))
+    return {place: np.concatenate(rows) for place, rows in zip(places, zip(*parts))}
 
 
 def _work(texts: Sequence[str], context: int) -> int:

@@ -82,7 +82,7 @@ def _fit(x, y, c, weight, tolerance):
         x, y, weight = design
 
         def one(start, problem):
-            w, b = _newton(x, y, *problem, *start, tolerance)
+            w, b = _newton(x, y, problem, start, tolerance)
             return (w, b), (w, b)
 
         nothing = (jnp.zeros(x.shape[1], x.dtype), jnp.zeros((), x.dtype))
@@ -91,8 +91,9 @@ def _fit(x, y, c, weight, tolerance):
     return jax.lax.map(path, (x, y, weight))
 
 
-def _newton(x, y, c, weight, w, b, tolerance):
-    """One problem, x [N, K], y [N], c [], weight [N], from w [K] and b []: its w and b."""
+def _newton(x, y, problem, start, tolerance):
+    """One problem (c [], weight [N]) on x [N, K], y [N], from and to (w [K], b [])."""
+    (c, weight), (w, b) = problem, start
     total = weight.sum()
     share = weight / total
     mean = share @ x
@@ -126,8 +127,8 @@ def _newton(x, y, c, weight, w, b, tolerance):
         n, _, slope, stuck = state
         return (n < STEPS) & ~stuck & (jnp.abs(slope).max() > tolerance)
 
-    start = jnp.append(w * spread, b + mean @ w)
-    _, theta, _, _ = jax.lax.while_loop(unfinished, step, (0, start, gradient(start), False))
+    theta = jnp.append(w * spread, b + mean @ w)
+    _, theta, _, _ = jax.lax.while_loop(unfinished, step, (0, theta, gradient(theta), False))
     w = jnp.where(used, theta[:-1] / spread, 0.0)
     return w, theta[-1] - mean @ w
 

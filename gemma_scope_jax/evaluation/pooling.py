@@ -55,6 +55,7 @@ def pool(
     texts: Sequence[np.ndarray],
     *,
     how: Literal["mean"] | int = "mean",
+    places: Sequence[Place] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
     report: Report | None = None,
@@ -63,6 +64,7 @@ def pool(
 
     how      "mean" over the tokens that count, or an index into the text's tokens, such as -1 for
              the last
+    places   where activations are wanted, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
@@ -73,10 +75,7 @@ def pool(
     _check(model, texts, how)
     first = max((coder.first for coder in coders), default=1)
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
-    places: set[Place] = set()
-    for coder in coders:
-        places |= {(coder.reads, coder.layer), (coder.writes, coder.layer)}
-    static = {"places": tuple(sorted(places)), "mean": how == "mean"}
+    static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[Place, np.ndarray] = {}
     features: list[np.ndarray] = [np.zeros((0, 0))] * len(coders)
     done, total = 0, sum(map(len, texts))
@@ -93,6 +92,26 @@ def pool(
         if report is not None:
             report(done, total)
     return Pooled(raw, features)
+
+
+def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
+    """Where the coders read and write."""
+    return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
+
+
+def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> np.ndarray:
+    """encode(x [N, D]) -> float32 [N, F], `batch` rows at a time."""
+    f = np.zeros((len(x), coder.width), np.float32)
+    for start in range(0, len(x), batch):
+        some = x[start : start + batch]
+        padded = np.pad(some, ((0, batch - len(some)), (0, 0)))
+        f[start : start + batch] = np.asarray(_encode(coder, padded))[: len(some)]
+    return f
+
+
+@jax.jit
+def _encode(coder: SparseCoder, x):
+    return coder.encode(x)
 
 
 def _check(model: Model, texts: Sequence[np.ndarray], how: Any) -> None:

@@ -213,6 +213,7 @@ def one_against_rest(
     """
     count = int(classes.max()) + 1
     learnt, held = held_out(classes, seed)
+    draw = np.random.default_rng(seed)
     pools = {"test": (held, test), "train": (learnt, train)}
     questions: dict[int, Split] = {}
     for c in [1] if count == 2 and not every else range(count):
@@ -226,7 +227,8 @@ def one_against_rest(
                     f"{path}: a class of {few} rows is too small: 10 for each of the others"
                 )
             negative = np.concatenate([rows[:each] for rows in others])
-            parts[name] = np.concatenate([pool[c][: len(negative)], negative])
+            rows = np.concatenate([pool[c][: len(negative)], negative])
+            parts[name] = draw.permutation(rows)  # the last of them are held out to choose C
         y = {name: (classes[rows] == c).astype(np.int64) for name, rows in parts.items()}
         questions[c] = Split(parts["train"], y["train"], parts["test"], y["test"])
     return questions
