@@ -21,7 +21,7 @@ from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.config import Model
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
-SHORTEST = 8  # a row of the first length holds at most a text for each 8 of its tokens
+SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
 
 Place = tuple[str, int]  # a site and a layer
 Report = Callable[[int, int], None]  # called with tokens done and tokens in all
