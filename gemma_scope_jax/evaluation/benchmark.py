@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.evaluation.results import plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import Progress
 
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
@@ -100,22 +100,33 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     keys = {name: _coder_key(coder) for name, coder in bench.coders.items()}
     found = [_stored(job, bench, keys) for job in jobs]
     missing = [[s for s in job.subjects if s not in had] for job, had in zip(jobs, found)]
-    progress = _Progress(sum(job.work for job, some in zip(jobs, missing) if some))
+    progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
     kept = sum(not some for some in missing)
     if kept:
         print(f"{kept} of {len(jobs)} tasks are done already", file=sys.stderr, flush=True)
+    done = 0
     for job, had, some in zip(jobs, found, missing):
         if not some:
             continue
-        progress.start(f"{job.family} {job.name}", job.work)
-        had |= plain(job.measure(bench, some, progress.report))
-        progress.end()
+        had |= plain(job.measure(bench, some, _report(progress, job, done)))
+        done += job.work
+        progress.at(done, f"  {job.family} {job.name}")
         document = {"family": job.family, "task": job.name, "settings": plain(job.settings)}
         document["results"] = {s: {"key": keys.get(s, ""), "result": r} for s, r in had.items()}
         path = job.path(bench)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(document, ensure_ascii=False) + "\n")
     return found
+
+
+def _report(progress: Progress, job: Job, before: int) -> Report:
+    """What tells how far a job is, `before` tokens of others being done."""
+
+    def report(done: int, of: int) -> None:
+        share = min(done / max(of, 1), 0.99)  # the probes are still to come
+        progress.at(before + int(share * job.work), f"  {job.family} {job.name}")
+
+    return report
 
 
 def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -141,36 +152,6 @@ def _coder_key(coder: SparseCoder) -> str:
     for part in (coder.b_enc, coder.threshold, coder.b_dec):
         digest.update(np.asarray(part, np.float32).tobytes())
     return f"{coder.kind} {coder.reads} {coder.layer} {coder.width} {digest.hexdigest()}"
-
-
-class _Progress:
-    """A line on stderr every few seconds: the task, its share, tokens a second, the time left."""
-
-    def __init__(self, total: int, every: float = 5.0):
-        self.total, self.every = max(total, 1), every
-        self.done, self.began, self.shown = 0.0, time.monotonic(), 0.0
-        self.name, self.work = "", 0
-
-    def start(self, name: str, work: int) -> None:
-        self.name, self.work = name, work
-
-    def report(self, done: int, of: int) -> None:
-        """`done` of this job's tokens have been through the model."""
-        now = time.monotonic()
-        if now - self.shown < self.every:
-            return
-        self.shown, at = now, self.done + self.work * done / max(of, 1)
-        rate = at / max(now - self.began, 1e-9)
-        left = (self.total - at) / max(rate, 1e-9) / 60
-        print(
-            f"{100 * at / self.total:5.1f} %  {self.name}  {rate:,.0f} tokens/s  "
-            f"{left:.0f} min left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    def end(self) -> None:
-        self.done += self.work
-        self.report(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------
