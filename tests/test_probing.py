@@ -337,10 +337,16 @@ def planted(n=400, width=30, concept=7, seed=0):
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
 def test_a_feature_that_is_the_concept_is_found_and_perfect(protocol):
     f, split = planted()
-    found = probe(f, split, (1, 3, 99), protocol, full=True)
-    assert found["1"].features == (7,)
+    found = probe(f, split, (1, 3), protocol)
+    assert found["1"].features == (7,) and found["3"].features[0] == 7
     assert found["1"].accuracy == found["1"].auc == found["1"].f1 == 1.0
-    assert len(found["99"].features) == 30 and found["full"].auc == 1.0
+
+
+def test_more_features_than_there_are_is_all_of_them():
+    f, split = planted(width=8)
+    found = probe(f, split, (99,), SAEBENCH, full=True)
+    assert sorted(found["99"].features) == list(range(8))
+    assert found["full"].features == () and found["full"].auc == 1.0
 
 
 def test_noise_tells_nothing():

@@ -20,7 +20,7 @@ def benchmark(
     protocol: Literal["sae-probes", "saebench"] = "sae-probes",
     ks: tuple[int, ...] = (),
     absorption: bool = False,
-    words: int = 200,
+    words: int | None = 200,
     tpp: Tables = (),
     scr: Tables = (),
     limit: int | None = None,
@@ -41,7 +41,7 @@ def benchmark(
         protocol: sae-probes (last token, tuned penalty, AUC) or saebench (mean, accuracy).
         ks: Numbers of features to probe with; default: the protocol's.
         absorption: First letters of the vocabulary's words.
-        words: Of each letter; SAEBench takes all.
+        words: Of each letter; None: all, as SAEBench.
         tpp: Tables with a column "target" of 3 classes or more.
         scr: Tables with two columns of two values each beside the text.
         limit: Examples of a table at most.
@@ -53,7 +53,8 @@ def benchmark(
         raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: 1 or more")
-    from gemma_scope_jax.buckets import folder_path
+    from gemma_scope_jax.buckets import folder_path, write_text
+    from gemma_scope_jax.evaluation.scr_tpp import ABLATED, scr_task, tpp_task
     from gemma_scope_jax.evaluation.tables import read_table, table_files
 
     folder = folder_path(out)
@@ -61,8 +62,9 @@ def benchmark(
              (("probing", probing), ("tpp", tpp), ("scr", scr)) if some}  # fmt: skip
     if probing:
         files["probing"] = _left(files["probing"], without)
-    for path in [*files.get("tpp", []), *files.get("scr", []), *files.get("probing", [])[:1]]:
-        read_table(path)  # what is wrong with it shows before anything is loaded
+    for name, check in (("tpp", tpp_task), ("scr", scr_task)):
+        for path in files.get(name, []):
+            check(read_table(path), limit)  # what is wrong shows before anything is loaded
     loaded_model, loaded, tok = load_all(model, coders, dtype, one_layer=True)
     from gemma_scope_jax.evaluation.benchmark import (
         Bench,
@@ -75,7 +77,6 @@ def benchmark(
     from gemma_scope_jax.evaluation.benchmark_report import by_task, compared, documents
     from gemma_scope_jax.evaluation.probing import PROTOCOLS
     from gemma_scope_jax.evaluation.results import write_result
-    from gemma_scope_jax.evaluation.scr_tpp import ABLATED
 
     bench = Bench(loaded_model, tok, named(loaded), folder)
     jobs = []
@@ -91,8 +92,6 @@ def benchmark(
     results = list(zip(jobs, run_jobs(bench, jobs)))
     for document in documents(bench, results):
         write_result(folder, document)
-    from gemma_scope_jax.buckets import write_text
-
     table = compared(bench, results)
     write_text(folder / "comparison.md", f"{table}\n{by_task(bench, results)}")
     print(table)

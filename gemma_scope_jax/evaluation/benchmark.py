@@ -141,8 +141,9 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _model_key(model: Model) -> str:
-    norm = np.asarray(jax.device_get(model.params.final_norm), np.float32)
-    digest = hashlib.blake2b(norm.tobytes(), digest_size=8).hexdigest()
+    parts = jax.device_get((model.params.final_norm, model.params.embed[:64]))
+    data = b"".join(np.asarray(part, np.float32).tobytes() for part in parts)
+    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
     return f"{model.config.name} {model.params.embed.dtype} {digest}"
 
 
@@ -299,18 +300,20 @@ def _word_activations(
     lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
     parts = []
     for start in range(0, len(task.prompts), CHUNK):
-        file = folder / f"{start:06d}.npz"
+        file, some = folder / f"{start:06d}.npz", task.prompts[start : start + CHUNK]
         if not file.exists():
-            some = task.prompts[start : start + CHUNK]
             found = pool(bench.model, (), some, how=task.at, places=places, lengths=lengths)
             data = io.BytesIO()
             np.savez(data, *[found.raw[place] for place in places])
             write_bytes(file, data.getvalue())
         try:
             with np.load(io.BytesIO(file.read_bytes())) as arrays:
-                parts.append([arrays[f"arr_{n}"] for n in range(len(places))])
+                rows = [arrays[f"arr_{n}"] for n in range(len(places))]
+            if any(len(x) != len(some) for x in rows):
+                raise ValueError("other words")
         except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{file}: broken; remove it to measure again") from error
+        parts.append(rows)
         report(min(start + CHUNK, len(task.prompts)), len(task.prompts))
     return {place: np.concatenate(rows) for place, rows in zip(places, zip(*parts))}
 
