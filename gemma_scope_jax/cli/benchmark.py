@@ -1,7 +1,7 @@
 """Benchmarks of coders: `benchmark`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -53,32 +53,27 @@ def benchmark(
         raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: 1 or more")
-    from gemma_scope_jax.buckets import folder_path, write_text
-    from gemma_scope_jax.evaluation.scr_tpp import ABLATED, scr_task, tpp_task
-    from gemma_scope_jax.evaluation.tables import read_table, table_files
+    from gemma_scope_jax.buckets import folder_path
+    from gemma_scope_jax.evaluation.tables import table_files
 
     folder = folder_path(out)
     files = {name: table_files(some) for name, some in
              (("probing", probing), ("tpp", tpp), ("scr", scr)) if some}  # fmt: skip
     if probing:
         files["probing"] = _left(files["probing"], without)
-    for name, check in (("tpp", tpp_task), ("scr", scr_task)):
-        for path in files.get(name, []):
-            check(read_table(path), limit)  # what is wrong shows before anything is loaded
+    _check(files, limit)
     loaded_model, loaded, tok = load_all(model, coders, dtype, one_layer=True)
     from gemma_scope_jax.evaluation.benchmark import (
         Bench,
         absorption_job,
+        by_name,
         concept_job,
-        named,
         probing_jobs,
-        run_jobs,
     )
-    from gemma_scope_jax.evaluation.benchmark_report import by_task, compared, documents
     from gemma_scope_jax.evaluation.probing import PROTOCOLS
-    from gemma_scope_jax.evaluation.results import write_result
+    from gemma_scope_jax.evaluation.scr_tpp import ABLATED
 
-    bench = Bench(loaded_model, tok, named(loaded), folder)
+    bench = Bench(loaded_model, tok, by_name(loaded), folder)
     jobs = []
     if probing:
         way = PROTOCOLS[protocol]
@@ -89,13 +84,33 @@ def benchmark(
     for family in ("tpp", "scr"):
         jobs += [concept_job(bench, family, path, limit=limit, ns=ABLATED)
                  for path in files.get(family, [])]  # fmt: skip
+    _run(bench, jobs)
+
+
+def _run(bench: Any, jobs: list[Any]) -> None:
+    """Measure, write and print."""
+    from gemma_scope_jax.buckets import write_text
+    from gemma_scope_jax.evaluation.benchmark import run_jobs
+    from gemma_scope_jax.evaluation.benchmark_report import by_task, compared, documents
+    from gemma_scope_jax.evaluation.results import write_result
+
     results = list(zip(jobs, run_jobs(bench, jobs)))
     for document in documents(bench, results):
-        write_result(folder, document)
-    table = compared(bench, results)
-    write_text(folder / "comparison.md", f"{table}\n{by_task(bench, results)}")
+        write_result(bench.folder, document)
+    table, file = compared(bench, results), bench.folder / "comparison.md"
+    write_text(file, f"{table}\n{by_task(bench, results)}")
     print(table)
-    print(f"by task: {folder / 'comparison.md'}")
+    print(f"by task: {file}")
+
+
+def _check(files: dict[str, list[Path]], limit: int | None) -> None:
+    """What is wrong with tables of concepts shows before anything is loaded."""
+    from gemma_scope_jax.evaluation.scr_tpp import scr_task, tpp_task
+    from gemma_scope_jax.evaluation.tables import read_table
+
+    for name, task in (("tpp", tpp_task), ("scr", scr_task)):
+        for path in files.get(name, []):
+            task(read_table(path), limit)
 
 
 def _left(files: list[Path], without: tuple[str, ...]) -> list[Path]:

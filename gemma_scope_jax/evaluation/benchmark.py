@@ -60,7 +60,7 @@ class Bench:
         return {raw_name(place): place for place in sorted(places)}
 
 
-def named(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
+def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
     """Coders by their address or folder; those without one, and namesakes, by number."""
     found: dict[str, SparseCoder] = {}
     for number, coder in enumerate(coders):
