@@ -69,8 +69,9 @@ def pool(
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
     Tokens before the largest `first` of the coders do not count, for any of them, so that all are
-    measured on the same; but the last token of a text always does. Raises `InputError` for a text
-    without tokens, longer than the model's context, or too short for `how`.
+    measured on the same; but the last token of a text always does. What is returned lies in host
+    memory, 4 N (D + F) bytes for each coder. Raises `InputError` for a text without tokens, longer
+    than the model's context, or too short for `how`.
     """
     _check(model, texts, how)
     first = max((coder.first for coder in coders), default=1)
