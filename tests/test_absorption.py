@@ -197,6 +197,13 @@ def test_a_split_letter_has_two_main_features():
     assert got == [4, 2]
 
 
+def test_too_few_letters_to_probe_or_to_trust():
+    x, f, letters, coder, _ = world()
+    assert absorption(coder, x, f, letters, fit_letters(x, letters))["enough"] is False
+    with pytest.raises(InputError, match="too few words to spell"):
+        fit_letters(x[:30], letters[:30])
+
+
 def test_no_probe_that_works_is_said():
     rng = np.random.default_rng(0)
     x, f, letters, coder, _ = world()

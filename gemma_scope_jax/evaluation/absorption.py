@@ -122,14 +122,16 @@ def fit_letters(x: np.ndarray, letters: np.ndarray, *, seed: int = SEED) -> Lett
     w = np.zeros((len(LETTERS), x.shape[1]))
     scores = np.full((len(LETTERS), len(test)), -np.inf)
     quality = np.full(len(LETTERS), np.nan)
+    asked = np.flatnonzero(np.bincount(letters, minlength=len(LETTERS)) >= 5)
+    if len(asked) < 2:
+        raise InputError("too few words to spell: two letters with 5 words each are the least")
     rows = np.asarray(x[train], np.float64) * scale
-    for letter in range(len(LETTERS)):
-        y = (letters[train] == letter).astype(float)
-        if (letters == letter).sum() < 5:
-            continue
-        fitted = fit_logistic(rows[None], y[None], 1.0, _balanced(y)[None, None])
-        w[letter] = fitted.w[0, 0] * scale
-        scores[letter] = np.asarray(x[test], np.float64) @ w[letter] + fitted.b[0, 0]
+    y = (letters[train] == asked[:, None]).astype(float)
+    weight = np.stack([_balanced(each) for each in y])
+    fitted = fit_logistic(rows[None], y[None], np.ones(len(asked)), weight[None])
+    for letter, one, b in zip(asked, fitted.w[0], fitted.b[0]):
+        w[letter] = one * scale
+        scores[letter] = np.asarray(x[test], np.float64) @ w[letter] + b
         quality[letter] = f1(letters[test] == letter, scores[letter])
     return LetterProbes(train, test, scale, w, scores, quality)
 
@@ -215,7 +217,8 @@ def absorption(
     writes.
 
     {"fraction", "full", "split": means over letters, "fraction_std", ...: their spread, "letters":
-    [a row for each letter], "used": letters that count}. Raises `InputError` if none does.
+    [a row for each letter], "used": letters that count, "enough": whether SAEBench would give a
+    score on so few}. Raises `InputError` if none does.
     """
     train, test = probes.train, probes.test
     f = f * np.float32(probes.scale)
@@ -243,7 +246,9 @@ def absorption(
             f"no letter's probe has an F1 above {PROBE_F1} (the best: {best:.2f}): the model does "
             "not spell here, or there are too few words"
         )
-    return {**_means(rows), "letters": rows, "used": len(rows)}
+    return {
+        **_means(rows), "letters": rows, "used": len(rows), "enough": len(rows) >= ENOUGH_LETTERS,
+    }  # fmt: skip
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -176,7 +176,8 @@ def _absorption_rows(bench: Bench, some: Results):
         r = found[name]
         rows.append({
             "coder": name, "absorption": r["fraction"], "full": r["full"],
-            "main features": r["split"], "letters": r["used"],
+            "main features": r["split"],
+            "letters": f"{r['used']}" + ("" if r["enough"] else ": too few, give more words"),
         })  # fmt: skip
     words = job.settings["per_letter"]
     return f"Feature absorption, first letter, {words or 'all'} words a letter", rows

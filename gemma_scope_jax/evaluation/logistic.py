@@ -38,19 +38,20 @@ class Fitted(NamedTuple):
 def fit_logistic(
     x: Any, y: Any, c: Any, weight: Any = None, *, tolerance: float = TOLERANCE
 ) -> Fitted:
-    """Fit P problems, which differ in C and in the examples' weights, on each of G designs.
+    """Fit P problems, which differ in C, the examples' labels or weights, on each of G designs.
 
-    x [G, N, K] features, y [G, N] in {0, 1}, c [P], weight [G, P, N] >= 0 (default all 1; 0 leaves
-    an example out). A column of zeros gets weight 0, so designs of unequal K can be padded.
+    x [G, N, K] features, y [G, N] or [G, P, N] in {0, 1}, c [P], weight [G, P, N] >= 0 (default
+    all 1; 0 leaves an example out). A column of zeros gets weight 0, so designs of unequal K can
+    be padded.
     `tolerance`: of the mean gradient, with columns of spread 1.
     Raises `InputError` for a problem whose weighted examples are all of one class.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     c = np.atleast_1d(np.asarray(c, np.float64))
-    if weight is None:
-        weight = np.ones((x.shape[0], len(c), x.shape[1]))
-    weight = np.broadcast_to(np.asarray(weight, np.float64), (x.shape[0], len(c), x.shape[1]))
-    positive = (weight * y[:, None, :]).sum(-1)
+    shape = (x.shape[0], len(c), x.shape[1])
+    weight = np.broadcast_to(1.0 if weight is None else np.asarray(weight, np.float64), shape)
+    y = np.broadcast_to(y[:, None, :] if y.ndim == 2 else y, shape)
+    positive = (weight * y).sum(-1)
     if not ((positive > 0) & (positive < weight.sum(-1))).all():
         raise InputError("a probe needs examples of both classes")
     if x.shape[2] > x.shape[1]:  # the optimum lies in the examples' span: fit in its coordinates
@@ -59,10 +60,10 @@ def fit_logistic(
         return Fitted(np.einsum("gkn,gpn->gpk", np.stack(basis), inner.w), inner.b)
     pad = -x.shape[1] % ROWS
     x = np.pad(x, ((0, 0), (0, pad), (0, 0)))
-    y, weight = np.pad(y, ((0, 0), (0, pad))), np.pad(weight, ((0, 0), (0, 0), (0, pad)))
+    y, weight = (np.pad(a, ((0, 0), (0, 0), (0, pad))) for a in (y, weight))
     order = np.argsort(c, kind="stable")
     with jax.enable_x64(True), jax.default_device(_cpu()):
-        w, b = map(np.asarray, _fit(x, y, c[order], weight[:, order], tolerance))
+        w, b = map(np.asarray, _fit(x, y[:, order], c[order], weight[:, order], tolerance))
     back = np.argsort(order)
     return Fitted(w[:, back], b[:, back])
 
@@ -82,18 +83,18 @@ def _fit(x, y, c, weight, tolerance):
         x, y, weight = design
 
         def one(start, problem):
-            w, b = _newton(x, y, problem, start, tolerance)
+            w, b = _newton(x, problem, start, tolerance)
             return (w, b), (w, b)
 
         nothing = (jnp.zeros(x.shape[1], x.dtype), jnp.zeros((), x.dtype))
-        return jax.lax.scan(one, nothing, (c, weight))[1]
+        return jax.lax.scan(one, nothing, (c, weight, y))[1]
 
     return jax.lax.map(path, (x, y, weight))
 
 
-def _newton(x, y, problem, start, tolerance):
-    """One problem (c [], weight [N]) on x [N, K], y [N], from and to (w [K], b [])."""
-    (c, weight), (w, b) = problem, start
+def _newton(x, problem, start, tolerance):
+    """One problem (c [], weight [N], y [N]) on x [N, K], from and to (w [K], b [])."""
+    (c, weight, y), (w, b) = problem, start
     total = weight.sum()
     share = weight / total
     mean = share @ x
