@@ -17,6 +17,7 @@ from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction.active import grouped
+from gemma_scope_jax.extraction.export import export_store
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
 from gemma_scope_jax.extraction.shard_files import (
@@ -293,6 +294,63 @@ def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
     assert found["complete"] and found["l0"][0]["l0"] == pytest.approx(
         (dense(store, "a", 1) > 0).sum() / store.counted
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# Other formats
+
+
+def test_parquet_holds_what_the_store_holds(store, tmp_path):
+    from pyarrow import parquet
+
+    export_store(store, tmp_path / "p", "parquet")
+    files = sorted((tmp_path / "p").glob("*.parquet"))
+    assert len(files) == store.segment_count
+    for file, segment in zip(files, store.segments()):
+        table = parquet.read_table(file).to_pydict()
+        assert table["token"] == segment.tokens.tolist()
+        assert table["document"] == segment.documents.tolist()
+        assert table["counted"] == segment.counted.tolist()
+        for name, layer, column in (("a", 1, "a"), ("x", 2, "x/layer_2")):
+            offsets, ids, values = segment.by_token(name, layer)
+            assert sum(table[f"{column}.features"], []) == ids.tolist()
+            assert sum(table[f"{column}.values"], []) == values.tolist()
+            assert list(map(len, table[f"{column}.features"])) == np.diff(offsets).tolist()
+
+
+@pytest.mark.parametrize("splits", [None, 5])
+def test_delphi_finds_every_activation_where_it_looks(store, tmp_path, splits):
+    from safetensors.numpy import load_file
+
+    export_store(store, tmp_path / "d", "delphi", splits=splits)
+    pieces = [s.tokens[s.pieces == p] for s in store.segments() for p in np.unique(s.pieces)]
+    for name, layer, module in (("a", 1, "a"), ("x", 2, "x/layer_2")):
+        again = np.zeros((len(pieces), 32, store.width(name)), np.float32)
+        files = list((tmp_path / "d" / module).glob("*.safetensors"))
+        assert len(files) == (splits or 1)
+        for file in files:
+            start, end = map(int, file.stem.split("_"))  # the last feature is its
+            held = load_file(file)
+            row, position, feature = held["locations"].astype(np.int64).T
+            assert held["locations"].dtype == np.uint16 and feature.max() <= end - start
+            again[row, position, feature + start] = held["activations"]
+            for tokens, piece in zip(held["tokens"], pieces):
+                assert tokens.tolist() == piece.tolist() + [0] * (32 - len(piece))
+        found = np.concatenate([again[i, : len(piece)] for i, piece in enumerate(pieces)])
+        np.testing.assert_allclose(found, dense(store, name, layer), rtol=1e-3)
+        config = json.loads((tmp_path / "d" / module / "config.json").read_text())
+        assert config["ctx_len"] == 32 and config["model_name"]
+
+
+def test_bad_exports_are_one_line(store, tmp_path):
+    with pytest.raises(InputError, match="exported as parquet or delphi, not 'csv'"):
+        export_store(store, tmp_path / "e", "csv")
+    with pytest.raises(InputError, match="splits must be 1 to"):
+        export_store(store, tmp_path / "f", "delphi", splits=0)
+    (tmp_path / "g").write_text("")
+    for taken in (tmp_path, tmp_path / "g"):
+        with pytest.raises(InputError, match="holds something already"):
+            export_store(store, taken, "delphi")
 
 
 # -------------------------------------------------------------------------------------------------

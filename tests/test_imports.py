@@ -15,7 +15,7 @@ ROOT = Path(gs.__file__).parent
 ROOMS = ("errors", "buckets", "progress", "model", "coders", "data", "training", "evaluation",
          "extraction", "cards", "circuits", "behaviour", "explorer", "cli", "__main__")  # fmt: skip
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
-         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX")  # fmt: skip
+         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow")  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
 

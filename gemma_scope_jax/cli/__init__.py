@@ -11,14 +11,16 @@ import sys
 import tyro
 
 from gemma_scope_jax.cli.benchmark import benchmark
-from gemma_scope_jax.cli.extract import extract
+from gemma_scope_jax.cli.cards import cards
+from gemma_scope_jax.cli.extract import export, extract, verify
 from gemma_scope_jax.cli.look import check, inspect, list_
 from gemma_scope_jax.cli.train import activations, train
 from gemma_scope_jax.errors import InputError
 
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
-    "benchmark": benchmark, "extract": extract,
+    "extract": extract, "verify": verify, "export": export, "cards": cards,
+    "benchmark": benchmark,
 }  # fmt: skip
 
 

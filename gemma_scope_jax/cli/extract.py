@@ -1,5 +1,6 @@
-"""Large-scale sparse features: `extract`."""
+"""Large-scale sparse features: `extract`, `verify`, `export`."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -88,3 +89,44 @@ def extract(
         print_plan(plan_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
     else:
         print_store(run_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
+
+
+Store = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+
+
+def verify(store: Store) -> None:
+    """Read every byte of a feature store and say which file is damaged, if any is.
+
+    Args:
+        store: The folder that `extract` filled.
+    """
+    from gemma_scope_jax.extraction.plan import print_store
+    from gemma_scope_jax.extraction.store import FeatureStore
+
+    found = FeatureStore(store)
+    found.verify()
+    print_store(found)
+
+
+def export(
+    store: Store,
+    *,
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
+    format: Literal["parquet", "delphi"] = "parquet",
+    splits: int | None = None,
+    json: bool = False,
+) -> None:
+    """Write a feature store as Parquet tables or as delphi's cache of latents.
+
+    Args:
+        store: The folder that `extract` filled.
+        out: A new folder.
+        format: parquet needs extra `parquet`; delphi reads safetensors.
+        splits: Files that delphi's features are split into.
+        json: Print JSON.
+    """
+    from gemma_scope_jax.extraction.export import export_store, print_export
+    from gemma_scope_jax.extraction.store import FeatureStore
+
+    found = FeatureStore(store)
+    print_export(found, export_store(found, out, format, splits=splits), json_output=json)
