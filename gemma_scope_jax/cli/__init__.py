@@ -10,6 +10,7 @@ import sys
 
 import tyro
 
+from gemma_scope_jax.cli.benchmark import benchmark
 from gemma_scope_jax.cli.cards import cards
 from gemma_scope_jax.cli.explain import explain
 from gemma_scope_jax.cli.extract import export, extract, verify
@@ -20,7 +21,7 @@ from gemma_scope_jax.errors import InputError
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
     "extract": extract, "verify": verify, "export": export, "cards": cards,
-    "explain": explain,
+    "benchmark": benchmark, "explain": explain,
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def stream_records(path: Path) -> Iterator[Record]:
         yield from map(file.read, range(file.count))
         return
     try:
-        with _decompressed(path) as lines:
+        with decompressed(path) as lines:
             for number, line in enumerate(lines, 1):
                 if not line.isspace():
                     yield Record(f"{path}, line {number}", line, "json")
@@ -177,7 +177,8 @@ def stream_records(path: Path) -> Iterator[Record]:
         raise
 
 
-def _decompressed(path: Path) -> BinaryIO:
+def decompressed(path: Path) -> BinaryIO:
+    """A .gz or .zst file, opened to be read in binary. Raises `InputError` without zstandard."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     try:

@@ -1,0 +1,327 @@
+"""Benchmarks of several coders at once, a task at a time, each task's result kept when it is done.
+
+A job is a task: a table to probe, or the vocabulary to spell. It runs the model once for all coders
+that have no result yet, and its results are one file; run again, what is there is not measured
+again, and a new coder joins those that were measured before. Whatever changes a result (settings,
+table, model, a coder's weights) is part of the key that finds it.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation import absorption as spelling
+from gemma_scope_jax.evaluation import scr_tpp
+from gemma_scope_jax.evaluation.pooling import (
+    Place,
+    Pooled,
+    Report,
+    encode_rows,
+    encode_texts,
+    places_of,
+    pool,
+)
+from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
+from gemma_scope_jax.evaluation.results import plain
+from gemma_scope_jax.evaluation.tables import read_table
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import Progress
+
+SPELLING_COST = 90  # tokens of a spelling prompt
+CHUNK = 256  # words whose activations are one file
+Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What is measured, and where results are kept."""
+
+    model: Model
+    tok: Any
+    coders: Mapping[str, SparseCoder]
+    folder: epath.Path
+
+    def raw(self) -> dict[str, Place]:
+        """The activations that the coders read, by a name for each."""
+        places = {(c.reads, c.layer) for c in self.coders.values()}
+        return {raw_name(place): place for place in sorted(places)}
+
+
+def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
+    """Coders by their address or folder; those without one, and namesakes, by number."""
+    found: dict[str, SparseCoder] = {}
+    for number, coder in enumerate(coders):
+        name = coder.info.path or f"{coder.kind} {coder.reads} {coder.layer}"
+        found[f"{name} ({number})" if name in found else name] = coder
+    return found
+
+
+def raw_name(place: Place) -> str:
+    """What the activation at a place is called among the subjects."""
+    return f"activation {place[0]} {place[1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task, for every subject (a coder, or an activation) that it is measured on."""
+
+    family: str  # SAEBench's name of the evaluation
+    name: str
+    settings: Mapping[str, Any]
+    subjects: tuple[str, ...]
+    work: int  # tokens, about
+    measure: Measure
+
+    def path(self, bench: Bench) -> epath.Path:
+        """The file of its results: another for other settings or another model."""
+        key = {**self.settings, "name": self.name, "model": _model_key(bench.model)}
+        digest = hashlib.blake2b(json.dumps(plain(key), sort_keys=True).encode(), digest_size=5)
+        return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
+
+
+def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Measure what has not been measured; the results of each job, {subject: result}.
+
+    Raises `InputError` for a result file that is not one.
+    """
+    keys = {name: _coder_key(coder) for name, coder in bench.coders.items()}
+    found = [_stored(job, bench, keys) for job in jobs]
+    missing = [[s for s in job.subjects if s not in had] for job, had in zip(jobs, found)]
+    progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
+    kept = sum(not some for some in missing)
+    if kept:
+        print(f"{kept} of {len(jobs)} tasks are done already", file=sys.stderr, flush=True)
+    done = 0
+    for job, had, some in zip(jobs, found, missing):
+        if not some:
+            continue
+        had |= plain(job.measure(bench, some, _report(progress, job, done)))
+        done += job.work
+        progress.at(done, f"  {job.family} {job.name}")
+        document = {"family": job.family, "task": job.name, "settings": plain(job.settings)}
+        document["results"] = {s: {"key": keys.get(s, ""), "result": r} for s, r in had.items()}
+        path = job.path(bench)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(document, ensure_ascii=False) + "\n")
+    return found
+
+
+def _report(progress: Progress, job: Job, before: int) -> Report:
+    """What tells how far a job is, `before` tokens of others being done."""
+
+    def report(done: int, of: int) -> None:
+        share = min(done / max(of, 1), 0.99)  # the probes are still to come
+        progress.at(before + int(share * job.work), f"  {job.family} {job.name}")
+
+    return report
+
+
+def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
+    path = job.path(bench)
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_text())["results"]
+        return {s: r["result"] for s, r in results.items() if s not in keys or r["key"] == keys[s]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a task's results; remove it to measure again") from error
+
+
+def _model_key(model: Model) -> str:
+    parts = jax.device_get((model.params.final_norm, model.params.embed[:64]))
+    data = b"".join(np.asarray(part, np.float32).tobytes() for part in parts)
+    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return f"{model.config.name} {model.params.embed.dtype} {digest}"
+
+
+def _coder_key(coder: SparseCoder) -> str:
+    """Tells weights from others: biases and thresholds, which training never leaves alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (coder.b_enc, coder.threshold, coder.b_dec):
+        digest.update(np.asarray(part, np.float32).tobytes())
+    return f"{coder.kind} {coder.reads} {coder.layer} {coder.width} {digest.hexdigest()}"
+
+
+# -------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def probing_jobs(
+    bench: Bench,
+    files: Sequence[Path],
+    protocol: Protocol,
+    *,
+    limit: int | None = None,
+    ks: Sequence[int] = (),
+) -> tuple[list[Job], list[str]]:
+    """A job for each table that fits the protocol, and why others do not, a line each.
+
+    Raises `InputError` if a file is no table, or none of them fits.
+    """
+    ks = tuple(ks) or protocol.ks
+    if min(ks) < 1:
+        raise InputError(f"k is {min(ks)}: probe on 1 feature or more")
+    jobs, skipped = [], []
+    for path in files:
+        table = read_table(path)
+        try:
+            task = make_task(table, protocol, limit)
+        except InputError as error:
+            skipped.append(str(error))
+            continue
+        settings = {
+            "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
+            "table": _digest(path),
+        }  # fmt: skip
+        subjects = (*bench.coders, *bench.raw())
+        family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
+        work = _work(task.texts, protocol.context)
+        measure = _probing(path, protocol, limit, ks)
+        jobs.append(Job(family, task.name, settings, subjects, work, measure))
+    if not jobs:
+        raise InputError(f"no table to probe; the first: {skipped[0]}")
+    return jobs, skipped
+
+
+def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+        task = make_task(read_table(path), protocol, limit)
+        how, keep = protocol.how, protocol.keep
+        names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, report, keep)
+        subjects = dict(zip(names, pooled.features))
+        raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
+        return probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+
+    return measure
+
+
+def _pooled(
+    bench: Bench, missing: Sequence[str], texts: Sequence[str], context: int,
+    how: Literal["mean"] | int, report: Report, keep: Literal["first", "last"] = "first",
+) -> tuple[list[str], Pooled]:  # fmt: skip
+    """The names of the coders among `missing`, and what they and the activations need."""
+    names = [name for name in bench.coders if name in missing]
+    places = {place for name, place in bench.raw().items() if name in missing}
+    coders = [bench.coders[name] for name in names]
+    for coder in bench.coders.values():  # one at each place of which only the activation is missing
+        if (place := (coder.reads, coder.layer)) in places - {(c.reads, c.layer) for c in coders}:
+            coders.append(coder)
+            places.discard(place)
+    ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
+    pooled = pool(bench.model, coders, ids, how=how, report=report)
+    return names, Pooled(pooled.raw, pooled.features[: len(names)])
+
+
+def concept_job(
+    bench: Bench, family: str, path: Path, *, limit: int | None, ns: Sequence[int]
+) -> Job:
+    """A job of family "tpp" or "scr" on a table."""
+    if min(ns) < 1:
+        raise InputError(f"{min(ns)} features to ablate: 1 or more")
+    make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
+    task = make(read_table(path), limit)
+    settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT}
+    settings["table"] = _digest(path)
+    work = _work(task.texts, scr_tpp.CONTEXT)
+    measure = _concepts(family, path, limit, ns)
+    return Job(family, task.name, settings, tuple(bench.coders), work, measure)
+
+
+def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> Measure:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+        table = read_table(path)
+        task: Any = (scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task)(table, limit)
+        score = scr_tpp.tpp if family == "tpp" else scr_tpp.scr
+        names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", report)
+        probes: dict[Place, Any] = {}
+        results = {}
+        for name, f in zip(names, pooled.features):
+            coder = bench.coders[name]
+            place = (coder.writes, coder.layer)
+            x = pooled.raw[place]
+            if place not in probes:
+                probes[place] = scr_tpp.fit_probes(task, x)
+            results[name] = score(task, probes[place], coder, x, f, ns)
+        return results
+
+    return measure
+
+
+def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
+    """The job of feature absorption, on up to `per_letter` words of the vocabulary a letter."""
+    if per_letter is not None and per_letter < 5:
+        raise InputError(f"{per_letter} words a letter are too few: 5 at least")
+    work = SPELLING_COST * 26 * (per_letter or 4000)
+    settings = {"per_letter": per_letter, "question": spelling.QUESTION, "seed": spelling.SEED}
+    family, names = "absorption_first_letter", tuple(bench.coders)
+
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+        task = spelling.spelling_prompts(bench.tok, per_letter)
+        coders = {name: bench.coders[name] for name in names if name in missing}
+        x = _word_activations(bench, job, task, sorted(places_of(list(coders.values()))), report)
+        probes: dict[Place, spelling.LetterProbes] = {}
+        results = {}
+        for name, coder in coders.items():
+            place = (coder.writes, coder.layer)
+            if place not in probes:
+                probes[place] = spelling.fit_letters(x[place], task.letters)
+            f = encode_rows(coder, x[coder.reads, coder.layer])
+            results[name] = spelling.absorption(coder, x[place], f, task.letters, probes[place])
+        return results
+
+    job = Job(family, "vocabulary", settings, names, work, measure)
+    return job
+
+
+def _word_activations(
+    bench: Bench, job: Job, task: spelling.Spelling, places: Sequence[Place], report: Report
+) -> dict[Place, np.ndarray]:
+    """Activations [W, D] at each of `places` at the words of the prompts.
+
+    Kept in files of `CHUNK` words beside the results: the whole vocabulary is hours of work, which
+    may be interrupted, and later coders at the same places need no model.
+    """
+    where = hashlib.blake2b(repr(places).encode(), digest_size=4).hexdigest()
+    folder = job.path(bench).with_suffix("") / f"activations-{where}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
+    parts = []
+    for start in range(0, len(task.prompts), CHUNK):
+        file, some = folder / f"{start:06d}.npz", task.prompts[start : start + CHUNK]
+        if not file.exists():
+            found = pool(bench.model, (), some, how=task.at, places=places, lengths=lengths)
+            data = io.BytesIO()
+            np.savez(data, *[found.raw[place] for place in places])
+            write_bytes(file, data.getvalue())
+        try:
+            with np.load(io.BytesIO(file.read_bytes())) as arrays:
+                rows = [arrays[f"arr_{n}"] for n in range(len(places))]
+            if any(len(x) != len(some) for x in rows):
+                raise ValueError("other words")
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file}: broken; remove it to measure again") from error
+        parts.append(rows)
+        report(min(start + CHUNK, len(task.prompts)), len(task.prompts))
+    return {place: np.concatenate(rows) for place, rows in zip(places, zip(*parts))}
+
+
+def _work(texts: Sequence[str], context: int) -> int:
+    """Tokens, about: a quarter of the letters, and <bos>."""
+    return sum(min(context, 1 + len(text) // 4) for text in texts)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.expanduser().read_bytes(), digest_size=8).hexdigest()

@@ -1,0 +1,243 @@
+"""Activations and features of whole texts: one model pass, pooled on the device.
+
+A benchmark wants a vector a text: the mean over its tokens, or what is at one of them. Texts are
+packed side by side into rows of a few lengths, so that hardly a token is padding and as few
+programs are compiled; the pass reads what all coders need, encodes a chunk of tokens at a time and
+adds it up by text, so that [tokens, F] never exists.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32, matmul
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation.evaluate import read_sites
+from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
+from gemma_scope_jax.model.config import Model
+
+LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
+SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
+
+Place = tuple[str, int]  # a site and a layer
+Report = Callable[[int, int], None]  # called with tokens done and tokens in all
+
+
+class Pooled(NamedTuple):
+    """Of N texts: activations, and each coder's features."""
+
+    raw: dict[Place, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
+    features: list[np.ndarray]  # float32 [N, F]
+
+
+def encode_texts(
+    tok: Any, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
+) -> list[np.ndarray]:
+    """Token ids of each text, <bos> first, at most `most` of them: its first or its last tokens."""
+    if most < 2:
+        raise InputError(f"a text needs room for <bos> and a token, not {most}")
+    encoded = []
+    for text in texts:
+        ids = tok.encode(text)
+        if len(ids) > most:
+            ids = ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
+        encoded.append(ids)
+    return encoded
+
+
+def pool(
+    model: Model,
+    coders: Sequence[SparseCoder],
+    texts: Sequence[np.ndarray],
+    *,
+    how: Literal["mean"] | int = "mean",
+    places: Sequence[Place] = (),
+    lengths: Sequence[int] = LENGTHS,
+    tokens: int | None = None,
+    report: Report | None = None,
+) -> Pooled:
+    """Pooled activations and features of `texts`, int [n] each with its <bos>.
+
+    how      "mean" over the tokens that count, or an index into the text's tokens, such as -1 for
+             the last
+    places   where activations are wanted, beside those that the coders read and write
+    lengths  of the rows that texts are packed into
+    tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
+
+    Tokens before the largest `first` of the coders do not count, for any of them, so that all are
+    measured on the same; but the last token of a text always does. What is returned lies in host
+    memory, 4 N (D + F) bytes for each coder. Raises `InputError` for a text without tokens, longer
+    than the model's context, or too short for `how`.
+    """
+    _check(model, texts, how)
+    first = max((coder.first for coder in coders), default=1)
+    tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
+    static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
+    raw: dict[Place, np.ndarray] = {}
+    features: list[np.ndarray] = [np.zeros((0, 0))] * len(coders)
+    done, total = 0, sum(map(len, texts))
+    for which, batch in _batches(texts, how, first, tokens, lengths, model.config.context):
+        vectors, found = _pool_step(model, tuple(coders), *batch, **static)
+        if not raw:
+            raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
+            features = [np.zeros((len(texts), f.shape[1]), np.float32) for f in found]
+        for place, v in vectors.items():
+            raw[place][which] = np.asarray(v)[: len(which)]
+        for kept, f in zip(features, found):
+            kept[which] = np.asarray(f)[: len(which)]
+        done += sum(len(texts[i]) for i in which)
+        if report is not None:
+            report(done, total)
+    return Pooled(raw, features)
+
+
+def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
+    """Where the coders read and write."""
+    return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
+
+
+def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> np.ndarray:
+    """encode(x [N, D]) -> float32 [N, F], `batch` rows at a time."""
+    f = np.zeros((len(x), coder.width), np.float32)
+    for start in range(0, len(x), batch):
+        some = x[start : start + batch]
+        padded = np.pad(some, ((0, batch - len(some)), (0, 0)))
+        f[start : start + batch] = np.asarray(_encode(coder, padded))[: len(some)]
+    return f
+
+
+@jax.jit
+def _encode(coder: SparseCoder, x):
+    return coder.encode(x)
+
+
+def _check(model: Model, texts: Sequence[np.ndarray], how: Any) -> None:
+    if not texts:
+        raise InputError("no texts to pool")
+    needed = 1 if how == "mean" else (how + 1 if how >= 0 else -how)
+    for number, ids in enumerate(texts):
+        if len(ids) < max(needed, 1):
+            raise InputError(f"text {number} has {len(ids)} tokens, fewer than {max(needed, 1)}")
+        if len(ids) > model.config.context:
+            raise InputError(
+                f"text {number} has {len(ids)} tokens: the model's context is "
+                f"{model.config.context}"
+            )
+
+
+def _batches(
+    texts: Sequence[np.ndarray], how: Any, first: int, tokens: int, lengths: Sequence[int],
+    context: int,
+) -> Iterator[tuple[list[int], tuple[np.ndarray, ...]]]:  # fmt: skip
+    """Which texts, and their batch: tokens, segments and owner, int32 [B, T]; picked, int32 [S].
+
+    `owner` is the number in the batch of the text that a token counts for, S if it counts for none;
+    `picked` is where in the batch, flattened, a text's token is that `how` names.
+    """
+    longest = max(map(len, texts))
+    steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
+    bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]
+    below = 0
+    for length in bounds:
+        chosen = [i for i, ids in enumerate(texts) if below < len(ids) <= length]
+        per_row = max(1, length // max(SHORTEST, below + 1))
+        rows = _fill_rows([(i, len(texts[i])) for i in chosen], length, per_row)
+        B = max(1, tokens // length)
+        for start in range(0, len(rows), B):
+            some = rows[start : start + B]
+            yield _batch(texts, some, how, first, (B, length), B * per_row)
+        below = length
+
+
+def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[list[int]]:
+    """Rows of texts (number, tokens): the longest first, each into the fullest row with room."""
+    by_room: list[list[list[int]]] = [[] for _ in range(length + 1)]
+    full: list[list[int]] = []
+    for number, size in sorted(sizes, key=lambda item: -item[1]):
+        room = next((r for r in range(size, length + 1) if by_room[r]), None)
+        row = [] if room is None else by_room[room].pop()
+        row.append(number)
+        left = (length if room is None else room) - size
+        (full if len(row) == most else by_room[left]).append(row)
+    return full + [row for rows in by_room for row in rows]
+
+
+def _batch(texts, rows, how, first, shape, count):
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    owner, picked = np.full(shape, count, np.int32), np.zeros(count, np.int32)
+    which: list[int] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for n, i in enumerate(row, 1):
+            ids = texts[i]
+            stop = start + len(ids)
+            tokens[r, start:stop], segments[r, start:stop] = ids, n
+            owner[r, start + min(first, len(ids) - 1) : stop] = len(which)
+            at = 0 if how == "mean" else how
+            picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
+            which.append(i)
+            start = stop
+    return which, (tokens, segments, owner, picked)
+
+
+@functools.partial(jax.jit, static_argnames=("places", "mean"))
+def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places, mean: bool):
+    """{place: [S, D]}, ([S, F] of each coder), S texts; rows beyond the batch's texts are junk."""
+    layers: dict[str, tuple[int, ...]] = {}
+    for site, layer in places:
+        layers[site] = (*layers.get(site, ()), layer)
+    x = read_sites(model, layers, tokens, segments)
+    at = {(s, l): float32(x[s][n]) for s, some in layers.items() for n, l in enumerate(some)}
+    if not mean:
+        raw = {place: a[picked] for place, a in at.items()}
+        return raw, tuple(c.encode(raw[c.reads, c.layer]) for c in coders)
+    mine = owner.reshape(1, -1) == jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None]
+    share = float32(mine) / float32(jnp.maximum(mine.sum(1, keepdims=True), 1))
+    add = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    raw = {place: add(share, a) for place, a in at.items()}
+    return raw, tuple(_pooled_features(c, at[c.reads, c.layer], share, add) for c in coders)
+
+
+def _pooled_features(coder: SparseCoder, x, share, add):
+    """share [S, N] @ encode(x [N, D]) -> [S, F], `TOKEN_CHUNK` tokens at a time."""
+    size = min(TOKEN_CHUNK, x.shape[0])
+    pad = -x.shape[0] % size
+    x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, size, x.shape[1])
+    share = jnp.pad(share, ((0, 0), (0, pad))).reshape(share.shape[0], -1, size)
+
+    def step(total, chunk):
+        x, share = chunk
+        return total + add(share, coder.encode(x)), None
+
+    start = jnp.zeros((share.shape[0], coder.width), jnp.float32)
+    return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0)))[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Directions at the site that a coder writes
+
+
+def typical_scale(x: np.ndarray) -> float:
+    """What brings the median norm of x [N, D] to sqrt(D).
+
+    Penalties of probes mean the same for every model then: Gemma 3's norms are a hundred times
+    those that the peers' penalties were chosen for.
+    """
+    norm = float(np.median(np.linalg.norm(np.asarray(x, np.float64), axis=1)))
+    return x.shape[1] ** 0.5 / norm if norm > 0 else 1.0
+
+
+@jax.jit
+def _along(w_dec, directions):
+    w_dec = float32(w_dec)
+    return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
+
+
+def along_decoder(coder: SparseCoder, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w_dec @ directions.T [F, C], directions [C, D_out]; and the decoder rows' norms [F]."""
+    products, norms = _along(coder.w_dec, jnp.asarray(directions, jnp.float32))
+    return np.asarray(products, np.float64), np.asarray(norms, np.float64)

@@ -1,0 +1,171 @@
+"""Results of evaluations as files that SAEBench's own tools read.
+
+Every SAEBench evaluation writes one JSON document a coder: the same envelope, `eval_result_metrics`
+grouped by category with plain numbers inside, `eval_result_details` a list of flat records, and
+`eval_result_unstructured` for whatever fits neither. Ours do too, so that its plots and the public
+results can stand beside them; what we measure beyond SAEBench lies in the same groups under names
+of its own, which its readers ignore.
+
+Source: SAEBench 0.6 (`evals/base_eval_output.py`, `eval_output_schema_*.json`). Where it asks for
+a number and there is none (a loss on no tokens), it writes -1, and so do we; in what is
+unstructured it is null.
+"""
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gemma_scope_jax.buckets import folder_path, write_text
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.errors import InputError, reason
+
+ENVELOPE = (
+    "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
+    "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id",
+    "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured",
+)  # fmt: skip
+UNDEFINED = -1  # SAEBench's number for "no number"
+
+
+def saebench_result(
+    eval_type: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    details: Sequence[Mapping[str, Any]],
+    coder: SparseCoder | MultiLayerCoder | None,
+    unstructured: Any = None,
+    *,
+    name: str = "",
+) -> dict[str, Any]:
+    """The JSON document of one evaluation of one coder, plain Python data throughout.
+
+    eval_type     "core", "absorption_first_letter", "sparse_probing", "scr", "tpp", ...
+    config        how it was measured (SAEBench's `eval_config`)
+    metrics       {category: {metric: number}}
+    details       records of numbers and strings, such as one a feature or one a data set
+    coder         what was measured; None if it is several, and then `name` says what
+    unstructured  anything else; arrays become lists
+    """
+    release, ident = coder_id(coder, name)
+    return {
+        "eval_type_id": eval_type,
+        "eval_config": plain(config),
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": plain(metrics, UNDEFINED),
+        "eval_result_details": plain(list(details), UNDEFINED),
+        "sae_bench_commit_hash": f"gemma_scope_jax {_version()}",
+        "sae_lens_id": ident,
+        "sae_lens_release_id": release,
+        "sae_lens_version": None,
+        "sae_cfg_dict": None if coder is None else coder_config(coder),
+        "eval_result_unstructured": plain(unstructured),
+    }
+
+
+def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.Path:
+    """Write a document where SAEBench would; returns the file, complete or not there at all.
+
+    FOLDER/EVAL_TYPE/RELEASE_ID_eval_results.json; the folder may be gs://.
+    """
+    path = result_path(
+        folder, result["eval_type_id"], result["sae_lens_release_id"], result["sae_lens_id"]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """A document that was written, ours or SAEBench's. Raises `InputError`."""
+    path = epath.Path(path)
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no result that can be read ({reason(error)})") from error
+    missing = [k for k in ENVELOPE if not isinstance(result, dict) or k not in result]
+    if missing:
+        raise InputError(f"{path}: not an evaluation's result: it has no {missing[0]!r}")
+    return result
+
+
+def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: str) -> epath.Path:
+    """Where `write_result` puts the document of a coder."""
+    name = f"{release}_{ident}".replace(os.sep, "_").replace("/", "_").replace(":", "_")
+    return folder_path(folder) / eval_type / f"{name.lstrip('_')}_eval_results.json"
+
+
+def coder_id(coder: SparseCoder | MultiLayerCoder | None, name: str = "") -> tuple[str, str]:
+    """(release, id): of an address its first part and the rest, of a folder its parent and name."""
+    if coder is None:
+        if not name:
+            raise InputError("a result of no single coder needs a name")
+        return "gemma_scope_jax", name
+    path = coder.info.path
+    if not path:
+        layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
+        where = "-".join(map(str, layers))
+        return "gemma_scope_jax", name or f"{coder.kind}-{coder.reads}-layer-{where}"
+    if os.path.isabs(path) or "://" in path:
+        release, _, ident = path.rstrip("/").rpartition("/")
+    else:
+        release, _, ident = path.partition("/")
+    return (release, ident) if ident else ("gemma_scope_jax", release)
+
+
+def coder_config(coder: SparseCoder | MultiLayerCoder) -> dict[str, Any]:
+    """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, in SAELens' words and ours."""
+    several = isinstance(coder, MultiLayerCoder)
+    info = coder.info
+    return {
+        "architecture": "jumprelu" if coder.kind == "sae" else f"jumprelu_{coder.kind}",
+        "d_in": int(coder.d_in),
+        "d_sae": int(coder.width) * (len(coder.layers) if several else 1),
+        "d_out": int(coder.d_out),
+        "model_name": info.model_name,
+        "hook_layer": coder.layers[0] if several else coder.layer,
+        "hook_name": coder.reads,
+        "layers": list(coder.layers) if several else [coder.layer],
+        "reads": coder.reads,
+        "writes": coder.writes,
+        "kind": coder.kind,
+        "affine": coder.w_skip is not None,
+        "first": coder.first,
+        "target_l0": None if info.l0 is None else float(info.l0),
+        "path": info.path,
+    }
+
+
+def plain(value: Any, undefined: Any = None) -> Any:
+    """`value` as JSON can hold it: arrays as lists, what is not finite as `undefined`."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, undefined) for k, v in value.items()}
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, Sequence):
+        return [plain(v, undefined) for v in value]
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else undefined
+    if hasattr(value, "dtype"):  # an array or a scalar of numpy or jax
+        return plain(np.asarray(value).tolist(), undefined)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a {type(value).__name__} has no place in a JSON document")
+
+
+def _version() -> str:
+    try:
+        return version("gemma-scope-jax")
+    except PackageNotFoundError:
+        return "unknown"
