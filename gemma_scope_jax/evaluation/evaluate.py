@@ -65,6 +65,7 @@ class Plan:
     loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
     ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
     replacement   also with all coders' reconstructions in place at once
+    settled       indices of coders that run in the first pass only
     positions     figures by position in the document, in powers of two
     groups        {kind: names} of the groups that the batches' labels number
     """
@@ -72,6 +73,7 @@ class Plan:
     loss_tokens: int | None = None
     ablations: tuple[str, ...] = ()
     replacement: bool = False
+    settled: tuple[int, ...] = ()
     positions: bool = False
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
@@ -269,8 +271,8 @@ _fit_step = jax.jit(coder_sums)
 def without_place(coder: Coder) -> Coder:
     """The coder as if at layer 0: its maths does not depend on the layer, nor need a program."""
     if isinstance(coder, MultiLayerCoder):
-        return coder.replace(layers=tuple(range(len(coder.layers))), first=0)
-    return coder.replace(layer=0, first=0)
+        return dataclasses.replace(coder, layers=tuple(range(len(coder.layers))), first=0)
+    return dataclasses.replace(coder, layer=0, first=0)
 
 
 def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
@@ -310,8 +312,8 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
     for tally in measured.tallies:
         assert tally.sums is not None
         means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
-    every = measured.tallies + [t for t in (measured.replacement,) if t is not None]
-    for tally in every:
+    costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
+    for tally in costly + [t for t in (measured.replacement,) if t is not None]:
         runs.append(_Run(replaced(tally.coders), [(tally, "spliced")]))
         for name in plan.ablations:
             key = (name, tuple((c.writes, layers_of(c), c.first) for c in tally.coders))

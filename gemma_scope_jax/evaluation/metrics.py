@@ -74,7 +74,7 @@ def merge(a: Sums | None, b: Sums) -> Sums:
         apart = other - one
         columns[..., column] += (apart * apart).sum(-1) * a.tokens * share
         means.append(one + apart * share[..., None])
-    return Sums(tokens, *means, columns)
+    return Sums(tokens, means[0], means[1], columns)
 
 
 @dataclasses.dataclass(frozen=True)

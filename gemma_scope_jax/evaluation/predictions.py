@@ -9,6 +9,7 @@ made once for all runs.
     agreement  whether the model's most likely token is the changed run's too
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +113,7 @@ def replaced(coders: tuple[Coder, ...]) -> tuple[Intercept, ...]:
             intercepts.append(splice(coder, error=False))
     for site, some in by_site.items():
         layers = jnp.asarray([coder.layer for coder in some], jnp.int32)
-        bare = tuple(coder.replace(layer=0) for coder in some)
+        bare = tuple(dataclasses.replace(coder, layer=0) for coder in some)
         intercepts.append(write(site, None, _replaced, bare, layers))
     return tuple(intercepts)
 
