@@ -58,18 +58,16 @@ def evaluate(
         json: Print the documents as a JSON list, without their records of single features.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
+    if not coders:
+        raise InputError("name at least one CODER (see `gemma-scope list`)")
     if tokens < 1 or loss_tokens < 0:
-        raise InputError(
-            f"--tokens {tokens} must be positive, --loss-tokens {loss_tokens} too or 0"
-        )
+        raise InputError(f"--tokens {tokens} or --loss-tokens {loss_tokens}: too few")
     if replacement and not loss_tokens:
         raise InputError("--replacement measures losses: give --loss-tokens")
     source, dataset = _text(text, field, messages, roles)
     loaded_model, loaded, tok = load_all(model, list(coders), dtype)
-    if length > loaded_model.config.context:
-        raise InputError(
-            f"--length {length} is more than the context, {loaded_model.config.context}"
-        )
+    if length > (context := loaded_model.config.context):
+        raise InputError(f"--length {length} is more than the model's context of {context}")
     from gemma_scope_jax.evaluation.core import core_config
     from gemma_scope_jax.evaluation.core_run import evaluate_core
     from gemma_scope_jax.evaluation.evaluate import Plan

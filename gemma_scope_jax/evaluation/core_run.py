@@ -109,7 +109,7 @@ def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> d
     found = read_result(path)
     old, new = found["eval_config"], plain(config)
     if different := [k for k in new if old.get(k) != new[k]]:
-        key = different[0]
+        key = different[-1]  # ours come last, and say more
         raise InputError(
             f"{path}: was measured with another {key} ({old.get(key)!r}, now {new[key]!r}): give "
             "another --out, or delete it"

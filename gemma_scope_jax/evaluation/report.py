@@ -6,6 +6,7 @@ stand beside each other.
 
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ def print_core(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    wide = None if sys.stdout.isatty() else 200  # in a file or a pipe nothing need be cut
+    console = Console(width=wide)
     core = [r for r in results if r["eval_type_id"] == "core"]
     if len(core) == 1:
         console.print(core[0]["sae_lens_id"], style="bold", markup=False, highlight=False)
@@ -81,7 +83,7 @@ def print_core(results: Sequence[Result]) -> None:
         _print_groups(console, core[0])
     elif core:
         table = Table(title=None, box=None, pad_edge=False)
-        table.add_column("coder", overflow="fold")
+        table.add_column("coder", overflow="fold", min_width=24)
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
         for heading, *_ in chosen:
             table.add_column(heading, justify="right")
@@ -127,12 +129,12 @@ def _print_groups(console: Any, result: Result) -> None:
     for title, rows in tables.items():
         names = [name for name in shown if any(row.get(name) is not None for row in rows)]
         table = Table(box=None, pad_edge=False)
-        table.add_column(title, overflow="fold")
+        table.add_column(title, no_wrap=True)
         for name in names:
-            table.add_column(name.replace("_", " "), justify="right")
+            table.add_column(name.replace("_", " "), justify="right", min_width=7)
         for row in rows:
             cells = ["" if row.get(n) is None else format(row[n], shown[n]) for n in names]
-            table.add_row(str(row["name"]), *cells)
+            table.add_row(_brief(str(row["name"])), *cells)
         console.print()
         console.print(table)
 
