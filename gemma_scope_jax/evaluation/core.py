@@ -30,6 +30,12 @@ from gemma_scope_jax.evaluation.results import saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 
 CORE, REPLACEMENT = "core", "replacement"
+WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our own
+    "encoder_bias": "encoder_bias", "encoder_norm": "encoder_norm",
+    "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
+    "max_decoder_cosine_sim": "max_decoder_cosine", "max_encoder_cosine_sim": "max_encoder_cosine",
+    "decoder_norm": "decoder_norm", "threshold": "threshold",
+}  # fmt: skip
 
 
 def core_config(
@@ -166,16 +172,12 @@ def _layer_rows(
 def _features(metrics: Metrics, geometry: Geometry | None, coder: Coder) -> list[dict[str, Any]]:
     """A record a feature, under SAEBench's names; of several layers, layer after layer."""
     columns = {
-        "feature_density": metrics.density, "consistent_activation_heuristic": metrics.consistency,
-    }  # fmt: skip
-    if geometry is not None:
-        columns |= {
-            "encoder_bias": geometry.encoder_bias, "encoder_norm": geometry.encoder_norm,
-            "encoder_decoder_cosine_sim": geometry.encoder_decoder_cosine,
-            "max_decoder_cosine_sim": geometry.max_decoder_cosine,
-            "max_encoder_cosine_sim": geometry.max_encoder_cosine,
-            "decoder_norm": geometry.decoder_norm, "threshold": geometry.threshold,
-        }  # fmt: skip
+        "feature_density": metrics.density,
+        "consistent_activation_heuristic": metrics.consistency,
+    }
+    for theirs, our in WEIGHTS.items():
+        unknown = np.full_like(metrics.density, np.nan)
+        columns[theirs] = unknown if geometry is None else getattr(geometry, our)
     # as many digits as float32 has
     lists = [[float(f"{v:.8g}") for v in np.ravel(a).tolist()] for a in columns.values()]
     records = [
