@@ -1,10 +1,11 @@
 """The core evaluation of coders as SAEBench's documents: one a coder, one of them all together.
 
 `eval_result_metrics` has SAEBench's groups and names with the definitions of `metrics.py`, which
-differ from its own in three: "explained_variance" is 1 - FVU (SAEBench 0.6 takes a scalar for the
+differ from its own in four: "explained_variance" is 1 - FVU (SAEBench 0.6 takes a scalar for the
 mean: here "explained_variance_scalar_mean"), "mse" is E||r||^2 (SAEBench divides it by the tokens
-of a batch once more), and ablation leaves <bos> alone, as everything here does. With no result for
-a number (no ablation was run) it is -1.
+of a batch once more), ablation leaves <bos> alone, as everything here does, and a prompt of
+"consistent_activation_heuristic" is a piece of a document, not a row that several share. A number
+that there is not (no ablation was run) is -1.
 """
 
 import dataclasses

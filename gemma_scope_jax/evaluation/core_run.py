@@ -29,7 +29,7 @@ from gemma_scope_jax.evaluation.core import (
 )
 from gemma_scope_jax.evaluation.evaluate import Measured, Plan, measure
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.metrics import Coder
+from gemma_scope_jax.evaluation.metrics import COLUMNS, Coder
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
 from gemma_scope_jax.evaluation.results import (
     coder_id,
@@ -77,7 +77,9 @@ def evaluate_core(
     if needed:
         settled = tuple(n for n, i in enumerate(needed) if found[i] is not None)
         plan = dataclasses.replace(plan, replacement=replacement, settled=settled)
-        state = _Saved(out, [[configs[i], ids[i], found[i] is None] for i in needed], replacement)
+        state = _Saved(
+            out, [[configs[i], ids[i], found[i] is None] for i in needed], replacement, COLUMNS
+        )
         after = _Progress(config["tokens"], config["loss_tokens"], state)
         some = [coders[i] for i in needed]
         measured = measure(model, some, data, plan, saved=state.read(), after=after)
@@ -156,23 +158,25 @@ class _Progress:
 
     def __init__(self, tokens: int, loss_tokens: int, saved: _Saved):
         self.total = {"fit": tokens, "loss": min(tokens, loss_tokens)}
-        self.done = {"fit": 0, "loss": 0}
+        self.done = self.begun = 0
         self.saved, self.stage = saved, ""
         self.began = self.shown = self.kept = time.time()
 
     def __call__(self, measured: Measured, stage: str, tokens: int) -> None:
         now = time.time()
         if stage != self.stage:  # what compiling took is not in the rate
-            self.stage, self.began = stage, now
+            batches = measured.fitted if stage == "fit" else measured.compared
+            self.stage, self.began, self.done = stage, now, batches * tokens
+            self.begun = self.done
             print(f"{stage}: compiled, measuring", file=sys.stderr, flush=True)
         else:
-            self.done[stage] += tokens
-        if now - self.shown > SHOWN_EVERY and self.done[stage]:
+            self.done += tokens
+        if now - self.shown > SHOWN_EVERY and self.done > self.begun:
             self.shown = now
-            rate = self.done[stage] / max(now - self.began, 1e-9)
-            left = max(self.total[stage] - self.done[stage], 0) / rate
+            rate = (self.done - self.begun) / max(now - self.began, 1e-9)
+            left = max(self.total[stage] - self.done, 0) / rate
             print(
-                f"{stage}: {self.done[stage]:,} of {self.total[stage]:,} tokens  {rate:,.0f}/s  "
+                f"{stage}: {self.done:,} of {self.total[stage]:,} tokens  {rate:,.0f}/s  "
                 f"{left / 60:.1f} min left",
                 file=sys.stderr, flush=True,
             )  # fmt: skip

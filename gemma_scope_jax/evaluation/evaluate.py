@@ -220,7 +220,7 @@ def _rows(batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
     positions = np.asarray(default_positions(segments))
     labels = dict(batch.labels)
     if plan.positions:
-        labels["position"] = np.ceil(np.log2(positions + 1)).astype(np.int32)
+        labels["position"] = np.frexp(positions.astype(np.float64))[1]  # bits of the number
     groups = np.zeros((len(names), positions.size), bool)
     index: dict[str, int] = {}
     for g, (kind, _) in enumerate(names):

@@ -69,7 +69,7 @@ class Metrics:
     typical: Fit  # without the tokens of enormous norm
     layers: tuple[Fit, ...]  # of `all`, one a layer of the coder
     density: np.ndarray  # [F], [X, F] for several layers: share of tokens on which a feature fires
-    consistency: np.ndarray  # like density: tokens a piece of a document, where it fires at all
+    consistency: np.ndarray  # like density: tokens a piece of a document, of those it fires in
     losses: Losses | None
     groups: Mapping[str, tuple[dict[str, Any], ...]]  # "position": a row a group that has tokens
 
@@ -203,7 +203,7 @@ class Tally:
                 f"nothing to evaluate on: no token at or after position {coder.first} of a document"
             )
         density = self.fired / sums.tokens[0][:, None]
-        consistency = self.fired / np.maximum(self.pieces, 1)
+        consistency = np.where(self.pieces, self.fired / np.maximum(self.pieces, 1), np.nan)
         if isinstance(coder, SparseCoder):
             density, consistency = density[0], consistency[0]
         groups: dict[str, list[dict[str, Any]]] = {}

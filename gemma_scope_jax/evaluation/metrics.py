@@ -82,7 +82,7 @@ class Fit:
     """How sparse and how faithful a coder is on some tokens; of several layers their mean.
 
     The conventions for explained variance, y the activation and r its error:
-        explained_variance  1 - E||r||^2 / (E||y||^2 - ||E y||^2) = 1 - FVU (SAELens since 6.5)
+        explained_variance  1 - E||r||^2 / (E||y||^2 - ||E y||^2) = 1 - FVU (SAELens 6.54)
         ..._per_token       mean of 1 - ||r||^2 / ||y - the batch's mean||^2 (SAELens' and
                             SAEBench's "legacy"; changes with the size of the batches)
         ..._scalar_mean     1 - E||r||^2 / (E||y||^2 - (E||y||^2 / D)^2) (SAEBench 0.6's
