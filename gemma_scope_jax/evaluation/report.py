@@ -148,25 +148,29 @@ def plot_core(result: Result, path: str | os.PathLike) -> None:
     plt = _matplotlib()
     more = result["eval_result_unstructured"]
     rows = more["groups"].get("position", [])
-    lines = [(name, label) for name, label in (
-        ("fvu", "FVU"), ("delta_loss", "delta loss, nats"), ("kl", "KL, nats"),
-    ) if any(row.get(name) is not None for row in rows)]  # fmt: skip
-    fig, axes = plt.subplots(1, 1 + bool(lines), figsize=(5 * (1 + bool(lines)), 3.6))
-    axes = list(axes) if lines else [axes]
+    panels = [
+        [(n, label) for n, label in some if any(row.get(n) is not None for row in rows)]
+        for some in ([("fvu", "FVU")], [("delta_loss", "delta loss, nats"), ("kl", "KL, nats")])
+    ]
+    panels = [some for some in panels if some]
+    fig, axes = plt.subplots(
+        1, 1 + len(panels), figsize=(4.5 * (1 + len(panels)), 3.6), squeeze=False
+    )
+    first, *others = axes[0]
     histogram = more["density_histogram"]
     edges, counts = histogram["log10_edges"], histogram["counts"]
-    axes[0].bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge")
+    first.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge")
     used = [edge for edge, count in zip(edges, counts) if count]
-    axes[0].set_xlim((min(used, default=-4)) - 0.5, 0.1)
-    axes[0].set(xlabel="log10 density", ylabel="features")
-    axes[0].set_title(f"{histogram['never']:,} never fired", fontsize=9)
-    for name, label in lines:
-        some = [row for row in rows if row.get(name) is not None]
-        axes[1].plot([row["name"] for row in some], [row[name] for row in some], "o-", label=label)
-    if lines:
-        axes[1].set(xlabel="position in the document")
-        axes[1].tick_params(axis="x", rotation=45)
-        axes[1].legend(fontsize=8)
+    first.set_xlim(min(used, default=-4) - 0.5, 0.1)
+    first.set(xlabel="log10 density", ylabel="features")
+    first.set_title(f"{histogram['never']:,} never fired", fontsize=9)
+    for axis, some in zip(others, panels):
+        for name, label in some:
+            known = [row for row in rows if row.get(name) is not None]
+            axis.plot([r["name"] for r in known], [r[name] for r in known], "o-", label=label)
+        axis.set(xlabel="position in the document")
+        axis.tick_params(axis="x", rotation=45)
+        axis.legend(fontsize=8)
     fig.suptitle(short_name(result), fontsize=10)
     _save(plt, fig, path)
 
