@@ -26,6 +26,8 @@ _PUBLIC = {
     "coders.catalog": ["addresses"],
     "training.train": ["train"],
     "evaluation.evaluate": ["evaluate"],
+    "extraction.extract": ["extract"],
+    "extraction.store": ["FeatureStore"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

@@ -11,13 +11,14 @@ import sys
 import tyro
 
 from gemma_scope_jax.cli.evaluate import evaluate
+from gemma_scope_jax.cli.extract import extract
 from gemma_scope_jax.cli.look import check, inspect, list_
 from gemma_scope_jax.cli.train import activations, train
 from gemma_scope_jax.errors import InputError
 
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
-    "evaluate": evaluate,
+    "extract": extract, "evaluate": evaluate,
 }  # fmt: skip
 
 

@@ -35,12 +35,18 @@ def given_text(text: str, file: Path | None) -> str:
 
 
 def load_all(
-    model: str, coders: Sequence[str], dtype: Dtype, *, one_layer: bool = False
+    model: str,
+    coders: Sequence[str],
+    dtype: Dtype,
+    *,
+    one_layer: bool = False,
+    mesh: tuple[int, int] | None = None,
 ) -> tuple[Any, list[Any], Any]:
     """Model, coders and tokenizer; the small things first, so that mistakes show at once.
 
     A glob among `coders` stands for all packaged coders, published addresses and folders that it
-    matches. `one_layer`: those of several layers are refused.
+    matches. `one_layer`: those of several layers are refused. `mesh`: (data, model) devices that
+    the model is spread over.
     """
     use_compilation_cache()
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
@@ -50,6 +56,7 @@ def load_all(
         from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
         from gemma_scope_jax.evaluation.evaluate import check_fits
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
+        from gemma_scope_jax.model.sharding import make_mesh
         from gemma_scope_jax.model.tokenizer import load_tokenizer
 
         names = [name for given in coders for name in matching(given)]
@@ -68,7 +75,8 @@ def load_all(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with bar(f"loading model {model} ({dtype})") as progress:
-        return load_model(model, dtype=dtype, progress=progress), loaded, tok
+        spread: dict[str, Any] = {} if mesh is None else {"mesh": make_mesh(*mesh)}
+        return load_model(model, dtype=dtype, progress=progress, **spread), loaded, tok
 
 
 def use_compilation_cache() -> None:

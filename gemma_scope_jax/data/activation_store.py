@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +31,9 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import shard_batch
+from gemma_scope_jax.progress import Progress
 
 _OPEN_FILES = 128
-_LOG_EVERY = 10.0  # seconds
 
 Layers = Mapping[str, Sequence[int]]
 
@@ -100,13 +99,13 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
         sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
     data = {"text": batches.fingerprint, "rows": batches.rows, "length": batches.length}
     return files.FORMAT | {
-        "model": _model_identity(model), "sites": held, "dtype": dtype, "first": first,
+        "model": model_identity(model), "sites": held, "dtype": dtype, "first": first,
         "shard_rows": shard_rows, "data": data, "rows": 0, "shards": [],
         "position": batches.position, "skip": 0, "sums": sums,
     }  # fmt: skip
 
 
-def _model_identity(model: Model) -> dict[str, str]:
+def model_identity(model: Model) -> dict[str, str]:
     """Name, dtype and a checksum of the final norm, which any two checkpoints differ in."""
     norm = model.params.final_norm
     if not norm.is_fully_addressable:
@@ -156,7 +155,7 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
     if left > shutil.disk_usage(path).free:
         raise _full(path, manifest, tokens)
     rows, shard_rows, skip = manifest["rows"], manifest["shard_rows"], manifest["skip"]
-    begun, began, logged = rows, time.monotonic(), time.monotonic()
+    progress = Progress(tokens, begun=rows)
     buffers, spare = (
         files.shard_buffers(manifest, min(shard_rows, tokens - rows)) for _ in range(2)
     )
@@ -178,10 +177,7 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
                         files.write_shard, path, manifest, buffers, filled, *place
                     )
                     buffers, spare, filled = spare, buffers, 0
-            now = time.monotonic()
-            if now - logged > _LOG_EVERY or rows == tokens:
-                _progress(rows, begun, tokens, now - began)
-                logged = now
+            progress.at(rows)
             if rows == tokens:
                 break
         if writing is not None:
@@ -198,15 +194,6 @@ def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:
         for name, buffer in tensors.items():
             for into, x in zip(buffer, values[site][name]):
                 np.take(x, keep, axis=0, out=into[start : start + len(keep)], mode="clip")
-
-
-def _progress(rows: int, begun: int, tokens: int, seconds: float) -> None:
-    rate = (rows - begun) / max(seconds, 1e-9)
-    left = (tokens - rows) / max(rate, 1e-9) / 60
-    print(
-        f"{100 * rows / tokens:5.1f} %  {rows:,} tokens  {rate:,.0f} tokens/s  {left:.0f} min left",
-        file=sys.stderr,
-    )
 
 
 def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tuple]:

@@ -57,7 +57,7 @@ class TokenBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class Piece:
     """The tokens of a document without <bos>, which of them count, where to start in them."""
 
     epoch: int
@@ -67,9 +67,9 @@ class _Piece:
     offset: int = 0
 
 
-def _fill(
-    pieces: Iterable[_Piece], rows: int, length: int, bos: int
-) -> Iterator[tuple[TokenBatch, _Piece | None]]:
+def fill_rows(
+    pieces: Iterable[Piece], rows: int, length: int, bos: int
+) -> Iterator[tuple[TokenBatch, Piece | None]]:
     """Batches of `rows` rows, each with the document from whose offset on the next one goes on.
 
     The last batch may be padded; nothing comes after it (None).
@@ -109,8 +109,8 @@ def pack(
     get fewer than 8 tokens at the end of a row starts in the next.
     """
     ids = (encode(document) for document in documents)
-    pieces = (_Piece(0, 0, i, np.ones(len(i), bool)) for i in ids)
-    return (filled for filled, _ in _fill(pieces, batch, length, bos))
+    pieces = (Piece(0, 0, i, np.ones(len(i), bool)) for i in ids)
+    return (filled for filled, _ in fill_rows(pieces, batch, length, bos))
 
 
 class TokenBatches:
@@ -152,7 +152,7 @@ class TokenBatches:
             raise InputError(f"workers must be at least 1, not {workers}")
         self._epochs = 1 if self._documents.once else epochs
         _check_shard(shard, self._documents)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = fingerprint(self._documents, self.data, tokenizer, seed, shard)
         beginning = {"data": self.fingerprint, **dict.fromkeys(_PLACE, 0)}
         self._go_to(beginning if position is None else position)
 
@@ -172,7 +172,7 @@ class TokenBatches:
                 "seed, hosts or tokenizer have changed; restore them, or start again"
             )
         self.position: dict[str, Any] = dict(position)
-        self._batches = _fill(self._pieces(), self.rows, self.length, self._tokenizer.bos_id)
+        self._batches = fill_rows(self._pieces(), self.rows, self.length, self._tokenizer.bos_id)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
@@ -186,51 +186,57 @@ class TokenBatches:
         self.position = {"data": self.fingerprint, **dict(zip(_PLACE, place))}
         return batch
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _pieces(self) -> Iterator[Piece]:
         epoch, start, offset = (self.position[k] for k in _PLACE)
         with ThreadPoolExecutor(self._workers, "tokenise") as pool:
             while self._epochs is None or epoch < self._epochs:
                 some = start > 0 or offset > 0
                 records = self._documents.ordered(self.seed, epoch, self.shard, start)
-                encoded = _map_ahead(pool, self._encode, records, 4 * self._workers)
+                encoded = map_ahead(pool, self._encode, records, 4 * self._workers)
                 for number, (ids, counts) in enumerate(encoded, start):
                     if offset > len(ids):
                         raise InputError("the text has changed since the run was stopped")
                     some |= len(ids) > 0
-                    yield _Piece(epoch, number, ids, counts, offset)
+                    yield Piece(epoch, number, ids, counts, offset)
                     offset = 0
                 if not some:
                     raise InputError("no text: all documents of this host are empty or unusable")
                 epoch, start, offset = epoch + 1, 0, 0
 
     def _encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids without <bos>, and which of them count."""
-        tok = self._tokenizer
-        try:
-            document = parse(record, self.data)
-            if isinstance(document, str):
-                ids = tok.encode(document, bos=False)
-                return ids, ~tok.special[ids]
-            chat = tok.chat(document, add_generation_prompt=False)
-        except InputError as error:
-            if self.data.skip_bad:
-                return np.zeros(0, np.int32), np.zeros(0, bool)
-            where = "" if record.where in str(error) else f"{record.where}: "
-            hint = "" if record.kind == "string" else " (or set skip_bad=True)"
-            raise InputError(f"{where}{error}{hint}") from error
-        said = chat.mask(*self.data.counted_roles)[1:]
-        return chat.ids[1:], said & ~tok.special[chat.ids[1:]]
+        return encode_record(self._tokenizer, record, self.data)
 
-    def _fingerprint(self) -> str:
-        """Tells data, order and tokenizer from others; 16 hexadecimal digits."""
-        settings = dataclasses.asdict(self.data)
-        for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
-            del settings[name]
-        if not isinstance(self._documents, Streamed):
-            del settings["shuffle_window"]
-        sample = self._tokenizer.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
-        parts = [self._documents.identity, settings, self.seed, list(self.shard), sample]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+def fingerprint(
+    documents: Documents, data: TextData, tok: Any, seed: int | None, shard: Shard = (0, 1)
+) -> str:
+    """Tells data, order and tokenizer from others; 16 hexadecimal digits."""
+    settings = dataclasses.asdict(data)
+    for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
+        del settings[name]
+    if not isinstance(documents, Streamed):
+        del settings["shuffle_window"]
+    sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
+    parts = [documents.identity, settings, seed, list(shard), sample]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def encode_record(tok: Any, record: Record, data: TextData) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a document without <bos>, int32 [n], and which of them count, bool [n]."""
+    try:
+        document = parse(record, data)
+        if isinstance(document, str):
+            ids = tok.encode(document, bos=False)
+            return ids, ~tok.special[ids]
+        chat = tok.chat(document, add_generation_prompt=False)
+    except InputError as error:
+        if data.skip_bad:
+            return np.zeros(0, np.int32), np.zeros(0, bool)
+        where = "" if record.where in str(error) else f"{record.where}: "
+        hint = "" if record.kind == "string" else " (or set skip_bad=True)"
+        raise InputError(f"{where}{error}{hint}") from error
+    said = chat.mask(*data.counted_roles)[1:]
+    return chat.ids[1:], said & ~tok.special[chat.ids[1:]]
 
 
 def _check_shard(shard: Shard, documents: Documents) -> None:
@@ -245,7 +251,7 @@ def _check_shard(shard: Shard, documents: Documents) -> None:
 # Ahead of time
 
 
-def _map_ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator[Any]:
     """`map(function, items)`, in order, with up to `ahead` items under way in the pool."""

@@ -1,0 +1,323 @@
+"""Sparse features of a text: ours against transformers + SAELens, and against our bare forward.
+
+    make peers && .venv/bin/python benchmarks/extract.py [--coders sae transcoders] [--tokens 40960]
+
+Ours is `extract`: text in, a finished store on the disk, index and checksums included. The peer is
+the loop people write: a transformers model cut after the last layer that is read, a hook there,
+SAELens' `encode`, and the active features (token, feature, value) of each batch saved by numpy; it
+is given token ids, so it tokenises nothing. The bare forward is ours to the same layer, on the same
+batches of 8 x 256 tokens, and nothing is done with the activations.
+
+The three take turns, on the same text in float32 (or --dtype bfloat16); the active features are
+compared before the times are: the same, but for those within 1e-4 of their threshold, relative to
+the token's largest activation. The floor is the model's and the encoders' products at the best
+matmul rate measured in float32. On a GPU: --device gpu --rows 32 --length 1024 --tokens 1048576.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SAE = "gemma-3-270m-resid-post-12-width-4k-l0-50"
+TRANSCODERS = [f"gemma-3-270m-transcoder-{i}-width-384-l0-20-affine" for i in range(18)]
+CODERS = {"sae": [SAE], "transcoders": TRANSCODERS}
+TIE = 1e-4
+D, LAYER = 640, 640 * (4 * 256 + 2 * 256) + 4 * 256 * 640 + 3 * 640 * 2048  # weights of a layer
+
+
+def flops(coders: str, length: int) -> float:
+    """Matmul flops of a token: the layers run, attention over (T + 1) / 2 keys, the encoders."""
+    layers, width = (13, 4096) if coders == "sae" else (18, 18 * 384)
+    return 2.0 * layers * (LAYER + 2 * 4 * 256 * (length + 1) / 2) + 2 * D * width
+
+
+def text(tokens: int, length: int) -> str:
+    """One document of `tokens` tokens without <bos>, so that every row but the last is full."""
+    import gemma_scope_jax as gs
+
+    tok = gs.load_tokenizer("gemma-3-270m")
+    files = [ROOT / "LICENSE", ROOT / "README.md", *sorted((ROOT / "tests").glob("*.py"))]
+    ids = np.concatenate([tok.encode(f.read_text(), bos=False) for f in files])
+    rng, parts, size = np.random.default_rng(0), [], 0
+    while size < tokens:  # long enough whatever the number: pieces of the repository in any order
+        start = int(rng.integers(0, len(ids) - 400))
+        parts.append(tok.decode(ids[start : start + int(rng.integers(100, 400))].tolist()))
+        size += len(tok.encode(parts[-1], bos=False))
+    return "".join(parts)
+
+
+def serve(answers: dict) -> None:
+    """Answer lines "NAME ARGUMENTS" of stdin by a number each."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, *arguments = line.split()
+        print(answers[name](*arguments), flush=True)
+
+
+def best(product) -> float:
+    product()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def ours(args) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import gemma_scope_jax as gs
+    from gemma_scope_jax.coders.interop import save_saelens
+    from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
+
+    folder = Path(args.folder)
+    model = gs.load_model("gemma-3-270m", dtype=args.dtype)
+    tok = gs.load_tokenizer("gemma-3-270m")
+    coders = {name: gs.load_coder(name) for name in CODERS[args.coders]}
+    if not (folder / "model").exists():
+        save_huggingface(gs.load_model("gemma-3-270m", dtype="float32"), folder / "model")
+    for name, coder in coders.items():
+        save_saelens(coder, folder / name)
+    document = text(args.tokens, args.length)
+    last = max(coder.layer for coder in coders.values())
+    site = coders[CODERS[args.coders][0]].reads
+
+    @jax.jit
+    def bare(model, tokens, segments):
+        reads = [gs.capture(site, last)]
+        out = gs.forward(model, tokens, reads, segments=segments, stop_at_layer=last + 1,
+                         logits="none", remat=None)  # fmt: skip
+        return out.reads[site]
+
+    def run() -> float:
+        shutil.rmtree(folder / "store", ignore_errors=True)
+        start = time.perf_counter()
+        store = gs.extract(model, coders, tok, [document], folder / "store", rows=args.rows,
+                           length=args.length, precision=args.precision)  # fmt: skip
+        return len(store) / (time.perf_counter() - start)
+
+    def prepare() -> float:
+        """Write the store's tokens as batches [n, rows, length] for the peer."""
+        run()
+        store = gs.FeatureStore(folder / "store")
+        ids = np.concatenate([segment.tokens for segment in store.segments()])
+        size = args.rows * args.length
+        batches = ids[: len(ids) // size * size].reshape(-1, args.rows, args.length)
+        assert (batches[:, :, 0] == tok.bos_id).all()
+        np.save(folder / "tokens.npy", batches)
+        return store.bytes / len(store)
+
+    def forward() -> float:
+        batches = np.load(folder / "tokens.npy").astype(np.int32)
+        segments = jnp.ones(batches.shape[1:], jnp.int32)
+        bare(model, jnp.asarray(batches[0]), segments).block_until_ready()
+        start = time.perf_counter()
+        for batch in batches:
+            out = bare(model, jnp.asarray(batch), segments)
+        out.block_until_ready()
+        return batches.size / (time.perf_counter() - start)
+
+    a, w = jnp.ones((2048, D), args.dtype), jnp.ones((D, 2048), args.dtype)
+    product = jax.jit(lambda a, w: jnp.matmul(a, w))
+    rate = lambda: 2 * 2048 * 2048 * D / best(lambda: product(a, w).block_until_ready())
+    serve({"prepare": prepare, "run": run, "forward": forward, "matmul": rate})
+
+
+def peer(args) -> None:
+    import torch
+    from sae_lens import SAE
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, device = Path(args.folder), "cuda" if args.device == "gpu" else "cpu"
+    names = CODERS[args.coders]
+    layers = [12] if args.coders == "sae" else list(range(18))
+    config = AutoConfig.from_pretrained(folder / "model")
+    config.num_hidden_layers = max(layers) + 1
+    config.layer_types = config.layer_types[: config.num_hidden_layers]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", config=config, dtype=getattr(torch, args.dtype)
+    ).model.eval().to(device)  # fmt: skip
+    saes = [SAE.load_from_disk(str(folder / name), device=device) for name in names]
+    seen: dict[int, torch.Tensor] = {}
+
+    def hook(layer):
+        def keep(module, inputs, output):
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    for layer in layers:
+        block = model.layers[layer]
+        module = block if args.coders == "sae" else block.pre_feedforward_layernorm
+        module.register_forward_hook(hook(layer))
+
+    def run() -> float:
+        batches = torch.tensor(np.load(folder / "tokens.npy"), dtype=torch.long)
+        out = folder / "peer"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for number, batch in enumerate(batches):
+                model(batch.to(device), use_cache=False)
+                for layer, sae in zip(layers, saes):
+                    f = sae.encode(seen[layer].float())
+                    f[:, 0] = 0  # <bos>
+                    f = f.reshape(-1, f.shape[-1])
+                    where = torch.nonzero(f)
+                    values = f[where[:, 0], where[:, 1]]
+                    np.savez(out / f"{number}.{layer}.npz", where=where.to(torch.int32).cpu(),
+                             values=values.half().cpu() if args.dtype != "float32"
+                             else values.cpu())  # fmt: skip
+        return batches.numel() / (time.perf_counter() - start)
+
+    a = torch.ones(2048, D, dtype=getattr(torch, args.dtype), device=device)
+    w = torch.ones(D, 2048, dtype=a.dtype, device=device)
+
+    def product():
+        a @ w
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    serve({"run": run, "matmul": lambda: 2 * 2048 * 2048 * D / best(product)})
+
+
+class Side:
+    """One process of the comparison."""
+
+    def __init__(self, python: Path, role: str, args, folder: str, coders: str):
+        command = [python, __file__, "--role", role, "--coders", coders, "--folder", folder]
+        for name in ("dtype", "device", "tokens", "rows", "length", "precision"):
+            command += [f"--{name}", getattr(args, name)]
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        self._until("ready")
+
+    def _until(self, what: str) -> None:
+        for line in self.process.stdout:
+            if line.strip() == what:
+                return
+        raise SystemExit("a side stopped: see its message above")
+
+    def ask(self, line: str) -> float:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare_features(coders: str, folder: str, rows: int, length: int) -> tuple[float, float, int]:
+    """(share of entries that both have, largest relative distance from the threshold of the others,
+    entries) over all coders. Distances are relative to the token's largest activation.
+    """
+    import gemma_scope_jax as gs
+
+    store, size = gs.FeatureStore(Path(folder) / "store"), rows * length
+    shared = total = 0
+    worst = 0.0
+    batches = np.load(Path(folder) / "tokens.npy").shape[0]
+    for name in CODERS[coders]:
+        coder = gs.load_coder(name)
+        threshold, width = np.asarray(coder.threshold), coder.width
+        mine: dict[int, float] = {}
+        for segment in store.segments():
+            offsets, ids, values = segment.by_token(name)
+            row = np.repeat(np.arange(len(segment)) + segment.start, np.diff(offsets))
+            mine |= dict(zip((row * width + ids).tolist(), values.tolist()))
+        theirs: dict[int, float] = {}
+        for number in range(batches):
+            saved = np.load(Path(folder) / "peer" / f"{number}.{coder.layer}.npz")
+            row = saved["where"][:, 0].astype(np.int64) + number * size
+            keys = (row * width + saved["where"][:, 1]).tolist()
+            theirs |= dict(zip(keys, saved["values"].astype(np.float64).tolist()))
+        mine = {k: v for k, v in mine.items() if k < batches * size * width}
+        largest = np.zeros(batches * size)
+        for key, value in mine.items():
+            largest[key // width] = max(largest[key // width], value)
+        both = mine.keys() & theirs.keys()
+        shared, total = shared + len(both), total + len(mine.keys() | theirs.keys())
+        for key in mine.keys() ^ theirs.keys():
+            value = mine.get(key, theirs.get(key))
+            worst = max(worst, (value - threshold[key % width]) / max(largest[key // width], 1e-9))
+        far = max(abs(mine[k] - theirs[k]) / max(theirs[k], 1e-9) for k in both)
+        print(f"  {name}: {len(mine)} entries, largest relative difference {far:.1e}",
+              file=sys.stderr)  # fmt: skip
+    return shared / max(total, 1), worst, total
+
+
+def compare(coders: str, args, folder: str) -> dict:
+    sides = {"ours": Side(Path(sys.executable), "ours", args, folder, coders)}
+    size = sides["ours"].ask("prepare")
+    sides["peer"] = Side(args.peers, "peer", args, folder, coders)
+    sides["peer"].ask("run")
+    share, worst, entries = compare_features(coders, folder, args.rows, args.length)
+    rates: dict[str, list[float]] = {"ours": [], "forward": [], "peer": []}
+    for _ in range(args.rounds):
+        rates["forward"].append(sides["ours"].ask("forward"))
+        rates["ours"].append(sides["ours"].ask("run"))
+        rates["peer"].append(sides["peer"].ask("run"))
+    product = max(side.ask("matmul") for side in sides.values())
+    for side in sides.values():
+        side.close()
+    rate = {name: statistics.median(some) for name, some in rates.items()}
+    floor = product / flops(coders, args.length)
+    print(f"{coders}, {args.dtype}: ours {rate['ours']:.0f}, bare forward {rate['forward']:.0f}, "
+          f"transformers + SAELens {rate['peer']:.0f} tokens/s; ours / forward "
+          f"{rate['ours'] / rate['forward']:.2f}; {size:.0f} bytes a token; {entries} entries, "
+          f"{share:.6f} shared, the others within {worst:.1e} of the threshold; matmul "
+          f"{product / 1e9:.0f} GFLOP/s, so the floor is {floor:.0f} tokens/s")  # fmt: skip
+    return {
+        "name": f"extract-{coders}-{args.dtype}", "ours": rate["ours"], "peer": rate["peer"],
+        "ratio": rate["ours"] / rate["peer"], "of_forward": rate["ours"] / rate["forward"],
+        "floor_share": rate["ours"] / floor, "bytes_per_token": size,
+        "agree": bool(worst < TIE if args.dtype == "float32" else share > 0.95),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coders", nargs="+", default=["sae", "transcoders"], choices=CODERS)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--tokens", type=int, default=40_960)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--precision", default="highest")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")
+    parser.add_argument("--role", choices=("ours", "peer"))
+    parser.add_argument("--folder")
+    args = parser.parse_args()
+    if args.role:
+        args.coders = args.coders[0]
+        return {"ours": ours, "peer": peer}[args.role](args)
+    if not args.peers.exists():
+        raise SystemExit(f"{args.peers} is missing: run `make peers` first")
+    rows = []
+    for coders in args.coders:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(compare(coders, args, folder))
+    for row in rows:
+        print(json.dumps(row))
+    return None
+
+
+if __name__ == "__main__":
+    main()

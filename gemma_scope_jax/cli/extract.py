@@ -1,0 +1,90 @@
+"""Large-scale sparse features: `extract`."""
+
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gemma_scope_jax.cli.shared import Dtype, Name, load_all
+from gemma_scope_jax.errors import InputError
+
+Coders = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER...", help_behavior_hint="")
+]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
+
+
+def extract(
+    coders: Coders,
+    *,
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    text: Files = (),
+    tfds: Name = "",
+    messages: Name = "",
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")] = ("model",),
+    field: Name = "text",
+    skip_bad: bool = False,
+    tokens: int | None = None,
+    model: Name = "",
+    dtype: Dtype = "auto",
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int = 0,
+    in_order: bool = False,
+    values: Literal["float16", "float32"] = "float16",
+    slots: int | None = None,
+    precision: Literal["highest", "high", "default"] = "highest",
+    mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
+    processes: int = 1,
+    process: int = 0,
+    plan: bool = False,
+    json: bool = False,
+) -> None:
+    """Store the features that fire on a text: every coder, every token, in one model pass.
+
+    The same command goes on after an interruption. Several processes or hosts run it side by side
+    into one folder: give each `--processes N --process I`.
+
+    Args:
+        coders: Addresses of the release, folders, packaged coders, or globs of them.
+        out: Folder of the store, local or gs://.
+        text: Text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .array_record.
+        tfds: Instead: a TensorFlow Datasets name.
+        messages: The key under which JSON records hold a chat.
+        roles: Whose tokens count in chats.
+        field: The key that holds the text in JSON records.
+        skip_bad: Leave out records that cannot be used.
+        tokens: About how many, in whole documents; default: all.
+        model: A name, a folder or a file; default: the coders' model.
+        dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
+        rows: Rows of a batch; default: 2,048 tokens on a CPU, 32,768 elsewhere.
+        length: Tokens of a row.
+        seed: Of the documents' order.
+        in_order: Take the documents as they lie.
+        values: How activations are kept.
+        slots: Features a token has room for before it takes a slower path; default: 4 times L0.
+        precision: Of the encoders' products; highest is float32.
+        mesh: Devices to spread the rows and the features over; default: one device.
+        processes: How many processes share the work.
+        process: Which this is, from 0.
+        plan: Only say what it would take: tokens, bytes, memory, time.
+        json: Print JSON.
+    """
+    from gemma_scope_jax.data.documents import TextData
+
+    if not coders:
+        raise InputError("name at least one coder")
+    data = TextData(
+        files=text, tfds=tfds, messages=messages, roles=roles, field=field, skip_bad=skip_bad
+    )
+    loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh)
+    from gemma_scope_jax.extraction.extract import extract as run_extraction
+    from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
+
+    settings: dict[str, Any] = dict(
+        tokens=tokens, rows=rows, length=length, seed=None if in_order else seed, values=values,
+        slots=slots, precision=precision, share=(process, processes),
+    )  # fmt: skip
+    if plan:
+        print_plan(plan_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
+    else:
+        print_store(run_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)

@@ -1,0 +1,335 @@
+"""Sparse features of a text, by the billion: model, coders and text in, a store of what fires out.
+
+    store = extract(model, {"sae": sae}, tok, TextData(files=("*.txt",)), "store", tokens=1_000_000)
+
+The device runs a batch while the host writes the one before. Each shard is whole or not there, so
+the same call goes on after a kill at any moment; several processes, on one machine or on many, take
+every n-th shard (`share`) and write side by side into one folder, local or gs://.
+"""
+
+import collections
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.buckets import folder_path, is_remote
+from gemma_scope_jax.data.activation_files import no_space
+from gemma_scope_jax.data.activation_store import model_identity
+from gemma_scope_jax.data.text import prefetch
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation.evaluate import check_fits
+from gemma_scope_jax.extraction import active as on_device
+from gemma_scope_jax.extraction import manifest as manifests
+from gemma_scope_jax.extraction.active import Active, Coder, Group
+from gemma_scope_jax.extraction.shard_files import (
+    VALUES,
+    Entries,
+    ShardWriter,
+    remove_leftovers,
+    shard_name,
+)
+from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.sharding import mesh_of, shard_batch
+from gemma_scope_jax.progress import Progress
+
+SHARD = 1 << 17  # tokens of a shard, about
+
+
+def extract(
+    model: Model,
+    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    tok: Any,
+    source: Any,
+    folder: str | os.PathLike,
+    *,
+    tokens: int | None = None,
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int | None = 0,
+    values: str = "float16",
+    slots: int | None = None,
+    precision: str = "highest",
+    shard_tokens: int = SHARD,
+    share: tuple[int, int] = (0, 1),
+) -> FeatureStore:
+    """Store the active features of `coders` on a text; returns the store.
+
+    coders     by name; without names they are called by their addresses
+    source     the trainer's: a `TextData`, a list of strings, a function returning an iterable
+    folder     the same call continues what was begun there; more `tokens` extend it
+    tokens     that count, about: whole documents, to one of them up to two million; None: all
+    rows, length  of a batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
+    seed       of the documents' order; None: as they lie
+    values     "float16", scaled by a power of two for each coder and segment, or "float32"
+    slots      features a token has room for; more are right, too, but slower
+    precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
+               TPUs and TF32 on GPUs, "default" one pass and TF32
+    share      (i, n): this process makes every n-th shard, from the i-th on
+
+    Tokens before a coder's `first` of each piece have no features, nor have those that the data
+    exclude. Raises `InputError` for what does not fit: a coder, another store in the folder, a full
+    disk, activations that are not finite.
+    """
+    named = manifests.named(coders)
+    job = job_of(model, named, tok, source, rows=rows, length=length, seed=seed, values=values,
+                 slots=slots, precision=precision, shard_tokens=shard_tokens,
+                 share=share)  # fmt: skip
+    path = folder_path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(path):
+            remove_leftovers(path)  # type: ignore[arg-type]
+        plan = manifests.agree(path, job, tokens)
+        left = manifests.missing(path, plan)
+        mine = [shard for shard in left if shard % share[1] == share[0]]
+        if mine:
+            _check_room(path, named, plan, len(mine), values)
+            _write(model, named, path, plan, mine, job)
+        manifests.finish(path, plan)
+    except OSError as error:
+        what = "no space left" if no_space(error) else error.strerror or error
+        hint = "free some and run the same again: whole shards stay" if no_space(error) else ""
+        raise InputError(f"{path}: {what}{'; ' * bool(hint)}{hint}") from error
+    return FeatureStore(path)
+
+
+def job_of(
+    model: Model,
+    named: Mapping[str, Coder],
+    tok: Any,
+    source: Any,
+    *,
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int | None = 0,
+    values: str = "float16",
+    slots: int | None = None,
+    precision: str = "highest",
+    shard_tokens: int = SHARD,
+    share: tuple[int, int] = (0, 1),
+) -> manifests.Job:
+    """The settings of an extraction, checked."""
+    index, count = share
+    for name, coder in named.items():
+        try:
+            check_fits(model.config, coder)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    if values not in VALUES:
+        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
+    if precision not in on_device.PRECISIONS:
+        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
+    if not 0 <= index < count:
+        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
+    if not 2 <= length <= model.config.context:
+        raise InputError(f"length {length}: {model.config.name} takes 2 to {model.config.context}")
+    rows = _rows_for(model, length) if rows is None else rows
+    widest = max(coder.width for coder in named.values())
+    slots = on_device.slots_for(list(named.values())) if slots is None else slots
+    if rows < 1 or slots < 1:
+        raise InputError(f"rows {rows} and slots {slots} must be at least 1")
+    return manifests.Job(
+        text=open_text(source, tok, seed), rows=rows, length=length, values=values,
+        slots=min(slots, widest), precision=precision, shard_tokens=shard_tokens,
+        model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
+    )  # fmt: skip
+
+
+def _rows_for(model: Model, length: int) -> int:
+    """Rows of a batch that keep a device busy."""
+    rows = max(1, (2048 if jax.default_backend() == "cpu" else 32768) // length)
+    mesh = mesh_of(model.params.embed)
+    return rows if mesh is None else -(-rows // mesh.shape["data"]) * mesh.shape["data"]
+
+
+def _check_room(path: Any, named: Mapping[str, Coder], plan: Plan, shards: int, values: str):
+    if is_remote(path):
+        return
+    free, needed = (
+        shutil.disk_usage(path).free,
+        shards * plan.per_shard * plan.mean * token_bytes(named, values),
+    )
+    if needed > free:
+        raise InputError(
+            f"{path}: {shards} shards need about {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
+            "free; free some, or extract fewer tokens"
+        )
+
+
+def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
+    """About how many bytes of the store a token takes: its id, and of each active feature the id,
+    the activation twice and its place in the index.
+    """
+    entry = {"float16": 5.8, "float32": 9.4}[values]
+    l0 = sum((c.info.l0 or 64.0) * len(on_device.layers_of(c)) for c in coders.values())
+    return 3.0 + entry * l0
+
+
+# -------------------------------------------------------------------------------------------------
+# Running
+
+
+class Runner:
+    """The compiled pass of a job: a batch in, active features on the device out."""
+
+    def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
+        self.mesh = getattr(model.params.embed.sharding, "mesh", None)
+        if self.mesh is not None and "data" not in self.mesh.axis_names:
+            self.mesh = None
+        self.model, self.slots = model, slots
+        self.groups, self.coders = on_device.grouped(coders), coders
+        self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
+        self._put = jnp.asarray if self.mesh is None else partial(shard_batch, self.mesh)
+        self._run = partial(
+            on_device.active_features, groups=self.groups, form=on_device.compaction(),
+            precision=precision,
+        )  # fmt: skip
+        self.again = 0  # batches that had to run again with more slots
+
+    def compiled(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> Any:
+        """The program for batches of this shape."""
+        batch = (self._put(a) for a in (tokens, segments, counts))
+        jitted = on_device.active_features
+        return jitted.lower(self.model, self.weights, *batch, slots=self.slots,
+                            **self._run.keywords).compile()  # fmt: skip
+
+    def start(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
+        """Begin a batch [B, T]; hand what this returns to `finish`."""
+        batch = tuple(self._put(a) for a in (tokens, segments, counts))
+        return batch, self._run(self.model, self.weights, *batch, slots=self.slots)
+
+    def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
+        """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
+        batch, found = started
+        slots, widest = self.slots, max(group.width for group in self.groups)
+        while any(np.asarray(active.overflow).any() for active in found):
+            slots = min(4 * slots, widest)
+            self.again += 1
+            found = self._run(self.model, self.weights, *batch, slots=slots)
+        entries: dict[tuple[str, int], Entries] = {}
+        for group, active in zip(self.groups, found):
+            host = jax.tree.map(np.asarray, active.replace(spilled=None))
+            _check_finite(group, host)
+            for i, member in enumerate(group.members):
+                entries[member] = layer_entries(group, host, active.spilled, i, kept)
+        order = [(name, own) for name, coder in self.coders.items()
+                 for own in range(len(on_device.layers_of(coder)))]  # fmt: skip
+        return [entries[member] for member in order]
+
+
+def _check_finite(group: Group, active: Active) -> None:
+    if not active.finite.all():
+        layer = group.layers[int(np.argmin(active.finite))]
+        raise InputError(
+            f"{group.site} of layer {layer}: the model's activations are not finite; a damaged "
+            "model, or one that overflows in this dtype"
+        )
+
+
+def layer_entries(group: Group, active: Active, spilled: Any, i: int, kept: np.ndarray) -> Entries:
+    """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
+    count, parts = active.count[i][kept], active.count.shape[-1]
+    slots, part = active.values.shape[-1] // parts, group.width // parts
+    over = count > slots
+    fits = np.where(over, 0, count)
+    used = np.arange(slots, dtype=np.int32)[None, None, :] < fits[..., None]
+    ids = active.features[i][kept].reshape(used.shape).astype(np.int32)
+    if parts > 1:
+        ids += np.arange(parts, dtype=np.int32)[None, :, None] * part
+    ids, values = ids[used], active.values[i][kept].reshape(used.shape)[used]
+    counts = count.sum(-1, dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    if not over.any():
+        return Entries(offsets, ids, values)
+    rows = np.repeat(np.arange(len(kept)), fits.sum(-1))
+    more = [*_spilled(active.spilled_tokens[i], np.asarray(spilled[i]), over, kept, part,
+                      len(active.count[i]))]  # fmt: skip
+    rows, ids, values = (
+        np.concatenate([some, *extra]) for some, extra in zip((rows, ids, values), zip(*more))
+    )
+    order = np.argsort(rows * group.width + ids, kind="stable")
+    return Entries(offsets, ids[order], values[order])
+
+
+def _spilled(tokens, spilled, over, kept, part: int, n: int) -> Iterator[tuple]:
+    """(rows among `kept`, ids, values) of each spilled token; spilled [d, R, F]."""
+    shards = tokens.shape[0]
+    for shard in range(shards):
+        for j in range(tokens.shape[1]):
+            for r, local in enumerate(tokens[shard, j].tolist()):
+                if local >= n // shards:
+                    continue
+                row = int(np.searchsorted(kept, shard * (n // shards) + local))
+                dense = spilled[shard, r, j * part : (j + 1) * part]
+                (ids,) = np.nonzero(dense)
+                yield np.full(len(ids), row), (ids + j * part).astype(np.int32), dense[ids]
+
+
+def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.Job") -> None:
+    """Make `shards`; the device computes a batch while the host stores the one before."""
+    runner = Runner(model, coders, job.slots, job.precision)
+    widths = [c.width for c in coders.values() for _ in on_device.layers_of(c)]
+    first = min(c.first for c in coders.values())
+    progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
+    threads = min(16, os.cpu_count() or 1)
+    with (
+        ThreadPoolExecutor(threads, "compress") as pool,
+        ThreadPoolExecutor(1, "disk") as disk,
+        ThreadPoolExecutor(max(1, threads // 2), "entries") as workers,
+        prefetch(plan.batches(shards)) as ahead,
+    ):
+        results = _results(runner, ahead, workers, max(1, threads // 2))
+        for shard in shards:
+            file = path / shard_name(shard)
+            with ShardWriter(file, widths, job.values, disk, pool) as writer:
+                for packed, entries in results:
+                    if isinstance(packed, Ended):
+                        writer.close(shard=shard, documents=packed.documents)
+                        break
+                    done += writer.add(*_rows(packed, first), packed.pieces, entries)
+                    progress.at(done)
+    if runner.again > 10:
+        print(f"{runner.again} batches had to run again: more slots than {job.slots} are faster",
+              file=sys.stderr)  # fmt: skip
+
+
+def _results(
+    runner: "Runner", ahead: Any, workers: ThreadPoolExecutor, most: int
+) -> Iterator[tuple[Packed | Ended, Any]]:
+    """(batch, its entries), and (`Ended`, None), in order.
+
+    The device is a batch ahead; up to `most` batches behind it are turned into entries at a time.
+    """
+    waiting: collections.deque = collections.deque()
+    for event, _ in ahead:
+        if isinstance(event, Ended):
+            waiting.append((event, None))
+            continue
+        batch = event.batch
+        started = runner.start(batch.tokens, batch.segments, batch.counts)
+        kept = np.flatnonzero(batch.segments)
+        waiting.append((event, workers.submit(runner.finish, started, kept)))
+        while len(waiting) > most + 1:
+            packed, future = waiting.popleft()
+            yield packed, None if future is None else future.result()
+    while waiting:
+        packed, future = waiting.popleft()
+        yield packed, None if future is None else future.result()
+
+
+def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [n] of a batch without its padding, and which count, bool [n]."""
+    kept = np.flatnonzero(packed.batch.segments)
+    positions = np.concatenate([np.arange(n) for n in packed.pieces[:, 2]])
+    counted = packed.batch.counts.reshape(-1)[kept] & (positions >= first)
+    return packed.batch.tokens.reshape(-1)[kept], counted

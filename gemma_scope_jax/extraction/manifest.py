@@ -1,0 +1,212 @@
+"""What a feature store says of itself: manifest.json, written before the first shard and equal for
+all processes, and index.json, written when every shard is there.
+
+The manifest holds what makes two stores the same (model, coders, text, order, batches, how values
+are kept), how many documents are wanted, and the versions that wrote it, which nothing compares.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.active import Coder, layers_of
+from gemma_scope_jax.extraction.shard_files import Shard, shard_name
+from gemma_scope_jax.extraction.work import Plan, Text, measure
+
+MANIFEST, INDEX = "manifest.json", "index.json"
+FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
+_SAME = ("model", "coders", "data", "values", "slots", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The settings of an extraction."""
+
+    text: Text
+    rows: int
+    length: int
+    values: str
+    slots: int
+    precision: str
+    shard_tokens: int
+    model: Mapping[str, str]
+    coders: Sequence[Mapping[str, Any]]
+
+    def per_shard(self, mean: float) -> int:
+        """Documents of a shard, at `mean` tokens each."""
+        return max(1, round(self.shard_tokens / max(mean, 1.0)))
+
+    def describe(self) -> dict[str, Any]:
+        """The part of the manifest that must be the same on going on."""
+        data = {
+            "text": self.text.fingerprint, "files": list(self.text.data.files),
+            "tfds": self.text.data.tfds, "seed": self.text.seed, "rows": self.rows,
+            "length": self.length,
+            "roles": list(self.text.data.roles) if self.text.data.messages else None,
+        }  # fmt: skip
+        return {
+            "model": dict(self.model), "coders": [dict(c) for c in self.coders], "data": data,
+            "values": self.values, "slots": self.slots, "precision": self.precision,
+        }  # fmt: skip
+
+
+def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Coder]:
+    """Coders by name; those without are called by their address, numbered where they share it."""
+    found: dict[str, Coder]
+    if isinstance(coders, Mapping):
+        found = {str(name): coder for name, coder in coders.items()}
+    else:
+        given = list(coders) if isinstance(coders, Iterable) else [coders]
+        names = [c.info.path or f"{c.reads}-{layers_of(c)[0]}" for c in given]
+        found = {
+            name if names.count(name) == 1 else f"{name}-{i}": coder
+            for i, (name, coder) in enumerate(zip(names, given))
+        }
+    if not found:
+        raise InputError("no coders to extract the features of")
+    return found
+
+
+def describe(name: str, coder: Coder) -> dict[str, Any]:
+    """What a manifest says of a coder; `weights` is a checksum of its bias and threshold."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight in (coder.b_enc, coder.threshold):
+        digest.update(np.asarray(weight, np.float32).tobytes())
+    return {
+        "name": name, "kind": coder.kind, "layers": list(layers_of(coder)), "reads": coder.reads,
+        "writes": coder.writes, "width": coder.width, "first": coder.first,
+        "l0": coder.info.l0, "weights": digest.hexdigest(),
+    }  # fmt: skip
+
+
+def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
+    """The plan of the store in the folder, begun or extended here if need be.
+
+    Raises `InputError` if what is there is something else.
+    """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens must be at least 1, not {tokens}")
+    plan = lambda m: Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"])
+    if not (folder / MANIFEST).exists():
+        if any(shards_there(folder)):
+            raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
+        documents, mean, _ = measure(job.text, tokens)
+        size = {
+            "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
+            "mean": mean,
+        }  # fmt: skip
+        new = FORMAT | job.describe() | size | {"versions": _versions()}
+        write_text(folder / MANIFEST, json.dumps(new, indent=1))
+        return plan(new)
+    old = read_manifest(folder)
+    for key, value in job.describe().items():
+        if old[key] != value:
+            raise InputError(
+                f"{folder}: holds features of another {key} ({_difference(old[key], value)}); "
+                "choose another folder"
+            )
+    if old["tokens"] == tokens or (tokens or 0) < (old["tokens"] or 0):
+        return plan(old)
+    documents, _, _ = measure(job.text, tokens)
+    if documents <= old["documents"]:
+        return plan(old)
+    (folder / INDEX).unlink(missing_ok=True)
+    if old["documents"] % old["per_shard"]:  # the last shard was cut short: it must be made anew
+        (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)
+    new = old | {"tokens": tokens, "documents": documents}
+    write_text(folder / MANIFEST, json.dumps(new, indent=1))
+    return plan(new)
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in new if old.get(k) != new[k])
+        return f"{key} {_difference(old.get(key), new[key])}"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next(_difference(a, b) for a, b in zip(old, new) if a != b)
+    short = lambda v: str(v) if len(str(v)) < 60 else str(v)[:57] + "..."
+    return f"{short(old)} there, {short(new)} now"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("gemma-scope-jax", "jax", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def read_manifest(folder: Any) -> dict[str, Any]:
+    """The manifest of a store. Raises `InputError` for folders that have none, or another's."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); extract again") from error
+    if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
+        raise InputError(f"{path}: not the manifest of sparse features, version 1")
+    wanted = {*_SAME, "tokens", "documents", "per_shard", "mean"}
+    if lacking := wanted - set(manifest):
+        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}; extract again")
+    return manifest
+
+
+def shards_there(folder: Any) -> list[int]:
+    """The numbers of the shards in a folder."""
+    names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
+    found = [n.removeprefix("shard-").removesuffix(".features") for n in names
+             if n.startswith("shard-") and n.endswith(".features")]  # fmt: skip
+    return sorted(int(n) for n in found if n.isdigit())
+
+
+def missing(folder: Any, plan: Plan) -> list[int]:
+    """The shards still to be made."""
+    there = set(shards_there(folder))
+    return [shard for shard in range(plan.shards) if shard not in there]
+
+
+def finish(folder: Any, plan: Plan) -> bool:
+    """Write the index if every shard is there; returns whether it is."""
+    if missing(folder, plan):
+        return False
+    if not (folder / INDEX).exists():
+        index = {"shards": [summary(Shard(folder / shard_name(n))) for n in range(plan.shards)]}
+        write_text(folder / INDEX, json.dumps(index))
+    return True
+
+
+def summary(shard: Shard) -> dict[str, Any]:
+    """What the index holds of a shard."""
+    segments = shard.footer["segments"]
+    entries = zip(*([coder["entries"] for coder in s["coders"]] for s in segments))
+    return {
+        "shard": shard.footer["shard"], "bytes": shard.size,
+        "documents": len(shard.footer["documents"]),
+        "segments": [[s["tokens"], s["counted"]] for s in segments],
+        "entries": [sum(of) for of in entries],
+    }  # fmt: skip
+
+
+def read_index(folder: Any) -> list[dict[str, Any]] | None:
+    """The shards' summaries, in order; None while the store is not complete."""
+    path = folder / INDEX
+    try:
+        return json.loads(path.read_text())["shards"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); delete it and extract again"
+        ) from error

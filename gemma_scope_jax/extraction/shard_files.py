@@ -1,0 +1,372 @@
+"""A shard of sparse features as a file: compressed blocks, each with its checksum, and a footer
+that knows them, so that a reader fetches what it needs and a flipped byte is found and named.
+
+    magic | blocks ... | footer, zlib JSON | its bytes, its crc32, uint32 each | magic
+
+Tokens come in segments, which never cut a piece of a document. Of every coder's layer a segment
+holds its features by token, and the same again by feature, in blocks of neighbouring features:
+
+    tokens int32 [n], piece_lengths, piece_documents, piece_offsets int32 [pieces], counted bool [n]
+    {c}.count    how many features a token has [n]
+    {c}.feature  their ids, of each token ascending, as differences [e]
+    {c}.value    their activations [e], float16 times 2 ** `exponent`, or float32
+    {c}.fired    how many tokens a feature has [F]
+    {c}.rows, {c}.values   by feature: tokens (differences) and activations [e], in `parts`
+
+A block is its array's bytes, all first bytes before all second ones, through zlib. The file appears
+under its name when it is whole, and not before.
+"""
+
+import contextlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.errors import InputError
+
+MAGIC = b"GSJFEAT1"
+SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
+PART = 1 << 16  # entries after which a block of the index ends
+VALUES = ("float16", "float32")
+_TAIL = 16  # bytes of the footer's size and checksum, and the magic
+
+
+class Entries(NamedTuple):
+    """Active features of n tokens: those of token i are offsets[i] to offsets[i + 1] of the rest.
+
+    Or, by feature, the tokens of feature i: then `ids` are rows.
+    """
+
+    offsets: np.ndarray  # int64 [n + 1]
+    ids: np.ndarray  # int32 [e]
+    values: np.ndarray  # float32 [e]
+
+
+# -------------------------------------------------------------------------------------------------
+# Arrays as bytes
+
+
+def squeeze(array: np.ndarray) -> bytes:
+    """The bytes of an array, those of like significance side by side, compressed."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    planes = flat.view(np.uint8).reshape(-1, flat.dtype.itemsize).T
+    return zlib.compress(np.ascontiguousarray(planes).data, 1)
+
+
+def expand(data: bytes, dtype: str) -> np.ndarray:
+    """The array [size] that `squeeze` was given."""
+    kind = np.dtype(dtype)
+    planes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(kind.itemsize, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(kind)
+
+
+def differences(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Ascending ids of each token as differences; a token's first id as it is. uint16 or uint32."""
+    steps = np.diff(ids, prepend=ids.dtype.type(0))
+    starts = offsets[:-1][offsets[:-1] < offsets[1:]]
+    steps[starts] = ids[starts]
+    return steps.astype(np.uint16 if steps.size == 0 or steps.max() < 1 << 16 else np.uint32)
+
+
+def undo_differences(steps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int32 ids from `differences`."""
+    sums = np.concatenate([[0], np.cumsum(steps, dtype=np.int64)])
+    before = np.repeat(sums[offsets[:-1]], np.diff(offsets))
+    return (sums[1:] - before).astype(np.int32)
+
+
+def store_values(values: np.ndarray, kind: str) -> tuple[np.ndarray, int]:
+    """Positive float32 values as they are stored, and the exponent of two to scale them by."""
+    if kind == "float32":
+        return values, 0
+    exponent = math.frexp(float(values.max()))[1] - 15 if values.size else 0
+    halves = np.ldexp(values, -exponent).astype(np.float16)
+    return np.maximum(halves, np.float16(6e-8)), exponent  # what is active stays above zero
+
+
+def expand_values(stored: np.ndarray, exponent: int) -> np.ndarray:
+    """float32 values from `store_values`."""
+    return stored if stored.dtype == np.float32 else np.ldexp(stored.astype(np.float32), exponent)
+
+
+def by_feature(entries: Entries, width: int) -> Entries:
+    """The same entries by feature: offsets [F + 1], and of each feature its tokens, ascending."""
+    rows = np.repeat(np.arange(len(entries.offsets) - 1, dtype=np.int32), np.diff(entries.offsets))
+    small = entries.ids.astype(np.uint16) if width <= 1 << 16 else entries.ids
+    order = np.argsort(small, kind="stable")  # a radix sort of 16 bits
+    fired = np.bincount(entries.ids, minlength=width)
+    offsets = np.concatenate([[0], np.cumsum(fired)])
+    return Entries(offsets, rows[order], entries.values[order])
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+class ShardWriter:
+    """Writes one shard: `add` batch after batch, then `close`. Left by an error, nothing stays.
+
+    widths  features of every coder's layer, in the order of the entries given to `add`
+    values  "float16" or "float32"
+    disk    one thread, which makes and writes a segment while the next one is added
+    pool    threads that compress
+    Lets `OSError` through.
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        widths: Sequence[int],
+        values: str,
+        disk: ThreadPoolExecutor,
+        pool: ThreadPoolExecutor,
+    ):
+        self.path, self.widths, self.values, self._disk, self._pool = (
+            path,
+            widths,
+            values,
+            disk,
+            pool,
+        )
+        self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
+        self._file: BinaryIO = self._temporary.open("wb")
+        self._at = 0
+        self._segments: list[dict] = []
+        self._held: list[tuple] = []
+        self._waiting = 0
+        self._flushing: Future | None = None
+        self._write(MAGIC)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None and not self._file.closed:
+            with contextlib.suppress(Exception):
+                self._wait()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+
+    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> int:
+        """A batch; returns how many of its tokens count.
+
+        tokens int32 [n], counted bool [n], pieces int32 [p, 3] (document in the shard,
+        offset in it, length with `<bos>`), and the entries of every coder's layer.
+        """
+        self._held.append((tokens, counted, pieces, entries))
+        self._waiting += len(tokens)
+        if self._waiting >= SEGMENT:
+            self._flush()
+        return int(counted.sum())
+
+    def close(self, **about: Any) -> dict[str, Any]:
+        """Write the rest and the footer, with `about` in it; returns the footer."""
+        if self._held:
+            self._flush()
+        self._wait()
+        footer = {"version": 1, **about, "segments": self._segments}
+        data = zlib.compress(json.dumps(footer, separators=(",", ":")).encode(), 6)
+        self._write(data)
+        self._write(len(data).to_bytes(4, "little") + zlib.crc32(data).to_bytes(4, "little"))
+        self._write(MAGIC)
+        if not is_remote(self._temporary):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if self._temporary != self.path:
+            self._temporary.replace(self.path)
+        return footer
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._at += len(data)
+
+    def _wait(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
+
+    def _flush(self) -> None:
+        self._wait()
+        self._flushing = self._disk.submit(self._write_segment, self._held)
+        self._held, self._waiting = [], 0
+
+    def _write_segment(self, held: list[tuple]) -> None:
+        tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
+        arrays = {
+            "tokens": tokens.astype(np.int32),
+            "piece_documents": pieces[:, 0].astype(np.int32),
+            "piece_offsets": pieces[:, 1].astype(np.int32),
+            "piece_lengths": pieces[:, 2].astype(np.int32),
+            "counted": np.packbits(counted),
+        }
+        coded = self._pool.map(
+            lambda c: _coded(joined([h[3][c] for h in held]), self.widths[c], self.values),
+            range(len(self.widths)),
+        )
+        coders = []
+        for c, (about, some) in enumerate(coded):
+            coders.append(about)
+            arrays |= {f"{c}.{name}": array for name, array in some.items()}
+        blocks = {}
+        for (name, array), data in zip(arrays.items(), self._pool.map(squeeze, arrays.values())):
+            blocks[name] = [self._at, len(data), zlib.crc32(data), array.dtype.str]
+            self._write(data)
+        self._segments.append(
+            {"tokens": len(tokens), "counted": int(counted.sum()), "blocks": blocks,
+             "coders": coders}
+        )  # fmt: skip
+
+
+def joined(parts: Sequence[Entries]) -> Entries:
+    """The entries of several runs of tokens as one."""
+    counts = np.concatenate([np.diff(part.offsets) for part in parts])
+    ids = np.concatenate([part.ids for part in parts])
+    values = np.concatenate([part.values for part in parts])
+    return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
+
+
+def _coded(entries: Entries, width: int, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """What the footer says of a coder's layer in a segment, and its arrays."""
+    values, exponent = store_values(entries.values, kind)
+    index = by_feature(entries._replace(values=values), width)
+    counts = np.diff(entries.offsets)
+    small = np.uint16 if counts.size == 0 or counts.max() < 1 << 16 else np.uint32
+    arrays = {
+        "count": counts.astype(small),
+        "feature": differences(entries.ids, entries.offsets),
+        "value": values,
+        "fired": np.diff(index.offsets).astype(np.uint32),
+    }
+    parts = _parts(index.offsets)
+    for number, (start, stop) in enumerate(parts):
+        some = index.offsets[start : stop + 1]
+        rows = index.ids[some[0] : some[-1]]
+        arrays[f"rows.{number}"] = differences(rows, some - some[0])
+        arrays[f"values.{number}"] = index.values[some[0] : some[-1]]
+    about = {"entries": len(values), "exponent": exponent, "parts": [stop for _, stop in parts]}
+    return about, arrays
+
+
+def _parts(offsets: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of features, each of about `PART` entries."""
+    width, total = len(offsets) - 1, int(offsets[-1])
+    ends = np.searchsorted(offsets, np.arange(PART, total, PART), side="left")
+    ends = np.unique(np.concatenate([ends, [width]])).tolist()
+    return list(zip([0, *ends[:-1]], ends))
+
+
+# -------------------------------------------------------------------------------------------------
+# Names
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.features"
+
+
+def temporary_name(name: str) -> str:
+    """Where a shard is written before it is whole; tells the process, which may die over it."""
+    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes of this machine that have died were writing in a local folder."""
+    for path in folder.glob(f".shard-*.{os.uname().nodename}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Shard:
+    """A shard's file, opened: its footer, and its blocks as arrays.
+
+    Raises `InputError` for a file that is no shard, is not whole, or has a byte flipped.
+    """
+
+    def __init__(self, path: Any):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.size = file.seek(0, os.SEEK_END)
+                self.footer = self._read_footer(file)
+        except FileNotFoundError:
+            raise InputError(f"{path}: is missing; extract again to make it anew") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def _read_footer(self, file: BinaryIO) -> dict[str, Any]:
+        if self.size < len(MAGIC) + _TAIL:
+            raise self._damaged("it is too short")
+        file.seek(self.size - _TAIL)
+        tail = file.read(_TAIL)
+        length, crc = (int.from_bytes(tail[i : i + 4], "little") for i in (0, 4))
+        if tail[8:] != MAGIC or length > self.size - len(MAGIC) - _TAIL:
+            raise self._damaged("its end is not that of a shard of features")
+        file.seek(self.size - _TAIL - length)
+        data = file.read(length)
+        file.seek(0)
+        if file.read(len(MAGIC)) != MAGIC:
+            raise self._damaged("it does not begin as a shard of features")
+        if zlib.crc32(data) != crc:
+            raise self._damaged("its footer")
+        footer = json.loads(zlib.decompress(data))
+        if footer.get("version") != 1:
+            raise InputError(f"{self.path}: version {footer.get('version')} is not known, 1 is")
+        return footer
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(f"{self.path}: damaged ({what}); delete it and extract again")
+
+    def blocks(self, segment: int, names: Sequence[str]) -> list[np.ndarray]:
+        """Some arrays of a segment, by their names."""
+        entries, found = self.footer["segments"][segment]["blocks"], []
+        with self.path.open("rb") as file:
+            for name in names:
+                at, length, crc, dtype = entries[name]
+                file.seek(at)
+                data = file.read(length)
+                if zlib.crc32(data) != crc:
+                    raise self._damaged(f"block {name} of segment {segment}, byte {at} on")
+                found.append(expand(data, dtype))
+        return found
+
+    def verify(self) -> None:
+        """Read everything. Raises `InputError` naming the first block that is damaged."""
+        end = len(MAGIC)
+        for number, segment in enumerate(self.footer["segments"]):
+            for name, (at, length, _, _) in segment["blocks"].items():
+                if at != end:
+                    raise self._damaged(f"bytes {end} to {at}, which no block owns")
+                self.blocks(number, [name])
+                end = at + length
+
+    def fired(self, coder: int, width: int) -> np.ndarray:
+        """int64 [F]: on how many tokens of the shard each feature is active."""
+        total = np.zeros(width, np.int64)
+        for segment in range(len(self.footer["segments"])):
+            total += self.blocks(segment, [f"{coder}.fired"])[0]
+        return total

@@ -1,0 +1,341 @@
+"""Sparse features read back: by token, by document, by feature; a segment at a time, never a store.
+
+    store = FeatureStore("store")
+    rows, values = store.feature(1234)              # every token on which it is active
+    store.windows(rows[:10], before=8, after=4)     # the tokens around
+    for segment in store.segments():
+        offsets, features, values = segment.by_token()
+
+Tokens have a row in the store, from 0 on; they come in pieces of documents, each beginning with
+`<bos>`. How the files look: `shard_files.py`.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.buckets import folder_path
+from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.extraction import manifest as manifests
+from gemma_scope_jax.extraction.shard_files import (
+    Entries,
+    Shard,
+    expand_values,
+    shard_name,
+    undo_differences,
+)
+
+_OPEN_SHARDS, _HELD_SEGMENTS = 64, 4
+
+
+class Segment:
+    """Some ten thousands of tokens of a store. Arrays are read when they are asked for.
+
+    start      the store's row of its first token
+    tokens     int32 [n], `<bos>` of every piece included
+    pieces     int32 [n]: which piece of the segment a token belongs to
+    positions  int32 [n], in its piece: `<bos>` is 0
+    documents  int64 [n]: the number of its document
+    offsets    int32 [n]: its place in the document's tokens; -1: a `<bos>`
+    counted    bool [n]: whether its features count, and are stored
+    """
+
+    def __init__(self, store: "FeatureStore", shard: Shard, number: int, start: int):
+        self._store, self._shard, self._number, self.start = store, shard, number, start
+        self._about = shard.footer["segments"][number]
+
+    def __len__(self) -> int:
+        return self._about["tokens"]
+
+    def _read(self, *names: str) -> list[np.ndarray]:
+        return self._shard.blocks(self._number, names)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        return self._read("tokens")[0]
+
+    @functools.cached_property
+    def counted(self) -> np.ndarray:
+        return np.unpackbits(self._read("counted")[0])[: len(self)].astype(bool)
+
+    @functools.cached_property
+    def _piece_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document in the shard, offset in it and length of every piece."""
+        documents, offsets, lengths = self._read(
+            "piece_documents", "piece_offsets", "piece_lengths"
+        )
+        return documents, offsets, lengths
+
+    @functools.cached_property
+    def pieces(self) -> np.ndarray:
+        lengths = self._piece_table[2]
+        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+    @functools.cached_property
+    def positions(self) -> np.ndarray:
+        lengths = self._piece_table[2]
+        starts = np.cumsum(lengths) - lengths
+        return (np.arange(len(self)) - np.repeat(starts, lengths)).astype(np.int32)
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        numbers = np.array([d[0] for d in self._shard.footer["documents"]], np.int64)
+        return numbers[self._piece_table[0]][self.pieces]
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        at = self._piece_table[1][self.pieces] + self.positions - 1
+        return np.where(self.positions > 0, at, -1).astype(np.int32)
+
+    def by_token(self, coder: str | None = None, layer: int | None = None) -> Entries:
+        """(offsets [n + 1], features, values): those of token i begin at offsets[i]."""
+        c = self._store.place(coder, layer)
+        counts, steps, values = self._read(f"{c}.count", f"{c}.feature", f"{c}.value")
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        exponent = self._about["coders"][c]["exponent"]
+        return Entries(offsets, undo_differences(steps, offsets), expand_values(values, exponent))
+
+    def by_feature(self, coder: str | None = None, layer: int | None = None) -> Entries:
+        """(offsets [F + 1], rows, values): of each feature, the segment's tokens, ascending."""
+        c = self._store.place(coder, layer)
+        about = self._about["coders"][c]
+        found = [self._part(c, n) for n in range(len(about["parts"]))]
+        offsets = np.concatenate([[0], np.cumsum(self._read(f"{c}.fired")[0], dtype=np.int64)])
+        return Entries(offsets, *(np.concatenate(some) for some in zip(*found)))
+
+    def feature(
+        self, feature: int, coder: str | None = None, layer: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the segment, values) of one feature; reads the index around it."""
+        c = self._store.place(coder, layer)
+        part = int(np.searchsorted(self._about["coders"][c]["parts"], feature, side="right"))
+        start = 0 if part == 0 else self._about["coders"][c]["parts"][part - 1]
+        fired = self._read(f"{c}.fired")[0]
+        rows, values = self._part(c, part)
+        at = int(fired[start:feature].sum(dtype=np.int64))
+        return rows[at : at + int(fired[feature])], values[at : at + int(fired[feature])]
+
+    def _part(self, c: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and values of the features of a block of the index."""
+        ends = self._about["coders"][c]["parts"]
+        start = 0 if part == 0 else ends[part - 1]
+        names = (f"{c}.fired", f"{c}.rows.{part}", f"{c}.values.{part}")
+        fired, steps, values = self._read(*names)
+        offsets = np.concatenate([[0], np.cumsum(fired[start : ends[part]], dtype=np.int64)])
+        exponent = self._about["coders"][c]["exponent"]
+        return undo_differences(steps, offsets), expand_values(values, exponent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document of a store. tokens int32 [n] without `<bos>`; rows int64 [n]: where they are."""
+
+    number: int
+    where: str  # "FILE, byte 123"
+    tokens: np.ndarray
+    rows: np.ndarray
+
+
+class FeatureStore:
+    """Sparse features written by `extract`. `len` is the number of tokens, `<bos>` included.
+
+    folder    local or in a bucket
+    manifest  the model, the coders, the data: see `manifest.py`
+    coders    their names
+    complete  whether all that was asked for is there; else what there is can be read
+
+    Raises `InputError` for folders that are no store, damaged files, unknown coders and features.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = folder_path(folder)
+        self.manifest = manifests.read_manifest(self.folder)
+        self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
+        index = manifests.read_index(self.folder)
+        self.complete = index is not None
+        if index is None:
+            there = manifests.shards_there(self.folder)
+            index = [manifests.summary(self._open(number)) for number in there]
+        self.shards: list[dict[str, Any]] = index
+        sizes = [size for shard in index for size in shard["segments"]]
+        self._starts = np.cumsum(np.array([0, *(size[0] for size in sizes)], np.int64))
+        self._places = [(s["shard"], n) for s in index for n in range(len(s["segments"]))]
+        self.counted = sum(counted for _, counted in sizes)
+        self._segment = functools.lru_cache(_HELD_SEGMENTS)(self._make_segment)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards)
+
+    @functools.lru_cache(_OPEN_SHARDS)  # noqa: B019  (a store lives as long as its program)
+    def _open(self, number: int) -> Shard:
+        return Shard(self.folder / shard_name(number))
+
+    def place(self, coder: str | None = None, layer: int | None = None) -> int:
+        """Which of the stored lists a coder's layer (of the model) is."""
+        if coder is None:
+            coder = self._only_coder()
+        at = 0
+        for about in self.manifest["coders"]:
+            layers = about["layers"]
+            if about["name"] != coder:
+                at += len(layers)
+            elif layer is None and len(layers) == 1:
+                return at
+            elif layer in layers:
+                return at + layers.index(layer)
+            else:
+                raise InputError(f"{coder}: layer {layer} is none of its layers {layers}")
+        raise InputError(f"{self.folder}: no coder {coder!r}{nearest(coder, self.coders)}")
+
+    def _only_coder(self) -> str:
+        if len(self.coders) > 1:
+            raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
+        return self.manifest["coders"][0]["name"]
+
+    def width(self, coder: str | None = None) -> int:
+        """Features (a layer) of a coder."""
+        name = self._only_coder() if coder is None else coder
+        return next(c["width"] for c in self.manifest["coders"] if c["name"] == name)
+
+    # ---- by token --------------------------------------------------------------------------------
+
+    @property
+    def segment_count(self) -> int:
+        return len(self._places)
+
+    def segment(self, number: int) -> Segment:
+        if not 0 <= number < self.segment_count:
+            raise InputError(f"{self.folder}: segment {number}: has 0 to {self.segment_count - 1}")
+        return self._segment(number)
+
+    def _make_segment(self, number: int) -> Segment:
+        shard, within = self._places[number]
+        return Segment(self, self._open(shard), within, int(self._starts[number]))
+
+    def segments(self) -> Iterator[Segment]:
+        """All segments in order; what was read of one is forgotten with it."""
+        for number, (shard, within) in enumerate(self._places):
+            yield Segment(self, self._open(shard), within, int(self._starts[number]))
+
+    def _by_segment(self, rows: Any) -> Iterator[tuple[np.ndarray, Segment, np.ndarray]]:
+        """(which of `rows`, their segment, their rows in it)."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise InputError(f"{self.folder}: rows must be 0 to {len(self) - 1}")
+        number = np.searchsorted(self._starts, rows, side="right") - 1
+        for n in np.unique(number).tolist():
+            which = np.flatnonzero(number == n)
+            yield which, self.segment(n), rows[which] - self._starts[n]
+
+    def windows(self, rows: Any, before: int, after: int) -> np.ndarray:
+        """Tokens int32 [m, before + 1 + after] around `rows` [m]; -1 outside of their pieces."""
+        around = np.arange(-before, after + 1)[None, :]
+        found = np.full((len(rows), around.shape[1]), -1, np.int32)
+        for which, segment, local in self._by_segment(rows):
+            at = local[:, None] + around
+            inside = (at >= 0) & (at < len(segment))
+            at = np.clip(at, 0, len(segment) - 1)
+            inside &= segment.pieces[at] == segment.pieces[local][:, None]
+            found[which] = np.where(inside, segment.tokens[at], -1)
+        return found
+
+    def places(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(document number int64 [m], position in its piece int32 [m]) of `rows` [m]."""
+        documents = np.empty(len(rows), np.int64)
+        positions = np.empty(len(rows), np.int32)
+        for which, segment, local in self._by_segment(rows):
+            documents[which] = segment.documents[local]
+            positions[which] = segment.positions[local]
+        return documents, positions
+
+    def tokens_of(
+        self, rows: Any, coder: str | None = None, layer: int | None = None
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(features, values) of each of `rows`."""
+        found: list[Any] = [None] * len(rows)
+        for which, segment, local in self._by_segment(rows):
+            offsets, ids, values = segment.by_token(coder, layer)
+            for i, row in zip(which.tolist(), local.tolist()):
+                some = slice(offsets[row], offsets[row + 1])
+                found[i] = (ids[some], values[some])
+        return found
+
+    # ---- by document -----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _documents(self) -> dict[int, tuple[int, int]]:
+        """{number: (place of its shard in `shards`, place in the shard)}, from the footers."""
+        return {
+            number: (place, within)
+            for place, shard in enumerate(self.shards)
+            for within, (number, _, _) in enumerate(self._open(shard["shard"]).footer["documents"])
+        }
+
+    @property
+    def document_numbers(self) -> list[int]:
+        """The numbers of the documents there are, in the store's order."""
+        return list(self._documents)
+
+    def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
+        """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
+        if number not in self._documents:
+            raise InputError(f"{self.folder}: document {number} is not in the store")
+        place, within = self._documents[number]
+        before = sum(len(shard["segments"]) for shard in self.shards[:place])
+        tokens, rows, at = [], [], []
+        for n in range(before, before + len(self.shards[place]["segments"])):
+            segment = self.segment(n)
+            documents = segment._piece_table[0][segment.pieces]
+            (here,) = np.nonzero((documents == within) & (segment.positions > 0))
+            tokens.append(segment.tokens[here])
+            rows.append(here + segment.start)
+            at.append(segment.offsets[here])
+        offsets = np.concatenate(at) if at else np.zeros(0, np.int32)
+        keep = (offsets >= start) & (offsets < (len(offsets) if stop is None else stop))
+        where = self._open(self.shards[place]["shard"]).footer["documents"][within][1]
+        return Document(number, where, np.concatenate(tokens)[keep], np.concatenate(rows)[keep])
+
+    # ---- by feature ------------------------------------------------------------------------------
+
+    def feature(
+        self, feature: int, coder: str | None = None, layer: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows int64 [m] ascending, values float32 [m]): the tokens on which a feature is active.
+
+        `layer`, the model's, for coders of several.
+        """
+        if not 0 <= feature < self.width(coder):
+            raise InputError(f"feature {feature}: the coder has 0 to {self.width(coder) - 1}")
+        rows, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        for segment in self.segments():
+            local, some = segment.feature(feature, coder, layer)
+            rows.append(local + np.int64(segment.start))
+            values.append(some)
+        return np.concatenate(rows), np.concatenate(values)
+
+    def fired(self, coder: str | None = None, layer: int | None = None) -> np.ndarray:
+        """int64 [F]: on how many tokens each feature is active."""
+        place, width = self.place(coder, layer), self.width(coder)
+        total = np.zeros(width, np.int64)
+        for shard in self.shards:
+            total += self._open(shard["shard"]).fired(place, width)
+        return total
+
+    def verify(self) -> None:
+        """Read every byte. Raises `InputError` naming the file and the block that is damaged."""
+        for shard in self.shards:
+            there = Shard(self.folder / shard_name(shard["shard"]))
+            if there.size != shard["bytes"]:
+                raise InputError(
+                    f"{there.path}: has {there.size} bytes where {shard['bytes']} are expected; "
+                    "delete it and run the same extract again"
+                )
+            there.verify()

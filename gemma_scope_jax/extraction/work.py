@@ -1,0 +1,205 @@
+"""What is to be extracted, cut into shards: which documents, in which order, as packed batches.
+
+A shard is a run of documents of the shuffled order, packed by itself. So what is in it depends on
+nothing but its number: any process may make any shard, in any order, again and again, and the store
+that many processes make is that of one.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.data.document_files import Record
+from gemma_scope_jax.data.documents import Documents, Indexed, TextData, open_documents
+from gemma_scope_jax.data.order import shuffled_positions
+from gemma_scope_jax.data.text import (
+    Piece,
+    TokenBatch,
+    encode_record,
+    fill_rows,
+    fingerprint,
+    map_ahead,
+)
+from gemma_scope_jax.errors import InputError
+
+SAMPLE = 2_000_000  # tokens counted before the start; a target up to here is met to the document
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents in an order, as tokens. seed None: as they lie."""
+
+    documents: Documents
+    data: TextData
+    tok: Any
+    seed: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.documents, self.data, self.tok, self.seed)
+
+    def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
+        """(number, record) of the documents at positions `start` to `stop` of the order.
+
+        Numbers count documents as they lie, where they can be read in any order; of compressed
+        files and iterables they count the order itself.
+        """
+        if isinstance(self.documents, Indexed):
+            count = self.documents.count
+            for position in range(start, count if stop is None else min(stop, count)):
+                number = position
+                if self.seed is not None:
+                    here = np.array([position])
+                    number = int(shuffled_positions(here, count, self.seed, 0)[0])
+                yield number, self.documents.read(number)
+            return
+        some = (
+            self.documents.in_order()
+            if self.seed is None
+            else self.documents.ordered(self.seed, 0, (0, 1))
+        )
+        yield from itertools.islice(enumerate(some), start, stop)
+
+    def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        return encode_record(self.tok, record, self.data)
+
+
+def open_text(source: Any, tok: Any, seed: int | None) -> Text:
+    """`source` as the trainer's. Raises `InputError` for what can be read only once."""
+    data = source if isinstance(source, TextData) else TextData()
+    documents = open_documents(source)
+    if documents.once:
+        raise InputError(
+            "an iterator can be read only once; give a list or a function that returns an iterator"
+        )
+    return Text(documents, data, tok, seed)
+
+
+def measure(text: Text, tokens: int | None) -> tuple[int, float, bool]:
+    """How many documents hold `tokens` tokens (None: all there are), tokens a document, and whether
+    that is all the text. Counts the first `SAMPLE` tokens and goes on from their mean.
+    """
+    counted = documents = 0
+    wanted = SAMPLE if tokens is None else min(tokens, SAMPLE)
+    with ThreadPoolExecutor(_threads(), "tokenise") as pool:
+        encode = lambda numbered: int(text.encode(numbered[1])[1].sum())
+        for size in map_ahead(pool, encode, text.records(0), 4 * _threads()):
+            documents, counted = documents + 1, counted + size
+            if counted >= wanted:
+                break
+    if not counted:
+        raise InputError("no text: all documents are empty or unusable")
+    mean, ended = counted / documents, counted < wanted
+    if tokens is not None and (counted >= tokens or ended):
+        return documents, mean, ended
+    known = text.documents.count if isinstance(text.documents, Indexed) else None
+    if tokens is None:
+        known = known if known is not None else sum(1 for _ in text.records(0))
+        return known, mean, True
+    needed = -int(-tokens // mean)
+    return (needed, mean, False) if known is None else (min(needed, known), mean, needed > known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed batch of a shard: `pieces` int [p, 3] are (document in the shard, offset in it, its
+    length with `<bos>`), row after row.
+    """
+
+    shard: int
+    batch: TokenBatch
+    pieces: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A shard is done: its documents, (number, where they are, tokens without `<bos>`) each."""
+
+    shard: int
+    documents: list[tuple[int, str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`documents` of the text's order, `per_shard` in each shard, in batches [rows, length]."""
+
+    text: Text
+    documents: int
+    per_shard: int
+    rows: int
+    length: int
+    mean: float  # tokens a document, about
+
+    @property
+    def shards(self) -> int:
+        return -(-self.documents // self.per_shard)
+
+    def in_shard(self, shard: int) -> int:
+        """How many documents a shard has."""
+        return min(self.per_shard, self.documents - shard * self.per_shard)
+
+    def batches(self, shards: Sequence[int]) -> Iterator[Packed | Ended]:
+        """The batches of some shards, ascending, each shard's followed by its `Ended`."""
+        with ThreadPoolExecutor(_threads(), "tokenise") as pool:
+            encode = partial(_encode, self.text)
+            numbered = self._records(shards)
+            encoded = map_ahead(pool, encode, numbered, 4 * _threads())
+            found = itertools.groupby(encoded, key=lambda e: e[0])
+            for shard, documents in found:
+                yield from self._shard(shard, documents)
+
+    def _records(self, shards: Sequence[int]) -> Iterator[tuple[int, int, Record]]:
+        n = self.per_shard
+        if isinstance(self.text.documents, Indexed):
+            for shard in shards:
+                for number, record in self.text.records(
+                    n * shard, n * shard + self.in_shard(shard)
+                ):
+                    yield shard, number, record
+            return
+        wanted, last = set(shards), max(shards, default=-1)
+        stop = min(self.documents, n * (last + 1))
+        for number, record in self.text.records(0, stop):
+            if number // n in wanted:
+                yield number // n, number, record
+
+    def _shard(self, shard: int, encoded: Iterable[tuple]) -> Iterator[Packed | Ended]:
+        documents: list[tuple[int, str, int]] = []
+
+        def pieces() -> Iterator[Piece]:
+            for place, (_, number, where, ids, counts) in enumerate(encoded):
+                documents.append((number, where, len(ids)))
+                yield Piece(0, place, ids, counts)
+
+        place = offset = 0
+        bos = self.text.tok.bos_id
+        for batch, _ in fill_rows(pieces(), self.rows, self.length, bos):
+            found = []
+            for length in _piece_lengths(batch.segments):
+                while offset == documents[place][2]:
+                    place, offset = place + 1, 0
+                found.append((place, offset, length))
+                offset += length - 1
+            yield Packed(shard, batch, np.array(found, np.int32).reshape(-1, 3))
+        yield Ended(shard, documents)
+
+
+def _piece_lengths(segments: np.ndarray) -> list[int]:
+    """Of rows of segment ids 1, 2, ... and 0: how long each piece is, row after row."""
+    return [n for row in segments for n in np.bincount(row)[1:].tolist() if n]
+
+
+def _encode(text: Text, item: tuple[int, int, Record]) -> tuple:
+    shard, number, record = item
+    ids, counts = text.encode(record)
+    return shard, number, record.where, ids, counts
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)
