@@ -15,6 +15,7 @@ from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
@@ -22,7 +23,7 @@ from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import Plan
 from gemma_scope_jax.evaluation.report import frontier, print_core
 from gemma_scope_jax.evaluation.results import ENVELOPE, coder_id, plain, read_result, write_result
-from gemma_scope_jax.evaluation.texts import ROLES, EvaluationText
+from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import Chat, Span
 
@@ -143,8 +144,8 @@ def test_roles_of_chats(tmp_path):
     some = EvaluationText(data, ChattyLetters(), rows=1, length=24)
     (batch,) = some
     said = lambda mask: "".join(Letters().decode_tokens(batch.tokens[mask]))
-    role = lambda name: batch.labels["role"] == ROLES.index(name)
-    assert some.groups == {"role": ROLES}
+    role = lambda name: batch.labels["role"] == LABELS.index(name)
+    assert some.groups == {"role": LABELS}
     assert said(role("user")) == "plums?" and said(role("model")) == "yes, two"
     assert said(batch.counts) == "yes, two"
 

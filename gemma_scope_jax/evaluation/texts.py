@@ -8,20 +8,19 @@ same batches, which is what a run that goes on where it was killed relies on.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import Record
-from gemma_scope_jax.data.documents import Documents, TextData, open_documents, parse
+from gemma_scope_jax.data.document_files import text_files
+from gemma_scope_jax.data.documents import Documents, TextData, open_documents
+from gemma_scope_jax.data.text import LABELS, Piece, fill_rows, fingerprint, labelled_record
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import TextBatch
 
-ROLES = ("turn", "system", "user", "model")
 OTHER = "other"
 MOST_SOURCES = 32  # further files are counted together
-MIN_ROOM = 8  # a piece cut to fewer tokens would see next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +63,11 @@ class EvaluationText:
             if sources := self._sources():
                 found["source"] = sources
             if self.data.messages:
-                found["role"] = ROLES
+                found["role"] = LABELS
         return found
 
     def _sources(self) -> tuple[str, ...]:
         """Files by name, those beyond the most together; none if there is only one."""
-        from gemma_scope_jax.data.document_files import text_files
-
         assert isinstance(self.data, TextData)
         if not self.data.files:
             return ()
@@ -83,86 +80,31 @@ class EvaluationText:
 
     def fingerprint(self) -> str:
         """Tells these batches from others; 16 hexadecimal digits."""
-        settings = dataclasses.asdict(self.data) if isinstance(self.data, TextData) else {}
-        settings.pop("files", None)  # names and sizes are in the documents' identity
-        sample = self.tokenizer.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
-        shape = [self.tokens, self.rows, self.length, self.document, self.seed]
-        parts = [self.documents.identity, settings, shape, sample]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+        text = fingerprint(self.documents, self._settings, self.tokenizer, self.seed)
+        shape = [text, self.tokens, self.rows, self.length, self.document]
+        return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+
+    @property
+    def _settings(self) -> TextData:
+        return self.data if isinstance(self.data, TextData) else TextData()
 
     def __iter__(self) -> Iterator[TextBatch]:
         read = 0
-        for batch in _pack(self._pieces(), self.rows, self.length, self.tokenizer.bos_id):
-            yield batch
+        bos = self.tokenizer.bos_id
+        for batch, _ in fill_rows(self._pieces(), self.rows, self.length, bos, np.int32):
+            code = batch.counts
+            labels = {"role": code >> 1 & 3, "source": code >> 3}
+            yield TextBatch(batch.tokens, batch.segments, code & 1 > 0, labels)
             read += int((batch.segments > 0).sum())
             if self.tokens is not None and read >= self.tokens:
                 return
 
-    def _pieces(self) -> Iterator[Mapping[str, np.ndarray]]:
+    def _pieces(self) -> Iterator[Piece]:
+        """Documents whose `counts` say of each token: counts + 2 role + 8 source."""
         numbers = {name: i for i, name in enumerate(self.groups.get("source", ()))}
         for record in self.documents.ordered(self.seed, 0, (0, 1)):
-            ids, counts, roles = self._encode(record)
+            ids, counts, roles = labelled_record(self.tokenizer, record, self._settings)
             name = record.where.rpartition(", ")[0]
             source = numbers.get(name, len(numbers) - 1) if numbers else 0
-            piece = {"tokens": ids, "counts": counts, "role": roles}
-            piece["source"] = np.full(len(ids), source, np.int32)
-            yield {key: value[: self.document] for key, value in piece.items()}
-
-    def _encode(self, record: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids without <bos>, which of them count, and their roles (0 in plain text)."""
-        tok = self.tokenizer
-        data = self.data if isinstance(self.data, TextData) else TextData()
-        try:
-            document = parse(record, data)
-            if isinstance(document, str):
-                ids = tok.encode(document, bos=False)
-                return ids, ~tok.special[ids], np.zeros(len(ids), np.int32)
-            chat = tok.chat(document, add_generation_prompt=False)
-        except InputError as error:
-            if data.skip_bad:
-                return (np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int32))
-            where = "" if record.where in str(error) else f"{record.where}: "
-            raise InputError(f"{where}{error}") from error
-        ids = chat.ids[1:]
-        roles = np.repeat(
-            [ROLES.index(s.role) for s in chat.spans], [s.stop - s.start for s in chat.spans]
-        ).astype(np.int32)[1:]
-        said = chat.mask(*data.counted_roles)[1:]
-        return ids, said & ~tok.special[ids], roles
-
-
-def _pack(
-    pieces: Iterator[Mapping[str, np.ndarray]], rows: int, length: int, bos: int
-) -> Iterator[TextBatch]:
-    """Rows filled document after document; the last batch is padded."""
-    names = ("tokens", "segments", "counts", "role", "source")
-    made = {name: np.zeros((rows, length), np.int32) for name in names}
-    row, column, number = 0, 0, 1
-
-    def batch() -> TextBatch:
-        b = {name: value.copy() for name, value in made.items()}
-        labels = {"role": b["role"], "source": b["source"]}
-        for value in made.values():
-            value[:] = 0
-        return TextBatch(b["tokens"], b["segments"], b["counts"].astype(bool), labels)
-
-    for piece in pieces:
-        at, size = 0, len(piece["tokens"])
-        while at < size:
-            room = length - column - 1
-            if column and room < min(MIN_ROOM, size - at):
-                row, column, number = row + 1, 0, 1
-                if row == rows:
-                    yield batch()
-                    row = 0
-                continue
-            part = slice(at, min(size, at + room))
-            stop = column + 1 + part.stop - part.start
-            for name, value in piece.items():
-                made[name][row, column + 1 : stop] = value[part]
-            made["tokens"][row, column] = bos
-            made["source"][row, column] = piece["source"][0]
-            made["segments"][row, column:stop] = number
-            at, column, number = part.stop, stop, number + 1
-    if made["segments"].any():
-        yield batch()
+            code = counts + 2 * roles + 8 * source
+            yield Piece(0, 0, ids[: self.document], code[: self.document])
