@@ -217,7 +217,7 @@ def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
     """Killed in the first or the second pass: the same figures, nothing run twice."""
     _, coders, results = measured
     data, plan, config = setup(text)
-    real, steps = core_run._Progress.__call__, []
+    real, steps = core_run._After.__call__, []
 
     def step(self, sums, stage, tokens):
         real(self, sums, stage, tokens)
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
             raise Killed
 
     monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
-    monkeypatch.setattr(core_run._Progress, "__call__", step)
+    monkeypatch.setattr(core_run._After, "__call__", step)
     out = str(tmp_path)
     with pytest.raises(Killed):
         evaluate_core(model, coders, data, plan, config, out, replacement=True)
@@ -356,7 +356,9 @@ def test_the_command(tiny, folders, text, capsys):
     out, err = capsys.readouterr()
     results = json.loads(out)
     assert [r["sae_lens_id"] for r in results] == ["sae_0", "sae_1"]
-    assert results[0]["eval_config"]["tokens"] == 200 and "fit: compiled" in err
+    assert (
+        results[0]["eval_config"]["tokens"] == 200 and "compiled; how they fit, 200 tokens" in err
+    )
     assert cli.main(arguments) == 0
     assert "sae_1" in capsys.readouterr().out
 

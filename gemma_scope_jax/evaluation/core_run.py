@@ -40,9 +40,9 @@ from gemma_scope_jax.evaluation.results import (
 )
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import Progress
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
-SHOWN_EVERY = 3.0
 
 
 def evaluate_core(
@@ -80,7 +80,7 @@ def evaluate_core(
         state = _Saved(
             out, [[configs[i], ids[i], found[i] is None] for i in needed], replacement, COLUMNS
         )
-        after = _Progress(config["tokens"], config["loss_tokens"], state)
+        after = _After(config["tokens"], config["loss_tokens"], state)
         some = [coders[i] for i in needed]
         measured = measure(model, some, data, plan, saved=state.read(), after=after)
         shapes = config["compute_featurewise_weight_based_metrics"]
@@ -153,36 +153,27 @@ class _Saved:
             self.path.unlink()
 
 
-class _Progress:
-    """A line on stderr every few seconds; now and then what was summed is saved."""
+class _After:
+    """What happens after each batch: progress on stderr and, now and then, a saving."""
 
     def __init__(self, tokens: int, loss_tokens: int, saved: _Saved):
         self.total = {"fit": tokens, "loss": min(tokens, loss_tokens)}
-        self.done = self.begun = 0
-        self.saved, self.stage = saved, ""
-        self.began = self.shown = self.kept = time.time()
+        self.saved, self.stage, self.done = saved, "", 0
+        self.kept = time.monotonic()
 
     def __call__(self, measured: Measured, stage: str, tokens: int) -> None:
-        now = time.time()
-        if stage != self.stage:  # what compiling took is not in the rate
+        if stage != self.stage:  # the rate begins now: the first batch was compiled for
             batches = measured.fitted if stage == "fit" else measured.compared
-            self.stage, self.began, self.done = stage, now, batches * tokens
-            self.begun = self.done
-            print(f"{stage}: compiled, measuring", file=sys.stderr, flush=True)
+            self.stage, self.done = stage, batches * tokens
+            what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
+            print(f"compiled; {what}, {self.total[stage]:,} tokens", file=sys.stderr, flush=True)
+            self.progress = Progress(self.total[stage], begun=self.done)
         else:
             self.done += tokens
-        if now - self.shown > SHOWN_EVERY and self.done > self.begun:
-            self.shown = now
-            rate = (self.done - self.begun) / max(now - self.began, 1e-9)
-            left = max(self.total[stage] - self.done, 0) / rate
-            print(
-                f"{stage}: {self.done:,} of {self.total[stage]:,} tokens  {rate:,.0f}/s  "
-                f"{left / 60:.1f} min left",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-        if now - self.kept > SAVED_EVERY:
+            self.progress.at(self.done)
+        if time.monotonic() - self.kept > SAVED_EVERY:
             self.saved.write(measured.arrays())
-            self.kept = time.time()
+            self.kept = time.monotonic()
 
 
 def _plots(out: str, results: list[dict[str, Any]]) -> None:
