@@ -20,7 +20,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
-from gemma_scope_jax.evaluation.evaluate import Plan
+from gemma_scope_jax.evaluation.evaluate import Plan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
 from gemma_scope_jax.evaluation.results import ENVELOPE, coder_id, plain, read_result, write_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
@@ -148,6 +148,20 @@ def test_roles_of_chats(tmp_path):
     assert some.groups == {"role": LABELS}
     assert said(role("user")) == "plums?" and said(role("model")) == "yes, two"
     assert said(batch.counts) == "yes, two"
+
+
+def test_figures_by_role(model, tmp_path):
+    """What is said counts, the template around it does not; roles that say nothing have no row."""
+    chat = [{"role": "user", "content": "plums?"}, {"role": "model", "content": "yes, two"}] * 2
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"m": chat}) + "\n")
+    data = TextData(files=(str(path),), messages="m", roles=("user", "model"))
+    some = EvaluationText(data, ChattyLetters(), rows=2, length=32)
+    plan = Plan(loss_tokens=0, groups=some.groups)
+    found = measure(model, [coder()], some, plan).tallies[0].metrics()
+    rows = {row["name"]: row["tokens"] for row in found.groups["role"]}
+    assert rows == {"user": 2 * len("plums?"), "model": 2 * len("yes, two")}
+    assert found.all.tokens == sum(rows.values())
 
 
 def test_only_the_beginning_of_a_document():
