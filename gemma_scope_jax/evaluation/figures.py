@@ -20,8 +20,6 @@ DENSE = 0.1  # a feature active on more than this share of tokens is dense
 BINS_PER_DECADE = 4  # of the density histogram
 LOWEST_DECADE = -8
 
-# What is in place of the activation in a changed run.
-RUNS = ("spliced", "zero", "mean")
 _SUMS = ("tokens", "mean", "bias", "columns")
 
 
