@@ -41,19 +41,23 @@ def flops(coders: str, length: int) -> float:
     return 2.0 * layers * (LAYER + 2 * 4 * 256 * (length + 1) / 2) + 2 * D * width
 
 
-def text(tokens: int, length: int) -> str:
-    """One document of `tokens` tokens without <bos>, so that every row but the last is full."""
+def documents(tokens: int) -> list[str]:
+    """Eight documents of `tokens` tokens in all: pieces of this repository in any order."""
     import gemma_scope_jax as gs
 
-    tok = gs.load_tokenizer("gemma-3-270m")
+    tok, rng = gs.load_tokenizer("gemma-3-270m"), np.random.default_rng(0)
     files = [ROOT / "LICENSE", ROOT / "README.md", *sorted((ROOT / "tests").glob("*.py"))]
     ids = np.concatenate([tok.encode(f.read_text(), bos=False) for f in files])
-    rng, parts, size = np.random.default_rng(0), [], 0
-    while size < tokens:  # long enough whatever the number: pieces of the repository in any order
-        start = int(rng.integers(0, len(ids) - 400))
-        parts.append(tok.decode(ids[start : start + int(rng.integers(100, 400))].tolist()))
-        size += len(tok.encode(parts[-1], bos=False))
-    return "".join(parts)
+
+    def document() -> str:
+        parts, size = [], 0
+        while size < tokens // 8:
+            start, length = int(rng.integers(0, len(ids) - 400)), int(rng.integers(100, 400))
+            parts.append(tok.decode(ids[start : start + length].tolist()))
+            size += length
+        return "".join(parts)
+
+    return [document() for _ in range(8)]
 
 
 def serve(answers: dict) -> None:
@@ -80,6 +84,7 @@ def ours(args) -> None:
 
     import gemma_scope_jax as gs
     from gemma_scope_jax.coders.interop import save_saelens
+    from gemma_scope_jax.extraction.work import Packed, Plan, open_text
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 
     folder = Path(args.folder)
@@ -90,7 +95,7 @@ def ours(args) -> None:
         save_huggingface(gs.load_model("gemma-3-270m", dtype="float32"), folder / "model")
     for name, coder in coders.items():
         save_saelens(coder, folder / name)
-    document = text(args.tokens, args.length)
+    texts = documents(args.tokens)
     last = max(coder.layer for coder in coders.values())
     site = coders[CODERS[args.coders][0]].reads
 
@@ -104,30 +109,31 @@ def ours(args) -> None:
     def run() -> float:
         shutil.rmtree(folder / "store", ignore_errors=True)
         start = time.perf_counter()
-        store = gs.extract(model, coders, tok, [document], folder / "store", rows=args.rows,
+        store = gs.extract(model, coders, tok, texts, folder / "store", rows=args.rows,
                            length=args.length, precision=args.precision)  # fmt: skip
         return len(store) / (time.perf_counter() - start)
 
     def prepare() -> float:
-        """Write the store's tokens as batches [n, rows, length] for the peer."""
+        """Write the batches that were run: tokens and segments [2, n, rows, length]."""
         run()
         store = gs.FeatureStore(folder / "store")
-        ids = np.concatenate([segment.tokens for segment in store.segments()])
-        size = args.rows * args.length
-        batches = ids[: len(ids) // size * size].reshape(-1, args.rows, args.length)
-        assert (batches[:, :, 0] == tok.bos_id).all()
-        np.save(folder / "tokens.npy", batches)
+        held = store.manifest
+        plan = Plan(open_text(texts, tok, 0), held["documents"], held["per_shard"], args.rows,
+                    args.length, held["mean"])  # fmt: skip
+        packed = [p.batch for p in plan.batches(range(plan.shards)) if isinstance(p, Packed)]
+        batches = np.stack([[p.tokens for p in packed], [p.segments for p in packed]])
+        assert int((batches[1] > 0).sum()) == len(store)
+        np.save(folder / "batches.npy", batches)
         return store.bytes / len(store)
 
     def forward() -> float:
-        batches = np.load(folder / "tokens.npy").astype(np.int32)
-        segments = jnp.ones(batches.shape[1:], jnp.int32)
-        bare(model, jnp.asarray(batches[0]), segments).block_until_ready()
+        batches, segments = np.load(folder / "batches.npy")
+        bare(model, jnp.asarray(batches[0]), jnp.asarray(segments[0])).block_until_ready()
         start = time.perf_counter()
-        for batch in batches:
-            out = bare(model, jnp.asarray(batch), segments)
+        for batch, segment in zip(batches, segments):
+            out = bare(model, jnp.asarray(batch), jnp.asarray(segment))
         out.block_until_ready()
-        return batches.size / (time.perf_counter() - start)
+        return int((segments > 0).sum()) / (time.perf_counter() - start)
 
     a, w = jnp.ones((2048, D), args.dtype), jnp.ones((D, 2048), args.dtype)
     product = jax.jit(lambda a, w: jnp.matmul(a, w))
@@ -164,7 +170,8 @@ def peer(args) -> None:
         module.register_forward_hook(hook(layer))
 
     def run() -> float:
-        batches = torch.tensor(np.load(folder / "tokens.npy"), dtype=torch.long)
+        tokens, segments = np.load(folder / "batches.npy")
+        batches = torch.tensor(tokens, dtype=torch.long)
         out = folder / "peer"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
@@ -181,7 +188,7 @@ def peer(args) -> None:
                     np.savez(out / f"{number}.{layer}.npz", where=where.to(torch.int32).cpu(),
                              values=values.half().cpu() if args.dtype != "float32"
                              else values.cpu())  # fmt: skip
-        return batches.numel() / (time.perf_counter() - start)
+        return int((segments > 0).sum()) / (time.perf_counter() - start)
 
     a = torch.ones(2048, D, dtype=getattr(torch, args.dtype), device=device)
     w = torch.ones(D, 2048, dtype=a.dtype, device=device)
@@ -223,42 +230,52 @@ class Side:
         self.process.wait()
 
 
-def compare_features(coders: str, folder: str, rows: int, length: int) -> tuple[float, float, int]:
-    """(share of entries that both have, largest relative distance from the threshold of the others,
-    entries) over all coders. Distances are relative to the token's largest activation.
+def compare_features(coders: str, folder: str) -> tuple[float, float, int]:
+    """(share of the entries that both have, how far from its threshold any other is, entries).
+
+    Distances are relative to the token's largest activation. Rows that hold two documents or
+    padding are left out: the peer's tokens see what stands before them.
     """
     import gemma_scope_jax as gs
 
-    store, size = gs.FeatureStore(Path(folder) / "store"), rows * length
+    store = gs.FeatureStore(Path(folder) / "store")
+    _, segments = np.load(Path(folder) / "batches.npy")
+    whole = np.broadcast_to((segments == 1).all(-1, keepdims=True), segments.shape).reshape(-1)
+    place = np.flatnonzero(segments.reshape(-1) > 0)  # of the store's rows in the batches
     shared = total = 0
     worst = 0.0
-    batches = np.load(Path(folder) / "tokens.npy").shape[0]
     for name in CODERS[coders]:
         coder = gs.load_coder(name)
         threshold, width = np.asarray(coder.threshold), coder.width
-        mine: dict[int, float] = {}
+        keys, values = [], []
         for segment in store.segments():
-            offsets, ids, values = segment.by_token(name)
-            row = np.repeat(np.arange(len(segment)) + segment.start, np.diff(offsets))
-            mine |= dict(zip((row * width + ids).tolist(), values.tolist()))
-        theirs: dict[int, float] = {}
-        for number in range(batches):
+            offsets, ids, some = segment.by_token(name)
+            rows = np.repeat(np.arange(len(segment)) + segment.start, np.diff(offsets))
+            keys.append(place[rows] * width + ids)
+            values.append(some)
+        mine, mine_values = np.concatenate(keys), np.concatenate(values).astype(np.float64)
+        keys, values = [], []
+        for number in range(len(segments)):
             saved = np.load(Path(folder) / "peer" / f"{number}.{coder.layer}.npz")
-            row = saved["where"][:, 0].astype(np.int64) + number * size
-            keys = (row * width + saved["where"][:, 1]).tolist()
-            theirs |= dict(zip(keys, saved["values"].astype(np.float64).tolist()))
-        mine = {k: v for k, v in mine.items() if k < batches * size * width}
-        largest = np.zeros(batches * size)
-        for key, value in mine.items():
-            largest[key // width] = max(largest[key // width], value)
-        both = mine.keys() & theirs.keys()
-        shared, total = shared + len(both), total + len(mine.keys() | theirs.keys())
-        for key in mine.keys() ^ theirs.keys():
-            value = mine.get(key, theirs.get(key))
-            worst = max(worst, (value - threshold[key % width]) / max(largest[key // width], 1e-9))
-        far = max(abs(mine[k] - theirs[k]) / max(theirs[k], 1e-9) for k in both)
-        print(f"  {name}: {len(mine)} entries, largest relative difference {far:.1e}",
-              file=sys.stderr)  # fmt: skip
+            rows = saved["where"][:, 0].astype(np.int64) + number * segments[0].size
+            keys.append(rows * width + saved["where"][:, 1])
+            values.append(saved["values"])
+        theirs, their_values = np.concatenate(keys), np.concatenate(values).astype(np.float64)
+        keep = whole[mine // width]
+        mine, mine_values = mine[keep], mine_values[keep]
+        keep = whole[theirs // width]
+        theirs, their_values = theirs[keep], their_values[keep]
+        largest = np.full(whole.size, 1e-9)
+        np.maximum.at(largest, mine // width, mine_values)
+        both, i, j = np.intersect1d(mine, theirs, return_indices=True)
+        shared, total = shared + len(both), total + len(mine) + len(theirs) - len(both)
+        for key, value in ((mine, mine_values), (theirs, their_values)):
+            alone = ~np.isin(key, both)
+            apart = (value - threshold[key % width]) / largest[key // width]
+            worst = max(worst, float(apart[alone].max(initial=0.0)))
+        far = np.abs(mine_values[i] - their_values[j]) / largest[both // width]
+        print(f"  {name}: {len(mine)} entries, largest difference {far.max():.1e} of the token's "
+              f"largest", file=sys.stderr)  # fmt: skip
     return shared / max(total, 1), worst, total
 
 
@@ -267,7 +284,7 @@ def compare(coders: str, args, folder: str) -> dict:
     size = sides["ours"].ask("prepare")
     sides["peer"] = Side(args.peers, "peer", args, folder, coders)
     sides["peer"].ask("run")
-    share, worst, entries = compare_features(coders, folder, args.rows, args.length)
+    share, worst, entries = compare_features(coders, folder)
     rates: dict[str, list[float]] = {"ours": [], "forward": [], "peer": []}
     for _ in range(args.rounds):
         rates["forward"].append(sides["ours"].ask("forward"))

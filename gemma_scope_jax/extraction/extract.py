@@ -42,7 +42,8 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import mesh_of, shard_batch
 from gemma_scope_jax.progress import Progress
 
-SHARD = 1 << 17  # tokens of a shard, about
+SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
+BATCHES = 32  # of a shard, at least about
 
 
 def extract(
@@ -59,7 +60,7 @@ def extract(
     values: str = "float16",
     slots: int | None = None,
     precision: str = "highest",
-    shard_tokens: int = SHARD,
+    shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStore:
     """Store the active features of `coders` on a text; returns the store.
@@ -115,7 +116,7 @@ def job_of(
     values: str = "float16",
     slots: int | None = None,
     precision: str = "highest",
-    shard_tokens: int = SHARD,
+    shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> manifests.Job:
     """The settings of an extraction, checked."""
@@ -140,7 +141,8 @@ def job_of(
         raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.Job(
         text=open_text(source, tok, seed), rows=rows, length=length, values=values,
-        slots=min(slots, widest), precision=precision, shard_tokens=shard_tokens,
+        slots=min(slots, widest), precision=precision,
+        shard_tokens=shard_tokens or max(SHARD, BATCHES * rows * length),
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
     )  # fmt: skip
 

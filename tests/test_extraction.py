@@ -1,0 +1,464 @@
+"""The feature store against brute force: what is in it, resuming, sharing, damage, bad input."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import Letters
+from tiny import tiny_model
+
+import gemma_scope_jax as gs
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction import extract as extraction
+from gemma_scope_jax.extraction.active import grouped
+from gemma_scope_jax.extraction.extract import extract
+from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.shard_files import (
+    Entries,
+    by_feature,
+    differences,
+    expand,
+    expand_values,
+    shard_name,
+    squeeze,
+    store_values,
+    undo_differences,
+)
+from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+
+D, WIDTH = 32, 48
+SETTINGS = dict(rows=2, length=32, slots=24, shard_tokens=300, values="float32")
+
+
+def sae(seed, layer, width=WIDTH, threshold=1.0, **place):
+    k = jax.random.split(jax.random.key(seed), 4)
+    normal = lambda key, *shape: jax.random.normal(key, shape) / D**0.5
+    return SparseCoder(
+        normal(k[0], D, width), normal(k[1], width), jnp.full(width, threshold),
+        normal(k[2], width, D), jnp.zeros(D), layer=layer, **place,
+    )  # fmt: skip
+
+
+def crosscoder(seed, layers, width=16):
+    k, x = jax.random.split(jax.random.key(seed), 2), len(layers)
+    w_dec = jax.random.normal(k[1], (x * (x + 1) // 2, width, D))
+    return MultiLayerCoder(
+        jax.random.normal(k[0], (x, D, width)) / D**0.5, jnp.zeros((x, width)),
+        jnp.full((x, width), 0.8), w_dec, jnp.zeros((x, D)), layers=layers,
+    )  # fmt: skip
+
+
+CODERS = {
+    "a": sae(0, 1),
+    "b": sae(1, 1),  # the same place again
+    "c": sae(2, 2),
+    "t": sae(3, 0, 40, reads="mlp_in", writes="mlp_out"),
+    "x": crosscoder(4, (0, 2, 3)),
+}
+LISTS = [("a", 1), ("b", 1), ("c", 2), ("t", 0), ("x", 0), ("x", 2), ("x", 3)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    rng = np.random.default_rng(0)
+    texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, n)) for n in rng.integers(0, 90, 40)]
+    return texts + ["", "z"]
+
+
+@pytest.fixture(scope="module")
+def store(model, documents, tmp_path_factory):
+    return extract(model, CODERS, Letters(), documents, tmp_path_factory.mktemp("s"), **SETTINGS)
+
+
+def dense(store, name, layer):
+    """float32 [tokens, F] of a store."""
+    whole = np.zeros((len(store), store.width(name)), np.float32)
+    for segment in store.segments():
+        offsets, ids, values = segment.by_token(name, layer)
+        for t in range(len(segment)):
+            some = slice(offsets[t], offsets[t + 1])
+            assert (np.diff(ids[some]) > 0).all()
+            whole[segment.start + t, ids[some]] = values[some]
+    return whole
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(("name", "layer"), LISTS)
+def test_every_feature_is_that_of_the_piece_alone(model, store, name, layer):
+    found, coder = dense(store, name, layer), CODERS[name]
+    run = jax.jit(lambda tokens: gs.forward(model, tokens, [gs.features(coder)]).reads["features"])
+    for segment in store.segments():
+        for piece in np.unique(segment.pieces):
+            (here,) = np.nonzero(segment.pieces == piece)
+            tokens = np.pad(segment.tokens[here], (0, 32 - len(here)))
+            f = np.asarray(run(tokens[None]))
+            f = f[0] if isinstance(coder, SparseCoder) else f[coder.layers.index(layer), 0]
+            f = np.where(segment.counted[here][:, None], f[: len(here)], 0.0)
+            got = found[here + segment.start]
+            np.testing.assert_allclose(got, f, rtol=1e-4, atol=1e-4)
+    assert (found > 0).any(0).mean() > 0.9
+
+
+@pytest.mark.parametrize(("name", "layer"), LISTS)
+def test_the_index_says_the_same_as_the_tokens(store, name, layer):
+    found = dense(store, name, layer)
+    assert (store.fired(name, layer) == (found > 0).sum(0)).all()
+    for feature in (0, 7, store.width(name) - 1):
+        rows, values = store.feature(feature, name, layer)
+        assert (rows == np.flatnonzero(found[:, feature])).all()
+        assert (values == found[rows, feature]).all()
+    for segment in store.segments():
+        offsets, rows, values = segment.by_feature(name, layer)
+        again = np.zeros((len(segment), store.width(name)), np.float32)
+        again[rows, np.repeat(np.arange(store.width(name)), np.diff(offsets))] = values
+        assert (again == found[segment.start :][: len(segment)]).all()
+
+
+def test_documents_and_windows_are_those_of_the_text(store, documents):
+    ids = {n: Letters().encode(text, bos=False) for n, text in enumerate(documents)}
+    assert sorted(store.document_numbers) == sorted(ids)
+    assert store.counted == sum(map(len, ids.values()))
+    for number, tokens in ids.items():
+        found = store.document(number)
+        assert found.where == f"document {number}"
+        assert (found.tokens == tokens).all()
+        assert (store.document(number, 3, 9).tokens == tokens[3:9]).all()
+    everything = np.concatenate([s.tokens for s in store.segments()])
+    pieces = np.cumsum(everything == 2)  # each begins with <bos>
+    rows = np.random.default_rng(0).permutation(len(store))[:200]
+    windows = store.windows(rows, 4, 2)
+    for row, window in zip(rows, windows):
+        for at, token in zip(range(row - 4, row + 3), window):
+            inside = 0 <= at < len(store) and pieces[at] == pieces[row]
+            assert token == (everything[at] if inside else -1)
+    numbers, positions = store.places(rows)
+    for row, number, position in zip(rows, numbers, positions):
+        assert position == row - np.flatnonzero(everything[: row + 1] == 2)[-1]
+        assert position == 0 or row in store.document(number).rows
+    features, values = store.tokens_of(rows[:5], "a")[3]
+    assert (dense(store, "a", 1)[rows[3], features] == values).all()
+
+
+def test_too_few_slots_change_nothing(model, documents, store, tmp_path):
+    """Tokens with more features than slots are spilled, or their batch runs again."""
+    few = extract(model, CODERS, Letters(), documents, tmp_path, **SETTINGS | {"slots": 7})
+    for name, layer in LISTS:
+        a, b = dense(store, name, layer), dense(few, name, layer)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_half_floats_keep_three_digits_and_what_is_active(model, documents, store, tmp_path):
+    half = extract(
+        model, CODERS, Letters(), documents, tmp_path, **SETTINGS | {"values": "float16"}
+    )
+    for name, layer in LISTS:
+        a, b = dense(store, name, layer), dense(half, name, layer)
+        assert ((a > 0) == (b > 0)).all()
+        np.testing.assert_allclose(a, b, rtol=5e-4)
+    assert half.bytes < store.bytes
+
+
+@pytest.mark.parametrize("data,split", [(2, 2), (1, 4)])
+def test_a_mesh_gives_the_same(model, documents, store, tmp_path, data, split):
+    mesh = make_mesh(data, split)
+    params = jax.device_put(model.params, param_shardings(model.config, mesh))
+    spread = model.replace(params=params)
+    # x has 16 features, of which a part of 4 has room for fewer: it spills.
+    got = extract(spread, CODERS, Letters(), documents, tmp_path, **SETTINGS)
+    for name, layer in LISTS:
+        a, b = dense(store, name, layer), dense(got, name, layer)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_processes_and_interruptions_give_the_same_bytes(
+    model, documents, store, tmp_path, monkeypatch
+):
+    whole = contents(store.folder)
+    shared = tmp_path / "shared"
+    for index in (1, 0, 2):
+        got = extract(model, CODERS, Letters(), documents, shared, **SETTINGS, share=(index, 3))
+        assert got.complete == (index == 2)
+    assert contents(shared) == whole
+
+    class Stop(Exception):
+        pass
+
+    stopped = tmp_path / "stopped"
+    real = extraction.Runner.start
+    for after in (0, 1, 3, 8, 2, 12):
+        left = [after]
+
+        def start(self, *batch, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+            return real(self, *batch)
+
+        monkeypatch.setattr(extraction.Runner, "start", start)
+        try:
+            extract(model, CODERS, Letters(), documents, stopped, **SETTINGS)
+        except Stop:
+            assert all(not name.endswith("tmp") for name in contents(stopped))
+    monkeypatch.setattr(extraction.Runner, "start", real)
+    extract(model, CODERS, Letters(), documents, stopped, **SETTINGS)
+    assert contents(stopped) == whole
+
+
+def test_more_tokens_extend_a_store(model, documents, tmp_path):
+    one = {"a": CODERS["a"]}
+    few = extract(model, one, Letters(), documents, tmp_path / "s", tokens=500, **SETTINGS)
+    assert 500 <= few.counted < 600
+    same = extract(model, one, Letters(), documents, tmp_path / "s", tokens=400, **SETTINGS)
+    assert same.counted == few.counted
+    more = extract(model, one, Letters(), documents, tmp_path / "s", tokens=1100, **SETTINGS)
+    again = extract(model, one, Letters(), documents, tmp_path / "t", tokens=1100, **SETTINGS)
+    assert 1100 <= more.counted == again.counted
+    # how many documents a shard has is settled at the beginning
+    assert dense(more, "a", 1).sum(0) == pytest.approx(dense(again, "a", 1).sum(0), rel=1e-5)
+
+
+def test_chats_count_what_the_roles_say(tmp_path):
+    """Only the model's turns of a chat have features."""
+    model, path = tiny_model(PRESETS["gemma-3-270m"], layers=4), tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    path.write_text("\n".join(json.dumps({"chat": turns}) for _ in range(3)))
+
+    class Chats(Letters):
+        def chat(self, messages, add_generation_prompt):
+            ids = self.encode(messages[0]["content"] + messages[1]["content"])
+
+            class Chat:
+                def mask(self, *roles):
+                    said = np.zeros(len(ids), bool)
+                    if "model" in roles:
+                        said[4:] = True
+                    return said
+
+            chat = Chat()
+            chat.ids = ids
+            return chat
+
+    data = TextData(files=(str(path),), messages="chat")
+    got = extract(model, CODERS["a"], Chats(), data, tmp_path / "s", **SETTINGS)
+    counted = np.concatenate([s.counted for s in got.segments()])
+    assert (
+        len(got) == 18
+        and counted.tolist() == [False] * 4 + [True] * 2 + ([False] * 4 + [True] * 2) * 2
+    )
+    assert (dense(got, got.coders[0], 1).any(1) == counted).all()
+
+
+def test_one_program_whatever_the_shard(model, documents, tmp_path):
+    from gemma_scope_jax.extraction.active import active_features
+
+    extract(model, CODERS, Letters(), documents, tmp_path / "s", **SETTINGS)
+    before = active_features._cache_size()
+    extract(model, CODERS, Letters(), documents[:9], tmp_path / "t", **SETTINGS)
+    assert active_features._cache_size() == before
+    groups = grouped(CODERS)
+    assert [(g.site, g.layers) for g in groups] == [
+        ("resid_post", (1, 2)), ("resid_post", (1,)), ("mlp_in", (0,)), ("resid_post", (0, 2, 3))
+    ]  # fmt: skip
+
+
+def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
+    settings = SETTINGS | {"values": "float16"}
+    plan = plan_extraction(model, CODERS, Letters(), documents, tmp_path / "s", **settings)
+    assert not (tmp_path / "s").exists()
+    assert plan.documents == len(documents) and plan.shards == len(store.shards)
+    assert plan.tokens == pytest.approx(store.counted, rel=0.01)
+    assert plan.memory > 100_000 and plan.tokens_per_second > 0
+    print_plan(plan)
+    print_store(store)
+    said = capsys.readouterr().out
+    assert "tokens in 42 documents" in said and "bytes a token" in said and "L0" in said
+    print_store(store, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["complete"] and found["l0"][0]["l0"] == pytest.approx(
+        (dense(store, "a", 1) > 0).sum() / store.counted
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Damage and bad input
+
+
+def test_a_flipped_byte_is_found_and_named(store, tmp_path):
+    copy = tmp_path / "s"
+    shutil.copytree(store.folder, copy)
+    FeatureStore(copy).verify()
+    victim = copy / shard_name(2)
+    data, rng = victim.read_bytes(), np.random.default_rng(0)
+    places = [0, len(data) - 1, len(data) - 12, len(data) - 100, *rng.integers(0, len(data), 60)]
+    for at in places:
+        victim.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(InputError, match="shard-000002.features: damaged"):
+            FeatureStore(copy).verify()
+    for cut in (0, 10, len(data) // 2, len(data) - 1):
+        victim.write_bytes(data[:cut])
+        with pytest.raises(InputError, match="shard-000002.features: (damaged|has)"):
+            FeatureStore(copy).verify()
+    victim.unlink()
+    with pytest.raises(InputError, match="shard-000002.features: is missing"):
+        FeatureStore(copy).verify()
+
+
+def other(**changes):
+    return SETTINGS | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(values="int4"), "values are stored as float16 or float32, not 'int4'"),
+        (dict(precision="best"), "precision is highest, high, default, not 'best'"),
+        (dict(share=(3, 3)), r"share \(3, 3\): must be"),
+        (dict(length=100_000), "length 100000: .* takes 2 to"),
+        (dict(rows=0), "rows 0 and slots 24 must be at least 1"),
+        (dict(tokens=0), "tokens must be at least 1"),
+        (dict(source=[]), "the list of documents is empty"),
+        (dict(source=["", ""]), "no text: all documents are empty"),
+        (dict(source=iter(["a"])), "an iterator can be read only once"),
+        (dict(source=TextData(files=("nothing-*.txt",))), "no text files match"),
+        (dict(coders={}), "no coders"),
+        (dict(coders={"deep": sae(0, 9)}), "deep: the coder is for layer 9, but"),
+        (dict(coders={"w": sae(0, 1, reads="z", writes="z")}), "w: the coder reads 32 values"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(model, tmp_path, changes, said):
+    settings = other(**changes)
+    source, coders = settings.pop("source", ["abcdef"]), settings.pop("coders", CODERS)
+    with pytest.raises(InputError, match=said) as error:
+        extract(model, coders, Letters(), source, tmp_path / "s", **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(rows=4), "another data .rows 2 there, 4 now"),
+        (dict(seed=1), "another data .text"),
+        (dict(slots=9), "another slots"),
+        (dict(coders={"a": CODERS["b"]}), "another coders .weights"),
+        (dict(source=["other text"]), "another data"),
+    ],
+)
+def test_a_folder_keeps_to_its_settings(model, tmp_path, changes, said):
+    one = {"a": CODERS["a"]}
+    extract(model, one, Letters(), ["abcdef", "ghi"], tmp_path, **SETTINGS)
+    settings = other(**changes)
+    source, coders = settings.pop("source", ["abcdef", "ghi"]), settings.pop("coders", one)
+    with pytest.raises(InputError, match=f"holds features of {said}"):
+        extract(model, coders, Letters(), source, tmp_path, **settings)
+
+
+def test_bad_reading_is_one_line(store, tmp_path):
+    for ask, said in (
+        (lambda: store.feature(0), "which coder"),
+        (lambda: store.feature(99, "a"), "feature 99: the coder has 0 to 47"),
+        (lambda: store.feature(0, "x"), "layer None is none of its layers"),
+        (lambda: store.fired("aa"), "no coder 'aa'"),
+        (lambda: store.document(1000), "document 1000 is not in the store"),
+        (lambda: store.windows([len(store)], 1, 1), "rows must be 0 to"),
+        (lambda: store.segment(99), "segment 99: has 0 to"),
+        (lambda: FeatureStore(tmp_path), "holds no sparse features"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ask()
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="not the manifest"):
+        FeatureStore(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        FeatureStore(tmp_path)
+
+
+def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):
+    from gemma_scope_jax.extraction import shard_files
+
+    real, left = shard_files.ShardWriter._write, [40]
+
+    def write(self, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(self, data)
+
+    monkeypatch.setattr(shard_files.ShardWriter, "_write", write)
+    one = {"a": CODERS["a"]}
+    with pytest.raises(InputError, match="no space left; free some and run the same again"):
+        extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
+    names = set(contents(tmp_path / "s"))
+    assert names >= {"manifest.json", shard_name(0)} and not any(n.endswith("tmp") for n in names)
+    monkeypatch.setattr(shard_files.ShardWriter, "_write", real)
+    extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
+    extract(model, one, Letters(), documents, tmp_path / "t", **SETTINGS)
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")
+
+
+def test_a_broken_model_is_refused(model, documents, tmp_path):
+    embed = model.params.embed.at[100].set(jnp.nan)
+    broken = model.replace(params=model.params.replace(embed=embed))
+    with pytest.raises(InputError, match="resid_post of layer 1: the model's activations are not"):
+        extract(broken, CODERS["a"], Letters(), documents, tmp_path, **SETTINGS)
+
+
+# -------------------------------------------------------------------------------------------------
+# The codecs
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<f2", "<f4"])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_arrays_survive(dtype, size):
+    array = np.random.default_rng(0).integers(0, 200, size).astype(dtype)
+    assert (expand(squeeze(array), dtype) == array).all()
+
+
+@pytest.mark.parametrize("width", [50, 70_000])
+def test_entries_survive(width):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 9, 100)
+    ids = [np.sort(rng.choice(width, n, replace=False)) for n in counts]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    entries = Entries(offsets, np.concatenate(ids).astype(np.int32), rng.random(offsets[-1]))
+    again = undo_differences(differences(entries.ids, offsets), offsets)
+    assert (again == entries.ids).all()
+    index = by_feature(entries, width)
+    back = np.argsort(index.ids, kind="stable")
+    features = np.repeat(np.arange(width), np.diff(index.offsets))
+    assert (features[back] == entries.ids).all() and (index.values[back] == entries.values).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e5, 1e20])
+def test_half_floats_reach_over_eight_decades(scale):
+    values = np.float32(scale) * np.logspace(-6, 0, 50, dtype=np.float32)
+    stored, exponent = store_values(values, "float16")
+    np.testing.assert_allclose(expand_values(stored, exponent), values, rtol=1e-3)
+    tiny, exponent = store_values(np.array([scale, scale * 1e-15], np.float32), "float16")
+    assert (expand_values(tiny, exponent) > 0).all()
+
+
+CODER_INFO = CoderInfo(l0=12.0)
+
+
+def test_slots_follow_the_target_l0():
+    from gemma_scope_jax.extraction.active import slots_for
+
+    assert slots_for([sae(0, 1, info=CODER_INFO)]) == 64
+    assert slots_for([sae(0, 1)]) == 256
