@@ -1,6 +1,7 @@
 """The core evaluation as a job: labelled text, documents, resuming, tables, plots, the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
-from gemma_scope_jax.evaluation.core import core_config
+from gemma_scope_jax.evaluation.core import coder_fingerprint, core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import Plan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
@@ -277,6 +278,13 @@ def test_tables_and_plots(measured, capsys):
     assert "sae_0" in several and "all 2 in place at once" in several
     pngs = sorted(p.name for p in Path(out).rglob("*.png"))
     assert len(pngs) >= 3 and "pareto.png" in pngs
+
+
+def test_weights_are_told_apart_but_copies_are_not(folders, tmp_path):
+    one, other = (coder_fingerprint(load_coder(folders / f"sae_{i}")) for i in range(2))
+    shutil.copytree(folders / "sae_0", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert coder_fingerprint(load_coder(tmp_path / "copy")) == one != other
+    assert coder_fingerprint(coder()) == ""
 
 
 def test_frontier():

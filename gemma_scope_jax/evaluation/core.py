@@ -31,6 +31,7 @@ from gemma_scope_jax.evaluation.results import saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 
 CORE, REPLACEMENT = "core", "replacement"
+SAMPLES, SAMPLE = 16, 1 << 16  # blocks of a file, bytes of a block
 WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our own
     "encoder_bias": "encoder_bias", "encoder_norm": "encoder_norm",
     "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
@@ -62,13 +63,22 @@ def core_config(
 
 
 def coder_fingerprint(coder: Coder) -> str:
-    """Tells a coder's files from others of the same name; "" for one that was not loaded."""
+    """Tells a coder's weights from others of the same name, by samples of their files.
+
+    16 hexadecimal digits; "" for a coder that was not loaded from files.
+    """
     folder = Path(coder.info.folder)
     if not coder.info.folder or not folder.is_dir():
         return ""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".npz"))
-    state = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
-    return hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".npz")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for block in range(SAMPLES):
+                file.seek(block * max(size - SAMPLE, 0) // (SAMPLES - 1))
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()
 
 
 def core_result(
