@@ -163,8 +163,8 @@ class _After:
 
     def __call__(self, measured: Measured, stage: str, tokens: int) -> None:
         if stage != self.stage:  # the rate begins now: the first batch was compiled for
-            batches = measured.fitted if stage == "fit" else measured.compared
-            self.stage, self.done = stage, batches * tokens
+            steps = measured.fitted if stage == "fit" else measured.compared
+            self.stage, self.done = stage, steps * tokens
             what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
             print(f"compiled; {what}, {self.total[stage]:,} tokens", file=sys.stderr, flush=True)
             self.progress = Progress(self.total[stage], begun=self.done)

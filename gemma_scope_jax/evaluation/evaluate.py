@@ -22,7 +22,7 @@ import numpy as np
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.figures import Losses, Metrics, Tally
+from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import Coder, coder_sums, layers_of, on_host
 from gemma_scope_jax.evaluation.predictions import (
     ablated,
@@ -129,7 +129,7 @@ class Measured:
     tallies: list[Tally]
     replacement: Tally | None
     fitted: int = 0  # batches whose fit is in it
-    compared: int = 0  # batches whose losses are
+    compared: int = 0  # steps of the second pass: so many runs of a batch
 
     def arrays(self) -> dict[str, np.ndarray]:
         """To be saved, and given to `measure` as `saved` to go on from there."""
@@ -160,8 +160,9 @@ def measure(
 ) -> Measured:
     """The sums of all coders over the batches, as `plan` says.
 
-    saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: its batches
-    are not run again. after(measured, "fit" or "loss", tokens of the batch) is called after each.
+    saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
+    not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
+    of the second pass some of a batch's runs, which count as their share of its tokens.
     Raises `InputError` for coders that do not fit the model, and for two at one place if they are
     to replace it together.
     """
@@ -187,13 +188,19 @@ def measure(
         measured.fitted += 1
         if after is not None:
             after(measured, "fit", rows.size)
-    if kept:
-        runs = _runs(model, measured, plan)
-        for rows in kept[measured.compared :]:
-            _add_losses(model, measured, runs, rows)
-            measured.compared += 1
-            if after is not None:
-                after(measured, "loss", rows.size)
+    if not kept:
+        return measured
+    runs = _runs(model, measured, plan)
+    some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
+    steps = [(rows, part) for rows in kept for part in some]
+    at, clean = None, None
+    for rows, part in steps[measured.compared :]:
+        if at is not rows:
+            at, clean = rows, final_residual(model, rows.tokens, rows.segments, ())
+        _add_losses(model, clean, part, rows)
+        measured.compared += 1
+        if after is not None:
+            after(measured, "loss", rows.size // len(some))
     return measured
 
 
@@ -314,7 +321,7 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
         means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
     costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
     for tally in costly + [t for t in (measured.replacement,) if t is not None]:
-        runs.append(_Run(replaced(tally.coders), [(tally, "spliced")]))
+        runs.append(_Run(replaced(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
             key = (name, tuple((c.writes, layers_of(c), c.first) for c in tally.coders))
             if key not in shared:
@@ -325,24 +332,15 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
     return runs
 
 
-def _add_losses(model: Model, measured: Measured, runs: Sequence[_Run], rows: _Rows) -> None:
-    clean = final_residual(model, rows.tokens, rows.segments, ())
-    made: dict[int, dict[str, np.ndarray]] = {}
-    tallies: dict[int, Tally] = {}
-    own = None
-    for start in range(0, len(runs), RUNS_AT_ONCE):
-        some = runs[start : start + RUNS_AT_ONCE]
-        states = [final_residual(model, rows.tokens, rows.segments, r.intercepts) for r in some]
-        found = compare(model, clean, jnp.stack(states), rows.tokens)
-        own = np.asarray(found.clean).reshape(-1)
-        values = np.stack([np.asarray(a).reshape(len(some), -1) for a in found[1:]], 1)
-        for run, value in zip(some, values):
-            for tally, name in run.users:
-                tallies[id(tally)] = tally
-                made.setdefault(id(tally), {})[name] = value
-    for key, tally in tallies.items():
-        mask = np.asarray(predicts(rows.segments, tally.first)) & rows.counts
-        tally.add_losses(mask.reshape(-1), rows.groups, own, made[key])
+def _add_losses(model: Model, clean: Any, runs: Sequence[_Run], rows: _Rows) -> None:
+    states = [final_residual(model, rows.tokens, rows.segments, run.intercepts) for run in runs]
+    found = compare(model, clean, jnp.stack(states), rows.tokens)
+    own = np.asarray(found.clean).reshape(-1)
+    values = np.stack([np.asarray(a).reshape(len(runs), -1) for a in found[1:]], 1)
+    for run, value in zip(runs, values):
+        for tally, name in run.users:
+            mask = np.asarray(predicts(rows.segments, tally.first)) & rows.counts
+            tally.add_run(name, mask.reshape(-1), rows.groups, own, value)
 
 
 def check_fits(config: GemmaConfig, coder: Coder) -> None:

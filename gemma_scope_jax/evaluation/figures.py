@@ -20,6 +20,7 @@ DENSE = 0.1  # a feature active on more than this share of tokens is dense
 BINS_PER_DECADE = 4  # of the density histogram
 LOWEST_DECADE = -8
 
+SPLICED = "spliced"  # the run with the reconstruction in place; the others: "zero", "mean"
 _SUMS = ("tokens", "mean", "bias", "columns")
 
 
@@ -167,16 +168,19 @@ class Tally:
         self.fired += np.asarray(fired)
         self.pieces += np.asarray(pieces)
 
-    def add_losses(
-        self, mask: np.ndarray, groups: np.ndarray, clean: Any, runs: Mapping[str, Any]
+    def add_run(
+        self, name: str, mask: np.ndarray, groups: np.ndarray, clean: np.ndarray, values: np.ndarray
     ) -> None:
-        """mask bool [N]; groups bool [G, N]; clean [N]; runs {name: loss, KL, agreement [3, N]}."""
+        """A run of a batch: mask bool [N], groups bool [G, N], clean [N], values [3, N].
+
+        `values` are loss, KL and agreement. Tokens and `clean`, the model's own losses, are counted
+        with the spliced run, which every tally has.
+        """
         member = np.concatenate([mask[None], groups & mask])
-        self.predicted += member.sum(1)
-        self.clean += _sums(member, np.asarray(clean)[None])[:, 0]
-        for name, values in runs.items():
-            old = self.runs.get(name, np.zeros((len(member), 3)))
-            self.runs[name] = old + _sums(member, np.asarray(values))
+        if name == SPLICED:
+            self.predicted += member.sum(1)
+            self.clean += _sums(member, clean[None])[:, 0]
+        self.runs[name] = self.runs.get(name, 0.0) + _sums(member, values)
 
     def losses(self, group: int = 0) -> Losses | None:
         """Those of a group, 0 being all tokens. None if no run was made."""
@@ -185,12 +189,12 @@ class Tally:
         n = int(self.predicted[group])
         mean = {k: v[group] / n if n else np.full(3, math.nan) for k, v in self.runs.items()}
         of = lambda run, what: float(mean[run][what]) if run in mean else None
-        spliced = of("spliced", 0)
+        spliced = of(SPLICED, 0)
         return Losses(
             n, self.clean[group] / n if n else math.nan,
             math.nan if spliced is None else spliced,
-            of("zero", 0), of("mean", 0), of("spliced", 1), of("zero", 1), of("mean", 1),
-            of("spliced", 2),
+            of("zero", 0), of("mean", 0), of(SPLICED, 1), of("zero", 1), of("mean", 1),
+            of(SPLICED, 2),
         )  # fmt: skip
 
     def metrics(self) -> Metrics:
