@@ -240,41 +240,42 @@ def _check_finite(group: Group, active: Active) -> None:
 
 def layer_entries(group: Group, active: Active, spilled: Any, i: int, kept: np.ndarray) -> Entries:
     """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
-    count, parts = active.count[i][kept], active.count.shape[-1]
+    count, parts = active.count[i][kept], active.count.shape[-1]  # [n, m]
     slots, part = active.values.shape[-1] // parts, group.width // parts
     over = count > slots
-    fits = np.where(over, 0, count)
-    used = np.arange(slots, dtype=np.int32)[None, None, :] < fits[..., None]
-    ids = active.features[i][kept].reshape(used.shape).astype(np.int32)
+    used = np.arange(slots, dtype=np.int32)[None, None, :] < np.where(over, 0, count)[..., None]
+    ids = active.features[i][kept].reshape(used.shape)
     if parts > 1:
-        ids += np.arange(parts, dtype=np.int32)[None, :, None] * part
-    ids, values = ids[used], active.values[i][kept].reshape(used.shape)[used]
-    counts = count.sum(-1, dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
+        ids = ids.astype(np.int32) + np.arange(parts, dtype=np.int32)[None, :, None] * part
+    ids, values = ids[used].astype(np.int32), active.values[i][kept].reshape(used.shape)[used]
     if not over.any():
-        return Entries(offsets, ids, values)
-    rows = np.repeat(np.arange(len(kept)), fits.sum(-1))
-    more = [*_spilled(active.spilled_tokens[i], np.asarray(spilled[i]), over, kept, part,
-                      len(active.count[i]))]  # fmt: skip
-    rows, ids, values = (
-        np.concatenate([some, *extra]) for some, extra in zip((rows, ids, values), zip(*more))
-    )
-    order = np.argsort(rows * group.width + ids, kind="stable")
-    return Entries(offsets, ids[order], values[order])
+        return Entries(_ends(count.sum(-1)), ids, values)
+    count, n = count.astype(np.int64), len(active.count[i])
+    found = []  # a row's second product may differ by a tie, so it says itself how many there are
+    for row, j, dense in _spilled(active.spilled_tokens[i], np.asarray(spilled[i]), kept, part, n):
+        (here,) = np.nonzero(dense)
+        count[row, j] = len(here)
+        found.append((row * parts + j, here + j * part, dense[here]))
+    starts = _ends(count.reshape(-1))
+    all_ids, all_values = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
+    fits = np.ones(starts[-1], bool)
+    for unit, here, dense in found:
+        some = slice(starts[unit], starts[unit + 1])
+        fits[some], all_ids[some], all_values[some] = False, here, dense
+    all_ids[fits], all_values[fits] = ids, values
+    return Entries(starts[::parts], all_ids, all_values)
 
 
-def _spilled(tokens, spilled, over, kept, part: int, n: int) -> Iterator[tuple]:
-    """(rows among `kept`, ids, values) of each spilled token; spilled [d, R, F]."""
-    shards = tokens.shape[0]
-    for shard in range(shards):
-        for j in range(tokens.shape[1]):
-            for r, local in enumerate(tokens[shard, j].tolist()):
-                if local >= n // shards:
-                    continue
-                row = int(np.searchsorted(kept, shard * (n // shards) + local))
-                dense = spilled[shard, r, j * part : (j + 1) * part]
-                (ids,) = np.nonzero(dense)
-                yield np.full(len(ids), row), (ids + j * part).astype(np.int32), dense[ids]
+def _ends(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(row among `kept`, part, activations [f]) of the spilled tokens; spilled [d, R, F]."""
+    size = n // len(tokens)
+    for shard, j, r in zip(*np.nonzero(tokens < size)):
+        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
+        yield row, int(j), spilled[shard, r, j * part : (j + 1) * part]
 
 
 def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.Job") -> None:
@@ -284,16 +285,17 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     first = min(c.first for c in coders.values())
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
+    behind = max(1, threads // 2)  # batches, and segments, that are worked on behind the device
+    ahead = max(1, threads // len(widths))
     with (
-        ThreadPoolExecutor(threads, "compress") as pool,
-        ThreadPoolExecutor(1, "disk") as disk,
-        ThreadPoolExecutor(max(1, threads // 2), "entries") as workers,
-        prefetch(plan.batches(shards)) as ahead,
+        ThreadPoolExecutor(threads, "code") as pool,
+        ThreadPoolExecutor(behind, "entries") as workers,
+        prefetch(plan.batches(shards)) as batches,
     ):
-        results = _results(runner, ahead, workers, max(1, threads // 2))
+        results = _results(runner, batches, workers, behind)
         for shard in shards:
             file = path / shard_name(shard)
-            with ShardWriter(file, widths, job.values, disk, pool) as writer:
+            with ShardWriter(file, widths, job.values, pool, ahead) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         writer.close(shard=shard, documents=packed.documents)
@@ -306,14 +308,14 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
 
 
 def _results(
-    runner: "Runner", ahead: Any, workers: ThreadPoolExecutor, most: int
+    runner: "Runner", batches: Any, workers: ThreadPoolExecutor, most: int
 ) -> Iterator[tuple[Packed | Ended, Any]]:
     """(batch, its entries), and (`Ended`, None), in order.
 
     The device is a batch ahead; up to `most` batches behind it are turned into entries at a time.
     """
     waiting: collections.deque = collections.deque()
-    for event, _ in ahead:
+    for event, _ in batches:
         if isinstance(event, Ended):
             waiting.append((event, None))
             continue

@@ -8,22 +8,23 @@ holds its features by token, and the same again by feature, in blocks of neighbo
 
     tokens int32 [n], piece_lengths, piece_documents, piece_offsets int32 [pieces], counted bool [n]
     {c}.count    how many features a token has [n]
-    {c}.feature  their ids, of each token ascending, as differences [e]
-    {c}.value    their activations [e], float16 times 2 ** `exponent`, or float32
+    {c}.feature  their ids, of each token ascending, as differences [e], in `token_parts`
+    {c}.value    their activations [e], float16 times 2 ** `exponent`, or float32, likewise
     {c}.fired    how many tokens a feature has [F]
     {c}.rows, {c}.values   by feature: tokens (differences) and activations [e], in `parts`
 
-A block is its array's bytes, all first bytes before all second ones, through zlib. The file appears
-under its name when it is whole, and not before.
+A block is its array's bytes, all first bytes before all second ones, each of these planes through
+zlib if that makes it smaller. The file appears under its name when it is whole, and not before.
 """
 
+import collections
 import contextlib
 import json
 import math
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,8 +35,9 @@ from gemma_scope_jax.errors import InputError
 
 MAGIC = b"GSJFEAT1"
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
-PART = 1 << 16  # entries after which a block of the index ends
+PART = 1 << 18  # entries after which a block ends, at the end of a token or a feature
 VALUES = ("float16", "float32")
+_TRIED = 4096  # bytes that tell whether more are worth compressing
 _TAIL = 16  # bytes of the footer's size and checksum, and the magic
 
 
@@ -55,17 +57,34 @@ class Entries(NamedTuple):
 
 
 def squeeze(array: np.ndarray) -> bytes:
-    """The bytes of an array, those of like significance side by side, compressed."""
+    """The bytes of an array, those of like significance side by side, compressed.
+
+    Each plane of bytes is zlib's output, or itself where that is no smaller; a uint32 before it is
+    twice its size, and one more if it is itself.
+    """
     flat = np.ascontiguousarray(array).reshape(-1)
-    planes = flat.view(np.uint8).reshape(-1, flat.dtype.itemsize).T
-    return zlib.compress(np.ascontiguousarray(planes).data, 1)
+    planes = np.ascontiguousarray(flat.view(np.uint8).reshape(-1, flat.dtype.itemsize).T)
+    return b"".join(part for plane in planes for part in _plane(plane))
+
+
+def _plane(plane: np.ndarray) -> tuple[bytes, bytes]:
+    tried = plane[:_TRIED].data
+    noise = len(plane) > 4 * _TRIED and len(zlib.compress(tried, 1)) > 0.97 * _TRIED
+    data = plane.tobytes() if noise else zlib.compress(plane.data, 1)
+    if not noise and len(data) >= len(plane):
+        data, noise = plane.tobytes(), True
+    return (2 * len(data) + noise).to_bytes(4, "little"), data
 
 
 def expand(data: bytes, dtype: str) -> np.ndarray:
     """The array [size] that `squeeze` was given."""
-    kind = np.dtype(dtype)
-    planes = np.frombuffer(zlib.decompress(data), np.uint8).reshape(kind.itemsize, -1)
-    return np.ascontiguousarray(planes.T).reshape(-1).view(kind)
+    kind, at, planes = np.dtype(dtype), 0, []
+    for _ in range(kind.itemsize):
+        size, plain = divmod(int.from_bytes(data[at : at + 4], "little"), 2)
+        part = data[at + 4 : at + 4 + size]
+        planes.append(np.frombuffer(part if plain else zlib.decompress(part), np.uint8))
+        at += 4 + size
+    return np.ascontiguousarray(np.stack(planes).T).reshape(-1).view(kind)
 
 
 def differences(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -116,8 +135,7 @@ class ShardWriter:
 
     widths  features of every coder's layer, in the order of the entries given to `add`
     values  "float16" or "float32"
-    disk    one thread, which makes and writes a segment while the next one is added
-    pool    threads that compress
+    pool    threads that code and compress; `ahead` segments wait for them at the most
     Lets `OSError` through.
     """
 
@@ -126,23 +144,18 @@ class ShardWriter:
         path: Any,
         widths: Sequence[int],
         values: str,
-        disk: ThreadPoolExecutor,
         pool: ThreadPoolExecutor,
+        ahead: int = 1,
     ):
-        self.path, self.widths, self.values, self._disk, self._pool = (
-            path,
-            widths,
-            values,
-            disk,
-            pool,
-        )
+        self.path, self.widths, self.values = path, widths, values
+        self._pool, self._ahead = pool, ahead
         self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
         self._file: BinaryIO = self._temporary.open("wb")
         self._at = 0
         self._segments: list[dict] = []
         self._held: list[tuple] = []
         self._waiting = 0
-        self._flushing: Future | None = None
+        self._coding: collections.deque = collections.deque()
         self._write(MAGIC)
 
     def __enter__(self) -> "ShardWriter":
@@ -150,8 +163,9 @@ class ShardWriter:
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None and not self._file.closed:
-            with contextlib.suppress(Exception):
-                self._wait()
+            for _, jobs in self._coding:
+                for job in jobs:
+                    job.cancel()
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):
@@ -173,7 +187,7 @@ class ShardWriter:
         """Write the rest and the footer, with `about` in it; returns the footer."""
         if self._held:
             self._flush()
-        self._wait()
+        self._store(0)
         footer = {"version": 1, **about, "segments": self._segments}
         data = zlib.compress(json.dumps(footer, separators=(",", ":")).encode(), 6)
         self._write(data)
@@ -191,41 +205,27 @@ class ShardWriter:
         self._file.write(data)
         self._at += len(data)
 
-    def _wait(self) -> None:
-        if self._flushing is not None:
-            self._flushing.result()
-            self._flushing = None
-
     def _flush(self) -> None:
-        self._wait()
-        self._flushing = self._disk.submit(self._write_segment, self._held)
-        self._held, self._waiting = [], 0
+        """Have what is held coded as a segment, and write those that have been."""
+        held, self._held, self._waiting = self._held, [], 0
+        jobs = [self._pool.submit(_tokens_coded, held)]
+        for c, width in enumerate(self.widths):
+            jobs.append(self._pool.submit(_coded, held, c, width, self.values))
+        self._coding.append((held, jobs))
+        self._store(self._ahead)
 
-    def _write_segment(self, held: list[tuple]) -> None:
-        tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
-        arrays = {
-            "tokens": tokens.astype(np.int32),
-            "piece_documents": pieces[:, 0].astype(np.int32),
-            "piece_offsets": pieces[:, 1].astype(np.int32),
-            "piece_lengths": pieces[:, 2].astype(np.int32),
-            "counted": np.packbits(counted),
-        }
-        coded = self._pool.map(
-            lambda c: _coded(joined([h[3][c] for h in held]), self.widths[c], self.values),
-            range(len(self.widths)),
-        )
-        coders = []
-        for c, (about, some) in enumerate(coded):
-            coders.append(about)
-            arrays |= {f"{c}.{name}": array for name, array in some.items()}
-        blocks = {}
-        for (name, array), data in zip(arrays.items(), self._pool.map(squeeze, arrays.values())):
-            blocks[name] = [self._at, len(data), zlib.crc32(data), array.dtype.str]
-            self._write(data)
-        self._segments.append(
-            {"tokens": len(tokens), "counted": int(counted.sum()), "blocks": blocks,
-             "coders": coders}
-        )  # fmt: skip
+    def _store(self, left: int) -> None:
+        """Write the oldest segments until `left` are being coded."""
+        while len(self._coding) > left:
+            held, jobs = self._coding.popleft()
+            blocks, about = {}, []
+            for job in jobs:
+                said, some = job.result()
+                about.append(said)
+                for name, dtype, data in some:
+                    blocks[name] = [self._at, len(data), zlib.crc32(data), dtype]
+                    self._write(data)
+            self._segments.append({**about[0], "blocks": blocks, "coders": about[1:]})
 
 
 def joined(parts: Sequence[Entries]) -> Entries:
@@ -236,34 +236,61 @@ def joined(parts: Sequence[Entries]) -> Entries:
     return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
 
 
-def _coded(entries: Entries, width: int, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """What the footer says of a coder's layer in a segment, and its arrays."""
+Block = tuple[str, str, bytes]  # name, dtype, bytes
+
+
+def _tokens_coded(held: list[tuple]) -> tuple[dict, list[Block]]:
+    """What the footer says of a segment, and the blocks of its tokens."""
+    tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
+    arrays = {
+        "tokens": tokens.astype(np.int32),
+        "piece_documents": pieces[:, 0].astype(np.int32),
+        "piece_offsets": pieces[:, 1].astype(np.int32),
+        "piece_lengths": pieces[:, 2].astype(np.int32),
+        "counted": np.packbits(counted),
+    }
+    return {"tokens": len(tokens), "counted": int(counted.sum())}, _blocks("", arrays)
+
+
+def _coded(held: list[tuple], c: int, width: int, kind: str) -> tuple[dict, list[Block]]:
+    """What the footer says of a coder's layer in a segment, and its blocks."""
+    entries = joined([h[3][c] for h in held])
     values, exponent = store_values(entries.values, kind)
     index = by_feature(entries._replace(values=values), width)
     counts = np.diff(entries.offsets)
     small = np.uint16 if counts.size == 0 or counts.max() < 1 << 16 else np.uint32
-    arrays = {
-        "count": counts.astype(small),
-        "feature": differences(entries.ids, entries.offsets),
-        "value": values,
-        "fired": np.diff(index.offsets).astype(np.uint32),
+    token_parts, parts = parts_of(entries.offsets), parts_of(index.offsets)
+    arrays = {"count": counts.astype(small), "fired": np.diff(index.offsets).astype(np.uint32)}
+    arrays |= _in_parts(entries._replace(values=values), token_parts, "feature", "value")
+    arrays |= _in_parts(index, parts, "rows", "values")
+    about = {
+        "entries": len(values),
+        "exponent": exponent,
+        "token_parts": token_parts,
+        "parts": parts,
     }
-    parts = _parts(index.offsets)
-    for number, (start, stop) in enumerate(parts):
-        some = index.offsets[start : stop + 1]
-        rows = index.ids[some[0] : some[-1]]
-        arrays[f"rows.{number}"] = differences(rows, some - some[0])
-        arrays[f"values.{number}"] = index.values[some[0] : some[-1]]
-    about = {"entries": len(values), "exponent": exponent, "parts": [stop for _, stop in parts]}
-    return about, arrays
+    return about, _blocks(f"{c}.", arrays)
 
 
-def _parts(offsets: np.ndarray) -> list[tuple[int, int]]:
-    """Runs of features, each of about `PART` entries."""
-    width, total = len(offsets) - 1, int(offsets[-1])
+def _in_parts(entries: Entries, ends: list[int], ids: str, values: str) -> dict[str, np.ndarray]:
+    """The ids of `entries` as differences, and their values, cut at `ends`."""
+    arrays = {}
+    for number, (start, stop) in enumerate(zip([0, *ends[:-1]], ends)):
+        some = entries.offsets[start : stop + 1]
+        arrays[f"{ids}.{number}"] = differences(entries.ids[some[0] : some[-1]], some - some[0])
+        arrays[f"{values}.{number}"] = entries.values[some[0] : some[-1]]
+    return arrays
+
+
+def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
+    return [(prefix + name, array.dtype.str, squeeze(array)) for name, array in arrays.items()]
+
+
+def parts_of(offsets: np.ndarray) -> list[int]:
+    """Where lists [n + 1] are cut, each part of about `PART` entries; the last end is n."""
+    count, total = len(offsets) - 1, int(offsets[-1])
     ends = np.searchsorted(offsets, np.arange(PART, total, PART), side="left")
-    ends = np.unique(np.concatenate([ends, [width]])).tolist()
-    return list(zip([0, *ends[:-1]], ends))
+    return np.unique(np.concatenate([ends, [count]])).tolist()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from gemma_scope_jax.extraction.shard_files import (
 )
 
 _OPEN_SHARDS, _HELD_SEGMENTS = 64, 4
+_TOKENS, _FEATURES = ("count", "feature", "value"), ("fired", "rows", "values")
 
 
 class Segment:
@@ -94,40 +95,52 @@ class Segment:
     def by_token(self, coder: str | None = None, layer: int | None = None) -> Entries:
         """(offsets [n + 1], features, values): those of token i begin at offsets[i]."""
         c = self._store.place(coder, layer)
-        counts, steps, values = self._read(f"{c}.count", f"{c}.feature", f"{c}.value")
-        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        exponent = self._about["coders"][c]["exponent"]
-        return Entries(offsets, undo_differences(steps, offsets), expand_values(values, exponent))
+        return self._lists(c, 0, self._about["coders"][c]["token_parts"], *_TOKENS)
+
+    def rows(
+        self, start: int, stop: int, coder: str | None = None, layer: int | None = None
+    ) -> Entries:
+        """`by_token` of the segment's rows `start` to `stop`; reads the blocks that hold them."""
+        c = self._store.place(coder, layer)
+        ends = self._about["coders"][c]["token_parts"]
+        first, last = np.searchsorted(ends, [start, max(start, stop - 1)], side="right").tolist()
+        begin = 0 if first == 0 else ends[first - 1]
+        offsets, ids, values = self._lists(c, first, ends[: last + 1], *_TOKENS)
+        offsets = offsets[start - begin : stop - begin + 1]
+        some = slice(offsets[0], offsets[-1])
+        return Entries(offsets - offsets[0], ids[some], values[some])
 
     def by_feature(self, coder: str | None = None, layer: int | None = None) -> Entries:
         """(offsets [F + 1], rows, values): of each feature, the segment's tokens, ascending."""
         c = self._store.place(coder, layer)
-        about = self._about["coders"][c]
-        found = [self._part(c, n) for n in range(len(about["parts"]))]
-        offsets = np.concatenate([[0], np.cumsum(self._read(f"{c}.fired")[0], dtype=np.int64)])
-        return Entries(offsets, *(np.concatenate(some) for some in zip(*found)))
+        return self._lists(c, 0, self._about["coders"][c]["parts"], *_FEATURES)
 
     def feature(
         self, feature: int, coder: str | None = None, layer: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the segment, values) of one feature; reads the index around it."""
+        """(rows of the segment, values) of one feature; reads the block of the index around it."""
         c = self._store.place(coder, layer)
-        part = int(np.searchsorted(self._about["coders"][c]["parts"], feature, side="right"))
-        start = 0 if part == 0 else self._about["coders"][c]["parts"][part - 1]
-        fired = self._read(f"{c}.fired")[0]
-        rows, values = self._part(c, part)
-        at = int(fired[start:feature].sum(dtype=np.int64))
-        return rows[at : at + int(fired[feature])], values[at : at + int(fired[feature])]
-
-    def _part(self, c: int, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and values of the features of a block of the index."""
         ends = self._about["coders"][c]["parts"]
-        start = 0 if part == 0 else ends[part - 1]
-        names = (f"{c}.fired", f"{c}.rows.{part}", f"{c}.values.{part}")
-        fired, steps, values = self._read(*names)
-        offsets = np.concatenate([[0], np.cumsum(fired[start : ends[part]], dtype=np.int64)])
-        exponent = self._about["coders"][c]["exponent"]
-        return undo_differences(steps, offsets), expand_values(values, exponent)
+        part = int(np.searchsorted(ends, feature, side="right"))
+        offsets, rows, values = self._lists(c, part, ends[: part + 1], *_FEATURES)
+        at = feature - (0 if part == 0 else ends[part - 1])
+        some = slice(offsets[at], offsets[at + 1])
+        return rows[some], values[some]
+
+    def _lists(self, c: int, first: int, ends: list[int], *names: str) -> Entries:
+        """The lists in the parts from `first` on, up to the last of `ends`."""
+        sizes, ids, values = (f"{c}.{name}" for name in names)
+        begin = 0 if first == 0 else ends[first - 1]
+        counts = self._read(sizes)[0][begin : ends[-1]]
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        exponent, found = self._about["coders"][c]["exponent"], []
+        for part, stop in enumerate(ends[first:], first):
+            start = begin if part == first else ends[part - 1]
+            some = offsets[start - begin : stop - begin + 1]
+            steps, stored = self._read(f"{ids}.{part}", f"{values}.{part}")
+            steps = undo_differences(steps, some - some[0])
+            found.append((steps, expand_values(stored, exponent)))
+        return Entries(offsets, *(np.concatenate(some) for some in zip(*found)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +275,9 @@ class FeatureStore:
         """(features, values) of each of `rows`."""
         found: list[Any] = [None] * len(rows)
         for which, segment, local in self._by_segment(rows):
-            offsets, ids, values = segment.by_token(coder, layer)
-            for i, row in zip(which.tolist(), local.tolist()):
+            start = int(local.min())
+            offsets, ids, values = segment.rows(start, int(local.max()) + 1, coder, layer)
+            for i, row in zip(which.tolist(), (local - start).tolist()):
                 some = slice(offsets[row], offsets[row + 1])
                 found[i] = (ids[some], values[some])
         return found

@@ -28,7 +28,8 @@ from gemma_scope_jax.data.text import (
 )
 from gemma_scope_jax.errors import InputError
 
-SAMPLE = 2_000_000  # tokens counted before the start; a target up to here is met to the document
+SAMPLE = 2_000_000  # tokens counted before the start: a target up to here is met to the document
+FEW = 200_000  # likewise where all the text is wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +84,10 @@ def open_text(source: Any, tok: Any, seed: int | None) -> Text:
 
 def measure(text: Text, tokens: int | None) -> tuple[int, float, bool]:
     """How many documents hold `tokens` tokens (None: all there are), tokens a document, and whether
-    that is all the text. Counts the first `SAMPLE` tokens and goes on from their mean.
+    that is all the text. Counts the first tokens and goes on from their mean.
     """
     counted = documents = 0
-    wanted = SAMPLE if tokens is None else min(tokens, SAMPLE)
+    wanted = FEW if tokens is None else min(tokens, SAMPLE)
     with ThreadPoolExecutor(_threads(), "tokenise") as pool:
         encode = lambda numbered: int(text.encode(numbered[1])[1].sum())
         for size in map_ahead(pool, encode, text.records(0), 4 * _threads()):
