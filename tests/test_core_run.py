@@ -393,6 +393,15 @@ def test_the_command(tiny, folders, text, capsys):
     assert "sae_1" in capsys.readouterr().out
 
 
+def test_without_losses_or_text(tiny, folders, capsys):
+    """On the bundled sample, with a warning; no number stands where nothing was measured."""
+    options = ["--model", "tiny", "--length", "32", "--rows", "2", "--tokens", "100"]
+    assert cli.main(["evaluate", f"{folders}/sae_0", *options, "--loss-tokens", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: no --text" in err and "too short" in err
+    assert "FVU" in out and "delta loss" not in out and "-1.0000" not in out
+
+
 BAD = {
     "no_coder": ([], "name at least one CODER"),
     "no_text": (["--text", "/nowhere/*.txt"], "no text files match /nowhere"),

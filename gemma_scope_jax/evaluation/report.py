@@ -15,6 +15,7 @@ from gemma_scope_jax.evaluation.results import UNDEFINED
 
 Result = Mapping[str, Any]
 
+LOSS_TOKENS = "total_tokens_eval_reconstruction"
 # (heading, category, metric, format)
 FIGURES = (
     ("L0", "sparsity", "l0", ".1f"),
@@ -49,7 +50,7 @@ FIGURES = (
     ("max encoder cosine", "misc_metrics", "average_max_encoder_cosine_sim", ".4f"),
     ("max decoder cosine", "misc_metrics", "average_max_decoder_cosine_sim", ".4f"),
     ("tokens", "token_stats", "total_tokens_eval_sparsity_variance", ",d"),
-    ("tokens of the losses", "token_stats", "total_tokens_eval_reconstruction", ",d"),
+    ("tokens of the losses", "token_stats", LOSS_TOKENS, ",d"),
 )
 COMPARED = (
     "L0", "FVU", "FVU of typical tokens", "cosine", "delta loss, nats", "CE score, zeros",
@@ -64,8 +65,11 @@ PANELS = (
 
 def figure(result: Result, category: str, metric: str) -> float | None:
     """A number of a document; None if it has none."""
-    value = result["eval_result_metrics"].get(category, {}).get(metric)
-    signed = metric in ("delta_loss", "explained_variance_scalar_mean")
+    metrics = result["eval_result_metrics"]
+    value = metrics.get(category, {}).get(metric)
+    signed = metric in ("delta_loss", "explained_variance_scalar_mean")  # may well be -1
+    if category.startswith("model_") and not metrics["token_stats"][LOSS_TOKENS]:
+        return None
     return None if value is None or (value == UNDEFINED and not signed) else value
 
 
