@@ -11,6 +11,7 @@ import pytest
 from letters import Letters
 from tiny import tiny_model
 
+from gemma_scope_jax.cards.decoders import logit_tokens
 from gemma_scope_jax.cards.inspect import inspect_text, strongest_features
 from gemma_scope_jax.cards.inspect_page import inspection_page
 from gemma_scope_jax.cards.inspect_terminal import label_text, print_inspection, visible
@@ -18,7 +19,6 @@ from gemma_scope_jax.cards.labels import (
     AFTER,
     BEFORE,
     build_labels,
-    logit_tokens,
     read_labels,
     write_labels,
 )
@@ -27,7 +27,6 @@ from gemma_scope_jax.coders.splice import features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
-from gemma_scope_jax.model.intercept import capture
 
 tok = Letters()
 HOSTILE = '</script><script>alert("x")</script>{{data}}<!--&amp;'
@@ -194,25 +193,18 @@ def texts():
 
 @pytest.fixture(scope="module")
 def labels(model, coder, texts):
-    return build_labels(model, coder, tok, texts, examples=2, logits=5, length=32, batch=2)
+    return build_labels(model, coder, tok, texts, examples=2, logits=5, length=32)
 
 
 def test_examples_are_the_strongest(model, coder, texts, labels):
-    """Each feature's snippets are its strongest, one a row of text, with the right activations."""
+    """Each feature's snippets are its strongest, one a piece of text, with its activations."""
     fired, count, best = np.zeros(48), 0, {i: [] for i in range(48)}
-    for source in ("first", "second"):
-        pieces = pieces_of([text for name, text in texts if name == source], 32)
-        for row in pieces:
-            peaks = {}
-            for ids in row:
-                out = run(model, ids[None], [features(coder), capture("resid_post", 1)])
-                f = np.asarray(out.reads["features"][0])
-                fired, count = fired + (f > 0).sum(0), count + len(ids) - 1
-                for i in range(48):
-                    t = int(f[:, i].argmax())
-                    peaks[i] = max(peaks.get(i, (0.0,)), (f[t, i], source, ids, t, f[:, i]))
-            for i in range(48):
-                best[i].append(peaks[i])
+    for number, ids in pieces_of([text for _, text in texts], 32):
+        f = np.asarray(run(model, ids[None], [features(coder)]).reads["features"][0])
+        fired, count = fired + (f > 0).sum(0), count + len(ids) - 1
+        for i in range(48):
+            t = int(f[:, i].argmax())
+            best[i].append((f[t, i], texts[number][0], ids, t, f[:, i]))
     assert labels["tokens"] == count
     for i, label in enumerate(labels["features"]):
         wanted = sorted((b for b in best[i] if b[0] > 0), key=lambda b: -b[0])[:2]
@@ -227,17 +219,17 @@ def test_examples_are_the_strongest(model, coder, texts, labels):
 
 
 def pieces_of(documents, length):
-    """The rows `pack` makes, as lists of pieces with their <bos>: written out here as an oracle."""
-    rows, row, used = [], [], 0
-    for ids in (tok.encode(d, bos=False) for d in documents):
+    """The pieces `pack` makes, (document, ids with <bos>): written out here as an oracle."""
+    pieces, used = [], 0
+    for number, ids in enumerate(tok.encode(d, bos=False) for d in documents):
         while len(ids):
             room = length - used - 1
             if room < min(8, len(ids)):
-                rows, row, used = [*rows, row], [], 0
+                used = 0
                 continue
-            row.append(np.concatenate([[2], ids[:room]]).astype(np.int32))
-            used, ids = used + len(row[-1]), ids[room:]
-    return [*rows, row] if row else rows
+            pieces.append((number, np.concatenate([[2], ids[:room]]).astype(np.int32)))
+            used, ids = used + len(pieces[-1][1]), ids[room:]
+    return pieces
 
 
 def test_labels_survive_the_file(labels, tmp_path):
@@ -291,3 +283,5 @@ def test_broken_label_files_are_one_line(labels, tmp_path):
 def test_no_text_no_labels(model, coder):
     with pytest.raises(InputError, match="no text"):
         build_labels(model, coder, tok, [])
+    with pytest.raises(InputError, match="no text"):
+        build_labels(model, coder, tok, [("blank", " \n")])

@@ -5,10 +5,10 @@ The data goes into inspect.html as JSON, which the page's script turns into elem
 """
 
 import html
-import json
 from importlib import resources
 
 from gemma_scope_jax.cards.inspect import Inspection
+from gemma_scope_jax.cards.page_data import inert_json
 
 TITLE, DATA = "{{title}}", "{{data}}"
 
@@ -21,10 +21,7 @@ def inspection_page(seen: Inspection) -> str:
     ]
     # sparse, as most features are silent on most tokens: token, activation, token, activation, ...
     data["heat"] = [[n for pair in enumerate(row) if pair[1] for n in pair] for row in data["heat"]]
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # Valid JSON still, but inert in HTML. The two separators are line ends to old JavaScript.
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    text = inert_json(data)
     title = "".join(seen.tokens[1:])[:60].strip() or "inspection"
     template = resources.files(__package__).joinpath("inspect.html").read_text(encoding="utf-8")
     before, rest = template.split(TITLE)

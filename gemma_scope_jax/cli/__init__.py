@@ -10,6 +10,7 @@ import sys
 
 import tyro
 
+from gemma_scope_jax.cli.cards import cards
 from gemma_scope_jax.cli.evaluate import evaluate
 from gemma_scope_jax.cli.extract import extract
 from gemma_scope_jax.cli.look import check, inspect, list_
@@ -18,7 +19,7 @@ from gemma_scope_jax.errors import InputError
 
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
-    "extract": extract, "evaluate": evaluate,
+    "extract": extract, "cards": cards, "evaluate": evaluate,
 }  # fmt: skip
 
 

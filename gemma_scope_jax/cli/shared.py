@@ -41,12 +41,13 @@ def load_all(
     *,
     one_layer: bool = False,
     mesh: tuple[int, int] | None = None,
+    with_model: bool = True,
 ) -> tuple[Any, list[Any], Any]:
     """Model, coders and tokenizer; the small things first, so that mistakes show at once.
 
     A glob among `coders` stands for all packaged coders, published addresses and folders that it
     matches. `one_layer`: those of several layers are refused. `mesh`: (data, model) devices that
-    the model is spread over.
+    the model is spread over. `with_model=False` leaves the model away: None.
     """
     use_compilation_cache()
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
@@ -72,6 +73,8 @@ def load_all(
             check_fits(model_config(model), coder)
         loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
         tok = load_tokenizer(model)
+    if not with_model:
+        return None, loaded, tok
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with bar(f"loading model {model} ({dtype})") as progress:

@@ -1,6 +1,6 @@
 """Fetching one folder of the release from the Hugging Face hub: its weights and config.json only.
 
-Many folders also hold an examples.safetensors larger than the weights: it is not fetched.
+Many folders also hold an examples.safetensors larger than the weights: it is fetched by itself.
 """
 
 import contextlib
@@ -27,6 +27,16 @@ def fetch_folder(address: Address, revision: str | None = None) -> Path:
         except EntryNotFoundError as error:
             raise _not_there(address, name, error) from error
     return Path(file).parent
+
+
+def fetch_file(address: Address, name: str, revision: str | None = None) -> Path:
+    """Another file of an address's folder. Raises `InputError` as `fetch_folder` does."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(_fetch(address, name, revision))
+    except EntryNotFoundError as error:
+        raise _not_there(address, name, error) from error
 
 
 def _fetch(address: Address, name: str, revision: str | None) -> str:

@@ -298,10 +298,16 @@ class FeatureStore:
         """The numbers of the documents there are, in the store's order."""
         return list(self._documents)
 
-    def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
-        """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
+    def where(self, number: int) -> str:
+        """Where a document comes from, as "FILE, byte 123"."""
         if number not in self._documents:
             raise InputError(f"{self.folder}: document {number} is not in the store")
+        place, within = self._documents[number]
+        return self._open(self.shards[place]["shard"]).footer["documents"][within][1]
+
+    def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
+        """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
+        where = self.where(number)
         place, within = self._documents[number]
         before = sum(len(shard["segments"]) for shard in self.shards[:place])
         tokens, rows, at = [], [], []
@@ -314,7 +320,6 @@ class FeatureStore:
             at.append(segment.offsets[here])
         offsets = np.concatenate(at) if at else np.zeros(0, np.int32)
         keep = (offsets >= start) & (offsets < (len(offsets) if stop is None else stop))
-        where = self._open(self.shards[place]["shard"]).footer["documents"][within][1]
         return Document(number, where, np.concatenate(tokens)[keep], np.concatenate(rows)[keep])
 
     # ---- by feature ------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""All cards of a coder in one go, from a feature store or from published examples.
+
+    cards = build_cards(store, coder, "out/cards", model=model, tok=tok)
+    cards["largest"][4510], cards.groups(4510)[0].examples
+
+What each array holds: see `card_files.py`. The work is in stages, each of which is kept; the same
+call goes on where an earlier one was stopped, and makes anew what was made of other things.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.cards import decoders
+from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
+from gemma_scope_jax.cards.correlations import correlate
+from gemma_scope_jax.cards.decoders import Gain
+from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
+from gemma_scope_jax.cards.published import read_published
+from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation.metrics import layers_of
+from gemma_scope_jax.extraction.manifest import describe
+from gemma_scope_jax.model.config import Model
+
+
+def build_cards(
+    source: Any,
+    coder: Coder,
+    folder: str | os.PathLike,
+    *,
+    layer: int | None = None,
+    model: Model | None = None,
+    tok: Any = None,
+    settings: CardSettings | None = None,
+    gain: Gain = "exact",
+    compare: Mapping[str, Coder] | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> FeatureCards:
+    """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
+
+    source: a feature store, or the path of an examples.safetensors.
+    model, tok: for the logit tokens; without them a store's cards have none, and those of published
+        examples have the file's.
+    compare: other coders by name, whose decoders are looked through for similar features.
+    Raises `InputError` for a store that lacks the coder.
+    """
+    settings = settings or CardSettings()
+    layer = layers_of(coder)[decoders.source_layer(coder, layer)]
+    weights, from_file = _weights(coder), isinstance(source, str | os.PathLike)
+    files = CardFiles(folder, [weights, layer, "file" if from_file else "store"])
+    as_published = from_file and model is None
+    files.manifest |= _about(coder, layer, settings, "as published" if as_published else gain)
+    if from_file:
+        size = os.path.getsize(source) if os.path.exists(source) else 0
+        origin: dict[str, Any] = {"examples": str(source), "bytes": size}
+        name = ""
+    else:
+        name = name_in_store(source, coder)
+        origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
+    made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
+
+    if not files.has("examples", made_of):
+        with files.stage("examples", made_of) as stage:
+            if from_file:
+                read_published(Path(source), coder.width, settings, stage, progress)
+            else:
+                stage.facts |= {"strongest_only": None, **_text(source.manifest)}
+                gather_examples(source, name, layer, settings, stage, progress)
+    k = settings.listed
+    if not from_file and not files.has("correlations", made_of):
+        with files.stage("correlations", made_of) as stage:
+            correlate(source, name, layer, k, stage, progress)
+    logits = [weights, gain, k, settings.bins, model and model.config.name]
+    if model is not None and not files.has("logits", logits):
+        with files.stage("logits", logits) as stage:
+            decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage, progress)
+    if not files.has("neighbours", [weights, k]):
+        with files.stage("neighbours", [weights, k]) as stage:
+            decoders.write_neighbours(coder, layer, k, stage, progress)
+    others = compare or {}
+    compared = [weights, k, {other: _weights(c) for other, c in others.items()}]
+    if not files.has("compared", compared):
+        with files.stage("compared", compared) as stage:
+            stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
+            for number, other in enumerate(others.values()):
+                theirs = layer if layer in layers_of(other) else None
+                decoders.write_comparison(coder, layer, other, theirs, number, k, stage, progress)
+    return FeatureCards(folder)
+
+
+def public_name(coder: Coder) -> str:
+    """The coder's address, or the name of its folder: no paths of this machine."""
+    path = coder.info.path or coder.kind
+    return os.path.basename(path) if os.path.isabs(path) else path
+
+
+def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:
+    return {
+        "coder": public_name(coder), "model": coder.info.model_name, "kind": coder.kind,
+        "layer": layer, "reads": coder.reads, "writes": coder.writes, "width": coder.width,
+        "first": coder.first, "settings": dataclasses.asdict(settings), "gain": gain,
+    }  # fmt: skip
+
+
+def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a store's text is called, how many documents it has and how long its pieces are."""
+    data = manifest["data"]
+    names = [os.path.basename(name) for name in data.get("files") or ()] or [data.get("tfds") or ""]
+    return {
+        "text": " ".join(names),
+        "prompts": manifest["documents"],
+        "prompt_tokens": data["length"],
+    }
+
+
+def name_in_store(store: Any, coder: Coder) -> str:
+    """What a feature store calls a coder, which it knows by its weights. Raises `InputError`."""
+    wanted = describe("", coder)
+    for held in store.manifest["coders"]:
+        if all(held[key] == wanted[key] for key in ("weights", "width", "layers", "reads")):
+            return held["name"]
+    raise InputError(
+        f"{store.folder}: holds no features of {public_name(coder)}, but of "
+        f"{', '.join(store.coders)}; extract again"
+    )
+
+
+def _weights(coder: Coder) -> str:
+    """What tells a coder's weights from another's: its biases and thresholds do."""
+    facts = {n: np.asarray(getattr(coder, n), np.float32) for n in ("b_enc", "threshold", "b_dec")}
+    return identity({n: [list(a.shape), a.tobytes().hex()] for n, a in facts.items()})

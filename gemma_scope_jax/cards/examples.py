@@ -1,0 +1,254 @@
+"""Where features are active: counts, histograms, the strongest examples and a sample of the others.
+
+Three passes over the segments of a store of sparse activations, for all features at once: what is
+kept is a table of the best candidates so far, F rows, so memory does not grow with the text.
+
+A few tokens of Gemma's residual stream have several times the usual norm, and what is active on
+them is enormous. They say nothing about any one feature, so a token is left out of everything but
+`density` if its activations sum to more than `ENORMOUS` times the median of its segment; the others
+are the typical ones. The metrics go by the norm, which a store does not hold: with the packaged SAE
+the two rules name the same tokens, whose sums are 6 to 8 times the median, where no other token's
+is 4 times.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gemma_scope_jax.cards.card_files import Stage
+from gemma_scope_jax.errors import InputError
+
+ENORMOUS = 5.0
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclasses.dataclass(frozen=True)
+class CardSettings:
+    """What a card holds.
+
+    top            the strongest examples, at most one a piece of a document
+    groups, each   random examples: `each` for each of `groups` equal parts of (0, largest]
+    before, after  tokens of an example around the one it was chosen for
+    bins           of the histograms; a multiple of `groups`
+    seed           of the random examples
+    listed         logit tokens, correlated features and neighbours listed
+    """
+
+    top: int = 20
+    groups: int = 5
+    each: int = 5
+    before: int = 11
+    after: int = 4
+    bins: int = 40
+    seed: int = 0
+    listed: int = 10
+
+    def __post_init__(self):
+        for name, least in {"top": 1, "groups": 1, "each": 0, "before": 0, "after": 0,
+                            "bins": 1, "listed": 1}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}: at least {least}")
+        if self.bins % self.groups:
+            raise InputError(f"bins {self.bins} must be a multiple of groups {self.groups}")
+
+    @property
+    def slots(self) -> int:
+        return self.top + self.groups * self.each
+
+    @property
+    def window(self) -> int:
+        return self.before + 1 + self.after
+
+
+class Active(NamedTuple):
+    """Active features of one segment, ordered by feature, then token."""
+
+    features: np.ndarray  # int32 [e]
+    rows: np.ndarray  # int32 [e] counted from the segment's first token
+    values: np.ndarray  # float32 [e]
+
+
+def by_feature(segment: Any, coder: str, layer: int) -> Active:
+    """All active features of a segment."""
+    offsets, rows, values = segment.by_feature(coder, layer)
+    features = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
+    return Active(features, rows, values)
+
+
+def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """bool [n]: the counted tokens that are not of enormous activation; see the module's rule.
+
+    rows, values: the token and the activation of every active feature, [e]; counted bool [n].
+    """
+    sums = np.bincount(rows, values, minlength=len(counted))
+    some = sums[counted & (sums > 0)]
+    return counted & (sums <= ENORMOUS * (np.median(some) if some.size else 0.0))
+
+
+def typical(segment: Any, coder: str, layer: int) -> Active:
+    """The active features of a segment on its typical tokens."""
+    active = by_feature(segment, coder, layer)
+    kept = typical_tokens(active.rows, active.values, segment.counted)[active.rows]
+    return Active(*(a[kept] for a in active))
+
+
+class Best:
+    """The K candidates with the largest keys in each of S slots, at most one a piece of text."""
+
+    def __init__(self, slots: int, k: int):
+        self.keys = np.full((slots, k), -np.inf)
+        self.rows = np.full((slots, k), -1, np.int64)
+
+    def add(self, slots, keys, rows, pieces, start: int) -> None:
+        """Candidates: slot, key, row and piece of each, [e], rows counted from the token `start`.
+
+        They must come in the order of the text: of equal keys the earlier token is kept.
+        """
+        if not self.keys.shape[1]:
+            return
+        new = np.flatnonzero(keys > self.keys.min(-1)[slots])
+        slots, keys, rows, pieces = slots[new], keys[new].astype(np.float64), rows[new], pieces[new]
+        order = np.lexsort((rows, -keys, pieces, slots))  # by slot, piece, best first
+        first = order[_starts(slots[order]) | _starts(pieces[order])]
+        slots, keys, rows = slots[first], keys[first], rows[first]
+        order = np.lexsort((rows, -keys, slots))
+        slots, keys, rows = slots[order], keys[order], rows[order]
+        begins = np.flatnonzero(_starts(slots))
+        rank = np.arange(len(slots)) - np.repeat(begins, np.diff(begins, append=len(slots)))
+        k = self.keys.shape[1]
+        kept = rank < k
+        touched = slots[begins]  # the slots that get candidates, in order
+        number = np.cumsum(_starts(slots)) - 1
+        found_keys = np.full((len(touched), k), -np.inf)
+        found_rows = np.full((len(touched), k), -1, np.int64)
+        found_keys[number[kept], rank[kept]] = keys[kept]
+        found_rows[number[kept], rank[kept]] = rows[kept].astype(np.int64) + start
+        both_keys = np.concatenate([self.keys[touched], found_keys], -1)
+        both_rows = np.concatenate([self.rows[touched], found_rows], -1)
+        order = np.argsort(-both_keys, axis=-1, kind="stable")[:, :k]
+        self.keys[touched] = np.take_along_axis(both_keys, order, -1)
+        self.rows[touched] = np.take_along_axis(both_rows, order, -1)
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """bool: where a new value begins in an ordered array."""
+    return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
+
+
+def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+    """float64 in [0, 1): a random number for each (feature, global row), the same every time.
+
+    splitmix64 (Steele et al. 2014), so a sample does not depend on how a store is cut.
+    """
+    with np.errstate(over="ignore"):
+        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x ^= (features.astype(np.uint64) + np.uint64(seed)) * np.uint64(0xD1342543DE82EF95)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def gather_examples(
+    store: Any, coder: str, layer: int, settings: CardSettings, stage: Stage, progress: Progress
+) -> None:
+    """Make the arrays `density` to `example_values` from a feature store.
+
+    Raises `InputError` if the store holds no active feature of the coder.
+    """
+    s = settings
+    fired, total, count, largest, strongest = _strongest(store, coder, layer, s, progress)
+    width = len(fired)
+    histogram = stage.create("histogram", (width, s.bins), np.int64, 0)
+    sample = Best(width * s.groups, s.each)
+    for i, segment in enumerate(store.segments()):
+        progress("histograms and samples", i, store.segment_count)
+        active = typical(segment, coder, layer)
+        bins = activation_bin(active, largest, s.bins)
+        np.add.at(histogram, (active.features, bins), 1)
+        # The strongest part first, as in the slots of `example_rows`.
+        group = s.groups - 1 - bins // (s.bins // s.groups)
+        keys = chance(active.features, active.rows + np.int64(segment.start), s.seed)
+        slots = active.features.astype(np.int64) * s.groups + group
+        sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
+    rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
+    documents = _windows(store, coder, layer, s, rows, stage, progress)
+    _sources(store, documents, stage)
+    stage.put("density", fired / store.counted)
+    stage.facts["tokens"] = int(store.counted)
+    stage.put("largest", largest)
+    stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
+
+
+def activation_bin(active: Active, largest: np.ndarray, bins: int) -> np.ndarray:
+    """Which of `bins` equal parts of (0, largest] each activation lies in: int64 [e]."""
+    share = active.values.astype(np.float64) / np.maximum(largest, 1e-30)[active.features]
+    return np.clip(np.ceil(share * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
+def _strongest(store, coder: str, layer: int, s: CardSettings, progress: Progress):
+    """fired, sums and counts of typical activations, the largest: [F] each; the top examples."""
+    fired = np.asarray(store.fired(coder, layer), np.int64)
+    width = len(fired)
+    if not fired.any():
+        raise InputError(f"{coder}: no feature is active anywhere in the store")
+    total, count, best = np.zeros(width), np.zeros(width, np.int64), Best(width, s.top)
+    for i, segment in enumerate(store.segments()):
+        progress("strongest examples", i, store.segment_count)
+        active = typical(segment, coder, layer)
+        total += np.bincount(active.features, active.values, minlength=width)
+        count += np.bincount(active.features, minlength=width)
+        pieces = segment.pieces[active.rows]
+        best.add(active.features, active.values, active.rows, pieces, segment.start)
+    largest = np.maximum(best.keys[:, 0], 0.0).astype(np.float32)
+    return fired, total, count, largest, best
+
+
+def _sources(store: Any, documents: np.ndarray, stage: Stage) -> None:
+    """Which file each example's document is from: `sources` of the manifest by number."""
+    found, number = np.unique(documents, return_inverse=True)
+    files = [store.where(d).rpartition(", ")[0] if d >= 0 else "" for d in found.tolist()]
+    names = sorted({os.path.basename(file) for file in files})
+    of = np.array([names.index(os.path.basename(file)) for file in files], np.int32)
+    stage.put("example_sources", of[number].reshape(documents.shape))
+    stage.facts["sources"] = names
+
+
+def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> np.ndarray:
+    """The text around `rows` int64 [F, E], and the feature's activations there.
+
+    Returns the numbers of the documents [F, E]; -1: no example.
+    """
+    width, slots = rows.shape
+    tokens = stage.create("example_tokens", (width, slots, s.window), np.int32, -1)
+    values = stage.create("example_values", (width, slots, s.window), np.float32, 0)
+    documents = stage.create("example_documents", (width, slots), np.int64, -1)
+    positions = stage.create("example_positions", (width, slots), np.int32, -1)
+    stage.put("example_rows", rows)
+    order = np.argsort(rows.ravel(), kind="stable")
+    ordered = rows.ravel()[order]
+    around = np.arange(-s.before, s.after + 1, dtype=np.int64)
+    for i, segment in enumerate(store.segments()):
+        progress("windows", i, store.segment_count)
+        n = len(segment.tokens)
+        some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
+        some = np.sort(some)  # by feature, as the arrays lie on the disk
+        features, slot = np.divmod(some, slots)
+        at = rows[features, slot] - segment.start
+        index = at[:, None] + around
+        inside = (index >= 0) & (index < n)
+        index = np.clip(index, 0, n - 1)
+        inside &= segment.pieces[index] == segment.pieces[at][:, None]
+        tokens[features, slot] = np.where(inside, segment.tokens[index], -1)
+        documents[features, slot] = segment.documents[at]
+        positions[features, slot] = segment.positions[at]
+        active = by_feature(segment, coder, layer)
+        keys = active.features.astype(np.int64) * n + active.rows  # ascending
+        wanted = features[:, None] * n + index
+        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        here = inside & (keys[found] == wanted) if len(keys) else np.zeros_like(inside)
+        values[features, slot] = np.where(here, active.values[found] if len(keys) else 0, 0)
+    return documents

@@ -1,0 +1,119 @@
+"""Cards as the feature files of attribution-graph viewers (Anthropic's, circuit-tracer's).
+
+    features/index.json.gz      {layer: {"filename": ..., "offsets": [F + 1]}}
+    features/layer_L.bin        for each feature: 4 bytes, little endian, how long; then zlib(JSON)
+    CANTOR.json                 or one file a feature, CANTOR = (l + f)(l + f + 1) / 2 + f
+
+A viewer fetches bytes offsets[f] to offsets[f + 1] of the layer's file. Activations of a histogram
+lie in equal bins from `act_min` to `act_max`; `quantile_values` are the 1st to 99th percentile of a
+feature's activations where it is active.
+
+Source: circuit-tracer 0.5, frontend/feature_models.py and frontend/assets/feature_examples.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_jax.buckets import write_bytes
+from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.export.saedashboard import rounded
+
+BLOCK = 256  # features at a time
+TOP = 10  # logits listed
+
+
+def cantor(layer: int, feature: int) -> int:
+    """The number that viewers know a feature by."""
+    return (layer + feature) * (layer + feature + 1) // 2 + feature
+
+
+def feature_files(cards: FeatureCards, tok: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(feature, its file) for all features in order; silent ones have no examples."""
+    layer = cards.manifest["layer"]
+    for start in range(0, len(cards), BLOCK):
+        stop = min(start + BLOCK, len(cards))
+        percentiles = cards.percentiles(slice(start, stop))
+        for f in range(start, stop):
+            yield (
+                f,
+                {
+                    "transcoder_id": str(cards.manifest["coder"]),
+                    "index": cantor(layer, f),
+                    "examples_quantiles": _quantiles(cards, f, tok),
+                    "top_logits": _tokens(cards, "top_ids", f, tok),
+                    "bottom_logits": _tokens(cards, "bottom_ids", f, tok),
+                    "act_min": 0.0,
+                    "act_max": round(float(cards["largest"][f]), 5),
+                    "quantile_values": rounded(percentiles[f - start]),
+                    "histogram": cards["histogram"][f].astype(float).tolist(),
+                    "activation_frequency": float(cards["density"][f]),
+                },
+            )
+
+
+def _tokens(cards: FeatureCards, name: str, f: int, tok: Any) -> list[str]:
+    return tok.decode_tokens(cards[name][f][:TOP]) if name in cards else []
+
+
+def _quantiles(cards: FeatureCards, f: int, tok: Any) -> list[dict[str, Any]]:
+    """The groups of examples; one that was shown before is marked as repeated."""
+    found, seen = [], set()
+    for number, group in enumerate(cards.groups(f)):
+        examples = []
+        for e in group.examples:
+            place = (e.document, e.position)
+            examples.append(
+                {
+                    "tokens_acts_list": rounded(e.values),
+                    "train_token_ind": e.at,
+                    "is_repeated_datapoint": place in seen,
+                    "tokens": tok.decode_tokens(e.ids),
+                }
+            )
+            seen.add(place)
+        name = "Top activations" if number == 0 else f"Subsample, {group.name} of the largest"
+        if examples:
+            found.append({"quantile_name": name, "examples": examples})
+    return found
+
+
+def _text(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def export_anthropic(
+    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: Progress
+) -> None:
+    """Write the packed form of the cards of one or several layers: `folder`/features."""
+    index = {}
+    with new_folder(folder / "features") as new:
+        for layer, cards in sorted(coders.items()):
+            offsets = [0]
+            with open(new / f"layer_{layer}.bin", "wb") as file:
+                for f, value in feature_files(cards, tok):
+                    if f % BLOCK == 0:
+                        progress("feature files", f, len(cards))
+                    data = zlib.compress(_text(value))
+                    file.write(len(data).to_bytes(4, "little") + data)
+                    offsets.append(offsets[-1] + 4 + len(data))
+            index[str(layer)] = {"filename": f"layer_{layer}.bin", "offsets": offsets}
+        write_bytes(new / "index.json.gz", gzip.compress(_text(index), mtime=0))  # type: ignore[arg-type]
+
+
+def export_anthropic_json(
+    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: Progress
+) -> None:
+    """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
+    with new_folder(folder) as new:
+        for layer, cards in sorted(coders.items()):
+            for f, value in feature_files(cards, tok):
+                if f % BLOCK == 0:
+                    progress("feature files", f, len(cards))
+                if value["act_max"] > 0:
+                    (new / f"{cantor(layer, f)}.json").write_bytes(_text(value))

@@ -1,0 +1,171 @@
+"""Cards as the tree that Neuronpedia's bulk import reads.
+
+    MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
+    MODEL/LAYER-SET/features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz
+    MODEL/LAYER-SET/explanations/batch-N.jsonl.gz      if there are any
+
+Creator, release and links are the importer's business and stay empty or placeholders.
+
+Source: sae-dashboard, neuronpedia/neuronpedia_export.py, and the rows of neuronpedia's own tables.
+"""
+
+import datetime
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.explanations import FIGURES, Explanation
+from gemma_scope_jax.cards.export.saedashboard import (
+    batch_facts,
+    batches,
+    rounded,
+    text_facts,
+)
+from gemma_scope_jax.coders.gemma_scope_files import Coder
+
+CREATOR, STRENGTH = "gemma-scope-jax", 10
+# What a feature's row has as a dashboard has it.
+SAME = tuple(
+    f"{table}_{column}"
+    for table, columns in {
+        "neuron_alignment": ("indices", "values", "l1"),
+        "correlated_neurons": ("indices", "pearson", "l1"),
+        "correlated_features": ("indices", "pearson", "l1"),
+        "neg": ("str", "values"), "pos": ("str", "values"), "frac": ("nonzero",),
+        "freq_hist_data": ("bar_heights", "bar_values"),
+        "logits_hist_data": ("bar_heights", "bar_values"), "decoder_weights": ("dist",),
+    }.items()
+    for column in columns
+)  # fmt: skip
+
+
+def export_neuronpedia(
+    cards: FeatureCards, coder: Coder, tok: Any, folder: Path, progress: Progress, *,
+    heads: int | None = None, explanations: Mapping[int, Explanation] | None = None,
+) -> None:  # fmt: skip
+    """Write `folder`/MODEL/LAYER-SET; see `export_saedashboard` for `heads`."""
+    explanations = explanations or {}
+    facts, now = batch_facts(cards), datetime.datetime.now(datetime.UTC).isoformat()
+    source = f"{facts['layer']}-{facts['sae_set']}"
+    place = {"modelId": facts["model_id"], "layer": source, "creatorId": CREATOR, "createdAt": now}
+    with new_folder(folder / facts["model_id"] / source) as new:
+        for name, row in _about(cards, source, now).items():
+            (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
+            progress("Neuronpedia", batch[0], len(cards))
+            rows = [_feature(cards, feature, place, coder) for feature in features]
+            shown = [a for feature in features for a in _activations(feature, place)]
+            said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
+            for table, lines in (
+                ("features", rows),
+                ("activations", shown),
+                ("explanations", said),
+            ):
+                if lines:
+                    _write(new / table / f"batch-{number}.jsonl.gz", lines)
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress("".join(lines).encode(), 5, mtime=0))
+
+
+def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, Any]]:
+    """The rows of the release, the model, the set and the source."""
+    m, facts, text = cards.manifest, batch_facts(cards), text_facts(cards)
+    model, name = facts["model_id"], facts["sae_set"]
+    by = {"creatorId": CREATOR, "createdAt": now}
+    title = f"{m['coder']}"
+    return {
+        "release": {
+            "name": name, "description": title, "descriptionShort": title, "creatorName": CREATOR,
+            "creatorNameShort": CREATOR, "visibility": "PUBLIC", "isNewUi": False,
+            "featured": False, "urls": [], "creatorEmail": None, "defaultSourceSetName": None,
+            "defaultSourceId": None, "defaultUmapSourceIds": [], **by,
+        },
+        "model": {
+            "id": model, "instruct": model.endswith("-it"), "displayNameShort": model,
+            "displayName": model, "tlensId": None, "dimension": None, "visibility": "PUBLIC",
+            "defaultSourceSetName": None, "defaultSourceId": None, "inferenceEnabled": False,
+            "layers": 0, "neuronsPerLayer": 0, "owner": "", "updatedAt": now, "website": None, **by,
+        },
+        "sourceset": {
+            "modelId": model, "name": name, "hasDashboards": True, "visibility": "PUBLIC",
+            "description": title, "type": m["kind"], "creatorName": CREATOR, "urls": [],
+            "creatorEmail": None, "releaseName": name, "defaultOfModelId": None, "defaultRange": 1,
+            "defaultShowBreaks": True, "showDfa": False,
+            "showCorrelated": "correlated_ids" in cards, "showHeadAttribution": False,
+            "showUmap": False, **by,
+        },
+        "source": {
+            "id": source, "modelId": model, "setName": name, "hasDashboards": True,
+            "inferenceEnabled": False, "inferenceHosts": [], "saelensConfig": None,
+            "saelensRelease": None, "saelensSaeId": None, **_hub(str(m["coder"])),
+            "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False,
+            "hasUmapLogSparsity": False, "hasUmapClusters": False,
+            "num_prompts": text["n_prompts_total"],
+            "num_tokens_in_prompt": text["n_tokens_in_prompt"], "dataset": text["dataset"],
+            "notes": f"{m['kind']} of {m['reads']}, layer {m['layer']}", **by,
+        },
+    }  # fmt: skip
+
+
+def _hub(address: str) -> dict[str, str | None]:
+    """The repository and folder of an address of the release."""
+    if not address.startswith("gemma-scope-2-"):
+        return {"hfRepoId": None, "hfFolderId": None}
+    repo, _, folder = address.partition("/")
+    return {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
+
+
+def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder: Coder) -> dict:
+    f = feature["feature_index"]
+    near = cards.listed("neighbour", f, "cosines")
+    return {
+        **place, "index": str(f), "sourceSetName": batch_facts(cards)["sae_set"],
+        "maxActApprox": round(float(cards["largest"][f]), 5), "hasVector": False, "vector": [],
+        "vectorLabel": None, "vectorDefaultSteerStrength": STRENGTH,
+        "hookName": f"blocks.{cards.manifest['layer']}.{coder.writes}",
+        "topkCosSimIndices": [i for i, _ in near],
+        "topkCosSimValues": rounded([c for _, c in near]),
+        **{key: feature[key] for key in SAME},
+    }  # fmt: skip
+
+
+def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for number, a in enumerate(feature["activations"]):
+        values = a["values"]
+        # As long as a cuid, and the same every time.
+        name = f"c{feature['feature_index']:08x}{number:04x}{place['layer']}".replace("-", "")
+        rows.append(
+            {
+                **place, "id": name[:25].ljust(25, "0"), "index": str(feature["feature_index"]),
+                "tokens": a["tokens"], "values": values, "maxValue": max(values),
+                "maxValueTokenIndex": values.index(max(values)), "minValue": min(values),
+                "dataSource": None, "dataIndex": None, "dfaValues": [], "dfaTargetIndex": None,
+                "dfaMaxValue": None, "lossValues": [], "logitContributions": None,
+                "binMin": a["bin_min"], "binMax": a["bin_max"], "binContains": a["bin_contains"],
+                "qualifyingTokenIndex": a["qualifying_token_index"], "zIndices": None,
+                "zValues": None,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
+    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in FIGURES.items())
+    score = next((s for s in figures if isinstance(s, int | float)), None)
+    name = f"c{f:08x}{place['layer']}".replace("-", "")
+    return {
+        "id": name[:25].ljust(25, "0"), "modelId": place["modelId"], "layer": place["layer"],
+        "index": str(f), "description": explanation["text"], "authorId": place["creatorId"],
+        "scoreV1": score, "typeName": explanation["method"],
+        "explanationModelName": explanation["model"],
+        "notes": None, "createdAt": place["createdAt"],
+    }  # fmt: skip

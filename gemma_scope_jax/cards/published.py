@@ -1,0 +1,156 @@
+"""Cards from the `examples.safetensors` that the release has beside many coders.
+
+    tokens [S, T]                                  sequences, ids
+    activations, seq_ids, positions [F, N]         the N strongest of each, falling; padded by 0
+    logit_effects [F, N]                           (not used: what an example did to the next token)
+    feature_frequencies [F]                        share of tokens on which a feature is active
+    top_tokens, top_logits, bottom_tokens, bottom_logits [F, 10]
+
+Only the strongest activations are known, so histograms and random examples are of those, and in a
+window only tokens that are among them have values. There is nothing to correlate.
+
+Source: the layout as described by users of the release; dtypes are taken as they come.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gemma_scope_jax.cards.card_files import Stage
+from gemma_scope_jax.cards.examples import (
+    Active,
+    Best,
+    CardSettings,
+    Progress,
+    activation_bin,
+    chance,
+)
+from gemma_scope_jax.coders.catalog import parse_address
+from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.coders.hub import fetch_file
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+
+FILE = "examples.safetensors"
+BLOCK = 2048  # features at a time
+PER_FEATURE = ("activations", "seq_ids", "positions")
+LOGITS = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
+
+
+def find_examples(coder: Coder) -> Path | None:
+    """The file beside a coder, fetched if the coder came from the hub; None if there is none."""
+    path = Path(coder.info.folder) / FILE
+    if coder.info.folder and path.is_file():
+        return path
+    if not coder.info.path.startswith("gemma-scope-2-"):
+        return None
+    return fetch_file(parse_address(coder.info.path), FILE)
+
+
+def read_published(
+    path: Path, width: int, settings: CardSettings, stage: Stage, progress: Progress
+) -> None:
+    """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
+
+    Raises `InputError` for a file that is not one of examples, or of another coder.
+    """
+    with open_safetensors(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+        _check(path, shapes, width)
+        tokens = np.asarray(file.get_tensor("tokens"))
+        frequency = np.asarray(file.get_tensor("feature_frequencies"), np.float64)
+        part = lambda n, start: file.get_slice(n)[start : min(start + BLOCK, width)]
+        blocks = (
+            (start, [np.asarray(part(n, start)) for n in PER_FEATURE])
+            for start in range(0, width, BLOCK)
+        )
+        _gather(path, tokens, blocks, width, settings, stage, progress)
+        stage.put("density", frequency)
+        stage.facts |= {
+            "tokens": None, "strongest_only": shapes["activations"][1],
+            "text": "the published examples", "prompts": len(tokens),
+            "prompt_tokens": tokens.shape[1],
+        }  # fmt: skip
+        if set(LOGITS) <= shapes.keys():
+            for name, source in zip(
+                ("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS
+            ):
+                dtype = np.int32 if name.endswith("ids") else np.float32
+                stage.put(name, np.asarray(file.get_tensor(source)).astype(dtype))
+
+
+def _check(path: Path, shapes: dict[str, tuple[int, ...]], width: int) -> None:
+    needed = ("tokens", "feature_frequencies", *PER_FEATURE)
+    if missing := [name for name in needed if name not in shapes]:
+        raise InputError(f"{path}: not a file of examples: {', '.join(missing)} missing")
+    found = shapes["activations"]
+    if len(found) != 2 or any(shapes[name] != found for name in PER_FEATURE):
+        raise InputError(f"{path}: activations, seq_ids and positions are not all [F, N]")
+    if found[0] != width or shapes["feature_frequencies"] != (width,):
+        raise InputError(f"{path}: has {found[0]} features, the coder beside it {width}")
+    if len(shapes["tokens"]) != 2:
+        raise InputError(f"{path}: tokens has shape {list(shapes['tokens'])}, expected [S, T]")
+
+
+def _gather(
+    path: Path, tokens: np.ndarray, blocks: Iterator[tuple[int, list[np.ndarray]]], width: int,
+    s: CardSettings, stage: Stage, progress: Progress,
+) -> None:  # fmt: skip
+    create = stage.create
+    largest, mean = (create(name, (width,), np.float32, 0) for name in ("largest", "mean"))
+    histogram = create("histogram", (width, s.bins), np.int64, 0)
+    rows = create("example_rows", (width, s.slots), np.int64, -1)
+    ids = create("example_tokens", (width, s.slots, s.window), np.int32, -1)
+    values = create("example_values", (width, s.slots, s.window), np.float32, 0)
+    documents = create("example_documents", (width, s.slots), np.int64, -1)
+    positions = create("example_positions", (width, s.slots), np.int32, -1)
+    length = tokens.shape[1]
+    for start, (activations, sequences, places) in blocks:
+        progress("published examples", start, width)
+        at = sequences.astype(np.int64) * length + places.astype(np.int64)
+        active = _entries(activations, at)
+        if len(active.rows) and not (active.rows.min() >= 0 and active.rows.max() < tokens.size):
+            raise InputError(f"{path}: an example lies outside of the tokens; download it again")
+        n = len(activations)
+        here = slice(start, start + n)
+        largest[here] = np.where(activations > 0, activations, 0).max(-1)
+        count = np.bincount(active.features, minlength=n)
+        total = np.bincount(active.features, active.values, minlength=n)
+        mean[here] = total / np.maximum(count, 1)
+        bins = activation_bin(active, largest[here], s.bins)
+        np.add.at(histogram[here], (active.features, bins), 1)
+        top, sample = Best(n, s.top), Best(n * s.groups, s.each)
+        pieces = active.rows // length
+        top.add(active.features, active.values, active.rows, pieces, 0)
+        group = s.groups - 1 - bins // (s.bins // s.groups)
+        keys = chance(active.features + np.int64(start), active.rows, s.seed)
+        slots = active.features.astype(np.int64) * s.groups + group
+        sample.add(slots, keys, active.rows, pieces, 0)
+        chosen = np.concatenate([top.rows, sample.rows.reshape(n, -1)], -1)
+        rows[here], documents[here] = chosen, np.where(chosen < 0, -1, chosen // length)
+        positions[here] = np.where(chosen < 0, -1, chosen % length)
+        ids[here], values[here] = _windows(tokens, active, chosen, s)
+
+
+def _entries(activations: np.ndarray, at: np.ndarray) -> Active:
+    """The examples of a block of features, ordered by feature and place."""
+    features, slots = np.nonzero(activations > 0)
+    rows, found = at[features, slots], activations[features, slots].astype(np.float32)
+    order = np.lexsort((rows, features))
+    return Active(features[order].astype(np.int32), rows[order], found[order])
+
+
+def _windows(tokens: np.ndarray, active: Active, chosen: np.ndarray, s: CardSettings):
+    """Ids and known activations [n, E, W] around the places `chosen` int64 [n, E]."""
+    flat, length = tokens.reshape(-1), tokens.shape[1]
+    index = chosen[..., None] + np.arange(-s.before, s.after + 1, dtype=np.int64)
+    inside = (chosen >= 0)[..., None] & (index // length == (chosen // length)[..., None])
+    index = np.where(inside, index, 0)
+    keys = active.features.astype(np.int64) * tokens.size + active.rows
+    wanted = np.arange(len(chosen), dtype=np.int64)[:, None, None] * tokens.size + index
+    if not len(keys):
+        return np.where(inside, flat[index], -1), np.zeros(index.shape, np.float32)
+    found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    here = inside & (keys[found] == wanted)
+    return np.where(inside, flat[index], -1), np.where(here, active.values[found], 0)

@@ -1,0 +1,261 @@
+"""The cards of a coder as a web site that needs no server: open index.html from a disk.
+
+    index.html            the program
+    data/list.js          a line a feature: density, largest and mean activation, label
+    data/cards-N.js       the cards of `CHUNK` features
+    data/words-N.js       word -> features, for words whose first two letters fall into shard N
+
+A page opened from a disk may not fetch files but may load scripts, so data are scripts; all that a
+visit does not look at stays on the disk. Text goes into elements through `textContent` only.
+"""
+
+import html
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.explanations import Explanation, explanation_note
+from gemma_scope_jax.cards.page_data import inert_json
+
+CHUNK = 32  # features a file
+SHARDS = 128  # files of words
+RAISED = 6  # tokens shown for a feature in the list
+LABEL, LOGIT, PEAK, NEAR, MOST = 30, 6, 3, 1, 99  # what a word is worth where it stands
+COMMON = 0.2  # of words in examples of more features than this share, only the better places count
+WORD = re.compile(r"\w+")
+TITLE = "{{title}}"
+
+
+def build_site(
+    cards: FeatureCards,
+    folder: Path,
+    tok: Any,
+    *,
+    explanations: Mapping[int, Explanation] | None = None,
+    sites: Mapping[str, str] | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Write the site of `cards` into `folder`; index.html comes last.
+
+    explanations: of features, as `read_explanations` gives them.
+    sites: where the sites of compared coders are, relative to this one's page.
+    """
+    explanations, name = explanations or {}, str(cards.manifest["coder"])
+    with new_folder(folder / "data") as data:
+        postings = _Postings(data)
+        for start in range(0, len(cards), CHUNK):
+            progress("site", start, len(cards))
+            features = range(start, min(start + CHUNK, len(cards)))
+            words, ids = _vocabulary(cards, features, tok)
+            place = partial(np.searchsorted, ids)
+            made = [_card(cards, f, place) for f in features]
+            _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
+            text_of = dict(zip(ids.tolist(), words))
+            for f in features:
+                postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
+        postings.finish(len(cards))
+        _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
+    template = resources.files(__package__).joinpath("site.html").read_text(encoding="utf-8")
+    write_text(folder / "index.html", template.replace(TITLE, html.escape(name)))  # type: ignore[arg-type]
+
+
+def _write(data: Path, name: str, value: Any) -> None:
+    (data / f"{name}.js").write_text(f'cards("{name}",{inert_json(value)})\n', encoding="utf-8")
+
+
+def _vocabulary(cards: FeatureCards, features: range, tok: Any) -> tuple[list[str], np.ndarray]:
+    """The tokens of some cards as text, and their ids in order."""
+    here = slice(features.start, features.stop)
+    lists = [cards["example_tokens"][here].ravel()]
+    lists += [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
+    ids = np.unique(np.concatenate(lists))
+    ids = ids[ids >= 0]
+    return tok.decode_tokens(ids), ids
+
+
+Place = Callable[[Any], np.ndarray]
+
+
+def _card(cards: FeatureCards, f: int, place: Place) -> dict[str, Any]:
+    """What the page calls h g l t c n x: histogram, examples, logits, neighbours."""
+    largest = max(float(cards["largest"][f]), 1e-30)
+    card: dict[str, Any] = {"h": cards["histogram"][f].tolist(), "l": None, "t": None}
+    card["g"] = []
+    for g in cards.groups(f):
+        examples = [_example(e, largest, place) for e in g.examples]
+        card["g"].append([g.name, _short(g.low), _short(g.high), g.count, examples])
+    if "top_ids" in cards:
+        both = [_logits(cards, f, end, place) for end in ("top", "bottom")]
+        if "logit_histogram" in cards:
+            ends = list(map(_short, cards["logit_range"][f].tolist()))
+            card["l"] = [*both, cards["logit_histogram"][f].tolist(), ends]
+        else:
+            card["t"] = both
+    near = lambda name, fact: [[i, round(v, 3)] for i, v in cards.listed(name, f, fact)]
+    card["c"], card["n"] = near("correlated", "pearson"), near("neighbour", "cosines")
+    card["x"] = []
+    for n in range(len(cards.manifest.get("compared", []))):
+        same = float(cards[f"compared_{n}_same"][f])
+        card["x"].append(
+            [near(f"compared_{n}", "cosines"), None if np.isnan(same) else round(same, 3)]
+        )
+    return card
+
+
+def _logits(cards: FeatureCards, f: int, end: str, place: Place) -> list[list[Any]]:
+    ids, values = cards[f"{end}_ids"][f], cards[f"{end}_logits"][f]
+    return [[i, _short(v)] for i, v in zip(place(ids).tolist(), values.tolist())]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _example(example: Any, largest: float, place: Place) -> list[Any]:
+    """Where it is from, the place of the token, words, and activations in thousandths of the
+    largest: sparse, [place, value, place, value, ...]."""
+    strength = np.round(1000 * np.asarray(example.values) / largest).astype(int)
+    at = np.flatnonzero(strength)
+    pairs = np.stack([at, strength[at]], -1).ravel().tolist()
+    file = f"{example.source}, " * bool(example.source)
+    where = f"{file}document {example.document}, token {example.position}"
+    return [where, example.at, place(example.ids).tolist(), pairs]
+
+
+def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> dict[str, Any]:
+    m, width = cards.manifest, len(cards)
+    some = np.asarray(cards["top_ids"][:, :RAISED]) if "top_ids" in cards else np.zeros((0, 0), int)
+    ids = np.unique(some)
+    read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
+    text = f"{cards.tokens:,} tokens" if cards.tokens else "the published examples"
+    about = (
+        f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {width:,} features \u00b7 {text}"
+    )
+    logits = {
+        "notebook": "logits as in the official notebook",
+        "as published": "logits as published",
+    }
+    if m["gain"] in logits and "top_ids" in cards:
+        about += f" \u00b7 {logits[m['gain']]}"
+    labels, notes = [""] * width, [""] * width
+    for f, explanation in explanations.items():
+        labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))
+    return {
+        "name": name, "about": about, "chunk": CHUNK, "shards": SHARDS,
+        "density": [float(f"{v:.6g}") for v in cards["density"].tolist()],
+        "largest": [_short(v) for v in cards["largest"].tolist()],
+        "mean": [_short(v) for v in cards["mean"].tolist()],
+        "words": tok.decode_tokens(ids), "raises": np.searchsorted(ids, some).tolist(),
+        "labels": labels, "notes": notes,
+        "explained": any(labels),
+        "compared": [[other, sites.get(other, ""), n] for other, n in m.get("compared", [])],
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# Words
+
+
+def _scores(cards: FeatureCards, f: int, text_of, explanation) -> dict[str, int]:
+    """What each word that has to do with a feature is worth: label, logits, strongest examples."""
+    scores: dict[str, int] = defaultdict(int)
+    for word in WORD.findall(explanation["text"].lower()) if explanation else ():
+        scores[word] += LABEL
+    for name in ("top_ids", "bottom_ids"):
+        for i in cards[name][f].tolist() if name in cards else ():
+            for word in WORD.findall(text_of[i].lower()) if i >= 0 else ():
+                scores[word] += LOGIT if name == "top_ids" else NEAR
+    for example in cards.groups(f)[0].examples:
+        tokens = [text_of[i] for i in example.ids]
+        start = sum(map(len, tokens[: example.at]))
+        stop = start + len(tokens[example.at])
+        best: dict[str, int] = {}
+        for match in WORD.finditer("".join(tokens)):
+            on = match.start() < stop and match.end() > start
+            word = match[0].lower()
+            best[word] = max(best.get(word, 0), PEAK if on else NEAR)
+        for word, score in best.items():
+            scores[word] += score
+    return scores
+
+
+def shard_of(word: str) -> int:
+    """Which file a word is in; the page computes the same from its UTF-16 code units."""
+    units = word[:2].encode("utf-16-le")[:4]
+    first, second = (int.from_bytes(units[i : i + 2], "little") for i in (0, 2))
+    return (first * 31 + second) % SHARDS
+
+
+class _Postings:
+    """word -> [feature, score, ...], features as steps; on disk until all is there."""
+
+    def __init__(self, data: Path):
+        self._data = data
+        self._held: dict[int, list[str]] = defaultdict(list)
+        self._lines = 0
+
+    def add(self, feature: int, scores: Mapping[str, int]) -> None:
+        for word, score in scores.items():
+            self._held[shard_of(word)].append(f"{word} {feature} {min(score, MOST)}\n")
+        self._lines += len(scores)
+        if self._lines > 1_000_000:
+            self._spill()
+
+    def _spill(self) -> None:
+        for shard, lines in self._held.items():
+            with open(self._data / f"words-{shard}.tmp", "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        self._held.clear()
+        self._lines = 0
+
+    def finish(self, width: int) -> None:
+        self._spill()
+        for shard in range(SHARDS):
+            path, found = self._data / f"words-{shard}.tmp", defaultdict(list)
+            if path.exists():
+                with open(path, encoding="utf-8") as file:
+                    for line in file:
+                        word, feature, score = line.split()
+                        found[word].append((int(feature), int(score)))
+                path.unlink()
+            words = {word: _steps(some, COMMON * width) for word, some in sorted(found.items())}
+            _write(self._data, f"words-{shard}", words)
+
+
+def _steps(some: Sequence[tuple[int, int]], common: float) -> list[int]:
+    if len(some) > max(common, 64):
+        some = [(f, score) for f, score in some if score >= PEAK]
+    flat, last = [], 0
+    for feature, score in some:
+        flat += [feature - last, score]
+        last = feature
+    return flat
+
+
+# -------------------------------------------------------------------------------------------------
+# Several coders
+
+
+def write_index(folder: Path, names: Sequence[str]) -> None:
+    """index.html of a folder that holds a site in a folder for each of `names`."""
+    items = []
+    for name in names:
+        m = FeatureCards(folder / name / "cards").manifest
+        read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
+        about = f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {m['width']:,} features"
+        items.append(
+            f'<li><a href="{html.escape(name)}/index.html">{html.escape(str(m["coder"]))}</a>'
+            f"<br><small>{html.escape(about)}</small></li>"
+        )
+    template = resources.files(__package__).joinpath("sites.html").read_text(encoding="utf-8")
+    text = template.replace("{{coders}}", "\n".join(items))
+    write_text(folder / "index.html", text)  # type: ignore[arg-type]
