@@ -87,7 +87,8 @@ def print_core(results: Sequence[Result]) -> None:
         _print_groups(console, core[0])
     elif core:
         table = Table(title=None, box=None, pad_edge=False)
-        table.add_column("coder", overflow="fold", min_width=24)
+        longest = max(len(short_name(result)) for result in core)
+        table.add_column("coder", overflow="fold", min_width=min(longest, 48))
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
         for heading, *_ in chosen:
             table.add_column(heading, justify="right")
