@@ -109,6 +109,9 @@ $(PEERS)/.made: constraints-peers.txt
 $(PEERS)/.has: $(PEERS)/.made pyproject.toml
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python -c constraints-peers.txt \
 	    -e '.[demo]' pytest hypothesis transformers sae-lens circuit-tracer nnsight
+	# without what it depends on: it wants numpy 1, for parts that no test runs
+	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
+	    sae-bench==0.6.0 tabulate==0.10.0 collectibles==0.1.5
 	@touch $@
 
 test-peers: $(PEERS)/.has

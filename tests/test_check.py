@@ -162,4 +162,4 @@ def test_several_layers(model, batch, data):
     assert check(model, crosscoder(0), [batch]).warnings == []
     report = check(model, crosscoder(1), [batch])
     assert "another layer" in report.warnings[0] and "layers 1, 2" in report.warnings[0]
-    assert jax.tree.all(jax.tree.map(np.isfinite, list(report.stated.fit.fvu_by_layer)))
+    assert jax.tree.all(jax.tree.map(np.isfinite, [layer.fvu for layer in report.metrics.layers]))

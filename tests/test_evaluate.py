@@ -16,12 +16,12 @@ from gemma_scope_jax.data.text import SEPARATOR
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import (
     _fit_step,
-    _loss_step,
+    _read,
     evaluate,
     evaluate_all,
     text_batches,
 )
-from gemma_scope_jax.evaluation.metrics import next_token_loss
+from gemma_scope_jax.evaluation.predictions import compare, final_residual
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
@@ -223,7 +223,7 @@ def test_coder_of_several_layers(model):
     back = np.einsum("xnf,xfyd->ynd", f, full) + np.asarray(coder.b_dec, np.float64)[:, None]
     error = ((x - back) ** 2).sum((1, 2))
     spread = ((x - x.mean(1, keepdims=True)) ** 2).sum((1, 2))
-    np.testing.assert_allclose(got.all.fvu_by_layer, error / spread, rtol=2e-5)
+    np.testing.assert_allclose([layer.fvu for layer in got.layers], error / spread, rtol=2e-5)
     np.testing.assert_allclose(got.l0, (f > 0).sum(-1).mean(), rtol=1e-6)
     assert got.density.shape == (X, F) and got.delta_loss is not None
 
@@ -244,31 +244,15 @@ def test_ablation_is_the_yardstick(model):
                                atol=1e-5)  # fmt: skip
 
 
-def test_loss_in_chunks_equals_the_whole_and_has_its_gradient(model, monkeypatch):
-    tokens, segments = random_batch()
-    valid = jnp.asarray(segments > 0).at[:, -1].set(False)
-    x = run(model, tokens, [capture("resid_final")], segments=segments).reads["resid_final"]
-    logits = run(model, tokens, segments=segments).logits
-    whole = -jnp.take_along_axis(
-        jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(tokens[:, 1:, None]), -1
-    )[..., 0]
-    whole = jnp.pad(whole, ((0, 0), (0, 1)))
-    monkeypatch.setattr("gemma_scope_jax.evaluation.metrics.TOKEN_CHUNK", 7)
-    got = next_token_loss(model, x, jnp.asarray(tokens), valid)
-    np.testing.assert_allclose(got, jnp.where(valid, whole, 0.0), atol=2e-5)
-
-    total = lambda x: next_token_loss(model, x, jnp.asarray(tokens), valid).sum()
-    direction = jax.random.normal(jax.random.key(0), x.shape)
-    slope = (jax.grad(total)(x) * direction).sum()
-    difference = (total(x + 1e-2 * direction) - total(x - 1e-2 * direction)) / 2e-2
-    np.testing.assert_allclose(slope, difference, rtol=2e-2)
-
-
-def test_new_data_compiles_nothing(model):
+def test_new_data_and_another_layer_compile_nothing(model):
+    steps = (_read, _fit_step, final_residual, compare)
     evaluate(model, random_coder("sae"), [random_batch(0)])
-    before = [step._cache_size() for step in (_fit_step, _loss_step)]
+    before = [step._cache_size() for step in steps]
     evaluate(model, random_coder("sae", seed=5), [random_batch(1, lengths=(9, 24, 3))])
-    assert [step._cache_size() for step in (_fit_step, _loss_step)] == before
+    assert [step._cache_size() for step in steps] == before
+    elsewhere = random_coder("sae", seed=5).replace(layer=1)
+    evaluate(model, elsewhere, [random_batch(1)])
+    assert [step._cache_size() for step in steps[1:]] == before[1:]  # it reads less of the model
 
 
 def test_what_does_not_fit_is_one_line(model):

@@ -12,6 +12,7 @@ import tyro
 
 from gemma_scope_jax.cli.benchmark import benchmark
 from gemma_scope_jax.cli.cards import cards
+from gemma_scope_jax.cli.evaluate import evaluate
 from gemma_scope_jax.cli.explain import explain
 from gemma_scope_jax.cli.extract import export, extract, verify
 from gemma_scope_jax.cli.look import check, inspect, list_
@@ -21,7 +22,7 @@ from gemma_scope_jax.errors import InputError
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
     "extract": extract, "verify": verify, "export": export, "cards": cards,
-    "benchmark": benchmark, "explain": explain,
+    "evaluate": evaluate, "benchmark": benchmark, "explain": explain,
 }  # fmt: skip
 
 

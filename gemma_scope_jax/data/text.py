@@ -39,6 +39,7 @@ __all__ = [
     "SEPARATOR", "TextData", "TokenBatch", "TokenBatches", "pack", "prefetch", "read_documents",
 ]  # fmt: skip
 
+LABELS = ("turn", "system", "user", "model")  # what a chat's tokens may be of, see `Span`
 _PLACE = ("epoch", "document", "offset")
 _MIN_ROOM = 8  # a piece cut to fewer tokens would see next to nothing
 
@@ -68,16 +69,17 @@ class Piece:
 
 
 def fill_rows(
-    pieces: Iterable[Piece], rows: int, length: int, bos: int
+    pieces: Iterable[Piece], rows: int, length: int, bos: int, dtype: Any = bool
 ) -> Iterator[tuple[TokenBatch, Piece | None]]:
     """Batches of `rows` rows, each with the document from whose offset on the next one goes on.
 
-    The last batch may be padded; nothing comes after it (None).
+    The last batch may be padded; nothing comes after it (None). `dtype` is that of `counts`, which
+    may also be numbers that say more of a token, 0 for <bos> and padding.
     """
     if rows < 1 or length < 2:
         raise InputError(f"rows must hold <bos> and a token: batch {rows}, length {length}")
     tokens = np.zeros((rows, length), np.int32)
-    segments, counts = np.zeros_like(tokens), np.zeros((rows, length), bool)
+    segments, counts = np.zeros_like(tokens), np.zeros((rows, length), dtype)
     row, column, number = 0, 0, 1
     for piece in pieces:
         at, size = piece.offset, len(piece.ids)
@@ -88,7 +90,7 @@ def fill_rows(
                 if row == rows:
                     batch = TokenBatch(tokens.copy(), segments.copy(), counts.copy())
                     yield batch, dataclasses.replace(piece, offset=at)
-                    tokens[:], segments[:], counts[:], row = 0, 0, False, 0
+                    tokens[:], segments[:], counts[:], row = 0, 0, 0, 0
                 continue
             part = slice(at, min(size, at + room))
             stop = column + 1 + part.stop - part.start
@@ -223,20 +225,30 @@ def fingerprint(
 
 def encode_record(tok: Any, record: Record, data: TextData) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a document without <bos>, int32 [n], and which of them count, bool [n]."""
+    return labelled_record(tok, record, data)[:2]
+
+
+def labelled_record(
+    tok: Any, record: Record, data: TextData
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`encode_record`, and of which of `LABELS` each token is, int32 [n]; 0 outside of chats."""
+    nobody = lambda n: np.zeros(n, np.int32)
     try:
         document = parse(record, data)
         if isinstance(document, str):
             ids = tok.encode(document, bos=False)
-            return ids, ~tok.special[ids]
+            return ids, ~tok.special[ids], nobody(len(ids))
         chat = tok.chat(document, add_generation_prompt=False)
     except InputError as error:
         if data.skip_bad:
-            return np.zeros(0, np.int32), np.zeros(0, bool)
+            return nobody(0), np.zeros(0, bool), nobody(0)
         where = "" if record.where in str(error) else f"{record.where}: "
         hint = "" if record.kind == "string" else " (or set skip_bad=True)"
         raise InputError(f"{where}{error}{hint}") from error
-    said = chat.mask(*data.counted_roles)[1:]
-    return chat.ids[1:], said & ~tok.special[chat.ids[1:]]
+    ids, said = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
+    numbers = np.array([LABELS.index(span.role) for span in chat.spans], np.int32)
+    roles = np.repeat(numbers, [span.stop - span.start for span in chat.spans])[1:]
+    return ids, said & ~tok.special[ids], roles
 
 
 def _check_shard(shard: Shard, documents: Documents) -> None:

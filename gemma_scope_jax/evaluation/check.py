@@ -20,7 +20,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import float32
-from gemma_scope_jax.evaluation.evaluate import Batch, Metrics, check_fits, evaluate
+from gemma_scope_jax.evaluation.evaluate import Metrics, check_fits, evaluate, without_place
 from gemma_scope_jax.evaluation.metrics import (
     Coder,
     Fit,
@@ -28,11 +28,13 @@ from gemma_scope_jax.evaluation.metrics import (
     fit,
     layers_of,
     merge,
+    on_host,
 )
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 
+TYPICAL = 1  # of the groups of `Sums`
 CLEARLY = 0.8  # an alternative is better if its FVU is below this share of the stated place's
 USELESS = 0.9  # FVU from which a coder says little more than the mean
 L0_FACTOR = 3.0  # L0 on ordinary text may well be twice the target, or half of it
@@ -86,7 +88,7 @@ class _Way:
     transposed: bool = False
 
 
-def check(model: Model, coder: Coder, batches: Iterable[Batch]) -> Report:
+def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> Report:
     """Measure `coder` on batches of (tokens, segments) [B, T], and every alternative to its place.
 
     Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
@@ -100,11 +102,12 @@ def check(model: Model, coder: Coder, batches: Iterable[Batch]) -> Report:
         places = {place for way in ways for place in (way.reads, way.writes)}
         seen = _activations(model, tokens, segments, layers_of(coder), tuple(sorted(places)))
         mask = counted(segments, coder.first).reshape(-1)
+        no_groups = (np.zeros((0, mask.size), bool), np.zeros(mask.size, np.int32))
         for i, way in enumerate(ways):
             used = _transposed(coder) if way.transposed else coder
-            typical = _sums(used, seen[way.reads], seen[way.writes], mask)[1]
-            sums[i] = merge(sums[i], typical)
-    stated, *others = (Alternative(w.name, w.verdict, fit(s)) for w, s in zip(ways, sums))
+            data = (seen[way.reads], seen[way.writes], mask, *no_groups)
+            sums[i] = merge(sums[i], on_host(_sums(without_place(used), *data)))
+    stated, *others = (Alternative(w.name, w.verdict, fit(s, TYPICAL)) for w, s in zip(ways, sums))
     single = not isinstance(coder, MultiLayerCoder)
     target = coder.info.l0 if single else None  # of several layers: per layer or in all, unknown
     return Report(metrics, target, stated, others, _warnings(metrics, target, stated, others))

@@ -1,115 +1,88 @@
-"""Evaluate a coder inside its model: one program for how it fits, one for what it costs the model.
+"""Evaluate coders inside their model: how they fit, and what they cost the model.
 
     metrics = gs.evaluate(model, coder, text_batches(tok, [text]))
     metrics.l0, metrics.fvu, metrics.delta_loss, metrics.typical.fvu
 
-Both programs are compiled once for a shape of batch; batches stream, and only sums are kept.
+Two passes. The first reads the activations that any of the coders needs, once for all, and stops
+after the last layer read; it leaves the mean activations that the mean ablation of the second
+needs. The second runs the model to the end: once as it is and once for each change, logits a chunk
+at a time for all of them. Programs are compiled once for a shape of batch and of coder, whatever
+the layer; batches stream, and only sums are kept.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.coders.splice import splice
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import (
-    Coder,
-    Fit,
-    Moments,
-    coder_sums,
-    fit,
-    layers_of,
-    merge,
-    next_token_loss,
+from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
+from gemma_scope_jax.evaluation.metrics import Coder, coder_sums, layers_of, on_host
+from gemma_scope_jax.evaluation.predictions import (
+    ablated,
+    compare,
+    final_residual,
     predicts,
+    replaced,
 )
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
-from gemma_scope_jax.model.intercept import Context, capture, token_mask, write
+from gemma_scope_jax.model.gemma import counted, default_positions, forward, site_width
+from gemma_scope_jax.model.intercept import capture
 
-Batch = tuple[Any, Any]  # tokens int [B, T], segments int [B, T]: 0 is padding
+__all__ = ["Losses", "Metrics", "Plan", "TextBatch", "evaluate", "evaluate_all", "measure"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """Mean -log p(next token) in nats, over the tokens that the coder's features may act on."""
-
-    tokens: int
-    clean: float
-    spliced: float  # with the coder's reconstruction in place of the activation
-    ablated: float | None  # with zeros in its place; None if not asked for
+RUNS_AT_ONCE = 8  # changed runs whose predictions are compared in one go
 
 
 @dataclasses.dataclass(frozen=True)
-class Metrics:
-    """The figures of a coder on a text; how they are defined: see `metrics.py`."""
+class TextBatch:
+    """Rows of packed text, all arrays [B, T].
 
-    all: Fit  # every token but padding and those before `coder.first`
-    typical: Fit  # without the tokens of enormous norm
-    density: np.ndarray  # [F], [X, F] for several layers: share of tokens on which a feature fires
-    losses: Losses | None
+    tokens, segments  int32: 0 is padding, equal ids side by side are a piece of a document
+    counts            bool: the tokens to count, beyond what the segments say; None: all
+    labels            {kind: int}: which group of a kind ("source", "role") each token is of
+    """
 
-    @property
-    def l0(self) -> float:
-        return self.all.l0
-
-    @property
-    def fvu(self) -> float:
-        return self.all.fvu
-
-    @property
-    def mse(self) -> float:
-        return self.all.mse
-
-    @property
-    def dead(self) -> int:
-        """Features that never fired: an upper bound on the dead ones, loose on little text."""
-        return int((self.density == 0).sum())
-
-    @property
-    def delta_loss(self) -> float | None:
-        """By how many nats a token the model gets worse on reconstructions."""
-        return None if self.losses is None else self.losses.spliced - self.losses.clean
-
-    @property
-    def loss_recovered(self) -> float | None:
-        """1: as good as the activation itself, 0: as bad as zeros. None without the ablation."""
-        if self.losses is None or self.losses.ablated is None:
-            return None
-        return (self.losses.ablated - self.losses.spliced) / (
-            self.losses.ablated - self.losses.clean
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON; the densities only as a summary. Undefined figures are None."""
-        figures = {
-            **dataclasses.asdict(self.all),
-            "typical": dataclasses.asdict(self.typical),
-            "features": int(self.density.size),
-            "dead": self.dead,
-            "dense": int((self.density > 0.1).sum()),
-            "loss": None if self.losses is None else dataclasses.asdict(self.losses),
-            "delta_loss": self.delta_loss,
-            "loss_recovered": self.loss_recovered,
-        }
-        return _finite(figures)
+    tokens: Any
+    segments: Any
+    counts: Any = None
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: None in its place."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+Batch = TextBatch | tuple[Any, Any]  # (tokens, segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
+    ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
+    replacement   also with all coders' reconstructions in place at once
+    settled       indices of coders that run in the first pass only
+    positions     figures by position in the document, in powers of two
+    groups        {kind: names} of the groups that the batches' labels number
+    """
+
+    loss_tokens: int | None = None
+    ablations: tuple[str, ...] = ()
+    replacement: bool = False
+    settled: tuple[int, ...] = ()
+    positions: bool = False
+    groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def names(self, context: int) -> tuple[tuple[str, str], ...]:
+        """(kind, name) of every group of tokens."""
+        kinds = dict(self.groups)
+        if self.positions:
+            kinds = {"position": position_names(context), **kinds}
+        return tuple((kind, name) for kind, names in kinds.items() for name in names)
 
 
 def evaluate(
@@ -139,72 +112,178 @@ def evaluate_all(
     delta_loss: bool = True,
     ablation: bool = False,
 ) -> list[Metrics]:
-    """`evaluate` of any coders on the same batches: how they fit takes one model pass for all.
+    """`evaluate` of any coders on the same batches: the model's own passes are shared."""
+    tokens = None if delta_loss or ablation else 0
+    plan = Plan(loss_tokens=tokens, ablations=("zero",) * ablation)
+    return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
 
-    With the same `first`, the model's own loss is taken once too.
+
+# -------------------------------------------------------------------------------------------------
+# The two passes
+
+
+@dataclasses.dataclass
+class Measured:
+    """What has been summed so far."""
+
+    tallies: list[Tally]
+    replacement: Tally | None
+    fitted: int = 0  # batches whose fit is in it
+    compared: int = 0  # steps of the second pass: so many runs of a batch
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """To be saved, and given to `measure` as `saved` to go on from there."""
+        found = {"fitted": np.asarray(self.fitted), "compared": np.asarray(self.compared)}
+        for i, tally in enumerate(self._all()):
+            found |= {f"{i}/{name}": value for name, value in tally.arrays().items()}
+        return found
+
+    def restore(self, saved: Mapping[str, np.ndarray]) -> None:
+        self.fitted, self.compared = int(saved["fitted"]), int(saved["compared"])
+        for i, tally in enumerate(self._all()):
+            head = f"{i}/"
+            some = {k.removeprefix(head): saved[k] for k in saved if k.startswith(head)}
+            tally.restore(some)
+
+    def _all(self) -> list[Tally]:
+        return self.tallies + [t for t in (self.replacement,) if t is not None]
+
+
+def measure(
+    model: Model,
+    coders: Sequence[Coder],
+    batches: Iterable[Batch],
+    plan: Plan,
+    *,
+    saved: Mapping[str, np.ndarray] | None = None,
+    after: Callable[[Measured, str, int], None] | None = None,
+) -> Measured:
+    """The sums of all coders over the batches, as `plan` says.
+
+    saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
+    not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
+    of the second pass some of a batch's runs, which count as their share of its tokens.
+    Raises `InputError` for coders that do not fit the model, and for two at one place if they are
+    to replace it together.
     """
     for coder in coders:
         check_fits(model.config, coder)
-    tallies = [_Tally(coder) for coder in coders]
-    for tokens, segments in batches:
-        tokens, segments = _batch(tokens, segments)
-        for tally, sums in zip(tallies, _fit_step(model, tuple(coders), tokens, segments)):
-            tally.add_fit(sums)
-        clean: dict[int, Any] = {}  # by `first`
-        for tally in tallies if delta_loss or ablation else ():
-            first = tally.coder.first
-            runs = ("clean",) * (first not in clean) + ("spliced",) + ("ablated",) * ablation
-            losses, mask = _loss_step(model, tally.coder, tokens, segments, runs=runs)
-            clean.setdefault(first, losses.get("clean"))
-            tally.add_losses(losses | {"clean": clean[first]}, np.asarray(mask))
-    return [tally.metrics() for tally in tallies]
+    names = plan.names(model.config.context)
+    together = Tally(tuple(coders), names) if plan.replacement else None
+    measured = Measured([Tally((coder,), names) for coder in coders], together)
+    if plan.replacement:
+        replaced(tuple(coders))  # says now if two are at one place
+    if saved is not None:
+        measured.restore(saved)
+    kept: list[_Rows] = []
+    held = 0
+    for number, batch in enumerate(batches):
+        rows = _rows(batch, plan, names)
+        if plan.loss_tokens is None or held < plan.loss_tokens:
+            kept.append(rows)
+            held += rows.size
+        if number < measured.fitted:
+            continue
+        _add_fits(model, measured.tallies, rows)
+        measured.fitted += 1
+        if after is not None:
+            after(measured, "fit", rows.size)
+    if not kept:
+        return measured
+    runs = _runs(model, measured, plan)
+    some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
+    steps = [(rows, part) for rows in kept for part in some]
+    at, clean = None, None
+    for rows, part in steps[measured.compared :]:
+        if at is not rows:
+            at, clean = rows, final_residual(model, rows.tokens, rows.segments, ())
+        _add_losses(model, clean, part, rows)
+        measured.compared += 1
+        if after is not None:
+            after(measured, "loss", rows.size // len(some))
+    return measured
 
 
-class _Tally:
-    """The sums of one coder over batches."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A batch made ready: device arrays tokens and segments, host masks over N = B T tokens."""
 
-    def __init__(self, coder: Coder):
-        self.coder = coder
-        self.everything: Moments | None = None
-        self.typical: Moments | None = None
-        self.fired = np.zeros((len(layers_of(coder)), coder.width), np.int64)
-        self.losses: dict[str, float] = {}
-        self.predicted = 0
-
-    def add_fit(self, sums: Any) -> None:
-        everything, typical, fires = sums
-        self.everything = merge(self.everything, everything)
-        self.typical = merge(self.typical, typical)
-        self.fired += np.asarray(fires)
-
-    def add_losses(self, losses: dict[str, jax.Array], mask: np.ndarray) -> None:
-        self.predicted += int(mask.sum())
-        for name, loss in losses.items():
-            total = float(np.asarray(loss, np.float64)[mask].sum())
-            self.losses[name] = self.losses.get(name, 0.0) + total
-
-    def metrics(self) -> Metrics:
-        coder, a, t = self.coder, self.everything, self.typical
-        if a is None or t is None or a.tokens[0] == 0:
-            raise InputError(
-                f"nothing to evaluate on: no token at or after position {coder.first} of a document"
-            )
-        density = self.fired / a.tokens[:, None]
-        n = self.predicted
-        mean = {name: total / n if n else math.nan for name, total in self.losses.items()}
-        losses = Losses(n, mean["clean"], mean["spliced"], mean.get("ablated")) if mean else None
-        if isinstance(coder, SparseCoder):
-            density = density[0]
-        return Metrics(fit(a), fit(t), density, losses)
+    tokens: jax.Array
+    segments: jax.Array
+    counts: np.ndarray  # [B, T]
+    groups: np.ndarray  # [G, N]
+    pieces: np.ndarray  # [N]
+    size: int  # tokens that are not padding
 
 
-def _batch(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array]:
-    if np.shape(tokens) != np.shape(segments) or len(np.shape(tokens)) != 2:
+def _rows(batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
+    batch = batch if isinstance(batch, TextBatch) else TextBatch(*batch)
+    if np.shape(batch.tokens) != np.shape(batch.segments) or len(np.shape(batch.tokens)) != 2:
         raise InputError(
-            f"a batch is tokens and segments of one shape [B, T], got {np.shape(tokens)} and "
-            f"{np.shape(segments)}"
+            f"a batch is tokens and segments of one shape [B, T], got {np.shape(batch.tokens)} and "
+            f"{np.shape(batch.segments)}"
         )
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+    segments = jnp.asarray(batch.segments, jnp.int32)
+    positions = np.asarray(default_positions(segments))
+    labels = dict(batch.labels)
+    if plan.positions:
+        labels["position"] = np.frexp(positions.astype(np.float64))[1]  # bits of the number
+    groups = np.zeros((len(names), positions.size), bool)
+    index: dict[str, int] = {}
+    for g, (kind, _) in enumerate(names):
+        groups[g] = (labels[kind] == index.get(kind, 0)).reshape(-1)
+        index[kind] = index.get(kind, 0) + 1
+    starts = positions == 0
+    starts[:, 0] = True
+    pieces = np.cumsum(starts.reshape(-1)).astype(np.int32)
+    counts = np.ones(positions.shape, bool) if batch.counts is None else np.asarray(batch.counts)
+    real = int((np.asarray(batch.segments) > 0).sum())
+    tokens = jnp.asarray(batch.tokens, jnp.int32)
+    return _Rows(tokens, segments, counts, groups, pieces, real)
+
+
+def position_names(context: int) -> tuple[str, ...]:
+    """Names of the groups of positions 0, 1, 2-3, 4-7, ... below `context`."""
+    starts = [2**i for i in range(max(1, int(np.ceil(np.log2(context)))))]
+    return ("0", *(str(a) if a == 1 else f"{a}-{2 * a - 1}" for a in starts))
+
+
+# --- how they fit
+
+
+def _add_fits(model: Model, tallies: Sequence[Tally], rows: _Rows) -> None:
+    coders = [tally.coders[0] for tally in tallies]
+    wanted: dict[str, set[int]] = {}
+    for coder in coders:
+        for site in (coder.reads, coder.writes):
+            wanted.setdefault(site, set()).update(layers_of(coder))
+    layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
+    seen = _read(model, rows.tokens, rows.segments, layers=tuple(layers.items()))
+    found = []
+    for coder in coders:
+        mask = counted(rows.segments, coder.first) & rows.counts
+        read, target = (
+            _take(seen[site], tuple(layers[site].index(layer) for layer in layers_of(coder)))
+            for site in (coder.reads, coder.writes)
+        )
+        data = (mask.reshape(-1), rows.groups, rows.pieces)
+        found.append(_fit_step(without_place(coder), read, target, *data))
+    for tally, sums in zip(tallies, found):
+        tally.add_fit(on_host(sums), sums.fired, sums.pieces)
+
+
+_fit_step = jax.jit(coder_sums)
+
+
+def without_place(coder: Coder) -> Coder:
+    """The coder as if at layer 0: its maths does not depend on the layer, nor need a program."""
+    if isinstance(coder, MultiLayerCoder):
+        return dataclasses.replace(coder, layers=tuple(range(len(coder.layers))), first=0)
+    return dataclasses.replace(coder, layer=0, first=0)
+
+
+def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
+    return x if where == tuple(range(len(x))) else x[np.array(where)]
 
 
 def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segments):
@@ -216,45 +295,52 @@ def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segment
     return {s: a.reshape(a.shape[0], -1, *a.shape[3:]) for s, a in out.reads.items()}
 
 
-@jax.jit
-def _fit_step(model: Model, coders: tuple[Coder, ...], tokens: jax.Array, segments: jax.Array):
-    """`coder_sums` of each coder, from one pass that reads what any of them needs."""
-    wanted: dict[str, set[int]] = {}
-    for coder in coders:
-        for site in (coder.reads, coder.writes):
-            wanted.setdefault(site, set()).update(layers_of(coder))
-    layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
-    x = read_sites(model, layers, tokens, segments)
-    sums = []
-    for coder in coders:
-        mask = counted(segments, coder.first).reshape(-1)
-        read, target = (
-            x[site][jnp.asarray([layers[site].index(layer) for layer in layers_of(coder)])]
-            for site in (coder.reads, coder.writes)
-        )
-        sums.append(coder_sums(coder, read, target, mask))
-    return sums
+@partial(jax.jit, static_argnames="layers")
+def _read(model: Model, tokens, segments, *, layers):
+    return read_sites(model, dict(layers), tokens, segments)
 
 
-def _zeros(x: jax.Array, ctx: Context, *, first: int) -> jax.Array:
-    return jnp.where(token_mask(ctx, x, first), jnp.zeros_like(x), x)
+# --- what they cost
 
 
-@functools.partial(jax.jit, static_argnames="runs")
-def _loss_step(model: Model, coder: Coder, tokens, segments, *, runs: tuple[str, ...]):
-    """{run: -log p(next token) [B, T]} and the tokens that count, bool [B, T]."""
-    mask = predicts(segments, coder.first)
-    intercepts = {
-        "clean": lambda: [],
-        "spliced": lambda: [splice(coder, error=False)],
-        "ablated": lambda: [write(coder.writes, layers_of(coder), _zeros, first=coder.first)],
-    }
-    losses = {}
-    for name in runs:
-        reads = [*intercepts[name](), capture("resid_final")]
-        out = forward(model, tokens, reads, segments=segments, logits="none")
-        losses[name] = next_token_loss(model, out.reads["resid_final"], tokens, mask)
-    return losses, mask
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One changed run of the model, and whose figures it is: (tally, run name)."""
+
+    intercepts: tuple[Any, ...]
+    users: list[tuple[Tally, str]]
+
+
+def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
+    """Coders of the same place share what does not depend on them: the ablations."""
+    runs: list[_Run] = []
+    shared: dict[Any, _Run] = {}
+    means = {}
+    for tally in measured.tallies:
+        assert tally.sums is not None
+        means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
+    costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
+    for tally in costly + [t for t in (measured.replacement,) if t is not None]:
+        runs.append(_Run(replaced(tally.coders), [(tally, SPLICED)]))
+        for name in plan.ablations:
+            key = (name, tuple((c.writes, layers_of(c), c.first) for c in tally.coders))
+            if key not in shared:
+                value = tuple(means[id(c)] for c in tally.coders) if name == "mean" else None
+                shared[key] = _Run(ablated(model.config, tally.coders, value), [])
+                runs.append(shared[key])
+            shared[key].users.append((tally, name))
+    return runs
+
+
+def _add_losses(model: Model, clean: Any, runs: Sequence[_Run], rows: _Rows) -> None:
+    states = [final_residual(model, rows.tokens, rows.segments, run.intercepts) for run in runs]
+    found = compare(model, clean, jnp.stack(states), rows.tokens)
+    own = np.asarray(found.clean).reshape(-1)
+    values = np.stack([np.asarray(a).reshape(len(runs), -1) for a in found[1:]], 1)
+    for run, value in zip(runs, values):
+        for tally, name in run.users:
+            mask = np.asarray(predicts(rows.segments, tally.first)) & rows.counts
+            tally.add_run(name, mask.reshape(-1), rows.groups, own, value)
 
 
 def check_fits(config: GemmaConfig, coder: Coder) -> None:

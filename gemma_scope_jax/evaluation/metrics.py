@@ -1,16 +1,19 @@
-"""What is measured about a coder: L0, FVU, MSE, firing densities and the loss on the next token.
+"""How sparse and how faithful a coder is: the sums of a batch on the device, merged, as figures.
 
 A batch becomes sums on the device (float32, about the batch's own mean, so nothing cancels) and the
 sums of all batches are merged on the host in float64. Sums of the same text cut into other batches
-merge to the same figures.
+merge to the same figures. With y the activation that a coder writes, r = y - reconstruction:
 
-    FVU = E||r||^2 / (E||y||^2 - ||E y||^2)      r = y - reconstruction
+    FVU = E||r||^2 / (E||y||^2 - ||E y||^2),   explained variance = 1 - FVU
 
-A few tokens of Gemma 3's residual stream have several times the usual norm and most of the
+Other libraries call other things explained variance; each comes under a name of its own, see
+`Fit`. A few tokens of Gemma 3's residual stream have several times the usual norm and most of the
 variance, so every figure also comes "typical": without the tokens whose norm at the site written is
 more than `OUTLIER` times the median norm of their batch.
 
-Source: Gemma Scope 2 technical paper, section 4.1 (FVU, delta loss).
+Sources: Gemma Scope 2 technical paper, section 4.1 (FVU); SAELens 6.54 `evals.py`; SAEBench 0.6
+`evals/core/main.py`; dictionary_learning `evaluation.py`; Rajamanoharan et al. 2024 (arXiv
+2404.16014), equation 10 (relative reconstruction bias).
 """
 
 import dataclasses
@@ -22,59 +25,126 @@ import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
-from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import counted, unembed
 
 OUTLIER = 3.0
-TOKEN_CHUNK = 256  # features [256, F] and logits [256, V] exist at a time, never more
+TOKEN_CHUNK = 256  # features [256, F] exist at a time, never more
+TINY_NORM = 1e-4  # activations below this norm have an L2 ratio of their reconstruction's norm
 
 Coder = SparseCoder | MultiLayerCoder
 
+# What is summed over the tokens of a group, beside their number and the means of y and r.
+COLUMNS = (
+    "spread",  # ||y - mean y||^2
+    "noise",  # ||r - mean r||^2
+    "error",  # ||r||^2
+    "active",  # features that are not zero
+    "l1",  # sum of the features
+    "norm_in",  # ||y||
+    "norm_out",  # ||reconstruction||
+    "ratio",  # norm_out / norm_in
+    "cosine",  # of y and its reconstruction
+    "dot",  # <y, reconstruction>
+    "energy_out",  # ||reconstruction||^2
+    "legacy",  # 1 - ||r||^2 / ||y - the batch's mean y||^2
+)
 
-class Moments(NamedTuple):
-    """Sums over tokens, for each of a coder's X layers. Mergeable: see `merge`."""
 
-    tokens: Any  # [X] how many
-    mean: Any  # [X, D] of the target y
-    spread: Any  # [X] sum of ||y - mean||^2
-    error: Any  # [X] sum of ||y - reconstruction||^2
-    active: Any  # [X] sum of the number of active features
+class Sums(NamedTuple):
+    """Sums over the tokens of G groups, for each of a coder's X layers. Mergeable: see `merge`.
+
+    Group 0 is every counted token, group 1 the typical ones; more are the caller's.
+    """
+
+    tokens: Any  # [G, X] how many
+    mean: Any  # [G, X, D] of y
+    bias: Any  # [G, X, D] mean of r
+    columns: Any  # [G, X, C] sums of `COLUMNS`
 
 
-def merge(a: Moments | None, b: Moments) -> Moments:
+def merge(a: Sums | None, b: Sums) -> Sums:
     """The sums over the tokens of both, float64 on the host (Chan et al. 1979)."""
-    b = Moments(*(np.asarray(v, np.float64) for v in b))
+    b = Sums(*(np.asarray(v, np.float64) for v in b))
     if a is None:
         return b
     tokens = a.tokens + b.tokens
     share = b.tokens / np.maximum(tokens, 1.0)
-    apart = b.mean - a.mean
-    between = (apart * apart).sum(-1) * a.tokens * share
-    mean = a.mean + apart * share[:, None]
-    spread = a.spread + b.spread + between
-    return Moments(tokens, mean, spread, a.error + b.error, a.active + b.active)
+    columns = a.columns + b.columns
+    means = []
+    for column, one, other in ((0, a.mean, b.mean), (1, a.bias, b.bias)):
+        apart = other - one
+        columns[..., column] += (apart * apart).sum(-1) * a.tokens * share
+        means.append(one + apart * share[..., None])
+    return Sums(tokens, means[0], means[1], columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How sparse and how faithful a coder is. Means over the layers of a multi-layer coder."""
+    """How sparse and how faithful a coder is on some tokens; of several layers their mean.
+
+    The conventions for explained variance, y the activation and r its error:
+        explained_variance  1 - E||r||^2 / (E||y||^2 - ||E y||^2) = 1 - FVU (SAELens 6.54)
+        ..._per_token       mean of 1 - ||r||^2 / ||y - the batch's mean||^2 (SAELens' and
+                            SAEBench's "legacy"; changes with the size of the batches)
+        ..._scalar_mean     1 - E||r||^2 / (E||y||^2 - (E||y||^2 / D)^2) (SAEBench 0.6's
+                            "explained_variance"; its total variance can be negative)
+        ..._about_zero      1 - E||r||^2 / E||y||^2
+        ..._of_the_rest     1 - sum_d Var r_d / sum_d Var y_d (dictionary_learning's frac_variance_
+                            explained: the mean of the error is forgiven)
+    """
 
     tokens: int
     l0: float  # active features a token (and layer)
     fvu: float  # fraction of variance unexplained: 0 is perfect, 1 no better than the mean
     mse: float  # mean ||r||^2, summed over D
-    fvu_by_layer: tuple[float, ...]
+    mse_per_element: float  # mse / D
+    l1: float  # mean sum of feature activations
+    cosine: float  # mean cosine of y and its reconstruction
+    l2_norm_in: float  # mean ||y||
+    l2_norm_out: float  # mean ||reconstruction||
+    l2_ratio: float  # mean of the tokens' norm out / norm in: below 1, it shrinks
+    relative_reconstruction_bias: float  # E||reconstruction||^2 / E<y, reconstruction>
+    explained_variance: float
+    explained_variance_per_token: float
+    explained_variance_scalar_mean: float
+    explained_variance_about_zero: float
+    explained_variance_of_the_rest: float
 
 
-def fit(moments: Moments) -> Fit:
-    """The figures of merged sums; NaN where no token was counted."""
+def fits(sums: Sums, group: int = 0) -> tuple[Fit, ...]:
+    """The figures of one group of merged sums, for each layer; NaN where no token was counted."""
+    n = np.asarray(sums.tokens[group], np.float64)
+    D = sums.mean.shape[-1]
+    s = dict(zip(COLUMNS, np.moveaxis(np.asarray(sums.columns[group], np.float64), -1, 0)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        fvu = moments.error / moments.spread
-        l0, mse = moments.active / moments.tokens, moments.error / moments.tokens
-    return Fit(
-        int(moments.tokens.max()), float(l0.mean()), float(fvu.mean()), float(mse.mean()),
-        tuple(map(float, fvu)),
-    )  # fmt: skip
+        energy = s["spread"] / n + (np.asarray(sums.mean[group], np.float64) ** 2).sum(-1)
+        error = s["error"] / n
+        fvu = s["error"] / s["spread"]
+        values = {
+            "l0": s["active"] / n, "fvu": fvu, "mse": error, "mse_per_element": error / D,
+            "l1": s["l1"] / n, "cosine": s["cosine"] / n, "l2_norm_in": s["norm_in"] / n,
+            "l2_norm_out": s["norm_out"] / n, "l2_ratio": s["ratio"] / n,
+            "relative_reconstruction_bias": s["energy_out"] / s["dot"],
+            "explained_variance": 1 - fvu, "explained_variance_per_token": s["legacy"] / n,
+            "explained_variance_scalar_mean": 1 - error / (energy - (energy / D) ** 2),
+            "explained_variance_about_zero": 1 - error / energy,
+            "explained_variance_of_the_rest": 1 - s["noise"] / s["spread"],
+        }  # fmt: skip
+    return tuple(
+        Fit(tokens=int(n[i]), **{name: float(v[i]) for name, v in values.items()})
+        for i in range(len(n))
+    )
+
+
+def fit(sums: Sums, group: int = 0) -> Fit:
+    """`fits`, averaged over a coder's layers."""
+    return mean_fit(fits(sums, group))
+
+
+def mean_fit(layers: tuple[Fit, ...]) -> Fit:
+    """The mean of the layers' figures; of one layer, itself."""
+    rows = [dataclasses.astuple(layer) for layer in layers]
+    mean = [float(np.mean(column)) for column in zip(*rows)]
+    return Fit(max(layer.tokens for layer in layers), *mean[1:])
 
 
 def layers_of(coder: Coder) -> tuple[int, ...]:
@@ -89,14 +159,81 @@ def median_norm(y: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(middle), 0.0, middle)
 
 
-def coder_sums(coder: Coder, x: jax.Array, y: jax.Array, mask: jax.Array):
-    """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out], the tokens to count [N].
+# -------------------------------------------------------------------------------------------------
+# A batch on the device
 
-    Returns the `Moments` of all counted tokens, those of the typical ones, and how often each
-    feature fired among all, int32 [X, F]. X is 1 for a `SparseCoder`.
+
+class BatchSums(NamedTuple):
+    """What `coder_sums` returns, on the device."""
+
+    centre: Any  # [X, D] mean of y over all counted tokens
+    groups: Sums  # means of y less `centre`, and "spread" about it
+    fired: Any  # int32 [X, F] on how many tokens each feature is active
+    pieces: Any  # int32 [X, F] in how many pieces of documents
+
+
+def coder_sums(
+    coder: Coder,
+    x: jax.Array,
+    y: jax.Array,
+    mask: jax.Array,
+    groups: jax.Array,
+    pieces: jax.Array,
+) -> BatchSums:
+    """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out]; X is 1 for a `SparseCoder`.
+
+    mask    bool [N]: the tokens to count
+    groups  bool [G, N]: subsets of them to sum as well
+    pieces  int32 [N]: which piece of a document a token is of, never falling
     """
+    x, y = float32(x), float32(y)
+    back, active, l1, fired, in_pieces = _reconstructions(coder, x, mask, pieces)
+    here = mask[None, :, None]
+    error = jnp.where(here, y - back, 0.0)
+    count = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    centre = jnp.where(here, y, 0.0).sum(1) / count
+    apart = jnp.where(here, y - centre[:, None, :], 0.0)
+    bias = error.sum(1) / count
+    usual = jnp.linalg.norm(y, axis=-1) <= OUTLIER * median_norm(y, mask)[:, None]
+    every = jnp.broadcast_to(mask, usual.shape)
+    some = jnp.broadcast_to((groups & mask[None, :])[None], (len(y), *groups.shape))
+    member = jnp.concatenate([every[:, None], (every & usual)[:, None], some], 1)
+
+    square = lambda a: (a * a).sum(-1)
+    norm_in, norm_out, spread = jnp.sqrt(square(y)), jnp.sqrt(square(back)), square(apart)
+    dot, squared = (y * back).sum(-1), square(error)
+    per = lambda a, b: a / jnp.where(b == 0, 1.0, b)
+    ratio = norm_out / jnp.where(norm_in < TINY_NORM, 1.0, norm_in)
+    columns = jnp.stack([
+        spread, square(error - bias[:, None, :]), squared, active, l1, norm_in, norm_out, ratio,
+        per(dot, norm_in * norm_out), dot, square(back), 1.0 - per(squared, spread),
+    ], -1)  # fmt: skip
+    total = lambda a: jnp.einsum(
+        "xgn,xnc->gxc", member.astype(jnp.float32), jnp.where(here, a, 0.0),
+        precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    tokens = jnp.moveaxis(member.sum(-1, dtype=jnp.int32), 0, 1)
+    n = jnp.maximum(tokens, 1).astype(jnp.float32)[..., None]
+    off = total(error - bias[:, None, :]) / n + bias[None]
+    sums = Sums(tokens, total(apart) / n, off, total(columns))
+    return BatchSums(centre, sums, fired, in_pieces)
+
+
+def on_host(batch: BatchSums) -> Sums:
+    """The sums of a batch in float64, each group's about its own means."""
+    centre = np.asarray(batch.centre, np.float64)
+    s = Sums(*(np.asarray(v, np.float64) for v in batch.groups))
+    columns = s.columns.copy()
+    for column, apart in ((0, s.mean), (1, s.bias - s.bias[:1])):
+        columns[..., column] -= s.tokens * (apart * apart).sum(-1)
+    columns[..., :2] = np.maximum(columns[..., :2], 0.0)
+    return Sums(s.tokens, np.where(s.tokens[..., None] > 0, s.mean + centre, 0.0), s.bias, columns)
+
+
+def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Array):
+    """back [X, N, D], active and l1 [X, N] float32, fired and in_pieces int32 [X, F]."""
     single = isinstance(coder, SparseCoder)
-    N = mask.shape[0]
+    X, N = x.shape[0], mask.shape[0]
     size = min(TOKEN_CHUNK, N)
     chunks = -(-N // size)
 
@@ -104,69 +241,37 @@ def coder_sums(coder: Coder, x: jax.Array, y: jax.Array, mask: jax.Array):
         a = jnp.pad(a, [(0, 0), (0, chunks * size - N)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(a.shape[0], chunks, size, *a.shape[2:]), 1, 0)
 
-    def step(fired, chunk):
-        x, y, here = chunk
+    def join(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a, 0, 1).reshape(X, chunks * size, *a.shape[3:])[:, :N]
+
+    def step(carry, chunk):
+        x, here, piece = chunk
+        here, piece = here[0], piece[0]
         f = coder.encode(x[0])[None] if single else coder.encode(x)
         back = coder.decode(f[0], x[0])[None] if single else coder.decode(f, x)
-        on = (f > 0) & here[0][None, :, None]
-        residual = y - back
+        on = (f > 0) & here[None, :, None]
+        fired, *rest = carry
+        rest = _count_pieces(on, piece, *rest)
         fired = fired + on.sum(1, dtype=jnp.int32)
-        return fired, ((residual * residual).sum(-1), on.sum(-1, dtype=jnp.int32))
+        return (fired, *rest), (back, on.sum(-1, dtype=jnp.int32).astype(jnp.float32), f.sum(-1))
 
-    x, y = float32(x), float32(y)
-    fired = jnp.zeros((x.shape[0], coder.width), jnp.int32)
-    fired, (error, active) = jax.lax.scan(step, fired, (split(x), split(y), split(mask[None])))
-    error, active = (jnp.moveaxis(a, 0, 1).reshape(x.shape[0], -1)[:, :N] for a in (error, active))
-    everything = jnp.broadcast_to(mask[None, :], error.shape)
-    usual = jnp.linalg.norm(y, axis=-1) <= OUTLIER * median_norm(y, mask)[:, None]
-    moments = [_moments(y, error, active, m) for m in (everything, everything & usual)]
-    return *moments, fired
+    zeros = jnp.zeros((X, coder.width), jnp.int32)
+    carry = (zeros, zeros, zeros > 0, jnp.int32(-1))
+    chunks_of = (split(x), split(mask[None]), split(pieces[None]))
+    (fired, in_pieces, *_), out = jax.lax.scan(step, carry, chunks_of)
+    return *map(join, out), fired, in_pieces
 
 
-def _moments(y: jax.Array, error: jax.Array, active: jax.Array, mask: jax.Array) -> Moments:
-    """y [X, N, D]; error, active and mask [X, N]."""
-    tokens = mask.sum(-1, dtype=jnp.int32)
-    count = jnp.maximum(tokens, 1).astype(jnp.float32)
-    mean = jnp.where(mask[..., None], y, 0.0).sum(1) / count[:, None]
-    apart = jnp.where(mask[..., None], y - mean[:, None, :], 0.0)
-    return Moments(
-        tokens,
-        mean,
-        (apart * apart).sum((1, 2)),
-        jnp.where(mask, error, 0.0).sum(-1),
-        jnp.where(mask, active, 0).sum(-1),
-    )
+def _count_pieces(on, piece, count, seen, last):
+    """Add to `count` [X, F] the pieces in which a feature is `on` [X, n, F] for the first time.
 
-
-# -------------------------------------------------------------------------------------------------
-# The loss on the next token
-
-
-def predicts(segments: jax.Array, first: int) -> jax.Array:
-    """bool [B, T]: counted tokens (see `counted`) whose next token is of the same document."""
-    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
-    return counted(segments, first) & (following == segments)
-
-
-def next_token_loss(model: Model, resid_final: jax.Array, tokens: jax.Array, valid: jax.Array):
-    """-log p(next token), float32 [B, T], at the tokens in `valid` bool [B, T]; 0 at the others.
-
-    resid_final [B, T, D]. The logits [B, T, V] are made `TOKEN_CHUNK` tokens at a time, so that
-    no more than a chunk of them is ever in memory; differentiating makes them again.
+    `seen` are the features that were on in piece `last`, which may go on here.
     """
-    B, T, D = resid_final.shape
-    size = min(TOKEN_CHUNK, B * T)
-    pad = -(B * T) % size
-    targets = jnp.pad(tokens[:, 1:].astype(jnp.int32), ((0, 0), (0, 1)))
-    states = jnp.pad(resid_final.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, 1, size, D)
-    wanted = jnp.pad(targets.reshape(B * T), (0, pad)).reshape(-1, size)
 
-    @jax.checkpoint
-    def chunk(state_and_target):
-        state, target = state_and_target
-        logits = unembed(model.config, model.params, state)[0]
-        chosen = jnp.take_along_axis(logits, target[:, None], -1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+    def one(p, carry):
+        count, seen, last = carry
+        before = seen & (p == last)
+        hit = (on & (piece == p)[None, :, None]).any(1)
+        return count + (hit & ~before).astype(jnp.int32), hit | before, p
 
-    loss = jax.lax.map(chunk, (states, wanted)).reshape(-1)[: B * T].reshape(B, T)
-    return jnp.where(valid, loss, 0.0)
+    return jax.lax.fori_loop(piece[0], jnp.max(piece) + 1, one, (count, seen, last))

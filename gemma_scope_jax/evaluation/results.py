@@ -123,7 +123,7 @@ def coder_id(coder: SparseCoder | MultiLayerCoder | None, name: str = "") -> tup
 
 
 def coder_config(coder: SparseCoder | MultiLayerCoder) -> dict[str, Any]:
-    """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, in SAELens' words and ours."""
+    """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, some in SAELens' words."""
     several = isinstance(coder, MultiLayerCoder)
     info = coder.info
     return {

@@ -1,0 +1,108 @@
+"""Measuring coders: `evaluate`."""
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gemma_scope_jax.cli.shared import Dtype, Name, load_all
+from gemma_scope_jax.errors import InputError
+
+Coders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+
+
+def evaluate(
+    coders: Coders,
+    *,
+    model: Name = "",
+    text: Files = (),
+    field: Name = "text",
+    messages: Name = "",
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE")] = ("system", "user", "model"),
+    tokens: int = 100_000,
+    loss_tokens: int = 16_000,
+    length: int = 256,
+    rows: int = 4,
+    replacement: bool = False,
+    skip_geometry: bool = False,
+    out: Folder = "",
+    json: bool = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """How sparse and faithful coders are, and what they cost the model: the core figures.
+
+    L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with zero and mean
+    ablation, densities, geometry; by position, source file and role. Several coders share one pass
+    of the model and are compared.
+
+    Args:
+        coders: Addresses of the release, folders, packaged coders, or globs of them.
+        model: A name, a folder or a file; default: the coders' model.
+        text: Text files (.txt, .jsonl, ...) or globs of them; default: a bundled sample of 2,600
+            tokens.
+        field: The key that holds the text in JSON records.
+        messages: The key that holds a chat, instead of text.
+        roles: Of chats, whose tokens count.
+        tokens: Measure how the coders fit on so many tokens.
+        loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
+        length: Tokens a row of a batch.
+        rows: Rows a batch.
+        replacement: Also measure the model with all the coders in place at once.
+        skip_geometry: Leave out norms and cosines of features, whose time grows with width squared.
+        out: Write a JSON document (SAEBench's core schema) and plots for each coder here, local or
+            gs://; the same command goes on where it was killed, and computes nothing twice.
+        json: Print the documents as a JSON list, without their records of single features.
+        dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
+    """
+    if not coders:
+        raise InputError("name at least one CODER (see `gemma-scope list`)")
+    if tokens < 1 or loss_tokens < 0:
+        raise InputError(f"--tokens {tokens} or --loss-tokens {loss_tokens}: too few")
+    if replacement and not loss_tokens:
+        raise InputError("--replacement measures losses: give --loss-tokens")
+    source, dataset = _text(text, field, messages, roles)
+    loaded_model, loaded, tok = load_all(model, list(coders), dtype)
+    if length > (context := loaded_model.config.context):
+        raise InputError(f"--length {length} is more than the model's context of {context}")
+    from gemma_scope_jax.evaluation.core import core_config
+    from gemma_scope_jax.evaluation.core_run import evaluate_core
+    from gemma_scope_jax.evaluation.evaluate import Plan
+    from gemma_scope_jax.evaluation.report import print_core
+    from gemma_scope_jax.evaluation.texts import EvaluationText
+
+    data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length)
+    plan = Plan(
+        loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
+    )
+    kind = str(loaded_model.params.embed.dtype)
+    config = core_config(
+        data, plan, loaded_model.config.name, kind, dataset, not skip_geometry
+    )  # fmt: skip
+    results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
+    if json:
+        shown = [{**r, "eval_result_details": []} for r in results]
+        print(json_format.dumps(shown, ensure_ascii=False, allow_nan=False))
+    else:
+        print_core(results)
+
+
+def _text(text: tuple[str, ...], field: str, messages: str, roles: tuple[str, ...]):
+    """What to read, and what to call it."""
+    from gemma_scope_jax.data.documents import TextData
+    from gemma_scope_jax.data.text import SEPARATOR
+
+    if text:
+        return TextData(files=text, field=field, messages=messages, roles=roles), " ".join(text)
+    if messages:
+        raise InputError("--messages needs --text FILE that holds chats")
+    print(
+        "warning: no --text, so on the bundled sample of 2,600 tokens: too short for small "
+        "differences and for rare features",
+        file=sys.stderr,
+    )
+    sample = Path(__file__).parent.parent / "packaged" / "sample.txt"
+    return sample.read_text(encoding="utf-8").split(SEPARATOR), "the bundled sample"

@@ -1,0 +1,187 @@
+"""The core evaluation as a job: what is finished is read, what was killed goes on.
+
+A folder of results holds a document a coder and, while a run is under way, the sums of its batches
+so far, saved every minute. The text is the same each time, so a run that goes on gives the figures
+of one that was never killed.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.buckets import folder_path, write_bytes
+from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.evaluation.core import (
+    CORE,
+    REPLACEMENT,
+    coder_fingerprint,
+    core_result,
+    replacement_name,
+    replacement_result,
+)
+from gemma_scope_jax.evaluation.evaluate import Measured, Plan, measure
+from gemma_scope_jax.evaluation.geometry import geometry
+from gemma_scope_jax.evaluation.metrics import COLUMNS, Coder
+from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
+from gemma_scope_jax.evaluation.results import (
+    coder_id,
+    plain,
+    read_result,
+    result_path,
+    write_result,
+)
+from gemma_scope_jax.evaluation.texts import EvaluationText
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import Progress
+
+SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
+
+
+def evaluate_core(
+    model: Model,
+    coders: Sequence[Coder],
+    data: EvaluationText,
+    plan: Plan,
+    config: dict[str, Any],
+    out: str = "",
+    replacement: bool = False,
+) -> list[dict[str, Any]]:
+    """Each coder's document, then that of all together if `replacement`.
+
+    config  `core.core_config` of data and plan
+    out     a folder, local or gs://, for documents and plots: those that are there are not measured
+            again; "": nothing is written
+    Raises `InputError` for coders that do not fit, and documents made with another config.
+    """
+    configs = [{**config, "coder_files": coder_fingerprint(c)} for c in coders]
+    ids = [coder_id(c) for c in coders]
+    if repeated := [i for i in ids if ids.count(i) > 1]:
+        raise InputError(f"{'/'.join(repeated[0])} is named twice: each coder once")
+    name = replacement_name(coders)
+    together = {**config, "coder_files": [c["coder_files"] for c in configs]}
+    found = [_finished(out, CORE, i, c) for i, c in zip(ids, configs)]
+    whole = None
+    if replacement:
+        whole = _finished(out, REPLACEMENT, coder_id(None, name), together)
+        replacement = whole is None
+    # The replacement model's mean ablation needs every coder's mean, hence its first pass.
+    needed = [i for i, result in enumerate(found) if result is None or replacement]
+    if needed:
+        settled = tuple(n for n, i in enumerate(needed) if found[i] is not None)
+        plan = dataclasses.replace(plan, replacement=replacement, settled=settled)
+        state = _Saved(
+            out, [[configs[i], ids[i], found[i] is None] for i in needed], replacement, COLUMNS
+        )
+        after = _After(config["tokens"], config["loss_tokens"], state)
+        some = [coders[i] for i in needed]
+        measured = measure(model, some, data, plan, saved=state.read(), after=after)
+        shapes = config["compute_featurewise_weight_based_metrics"]
+        for i, tally in zip(needed, measured.tallies):
+            if found[i] is None:
+                shape = geometry(coders[i]) if shapes else None
+                found[i] = _kept(out, core_result(tally.metrics(), shape, coders[i], configs[i]))
+        if measured.replacement is not None:
+            result = replacement_result(measured.replacement, coders, together, name)
+            whole = _kept(out, result)
+        state.remove()
+    results = [result for result in found if result is not None]
+    if out:
+        _plots(out, results)
+    return results if whole is None else [*results, whole]
+
+
+def _kept(out: str, result: dict[str, Any]) -> dict[str, Any]:
+    if out:
+        write_result(out, result)
+    return result
+
+
+def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> dict | None:
+    """The document that is there already. Raises `InputError` if it was made in another way."""
+    if not out or not (path := result_path(out, kind, *ident)).exists():
+        return None
+    found = read_result(path)
+    old, new = found["eval_config"], plain(config)
+    if different := [k for k in new if old.get(k) != new[k]]:
+        key = different[-1]  # ours come last, and say more
+        raise InputError(
+            f"{path}: was measured with another {key} ({old.get(key)!r}, now {new[key]!r}): give "
+            "another --out, or delete it"
+        )
+    print(f"{path}: measured before", file=sys.stderr)
+    return found
+
+
+class _Saved:
+    """The sums of a run under way, in the folder of the results, from which the next goes on."""
+
+    def __init__(self, out: str, *what: Any):
+        """`what` is measured decides the file's name."""
+        text = json.dumps(plain(what), sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        self.path = folder_path(out) / f"partial-{digest}.npz" if out else None
+
+    def read(self) -> dict[str, Any] | None:
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with np.load(io.BytesIO(self.path.read_bytes()), allow_pickle=False) as file:
+                found = dict(file)
+        except Exception as error:  # zipfile and numpy raise types of their own
+            raise InputError(f"{self.path}: damaged ({reason(error)}): delete it") from error
+        print(f"going on from {self.path}", file=sys.stderr)
+        return found
+
+    def write(self, arrays: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        data = io.BytesIO()
+        np.savez(data, **arrays)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.path, data.getvalue())
+
+    def remove(self) -> None:
+        if self.path is not None and self.path.exists():
+            self.path.unlink()
+
+
+class _After:
+    """What happens after each batch: progress on stderr and, now and then, a saving."""
+
+    def __init__(self, tokens: int, loss_tokens: int, saved: _Saved):
+        self.total = {"fit": tokens, "loss": min(tokens, loss_tokens)}
+        self.saved, self.stage, self.done = saved, "", 0
+        self.kept = time.monotonic()
+
+    def __call__(self, measured: Measured, stage: str, tokens: int) -> None:
+        if stage != self.stage:  # the rate begins now: the first batch was compiled for
+            steps = measured.fitted if stage == "fit" else measured.compared
+            self.stage, self.done = stage, steps * tokens
+            what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
+            print(f"compiled; {what}, {self.total[stage]:,} tokens", file=sys.stderr, flush=True)
+            self.progress = Progress(self.total[stage], begun=self.done)
+        else:
+            self.done += tokens
+            self.progress.at(self.done)
+        if time.monotonic() - self.kept > SAVED_EVERY:
+            self.saved.write(measured.arrays())
+            self.kept = time.monotonic()
+
+
+def _plots(out: str, results: list[dict[str, Any]]) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: they need `pip install matplotlib`", file=sys.stderr)
+        return
+    for r in results:
+        path = result_path(out, "core", r["sae_lens_release_id"], r["sae_lens_id"])
+        plot_core(r, path.with_suffix(".png"))
+    if len(results) > 1:
+        plot_pareto(results, path.parent.parent / "pareto.png")

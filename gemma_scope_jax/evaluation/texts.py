@@ -1,0 +1,110 @@
+"""Text to evaluate on: packed batches that know of each token its source and, in chats, its role.
+
+Documents come in the order of a seed, so that the first tokens are of all sources, and only the
+beginning of each is taken: a few novels are no sample. The same data, seed and tokenizer give the
+same batches, which is what a run that goes on where it was killed relies on.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.data.document_files import text_files
+from gemma_scope_jax.data.documents import Documents, TextData, open_documents
+from gemma_scope_jax.data.text import LABELS, Piece, fill_rows, fingerprint, labelled_record
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation.evaluate import TextBatch
+
+OTHER = "other"
+MOST_SOURCES = 32  # further files are counted together
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationText:
+    """Batches of text, made anew by each iteration.
+
+    tokens      stop at the batch that reaches so many, <bos> included; None: all of the text
+    rows, length  of a batch
+    document    tokens taken of each document
+    seed        of the order of documents
+    """
+
+    data: TextData | Sequence[str]
+    tokenizer: Any
+    tokens: int | None = None
+    rows: int = 4
+    length: int = 256
+    document: int = 1024
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rows < 1 or self.length < 2 or self.document < 1:
+            raise InputError(
+                f"batches of {self.rows} rows of {self.length}, {self.document} tokens a document: "
+                "rows must hold <bos> and a token"
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"evaluate on at least one token, not {self.tokens}")
+        object.__setattr__(self, "_documents", open_documents(self.data))
+
+    @property
+    def documents(self) -> Documents:
+        return self._documents  # type: ignore[attr-defined]
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of labels of the batches, with their names."""
+        found: dict[str, tuple[str, ...]] = {}
+        if isinstance(self.data, TextData):
+            if sources := self._sources():
+                found["source"] = sources
+            if self.data.messages:
+                found["role"] = LABELS
+        return found
+
+    def _sources(self) -> tuple[str, ...]:
+        """Files by name, those beyond the most together; none if there is only one."""
+        assert isinstance(self.data, TextData)
+        if not self.data.files:
+            return ()
+        names = [str(path) for path in text_files(self.data.files)]
+        if len(names) < 2:
+            return ()
+        if len(names) <= MOST_SOURCES:
+            return tuple(names)
+        return (*names[: MOST_SOURCES - 1], OTHER)
+
+    def fingerprint(self) -> str:
+        """Tells these batches from others; 16 hexadecimal digits."""
+        text = fingerprint(self.documents, self._settings, self.tokenizer, self.seed)
+        shape = [text, self.tokens, self.rows, self.length, self.document]
+        return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+
+    @property
+    def _settings(self) -> TextData:
+        return self.data if isinstance(self.data, TextData) else TextData()
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        read = 0
+        bos = self.tokenizer.bos_id
+        for batch, _ in fill_rows(self._pieces(), self.rows, self.length, bos, np.int32):
+            code = batch.counts
+            labels = {"role": code >> 1 & 3, "source": code >> 3}
+            yield TextBatch(batch.tokens, batch.segments, code & 1 > 0, labels)
+            read += int((batch.segments > 0).sum())
+            if self.tokens is not None and read >= self.tokens:
+                return
+
+    def _pieces(self) -> Iterator[Piece]:
+        """Documents whose `counts` say of each token: counts + 2 role + 8 source."""
+        numbers = {name: i for i, name in enumerate(self.groups.get("source", ()))}
+        for record in self.documents.ordered(self.seed, 0, (0, 1)):
+            ids, counts, roles = labelled_record(self.tokenizer, record, self._settings)
+            name = record.where.rpartition(", ")[0]
+            source = numbers.get(name, len(numbers) - 1) if numbers else 0
+            code = counts + 2 * roles + 8 * source
+            yield Piece(0, 0, ids[: self.document], code[: self.document])
