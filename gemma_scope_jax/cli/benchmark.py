@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import PACKAGED_CODER, Dtype, Name, load_all
+from gemma_scope_jax.cli.shared import PACKAGED_CODER, Coders, Dtype, Folder, Name, load_all
 from gemma_scope_jax.errors import InputError
 
-Coders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER...")]
 Tables = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TABLE...", help_behavior_hint="")]
 
 
@@ -24,7 +23,7 @@ def benchmark(
     tpp: Tables = (),
     scr: Tables = (),
     limit: int | None = None,
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "out/benchmark",
+    out: Folder = "out/benchmark",
     model: Name = "",
     dtype: Dtype = "auto",
 ) -> None:

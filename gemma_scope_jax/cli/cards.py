@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.extract import Coders, Files
-from gemma_scope_jax.cli.shared import Dtype, Name, load_all
+from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, load_all
 from gemma_scope_jax.errors import InputError
 
 Export = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
@@ -17,7 +16,7 @@ Export = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
 def cards(
     coders: Coders,
     *,
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    out: Folder,
     text: Files = (),
     tokens: int = 1_000_000,
     store: Name = "",

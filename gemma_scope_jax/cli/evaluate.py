@@ -3,16 +3,9 @@
 import json as json_format
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from gemma_scope_jax.cli.shared import Dtype, Name, load_all
+from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
 from gemma_scope_jax.errors import InputError
-
-Coders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
-Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]
-Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 
 
 def evaluate(
@@ -22,7 +15,7 @@ def evaluate(
     text: Files = (),
     field: Name = "text",
     messages: Name = "",
-    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE")] = ("system", "user", "model"),
+    roles: Roles = ("system", "user", "model"),
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
     length: int = 256,

@@ -8,23 +8,23 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Dtype, Name, bar, stage, use_compilation_cache
+from gemma_scope_jax.cli.shared import Coder, Dtype, Folder, Name, bar, stage, use_compilation_cache
 from gemma_scope_jax.errors import InputError, reason
 
 ANSWERS = "explanations.answers.jsonl"
 
 
 def explain(
-    coder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")],
+    coder: Coder,
     *,
-    store: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    store: Folder,
     features: Name = "",
     sample: int | None = None,
     judge: Literal["endpoint", "model", "statistics"] | None = None,
     endpoint: Annotated[str, tyro.conf.arg(metavar="URL")] = "",
     judge_model: Name = "",
     scores: tuple[str, ...] = ("detection", "fuzzing"),
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = "",
+    out: Folder = "",
     plan: bool = False,
     yes: bool = False,
     price_in: float = 0.0,

@@ -5,23 +5,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Dtype, Name, load_all
+from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
 from gemma_scope_jax.errors import InputError
-
-Coders = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER...", help_behavior_hint="")
-]
-Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
 
 
 def extract(
     coders: Coders,
     *,
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    out: Folder,
     text: Files = (),
     tfds: Name = "",
     messages: Name = "",
-    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")] = ("model",),
+    roles: Roles = ("model",),
     field: Name = "text",
     skip_bad: bool = False,
     tokens: int | None = None,

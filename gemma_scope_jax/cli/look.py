@@ -8,6 +8,7 @@ import tyro
 
 from gemma_scope_jax.cli.shared import (
     PACKAGED_CODER,
+    Coder,
     Dtype,
     File,
     Name,
@@ -72,7 +73,7 @@ def inspect(
 
 
 def check(
-    coder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")],
+    coder: Coder,
     *,
     model: Name = "",
     text: File = None,

@@ -14,6 +14,13 @@ PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
 DEFAULT_MODEL = "gemma-3-270m"
 Dtype = Literal["auto", "float32", "bfloat16"]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Coder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
+Coders = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER...", help_behavior_hint="")
+]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
+Roles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")]
+Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Name, use_compilation_cache
+from gemma_scope_jax.cli.shared import Folder, Name, use_compilation_cache
 
 Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
@@ -13,7 +13,7 @@ Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 def train(
     config: Config,
     *,
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    out: Folder,
     coordinator: Name = "",
     processes: int | None = None,
     process: int | None = None,
@@ -43,7 +43,7 @@ def train(
 def activations(
     config: Config,
     *,
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    out: Folder,
     tokens: int | None = None,
     dtype: Literal["bfloat16", "int8"] = "bfloat16",
 ) -> None:

@@ -378,7 +378,11 @@ class Shard:
                 data = file.read(length)
                 if zlib.crc32(data) != crc:
                     raise self._damaged(f"block {name} of segment {segment}, byte {at} on")
-                found.append(expand(data, dtype))
+                try:
+                    found.append(expand(data, dtype))
+                except (zlib.error, ValueError) as error:
+                    what = f"block {name} of segment {segment} cannot be expanded: {error}"
+                    raise self._damaged(what) from error
         return found
 
     def verify(self) -> None:
