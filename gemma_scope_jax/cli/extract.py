@@ -30,15 +30,17 @@ def extract(
     slots: int | None = None,
     precision: Literal["highest", "high", "default"] = "highest",
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
-    processes: int = 1,
-    process: int = 0,
+    coordinator: Name = "",
+    processes: int | None = None,
+    process: int | None = None,
     plan: bool = False,
     json: bool = False,
 ) -> None:
     """Store the features that fire on a text: every coder, every token, in one model pass.
 
     The same command goes on after an interruption. Several processes or hosts run it side by side
-    into one folder: give each `--processes N --process I`.
+    into one folder: TPU pods and SLURM are recognised, elsewhere give each `--processes N
+    --process I`, and a `--coordinator` if one mesh is to span them.
 
     Args:
         coders: Addresses of the release, folders, packaged coders, or globs of them.
@@ -60,6 +62,7 @@ def extract(
         slots: Features a token has room for before it takes a slower path; default: 4 times L0.
         precision: Of the encoders' products; highest is float32.
         mesh: Devices to spread the rows and the features over; default: one device.
+        coordinator: Address and port of the first of several processes that are one program.
         processes: How many processes share the work.
         process: Which this is, from 0.
         plan: Only say what it would take: tokens, bytes, memory, time.
@@ -72,13 +75,19 @@ def extract(
     data = TextData(
         files=text, tfds=tfds, messages=messages, roles=roles, field=field, skip_bad=skip_bad
     )
+    share = (process or 0, processes or 1)
+    if coordinator or processes is None:
+        from gemma_scope_jax.model.sharding import join_processes
+
+        join_processes(coordinator, processes, process)
+        share = (0, 1)
     loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh)
     from gemma_scope_jax.extraction.extract import extract as run_extraction
     from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
 
     settings: dict[str, Any] = dict(
         tokens=tokens, rows=rows, length=length, seed=None if in_order else seed, values=values,
-        slots=slots, precision=precision, share=(process, processes),
+        slots=slots, precision=precision, share=share,
     )  # fmt: skip
     if plan:
         print_plan(plan_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)

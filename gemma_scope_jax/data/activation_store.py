@@ -86,6 +86,8 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
     """The manifest of an empty store: what it will hold, and no shards."""
     if not sites:
         raise InputError("no sites to store")
+    if not model.params.final_norm.is_fully_addressable:
+        raise InputError("the model is spread over several hosts: store activations with one each")
     held, sums = {}, {}
     for site, given in sites.items():
         layers = [int(layer) for layer in given]
@@ -108,9 +110,8 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
 def model_identity(model: Model) -> dict[str, str]:
     """Name, dtype and a checksum of the final norm, which any two checkpoints differ in."""
     norm = model.params.final_norm
-    if not norm.is_fully_addressable:
-        raise InputError("the model is spread over several hosts: store activations with one each")
-    digest = hashlib.blake2b(np.asarray(norm, np.float32).tobytes(), digest_size=8).hexdigest()
+    norm = np.asarray(norm.addressable_data(0), np.float32)  # every device has all of it
+    digest = hashlib.blake2b(norm.tobytes(), digest_size=8).hexdigest()
     return {
         "name": model.config.name, "dtype": str(model.params.embed.dtype), "final_norm": digest
     }  # fmt: skip

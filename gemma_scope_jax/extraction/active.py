@@ -116,7 +116,8 @@ def encoders(group: Group, coders: Mapping[str, Coder], mesh: Any = None) -> Enc
             return jnp.stack([float32(part) for part in parts])
         spec = P(*(None,) * axes, "model" if group.width % mesh.shape["model"] == 0 else None)
         whole = np.stack([np.asarray(part, np.float32) for part in parts])
-        return jax.device_put(whole, NamedSharding(mesh, spec))
+        place = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
     return Encoders(of("w_enc", 2), of("b_enc", 1), of("threshold", 1))
 
@@ -165,6 +166,12 @@ def active_features(
     return [out.reads[str(i)] for i in range(len(groups))]
 
 
+def specs(rows: str | None, split: str | None) -> Active:
+    """Where one layer's results lie: rows over the mesh's axis `rows`, features over `split`."""
+    each = P(rows, split)
+    return Active(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
+
+
 def _active(x, ctx, w: Encoders, counts, *, first, slots, form, precision, mesh) -> Active:
     """One layer: x [B, T, D]."""
     keep = token_mask(ctx, x, first)[..., 0] & counts
@@ -175,15 +182,13 @@ def _active(x, ctx, w: Encoders, counts, *, first, slots, form, precision, mesh)
     split = "model" if width % mesh.shape["model"] == 0 else None
     rows = "data" if x.shape[0] % mesh.shape["data"] == 0 else None
     slots = -(-2 * slots // mesh.shape["model"]) if split else slots  # parts differ in how full
-    find = partial(find, slots=min(slots, width // (mesh.shape["model"] if split else 1)), axes=(
-        tuple(axis for axis in (rows, split) if axis)))  # fmt: skip
+    slots = min(slots, width // (mesh.shape["model"] if split else 1))
+    find = partial(find, slots=slots, axes=tuple(axis for axis in (rows, split) if axis))
     shapes = Encoders(P(None, split), P(split), P(split))
-    out = Active(P(rows, split), P(rows, split), P(rows, split), P(rows, split, None),
-                 P(rows, None, split), P(), P())  # fmt: skip
     where = (P(rows, None, None), P(rows, None), shapes)
-    return jax.shard_map(find, mesh=mesh, in_specs=where, out_specs=out, check_vma=False)(
-        x, keep, w
-    )
+    return jax.shard_map(
+        find, mesh=mesh, in_specs=where, out_specs=specs(rows, split), check_vma=False
+    )(x, keep, w)
 
 
 def _find(x, keep, w: Encoders, *, slots, form, precision, axes=()) -> Active:

@@ -3,8 +3,9 @@
     store = extract(model, {"sae": sae}, tok, TextData(files=("*.txt",)), "store", tokens=1_000_000)
 
 The device runs a batch while the host writes the one before. Each shard is whole or not there, so
-the same call goes on after a kill at any moment; several processes, on one machine or on many, take
-every n-th shard (`share`) and write side by side into one folder, local or gs://.
+the same call goes on after a kill at any moment; several processes, on one machine or on many, make
+every n-th shard each (`share`) and write side by side into one folder, local or gs://. Processes of
+one JAX program share by themselves; with one mesh, too, they run in step, each on its own rows.
 """
 
 import collections
@@ -27,6 +28,7 @@ from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import check_fits
 from gemma_scope_jax.extraction import active as on_device
+from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.active import Active, Coder, Group
 from gemma_scope_jax.extraction.shard_files import (
@@ -39,7 +41,7 @@ from gemma_scope_jax.extraction.shard_files import (
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.sharding import mesh_of, shard_batch
+from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.progress import Progress
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
@@ -69,7 +71,7 @@ def extract(
     source     the trainer's: a `TextData`, a list of strings, a function returning an iterable
     folder     the same call continues what was begun there; more `tokens` extend it
     tokens     that count, about: whole documents, to one of them up to two million; None: all
-    rows, length  of a batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
+    rows, length  of a process's batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
     seed       of the documents' order; None: as they lie
     values     "float16", scaled by a power of two for each coder and segment, or "float32"
     slots      features a token has room for; more are right, too, but slower
@@ -82,6 +84,8 @@ def extract(
     disk, activations that are not finite.
     """
     named = manifests.named(coders)
+    if share == (0, 1):
+        share = (jax.process_index(), jax.process_count())
     job = job_of(model, named, tok, source, rows=rows, length=length, seed=seed, values=values,
                  slots=slots, precision=precision, shard_tokens=shard_tokens,
                  share=share)  # fmt: skip
@@ -93,9 +97,10 @@ def extract(
         plan = manifests.agree(path, job, tokens)
         left = manifests.missing(path, plan)
         mine = [shard for shard in left if shard % share[1] == share[0]]
-        if mine:
+        if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
             _write(model, named, path, plan, mine, job)
+        hosts.wait(model)
         manifests.finish(path, plan)
     except OSError as error:
         what = "no space left" if no_space(error) else error.strerror or error
@@ -135,6 +140,7 @@ def job_of(
     if not 2 <= length <= model.config.context:
         raise InputError(f"length {length}: {model.config.name} takes 2 to {model.config.context}")
     rows = _rows_for(model, length) if rows is None else rows
+    hosts.check(model, rows)
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
     if rows < 1 or slots < 1:
@@ -151,7 +157,8 @@ def _rows_for(model: Model, length: int) -> int:
     """Rows of a batch that keep a device busy."""
     rows = max(1, (2048 if jax.default_backend() == "cpu" else 32768) // length)
     mesh = mesh_of(model.params.embed)
-    return rows if mesh is None else -(-rows // mesh.shape["data"]) * mesh.shape["data"]
+    own = 1 if mesh is None else mesh.shape["data"] // hosts.count_of(model)
+    return -(-rows // own) * own
 
 
 def _check_room(path: Any, named: Mapping[str, Coder], plan: Plan, shards: int, values: str):
@@ -185,13 +192,11 @@ class Runner:
     """The compiled pass of a job: a batch in, active features on the device out."""
 
     def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
-        self.mesh = getattr(model.params.embed.sharding, "mesh", None)
-        if self.mesh is not None and "data" not in self.mesh.axis_names:
-            self.mesh = None
-        self.model, self.slots = model, slots
+        self.model, self.slots, self.mesh = model, slots, hosts.mesh_under(model)
+        self.hosts = hosts.count_of(model)
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
-        self._put = jnp.asarray if self.mesh is None else partial(shard_batch, self.mesh)
+        self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
         self._run = partial(
             on_device.active_features, groups=self.groups, form=on_device.compaction(),
             precision=precision,
@@ -220,7 +225,9 @@ class Runner:
             found = self._run(self.model, self.weights, *batch, slots=slots)
         entries: dict[tuple[str, int], Entries] = {}
         for group, active in zip(self.groups, found):
-            host = jax.tree.map(np.asarray, active.replace(spilled=None))
+            if self.hosts > 1:
+                active = hosts.own_part(self.mesh, active, group.width)
+            host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
             _check_finite(group, host)
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, host, active.spilled, i, kept)
@@ -292,7 +299,10 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
         ThreadPoolExecutor(behind, "entries") as workers,
         prefetch(plan.batches(shards)) as batches,
     ):
-        results = _results(runner, batches, workers, behind)
+        if runner.hosts > 1:
+            results = _results_in_step(runner, batches, job)
+        else:
+            results = _results(runner, batches, workers, behind)
         for shard in shards:
             file = path / shard_name(shard)
             with ShardWriter(file, widths, job.values, pool, ahead) as writer:
@@ -329,6 +339,36 @@ def _results(
     while waiting:
         packed, future = waiting.popleft()
         yield packed, None if future is None else future.result()
+
+
+def _results_in_step(
+    runner: "Runner", batches: Any, job: "manifests.Job"
+) -> Iterator[tuple[Packed | Ended, Any]]:
+    """`_results` where all hosts run one program: each runs as many batches as the one with most.
+
+    What is run again for want of slots is decided by all alike, so all start the same programs in
+    the same order.
+    """
+    blank = np.zeros((job.rows, job.length), np.int32)
+    waiting: collections.deque = collections.deque()
+    for event in hosts.in_step(event for event, _ in batches):
+        if isinstance(event, Ended):
+            waiting.append((event, None))
+            continue
+        batch = (blank, blank, blank > 0)
+        if event is not None:
+            batch = (event.batch.tokens, event.batch.segments, event.batch.counts)
+        waiting.append((event, (runner.start(*batch), np.flatnonzero(batch[1]))))
+        while len(waiting) > 2:
+            yield from _finished(runner, *waiting.popleft())
+    while waiting:
+        yield from _finished(runner, *waiting.popleft())
+
+
+def _finished(runner: "Runner", event: Packed | Ended | None, started: Any) -> Iterator[tuple]:
+    entries = None if started is None else runner.finish(*started)
+    if event is not None:
+        yield event, entries
 
 
 def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.extract import Runner, job_of, token_bytes
 from gemma_scope_jax.extraction.store import FeatureStore
@@ -44,6 +46,8 @@ def plan_extraction(
     """
     named, path = manifests.named(coders), folder_path(folder)
     share, tokens = settings.get("share", (0, 1)), settings.pop("tokens", None)
+    if hosts.count_of(model) > 1:
+        raise InputError("a plan is made by one process: leave out --coordinator")
     job = job_of(model, named, tok, source, **settings)
     documents, mean, _ = measure(job.text, tokens)
     plan = Plan(job.text, documents, job.per_shard(mean), job.rows, job.length, mean)
