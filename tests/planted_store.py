@@ -28,7 +28,8 @@ class PlantedStore:
         letters = "abcdefghijklmnopqrstuvwxyz    \n"
         # the planted letters are rare, so that many windows have none of them
         weight = np.array([0.15 if c in "abcdefghx" else 1.0 for c in letters])
-        self.manifest = {"model": "tiny", "coders": [{"name": "planted", "width": WIDTH}]}
+        self.folder = "planted"
+        self.manifest = {"model": {"name": "tiny"}, "coders": [{"name": "planted", "width": WIDTH}]}
         text = ["".join(rng.choice(list(letters), length, p=weight / weight.sum()))
                 for _ in range(pieces)]  # fmt: skip
         self.tokens = np.concatenate([tok.encode(t) for t in text])

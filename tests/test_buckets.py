@@ -18,6 +18,7 @@ from gcp_storage_emulator import server
 from training_runner import PASSES, run, same_bits, stopped
 
 from gemma_scope_jax.buckets import folder_path, local_copy
+from gemma_scope_jax.cards.explanations import read_explanations, write_explanations
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training import feeds, progress
@@ -110,6 +111,15 @@ def test_features_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
     store.verify()
     rows, values = store.feature(7)
     assert (rows == whole.feature(7)[0]).all() and (values == whole.feature(7)[1]).all()
+    assert not os.path.exists("gs:")
+
+
+def test_explanations_in_a_bucket_are_read_and_kept(bucket):
+    entry = {"text": "ü", "method": "endpoint", "model": "m", "scores": {}}
+    assert read_explanations("gs://bucket/explained") == {}
+    write_explanations("gs://bucket/explained", "c", {3: entry})
+    assert read_explanations("gs://bucket/explained", 8) == {3: entry}
+    assert read_explanations("gs://bucket/explained/explanations.json") == {3: entry}
     assert not os.path.exists("gs:")
 
 

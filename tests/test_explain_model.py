@@ -23,6 +23,7 @@ from gemma_scope_jax.cards.explain.scores import SCORES
 from gemma_scope_jax.cards.explain.statistics import RuleJudge
 from gemma_scope_jax.cards.explanations import (
     explanation_note,
+    layer_folder,
     read_explanations,
     write_explanations,
 )
@@ -210,6 +211,10 @@ def test_explanations_are_written_and_read(tmp_path):
         ('{"format": 1, "explanations": {"3": {"text": 5}}}', "feature 3 has no explanation"),
         ('{"format": 1, "explanations": {"0": {}}}', "feature 0 has no explanation"),
         (json.dumps({"format": 1, "explanations": {"99": ENTRY}}), "explains feature 99"),
+        (
+            json.dumps({"format": 1, "explanations": {"3": ENTRY | {"scores": {"x": 0.9}}}}),
+            "feature 3 has no explanation",
+        ),
         ("\xff", "cannot be read"),
     ],
 )
@@ -232,20 +237,28 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
-    from gemma_scope_jax.coders.gemma_scope_files import save_coder
+    from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
     from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
     from gemma_scope_jax.extraction import store
+    from gemma_scope_jax.extraction.manifest import describe
     from gemma_scope_jax.model import tokenizer
 
     w = jax.random.normal(jax.random.key(0), (32, 8))
     coder = SparseCoder(w, jnp.zeros(8), jnp.ones(8), w.T, jnp.zeros(32), layer=1,
                         info=CoderInfo(l0=1.0))  # fmt: skip
     save_coder(coder, tmp_path / "coder", config_extra={"model_name": "acme/tiny"})
-    monkeypatch.setattr(store, "FeatureStore", lambda folder: PlantedStore())
+    about = describe("planted", load_coder(tmp_path / "coder"))
+    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(about))
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Tok())
     command = sys.modules["gemma_scope_jax.cli.explain"]
     monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
     return tmp_path / "coder"
+
+
+def planted_store(*about):
+    store = PlantedStore()
+    store.manifest["coders"], store.coders = list(about), tuple(a["name"] for a in about)
+    return store
 
 
 def main(*args):
@@ -321,8 +334,9 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         (("--judge", "model"), "which features?"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "not a JSON object"),
         ((*ENDPOINT, "--sample", "2", "--concurrency", "0"), "must be above 0"),
+        (("--answers", "gs://b/answers.jsonl"), "appended to a file of this machine"),
         (("--length", "2"), "length is 2"),
-        (("--name", "other"), "no coder 'other'; --name one of planted"),
+        (("--name", "other"), "no coder 'other'; one of planted"),
         (("--hard-negatives", "99"), "hard is 99"),
         (("--sample", "3", "--least", "50000"), "no feature fires often enough"),
     ],
@@ -342,9 +356,57 @@ def test_two_processes_do_not_write_one_file(planted, capsys):
 
 
 def test_another_coders_store(planted, capsys, monkeypatch):
-    monkeypatch.setattr(PlantedStore, "width", lambda self, coder=None: 9)
-    assert main(planted, "--store", "s") == 2
-    assert "planted has 9 features" in capsys.readouterr().err
+    """It is known by its weights, under whatever name and of whatever width."""
+    from gemma_scope_jax.coders.gemma_scope_files import load_coder
+    from gemma_scope_jax.extraction import store
+    from gemma_scope_jax.extraction.manifest import describe
+
+    coder = load_coder(planted)
+    other = describe("it", coder.replace(threshold=coder.threshold + 1))
+    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(other))
+    for name in ((), ("--name", "it")):
+        assert main(planted, "--store", "s", *name) == 2
+        assert "holds no features of coder, but of it" in capsys.readouterr().err
+    both = (other, describe("pt", coder))
+    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(*both))
+    assert main(planted, "--store", "s", "--name", "it") == 2
+    assert main(planted, "--store", "s") == main(planted, "--store", "s", "--name", "pt") == 0
+
+
+def test_the_model_is_the_coders(planted, monkeypatch):
+    """A store's name of a model has lost the -it."""
+    from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+    from gemma_scope_jax.model import tokenizer
+
+    asked = []
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: asked.append(name) or Tok())
+    about = {"config_extra": {"model_name": "google/tiny-it"}}
+    save_coder(load_coder(planted), planted.parent / "it", **about)
+    for options, wanted in {(): "tiny-it", ("--model", "mine"): "mine"}.items():
+        for judge in ("statistics", "model"):
+            command = sys.modules["gemma_scope_jax.cli.explain"]
+            with monkeypatch.context() as patch:
+                if judge == "model":
+                    patch.setattr(command, "_judge", judging(asked))
+                main(planted.parent / "it", "--store", "s", *options, "--judge", judge,
+                     "--features", "1")  # fmt: skip
+        assert set(asked) == {wanted} and len(asked) == 3
+        asked.clear()
+
+
+def judging(asked):
+    def judge(kind, endpoint, model, *_):
+        asked.append(model)
+        raise InputError("this is enough")
+
+    return judge
+
+
+def test_where_explanations_of_a_layer_lie(planted, monkeypatch):
+    """In a folder of their own only where a coder has several."""
+    assert main(planted, "--store", "s", "--layer", "1") == 0
+    assert len(read_explanations(planted, 8)) == 7 and not (planted / "layer_1").exists()
+    assert layer_folder("x/", 2, 1) == layer_folder("x", 2, 1) == "x/layer_1"
 
 
 def test_features_by_name_and_by_chance():

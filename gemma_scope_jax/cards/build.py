@@ -118,15 +118,21 @@ def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def name_in_store(store: Any, coder: Coder) -> str:
-    """What a feature store calls a coder, which it knows by its weights. Raises `InputError`."""
+def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
+    """What a feature store calls a coder, which it knows by its weights.
+
+    name: what it should be called there. Raises `InputError`.
+    """
     wanted = describe("", coder)
-    for held in store.manifest["coders"]:
+    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
+    if not some:
+        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
+    for held in some:
         if all(held[key] == wanted[key] for key in ("weights", "width", "layers", "reads")):
             return held["name"]
     raise InputError(
         f"{store.folder}: holds no features of {public_name(coder)}, but of "
-        f"{', '.join(store.coders)}; extract again"
+        f"{', '.join(held['name'] for held in some)}; extract again"
     )
 
 

@@ -12,11 +12,11 @@ shows.
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from gemma_scope_jax.buckets import folder_path
 from gemma_scope_jax.coders.atomic_files import write_folder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 
 FILE = "explanations.json"
 FORMAT = 1
@@ -32,21 +32,27 @@ Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples
 def read_explanations(
     folder: str | os.PathLike, width: int | None = None
 ) -> dict[int, Explanation]:
-    """The explanations in a folder (or a file named *.json) by feature; {} if there are none.
+    """The explanations in a folder (or a file named *.json) by feature, local or gs://; {} if there
+    are none.
 
     width: of the coder, to refuse another coder's file. Raises `InputError` for a file that cannot
     be understood.
     """
-    path = Path(folder) if str(folder).endswith(".json") else Path(folder) / FILE
-    if not path.is_file():
+    path = folder_path(folder)
+    path = path if path.name.endswith(".json") else path / FILE
+    try:
+        found = path.read_bytes() if path.is_file() else None
+    except Exception as error:  # the clients of buckets raise types of their own
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if found is None:
         if path.name != FILE:
             raise InputError(f"{path}: no such file")
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(found)
         entries = {int(feature): entry for feature, entry in content["explanations"].items()}
         version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it or write it anew") from None
     if version != FORMAT:
         raise InputError(f"{path}: format {version!r} is not known (this reads {FORMAT})")
@@ -61,8 +67,18 @@ def _is_explanation(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), str) for key in ("text", "method", "model"))
-        and isinstance(entry.get("scores"), dict)
+        and isinstance(scores := entry.get("scores"), dict)
+        and all(isinstance(score, dict) for score in scores.values())
     )
+
+
+def layer_folder(folder: str, layers: int, layer: int | None) -> str:
+    """Where the explanations of a coder's features lie, given its folder or another one.
+
+    Numbers of features are those of a source layer, so coders of several `layers` have a folder
+    for each of them.
+    """
+    return f"{folder.rstrip('/')}/layer_{layer}" if layers > 1 else folder
 
 
 def explanation_note(entry: Explanation) -> str:
@@ -70,8 +86,7 @@ def explanation_note(entry: Explanation) -> str:
     figures = [
         f"{name} {value:.2f}"
         for name, figure in FIGURES.items()
-        if isinstance(score := entry["scores"].get(name), dict)
-        and isinstance(value := score.get(figure), (int, float))
+        if isinstance(value := entry["scores"].get(name, {}).get(figure), (int, float))
     ]
     return ", ".join([entry["model"], *figures])
 
@@ -86,4 +101,4 @@ def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanatio
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
 
-    write_folder(folder, {FILE: write})
+    write_folder(folder_path(folder), {FILE: write})

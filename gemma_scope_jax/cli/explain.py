@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Coder, Dtype, Folder, Name, bar, stage, use_compilation_cache
+from gemma_scope_jax.cli.shared import (
+    BucketFile,
+    Coder,
+    Dtype,
+    Folder,
+    Name,
+    bar,
+    stage,
+    use_compilation_cache,
+)
 from gemma_scope_jax.errors import InputError, reason
 
 ANSWERS = "explanations.answers.jsonl"
@@ -35,6 +44,7 @@ def explain(
     retries: int = 6,
     logprobs: bool = False,
     request_options: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}",
+    model: Name = "",
     name: Name = "",
     layer: int | None = None,
     length: int = 32,
@@ -44,7 +54,7 @@ def explain(
     neighbours: Literal["decoder", "cooccurring"] = "decoder",
     least: int = 10,
     seed: int = 0,
-    answers: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
+    answers: BucketFile = "",
     dtype: Dtype = "auto",
 ) -> None:
     """Explain features from where they fire, and score the explanations.
@@ -60,9 +70,10 @@ def explain(
         sample: So many at random, of those that fire often enough.
         judge: Who explains and scores; default: the endpoint if there is one, else statistics.
         endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
-        judge_model: Its model; or the Gemma of --judge model (default: the coder's own model).
+        judge_model: Its model; or the Gemma of --judge model (default: --model).
         scores: detection, fuzzing, intruder, simulation, saebench.
-        out: Where explanations.json goes (with --layer, in layer_N); default: beside the coder.
+        out: Where explanations.json goes (for coders of several layers: in layer_N); default: beside
+            the coder.
         plan: Print what would be asked and what it would cost, and stop.
         yes: Send without asking.
         price_in: Dollars a million tokens of prompts.
@@ -74,7 +85,8 @@ def explain(
         logprobs: Ask for log-probabilities: detection and fuzzing then have an AUC.
         request_options: Put into every request, as JSON; null takes one out, such as
             '{"temperature": null, "max_tokens": null, "max_completion_tokens": 4000}'.
-        name: Of the coder in the store, if it holds several.
+        model: Whose features these are, and whose tokenizer wrote the store; default: the coder's.
+        name: Of the coder in the store, if it is there under several.
         layer: Of a coder of several layers.
         length: Tokens of a window.
         test: Windows for scoring on which the feature fires.
@@ -86,9 +98,12 @@ def explain(
         answers: File that keeps every answer; default: beside explanations.json.
         dtype: Of the model of --judge model.
     """
+    from gemma_scope_jax.cards.build import name_in_store
     from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
     from gemma_scope_jax.cards.explain.explain import check_scores, explain_features
+    from gemma_scope_jax.cards.explanations import layer_folder
     from gemma_scope_jax.coders.gemma_scope_files import load_coder
+    from gemma_scope_jax.evaluation.metrics import layers_of
     from gemma_scope_jax.extraction.store import FeatureStore
     from gemma_scope_jax.model.tokenizer import load_tokenizer
 
@@ -104,22 +119,14 @@ def explain(
     with stage(f"opening {store}"):
         opened = FeatureStore(store)
         loaded = load_coder(coder)
-        name = name or (opened.coders[0] if len(opened.coders) == 1 else coder)
-        if name not in opened.coders:
-            raise InputError(
-                f"{store}: no coder {name!r}; --name one of {', '.join(opened.coders)}"
-            )
+        name = name_in_store(opened, loaded, name)
         opened.place(name, layer)  # of several layers, one must be named
-        if opened.width(name) != loaded.width:
-            raise InputError(
-                f"{store}: {name} has {opened.width(name)} features, {coder} {loaded.width}"
-            )
-        tok = load_tokenizer(_model_of(opened, loaded))
+        model = model or _model_of(opened, loaded)
+        tok = load_tokenizer(model)
         corpus = open_corpus(opened, tok, sampling, name, layer)
     wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, judge)
-    folder = out or loaded.info.folder
-    if layer is not None:  # numbers of features are those of a layer
-        folder = f"{folder}/layer_{layer}"
+    folder = layer_folder(out or loaded.info.folder, len(layers_of(loaded)), layer)
+    path = _answer_file(answers, folder)
     known = _neighbours(corpus, loaded, wanted, neighbours) if hard_negatives else {}
     if judge == "endpoint":
         asked = _endpoint(endpoint, judge_model, key_variable, request_options, concurrency,
@@ -128,8 +135,7 @@ def explain(
             return
     else:
         asked = None
-    made, status, held = _judge(judge, asked, judge_model or _model_of(opened, loaded), dtype, tok,
-                                _answer_file(answers, folder))  # fmt: skip
+    made, status, held = _judge(judge, asked, judge_model or model, dtype, tok, path)
     try:
         report = explain_features(
             corpus, made, wanted, scores, folder, coder=loaded.info.path or coder,
@@ -182,9 +188,8 @@ def parse_features(text: str, width: int) -> list[int]:
 
 
 def _model_of(store: Any, coder: Any) -> str:
-    model = store.manifest.get("model")
-    name = model.get("name") if isinstance(model, dict) else model
-    return str(name or coder.info.model_name.removeprefix("google/"))
+    """The coder says which model it is for; a store's name of it tells no -pt from -it."""
+    return coder.info.model_name.removeprefix("google/") or store.manifest["model"]["name"]
 
 
 def _neighbours(
@@ -257,6 +262,8 @@ def _agreed(
 def _answer_file(given: str, folder: str) -> Path:
     from gemma_scope_jax.buckets import cache_folder, is_remote
 
+    if is_remote(given):
+        raise InputError(f"--answers {given}: they are appended to a file of this machine")
     if given:
         return Path(given).expanduser()
     if is_remote(folder):  # nothing can be appended to there

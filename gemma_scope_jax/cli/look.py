@@ -8,6 +8,7 @@ import tyro
 
 from gemma_scope_jax.cli.shared import (
     PACKAGED_CODER,
+    BucketFile,
     Coder,
     Dtype,
     File,
@@ -29,7 +30,7 @@ def inspect(
     top_k: int = 5,
     json: bool = False,
     html: File = None,
-    explanations: File = None,
+    explanations: BucketFile = "",
     dtype: Dtype = "auto",
 ) -> None:
     """What a model and a coder see in a text: next tokens, features a token, L0, FVU, delta loss.

@@ -21,6 +21,7 @@ Coders = Annotated[
 Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
 Roles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")]
 Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+BucketFile = Annotated[str, tyro.conf.arg(metavar="FILE")]  # local or gs://
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPo
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.cards.explain.chat_client import Stopped
 from gemma_scope_jax.cards.explain.examples import Corpus, Material, gather
 from gemma_scope_jax.cards.explain.prompts import lengths, messages
@@ -117,9 +117,10 @@ def _only_writer(folder: Any) -> Any:
     """Hold a local folder, made if missing, against other processes that explain into it."""
     if is_remote(folder):
         return contextlib.nullcontext()
+    path = Path(folder_path(folder))
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return only_writer(Path(folder))
+        path.mkdir(parents=True, exist_ok=True)
+        return only_writer(path)
     except OSError as error:
         raise disk_error(folder, error) from error
 
