@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import Letters
+from test_card_exports import published
 from tiny import tiny_model
 
 from gemma_scope_jax.cards.build import build_cards
@@ -242,6 +243,22 @@ def test_percentiles_are_right_to_a_bin(cards, seen):
 
 # -------------------------------------------------------------------------------------------------
 # From the weights
+
+
+def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_path):
+    """Of two that share a name, as -pt and -it do: no store of the one, no logits of the other."""
+    other = model.replace(params=model.params.replace(final_norm=model.params.final_norm + 0.5))
+    with pytest.raises(InputError, match="features of another model .tiny-gemma-3-270m"):
+        build_cards(store, coder, tmp_path / "a", model=other, tok=tok, settings=SETTINGS)
+    assert not (tmp_path / "a" / "density.npy").exists()
+    published(tmp_path, np.random.default_rng(0))
+    examples = tmp_path / "examples.safetensors"
+    build = lambda m: build_cards(examples, coder, tmp_path / "b", model=m, tok=tok)
+    before = np.array(build(model)["top_logits"])
+    after = np.array(build(other)["top_logits"])
+    assert np.abs(after - before).max() > 1e-3
+    wanted = next(iter(extreme_logits(other, coder, tok, range(F), k=4, gain="exact", bins=8)))[1]
+    np.testing.assert_allclose(after[: len(wanted), :4], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gain, added", [("exact", 1.0), ("notebook", 0.0)])

@@ -22,6 +22,7 @@ from gemma_scope_jax.cards.decoders import Gain
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.data.activation_store import model_identity
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.metrics import layers_of
 from gemma_scope_jax.extraction.manifest import describe
@@ -47,10 +48,14 @@ def build_cards(
     model, tok: for the logit tokens; without them a store's cards have none, and those of published
         examples have the file's.
     compare: other coders by name, whose decoders are looked through for similar features.
-    Raises `InputError` for a store that lacks the coder.
+    Raises `InputError` for a store that lacks the coder or is another model's, and for coders that
+    cannot be compared.
     """
     settings = settings or CardSettings()
     layer = layers_of(coder)[decoders.source_layer(coder, layer)]
+    others = compare or {}
+    for other in others.values():
+        decoders.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, from_file = _weights(coder), isinstance(source, str | os.PathLike)
     files = CardFiles(folder, [weights, layer, "file" if from_file else "store"])
     as_published = from_file and model is None
@@ -61,6 +66,8 @@ def build_cards(
         name = ""
     else:
         name = name_in_store(source, coder)
+        if model is not None:
+            _check_model(source, model)
         origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
     made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
 
@@ -75,22 +82,37 @@ def build_cards(
     if not from_file and not files.has("correlations", made_of):
         with files.stage("correlations", made_of) as stage:
             correlate(source, name, layer, k, stage, progress)
-    logits = [weights, gain, k, settings.bins, model and model.config.name]
+    logits = [weights, gain, k, settings.bins, model and model_identity(model)]
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
             decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage, progress)
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
             decoders.write_neighbours(coder, layer, k, stage, progress)
-    others = compare or {}
     compared = [weights, k, {other: _weights(c) for other, c in others.items()}]
     if not files.has("compared", compared):
         with files.stage("compared", compared) as stage:
             stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
             for number, other in enumerate(others.values()):
-                theirs = layer if layer in layers_of(other) else None
+                theirs = same_layer(other, layer)
                 decoders.write_comparison(coder, layer, other, theirs, number, k, stage, progress)
     return FeatureCards(folder)
+
+
+def same_layer(other: Coder, layer: int) -> int | None:
+    """The layer of a coder that is compared with another one's `layer`: the same, or its only."""
+    layers = layers_of(other)
+    return layer if layer in layers or len(layers) > 1 else None
+
+
+def _check_model(store: Any, model: Model) -> None:
+    """Refuse another model's store; the dtype that it was run in may differ."""
+    held, ours = store.manifest["model"], model_identity(model)
+    if any(held[key] != ours[key] for key in ("name", "final_norm")):
+        raise InputError(
+            f"{store.folder}: holds features of another model ({held['name']}, final norm "
+            f"{held['final_norm']}; this is {ours['name']}, {ours['final_norm']})"
+        )
 
 
 def public_name(coder: Coder) -> str:

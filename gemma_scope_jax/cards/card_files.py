@@ -71,18 +71,26 @@ class CardFiles:
     """The arrays of a folder while they are made: a stage's appear together when all are there."""
 
     def __init__(self, folder: str | os.PathLike, belongs: Any = None):
-        """The folder is emptied of the cards of anything else than `belongs` (JSON) says."""
+        """The folder is emptied of the cards of anything else than `belongs` (JSON) says.
+
+        Raises `InputError` for one with arrays that are no cards.
+        """
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE
         self.manifest: dict[str, Any] = read_manifest(path) if path.exists() else {}
+        arrays = (array for array in self.folder.glob("*.npy") if array.name[0] != ".")
+        if not path.exists() and any(True for _ in arrays):
+            raise InputError(f"{folder}: holds arrays that are no cards; choose another folder")
         if self.manifest.get("belongs") != belongs:
             self.manifest = {}
             for array in self.folder.glob("*.npy"):
                 array.unlink()
         self.manifest |= {"format": FORMAT, "belongs": belongs}
+        if not path.exists():  # which says that the folder is ours
+            self._write_manifest()
 
     def has(self, stage: str, made_of: Any) -> bool:
         """Whether a stage is there and was made of the same (JSON)."""
@@ -255,8 +263,16 @@ class FeatureCards:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name, over an old one, if the block ends well."""
+def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
+    """A folder to write into that takes its name, over an old one, if the block ends well.
+
+    marks: glob patterns of files, one of which the old one has; `InputError` if it is another's.
+    """
+    is_ours = any(True for mark in marks for _ in folder.glob(mark))
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise InputError(
+            f"{folder}: is in the way, and was not made here; move it, or choose another folder"
+        )
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -51,6 +51,23 @@ def written(coder: Coder, layer: int | None = None) -> jax.Array:
     return jnp.concatenate(blocks, -1)
 
 
+def check_comparable(
+    coder: Coder, layer: int | None, other: Coder, other_layer: int | None
+) -> None:
+    """Raises `InputError` for coders whose features of a layer do not write as many values."""
+
+    def size(of: Coder, of_layer: int | None) -> int:
+        i = source_layer(of, of_layer)
+        return of.d_out * (len(layers_of(of)) - i if isinstance(of, MultiLayerCoder) else 1)
+
+    mine, theirs = size(coder, layer), size(other, other_layer)
+    if mine != theirs:
+        raise InputError(
+            f"{other.info.path or other.kind}: its features write {theirs} values, those of "
+            f"{coder.info.path or coder.kind} {mine}: they cannot be compared"
+        )
+
+
 def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Array) -> jax.Array:
     """The directions [n, D] that features write to the final residual stream, by themselves.
 
@@ -217,12 +234,8 @@ def write_comparison(
 
     Raises `InputError` for coders that do not write vectors of one size.
     """
+    check_comparable(coder, layer, other, other_layer)
     mine, theirs = written(coder, layer), written(other, other_layer)
-    if mine.shape[1] != theirs.shape[1]:
-        raise InputError(
-            f"{other.info.path or other.kind}: its features write {theirs.shape[1]} values, those "
-            f"of {coder.info.path or coder.kind} {mine.shape[1]}: they cannot be compared"
-        )
     ids, cosines = most_similar(mine, theirs, k, progress, "neighbours in another coder")
     stage.put(f"compared_{number}_ids", ids)
     stage.put(f"compared_{number}_cosines", cosines)

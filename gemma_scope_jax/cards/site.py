@@ -50,7 +50,7 @@ def build_site(
     sites: where the sites of compared coders are, relative to this one's page.
     """
     explanations, name = explanations or {}, str(cards.manifest["coder"])
-    with new_folder(folder / "data") as data:
+    with new_folder(folder / "data", "list.js") as data:
         postings = _Postings(data)
         for start in range(0, len(cards), CHUNK):
             progress("site", start, len(cards))

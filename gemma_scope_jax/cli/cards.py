@@ -1,5 +1,6 @@
 """Feature cards: `cards`."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, load_all
+from gemma_scope_jax.cli.shared import (
+    BucketFile,
+    Coders,
+    Dtype,
+    Files,
+    Folder,
+    Name,
+    Roles,
+    load_all,
+)
 from gemma_scope_jax.errors import InputError
 
 Export = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
@@ -18,8 +28,13 @@ def cards(
     *,
     out: Folder,
     text: Files = (),
+    messages: Name = "",
+    roles: Roles = ("model",),
+    field: Name = "text",
+    skip_bad: bool = False,
     tokens: int = 1_000_000,
-    store: Name = "",
+    length: int = 1024,
+    store: Folder = "",
     model: Name = "",
     dtype: Dtype = "auto",
     compare: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CODER...")] = (),
@@ -31,6 +46,7 @@ def cards(
     after: int = 4,
     listed: int = 10,
     seed: int = 0,
+    explanations: BucketFile = "",
     logits: Literal["exact", "notebook"] = "exact",
 ) -> None:
     """What every feature of a coder is about, as a web site that opens from the disk.
@@ -43,7 +59,12 @@ def cards(
         coders: Addresses of the release, folders, packaged coders, or globs of them.
         out: Folder for the store, the cards, the sites and the exports.
         text: Text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .array_record.
+        messages: The key under which JSON records hold a chat.
+        roles: Whose tokens count in chats.
+        field: The key that holds the text in JSON records.
+        skip_bad: Leave out records that cannot be used.
         tokens: Of the text, about how many.
+        length: Tokens of a row.
         store: Instead of text: a folder that `gemma-scope extract` has filled.
         model: A name, a folder or a file; default: the coders' model.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
@@ -56,6 +77,8 @@ def cards(
         after: Tokens after it.
         listed: Logit tokens, correlated features and neighbours listed.
         seed: Of the random examples.
+        explanations: Folder or file of those of one coder, from `gemma-scope explain`; default:
+            beside each coder.
         logits: With the final norm's gain 1 + w, or w as in the official notebook.
     """
     if not coders:
@@ -64,6 +87,8 @@ def cards(
         raise InputError("give --text or --store, not both")
     from gemma_scope_jax.buckets import is_remote
     from gemma_scope_jax.cards.examples import CardSettings
+    from gemma_scope_jax.data.document_files import text_files
+    from gemma_scope_jax.data.documents import TextData
 
     if is_remote(out):
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")
@@ -72,68 +97,138 @@ def cards(
         top=top, groups=groups, each=each, before=before, after=after, bins=8 * groups,
         seed=seed, listed=listed,
     )  # fmt: skip
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder, matching
-
-    others = [load_coder(name) for given in compare for name in matching(given)]
+    data = TextData(files=text, messages=messages, roles=roles, field=field, skip_bad=skip_bad)
+    text_files(text)
+    others = _load_others(compare)
     published = not (text or store)
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
-    source = None if published else _store(loaded_model, loaded, tok, text, store, tokens, folder)
-    _make(loaded_model, loaded, tok, source, others, settings, logits, export, folder)
+    wanted = _wanted(loaded, others, folder, explanations)
+    if published:
+        sources = [_examples(one.coder) for one in wanted]
+    elif store:
+        sources = [_opened(store)] * len(wanted)
+    else:
+        from gemma_scope_jax.extraction.extract import extract
+
+        filled = extract(
+            loaded_model, loaded, tok, data, folder / "store", tokens=tokens, length=length
+        )
+        sources = [filled] * len(wanted)
+    _make(loaded_model, tok, wanted, sources, settings, logits, export, folder)
     print(f"page: {folder / 'index.html'}")
 
 
-def _store(model: Any, coders: list, tok: Any, text: tuple[str, ...], store: str, tokens, out):
-    """The feature store to read, filled first if text is given."""
-    from gemma_scope_jax.extraction.store import FeatureStore
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Wanted:
+    """A site to make: of the features of a layer of a coder."""
 
-    if store:
-        given = FeatureStore(store)
-        if not given.complete:
-            print(f"{store}: not finished; the cards are of {len(given):,} tokens", file=sys.stderr)
-        return given
-    from gemma_scope_jax.data.documents import TextData
-    from gemma_scope_jax.extraction.extract import extract
-
-    length = min(1024, model.config.context)
-    data, folder = TextData(files=text), out / "store"
-    return extract(model, coders, tok, data, folder, tokens=tokens, length=length)
+    coder: Any
+    layer: int
+    name: str  # of its folder
+    compared: dict[str, Any]  # other coders by name
+    sites: dict[str, str]  # where the pages of those are that get one now
+    explained: dict[int, Any]
 
 
-def _make(model, coders, tok, store, others, settings, logits, export, out: Path) -> None:
-    """Cards, site and exports of each coder, and of each layer of those of several."""
-    from gemma_scope_jax.cards.build import build_cards, public_name
-    from gemma_scope_jax.cards.explanations import read_explanations
-    from gemma_scope_jax.cards.published import find_examples
-    from gemma_scope_jax.cards.site import build_site, write_index
+def _load_others(compare: tuple[str, ...]) -> list[Any]:
+    from gemma_scope_jax.coders.gemma_scope_files import load_coder, load_decoder, matching
+    from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+
+    others = [load_coder(name) for given in compare for name in matching(given)]
+    return [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in others]
+
+
+def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_Wanted]:
+    """What is to be made. Raises `InputError` for what cannot be, before anything is."""
+    from gemma_scope_jax.cards.build import public_name, same_layer
+    from gemma_scope_jax.cards.decoders import check_comparable, source_layer
     from gemma_scope_jax.evaluation.metrics import layers_of
 
+    if explanations and len(coders) > 1:
+        raise InputError("--explanations is of one coder, and several are given")
+    pairs = [(c, layer) for c in coders for layer in layers_of(c)]
+    names = _folders([(public_name(c), layer, len(layers_of(c)) > 1) for c, layer in pairs])
+    pages = {(c.info.path, i): f"../{name}/index.html" for (c, i), name in zip(pairs, names)}
+    called, wanted = _names(others), []
+    for (coder, layer), name in zip(pairs, names):
+        _check_free(out / name, coder)
+        compared = {n: c for n, c in called.items() if c.info.path != coder.info.path}
+        sites = {}
+        for n, other in compared.items():
+            theirs = same_layer(other, layer)
+            check_comparable(coder, layer, other, theirs)
+            place = (other.info.path, layers_of(other)[source_layer(other, theirs)])
+            sites |= {n: pages[place]} if place in pages else {}
+        explained = _explained(coder, layer, explanations)
+        wanted.append(_Wanted(coder, layer, name, compared, sites, explained))
+    if explanations and not any(one.explained for one in wanted):
+        raise InputError(f"--explanations {explanations}: there are none of this coder's features")
+    return wanted
+
+
+def _check_free(folder: Path, coder: Any) -> None:
+    """Refuse a folder for the cards of a coder that holds anything else."""
+    from gemma_scope_jax.cards.card_files import FILE
+
+    if coder.info.folder and folder.resolve() == Path(coder.info.folder).resolve():
+        raise InputError(f"{folder}: is the coder itself; choose another --out")
+    inside = (path for path in folder.rglob("*") if not path.is_dir())
+    if not (folder / "cards" / FILE).is_file() and next(inside, None) is not None:
+        raise InputError(f"{folder}: holds something else than cards; choose another --out")
+
+
+def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
+    """The explanations of a layer's features, beside the coder or where they are `given`."""
+    from gemma_scope_jax.cards.explanations import layer_folder, read_explanations
+    from gemma_scope_jax.evaluation.metrics import layers_of
+
+    layers = len(layers_of(coder))
+    if layers > 1 and given.endswith(".json"):
+        raise InputError("--explanations: of a coder of several layers, give the folder of all")
+    folder = given or coder.info.folder
+    return read_explanations(layer_folder(folder, layers, layer), coder.width) if folder else {}
+
+
+def _examples(coder: Any) -> Path:
+    from gemma_scope_jax.cards.build import public_name
+    from gemma_scope_jax.cards.published import find_examples
+
+    if (found := find_examples(coder)) is None:
+        raise InputError(
+            f"{public_name(coder)}: no examples are published beside it: give --text FILES or "
+            "--store FOLDER"
+        )
+    return found
+
+
+def _opened(store: str) -> Any:
+    from gemma_scope_jax.extraction.store import FeatureStore
+
+    given = FeatureStore(store)
+    if not given.complete:
+        print(f"{store}: not finished; the cards are of {len(given):,} tokens", file=sys.stderr)
+    return given
+
+
+def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, out: Path) -> None:
+    """Cards, site and exports of each coder, and of each layer of those of several."""
+    from gemma_scope_jax.cards.build import build_cards
+    from gemma_scope_jax.cards.site import build_site, write_index
+
     progress = _progress()
-    wanted = [(c, layer) for c in coders for layer in layers_of(c)]
-    names = _folders([(public_name(c), layer, len(layers_of(c)) > 1) for c, layer in wanted])
-    pages = {c.info.path: f"../{n}/index.html" for (c, _), n in zip(wanted, names)}
-    called = _names(others)
-    sites = {n: pages[c.info.path] for n, c in called.items() if c.info.path in pages}
     heads = model.config.heads if model is not None else None
     made = {}
-    for (coder, layer), name in zip(wanted, names):
+    for one, source in zip(wanted, sources):
+        name, folder = one.name, out / one.name
         print(f"cards of {name}", file=sys.stderr)
-        source = find_examples(coder) if store is None else store
-        if source is None:
-            raise InputError(
-                f"{public_name(coder)}: no examples are published beside it: give --text FILES or "
-                "--store FOLDER"
-            )
-        compared = {n: c for n, c in called.items() if c.info.path != coder.info.path}
         made[name] = build_cards(
-            source, coder, out / name / "cards", layer=layer, model=model, tok=tok,
-            settings=settings, gain=logits, compare=compared, progress=progress,
+            source, one.coder, folder / "cards", layer=one.layer, model=model, tok=tok,
+            settings=settings, gain=logits, compare=one.compared, progress=progress,
         )  # fmt: skip
-        beside = coder.info.folder if len(layers_of(coder)) == 1 else ""
-        explained = read_explanations(beside, coder.width) if beside else {}
         build_site(
-            made[name], out / name, tok, explanations=explained, sites=sites, progress=progress
+            made[name], folder, tok, explanations=one.explained, sites=one.sites, progress=progress
         )
-        _export(made[name], coder, tok, out / name, export, heads, explained, progress)
+        _export(made[name], one.coder, tok, folder, export, heads, one.explained, progress)
     _export_layers(made, tok, out, export, progress)
     write_index(out, list(made))
 

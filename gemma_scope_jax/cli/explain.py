@@ -72,8 +72,8 @@ def explain(
         endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
         judge_model: Its model; or the Gemma of --judge model (default: --model).
         scores: detection, fuzzing, intruder, simulation, saebench.
-        out: Where explanations.json goes (for coders of several layers: in layer_N); default: beside
-            the coder.
+        out: Where explanations.json goes (of coders of several layers: in layer_N); default:
+            beside the coder.
         plan: Print what would be asked and what it would cost, and stop.
         yes: Send without asking.
         price_in: Dollars a million tokens of prompts.

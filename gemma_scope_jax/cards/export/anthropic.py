@@ -92,7 +92,7 @@ def export_anthropic(
 ) -> None:
     """Write the packed form of the cards of one or several layers: `folder`/features."""
     index = {}
-    with new_folder(folder / "features") as new:
+    with new_folder(folder / "features", "index.json.gz") as new:
         for layer, cards in sorted(coders.items()):
             offsets = [0]
             with open(new / f"layer_{layer}.bin", "wb") as file:
@@ -110,7 +110,7 @@ def export_anthropic_json(
     coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: Progress
 ) -> None:
     """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
-    with new_folder(folder) as new:
+    with new_folder(folder, "[0-9]*.json") as new:
         for layer, cards in sorted(coders.items()):
             for f, value in feature_files(cards, tok):
                 if f % BLOCK == 0:

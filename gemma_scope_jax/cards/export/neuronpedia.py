@@ -52,7 +52,7 @@ def export_neuronpedia(
     facts, now = batch_facts(cards), datetime.datetime.now(datetime.UTC).isoformat()
     source = f"{facts['layer']}-{facts['sae_set']}"
     place = {"modelId": facts["model_id"], "layer": source, "creatorId": CREATOR, "createdAt": now}
-    with new_folder(folder / facts["model_id"] / source) as new:
+    with new_folder(folder / facts["model_id"] / source, "source.jsonl") as new:
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
         for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):

@@ -33,7 +33,7 @@ def export_saedashboard(
     heads: int | None = None,
 ) -> None:  # fmt: skip
     """Write the batches of `cards`; heads: of the model, for coders that read attention heads."""
-    with new_folder(folder) as new:
+    with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)
         for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
             progress("SAEDashboard", batch[0], len(cards))
