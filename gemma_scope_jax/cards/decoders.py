@@ -9,7 +9,7 @@ differs. `gain="notebook"` gives that one.
 Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.gemma.rms_norm`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -179,15 +179,12 @@ def write_logits(
 # Similar rows
 
 
-@partial(jax.jit, static_argnames=("k", "itself"))
-def _most_similar(rows: jax.Array, others: jax.Array, start, *, k: int, itself: bool):
-    """The k largest cosines of unit rows [n, D], from number `start` on, with `others` [G, D]."""
+@partial(jax.jit, static_argnames="k")
+def _most_similar(rows: jax.Array, others: jax.Array, own: jax.Array, *, k: int):
+    """The k largest cosines of unit rows [n, D] with `others` [G, D], but for number `own` [n]."""
     cosines = jnp.einsum("nd,gd->ng", rows, others, precision=jax.lax.Precision.HIGHEST)
-    if itself:
-        number = start + jnp.arange(rows.shape[0], dtype=jnp.int32)
-        same = number[:, None] == jnp.arange(others.shape[0], dtype=jnp.int32)[None, :]
-        cosines = jnp.where(same, -jnp.inf, cosines)
-    return jax.lax.top_k(cosines, k)
+    same = own[:, None] == jnp.arange(others.shape[0], dtype=jnp.int32)[None, :]
+    return jax.lax.top_k(jnp.where(same, -jnp.inf, cosines), k)
 
 
 def unit_rows(rows: jax.Array) -> jax.Array:
@@ -197,23 +194,32 @@ def unit_rows(rows: jax.Array) -> jax.Array:
 
 
 def most_similar(
-    rows: jax.Array, others: jax.Array | None, k: int, progress: Progress, what: str
+    rows: jax.Array,
+    others: jax.Array | None,
+    k: int,
+    progress: Progress,
+    what: str,
+    features: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers and cosines [F, k] of the rows among `others` [G, D] most like each of rows
-    [F, D]; None: among the rows themselves, each but itself. -1 where there are fewer than k."""
+    [F, D]; None: among the rows themselves, each but itself. -1 where there are fewer than k.
+
+    features: only of these of the rows, [len(features), k].
+    """
     itself = others is None
+    some = np.arange(len(rows)) if features is None else np.asarray(features, np.int64)
+    some = some.astype(np.int32)
     rows = unit_rows(rows)
     others = rows if others is None else unit_rows(others)
-    F, G = len(rows), len(others) - itself
+    F, G = len(some), len(others) - itself
     ids, cosines = np.full((F, k), -1, np.int32), np.zeros((F, k), np.float32)
     block = min(BLOCK, F)
-    for start in range(0, F, block):
+    for start in range(0, F, max(block, 1)):
         progress(what, start, F)
         begin = min(start, F - block)  # the last block overlaps: one shape to compile
-        found, numbers = _most_similar(
-            jax.lax.dynamic_slice_in_dim(rows, begin, block), others, jnp.int32(begin),
-            k=min(k, G), itself=itself,
-        )  # fmt: skip
+        here = some[begin : begin + block]
+        own = here if itself else np.full_like(here, -1)
+        found, numbers = _most_similar(rows[here], others, own, k=min(k, G))
         ids[begin : begin + block, : min(k, G)] = numbers
         cosines[begin : begin + block, : min(k, G)] = found
     return ids, cosines

@@ -3,40 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.cards.decoders import most_similar
 from gemma_scope_jax.cards.explain.examples import Corpus
 from gemma_scope_jax.coders.sparse_coder import float32
 from gemma_scope_jax.errors import InputError
 
-ROWS = 256  # features at a time
 LARGEST = 1 << 29  # bytes of co-occurrence counts
 ENTRIES = 1 << 16  # firings looked at together
 
 
-@jax.jit
-def _cosines(w_dec: jax.Array, rows: jax.Array) -> jax.Array:
-    """[n, F]: cosines of decoder rows with all of w_dec [F, D]; -2 with themselves."""
-    w = float32(w_dec)
-    w = w / jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-30)
-    cosines = w[rows] @ w.T
-    own = jnp.arange(w.shape[0], dtype=rows.dtype)[None, :] == rows[:, None]
-    return jnp.where(own, -2.0, cosines)
-
-
 def decoder_neighbours(w_dec: Any, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
     """For each of `features` the k others whose rows of w_dec [F, D] point most the same way."""
-    found: dict[int, list[int]] = {}
-    k = min(k, w_dec.shape[0] - 1)
-    for start in range(0, len(features), ROWS):
-        some = np.array(features[start : start + ROWS], np.int32)
-        padded = np.pad(some, (0, min(ROWS, len(features)) - len(some)))
-        cosines = np.asarray(_cosines(jnp.asarray(w_dec), jnp.asarray(padded)))[: len(some)]
-        best = np.argsort(-cosines, axis=-1, kind="stable")[:, :k]
-        found |= dict(zip(some.tolist(), best.tolist()))
-    return found
+    rows, silent = float32(jnp.asarray(w_dec)), lambda *_: None
+    ids, _ = most_similar(rows, None, min(k, len(rows) - 1), silent, "", features)
+    return dict(zip(features, ids.tolist()))
 
 
 def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
