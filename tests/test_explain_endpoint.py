@@ -22,7 +22,7 @@ from gemma_scope_jax.cards.explain import chat_client
 from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
 from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint, retry_after
 from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-from gemma_scope_jax.cards.explain.explain import plan
+from gemma_scope_jax.cards.explain.explain import fingerprint, plan
 from gemma_scope_jax.cards.explain.prompts import lengths, messages, parse
 from gemma_scope_jax.cards.explain.questions import Question, Shown
 from gemma_scope_jax.cards.explain.scores import SCORES
@@ -300,6 +300,14 @@ def test_nobody_there(corpus, tmp_path):
         ({"url": "api.openai.com/v1"}, "give a URL such as"),
         ({"url": "ftp://x/v1"}, "give a URL"),
         ({"url": "http://me:secret@host/v1"}, "no user or password"),
+        ({"url": "http://host:9x/v1"}, "no such port"),
+        ({"url": "http://host:99999/v1"}, "no such port"),
+        ({"url": "http://[host/v1"}, "no such port or host"),
+        ({"url": "http://host/v1?key=secret"}, "no . or # in the URL"),
+        ({"url": "http://host/v1#secret"}, "no . or # in the URL"),
+        ({"url": "http://host/\u00fc"}, "as %XX"),
+        ({"url": "http://host/v 1"}, "as %XX"),
+        ({"url": "http://host/v1\n"}, "as %XX"),
         ({"model": ""}, "name of a model"),
         ({"key": "two words"}, "letters that no key has"),
         ({"key": "line\nbreak"}, "letters that no key has"),
@@ -364,6 +372,37 @@ def test_other_judges_and_other_draws_start_anew(tmp_path):
     assert report.kept == 0 and len(server.bodies) == 2 * first
 
 
+def test_settings_that_change_scores_are_another_judges(corpus, tmp_path):
+    """Scores of one are not taken for the other's, in whichever order they come."""
+    names = set()
+    with ChatServer(know) as server:
+        for options in ({}, {"options": {"top_p": 0.5}}, {"logprobs": True},
+                        {"options": {"top_p": 0.1}}):  # fmt: skip
+            before = len(server.bodies)
+            report, client = explained(corpus, server, tmp_path, (0,), **options)
+            assert (report.kept, report.done) == (0, 1) and len(server.bodies) > before
+            again, _ = explained(corpus, server, tmp_path, (0,), **options)
+            assert again.kept == 1
+            names.add(read_explanations(tmp_path, 8)[0]["model"])
+            assert "0.5" not in client.endpoint.name  # options may be secret
+    assert len(names) == 4 and "judge-1" in names
+
+
+def test_neighbours_count_only_where_they_are_drawn_from():
+    draw = lambda **change: fingerprint(open_corpus(PlantedStore(), Tok(), Sampling(**change)))
+    assert draw() == draw(neighbours="cooccurring")
+    assert draw(hard=5) != draw(hard=5, neighbours="cooccurring")
+
+
+def test_progress_says_how_far_it_is(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gemma_scope_jax.cards.explain.explain.SAY_EVERY", 0.0)
+    with ChatServer(know) as server:
+        explained(corpus, server, tmp_path, range(4))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("100.0 %  4 features ") and "left" not in lines[-1]
+    assert sum("100.0 %" in line for line in lines) == 1
+
+
 def test_the_answer_file_survives_a_torn_line(tmp_path):
     path = tmp_path / "a.jsonl"
     first = AnswerFile(path)
@@ -388,6 +427,25 @@ def test_the_answer_file_survives_a_torn_line(tmp_path):
     assert (
         request_key({"a": 1, "b": [2]}) == request_key({"b": [2], "a": 1}) != request_key({"a": 1})
     )
+
+
+def test_answers_are_not_held_in_memory(tmp_path):
+    import tracemalloc
+
+    file = AnswerFile(tmp_path / "a.jsonl")
+    tracemalloc.start()
+    for i in range(200):
+        file.put(str(i), {"text": str(i) * 20_000})
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1e6 and file.get("7") == {"text": "7" * 20_000} and file.get("x") is None
+    file.close()
+    again = AnswerFile(tmp_path / "a.jsonl")
+    assert again.get("199") == {"text": "199" * 20_000}
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="a.jsonl: cannot be read"):
+        again.get("199")
+    again.close()
 
 
 def test_answer_files_that_cannot_be_written(tmp_path):
@@ -517,6 +575,8 @@ def test_log_probabilities_make_confidences(corpus, tmp_path):
         explained(corpus, server, tmp_path, (0,), logprobs=True)
     assert all(b["logprobs"] and b["top_logprobs"] == 5 for b in server.bodies)
     assert read_explanations(tmp_path, 8)[0]["scores"]["detection"]["auc"] == 1
+    kept = (tmp_path / "answers.jsonl").read_text()
+    assert '"token": "1"' in kept and '"token": ","' not in kept  # what is read, and no more
 
 
 def question(task, n=3):

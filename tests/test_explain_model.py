@@ -29,6 +29,7 @@ from gemma_scope_jax.cards.explanations import (
 )
 from gemma_scope_jax.cli.explain import chosen_features, parse_features
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.tokenizer import load_tokenizer
@@ -183,6 +184,21 @@ def test_a_prompt_beyond_the_context(judge):
         small.answer([Question("classify", (TEXTS[0],), "x")])
 
 
+def test_a_prompt_may_fill_the_context(judge):
+    """What prompts share is part of each of them."""
+    questions = [Question("classify", (TEXTS[0], TEXTS[1]), "x")]
+    lengths = [len(judge._choice(mj.CLASSES.format(feature="x", text=t), (" no", " yes")).ids)
+               for t in (TEXTS[0].text().strip(), TEXTS[1].text().strip(), "N/A")]  # fmt: skip
+    for context, fits in ((max(lengths), True), (max(lengths) - 1, False)):
+        config = dataclasses.replace(judge.model.config, context=context)
+        small = mj.ModelJudge(Model(judge.model.params, config), judge.tok, "gemma-3-270m")
+        if fits:
+            assert small.answer(questions)[0].values == judge.answer(questions)[0].values
+        else:
+            with pytest.raises(InputError, match="longer than the context"):
+                small.answer(questions)
+
+
 # --- the file, and what shows it -----------------------------------------------------------------
 
 SCORED = {"detection": {"balanced_accuracy": 0.912, "n": 10}, "simulation": {"correlation": None}}
@@ -283,6 +299,18 @@ def test_statistics_do_not_replace_better_ones(planted):
     assert main(planted, "--store", "s", "--features", "1,2") == 0
     entries = read_explanations(planted, 8)
     assert entries[1] == ENTRY and entries[2]["method"] == "statistics"
+
+
+def test_figures_are_of_one_judge(planted, capsys):
+    """And of the features at hand, whatever else is in the file."""
+    poor = {"detection": {"balanced_accuracy": 0.1, "unparsed": 0}}
+    better = {f: ENTRY | {"scores": poor} for f in (1, 7)}
+    write_explanations(planted, "c", better)
+    options = ("--store", "s", "--scores", "detection", "--features")
+    assert main(planted, *options, "0,1,2") == 0
+    entries, out = read_explanations(planted, 8), capsys.readouterr().out
+    mean = np.mean([entries[f]["scores"]["detection"]["balanced_accuracy"] for f in (0, 2)])
+    assert f"balanced accuracy {mean:.3f} ± " in out and "over 2 features" in out
 
 
 def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
@@ -427,8 +455,6 @@ def extracted(tmp_path_factory):
     """Two coders of the tiny model, one of several layers, over random letters."""
     from letters import Letters
     from test_extraction import crosscoder, sae
-
-    from gemma_scope_jax.extraction.extract import extract
 
     rng = np.random.default_rng(0)
     texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(160)]

@@ -108,10 +108,10 @@ def same_layer(other: Coder, layer: int) -> int | None:
 def _check_model(store: Any, model: Model) -> None:
     """Refuse another model's store; the dtype that it was run in may differ."""
     held, ours = store.manifest["model"], model_identity(model)
-    if any(held[key] != ours[key] for key in ("name", "final_norm")):
+    if any(held[key] != value for key, value in ours.items() if key != "dtype"):
         raise InputError(
-            f"{store.folder}: holds features of another model ({held['name']}, final norm "
-            f"{held['final_norm']}; this is {ours['name']}, {ours['final_norm']})"
+            f"{store.folder}: holds features of another model ({', '.join(held.values())}; this is "
+            f"{', '.join(ours.values())})"
         )
 
 

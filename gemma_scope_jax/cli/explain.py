@@ -100,8 +100,12 @@ def explain(
     """
     from gemma_scope_jax.cards.build import name_in_store
     from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-    from gemma_scope_jax.cards.explain.explain import check_scores, explain_features
-    from gemma_scope_jax.cards.explanations import layer_folder
+    from gemma_scope_jax.cards.explain.explain import (
+        check_scores,
+        explain_features,
+        explained_by,
+    )
+    from gemma_scope_jax.cards.explanations import layer_folder, read_explanations
     from gemma_scope_jax.coders.gemma_scope_files import load_coder
     from gemma_scope_jax.evaluation.metrics import layers_of
     from gemma_scope_jax.extraction.store import FeatureStore
@@ -113,8 +117,8 @@ def explain(
     if judge != "endpoint" and (endpoint or plan):
         raise InputError(f"--{'endpoint' if endpoint else 'plan'} does not go with --judge {judge}")
     check_scores(scores)
-    sampling = Sampling(length=length, test=test, silent=silent, hard=hard_negatives, least=least,
-                        seed=seed)  # fmt: skip
+    sampling = Sampling(length=length, test=test, silent=silent, hard=hard_negatives,
+                        neighbours=neighbours, least=least, seed=seed)  # fmt: skip
     use_compilation_cache()
     with stage(f"opening {store}"):
         opened = FeatureStore(store)
@@ -145,7 +149,9 @@ def explain(
         made.close()
         if held is not None:
             held.close()
-    _print_report(report, folder, loaded.width, scores)
+    entries = read_explanations(folder, loaded.width)
+    ours = explained_by(corpus, made.method, made.name, wanted, entries)
+    _print_report(report, f"{folder}/explanations.json: {len(entries):,}", ours, scores)
     if status():
         print(status())
 
@@ -240,7 +246,7 @@ def _agreed(
 
     prices = (endpoint.price_in, endpoint.price_out)
     entries = read_explanations(folder)
-    todo = unfinished(corpus, "endpoint", endpoint.model, features, scores, entries)
+    todo = unfinished(corpus, "endpoint", endpoint.name, features, scores, entries)
     if not todo and not plan_only:
         return True
     p = plan(corpus, todo, scores, prices)
@@ -307,23 +313,24 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
     return EndpointJudge(client), status, held
 
 
-def _print_report(report: Any, folder: str, width: int, scores: Sequence[str]) -> None:
+def _print_report(report: Any, file: str, ours: Sequence[dict], scores: Sequence[str]) -> None:
+    """ours: the explanations that figures are averaged over."""
     import numpy as np
 
-    from gemma_scope_jax.cards.explanations import FIGURES, read_explanations
+    from gemma_scope_jax.cards.explanations import FIGURES
 
-    entries = read_explanations(folder, width)
-    print(f"{folder}/explanations.json: {len(entries):,} features explained")
+    print(f"{file} features explained")
     for what, count in (("finished before", report.kept), ("explained now", report.done),
                         ("fire in too few windows to be scored", report.few),
                         ("whose explanation was not understood", report.unexplained)):  # fmt: skip
         if count:
             print(f"  {count:,} {what}")
     for name in scores:
-        some = [e["scores"].get(name, {}).get(FIGURES[name]) for e in entries.values()]
-        some = [s for s in some if s is not None]
+        some = [e["scores"].get(name, {}).get(FIGURES[name]) for e in ours]
+        some = [s for s in some if isinstance(s, int | float)]
         if some:
             mean, spread = np.mean(some), np.std(some)
-            print(f"  {name}: {FIGURES[name].replace('_', ' ')} {mean:.3f} ± {spread:.3f}")
+            figure = FIGURES[name].replace("_", " ")
+            print(f"  {name}: {figure} {mean:.3f} ± {spread:.3f} over {len(some):,} features")
     if report.unparsed:
         print(f"  {report.unparsed:,} answers were not understood; they are in no score")

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
-from gemma_scope_jax.cards.explain.prompts import Messages
+from gemma_scope_jax.cards.explain.prompts import Messages, digits_only
 from gemma_scope_jax.errors import InputError, reason
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
@@ -49,13 +49,7 @@ class Endpoint:
     price_out: float = 0.0
 
     def __post_init__(self):
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"endpoint {self.url!r}: give a URL such as https://api.openai.com/v1")
-        if parts.username or parts.password:
-            raise InputError(
-                "endpoint: no user or password in the URL; the key comes from a variable"
-            )
+        _check_url(self.url)
         if not self.model:
             raise InputError("an endpoint needs the name of a model")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
@@ -66,10 +60,35 @@ class Endpoint:
             raise InputError("prices must not be negative")
 
     @property
+    def name(self) -> str:
+        """What explanations and scores are kept under: the model and, as a checksum, what changes
+        its answers."""
+        more = {"options": dict(self.options)} if self.options else {}
+        more |= {"logprobs": True} if self.logprobs else {}
+        return f"{self.model} (options {request_key(more)[:8]})" if more else self.model
+
+    @property
     def address(self) -> str:
         """Where requests go."""
         url = self.url.rstrip("/")
         return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no base URL; what may be secret in it is not repeated."""
+    try:
+        parts = urlsplit(url)
+        where, _ = parts.hostname, parts.port  # which is read only now
+    except ValueError:  # a port that is no number, half a [...]
+        raise InputError("endpoint: the URL has no such port or host") from None
+    if parts.scheme not in ("http", "https") or not where:
+        raise InputError("endpoint: give a URL such as https://api.openai.com/v1")
+    if parts.username or parts.password:
+        raise InputError("endpoint: no user or password in the URL; the key comes from a variable")
+    if parts.query or parts.fragment or "?" in url or "#" in url:
+        raise InputError("endpoint: no ? or # in the URL; the key comes from a variable")
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise InputError(f"endpoint {ascii(url)}: write letters that no URL has as %XX")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +279,7 @@ class ChatClient:
             self.tokens_out += spent[1]
         kept: dict[str, Any] = {"text": self._clean(text)}
         if self.endpoint.logprobs and isinstance(logprobs, list):
-            kept["logprobs"] = logprobs
+            kept["logprobs"] = digits_only(logprobs)
         return kept
 
     def _clean(self, text: str) -> str:

@@ -16,7 +16,7 @@ class EndpointJudge:
     method = "endpoint"
 
     def __init__(self, client: ChatClient):
-        self.client, self.name = client, client.endpoint.model
+        self.client, self.name = client, client.endpoint.name
         self.parallel = client.endpoint.concurrency
         self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
 

@@ -29,6 +29,7 @@ class Sampling:
     test: int = 50  # windows for scoring
     silent: int = 50  # windows where the feature is silent, for scoring
     hard: int = 0  # of these, so many from where neighbours of the feature fire
+    neighbours: str = "decoder"  # which those are: by decoder, or "cooccurring"
     least: int = 10  # windows of each half below which a feature is left out
     seed: int = 0
 

@@ -3,15 +3,15 @@
     corpus = open_corpus(FeatureStore("store"), tok)
     explain_features(corpus, judge, [3, 17], ("detection", "fuzzing"), folder, coder="my coder")
 
-Every finished feature is in explanations.json within seconds, and with an endpoint or a model every
-single answer is on file at once: the same call goes on where a killed one was.
+Every finished feature is in explanations.json within seconds. An endpoint's answers are on file at
+once, and so are the explanations of a model on this machine, which scores without writing: the same
+call goes on where a killed one was.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
@@ -33,6 +33,7 @@ from gemma_scope_jax.cards.explanations import (
 from gemma_scope_jax.coders.atomic_files import disk_error
 from gemma_scope_jax.data.activation_files import only_writer
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.progress import Progress
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress
@@ -62,7 +63,10 @@ def check_scores(scores: Sequence[str]) -> None:
 
 def fingerprint(corpus: Corpus) -> str:
     """Eight letters for what examples are drawn from and how, as scores of others differ."""
-    about = [dataclasses.asdict(corpus.sampling), len(corpus.store), corpus.coder, corpus.layer]
+    sampling = dataclasses.asdict(corpus.sampling)
+    if not sampling["hard"]:
+        sampling["neighbours"] = None  # which are not looked at
+    about = [sampling, len(corpus.store), corpus.coder, corpus.layer]
     about.append(hashlib.sha256(corpus.counts.tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
@@ -94,22 +98,21 @@ def explain_features(
         run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
-        progress = _Progress(len(todo), run.report, status)
+        progress = Progress(len(todo), "features", every=SAY_EVERY)
         try:
             for number, feature in enumerate(todo, 1):
                 run.start(feature, (neighbours or {}).get(feature, ()), raises)
                 run.take(2 * judge.parallel if judge.parallel > 1 else 1)
-                progress.show(number - len(run.running))
+                run.say(progress, number, status)
                 run.write(every=WRITE_EVERY)
             while run.running:
                 run.take(len(run.running))
-                progress.show(len(todo) - len(run.running))
+                run.say(progress, len(todo), status)
         except BaseException:
             judge.close()  # answers under way are still received
             raise
         finally:
             run.finish()
-        progress.show(len(todo), last=True)
         return run.report
 
 
@@ -123,6 +126,16 @@ def _only_writer(folder: Any) -> Any:
         return only_writer(path)
     except OSError as error:
         raise disk_error(folder, error) from error
+
+
+def explained_by(
+    corpus: Corpus, method: str, model: str, features: Sequence[int],
+    entries: Mapping[int, Explanation],
+) -> list[Explanation]:  # fmt: skip
+    """The entries of `features` that are a judge's (`method` and `name`) from these examples."""
+    drawn = fingerprint(corpus)
+    some = (entries[f] for f in dict.fromkeys(features) if f in entries)
+    return [entry for entry in some if _is_of(entry, method, model, drawn)]
 
 
 def unfinished(
@@ -228,6 +241,12 @@ class _Run:
                 else:
                     self.keep(feature, entry)
 
+    def say(self, progress: Progress, started: int, status: Callable[[], str]) -> None:
+        """How far it is, once a feature is through."""
+        parts = [f"{self.report.unparsed:,} not understood"] if self.report.unparsed else []
+        if passed := started - len(self.running):
+            progress.at(passed, "".join(f"  {part}" for part in [*parts, status()] if part))
+
     def write(self, every: float = 0.0) -> None:
         """The file anew, if something changed and it is some seconds old."""
         if self.changed and time.monotonic() - self.saved >= every:
@@ -289,25 +308,3 @@ def plan(
 def _size(tok: Any, question: Question) -> tuple[int, int, int, int]:
     text = "".join(m["content"] for m in messages(question))
     return (1, len(tok.encode(text)) + 10, *lengths(question))
-
-
-class _Progress:
-    """A line on stderr every few seconds: how far, how fast, how long still."""
-
-    def __init__(self, total: int, report: Report, status: Callable[[], str]):
-        self.total, self.report, self.status = total, report, status
-        self.began = self.said = time.monotonic()
-        self.shown = -1
-
-    def show(self, passed: int, last: bool = False) -> None:
-        now, r = time.monotonic(), self.report
-        early = now - self.said < SAY_EVERY and not last
-        if not self.total or early or passed == self.shown:
-            return
-        self.said, self.shown = now, passed
-        rate = passed / max(now - self.began, 1e-9)
-        left = (self.total - passed) / max(rate, 1e-9)
-        left_text = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-        parts = [f"{passed:,} of {self.total:,} features", f"{rate:.2g}/s", f"{left_text} left"]
-        parts += [f"{r.unparsed:,} not understood"] if r.unparsed else []
-        print("  ".join([*parts, self.status()]).rstrip(), file=sys.stderr, flush=True)

@@ -320,8 +320,9 @@ class ModelJudge:
         return [found[p.key] for p in prompts]
 
     def _run(self, prompts, shared: int, length: int, many: bool, choices) -> dict[Any, np.ndarray]:
-        """{key: logits} of prompts with `shared` tokens in common and up to `length` more."""
-        if shared + max(len(p.ids) for p in prompts) > self.model.config.context:
+        """{key: logits} of prompts that begin with the same `shared` tokens, with up to `length`
+        more."""
+        if max(len(p.ids) for p in prompts) > self.model.config.context:
             raise InputError(f"a prompt is longer than the context of {self.name}")
         room = -(-shared // STEP) * STEP
         prefix = _padded([prompts[0].ids[:shared]], 1, room)

@@ -173,6 +173,18 @@ def _chosen(text: str, count: int) -> tuple[float, ...] | None:
     return (float(number - 1),) if 1 <= number <= count else None
 
 
+def digits_only(logprobs: Sequence[Any]) -> list[Any]:
+    """Of an answer's log-probabilities what `parse` reads: the tokens 0 and 1, and at each of them
+    these two."""
+    fits = lambda t: isinstance(t, dict) and str(t.get("token")).strip() in ("0", "1")
+    pair = lambda t: {"token": t["token"], "logprob": t.get("logprob")}
+    return [
+        {**pair(t), "top_logprobs": [pair(o) for o in t.get("top_logprobs") or () if fits(o)]}
+        for t in logprobs
+        if fits(t)
+    ]
+
+
 def _confidence(logprobs: Sequence[Any], count: int) -> tuple[float, ...] | None:
     """P(1) / (P(0) + P(1)) at each token that is a 0 or a 1 (delphi), if there are `count`."""
     found = []
