@@ -106,12 +106,13 @@ $(PEERS)/.made: constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet -c constraints-peers.txt torch
 	@touch $@
 
-$(PEERS)/.has: $(PEERS)/.made pyproject.toml
+$(PEERS)/.has: $(PEERS)/.made pyproject.toml Makefile
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python -c constraints-peers.txt \
-	    -e '.[demo]' pytest hypothesis transformers sae-lens circuit-tracer nnsight
-	# without what it depends on: it wants numpy 1, for parts that no test runs
+	    -e '.[demo]' pytest hypothesis transformers sae-lens circuit-tracer nnsight scikit-learn
+	# without what they depend on: they want other versions, for parts that no test runs
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
-	    sae-bench==0.6.0 tabulate==0.10.0 collectibles==0.1.5
+	    sae-bench==0.6.0 tabulate==0.10.0 collectibles==0.1.5 sae-probes==0.4.2 \
+	    sae-dashboard==0.8.0
 	@touch $@
 
 test-peers: $(PEERS)/.has

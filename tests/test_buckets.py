@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec.config
 import jax
+import jax.numpy as jnp
 import pytest
 from etils import epath
 from etils.epath import gpath
@@ -18,8 +19,13 @@ from gcp_storage_emulator import server
 from training_runner import PASSES, run, same_bits, stopped
 
 from gemma_scope_jax.buckets import folder_path, local_copy
-from gemma_scope_jax.cards.explanations import read_explanations, write_explanations
+from gemma_scope_jax.cards.explanations import (
+    explained_folder,
+    read_explanations,
+    write_explanations,
+)
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training import feeds, progress
 
@@ -121,6 +127,15 @@ def test_explanations_in_a_bucket_are_read_and_kept(bucket):
     assert read_explanations("gs://bucket/explained", 8) == {3: entry}
     assert read_explanations("gs://bucket/explained/explanations.json") == {3: entry}
     assert not os.path.exists("gs:")
+
+
+def test_explanations_of_a_coder_in_a_bucket_lie_there(bucket):
+    """Not in the copy, which another one takes the place of."""
+    one = jnp.ones((2, 2))
+    coder = SparseCoder(one, one[0], one[0], one, one[0], layer=0, info=CoderInfo(l0=1.0))
+    save_coder(coder, "gs://bucket/sae", config_extra={"model_name": "acme/tiny"})
+    found = load_coder("gs://bucket/sae")
+    assert explained_folder(found.info) == "gs://bucket/sae" != found.info.folder
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from gemma_scope_jax.buckets import folder_path
+from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.coders.atomic_files import write_folder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
 
 FILE = "explanations.json"
@@ -70,6 +71,12 @@ def _is_explanation(entry: Any) -> bool:
         and isinstance(scores := entry.get("scores"), dict)
         and all(isinstance(score, dict) for score in scores.values())
     )
+
+
+def explained_folder(info: CoderInfo) -> str:
+    """Where a coder's explanations lie: beside its files, of one in a bucket in the bucket. "" for
+    a coder without files."""
+    return info.path if is_remote(info.path) else info.folder
 
 
 def layer_folder(folder: str, layers: int, layer: int | None) -> str:

@@ -179,13 +179,17 @@ def _check_free(folder: Path, coder: Any) -> None:
 
 def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
     """The explanations of a layer's features, beside the coder or where they are `given`."""
-    from gemma_scope_jax.cards.explanations import layer_folder, read_explanations
+    from gemma_scope_jax.cards.explanations import (
+        explained_folder,
+        layer_folder,
+        read_explanations,
+    )
     from gemma_scope_jax.evaluation.metrics import layers_of
 
     layers = len(layers_of(coder))
     if layers > 1 and given.endswith(".json"):
         raise InputError("--explanations: of a coder of several layers, give the folder of all")
-    folder = given or coder.info.folder
+    folder = given or explained_folder(coder.info)
     return read_explanations(layer_folder(folder, layers, layer), coder.width) if folder else {}
 
 

@@ -105,7 +105,11 @@ def explain(
         explain_features,
         explained_by,
     )
-    from gemma_scope_jax.cards.explanations import layer_folder, read_explanations
+    from gemma_scope_jax.cards.explanations import (
+        explained_folder,
+        layer_folder,
+        read_explanations,
+    )
     from gemma_scope_jax.coders.gemma_scope_files import load_coder
     from gemma_scope_jax.evaluation.metrics import layers_of
     from gemma_scope_jax.extraction.store import FeatureStore
@@ -129,7 +133,8 @@ def explain(
         tok = load_tokenizer(model)
         corpus = open_corpus(opened, tok, sampling, name, layer)
     wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, judge)
-    folder = layer_folder(out or loaded.info.folder, len(layers_of(loaded)), layer)
+    folder = out or explained_folder(loaded.info)
+    folder = layer_folder(folder, len(layers_of(loaded)), layer)
     path = _answer_file(answers, folder)
     known = _neighbours(corpus, loaded, wanted, neighbours) if hard_negatives else {}
     if judge == "endpoint":

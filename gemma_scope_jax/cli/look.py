@@ -50,14 +50,16 @@ def inspect(
     """
     text = given_text(text, file)
     loaded_model, (loaded_coder,), tok = load_all(model, [coder], dtype, one_layer=True)
-    from gemma_scope_jax.cards.explanations import read_explanations
+    from gemma_scope_jax.cards.explanations import explained_folder, read_explanations
     from gemma_scope_jax.cards.inspect import inspect_text
     from gemma_scope_jax.cards.inspect_page import inspection_page
     from gemma_scope_jax.cards.inspect_terminal import print_inspection
     from gemma_scope_jax.cards.labels import read_labels
 
     labels = read_labels(loaded_coder.info.folder, loaded_coder.width)
-    known = read_explanations(explanations or loaded_coder.info.folder, loaded_coder.width)
+    known = read_explanations(
+        explanations or explained_folder(loaded_coder.info), loaded_coder.width
+    )
     with stage("compiling and running (what was compiled before is taken from the cache)"):
         seen = inspect_text(
             loaded_model, loaded_coder, tok, text, top_k=top_k, labels=labels, explanations=known

@@ -48,8 +48,8 @@ def cards(coder, tmp_path_factory):
 
 
 def test_saedashboard_reads_its_batches(cards, coder, tmp_path):
-    name = "sae_dashboard.neuronpedia.neuronpedia_dashboard"
-    dashboard = pytest.importorskip(name, reason="needs `pip install sae-dashboard`")
+    from sae_dashboard.neuronpedia import neuronpedia_dashboard as dashboard
+
     export_saedashboard(cards, coder, tok, tmp_path / "new", lambda *_: None)
     seen = []
     for n in range(2):
@@ -62,7 +62,8 @@ def test_saedashboard_reads_its_batches(cards, coder, tmp_path):
 
 
 def test_graph_viewers_read_their_files(cards, tmp_path):
-    models = pytest.importorskip("circuit_tracer.frontend.feature_models")
+    from circuit_tracer.frontend import feature_models as models
+
     export_anthropic({1: cards}, tok, tmp_path, lambda *_: None)
     folder = tmp_path / "features"
     index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))["1"]
