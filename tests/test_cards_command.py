@@ -149,7 +149,9 @@ def test_a_run_killed_at_once_goes_on(tiny, one, tmp_path, monkeypatch):
         stop = lambda *_: (_ for _ in ()).throw(SystemError)
         patch.setattr(build, "gather_examples", stop)
         cards(one, *options)
-    (tmp_path / "out" / "one" / "cards" / ".density.npy").write_bytes(b"half")  # as SIGKILL leaves
+    made = tmp_path / "out" / "one" / "cards"
+    (made / ".density.npy").write_bytes(b"half")  # as SIGKILL leaves it
+    (made / "cards.json").rename(made / ".cards.json")
     assert cards(one, *options) == 0
 
 

@@ -172,8 +172,10 @@ def _check_free(folder: Path, coder: Any) -> None:
 
     if coder.info.folder and folder.resolve() == Path(coder.info.folder).resolve():
         raise InputError(f"{folder}: is the coder itself; choose another --out")
-    inside = (path for path in folder.rglob("*") if not path.is_dir())
-    if not (folder / "cards" / FILE).is_file() and next(inside, None) is not None:
+    made = folder / "cards"
+    ours = lambda path: path.parent == made and path.name[0] == "."  # of a run killed at once
+    inside = (path for path in folder.rglob("*") if not path.is_dir() and not ours(path))
+    if not (made / FILE).is_file() and next(inside, None) is not None:
         raise InputError(f"{folder}: holds something else than cards; choose another --out")
 
 
