@@ -54,7 +54,8 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     if is_remote(path):
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name}")
+    # Processes may write the same file at once, each its own copy.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
 

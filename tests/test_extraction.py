@@ -1,5 +1,6 @@
 """The feature store against brute force: what is in it, resuming, sharing, damage, bad input."""
 
+import gzip
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
+from gemma_scope_jax.extraction import work
 from gemma_scope_jax.extraction.active import grouped
 from gemma_scope_jax.extraction.export import export_store
 from gemma_scope_jax.extraction.extract import extract
@@ -34,6 +36,7 @@ from gemma_scope_jax.extraction.shard_files import (
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from gemma_scope_jax.model.tokenizer import Chat, Span
 
 D, WIDTH = 32, 48
 SETTINGS = dict(rows=2, length=32, slots=24, shard_tokens=300, values="float32")
@@ -234,6 +237,56 @@ def test_more_tokens_extend_a_store(model, documents, tmp_path):
     assert dense(more, "a", 1).sum(0) == pytest.approx(dense(again, "a", 1).sum(0), rel=1e-5)
 
 
+def test_all_of_the_text_extends_a_part_of_it(model, documents, store, tmp_path):
+    extract(model, CODERS, Letters(), documents, tmp_path, tokens=200, **SETTINGS)
+    extract(model, CODERS, Letters(), documents, tmp_path, **SETTINGS)
+    whole = extract(model, CODERS, Letters(), documents, tmp_path, tokens=300, **SETTINGS)
+    assert whole.complete and whole.counted == store.counted
+
+
+@pytest.mark.parametrize("sample", [200, 2_000_000])
+@pytest.mark.parametrize("tokens", [None, 900, 5000])
+def test_streams_end_where_they_end(model, documents, tmp_path, monkeypatch, sample, tokens):
+    """Of compressed files and functions nobody knows beforehand how many documents there are."""
+    monkeypatch.setattr(work, "SAMPLE", sample)
+    path = tmp_path / "texts.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    one, data = {"a": CODERS["a"]}, TextData(files=(str(path),))
+    found = extract(model, one, Letters(), data, tmp_path / "s", tokens=tokens, **SETTINGS)
+    everything = sum(map(len, documents))
+    least = min(everything, everything if tokens is None else tokens)
+    assert found.complete and least * 0.8 <= found.counted <= everything
+    if tokens == 900 and sample > 900:
+        assert 900 <= found.counted < 1000
+    assert not list((tmp_path / "s").glob(".*"))
+    texts = sorted(found.document(n).tokens.tolist() for n in found.document_numbers)
+    wanted = sorted(Letters().encode(text, bos=False).tolist() for text in documents)
+    assert texts == wanted if least == everything else all(t in wanted for t in texts)
+
+
+def test_a_text_that_shrinks_is_said(model, documents, tmp_path):
+    texts = list(documents)
+    source = lambda: iter(texts)
+    one = {"a": CODERS["a"]}
+    extract(model, one, Letters(), source, tmp_path, share=(0, 2), **SETTINGS)
+    del texts[5:]
+    with pytest.raises(InputError, match="the text has changed: shard 1 has no documents now"):
+        extract(model, one, Letters(), source, tmp_path, share=(1, 2), **SETTINGS)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path):
+    coders = {"low": sae(7, 1, threshold=-1.0), "late": sae(7, 1, threshold=0.5, first=4)}
+    found = extract(model, coders, Letters(), documents, tmp_path, **SETTINGS)
+    positions = np.concatenate([s.positions for s in found.segments()])
+    low, late = dense(found, "low", 1), dense(found, "late", 1)
+    assert not late[positions < 4].any() and (late[positions >= 4] > 0).any(-1).all()
+    np.testing.assert_allclose(np.where(low > 0.5, low, 0.0)[positions >= 4],
+                               late[positions >= 4], rtol=1e-5)  # fmt: skip
+    assert 0 < low[low > 0].min() < 0.1  # a ReLU: nothing negative, though the threshold is
+
+
 def test_chats_count_what_the_roles_say(tmp_path):
     """Only the model's turns of a chat have features."""
     model, path = tiny_model(PRESETS["gemma-3-270m"], layers=4), tmp_path / "chats.jsonl"
@@ -243,17 +296,7 @@ def test_chats_count_what_the_roles_say(tmp_path):
     class Chats(Letters):
         def chat(self, messages, add_generation_prompt):
             ids = self.encode(messages[0]["content"] + messages[1]["content"])
-
-            class Chat:
-                def mask(self, *roles):
-                    said = np.zeros(len(ids), bool)
-                    if "model" in roles:
-                        said[4:] = True
-                    return said
-
-            chat = Chat()
-            chat.ids = ids
-            return chat
+            return Chat(ids, (Span(0, 4, "user"), Span(4, len(ids), "model")))
 
     data = TextData(files=(str(path),), messages="chat")
     got = extract(model, CODERS["a"], Chats(), data, tmp_path / "s", **SETTINGS)
@@ -288,6 +331,8 @@ def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
     print_plan(plan)
     print_store(store)
     said = capsys.readouterr().out
+    with pytest.raises(InputError, match="another coders"):
+        plan_extraction(model, {"a": CODERS["b"]}, Letters(), documents, store.folder, **SETTINGS)
     assert "tokens in 42 documents" in said and "bytes a token" in said and "L0" in said
     print_store(store, json=True)
     found = json.loads(capsys.readouterr().out)
@@ -340,6 +385,16 @@ def test_delphi_finds_every_activation_where_it_looks(store, tmp_path, splits):
         np.testing.assert_allclose(found, dense(store, name, layer), rtol=1e-3)
         config = json.loads((tmp_path / "d" / module / "config.json").read_text())
         assert config["ctx_len"] == 32 and config["model_name"]
+
+
+def test_coders_of_one_last_name_are_all_exported(model, documents, tmp_path):
+    from pyarrow import parquet
+
+    two = {"resid_post/layer_1": CODERS["a"], "other/layer_1": CODERS["b"]}
+    found = extract(model, two, Letters(), documents[:5], tmp_path / "s", **SETTINGS)
+    export_store(found, tmp_path / "p", "parquet")
+    names = parquet.read_table(next((tmp_path / "p").glob("*.parquet"))).column_names
+    assert {f"{name}.values" for name in two} <= set(names)
 
 
 def test_bad_exports_are_one_line(store, tmp_path):
@@ -432,6 +487,8 @@ def test_bad_reading_is_one_line(store, tmp_path):
         (lambda: store.feature(99, "a"), "feature 99: the coder has 0 to 47"),
         (lambda: store.feature(0, "x"), "layer None is none of its layers"),
         (lambda: store.fired("aa"), "no coder 'aa'"),
+        (lambda: store.feature(0, "aa"), "no coder 'aa'"),
+        (lambda: store.segment(0).rows(3, 3, "a"), "3 to 3 is no range"),
         (lambda: store.document(1000), "document 1000 is not in the store"),
         (lambda: store.windows([len(store)], 1, 1), "rows must be 0 to"),
         (lambda: store.segment(99), "segment 99: has 0 to"),
@@ -445,6 +502,64 @@ def test_bad_reading_is_one_line(store, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         FeatureStore(tmp_path)
+
+
+def test_shards_of_another_store_are_refused(model, documents, tmp_path):
+    one, two = ({"a": CODERS[name]} for name in "ab")
+    extract(model, one, Letters(), documents[:4], tmp_path, **SETTINGS)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="holds shards but no manifest.json"):
+        extract(model, two, Letters(), documents[:4], tmp_path, **SETTINGS)
+    other = extract(model, two, Letters(), documents[:4], tmp_path / "b", **SETTINGS)
+    shutil.copy(other.folder / "manifest.json", tmp_path)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(InputError, match="shard-000000.features: belongs to another store"):
+        extract(model, two, Letters(), documents[:4], tmp_path, **SETTINGS)
+    with pytest.raises(InputError, match="shard-000000.features: belongs to another store"):
+        FeatureStore(tmp_path)
+
+
+def test_an_index_that_is_old_or_damaged_does_not_count(model, documents, tmp_path):
+    one = {"a": CODERS["a"]}
+    extract(model, one, Letters(), documents, tmp_path, tokens=200, **SETTINGS)
+    old = (tmp_path / "index.json").read_text()
+    last = (tmp_path / shard_name(0)).read_bytes()  # cut short: more tokens make it anew
+    whole = extract(model, one, Letters(), documents, tmp_path, tokens=1200, **SETTINGS)
+    new = contents(tmp_path)
+    (tmp_path / "index.json").write_text(old)  # as a process that has not heard of it may do
+    (tmp_path / shard_name(0)).write_bytes(last)
+    assert not FeatureStore(tmp_path).complete
+    again = lambda: extract(model, one, Letters(), documents, tmp_path, tokens=1200, **SETTINGS)
+    assert not again().complete  # the short shard is removed
+    assert again().complete and contents(tmp_path) == new
+    index = json.loads(new["index.json"])
+    index["shards"][0]["segments"][0][0] += 1
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="index.json: is damaged"):
+        FeatureStore(tmp_path).verify()
+    for text in ('{"shards": 5}', '{"shards": [{}]}', "[]", "{"):
+        (tmp_path / "index.json").write_text(text)
+        assert again().complete and len(again()) == len(whole)
+
+
+@pytest.mark.parametrize(
+    "change", [{"coders": None}, {"per_shard": 0}, {"documents": "many"}, {"data": []}]
+)
+def test_a_damaged_manifest_is_one_line(store, tmp_path, change):
+    manifest = json.loads((store.folder / "manifest.json").read_text()) | change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="manifest.json: is damaged"):
+        FeatureStore(tmp_path)
+
+
+def test_shards_without_text_are_whole(model, tmp_path, capsys):
+    one = {"a": CODERS["a"]}
+    texts = ["", "abcdef", "", "ghi"]
+    found = extract(model, one, Letters(), texts, tmp_path, **SETTINGS | {"shard_tokens": 1})
+    assert found.complete and found.counted == 9 and len(found.document(0).tokens) == 0
+    found.verify()
+    print_store(found)
+    assert "L0" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):

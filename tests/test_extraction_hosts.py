@@ -42,15 +42,17 @@ def same(one, two):
         assert (near | ties).all()
 
 
-def test_one_mesh_over_two_processes_gives_the_same_store(tmp_path):
-    one = write(tmp_path / "one", count=61)
+@pytest.mark.parametrize("count", [61, 8])
+def test_one_mesh_over_two_processes_gives_the_same_store(tmp_path, count):
+    """Of 61 documents one process has more shards than the other; of 8 it has all."""
+    one = write(tmp_path / "one", count=count)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, address, str(process), str(tmp_path / "two")],
+            [sys.executable, __file__, address, str(process), str(tmp_path / "two"), str(count)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for process in range(2)
@@ -93,4 +95,4 @@ if __name__ == "__main__":
     join_processes(sys.argv[1], 2, int(sys.argv[2]))
     made = feature_writer.tiny_model
     feature_writer.tiny_model = lambda *a, **k: spread(made(*a, **k), make_mesh(4, 2))
-    write(sys.argv[3], count=61)
+    write(sys.argv[3], count=int(sys.argv[4]))

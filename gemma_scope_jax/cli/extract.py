@@ -81,7 +81,7 @@ def extract(
 
         join_processes(coordinator, processes, process)
         share = (0, 1)
-    loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh)
+    loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh, decoders=False)
     from gemma_scope_jax.extraction.extract import extract as run_extraction
     from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
 

@@ -49,13 +49,15 @@ def load_all(
     *,
     one_layer: bool = False,
     mesh: tuple[int, int] | None = None,
+    decoders: bool = True,
     with_model: bool = True,
 ) -> tuple[Any, list[Any], Any]:
     """Model, coders and tokenizer; the small things first, so that mistakes show at once.
 
     A glob among `coders` stands for all packaged coders, published addresses and folders that it
     matches. `one_layer`: those of several layers are refused. `mesh`: (data, model) devices that
-    the model is spread over. `with_model=False` leaves the model away: None.
+    the model is spread over. `with_model=False` leaves the model away: None. Without `decoders`
+    those of several layers stay on the disk.
     """
     use_compilation_cache()
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
@@ -79,7 +81,8 @@ def load_all(
         model = model or next(iter(made_for), DEFAULT_MODEL)
         for coder in loaded:
             check_fits(model_config(model), coder)
-        loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
+        if decoders:
+            loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
         tok = load_tokenizer(model)
     if not with_model:
         return None, loaded, tok

@@ -123,8 +123,11 @@ def encoders(group: Group, coders: Mapping[str, Coder], mesh: Any = None) -> Enc
 
 
 def slots_for(coders: Sequence[Coder]) -> int:
-    """Room for four times the largest target L0, a multiple of 32; 256 where no coder knows its."""
-    known = [c.info.l0 for c in coders if c.info.l0]
+    """Room for four times the largest target L0, a multiple of 32; 256 where no coder knows its.
+
+    The target of a coder of several layers is taken as that of all.
+    """
+    known = [c.info.l0 / len(layers_of(c)) for c in coders if c.info.l0]
     return -(-int(4 * max(known, default=64)) // 32) * 32
 
 

@@ -44,8 +44,10 @@ def export_store(
 
 def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
     """(coder, layer, width, column name) of everything that is stored."""
-    for coder in store.manifest["coders"]:
-        name = os.path.basename(coder["name"].rstrip("/"))
+    short = [os.path.basename(name.rstrip("/")) for name in store.coders]
+    for coder, name in zip(store.manifest["coders"], short):
+        if short.count(name) > 1:  # whole names where the last parts are alike
+            name = coder["name"].strip("/")
         for layer in coder["layers"]:
             several = f"/layer_{layer}" * (len(coder["layers"]) > 1)
             yield coder["name"], layer, coder["width"], name + several
@@ -113,7 +115,7 @@ def _delphi(store: FeatureStore, folder: Any, splits: int | None) -> None:
         module = folder / name
         module.mkdir(parents=True, exist_ok=True)
         locations, activations = _located(store, coder, layer, start, stop)
-        small = len(tokens) <= 1 << 16 and stop - start <= 1 << 16
+        small = max(len(tokens), length, stop - start) <= 1 << 16
         found = {
             "locations": locations.astype(np.uint16 if small else np.uint32),
             "activations": activations.astype(np.float16), "tokens": tokens,

@@ -12,6 +12,7 @@ import collections
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +26,7 @@ from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.data.activation_files import no_space
 from gemma_scope_jax.data.activation_store import model_identity
 from gemma_scope_jax.data.text import prefetch
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.evaluate import check_fits
 from gemma_scope_jax.extraction import active as on_device
 from gemma_scope_jax.extraction import hosts
@@ -46,6 +47,7 @@ from gemma_scope_jax.progress import Progress
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
+IN_FLIGHT = 3  # batches on the device that the host has not copied yet
 
 
 def extract(
@@ -96,16 +98,31 @@ def extract(
             remove_leftovers(path)  # type: ignore[arg-type]
         plan = manifests.agree(path, job, tokens)
         left = manifests.missing(path, plan)
+        if left:
+            (path / manifests.INDEX).unlink(missing_ok=True)
         mine = [shard for shard in left if shard % share[1] == share[0]]
         if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
             _write(model, named, path, plan, mine, job)
         hosts.wait(model)
-        manifests.finish(path, plan)
+        manifests.finish(path, plan, job)
+    except InputError:
+        raise
     except OSError as error:
         what = "no space left" if no_space(error) else error.strerror or error
         hint = "free some and run the same again: whole shards stay" if no_space(error) else ""
         raise InputError(f"{path}: {what}{'; ' * bool(hint)}{hint}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            "the device's memory does not suffice: take fewer rows, fewer coders at a time, or a "
+            f"mesh ({reason(error)})"
+        ) from error
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise InputError(f"{path}: {reason(error)}") from error  # the clients' own types
     return FeatureStore(path)
 
 
@@ -180,7 +197,7 @@ def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
     the activation twice and its place in the index.
     """
     entry = {"float16": 5.8, "float32": 9.4}[values]
-    l0 = sum((c.info.l0 or 64.0) * len(on_device.layers_of(c)) for c in coders.values())
+    l0 = sum(c.info.l0 or 64.0 for c in coders.values())
     return 3.0 + entry * l0
 
 
@@ -201,6 +218,7 @@ class Runner:
             on_device.active_features, groups=self.groups, form=on_device.compaction(),
             precision=precision,
         )  # fmt: skip
+        self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 
     def compiled(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> Any:
@@ -210,30 +228,50 @@ class Runner:
         return jitted.lower(self.model, self.weights, *batch, slots=self.slots,
                             **self._run.keywords).compile()  # fmt: skip
 
-    def start(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
-        """Begin a batch [B, T]; hand what this returns to `finish`."""
+    def launch(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
+        """(the batch [B, T] on the device, what is found in it, which is under way)."""
         batch = tuple(self._put(a) for a in (tokens, segments, counts))
         return batch, self._run(self.model, self.weights, *batch, slots=self.slots)
 
+    def start(self, *batch: np.ndarray) -> tuple:
+        """`launch`, when there is room on the device; hand what this returns to `finish`."""
+        self._room.acquire()
+        return self.launch(*batch)
+
     def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
         """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
+        try:
+            found = self._on_host(started)
+        finally:
+            self._room.release()
+        entries: dict[tuple[str, int], Entries] = {}
+        for group, active in zip(self.groups, found):
+            _check_finite(group, active)
+            for i, member in enumerate(group.members):
+                entries[member] = layer_entries(group, active, i, kept)
+        order = [(name, own) for name, coder in self.coders.items()
+                 for own in range(len(on_device.layers_of(coder)))]  # fmt: skip
+        return [entries[member] for member in order]
+
+    def _on_host(self, started: tuple) -> list[Active]:
+        """What was found of this process's rows, as numpy; spilled rows only if there are any."""
         batch, found = started
         slots, widest = self.slots, max(group.width for group in self.groups)
         while any(np.asarray(active.overflow).any() for active in found):
             slots = min(4 * slots, widest)
             self.again += 1
             found = self._run(self.model, self.weights, *batch, slots=slots)
-        entries: dict[tuple[str, int], Entries] = {}
+        held = []
         for group, active in zip(self.groups, found):
             if self.hosts > 1:
                 active = hosts.own_part(self.mesh, active, group.width)
+            spilled = active.spilled
             host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
-            _check_finite(group, host)
-            for i, member in enumerate(group.members):
-                entries[member] = layer_entries(group, host, active.spilled, i, kept)
-        order = [(name, own) for name, coder in self.coders.items()
-                 for own in range(len(on_device.layers_of(coder)))]  # fmt: skip
-        return [entries[member] for member in order]
+            size = host.count.shape[1] // host.spilled_tokens.shape[1]
+            some = [np.asarray(spilled[i]) if (which < size).any() else None
+                    for i, which in enumerate(host.spilled_tokens)]  # fmt: skip
+            held.append(host.replace(spilled=some))
+        return held
 
 
 def _check_finite(group: Group, active: Active) -> None:
@@ -245,7 +283,7 @@ def _check_finite(group: Group, active: Active) -> None:
         )
 
 
-def layer_entries(group: Group, active: Active, spilled: Any, i: int, kept: np.ndarray) -> Entries:
+def layer_entries(group: Group, active: Active, i: int, kept: np.ndarray) -> Entries:
     """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
     count, parts = active.count[i][kept], active.count.shape[-1]  # [n, m]
     slots, part = active.values.shape[-1] // parts, group.width // parts
@@ -259,7 +297,7 @@ def layer_entries(group: Group, active: Active, spilled: Any, i: int, kept: np.n
         return Entries(_ends(count.sum(-1)), ids, values)
     count, n = count.astype(np.int64), len(active.count[i])
     found = []  # a row's second product may differ by a tie, so it says itself how many there are
-    for row, j, dense in _spilled(active.spilled_tokens[i], np.asarray(spilled[i]), kept, part, n):
+    for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
         (here,) = np.nonzero(dense)
         count[row, j] = len(here)
         found.append((row * parts + j, here + j * part, dense[here]))
@@ -292,11 +330,13 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     first = min(c.first for c in coders.values())
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
-    behind = max(1, threads // 2)  # batches, and segments, that are worked on behind the device
-    ahead = max(1, threads // len(widths))
+    behind = max(1, threads // 2)  # batches that are turned into entries behind the device
+    ahead = max(1, min(4, threads // len(widths)))
+    store, closing = manifests.digest(job.describe()), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,
+        ThreadPoolExecutor(1, "disk") as disk,
         prefetch(plan.batches(shards)) as batches,
     ):
         if runner.hosts > 1:
@@ -308,10 +348,19 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
             with ShardWriter(file, widths, job.values, pool, ahead) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
-                        writer.close(shard=shard, documents=packed.documents)
                         break
                     done += writer.add(*_rows(packed, first), packed.pieces, entries)
                     progress.at(done)
+                else:
+                    raise InputError(f"the text has changed: shard {shard} has no documents now")
+                if closing is not None:
+                    closing.result()
+                about = {"shard": shard, "store": store, "documents": packed.documents}
+                closing = disk.submit(writer.close, **about)
+        for _ in results:  # other hosts' batches, which all run
+            pass
+        if closing is not None:
+            closing.result()
     if runner.again > 10:
         print(f"{runner.again} batches had to run again: more slots than {job.slots} are faster",
               file=sys.stderr)  # fmt: skip
@@ -322,7 +371,7 @@ def _results(
 ) -> Iterator[tuple[Packed | Ended, Any]]:
     """(batch, its entries), and (`Ended`, None), in order.
 
-    The device is a batch ahead; up to `most` batches behind it are turned into entries at a time.
+    Up to `IN_FLIGHT` batches are on the device, and `most` behind it are turned into entries.
     """
     waiting: collections.deque = collections.deque()
     for event, _ in batches:
@@ -358,9 +407,10 @@ def _results_in_step(
         batch = (blank, blank, blank > 0)
         if event is not None:
             batch = (event.batch.tokens, event.batch.segments, event.batch.counts)
-        waiting.append((event, (runner.start(*batch), np.flatnonzero(batch[1]))))
-        while len(waiting) > 2:
+        started = runner.start(*batch), np.flatnonzero(batch[1])
+        while waiting:
             yield from _finished(runner, *waiting.popleft())
+        waiting.append((event, started))
     while waiting:
         yield from _finished(runner, *waiting.popleft())
 

@@ -87,25 +87,28 @@ def describe(name: str, coder: Coder) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
-    """The plan of the store in the folder, begun or extended here if need be.
+def digest(settings: Mapping[str, Any]) -> str:
+    """What ties a shard to its store: a checksum of what two stores must share to be the same."""
+    same = json.dumps({key: settings[key] for key in _SAME}, sort_keys=True)
+    return hashlib.blake2b(same.encode(), digest_size=8).hexdigest()
+
+
+def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], dict | None]:
+    """(the manifest that the store is to have, the one that is there). Writes nothing.
 
     Raises `InputError` if what is there is something else.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
-    plan = lambda m: Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"])
     if not (folder / MANIFEST).exists():
-        if any(shards_there(folder)):
+        if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
         documents, mean, _ = measure(job.text, tokens)
         size = {
             "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
             "mean": mean,
         }  # fmt: skip
-        new = FORMAT | job.describe() | size | {"versions": _versions()}
-        write_text(folder / MANIFEST, json.dumps(new, indent=1))
-        return plan(new)
+        return FORMAT | job.describe() | size | {"versions": _versions()}, None
     old = read_manifest(folder)
     for key, value in job.describe().items():
         if old[key] != value:
@@ -113,17 +116,31 @@ def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
                 f"{folder}: holds features of another {key} ({_difference(old[key], value)}); "
                 "choose another folder"
             )
-    if old["tokens"] == tokens or (tokens or 0) < (old["tokens"] or 0):
-        return plan(old)
+    everything = old["tokens"] is None
+    if everything or (tokens is not None and tokens <= old["tokens"]):
+        return old, old
     documents, _, _ = measure(job.text, tokens)
     if documents <= old["documents"]:
-        return plan(old)
-    (folder / INDEX).unlink(missing_ok=True)
-    if old["documents"] % old["per_shard"]:  # the last shard was cut short: it must be made anew
-        (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)
-    new = old | {"tokens": tokens, "documents": documents}
-    write_text(folder / MANIFEST, json.dumps(new, indent=1))
-    return plan(new)
+        return old, old
+    return old | {"tokens": tokens, "documents": documents}, old
+
+
+def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:
+    """The work that a manifest describes."""
+    m = manifest
+    return Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"])
+
+
+def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
+    """The plan of the store in the folder, begun or extended here if need be."""
+    new, old = settle(folder, job, tokens)
+    if old is not None and new != old:
+        (folder / INDEX).unlink(missing_ok=True)
+        if old["documents"] % old["per_shard"]:  # the last shard was cut short: made anew
+            (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)
+    if new != old:
+        write_text(folder / MANIFEST, json.dumps(new, indent=1))
+    return plan_of(new, job)
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -160,7 +177,26 @@ def read_manifest(folder: Any) -> dict[str, Any]:
     wanted = {*_SAME, "tokens", "documents", "per_shard", "mean"}
     if lacking := wanted - set(manifest):
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}; extract again")
+    if not _is_sound(manifest):
+        raise InputError(f"{path}: is damaged; extract into another folder")
     return manifest
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether what is read of a manifest has the types and sizes that it must have."""
+    whole = lambda v, least: isinstance(v, int) and v >= least
+    coders, known = manifest["coders"], {"name": str, "layers": list, "width": int, "first": int}
+    return (
+        isinstance(coders, list)
+        and len(coders) > 0
+        and all(isinstance(c, dict) for c in coders)
+        and all(isinstance(c.get(k), kind) for c in coders for k, kind in known.items())
+        and all(isinstance(manifest[k], dict) for k in ("model", "data"))
+        and whole(manifest["documents"], 1)
+        and whole(manifest["per_shard"], 1)
+        and (manifest["tokens"] is None or whole(manifest["tokens"], 1))
+        and isinstance(manifest["mean"], int | float)
+    )
 
 
 def shards_there(folder: Any) -> list[int]:
@@ -180,33 +216,59 @@ def missing(folder: Any, plan: Plan) -> list[int]:
     return [shard for shard in range(plan.shards) if shard not in there]
 
 
-def finish(folder: Any, plan: Plan) -> bool:
-    """Write the index if every shard is there; returns whether it is."""
+def finish(folder: Any, plan: Plan, job: Job) -> bool:
+    """Write the index if every shard is there, and whole; returns whether it is.
+
+    A shard that was made for fewer documents is removed, to be made anew.
+    """
     if missing(folder, plan):
         return False
-    if not (folder / INDEX).exists():
-        index = {"shards": [summary(Shard(folder / shard_name(n))) for n in range(plan.shards)]}
-        write_text(folder / INDEX, json.dumps(index))
+    wanted = digest(job.describe())
+    if _holds(folder, plan.documents):
+        return True
+    shards = []
+    for number in range(plan.shards):
+        shards.append(summary(Shard(folder / shard_name(number)), wanted))
+        if shards[-1]["documents"] != plan.in_shard(number):
+            (folder / shard_name(number)).unlink()
+            return False
+    write_text(folder / INDEX, json.dumps({"shards": shards}))
     return True
 
 
-def summary(shard: Shard) -> dict[str, Any]:
-    """What the index holds of a shard."""
-    segments = shard.footer["segments"]
-    entries = zip(*([coder["entries"] for coder in s["coders"]] for s in segments))
+def _holds(folder: Any, documents: int) -> bool:
+    """Whether there is an index of so many documents."""
+    try:
+        return read_index(folder, documents) is not None
+    except InputError:
+        return False
+
+
+def summary(shard: Shard, store: str) -> dict[str, Any]:
+    """What the index holds of a shard. Raises `InputError` if it is another store's."""
+    footer = shard.footer
+    if footer.get("store") != store:
+        raise InputError(f"{shard.path}: belongs to another store; delete it and extract again")
+    segments, entries = footer["segments"], [0] * footer["lists"]
+    for segment in segments:
+        entries = [n + coder["entries"] for n, coder in zip(entries, segment["coders"])]
     return {
-        "shard": shard.footer["shard"], "bytes": shard.size,
-        "documents": len(shard.footer["documents"]),
-        "segments": [[s["tokens"], s["counted"]] for s in segments],
-        "entries": [sum(of) for of in entries],
+        "shard": footer["shard"], "bytes": shard.size, "documents": len(footer["documents"]),
+        "segments": [[s["tokens"], s["counted"]] for s in segments], "entries": entries,
     }  # fmt: skip
 
 
-def read_index(folder: Any) -> list[dict[str, Any]] | None:
-    """The shards' summaries, in order; None while the store is not complete."""
+def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
+    """The shards' summaries, in order; None while the store of `documents` is not complete."""
     path = folder / INDEX
     try:
-        return json.loads(path.read_text())["shards"]
+        shards = json.loads(path.read_text())["shards"]
+        fine = all(
+            {"shard", "bytes", "documents", "segments", "entries"} <= set(s)
+            and all(len(size) == 2 for size in s["segments"])
+            for s in shards
+        )
+        return shards if fine and sum(s["documents"] for s in shards) == documents else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

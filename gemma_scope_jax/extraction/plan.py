@@ -13,9 +13,9 @@ from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.extract import Runner, job_of, token_bytes
+from gemma_scope_jax.extraction.extract import IN_FLIGHT, Runner, job_of, token_bytes
 from gemma_scope_jax.extraction.store import FeatureStore
-from gemma_scope_jax.extraction.work import Plan, measure
+from gemma_scope_jax.extraction.work import Packed, Plan
 from gemma_scope_jax.model.config import Model
 
 
@@ -49,9 +49,8 @@ def plan_extraction(
     if hosts.count_of(model) > 1:
         raise InputError("a plan is made by one process: leave out --coordinator")
     job = job_of(model, named, tok, source, **settings)
-    documents, mean, _ = measure(job.text, tokens)
-    plan = Plan(job.text, documents, job.per_shard(mean), job.rows, job.length, mean)
-    there = set(manifests.shards_there(path)) if path.exists() else set()
+    plan = manifests.plan_of(manifests.settle(path, job, tokens)[0], job)
+    documents, mean, there = plan.documents, plan.mean, set(manifests.shards_there(path))
     mine = [s for s in range(plan.shards) if s % share[1] == share[0]]
     left = [s for s in mine if s not in there]
     ahead = sum(map(plan.in_shard, left)) * mean
@@ -85,14 +84,16 @@ def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
     compiled = runner.compiled(ids, ids, ids > 0)
     found = compiled.memory_analysis()
     names = ("argument", "output", "temp", "generated_code")
-    size = sum(getattr(found, f"{name}_size_in_bytes") for name in names)
+    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in names}
+    size = sum(sizes.values()) + (IN_FLIGHT - 1) * sizes["output"]
     device = jax.tree.leaves(runner.weights)[0].devices().pop()
     return int(size), (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _rate(runner: Runner, plan: Plan) -> float:
     """Tokens a second of the first batch, the second time it runs."""
-    packed: Any = next(plan.batches([0]))
+    shards = range(plan.shards)
+    packed: Any = next(p for p in plan.batches(shards) if isinstance(p, Packed))
     batch, kept = packed.batch, np.flatnonzero(packed.batch.segments)
     for _ in range(2):
         start = time.perf_counter()

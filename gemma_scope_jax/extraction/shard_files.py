@@ -162,14 +162,20 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is not None and not self._file.closed:
-            for _, jobs in self._coding:
-                for job in jobs:
-                    job.cancel()
+        if kind is not None:
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for job in (job for jobs in self._coding for job in jobs):
+            job.cancel()
+        with contextlib.suppress(Exception):
+            if hasattr(self._file, "discard"):  # a bucket's: closing would make the object
+                self._file.discard()  # type: ignore[attr-defined]
+            self._file.close()
+        if self._temporary != self.path:
             with contextlib.suppress(OSError):
-                self._file.close()
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
+                self._temporary.unlink(missing_ok=True)
 
     def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> int:
         """A batch; returns how many of its tokens count.
@@ -185,10 +191,18 @@ class ShardWriter:
 
     def close(self, **about: Any) -> dict[str, Any]:
         """Write the rest and the footer, with `about` in it; returns the footer."""
+        try:
+            return self._close(about)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _close(self, about: dict[str, Any]) -> dict[str, Any]:
         if self._held:
             self._flush()
         self._store(0)
-        footer = {"version": 1, **about, "segments": self._segments}
+        lists = {"lists": len(self.widths)}
+        footer = {"version": 1, **about, **lists, "segments": self._segments}
         data = zlib.compress(json.dumps(footer, separators=(",", ":")).encode(), 6)
         self._write(data)
         self._write(len(data).to_bytes(4, "little") + zlib.crc32(data).to_bytes(4, "little"))
@@ -222,8 +236,8 @@ class ShardWriter:
             for job in jobs:
                 said, some = job.result()
                 about.append(said)
-                for name, dtype, data in some:
-                    blocks[name] = [self._at, len(data), zlib.crc32(data), dtype]
+                for name, dtype, data, crc in some:
+                    blocks[name] = [self._at, len(data), crc, dtype]
                     self._write(data)
             self._segments.append({**about[0], "blocks": blocks, "coders": about[1:]})
 
@@ -236,7 +250,7 @@ def joined(parts: Sequence[Entries]) -> Entries:
     return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
 
 
-Block = tuple[str, str, bytes]  # name, dtype, bytes
+Block = tuple[str, str, bytes, int]  # name, dtype, bytes, crc32
 
 
 def _tokens_coded(held: list[tuple]) -> tuple[dict, list[Block]]:
@@ -283,7 +297,8 @@ def _in_parts(entries: Entries, ends: list[int], ids: str, values: str) -> dict[
 
 
 def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
-    return [(prefix + name, array.dtype.str, squeeze(array)) for name, array in arrays.items()]
+    squeezed = ((name, array.dtype.str, squeeze(array)) for name, array in arrays.items())
+    return [(prefix + name, dtype, data, zlib.crc32(data)) for name, dtype, data in squeezed]
 
 
 def parts_of(offsets: np.ndarray) -> list[int]:

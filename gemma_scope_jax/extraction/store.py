@@ -113,7 +113,9 @@ class Segment:
 
     def _some(self, c: int, start: int, stop: int, ends: list[int], names: Any) -> Entries:
         """The lists `start` to `stop` of those whose blocks end at `ends`."""
-        first, last = np.searchsorted(ends, [start, max(start, stop - 1)], side="right").tolist()
+        if not 0 <= start < stop <= ends[-1]:
+            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {ends[-1]}")
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
         begin = 0 if first == 0 else ends[first - 1]
         offsets, ids, values = self._lists(c, first, ends[: last + 1], *names)
         offsets = offsets[start - begin : stop - begin + 1]
@@ -173,11 +175,12 @@ class FeatureStore:
         self.folder = folder_path(folder)
         self.manifest = manifests.read_manifest(self.folder)
         self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
-        index = manifests.read_index(self.folder)
+        self._digest = manifests.digest(self.manifest)
+        index = manifests.read_index(self.folder, self.manifest["documents"])
         self.complete = index is not None
         if index is None:
             there = manifests.shards_there(self.folder)
-            index = [manifests.summary(self._open(number)) for number in there]
+            index = [manifests.summary(self._open(number), self._digest) for number in there]
         self.shards: list[dict[str, Any]] = index
         sizes = [size for shard in index for size in shard["segments"]]
         self._starts = np.cumsum(np.array([0, *(size[0] for size in sizes)], np.int64))
@@ -221,6 +224,8 @@ class FeatureStore:
     def width(self, coder: str | None = None) -> int:
         """Features (a layer) of a coder."""
         name = self._only_coder() if coder is None else coder
+        if name not in self.coders:
+            raise InputError(f"{self.folder}: no coder {name!r}{nearest(name, self.coders)}")
         return next(c["width"] for c in self.manifest["coders"] if c["name"] == name)
 
     # ---- by token --------------------------------------------------------------------------------
@@ -315,7 +320,8 @@ class FeatureStore:
         where = self.where(number)
         place, within = self._documents[number]
         before = sum(len(shard["segments"]) for shard in self.shards[:place])
-        tokens, rows, at = [], [], []
+        none = np.zeros(0, np.int32)
+        tokens, rows, at = [none], [none.astype(np.int64)], [none]
         for n in range(before, before + len(self.shards[place]["segments"])):
             segment = self.segment(n)
             documents = segment._piece_table[0][segment.pieces]
@@ -323,7 +329,7 @@ class FeatureStore:
             tokens.append(segment.tokens[here])
             rows.append(here + segment.start)
             at.append(segment.offsets[here])
-        offsets = np.concatenate(at) if at else np.zeros(0, np.int32)
+        offsets = np.concatenate(at)
         keep = (offsets >= start) & (offsets < (len(offsets) if stop is None else stop))
         return Document(number, where, np.concatenate(tokens)[keep], np.concatenate(rows)[keep])
 
@@ -363,3 +369,6 @@ class FeatureStore:
                     "delete it and run the same extract again"
                 )
             there.verify()
+            if manifests.summary(there, self._digest) != shard:
+                index = self.folder / manifests.INDEX
+                raise InputError(f"{index}: is damaged; delete it and extract again")

@@ -30,6 +30,7 @@ from gemma_scope_jax.errors import InputError
 
 SAMPLE = 2_000_000  # tokens counted before the start: a target up to here is met to the document
 FEW = 200_000  # likewise where all the text is wanted
+_BLOCK = 1024  # positions shuffled at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Text:
         """
         if isinstance(self.documents, Indexed):
             count = self.documents.count
-            for position in range(start, count if stop is None else min(stop, count)):
-                number = position
+            stop = count if stop is None else min(stop, count)
+            for first in range(start, stop, _BLOCK):
+                numbers = np.arange(first, min(first + _BLOCK, stop))
                 if self.seed is not None:
-                    here = np.array([position])
-                    number = int(shuffled_positions(here, count, self.seed, 0)[0])
-                yield number, self.documents.read(number)
+                    numbers = shuffled_positions(numbers, count, self.seed, 0)
+                for number in numbers.tolist():
+                    yield number, self.documents.read(number)
             return
         some = (
             self.documents.in_order()
@@ -93,6 +95,7 @@ def measure(text: Text, tokens: int | None) -> tuple[int, float, bool]:
         for size in map_ahead(pool, encode, text.records(0), 4 * _threads()):
             documents, counted = documents + 1, counted + size
             if counted >= wanted:
+                pool.shutdown(wait=False, cancel_futures=True)
                 break
     if not counted:
         raise InputError("no text: all documents are empty or unusable")
@@ -104,7 +107,9 @@ def measure(text: Text, tokens: int | None) -> tuple[int, float, bool]:
         known = known if known is not None else sum(1 for _ in text.records(0))
         return known, mean, True
     needed = -int(-tokens // mean)
-    return (needed, mean, False) if known is None else (min(needed, known), mean, needed > known)
+    if known is None:
+        known = sum(1 for _ in text.records(0, needed + 1))
+    return min(needed, known), mean, needed > known
 
 
 @dataclasses.dataclass(frozen=True)
