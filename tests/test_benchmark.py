@@ -14,6 +14,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.evaluation import benchmark
 from gemma_scope_jax.evaluation.absorption import LETTERS
@@ -218,7 +219,7 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
     other = model.replace(params=model.params.replace(final_norm=norm))
     assert job(bench, 90) != job(benchmark.Bench(other, tok, coders, bench.folder), 90)
     changed = coders["sae"].replace(b_enc=coders["sae"].b_enc + 1.0)
-    assert benchmark._coder_key(coders["sae"]) != benchmark._coder_key(changed)
+    assert weights_identity(coders["sae"]) != weights_identity(changed)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
@@ -19,7 +20,7 @@ from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
-from gemma_scope_jax.evaluation.core import coder_fingerprint, core_config
+from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import Plan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
@@ -103,13 +104,13 @@ def text(tmp_path_factory):
     return folder
 
 
-def setup(text, loss_tokens=150):
+def setup(model, text, loss_tokens=150):
     data = EvaluationText(
         TextData(files=(f"{text}/*.txt",)), Letters(), tokens=400, rows=2, length=32
     )
     plan = Plan(loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True,
                 groups=data.groups)  # fmt: skip
-    return data, plan, core_config(data, plan, "tiny", "float32", "fruit", True)
+    return data, plan, core_config(data, plan, model, "fruit", True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_only_the_beginning_of_a_document():
 @pytest.fixture(scope="module")
 def measured(model, folders, text, tmp_path_factory):
     """Two coders and the replacement model of one of them with a transcoder, in a folder."""
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     coders = [load_coder(folders / "sae_0"), coder(5, layer=0, reads="mlp_in", writes="mlp_out")]
     out = str(tmp_path_factory.mktemp("out"))
     return out, coders, evaluate_core(model, coders, data, plan, config, out, replacement=True)
@@ -216,7 +217,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     measured, model, folders, text, monkeypatch, capsys
 ):
     out, coders, results = measured
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     seen = []
     real = core_run.measure
     monkeypatch.setattr(
@@ -228,7 +229,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     assert seen == [1] and more[0] == results[0]
     assert "measured before" in capsys.readouterr().err
     with pytest.raises(InputError, match="another loss_tokens .*150, now 40.*another --out"):
-        evaluate_core(model, coders, *setup(text, 40), out)
+        evaluate_core(model, coders, *setup(model, text, 40), out)
 
 
 class Killed(Exception):
@@ -239,7 +240,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
     """Killed in the first or the second pass: the same figures, nothing run twice."""
     _, coders, results = measured
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     real, steps = core_run._After.__call__, []
 
     def step(self, sums, stage, tokens):
@@ -264,7 +265,7 @@ def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
 
 def test_a_damaged_saving_is_one_line(measured, model, text, tmp_path, monkeypatch):
     _, coders, _ = measured
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
     monkeypatch.setattr(core_run._Saved, "remove", lambda self: None)
     evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
@@ -289,10 +290,21 @@ def test_tables_and_plots(measured, capsys):
 
 
 def test_weights_are_told_apart_but_copies_are_not(folders, tmp_path):
-    one, other = (coder_fingerprint(load_coder(folders / f"sae_{i}")) for i in range(2))
+    one, other = (weights_identity(load_coder(folders / f"sae_{i}")) for i in range(2))
     shutil.copytree(folders / "sae_0", tmp_path / "copy", copy_function=shutil.copyfile)
-    assert coder_fingerprint(load_coder(tmp_path / "copy")) == one != other
-    assert coder_fingerprint(coder()) == ""
+    assert weights_identity(load_coder(tmp_path / "copy")) == weights_identity(coder(0)) == one
+    moved = coder(0).replace(b_enc=jnp.roll(coder(0).b_enc, 1))
+    retrained = coder(0).replace(w_dec=coder(0).w_dec * 1.001)
+    assert len({one, other, weights_identity(moved), weights_identity(retrained)}) == 4
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_this(measured, model, text):
+    """As PT and IT are, or a model and what was trained from it with its norms left alone."""
+    out, coders, _ = measured
+    blocks = model.params.blocks
+    tuned = model.replace(params=model.params.replace(blocks=blocks.replace(w_o=blocks.w_o * 1.01)))
+    with pytest.raises(InputError, match="measured with another model_weights"):
+        evaluate_core(tuned, coders, *setup(tuned, text), out)
 
 
 def test_frontier():
@@ -339,7 +351,7 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
         normal(2, D, F), normal(2, F), jnp.abs(normal(2, F)), normal(3, F, D), normal(2, D),
         layers=(0, 2),
     )  # fmt: skip
-    data, plan, config = setup(text, 60)
+    data, plan, config = setup(model, text, 60)
     (result,) = evaluate_core(model, [c], data, plan, config)
     rows = result["eval_result_unstructured"]["layers"]
     mean = result["eval_result_metrics"]["reconstruction_quality"]["fvu"]

@@ -105,7 +105,7 @@ def _make(model, coders, tok, store, others, settings, logits, export, out: Path
     from gemma_scope_jax.cards.explanations import read_explanations
     from gemma_scope_jax.cards.published import find_examples
     from gemma_scope_jax.cards.site import build_site, write_index
-    from gemma_scope_jax.evaluation.metrics import layers_of
+    from gemma_scope_jax.coders.coder import layers_of
 
     progress = _progress()
     wanted = [(c, layer) for c in coders for layer in layers_of(c)]

@@ -71,10 +71,7 @@ def evaluate(
     plan = Plan(
         loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
     )
-    kind = str(loaded_model.params.embed.dtype)
-    config = core_config(
-        data, plan, loaded_model.config.name, kind, dataset, not skip_geometry
-    )  # fmt: skip
+    config = core_config(data, plan, loaded_model, dataset, not skip_geometry)
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:
         shown = [{**r, "eval_result_details": []} for r in results]

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import absorption as spelling
@@ -38,6 +38,7 @@ from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.evaluation.results import plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
 
 SPELLING_COST = 90  # tokens of a spelling prompt
@@ -87,7 +88,7 @@ class Job:
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
-        key = {**self.settings, "name": self.name, "model": _model_key(bench.model)}
+        key = {**self.settings, "name": self.name, "model": model_identity(bench.model)}
         digest = hashlib.blake2b(json.dumps(plain(key), sort_keys=True).encode(), digest_size=5)
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
 
@@ -97,7 +98,7 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
     Raises `InputError` for a result file that is not one.
     """
-    keys = {name: _coder_key(coder) for name, coder in bench.coders.items()}
+    keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
     found = [_stored(job, bench, keys) for job in jobs]
     missing = [[s for s in job.subjects if s not in had] for job, had in zip(jobs, found)]
     progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
@@ -138,21 +139,6 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
         return {s: r["result"] for s, r in results.items() if s not in keys or r["key"] == keys[s]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a task's results; remove it to measure again") from error
-
-
-def _model_key(model: Model) -> str:
-    parts = jax.device_get((model.params.final_norm, model.params.embed[:64]))
-    data = b"".join(np.asarray(part, np.float32).tobytes() for part in parts)
-    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
-    return f"{model.config.name} {model.params.embed.dtype} {digest}"
-
-
-def _coder_key(coder: SparseCoder) -> str:
-    """Tells weights from others: biases and thresholds, which training never leaves alone."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (coder.b_enc, coder.threshold, coder.b_dec):
-        digest.update(np.asarray(part, np.float32).tobytes())
-    return f"{coder.kind} {coder.reads} {coder.layer} {coder.width} {digest.hexdigest()}"
 
 
 # -------------------------------------------------------------------------------------------------

@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, write_bytes
+from gemma_scope_jax.coders.coder import Coder, weights_identity
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.core import (
     CORE,
     REPLACEMENT,
-    coder_fingerprint,
     core_result,
     replacement_name,
     replacement_result,
 )
 from gemma_scope_jax.evaluation.evaluate import Measured, Plan, measure
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.metrics import COLUMNS, Coder
+from gemma_scope_jax.evaluation.metrics import COLUMNS
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
 from gemma_scope_jax.evaluation.results import (
     coder_id,
@@ -61,12 +61,12 @@ def evaluate_core(
             again; "": nothing is written
     Raises `InputError` for coders that do not fit, and documents made with another config.
     """
-    configs = [{**config, "coder_files": coder_fingerprint(c)} for c in coders]
+    configs = [{**config, "coder_weights": weights_identity(c)} for c in coders]
     ids = [coder_id(c) for c in coders]
     if repeated := [i for i in ids if ids.count(i) > 1]:
         raise InputError(f"{'/'.join(repeated[0])} is named twice: each coder once")
     name = replacement_name(coders)
-    together = {**config, "coder_files": [c["coder_files"] for c in configs]}
+    together = {**config, "coder_weights": [c["coder_weights"] for c in configs]}
     found = [_finished(out, CORE, i, c) for i, c in zip(ids, configs)]
     whole = None
     if replacement:

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
-from gemma_scope_jax.evaluation.metrics import Coder, coder_sums, layers_of, on_host
+from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import (
     ablated,
     compare,
