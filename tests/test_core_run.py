@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,7 +25,14 @@ from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import Plan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
-from gemma_scope_jax.evaluation.results import ENVELOPE, coder_id, plain, read_result, write_result
+from gemma_scope_jax.evaluation.results import (
+    ENVELOPE,
+    coder_id,
+    plain,
+    read_result,
+    result_path,
+    write_result,
+)
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import Chat, Span
@@ -193,12 +201,19 @@ def measured(model, folders, text, tmp_path_factory):
     return out, coders, evaluate_core(model, coders, data, plan, config, out, replacement=True)
 
 
+def written(out, results):
+    """The documents as they are in the folder."""
+    names = [(r["eval_type_id"], r["sae_lens_release_id"], r["sae_lens_id"]) for r in results]
+    return [read_result(result_path(out, *name)) for name in names]
+
+
 def test_documents_have_saebenchs_schema(measured):
-    _, _, results = measured
+    out, _, results = measured
     assert [r["eval_type_id"] for r in results] == ["core", "core", "replacement"]
     for result in results:
         assert set(result) == set(ENVELOPE)
-    for result in results[:2]:
+        assert result["eval_result_details"] == []  # they are in the files
+    for result in written(out, results)[:2]:
         for group, names in CORE_NAMES.items():
             numbers = result["eval_result_metrics"][group]
             assert all(isinstance(numbers[name], int | float) for name in names)
@@ -239,8 +254,46 @@ class Killed(Exception):
 @pytest.mark.parametrize("at", [1, 9])
 def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
     """Killed in the first or the second pass: the same figures, nothing run twice."""
-    _, coders, results = measured
-    data, plan, config = setup(model, text)
+    steps = kill_after(monkeypatch, at)
+    monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
+    goes_on(measured, model, text, tmp_path)
+    assert steps == ["fit"] * steps.count("fit") + ["loss"] * steps.count("loss")
+    assert {"fit", "loss"} == set(steps)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_killed_while_documents_are_written(measured, model, text, tmp_path, monkeypatch, at):
+    """What has been measured is not measured again, whichever of the documents are there."""
+    steps, made = kill_after(monkeypatch, 10**6), []
+    real = core_run.core_result
+
+    def result(*arguments):
+        made.append(arguments)
+        if len(made) == at:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(core_run, "core_result", result)
+    goes_on(measured, model, text, tmp_path)
+    assert len(made) == 3  # two, and the one it was killed in
+    batches = len(list(setup(model, text)[0]))
+    assert steps.count("fit") == batches
+
+
+def test_killed_when_all_is_written(measured, model, text, tmp_path, monkeypatch):
+    _, coders, _ = measured
+    kill = lambda self: (_ for _ in ()).throw(Killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(core_run._Saved, "remove", kill)
+        with pytest.raises(Killed):
+            evaluate_core(model, coders, *setup(model, text), str(tmp_path), replacement=True)
+    steps = kill_after(monkeypatch, 1)
+    evaluate_core(model, coders, *setup(model, text), str(tmp_path), replacement=True)
+    assert not steps and not list(tmp_path.glob("partial-*"))
+
+
+def kill_after(monkeypatch, at):
+    """The stages of the steps that are run; the process ends after `at` of them."""
     real, steps = core_run._After.__call__, []
 
     def step(self, sums, stage, tokens):
@@ -249,18 +302,52 @@ def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
         if len(steps) == at:
             raise Killed
 
-    monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
     monkeypatch.setattr(core_run._After, "__call__", step)
-    out = str(tmp_path)
+    return steps
+
+
+def goes_on(measured, model, text, folder):
+    """Run twice, the first being killed: the result is that of a run that was not."""
+    whole, coders, results = measured
+    data, plan, config = setup(model, text)
+    out = str(folder)
     with pytest.raises(Killed):
         evaluate_core(model, coders, data, plan, config, out, replacement=True)
-    assert len(list(tmp_path.glob("partial-*.npz"))) == 1
+    assert len(list(folder.glob("partial-*.npz"))) == 1
     again = evaluate_core(model, coders, data, plan, config, out, replacement=True)
-    assert steps == ["fit"] * steps.count("fit") + ["loss"] * steps.count("loss")
-    assert {"fit", "loss"} == set(steps) and not list(tmp_path.glob("partial-*"))
-    for one, two in zip(results, again):
+    assert not list(folder.glob("partial-*"))
+    for one, two in zip(written(whole, results), written(out, again), strict=True):
         for name in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert one[name] == two[name]
+
+
+def test_all_of_the_text(model, text, capsys):
+    """Without a number of tokens: the text's own, which nobody knows before."""
+    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
+    config = core_config(data, Plan(), model, "fruit", False)
+    (result,) = evaluate_core(model, [coder()], data, Plan(), config)
+    stats = result["eval_result_metrics"]["token_stats"]
+    counted = sum(int(batch.counts.sum()) for batch in data)
+    assert stats["total_tokens_eval_sparsity_variance"] == counted
+    assert "how they fit, all of the text" in capsys.readouterr().err
+
+
+def test_batches_that_can_be_read_again_are_not_kept(model, text):
+    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=1, length=32)
+    alive = []
+
+    class Batches:
+        def __iter__(self):
+            for batch in data:
+                alive.append(weakref.ref(batch.counts))
+                assert sum(ref() is not None for ref in alive) < 4
+                yield batch
+
+    plan = Plan(ablations=("zero",))
+    found = measure(model, [coder()], Batches(), plan).tallies[0].metrics()
+    kept = measure(model, [coder()], iter(list(data)), plan).tallies[0].metrics()
+    assert len(alive) == 2 * len(list(data)) > 8
+    assert found.losses == kept.losses and found.all == kept.all
 
 
 def test_a_damaged_saving_is_one_line(measured, model, text, tmp_path, monkeypatch):

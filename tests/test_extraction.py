@@ -34,6 +34,7 @@ from gemma_scope_jax.extraction.shard_files import (
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from gemma_scope_jax.model.tokenizer import Chat, Span
 
 D, WIDTH = 32, 48
 SETTINGS = dict(rows=2, length=32, slots=24, shard_tokens=300, values="float32")
@@ -243,17 +244,8 @@ def test_chats_count_what_the_roles_say(tmp_path):
     class Chats(Letters):
         def chat(self, messages, add_generation_prompt):
             ids = self.encode(messages[0]["content"] + messages[1]["content"])
-
-            class Chat:
-                def mask(self, *roles):
-                    said = np.zeros(len(ids), bool)
-                    if "model" in roles:
-                        said[4:] = True
-                    return said
-
-            chat = Chat()
-            chat.ids = ids
-            return chat
+            turns = Span(0, 1, "turn"), Span(1, 4, "user"), Span(4, len(ids), "model")
+            return Chat(ids, turns)
 
     data = TextData(files=(str(path),), messages="chat")
     got = extract(model, CODERS["a"], Chats(), data, tmp_path / "s", **SETTINGS)

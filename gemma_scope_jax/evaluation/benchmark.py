@@ -7,6 +7,7 @@ table, model, a coder's weights) is part of the key that finds it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -55,6 +56,10 @@ class Bench:
     coders: Mapping[str, SparseCoder]
     folder: epath.Path
 
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        return model_identity(self.model)
+
     def raw(self) -> dict[str, Place]:
         """The activations that the coders read, by a name for each."""
         places = {(c.reads, c.layer) for c in self.coders.values()}
@@ -88,7 +93,7 @@ class Job:
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
-        key = {**self.settings, "name": self.name, "model": model_identity(bench.model)}
+        key = {**self.settings, "name": self.name, "model": bench.identity}
         digest = hashlib.blake2b(json.dumps(plain(key), sort_keys=True).encode(), digest_size=5)
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
 

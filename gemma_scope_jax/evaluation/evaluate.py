@@ -161,6 +161,7 @@ def measure(
 ) -> Measured:
     """The sums of all coders over the batches, as `plan` says.
 
+    batches: read once for each pass; those of an iterator, which ends, are kept for the second.
     saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
     not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
     of the second pass some of a batch's runs, which count as their share of its tokens.
@@ -176,11 +177,12 @@ def measure(
         replaced(tuple(coders))  # says now if two are at one place
     if saved is not None:
         measured.restore(saved)
+    ready = lambda batch: _rows(batch, plan, names)
+    again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[_Rows] = []
     held = 0
-    for number, batch in enumerate(batches):
-        rows = _rows(batch, plan, names)
-        if plan.loss_tokens is None or held < plan.loss_tokens:
+    for number, rows in enumerate(map(ready, batches)):
+        if not again and (plan.loss_tokens is None or held < plan.loss_tokens):
             kept.append(rows)
             held += rows.size
         if number < measured.fitted:
@@ -189,20 +191,37 @@ def measure(
         measured.fitted += 1
         if after is not None:
             after(measured, "fit", rows.size)
-    if not kept:
-        return measured
+    if measured.fitted and plan.loss_tokens != 0:
+        _measure_losses(model, measured, map(ready, batches) if again else kept, plan, after)
+    return measured
+
+
+def _measure_losses(
+    model: Model,
+    measured: Measured,
+    batches: Iterable["_Rows"],
+    plan: Plan,
+    after: Callable[[Measured, str, int], None] | None,
+) -> None:
+    """The second pass, from where `measured` is."""
     runs = _runs(model, measured, plan)
     some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
-    steps = [(rows, part) for rows in kept for part in some]
-    at, clean = None, None
-    for rows, part in steps[measured.compared :]:
-        if at is not rows:
-            at, clean = rows, final_residual(model, rows.tokens, rows.segments, ())
-        _add_losses(model, clean, part, rows)
-        measured.compared += 1
-        if after is not None:
-            after(measured, "loss", rows.size // len(some))
-    return measured
+    held = step = 0
+    for rows in batches:
+        held += rows.size
+        clean = None
+        for part in some:
+            step += 1
+            if step <= measured.compared:
+                continue
+            if clean is None:
+                clean = final_residual(model, rows.tokens, rows.segments, ())
+            _add_losses(model, clean, part, rows)
+            measured.compared += 1
+            if after is not None:
+                after(measured, "loss", rows.size // len(some))
+        if plan.loss_tokens is not None and held >= plan.loss_tokens:
+            return
 
 
 @dataclasses.dataclass(frozen=True)
