@@ -222,6 +222,27 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
     assert weights_identity(coders["sae"]) != weights_identity(changed)
 
 
+def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile_once):
+    """A coder that begins later in a text changes which tokens count, for all coders."""
+    from etils import epath
+
+    model, _ = tiny_speller()
+    coders = {"early": random_coder("sae", 0), "late": random_coder("sae", 1).replace(first=3)}
+
+    def results(name, *calls):
+        for some in calls:
+            given = {c: coders[c] for c in some}
+            bench = benchmark.Bench(model, Letters(), given, epath.Path(folder / name))
+            path = folder / "topics.csv"
+            jobs = [benchmark.concept_job(bench, "tpp", path, limit=90, ns=(2, 5))]
+            found = benchmark.run_jobs(bench, jobs)
+        return found
+
+    both = ("early", "late")
+    assert results("first a", ("early",), both) == results("first b", both)
+    assert results("first c", ("late",), both) == results("first b", both)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -236,6 +257,13 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
         (["--scr", "{}/moods.csv"], "two attributes"),
         (["--scr", "{}/sae0/config.json"], "is not one"),
         (["--tpp", "{}/topics.csv", "--limit", "6"], "too small"),
+        (["--tpp", "{}/topics.csv", "--limit", "2"], "limit of 2 .* too small for 3 classes"),
+        (["--scr", "{}/people.csv", "--limit", "3"], "limit of 3 .* too small for 4 classes"),
+        (["--scr", "{}/people.csv", "--limit", "20"], "one has 5 texts among 20; SCR needs 10"),
+        (
+            ["--probing", "{}/moods.csv", "--protocol", "saebench", "--limit", "1"],
+            "limit of 1 .* too small for 2 classes",
+        ),
         (["--absorption", "--out", "ftp://x"], "ftp:// is not known"),
     ],
 )

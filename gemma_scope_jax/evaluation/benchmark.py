@@ -32,6 +32,7 @@ from gemma_scope_jax.evaluation.pooling import (
     Report,
     encode_rows,
     encode_texts,
+    largest_first,
     places_of,
     pool,
 )
@@ -59,6 +60,11 @@ class Bench:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         return model_identity(self.model)
+
+    @property
+    def first(self) -> int:
+        """The position from which on tokens count in means: the same for all coders."""
+        return largest_first(self.coders.values())
 
     def raw(self) -> dict[str, Place]:
         """The activations that the coders read, by a name for each."""
@@ -177,6 +183,8 @@ def probing_jobs(
             "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
             "table": _digest(path),
         }  # fmt: skip
+        if protocol.how == "mean":
+            settings["first"] = bench.first
         subjects = (*bench.coders, *bench.raw())
         family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
         work = _work(task.texts, protocol.context)
@@ -212,7 +220,7 @@ def _pooled(
             coders.append(coder)
             places.discard(place)
     ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
-    pooled = pool(bench.model, coders, ids, how=how, report=report)
+    pooled = pool(bench.model, coders, ids, how=how, first=bench.first, report=report)
     return names, Pooled(pooled.raw, pooled.features[: len(names)])
 
 
@@ -225,7 +233,7 @@ def concept_job(
     make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
     task = make(read_table(path), limit)
     settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT}
-    settings["table"] = _digest(path)
+    settings |= {"table": _digest(path), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     measure = _concepts(family, path, limit, ns)
     return Job(family, task.name, settings, tuple(bench.coders), work, measure)

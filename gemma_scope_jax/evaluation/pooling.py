@@ -7,7 +7,7 @@ adds it up by text, so that [tokens, F] never exists.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -55,6 +55,7 @@ def pool(
     texts: Sequence[np.ndarray],
     *,
     how: Literal["mean"] | int = "mean",
+    first: int | None = None,
     places: Sequence[Place] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
@@ -64,17 +65,17 @@ def pool(
 
     how      "mean" over the tokens that count, or an index into the text's tokens, such as -1 for
              the last
+    first    tokens before it in a text are left out of the mean, for all coders alike, so that
+             they are measured on the same, but never a text's last; default: the largest of theirs
     places   where activations are wanted, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
-    Tokens before the largest `first` of the coders do not count, for any of them, so that all are
-    measured on the same; but the last token of a text always does. What is returned lies in host
-    memory, 4 N (D + F) bytes for each coder. Raises `InputError` for a text without tokens, longer
-    than the model's context, or too short for `how`.
+    What is returned lies in host memory, 4 N (D + F) bytes for each coder. Raises `InputError` for
+    a text without tokens, longer than the model's context, or too short for `how`.
     """
     _check(model, texts, how)
-    first = max((coder.first for coder in coders), default=1)
+    first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[Place, np.ndarray] = {}
@@ -93,6 +94,11 @@ def pool(
         if report is not None:
             report(done, total)
     return Pooled(raw, features)
+
+
+def largest_first(coders: Iterable[SparseCoder]) -> int:
+    """The position in a text from which on all of the coders have features."""
+    return max((coder.first for coder in coders), default=1)
 
 
 def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
