@@ -488,8 +488,18 @@ def test_the_command(tiny, folders, text, capsys):
     assert (
         results[0]["eval_config"]["tokens"] == 200 and "compiled; how they fit, 200 tokens" in err
     )
-    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--seed", "1"]) == 0
     assert "sae_1" in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(['{"text": "plums and pears, figs and sloes"}', '{"no": 1}'] * 9))
+    arguments = ["evaluate", f"{folders}/sae_0", "--model", "tiny", "--length", "32", "--rows", "2",
+                 "--tokens", "60", "--loss-tokens", "0", "--text", str(path)]  # fmt: skip
+    assert cli.main(arguments) == 2
+    assert "set skip_bad" in capsys.readouterr().err
+    assert cli.main([*arguments, "--skip-bad"]) == 0
 
 
 def test_without_losses_or_text(tiny, folders, capsys):
@@ -508,6 +518,7 @@ BAD = {
     "no_losses": (["--replacement", "--loss-tokens", "0"], "--replacement measures losses"),
     "too_long": (["--length", "65"], "more than the model's context of 64"),
     "no_rows": (["--rows", "0"], "rows must hold"),
+    "two_texts": (["--text", "TEXT", "--tfds", "news"], "either files or tfds"),
     "chats": (["--messages", "m"], "--messages needs --text"),
     "chats_in_text": (["--messages", "m", "--text", "TEXT"], "plain text holds no chats"),
     "role": (["--messages", "m", "--text", "TEXT", "--roles", "cook"], "no such role"),
@@ -527,3 +538,5 @@ def test_bad_input_is_one_line(tiny, folders, text, capsys, case):
                      *(["--length", "32"] if "--length" not in more else [])])  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
+    if case in ("no_text", "two_texts", "role"):  # before anything is loaded
+        assert not any("loading" in line for line in lines)

@@ -67,7 +67,7 @@ class Plan:
     ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
     replacement   also with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
-    positions     figures by position in the document, in powers of two
+    positions     figures by position in the piece of a document that a row holds, in powers of two
     groups        {kind: names} of the groups that the batches' labels number
     """
 
