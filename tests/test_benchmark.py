@@ -18,6 +18,7 @@ from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.evaluation import benchmark
 from gemma_scope_jax.evaluation.absorption import LETTERS
+from gemma_scope_jax.evaluation.probing import PROTOCOLS
 from gemma_scope_jax.evaluation.results import read_result
 from gemma_scope_jax.model.config import PRESETS
 
@@ -220,6 +221,28 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
     assert job(bench, 90) != job(benchmark.Bench(other, tok, coders, bench.folder), 90)
     changed = coders["sae"].replace(b_enc=coders["sae"].b_enc + 1.0)
     assert weights_identity(coders["sae"]) != weights_identity(changed)
+
+
+def test_features_have_their_own_numbers(folder, tiny, compile_once):
+    """Results are made of the active columns alone; the first half is silent here."""
+    from etils import epath
+
+    model, _ = tiny_speller()
+    whole = random_coder("sae", 0)
+    threshold = np.where(np.arange(whole.width) < whole.width // 2, 1e9, whole.threshold)
+    coder = whole.replace(threshold=jnp.asarray(threshold, jnp.float32))
+    bench = benchmark.Bench(model, Letters(), {"sae": coder}, epath.Path(folder / "numbers"))
+    protocol = PROTOCOLS["sae-probes"]
+    jobs, _ = benchmark.probing_jobs(bench, [folder / "moods.csv"], protocol, ks=(4,))
+    ((found,),) = [[r["sae"]["4"] for r in benchmark.run_jobs(bench, jobs)]]
+    task = benchmark.make_task(benchmark.read_table(folder / "moods.csv"), protocol)
+    ids = [np.asarray(Letters().encode(text), np.int32) for text in task.texts]
+    pooled = benchmark.pool(model, [coder], ids, how=-1)
+    dense = np.asarray(coder.encode(pooled.raw[coder.reads, coder.layer]))
+    want = benchmark.probe_task(task, {"sae": dense}, protocol, (4,))["sae"]["4"]
+    assert found["features"] == list(want["features"])
+    assert min(found["features"]) >= coder.width // 2
+    assert found["auc"] == pytest.approx(want["auc"])
 
 
 def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile_once):

@@ -33,6 +33,7 @@ from gemma_scope_jax.evaluation.pooling import (
     encode_rows,
     encode_texts,
     largest_first,
+    narrowed,
     places_of,
     pool,
 )
@@ -200,11 +201,24 @@ def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int
         task = make_task(read_table(path), protocol, limit)
         how, keep = protocol.how, protocol.keep
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, report, keep)
-        subjects = dict(zip(names, pooled.features))
+        subjects = {name: f.values for name, f in zip(names, pooled.features)}
         raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
-        return probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+        results = probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+        for name, f in zip(names, pooled.features):
+            results[name] = _numbered(results[name], f.columns)
+        return results
 
     return measure
+
+
+def _numbered(result: Any, columns: np.ndarray) -> Any:
+    """A result whose lists of "features" count `columns` [A], with the features' own numbers."""
+    if isinstance(result, list):
+        return [_numbered(value, columns) for value in result]
+    if not isinstance(result, dict):
+        return result
+    own = lambda numbers: [int(columns[i]) for i in numbers]
+    return {k: own(v) if k == "features" else _numbered(v, columns) for k, v in result.items()}
 
 
 def _pooled(
@@ -253,7 +267,8 @@ def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> 
             x = pooled.raw[place]
             if place not in probes:
                 probes[place] = scr_tpp.fit_probes(task, x)
-            results[name] = score(task, probes[place], coder, x, f, ns)
+            some = narrowed(coder, f.columns)
+            results[name] = score(task, probes[place], some, x, f.values, ns)
         return results
 
     return measure
@@ -278,7 +293,9 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
             if place not in probes:
                 probes[place] = spelling.fit_letters(x[place], task.letters)
             f = encode_rows(coder, x[coder.reads, coder.layer])
-            results[name] = spelling.absorption(coder, x[place], f, task.letters, probes[place])
+            some = narrowed(coder, f.columns)
+            found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
+            results[name] = _numbered(found, f.columns)
         return results
 
     job = Job(family, "vocabulary", settings, names, work, measure)
