@@ -4,7 +4,8 @@
 #   make test               the test suite
 #   make test-official      the test suite, and parity with the gemma package (Python >= 3.12, 4 GB)
 #   make test-slow          the tests that take minutes each
-#   make test-peers         parity with transformers and SAELens, in an environment of their own
+#   make test-peers         parity with transformers, SAELens, SAEBench and others, in an environment
+#                           of their own
 #   make bench              the benchmarks against those libraries (not train_quality.py: an hour;
 #                           train_share.py: for GPUs)
 #   make lint               ruff and pyright
@@ -21,7 +22,7 @@ ARGS ?=
 
 .PHONY: help demo test test-official test-slow test-peers peers bench lint golden constraints
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,16s/^# \{0,1\}//p' Makefile
 
 # ---- Interpreters. A pyenv shim can exist and yet not run, so each candidate is tried.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -94,8 +95,9 @@ constraints: $(MADE)
 	    --output-file constraints.txt
 	@$(UV) --version | sed 's/^uv \([0-9.]*\).*/uv==\1/' >> constraints.txt
 
-# ---- Peers: transformers, SAELens and circuit-tracer beside us. Python 3.11, for which a CPU build
-# of torch is easiest to have; pip installs torch (it honours a local wheel folder), uv the rest.
+# ---- Peers: transformers, SAELens, circuit-tracer, SAEBench, SAE-Probes and SAEDashboard beside us.
+# Python 3.11, for which a CPU build of torch is easiest to have; pip installs torch (it honours a
+# local wheel folder), uv the rest.
 PEERS_PYTHON ?= $(call first,python3.11 $(call pyenv,3.11) $(INTERPRETER))
 PEERS_PYTEST = JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m pytest
 
@@ -106,16 +108,19 @@ $(PEERS)/.made: constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet -c constraints-peers.txt torch
 	@touch $@
 
-$(PEERS)/.has: $(PEERS)/.made pyproject.toml
+$(PEERS)/.has: $(PEERS)/.made pyproject.toml Makefile
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python -c constraints-peers.txt \
-	    -e '.[demo]' pytest hypothesis transformers sae-lens circuit-tracer nnsight
-	# without what it depends on: it wants numpy 1, for parts that no test runs
+	    -e '.[demo]' pytest hypothesis transformers sae-lens circuit-tracer nnsight scikit-learn
+	# without what they depend on: they want other numpy, pyarrow and transformer-lens, for parts
+	# that no test runs
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
-	    sae-bench==0.6.0 tabulate==0.10.0 collectibles==0.1.5
+	    sae-bench==0.6.0 sae-probes==0.4.2 sae-dashboard==0.8.0 tabulate==0.10.0 \
+	    collectibles==0.1.5
 	@touch $@
 
+# A peer that is not there is a failure here, where it would be skipped otherwise.
 test-peers: $(PEERS)/.has
-	$(PEERS_PYTEST) -m peers tests/peers $(ARGS)
+	NO_SKIPS=1 $(PEERS_PYTEST) -m peers tests/peers $(ARGS)
 
 golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
