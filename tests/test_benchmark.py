@@ -14,9 +14,11 @@ from tiny import tiny_model
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.evaluation import benchmark
 from gemma_scope_jax.evaluation.absorption import LETTERS
+from gemma_scope_jax.evaluation.probing import PROTOCOLS
 from gemma_scope_jax.evaluation.results import read_result
 from gemma_scope_jax.model.config import PRESETS
 
@@ -218,7 +220,50 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
     other = model.replace(params=model.params.replace(final_norm=norm))
     assert job(bench, 90) != job(benchmark.Bench(other, tok, coders, bench.folder), 90)
     changed = coders["sae"].replace(b_enc=coders["sae"].b_enc + 1.0)
-    assert benchmark._coder_key(coders["sae"]) != benchmark._coder_key(changed)
+    assert weights_identity(coders["sae"]) != weights_identity(changed)
+
+
+def test_features_have_their_own_numbers(folder, tiny, compile_once):
+    """Results are made of the active columns alone; the first half is silent here."""
+    from etils import epath
+
+    model, _ = tiny_speller()
+    whole = random_coder("sae", 0)
+    threshold = np.where(np.arange(whole.width) < whole.width // 2, 1e9, whole.threshold)
+    coder = whole.replace(threshold=jnp.asarray(threshold, jnp.float32))
+    bench = benchmark.Bench(model, Letters(), {"sae": coder}, epath.Path(folder / "numbers"))
+    protocol = PROTOCOLS["sae-probes"]
+    jobs, _ = benchmark.probing_jobs(bench, [folder / "moods.csv"], protocol, ks=(4,))
+    ((found,),) = [[r["sae"]["4"] for r in benchmark.run_jobs(bench, jobs)]]
+    task = benchmark.make_task(benchmark.read_table(folder / "moods.csv"), protocol)
+    ids = [np.asarray(Letters().encode(text), np.int32) for text in task.texts]
+    pooled = benchmark.pool(model, [coder], ids, how=-1)
+    dense = np.asarray(coder.encode(pooled.raw[coder.reads, coder.layer]))
+    want = benchmark.probe_task(task, {"sae": dense}, protocol, (4,))["sae"]["4"]
+    assert found["features"] == list(want["features"])
+    assert min(found["features"]) >= coder.width // 2
+    assert found["auc"] == pytest.approx(want["auc"])
+
+
+def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile_once):
+    """A coder that begins later in a text changes which tokens count, for all coders."""
+    from etils import epath
+
+    model, _ = tiny_speller()
+    coders = {"early": random_coder("sae", 0), "late": random_coder("sae", 1).replace(first=3)}
+
+    def results(name, *calls):
+        for some in calls:
+            given = {c: coders[c] for c in some}
+            bench = benchmark.Bench(model, Letters(), given, epath.Path(folder / name))
+            path = folder / "topics.csv"
+            jobs = [benchmark.concept_job(bench, "tpp", path, limit=90, ns=(2, 5))]
+            found = benchmark.run_jobs(bench, jobs)
+        return found
+
+    both = ("early", "late")
+    assert results("first a", ("early",), both) == results("first b", both)
+    assert results("first c", ("late",), both) == results("first b", both)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +280,13 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
         (["--scr", "{}/moods.csv"], "two attributes"),
         (["--scr", "{}/sae0/config.json"], "is not one"),
         (["--tpp", "{}/topics.csv", "--limit", "6"], "too small"),
+        (["--tpp", "{}/topics.csv", "--limit", "2"], "limit of 2 .* too small for 3 classes"),
+        (["--scr", "{}/people.csv", "--limit", "3"], "limit of 3 .* too small for 4 classes"),
+        (["--scr", "{}/people.csv", "--limit", "20"], "one has 5 texts among 20; SCR needs 10"),
+        (
+            ["--probing", "{}/moods.csv", "--protocol", "saebench", "--limit", "1"],
+            "limit of 1 .* too small for 2 classes",
+        ),
         (["--absorption", "--out", "ftp://x"], "ftp:// is not known"),
     ],
 )

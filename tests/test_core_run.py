@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
@@ -19,11 +21,18 @@ from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
-from gemma_scope_jax.evaluation.core import coder_fingerprint, core_config
+from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import Plan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
-from gemma_scope_jax.evaluation.results import ENVELOPE, coder_id, plain, read_result, write_result
+from gemma_scope_jax.evaluation.results import (
+    ENVELOPE,
+    coder_id,
+    plain,
+    read_result,
+    result_path,
+    write_result,
+)
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import Chat, Span
@@ -103,13 +112,13 @@ def text(tmp_path_factory):
     return folder
 
 
-def setup(text, loss_tokens=150):
+def setup(model, text, loss_tokens=150):
     data = EvaluationText(
         TextData(files=(f"{text}/*.txt",)), Letters(), tokens=400, rows=2, length=32
     )
     plan = Plan(loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True,
                 groups=data.groups)  # fmt: skip
-    return data, plan, core_config(data, plan, "tiny", "float32", "fruit", True)
+    return data, plan, core_config(data, plan, model, "fruit", True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -186,18 +195,25 @@ def test_only_the_beginning_of_a_document():
 @pytest.fixture(scope="module")
 def measured(model, folders, text, tmp_path_factory):
     """Two coders and the replacement model of one of them with a transcoder, in a folder."""
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     coders = [load_coder(folders / "sae_0"), coder(5, layer=0, reads="mlp_in", writes="mlp_out")]
     out = str(tmp_path_factory.mktemp("out"))
     return out, coders, evaluate_core(model, coders, data, plan, config, out, replacement=True)
 
 
+def written(out, results):
+    """The documents as they are in the folder."""
+    names = [(r["eval_type_id"], r["sae_lens_release_id"], r["sae_lens_id"]) for r in results]
+    return [read_result(result_path(out, *name)) for name in names]
+
+
 def test_documents_have_saebenchs_schema(measured):
-    _, _, results = measured
+    out, _, results = measured
     assert [r["eval_type_id"] for r in results] == ["core", "core", "replacement"]
     for result in results:
         assert set(result) == set(ENVELOPE)
-    for result in results[:2]:
+        assert result["eval_result_details"] == []  # they are in the files
+    for result in written(out, results)[:2]:
         for group, names in CORE_NAMES.items():
             numbers = result["eval_result_metrics"][group]
             assert all(isinstance(numbers[name], int | float) for name in names)
@@ -216,7 +232,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     measured, model, folders, text, monkeypatch, capsys
 ):
     out, coders, results = measured
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     seen = []
     real = core_run.measure
     monkeypatch.setattr(
@@ -228,7 +244,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     assert seen == [1] and more[0] == results[0]
     assert "measured before" in capsys.readouterr().err
     with pytest.raises(InputError, match="another loss_tokens .*150, now 40.*another --out"):
-        evaluate_core(model, coders, *setup(text, 40), out)
+        evaluate_core(model, coders, *setup(model, text, 40), out)
 
 
 class Killed(Exception):
@@ -238,8 +254,46 @@ class Killed(Exception):
 @pytest.mark.parametrize("at", [1, 9])
 def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
     """Killed in the first or the second pass: the same figures, nothing run twice."""
-    _, coders, results = measured
-    data, plan, config = setup(text)
+    steps = kill_after(monkeypatch, at)
+    monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
+    goes_on(measured, model, text, tmp_path)
+    assert steps == ["fit"] * steps.count("fit") + ["loss"] * steps.count("loss")
+    assert {"fit", "loss"} == set(steps)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_killed_while_documents_are_written(measured, model, text, tmp_path, monkeypatch, at):
+    """What has been measured is not measured again, whichever of the documents are there."""
+    steps, made = kill_after(monkeypatch, 10**6), []
+    real = core_run.core_result
+
+    def result(*arguments):
+        made.append(arguments)
+        if len(made) == at:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(core_run, "core_result", result)
+    goes_on(measured, model, text, tmp_path)
+    assert len(made) == 3  # two, and the one it was killed in
+    batches = len(list(setup(model, text)[0]))
+    assert steps.count("fit") == batches
+
+
+def test_killed_when_all_is_written(measured, model, text, tmp_path, monkeypatch):
+    _, coders, _ = measured
+    kill = lambda self: (_ for _ in ()).throw(Killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(core_run._Saved, "remove", kill)
+        with pytest.raises(Killed):
+            evaluate_core(model, coders, *setup(model, text), str(tmp_path), replacement=True)
+    steps = kill_after(monkeypatch, 1)
+    evaluate_core(model, coders, *setup(model, text), str(tmp_path), replacement=True)
+    assert not steps and not list(tmp_path.glob("partial-*"))
+
+
+def kill_after(monkeypatch, at):
+    """The stages of the steps that are run; the process ends after `at` of them."""
     real, steps = core_run._After.__call__, []
 
     def step(self, sums, stage, tokens):
@@ -248,23 +302,57 @@ def test_a_killed_run_goes_on(measured, model, text, tmp_path, monkeypatch, at):
         if len(steps) == at:
             raise Killed
 
-    monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
     monkeypatch.setattr(core_run._After, "__call__", step)
-    out = str(tmp_path)
+    return steps
+
+
+def goes_on(measured, model, text, folder):
+    """Run twice, the first being killed: the result is that of a run that was not."""
+    whole, coders, results = measured
+    data, plan, config = setup(model, text)
+    out = str(folder)
     with pytest.raises(Killed):
         evaluate_core(model, coders, data, plan, config, out, replacement=True)
-    assert len(list(tmp_path.glob("partial-*.npz"))) == 1
+    assert len(list(folder.glob("partial-*.npz"))) == 1
     again = evaluate_core(model, coders, data, plan, config, out, replacement=True)
-    assert steps == ["fit"] * steps.count("fit") + ["loss"] * steps.count("loss")
-    assert {"fit", "loss"} == set(steps) and not list(tmp_path.glob("partial-*"))
-    for one, two in zip(results, again):
+    assert not list(folder.glob("partial-*"))
+    for one, two in zip(written(whole, results), written(out, again), strict=True):
         for name in ("eval_result_metrics", "eval_result_details", "eval_result_unstructured"):
             assert one[name] == two[name]
 
 
+def test_all_of_the_text(model, text, capsys):
+    """Without a number of tokens: the text's own, which nobody knows before."""
+    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
+    config = core_config(data, Plan(), model, "fruit", False)
+    (result,) = evaluate_core(model, [coder()], data, Plan(), config)
+    stats = result["eval_result_metrics"]["token_stats"]
+    counted = sum(int(batch.counts.sum()) for batch in data)
+    assert stats["total_tokens_eval_sparsity_variance"] == counted
+    assert "how they fit, all of the text" in capsys.readouterr().err
+
+
+def test_batches_that_can_be_read_again_are_not_kept(model, text):
+    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=1, length=32)
+    alive = []
+
+    class Batches:
+        def __iter__(self):
+            for batch in data:
+                alive.append(weakref.ref(batch.counts))
+                assert sum(ref() is not None for ref in alive) < 4
+                yield batch
+
+    plan = Plan(ablations=("zero",))
+    found = measure(model, [coder()], Batches(), plan).tallies[0].metrics()
+    kept = measure(model, [coder()], iter(list(data)), plan).tallies[0].metrics()
+    assert len(alive) == 2 * len(list(data)) > 8
+    assert found.losses == kept.losses and found.all == kept.all
+
+
 def test_a_damaged_saving_is_one_line(measured, model, text, tmp_path, monkeypatch):
     _, coders, _ = measured
-    data, plan, config = setup(text)
+    data, plan, config = setup(model, text)
     monkeypatch.setattr(core_run, "SAVED_EVERY", -1.0)
     monkeypatch.setattr(core_run._Saved, "remove", lambda self: None)
     evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
@@ -289,10 +377,21 @@ def test_tables_and_plots(measured, capsys):
 
 
 def test_weights_are_told_apart_but_copies_are_not(folders, tmp_path):
-    one, other = (coder_fingerprint(load_coder(folders / f"sae_{i}")) for i in range(2))
+    one, other = (weights_identity(load_coder(folders / f"sae_{i}")) for i in range(2))
     shutil.copytree(folders / "sae_0", tmp_path / "copy", copy_function=shutil.copyfile)
-    assert coder_fingerprint(load_coder(tmp_path / "copy")) == one != other
-    assert coder_fingerprint(coder()) == ""
+    assert weights_identity(load_coder(tmp_path / "copy")) == weights_identity(coder(0)) == one
+    moved = coder(0).replace(b_enc=jnp.roll(coder(0).b_enc, 1))
+    retrained = coder(0).replace(w_dec=coder(0).w_dec * 1.001)
+    assert len({one, other, weights_identity(moved), weights_identity(retrained)}) == 4
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_this(measured, model, text):
+    """As PT and IT are, or a model and what was trained from it with its norms left alone."""
+    out, coders, _ = measured
+    blocks = model.params.blocks
+    tuned = model.replace(params=model.params.replace(blocks=blocks.replace(w_o=blocks.w_o * 1.01)))
+    with pytest.raises(InputError, match="measured with another model_weights"):
+        evaluate_core(tuned, coders, *setup(tuned, text), out)
 
 
 def test_frontier():
@@ -339,7 +438,7 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
         normal(2, D, F), normal(2, F), jnp.abs(normal(2, F)), normal(3, F, D), normal(2, D),
         layers=(0, 2),
     )  # fmt: skip
-    data, plan, config = setup(text, 60)
+    data, plan, config = setup(model, text, 60)
     (result,) = evaluate_core(model, [c], data, plan, config)
     rows = result["eval_result_unstructured"]["layers"]
     mean = result["eval_result_metrics"]["reconstruction_quality"]["fvu"]
@@ -389,8 +488,18 @@ def test_the_command(tiny, folders, text, capsys):
     assert (
         results[0]["eval_config"]["tokens"] == 200 and "compiled; how they fit, 200 tokens" in err
     )
-    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--seed", "1"]) == 0
     assert "sae_1" in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(['{"text": "plums and pears, figs and sloes"}', '{"no": 1}'] * 9))
+    arguments = ["evaluate", f"{folders}/sae_0", "--model", "tiny", "--length", "32", "--rows", "2",
+                 "--tokens", "60", "--loss-tokens", "0", "--text", str(path)]  # fmt: skip
+    assert cli.main(arguments) == 2
+    assert "set skip_bad" in capsys.readouterr().err
+    assert cli.main([*arguments, "--skip-bad"]) == 0
 
 
 def test_without_losses_or_text(tiny, folders, capsys):
@@ -409,6 +518,7 @@ BAD = {
     "no_losses": (["--replacement", "--loss-tokens", "0"], "--replacement measures losses"),
     "too_long": (["--length", "65"], "more than the model's context of 64"),
     "no_rows": (["--rows", "0"], "rows must hold"),
+    "two_texts": (["--text", "TEXT", "--tfds", "news"], "either files or tfds"),
     "chats": (["--messages", "m"], "--messages needs --text"),
     "chats_in_text": (["--messages", "m", "--text", "TEXT"], "plain text holds no chats"),
     "role": (["--messages", "m", "--text", "TEXT", "--roles", "cook"], "no such role"),
@@ -428,3 +538,5 @@ def test_bad_input_is_one_line(tiny, folders, text, capsys, case):
                      *(["--length", "32"] if "--length" not in more else [])])  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
+    if case in ("no_text", "two_texts", "role"):  # before anything is loaded
+        assert not any("loading" in line for line in lines)

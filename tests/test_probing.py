@@ -188,7 +188,24 @@ def test_pooled_texts_are_those_of_each_text_alone(model, how):
                 if place == (coder.reads, coder.layer):
                     each = np.asarray(coder.encode(x.astype(np.float32)), np.float64)
                     want = each[-1] if how == -1 else each[min(4, len(x) - 1) :].mean(0)
-                    np.testing.assert_allclose(f[i], want, atol=2e-5)
+                    np.testing.assert_allclose(f.values[i], want[f.columns], atol=2e-5)
+                    np.testing.assert_allclose(np.delete(want, f.columns), 0, atol=2e-5)
+
+
+def test_only_columns_that_are_active_somewhere_are_kept(model):
+    """None of the others but where fewer than 16 are left; numbers are the features' own."""
+    coder, x = random_coder("sae"), np.random.default_rng(3).standard_normal((50, 32))
+    alive = np.arange(coder.width) % 2 == 1
+    few = coder.replace(threshold=np.where(alive, coder.threshold, 1e9).astype(np.float32))
+    found = pooling.encode_rows(few, x.astype(np.float32), batch=16)
+    want = np.asarray(few.encode(x.astype(np.float32)))
+    np.testing.assert_array_equal(found.columns, np.flatnonzero(want.any(0)))
+    np.testing.assert_allclose(found.values, want[:, found.columns], atol=1e-5)
+    some = pooling.narrowed(few, found.columns)
+    np.testing.assert_allclose(some.encode(x.astype(np.float32)), found.values, atol=1e-5)
+    silent = coder.replace(threshold=np.full_like(coder.threshold, 1e9))
+    found = pooling.encode_rows(silent, x.astype(np.float32))
+    assert found.columns.tolist() == list(range(16)) and not found.values.any()
 
 
 def test_other_texts_compile_nothing_new_and_rows_are_full(model):

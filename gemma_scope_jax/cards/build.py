@@ -13,20 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gemma_scope_jax.cards import decoders
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import Gain
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
-from gemma_scope_jax.coders.gemma_scope_files import Coder
-from gemma_scope_jax.data.activation_store import model_identity
+from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import layers_of
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.identity import model_identity
 
 
 def build_cards(
@@ -56,7 +53,7 @@ def build_cards(
     others = compare or {}
     for other in others.values():
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
-    weights, from_file = _weights(coder), isinstance(source, str | os.PathLike)
+    weights, from_file = weights_identity(coder), isinstance(source, str | os.PathLike)
     files = CardFiles(folder, [weights, layer, "file" if from_file else "store"])
     as_published = from_file and model is None
     files.manifest |= _about(coder, layer, settings, "as published" if as_published else gain)
@@ -89,7 +86,7 @@ def build_cards(
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
             decoders.write_neighbours(coder, layer, k, stage, progress)
-    compared = [weights, k, {other: _weights(c) for other, c in others.items()}]
+    compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
     if not files.has("compared", compared):
         with files.stage("compared", compared) as stage:
             stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
@@ -108,7 +105,7 @@ def same_layer(other: Coder, layer: int) -> int | None:
 def _check_model(store: Any, model: Model) -> None:
     """Refuse another model's store; the dtype that it was run in may differ."""
     held, ours = store.manifest["model"], model_identity(model)
-    if any(held[key] != value for key, value in ours.items() if key != "dtype"):
+    if any(held.get(key) != value for key, value in ours.items() if key != "dtype"):
         raise InputError(
             f"{store.folder}: holds features of another model ({', '.join(held.values())}; this is "
             f"{', '.join(ours.values())})"
@@ -156,9 +153,3 @@ def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
         f"{store.folder}: holds no features of {public_name(coder)}, but of "
         f"{', '.join(held['name'] for held in some)}; extract again"
     )
-
-
-def _weights(coder: Coder) -> str:
-    """What tells a coder's weights from another's: its biases and thresholds do."""
-    facts = {n: np.asarray(getattr(coder, n), np.float32) for n in ("b_enc", "threshold", "b_dec")}
-    return identity({n: [list(a.shape), a.tobytes().hex()] for n, a in facts.items()})

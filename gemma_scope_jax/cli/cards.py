@@ -142,7 +142,7 @@ def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_W
     """What is to be made. Raises `InputError` for what cannot be, before anything is."""
     from gemma_scope_jax.cards.build import public_name, same_layer
     from gemma_scope_jax.cards.decoders import check_comparable, source_layer
-    from gemma_scope_jax.evaluation.metrics import layers_of
+    from gemma_scope_jax.coders.coder import layers_of
 
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")
@@ -186,7 +186,7 @@ def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
         layer_folder,
         read_explanations,
     )
-    from gemma_scope_jax.evaluation.metrics import layers_of
+    from gemma_scope_jax.coders.coder import layers_of
 
     layers = len(layers_of(coder))
     if layers > 1 and given.endswith(".json"):

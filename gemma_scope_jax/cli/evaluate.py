@@ -3,6 +3,7 @@
 import json as json_format
 import sys
 from pathlib import Path
+from typing import Any
 
 from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
 from gemma_scope_jax.errors import InputError
@@ -13,13 +14,16 @@ def evaluate(
     *,
     model: Name = "",
     text: Files = (),
+    tfds: Name = "",
     field: Name = "text",
     messages: Name = "",
     roles: Roles = ("system", "user", "model"),
+    skip_bad: bool = False,
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
     length: int = 256,
     rows: int = 4,
+    seed: int = 0,
     replacement: bool = False,
     skip_geometry: bool = False,
     out: Folder = "",
@@ -29,21 +33,24 @@ def evaluate(
     """How sparse and faithful coders are, and what they cost the model: the core figures.
 
     L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with zero and mean
-    ablation, densities, geometry; by position, source file and role. Several coders share one pass
-    of the model and are compared.
+    ablation, densities, geometry; by position in the row's piece of a document, source file and
+    role. Several coders share one pass of the model and are compared.
 
     Args:
         coders: Addresses of the release, folders, packaged coders, or globs of them.
         model: A name, a folder or a file; default: the coders' model.
         text: Text files (.txt, .jsonl, ...) or globs of them; default: a bundled sample of 2,600
             tokens.
+        tfds: Instead: a TensorFlow Datasets name.
         field: The key that holds the text in JSON records.
         messages: The key that holds a chat, instead of text.
         roles: Of chats, whose tokens count.
-        tokens: Measure how the coders fit on so many tokens.
+        skip_bad: Leave out records that cannot be used.
+        tokens: Measure how the coders fit on so many tokens, <bos> included.
         loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
         length: Tokens a row of a batch.
         rows: Rows a batch.
+        seed: Of the documents' order.
         replacement: Also measure the model with all the coders in place at once.
         skip_geometry: Leave out norms and cosines of features, whose time grows with width squared.
         out: Write a JSON document (SAEBench's core schema) and plots for each coder here, local or
@@ -57,7 +64,9 @@ def evaluate(
         raise InputError(f"--tokens {tokens} or --loss-tokens {loss_tokens}: too few")
     if replacement and not loss_tokens:
         raise InputError("--replacement measures losses: give --loss-tokens")
-    source, dataset = _text(text, field, messages, roles)
+    source, dataset = _text(
+        text, tfds=tfds, field=field, messages=messages, roles=roles, skip_bad=skip_bad
+    )
     loaded_model, loaded, tok = load_all(model, list(coders), dtype)
     if length > (context := loaded_model.config.context):
         raise InputError(f"--length {length} is more than the model's context of {context}")
@@ -67,14 +76,11 @@ def evaluate(
     from gemma_scope_jax.evaluation.report import print_core
     from gemma_scope_jax.evaluation.texts import EvaluationText
 
-    data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length)
+    data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length, seed=seed)
     plan = Plan(
         loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
     )
-    kind = str(loaded_model.params.embed.dtype)
-    config = core_config(
-        data, plan, loaded_model.config.name, kind, dataset, not skip_geometry
-    )  # fmt: skip
+    config = core_config(data, plan, loaded_model, dataset, not skip_geometry)
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:
         shown = [{**r, "eval_result_details": []} for r in results]
@@ -83,15 +89,18 @@ def evaluate(
         print_core(results)
 
 
-def _text(text: tuple[str, ...], field: str, messages: str, roles: tuple[str, ...]):
-    """What to read, and what to call it."""
+def _text(files: tuple[str, ...], *, tfds: str, messages: str, **settings: Any) -> tuple[Any, str]:
+    """What to read, and its name. Files that are not there show before anything is loaded."""
+    from gemma_scope_jax.data.document_files import text_files
     from gemma_scope_jax.data.documents import TextData
     from gemma_scope_jax.data.text import SEPARATOR
 
-    if text:
-        return TextData(files=text, field=field, messages=messages, roles=roles), " ".join(text)
+    if files or tfds:
+        text_files(files)
+        data = TextData(files=files, tfds=tfds, messages=messages, **settings)
+        return data, " ".join(files) or tfds
     if messages:
-        raise InputError("--messages needs --text FILE that holds chats")
+        raise InputError("--messages needs --text FILE or --tfds NAME that holds chats")
     print(
         "warning: no --text, so on the bundled sample of 2,600 tokens: too short for small "
         "differences and for rare features",

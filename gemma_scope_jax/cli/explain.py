@@ -110,8 +110,8 @@ def explain(
         layer_folder,
         read_explanations,
     )
+    from gemma_scope_jax.coders.coder import layers_of
     from gemma_scope_jax.coders.gemma_scope_files import load_coder
-    from gemma_scope_jax.evaluation.metrics import layers_of
     from gemma_scope_jax.extraction.store import FeatureStore
     from gemma_scope_jax.model.tokenizer import load_tokenizer
 

@@ -31,6 +31,7 @@ from gemma_scope_jax.coders.atomic_files import (
     write_json,
     write_safetensors,
 )
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.gemma_scope_config import (
     FolderConfig,
     config_of,
@@ -59,7 +60,6 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
-Coder = SparseCoder | MultiLayerCoder
 
 
 def load_coder(

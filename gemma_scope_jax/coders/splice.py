@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
 from gemma_scope_jax.errors import InputError
@@ -30,8 +31,6 @@ from gemma_scope_jax.model.intercept import (
     token_mask,
     write,
 )
-
-Coder = SparseCoder | MultiLayerCoder
 
 
 def features(

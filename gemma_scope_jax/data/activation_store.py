@@ -29,6 +29,7 @@ from gemma_scope_jax.data.text import TokenBatches, prefetch
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import shard_batch
 from gemma_scope_jax.progress import Progress
@@ -104,16 +105,6 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
         "model": model_identity(model), "sites": held, "dtype": dtype, "first": first,
         "shard_rows": shard_rows, "data": data, "rows": 0, "shards": [],
         "position": batches.position, "skip": 0, "sums": sums,
-    }  # fmt: skip
-
-
-def model_identity(model: Model) -> dict[str, str]:
-    """Name, dtype and a checksum of the final norm, which any two checkpoints differ in."""
-    norm = model.params.final_norm
-    norm = np.asarray(norm.addressable_data(0), np.float32)  # every device has all of it
-    digest = hashlib.blake2b(norm.tobytes(), digest_size=8).hexdigest()
-    return {
-        "name": model.config.name, "dtype": str(model.params.embed.dtype), "final_norm": digest
     }  # fmt: skip
 
 

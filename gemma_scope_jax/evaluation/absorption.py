@@ -149,7 +149,8 @@ def leading_features(f: np.ndarray, letters: np.ndarray, most: int = MOST_FEATUR
     y = (letters[:, None] == np.arange(len(LETTERS))).astype(np.float32)
     positive = np.maximum(y.sum(0), 1)
     weight = np.where(y > 0, (len(y) - positive) / positive, 1.0)
-    found = np.asarray(l1_logistic(f[:, active], y, weight, L1_DECAY)) if len(active) else None
+    some = f if len(active) == f.shape[1] else f[:, active]
+    found = np.asarray(l1_logistic(some, y, weight, L1_DECAY)) if len(active) else None
     order = np.argsort(-found, 0, kind="stable").T if found is not None else np.zeros((26, 0), int)
     silent = np.setdiff1d(np.arange(f.shape[1]), active)
     every = [np.concatenate([active[row], silent])[:most] for row in order]
@@ -229,7 +230,9 @@ def absorption(
         if not probes.f1[letter] > PROBE_F1:
             continue
         y = [(letters[side] == letter).astype(np.int64) for side in (train, test)]
-        main = main_features(leading[letter], f[train], y[0], f[test], y[1])
+        few = f[:, leading[letter]]
+        first = main_features(np.arange(few.shape[1]), few[train], y[0], few[test], y[1])
+        main = [int(i) for i in leading[letter][first]]
         length = np.linalg.norm(probes.w[letter])
         right = test[(y[1] > 0) & (probes.scores[letter] > 0)]
         cosine = products[:, letter] / np.maximum(norms * length, 1e-30)

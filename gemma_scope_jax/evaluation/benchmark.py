@@ -7,6 +7,7 @@ table, model, a coder's weights) is part of the key that finds it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -16,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import absorption as spelling
@@ -31,6 +32,8 @@ from gemma_scope_jax.evaluation.pooling import (
     Report,
     encode_rows,
     encode_texts,
+    largest_first,
+    narrowed,
     places_of,
     pool,
 )
@@ -38,6 +41,7 @@ from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.evaluation.results import plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
 
 SPELLING_COST = 90  # tokens of a spelling prompt
@@ -53,6 +57,15 @@ class Bench:
     tok: Any
     coders: Mapping[str, SparseCoder]
     folder: epath.Path
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        return model_identity(self.model)
+
+    @property
+    def first(self) -> int:
+        """The position from which on tokens count in means: the same for all coders."""
+        return largest_first(self.coders.values())
 
     def raw(self) -> dict[str, Place]:
         """The activations that the coders read, by a name for each."""
@@ -87,7 +100,7 @@ class Job:
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
-        key = {**self.settings, "name": self.name, "model": _model_key(bench.model)}
+        key = {**self.settings, "name": self.name, "model": bench.identity}
         digest = hashlib.blake2b(json.dumps(plain(key), sort_keys=True).encode(), digest_size=5)
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
 
@@ -97,7 +110,7 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
     Raises `InputError` for a result file that is not one.
     """
-    keys = {name: _coder_key(coder) for name, coder in bench.coders.items()}
+    keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
     found = [_stored(job, bench, keys) for job in jobs]
     missing = [[s for s in job.subjects if s not in had] for job, had in zip(jobs, found)]
     progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
@@ -140,21 +153,6 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
         raise InputError(f"{path}: not a task's results; remove it to measure again") from error
 
 
-def _model_key(model: Model) -> str:
-    parts = jax.device_get((model.params.final_norm, model.params.embed[:64]))
-    data = b"".join(np.asarray(part, np.float32).tobytes() for part in parts)
-    digest = hashlib.blake2b(data, digest_size=8).hexdigest()
-    return f"{model.config.name} {model.params.embed.dtype} {digest}"
-
-
-def _coder_key(coder: SparseCoder) -> str:
-    """Tells weights from others: biases and thresholds, which training never leaves alone."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in (coder.b_enc, coder.threshold, coder.b_dec):
-        digest.update(np.asarray(part, np.float32).tobytes())
-    return f"{coder.kind} {coder.reads} {coder.layer} {coder.width} {digest.hexdigest()}"
-
-
 # -------------------------------------------------------------------------------------------------
 # Jobs
 
@@ -186,6 +184,8 @@ def probing_jobs(
             "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
             "table": _digest(path),
         }  # fmt: skip
+        if protocol.how == "mean":
+            settings["first"] = bench.first
         subjects = (*bench.coders, *bench.raw())
         family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
         work = _work(task.texts, protocol.context)
@@ -201,11 +201,24 @@ def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int
         task = make_task(read_table(path), protocol, limit)
         how, keep = protocol.how, protocol.keep
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, report, keep)
-        subjects = dict(zip(names, pooled.features))
+        subjects = {name: f.values for name, f in zip(names, pooled.features)}
         raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
-        return probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+        results = probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+        for name, f in zip(names, pooled.features):
+            results[name] = _numbered(results[name], f.columns)
+        return results
 
     return measure
+
+
+def _numbered(result: Any, columns: np.ndarray) -> Any:
+    """A result whose lists of "features" count `columns` [A], with the features' own numbers."""
+    if isinstance(result, list):
+        return [_numbered(value, columns) for value in result]
+    if not isinstance(result, dict):
+        return result
+    own = lambda numbers: [int(columns[i]) for i in numbers]
+    return {k: own(v) if k == "features" else _numbered(v, columns) for k, v in result.items()}
 
 
 def _pooled(
@@ -221,7 +234,7 @@ def _pooled(
             coders.append(coder)
             places.discard(place)
     ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
-    pooled = pool(bench.model, coders, ids, how=how, report=report)
+    pooled = pool(bench.model, coders, ids, how=how, first=bench.first, report=report)
     return names, Pooled(pooled.raw, pooled.features[: len(names)])
 
 
@@ -234,7 +247,7 @@ def concept_job(
     make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
     task = make(read_table(path), limit)
     settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT}
-    settings["table"] = _digest(path)
+    settings |= {"table": _digest(path), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     measure = _concepts(family, path, limit, ns)
     return Job(family, task.name, settings, tuple(bench.coders), work, measure)
@@ -254,7 +267,8 @@ def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> 
             x = pooled.raw[place]
             if place not in probes:
                 probes[place] = scr_tpp.fit_probes(task, x)
-            results[name] = score(task, probes[place], coder, x, f, ns)
+            some = narrowed(coder, f.columns)
+            results[name] = score(task, probes[place], some, x, f.values, ns)
         return results
 
     return measure
@@ -279,7 +293,9 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
             if place not in probes:
                 probes[place] = spelling.fit_letters(x[place], task.letters)
             f = encode_rows(coder, x[coder.reads, coder.layer])
-            results[name] = spelling.absorption(coder, x[place], f, task.letters, probes[place])
+            some = narrowed(coder, f.columns)
+            found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
+            results[name] = _numbered(found, f.columns)
         return results
 
     job = Job(family, "vocabulary", settings, names, work, measure)

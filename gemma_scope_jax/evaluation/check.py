@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import float32
 from gemma_scope_jax.evaluation.evaluate import Metrics, check_fits, evaluate, without_place
@@ -26,7 +27,6 @@ from gemma_scope_jax.evaluation.metrics import (
     Fit,
     coder_sums,
     fit,
-    layers_of,
     merge,
     on_host,
 )

@@ -11,11 +11,11 @@ that there is not (no ablation was run) is -1.
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.evaluation.evaluate import Plan
 from gemma_scope_jax.evaluation.figures import (
@@ -26,12 +26,13 @@ from gemma_scope_jax.evaluation.figures import (
     frequencies,
 )
 from gemma_scope_jax.evaluation.geometry import Geometry
-from gemma_scope_jax.evaluation.metrics import Coder, Fit, layers_of
+from gemma_scope_jax.evaluation.metrics import Fit
 from gemma_scope_jax.evaluation.results import saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.identity import model_identity
 
 CORE, REPLACEMENT = "core", "replacement"
-SAMPLES, SAMPLE = 16, 1 << 16  # blocks of a file, bytes of a block
 WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our own
     "encoder_bias": "encoder_bias", "encoder_norm": "encoder_norm",
     "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
@@ -41,15 +42,17 @@ WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our
 
 
 def core_config(
-    text: EvaluationText, plan: Plan, model: str, dtype: str, dataset: str, geometry: bool
+    text: EvaluationText, plan: Plan, model: Model, dataset: str, geometry: bool
 ) -> dict[str, Any]:
     """How it is measured (SAEBench's `CoreEvalConfig` and what we have beyond): equal configs on
     the same coder give the same figures."""
+    identity = model_identity(model)
     size = text.rows * text.length
     batches = lambda tokens: 0 if tokens is None else -(-tokens // size)  # 0: all of the text
     loss = text.tokens if plan.loss_tokens is None else plan.loss_tokens
     return {
-        "model_name": model, "llm_dtype": dtype, "batch_size_prompts": text.rows,
+        "model_name": identity["name"], "llm_dtype": identity["dtype"],
+        "batch_size_prompts": text.rows,
         "n_eval_reconstruction_batches": batches(loss),
         "n_eval_sparsity_variance_batches": batches(text.tokens), "dataset": dataset,
         "context_size": text.length, "compute_kl": loss != 0, "compute_ce_loss": loss != 0,
@@ -59,26 +62,8 @@ def core_config(
         "exclude_special_tokens_from_reconstruction": True, "verbose": False,
         "tokens": text.tokens, "loss_tokens": plan.loss_tokens, "document_tokens": text.document,
         "seed": text.seed, "text": text.fingerprint(), "ablations": list(plan.ablations),
+        "model_weights": identity["weights"],
     }  # fmt: skip
-
-
-def coder_fingerprint(coder: Coder) -> str:
-    """Tells a coder's weights from others of the same name, by samples of their files.
-
-    16 hexadecimal digits; "" for a coder that was not loaded from files.
-    """
-    folder = Path(coder.info.folder)
-    if not coder.info.folder or not folder.is_dir():
-        return ""
-    found = hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".npz")):
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(SAMPLES):
-                file.seek(block * max(size - SAMPLE, 0) // (SAMPLES - 1))
-                found.update(file.read(SAMPLE))
-    return found.hexdigest()
 
 
 def core_result(

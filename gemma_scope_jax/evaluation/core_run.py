@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, write_bytes
+from gemma_scope_jax.coders.coder import Coder, weights_identity
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.core import (
     CORE,
     REPLACEMENT,
-    coder_fingerprint,
     core_result,
     replacement_name,
     replacement_result,
 )
 from gemma_scope_jax.evaluation.evaluate import Measured, Plan, measure
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.metrics import COLUMNS, Coder
+from gemma_scope_jax.evaluation.metrics import COLUMNS
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
 from gemma_scope_jax.evaluation.results import (
     coder_id,
@@ -58,50 +58,85 @@ def evaluate_core(
 
     config  `core.core_config` of data and plan
     out     a folder, local or gs://, for documents and plots: those that are there are not measured
-            again; "": nothing is written
+            again, and the records of single features are left to the files; "": nothing is written
     Raises `InputError` for coders that do not fit, and documents made with another config.
     """
-    configs = [{**config, "coder_files": coder_fingerprint(c)} for c in coders]
+    configs = [{**config, "coder_weights": weights_identity(c)} for c in coders]
     ids = [coder_id(c) for c in coders]
     if repeated := [i for i in ids if ids.count(i) > 1]:
         raise InputError(f"{'/'.join(repeated[0])} is named twice: each coder once")
     name = replacement_name(coders)
-    together = {**config, "coder_files": [c["coder_files"] for c in configs]}
+    together = {**config, "coder_weights": [c["coder_weights"] for c in configs]}
     found = [_finished(out, CORE, i, c) for i, c in zip(ids, configs)]
     whole = None
     if replacement:
         whole = _finished(out, REPLACEMENT, coder_id(None, name), together)
-        replacement = whole is None
-    # The replacement model's mean ablation needs every coder's mean, hence its first pass.
-    needed = [i for i, result in enumerate(found) if result is None or replacement]
-    if needed:
-        settled = tuple(n for n, i in enumerate(needed) if found[i] is not None)
-        plan = dataclasses.replace(plan, replacement=replacement, settled=settled)
-        state = _Saved(
-            out, [[configs[i], ids[i], found[i] is None] for i in needed], replacement, COLUMNS
-        )
-        after = _After(config["tokens"], config["loss_tokens"], state)
-        some = [coders[i] for i in needed]
-        measured = measure(model, some, data, plan, saved=state.read(), after=after)
+    state = _Saved(out, [configs, ids], replacement, COLUMNS)
+    if (saved := state.read()) is not None:
+        work = _Work.of(saved)
+    else:
+        work = _Work.needed(found, replacement and whole is None)
+    if work.coders and (None in found or (replacement and whole is None)):
+        after = _After(config["tokens"], config["loss_tokens"], state, work)
+        some = [coders[i] for i in work.coders]
+        measured = measure(model, some, data, work.plan(plan), saved=saved, after=after)
+        state.write(measured, work)
         shapes = config["compute_featurewise_weight_based_metrics"]
-        for i, tally in zip(needed, measured.tallies):
+        for i, tally in zip(work.coders, measured.tallies):
             if found[i] is None:
                 shape = geometry(coders[i]) if shapes else None
                 found[i] = _kept(out, core_result(tally.metrics(), shape, coders[i], configs[i]))
-        if measured.replacement is not None:
+        if measured.replacement is not None and whole is None:
             result = replacement_result(measured.replacement, coders, together, name)
             whole = _kept(out, result)
-        state.remove()
+    state.remove()
     results = [result for result in found if result is not None]
     if out:
         _plots(out, results)
     return results if whole is None else [*results, whole]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is measured of the coders asked for; saved with the sums, for those are of no others.
+
+    coders       their numbers, int [n]
+    settled      which of these have documents, and are there for their means alone
+    replacement  whether the replacement model is measured, too
+    """
+
+    coders: tuple[int, ...]
+    settled: tuple[int, ...]
+    replacement: bool
+
+    @classmethod
+    def needed(cls, found: Sequence[Any], replacement: bool) -> "_Work":
+        """`found`: the coders' documents, None where there is none."""
+        # The replacement model's mean ablation needs every coder's mean, hence its first pass.
+        coders = tuple(i for i, result in enumerate(found) if result is None or replacement)
+        settled = tuple(n for n, i in enumerate(coders) if found[i] is not None)
+        return cls(coders, settled, replacement)
+
+    @classmethod
+    def of(cls, saved: Mapping[str, np.ndarray]) -> "_Work":
+        numbers = lambda name: tuple(saved[f"work/{name}"].tolist())
+        return cls(numbers("coders"), numbers("settled"), bool(saved["work/replacement"]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        values = dataclasses.asdict(self).items()
+        return {f"work/{name}": np.asarray(value, np.int64) for name, value in values}
+
+    def plan(self, plan: Plan) -> Plan:
+        return dataclasses.replace(plan, replacement=self.replacement, settled=self.settled)
+
+
 def _kept(out: str, result: dict[str, Any]) -> dict[str, Any]:
-    if out:
-        write_result(out, result)
-    return result
+    """The document, written, and then without its records of single features: of many coders they
+    are gigabytes."""
+    if not out:
+        return result
+    write_result(out, result)
+    return {**result, "eval_result_details": []}
 
 
 def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> dict | None:
@@ -117,7 +152,7 @@ def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> d
             "another --out, or delete it"
         )
     print(f"{path}: measured before", file=sys.stderr)
-    return found
+    return {**found, "eval_result_details": []}
 
 
 class _Saved:
@@ -140,9 +175,10 @@ class _Saved:
         print(f"going on from {self.path}", file=sys.stderr)
         return found
 
-    def write(self, arrays: dict[str, Any]) -> None:
+    def write(self, measured: Measured, work: _Work) -> None:
         if self.path is None:
             return
+        arrays: dict[str, Any] = measured.arrays() | work.arrays()
         data = io.BytesIO()
         np.savez(data, **arrays)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +192,12 @@ class _Saved:
 class _After:
     """What happens after each batch: progress on stderr and, now and then, a saving."""
 
-    def __init__(self, tokens: int, loss_tokens: int, saved: _Saved):
-        self.total = {"fit": tokens, "loss": min(tokens, loss_tokens)}
-        self.saved, self.stage, self.done = saved, "", 0
+    def __init__(
+        self, tokens: int | None, loss_tokens: int | None, saved: _Saved, work: _Work
+    ):  # None: all of the text, however long that is
+        least = min((n for n in (tokens, loss_tokens) if n is not None), default=None)
+        self.total = {"fit": tokens, "loss": least}
+        self.saved, self.work, self.stage, self.done = saved, work, "", 0
         self.kept = time.monotonic()
 
     def __call__(self, measured: Measured, stage: str, tokens: int) -> None:
@@ -166,13 +205,15 @@ class _After:
             steps = measured.fitted if stage == "fit" else measured.compared
             self.stage, self.done = stage, steps * tokens
             what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
-            print(f"compiled; {what}, {self.total[stage]:,} tokens", file=sys.stderr, flush=True)
-            self.progress = Progress(self.total[stage], begun=self.done)
+            total = self.total[stage]
+            size = "all of the text" if total is None else f"{total:,} tokens"
+            print(f"compiled; {what}, {size}", file=sys.stderr, flush=True)
+            self.progress = Progress(total, begun=self.done)
         else:
             self.done += tokens
             self.progress.at(self.done)
         if time.monotonic() - self.kept > SAVED_EVERY:
-            self.saved.write(measured.arrays())
+            self.saved.write(measured, self.work)
             self.kept = time.monotonic()
 
 

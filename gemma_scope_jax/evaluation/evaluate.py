@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
-from gemma_scope_jax.evaluation.metrics import Coder, coder_sums, layers_of, on_host
+from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import (
     ablated,
     compare,
@@ -66,7 +67,7 @@ class Plan:
     ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
     replacement   also with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
-    positions     figures by position in the document, in powers of two
+    positions     figures by position in the piece of a document that a row holds, in powers of two
     groups        {kind: names} of the groups that the batches' labels number
     """
 
@@ -160,6 +161,7 @@ def measure(
 ) -> Measured:
     """The sums of all coders over the batches, as `plan` says.
 
+    batches: read once for each pass; those of an iterator, which ends, are kept for the second.
     saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
     not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
     of the second pass some of a batch's runs, which count as their share of its tokens.
@@ -175,11 +177,12 @@ def measure(
         replaced(tuple(coders))  # says now if two are at one place
     if saved is not None:
         measured.restore(saved)
+    ready = lambda batch: _rows(batch, plan, names)
+    again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[_Rows] = []
     held = 0
-    for number, batch in enumerate(batches):
-        rows = _rows(batch, plan, names)
-        if plan.loss_tokens is None or held < plan.loss_tokens:
+    for number, rows in enumerate(map(ready, batches)):
+        if not again and (plan.loss_tokens is None or held < plan.loss_tokens):
             kept.append(rows)
             held += rows.size
         if number < measured.fitted:
@@ -188,20 +191,37 @@ def measure(
         measured.fitted += 1
         if after is not None:
             after(measured, "fit", rows.size)
-    if not kept:
-        return measured
+    if measured.fitted and plan.loss_tokens != 0:
+        _measure_losses(model, measured, map(ready, batches) if again else kept, plan, after)
+    return measured
+
+
+def _measure_losses(
+    model: Model,
+    measured: Measured,
+    batches: Iterable["_Rows"],
+    plan: Plan,
+    after: Callable[[Measured, str, int], None] | None,
+) -> None:
+    """The second pass, from where `measured` is."""
     runs = _runs(model, measured, plan)
     some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
-    steps = [(rows, part) for rows in kept for part in some]
-    at, clean = None, None
-    for rows, part in steps[measured.compared :]:
-        if at is not rows:
-            at, clean = rows, final_residual(model, rows.tokens, rows.segments, ())
-        _add_losses(model, clean, part, rows)
-        measured.compared += 1
-        if after is not None:
-            after(measured, "loss", rows.size // len(some))
-    return measured
+    held = step = 0
+    for rows in batches:
+        held += rows.size
+        clean = None
+        for part in some:
+            step += 1
+            if step <= measured.compared:
+                continue
+            if clean is None:
+                clean = final_residual(model, rows.tokens, rows.segments, ())
+            _add_losses(model, clean, part, rows)
+            measured.compared += 1
+            if after is not None:
+                after(measured, "loss", rows.size // len(some))
+        if plan.loss_tokens is not None and held >= plan.loss_tokens:
+            return
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import Coder, Fit, Sums, fit, fits, layers_of, merge
+from gemma_scope_jax.evaluation.metrics import Fit, Sums, fit, fits, merge
 from gemma_scope_jax.evaluation.results import plain
 
 DENSE = 0.1  # a feature active on more than this share of tokens is dense

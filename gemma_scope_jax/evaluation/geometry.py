@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.evaluation.results import plain
@@ -48,7 +49,7 @@ class Geometry:
         })  # fmt: skip
 
 
-def geometry(coder: SparseCoder | MultiLayerCoder) -> Geometry:
+def geometry(coder: Coder) -> Geometry:
     """The geometry of a coder's features. A zero vector has cosine 0 with everything.
 
     A transcoder's encoder and decoder lie at different sites: their cosine is of the numbers.

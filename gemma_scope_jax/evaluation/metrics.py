@@ -23,14 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 
 OUTLIER = 3.0
 TOKEN_CHUNK = 256  # features [256, F] exist at a time, never more
 TINY_NORM = 1e-4  # activations below this norm have an L2 ratio of their reconstruction's norm
-
-Coder = SparseCoder | MultiLayerCoder
 
 # What is summed over the tokens of a group, beside their number and the means of y and r.
 COLUMNS = (
@@ -145,11 +143,6 @@ def mean_fit(layers: tuple[Fit, ...]) -> Fit:
     rows = [dataclasses.astuple(layer) for layer in layers]
     mean = [float(np.mean(column)) for column in zip(*rows)]
     return Fit(max(layer.tokens for layer in layers), *mean[1:])
-
-
-def layers_of(coder: Coder) -> tuple[int, ...]:
-    """The model's layers that a coder reads and writes."""
-    return coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
 
 
 def median_norm(y: jax.Array, mask: jax.Array) -> jax.Array:

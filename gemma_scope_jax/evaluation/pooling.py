@@ -6,8 +6,9 @@ programs are compiled; the pass reads what all coders need, encodes a chunk of t
 adds it up by text, so that [tokens, F] never exists.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,17 +22,25 @@ from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.config import Model
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
+FEWEST = 16  # columns are kept, silent ones if need be: what chooses ten has ten to choose from
 SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
 
 Place = tuple[str, int]  # a site and a layer
 Report = Callable[[int, int], None]  # called with tokens done and tokens in all
 
 
+class ActiveFeatures(NamedTuple):
+    """The features of N rows without those that are active nowhere: of a wide coder, most."""
+
+    values: np.ndarray  # float32 [N, A]
+    columns: np.ndarray  # int [A], ascending: which features these are
+
+
 class Pooled(NamedTuple):
     """Of N texts: activations, and each coder's features."""
 
     raw: dict[Place, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
-    features: list[np.ndarray]  # float32 [N, F]
+    features: list[ActiveFeatures]
 
 
 def encode_texts(
@@ -55,6 +64,7 @@ def pool(
     texts: Sequence[np.ndarray],
     *,
     how: Literal["mean"] | int = "mean",
+    first: int | None = None,
     places: Sequence[Place] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
@@ -64,35 +74,72 @@ def pool(
 
     how      "mean" over the tokens that count, or an index into the text's tokens, such as -1 for
              the last
+    first    tokens before it in a text are left out of the mean, for all coders alike, so that
+             they are measured on the same, but never a text's last; default: the largest of theirs
     places   where activations are wanted, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
-    Tokens before the largest `first` of the coders do not count, for any of them, so that all are
-    measured on the same; but the last token of a text always does. What is returned lies in host
-    memory, 4 N (D + F) bytes for each coder. Raises `InputError` for a text without tokens, longer
-    than the model's context, or too short for `how`.
+    What is returned lies in host memory, 4 N (D + A) bytes for each coder. Raises `InputError` for
+    a text without tokens, longer than the model's context, or too short for `how`.
     """
     _check(model, texts, how)
-    first = max((coder.first for coder in coders), default=1)
+    first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[Place, np.ndarray] = {}
-    features: list[np.ndarray] = [np.zeros((0, 0))] * len(coders)
+    features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
     for which, batch in _batches(texts, how, first, tokens, lengths, model.config.context):
         vectors, found = _pool_step(model, tuple(coders), *batch, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
-            features = [np.zeros((len(texts), f.shape[1]), np.float32) for f in found]
         for place, v in vectors.items():
             raw[place][which] = np.asarray(v)[: len(which)]
         for kept, f in zip(features, found):
-            kept[which] = np.asarray(f)[: len(which)]
+            kept.add(which, np.asarray(f)[: len(which)])
         done += sum(len(texts[i]) for i in which)
         if report is not None:
             report(done, total)
-    return Pooled(raw, features)
+    return Pooled(raw, [kept.joined() for kept in features])
+
+
+class _Columns:
+    """Gathers features [n, F] of some rows at a time, of which it keeps the active columns."""
+
+    def __init__(self, rows: int, width: int):
+        self.rows, self.width = rows, width
+        self.parts: list[tuple[Any, np.ndarray, np.ndarray]] = []
+
+    def add(self, which: Any, f: np.ndarray) -> None:
+        active = np.flatnonzero(f.any(0))
+        self.parts.append((which, active, f[:, active]))
+
+    def joined(self) -> ActiveFeatures:
+        active = np.zeros(self.width, bool)
+        for _, some, _ in self.parts:
+            active[some] = True
+        silent = np.flatnonzero(~active)
+        active[silent[: max(FEWEST - int(active.sum()), 0)]] = True
+        columns = np.flatnonzero(active)
+        values = np.zeros((self.rows, len(columns)), np.float32)
+        while self.parts:  # each is let go once it is copied
+            which, some, f = self.parts.pop()
+            values[np.asarray(which)[:, None], np.searchsorted(columns, some)] = f
+        return ActiveFeatures(values, columns)
+
+
+def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
+    """The coder with these features alone."""
+    return dataclasses.replace(
+        coder, w_enc=coder.w_enc[:, columns], b_enc=coder.b_enc[columns],
+        threshold=coder.threshold[columns], w_dec=coder.w_dec[columns],
+    )  # fmt: skip
+
+
+def largest_first(coders: Iterable[SparseCoder]) -> int:
+    """The position in a text from which on all of the coders have features."""
+    return max((coder.first for coder in coders), default=1)
 
 
 def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
@@ -100,14 +147,15 @@ def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
     return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
 
 
-def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> np.ndarray:
-    """encode(x [N, D]) -> float32 [N, F], `batch` rows at a time."""
-    f = np.zeros((len(x), coder.width), np.float32)
+def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> ActiveFeatures:
+    """encode(x [N, D]), `batch` rows at a time."""
+    found = _Columns(len(x), coder.width)
     for start in range(0, len(x), batch):
         some = x[start : start + batch]
         padded = np.pad(some, ((0, batch - len(some)), (0, 0)))
-        f[start : start + batch] = np.asarray(_encode(coder, padded))[: len(some)]
-    return f
+        rows = np.arange(start, start + len(some))
+        found.add(rows, np.asarray(_encode(coder, padded))[: len(some)])
+    return found.joined()
 
 
 @jax.jit

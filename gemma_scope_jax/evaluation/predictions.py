@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import Coder, layers_of
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, unembed
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, token_mask, write

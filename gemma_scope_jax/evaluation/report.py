@@ -173,7 +173,7 @@ def plot_core(result: Result, path: str | os.PathLike) -> None:
         for name, label in some:
             known = [row for row in rows if row.get(name) is not None]
             axis.plot([r["name"] for r in known], [r[name] for r in known], "o-", label=label)
-        axis.set(xlabel="position in the document")
+        axis.set(xlabel="position in the piece of a document")
         axis.tick_params(axis="x", rotation=45)
         axis.legend(fontsize=8)
     fig.suptitle(short_name(result), fontsize=10)

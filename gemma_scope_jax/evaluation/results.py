@@ -24,8 +24,8 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import folder_path, write_text
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
 
 ENVELOPE = (
@@ -41,7 +41,7 @@ def saebench_result(
     config: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
     details: Sequence[Mapping[str, Any]],
-    coder: SparseCoder | MultiLayerCoder | None,
+    coder: Coder | None,
     unstructured: Any = None,
     *,
     name: str = "",
@@ -104,7 +104,7 @@ def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: 
     return folder_path(folder) / eval_type / f"{name.lstrip('_')}_eval_results.json"
 
 
-def coder_id(coder: SparseCoder | MultiLayerCoder | None, name: str = "") -> tuple[str, str]:
+def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
     """(release, id): of an address its first part and the rest, of a folder its parent and name."""
     if coder is None:
         if not name:
@@ -122,7 +122,7 @@ def coder_id(coder: SparseCoder | MultiLayerCoder | None, name: str = "") -> tup
     return (release, ident) if ident else ("gemma_scope_jax", release)
 
 
-def coder_config(coder: SparseCoder | MultiLayerCoder) -> dict[str, Any]:
+def coder_config(coder: Coder) -> dict[str, Any]:
     """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, some in SAELens' words."""
     several = isinstance(coder, MultiLayerCoder)
     info = coder.info

@@ -190,14 +190,15 @@ def scr_task(table: Table, limit: int | None = None) -> ScrTask:
             raise InputError(f"{table.path}: {name} has {len(values)} values; SCR needs 2")
         y.append(which)
     quadrant = 2 * y[0] + y[1]
-    sizes = np.bincount(quadrant, minlength=4)
-    if sizes.min() < 10:
-        raise InputError(
-            f"{table.path}: of the four combinations of {first} and {second} one has "
-            f"{sizes.min()} texts; SCR needs 10"
-        )
     kept = first_of_each(quadrant, limit)
     quadrant, y = quadrant[kept], [v[kept] for v in y]
+    sizes = np.bincount(quadrant, minlength=4)
+    if sizes.min() < 10:
+        among = "" if limit is None else f" among {limit}"
+        raise InputError(
+            f"{table.path}: of the four combinations of {first} and {second} one has "
+            f"{sizes.min()} texts{among}; SCR needs 10"
+        )
     learnt, held = held_out(quadrant, SEED)
     sides = []
     for parts in (learnt, held):

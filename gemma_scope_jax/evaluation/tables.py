@@ -152,10 +152,16 @@ class Split:
 
 
 def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
-    """The rows of the first `limit` examples, the same number of each class; None: all rows."""
+    """The rows of the first `limit` examples, the same number of each class; None: all rows.
+
+    Raises `InputError` for a limit that leaves no example of a class.
+    """
     if limit is None or limit >= len(classes):
         return np.arange(len(classes))
-    each = limit // (int(classes.max()) + 1)
+    count = int(classes.max()) + 1
+    each = limit // count
+    if each < 1:
+        raise InputError(f"a limit of {limit} examples is too small for {count} classes")
     kept = [np.flatnonzero(classes == c)[:each] for c in np.unique(classes)]
     return np.sort(np.concatenate(kept))
 

@@ -23,15 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
+from gemma_scope_jax.coders.sparse_coder import float32
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import per_layer, read, token_mask
 from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.training import sparse, sparse_cpu, sparse_xla
 
-Coder = SparseCoder | MultiLayerCoder
 ON_CPU, ELSEWHERE = 256, 2048  # tokens encoded at a time: what their [tokens, F] floats may take
 SPILL = 128  # of so many tokens one may have more features than there are slots
 PRECISIONS = ("highest", "high", "default")
@@ -80,10 +80,6 @@ class Active:
     spilled: Any
     overflow: Any
     finite: Any
-
-
-def layers_of(coder: Coder) -> tuple[int, ...]:
-    return coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
 
 
 def grouped(coders: Mapping[str, Coder]) -> tuple[Group, ...]:

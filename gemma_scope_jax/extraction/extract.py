@@ -24,7 +24,6 @@ import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.data.activation_files import no_space
-from gemma_scope_jax.data.activation_store import model_identity
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.evaluate import check_fits
@@ -42,6 +41,7 @@ from gemma_scope_jax.extraction.shard_files import (
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.progress import Progress
 

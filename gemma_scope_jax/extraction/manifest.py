@@ -6,18 +6,15 @@ are kept), how many documents are wanted, and the versions that wrote it, which 
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-
 from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.active import Coder, layers_of
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
 
@@ -76,14 +73,11 @@ def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Co
 
 
 def describe(name: str, coder: Coder) -> dict[str, Any]:
-    """What a manifest says of a coder; `weights` is a checksum of its bias and threshold."""
-    digest = hashlib.blake2b(digest_size=8)
-    for weight in (coder.b_enc, coder.threshold):
-        digest.update(np.asarray(weight, np.float32).tobytes())
+    """What a manifest says of a coder."""
     return {
         "name": name, "kind": coder.kind, "layers": list(layers_of(coder)), "reads": coder.reads,
         "writes": coder.writes, "width": coder.width, "first": coder.first,
-        "l0": coder.info.l0, "weights": digest.hexdigest(),
+        "l0": coder.info.l0, "weights": weights_identity(coder),
     }  # fmt: skip
 
 

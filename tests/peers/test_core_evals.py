@@ -241,7 +241,7 @@ def test_saebench_reads_our_documents(model, coder):
     coder = coder.replace(first=1)
     data = EvaluationText(["plums and pears " * 20] * 6, Letters(), rows=2, length=32)
     plan = Plan(loss_tokens=60, ablations=("zero", "mean"), positions=True, replacement=True)
-    config = core_config(data, plan, "tiny", "float32", "fruit", True)
+    config = core_config(data, plan, model, "fruit", True)
     measured = measure(model, [coder], data, plan)
     metrics = measured.tallies[0].metrics()
     reader = pydantic.TypeAdapter(output.CoreEvalOutput)

@@ -1,0 +1,47 @@
+"""Checksums of weights: what they must not see, and what they must."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from gemma_scope_jax.model import identity
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.identity import checksum, model_identity
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4)])
+def test_arrays_on_the_host_and_on_the_device_have_one(shape, monkeypatch):
+    monkeypatch.setattr(identity, "CHUNK", 4)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x = np.asarray(x)
+    assert checksum(x) == checksum(jnp.asarray(x))
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert checksum(half) == checksum(half.astype(jnp.float32)) == checksum(np.asarray(half))
+
+
+def test_every_number_and_its_place_count():
+    x = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
+    changed = [x.T.copy(), x[::-1].copy(), np.nextafter(x, np.inf), -x, x.reshape(5, 6)]
+    for i in range(x.size):
+        one = x.copy()
+        one.flat[i] = np.nextafter(one.flat[i], np.inf)
+        changed.append(one)
+    assert len({checksum(jnp.asarray(a)) for a in [x, *changed]}) == 1 + len(changed)
+
+
+def test_it_does_not_depend_on_how_weights_are_spread():
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((8, 4)), jnp.float32)
+    mesh = jax.make_mesh((len(jax.devices()),), ("model",))
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P("model")))
+    assert checksum({"w": spread}) == checksum({"w": x})
+
+
+def test_models_that_share_name_and_norms_are_told_apart():
+    model = tiny_model(PRESETS["gemma-3-270m"], layers=3)
+    blocks = model.params.blocks.replace(w_o=model.params.blocks.w_o * 1.01)
+    tuned = model.replace(params=model.params.replace(blocks=blocks))
+    one, other = model_identity(model), model_identity(tuned)
+    assert one["name"] == other["name"] and one["weights"] != other["weights"]
+    assert model_identity(tiny_model(PRESETS["gemma-3-270m"], layers=3)) == one
