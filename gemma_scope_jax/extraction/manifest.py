@@ -6,6 +6,7 @@ are kept), how many documents are wanted, and the versions that wrote it, which 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
