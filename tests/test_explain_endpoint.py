@@ -509,9 +509,9 @@ def test_killed_and_resumed_it_asks_nothing_twice(corpus, tmp_path):
 
 def test_interrupted_it_keeps_what_it_has(tmp_path):
     """SIGINT: what is under way is still received, nothing else is sent, the file is whole."""
-    with ChatServer(know, pause=0.05) as server:
+    with ChatServer(know, pause=0.2) as server:
         run = start(server, tmp_path)
-        while len(server.bodies) < 60 and run.poll() is None:
+        while len(server.bodies) < 20 and run.poll() is None:
             time.sleep(0.005)
         run.send_signal(signal.SIGINT)
         began = time.monotonic()

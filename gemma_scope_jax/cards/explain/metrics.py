@@ -1,23 +1,11 @@
 """How well answers agree with the truth: the figures that delphi and SAEBench report."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-
-def auc(truth: np.ndarray, confidence: np.ndarray) -> float | None:
-    """Area under the ROC curve: how often a positive (truth [n] is True) has the larger confidence
-    [n], ties counting half. None without examples of both kinds."""
-    truth = np.asarray(truth, bool)
-    positive = int(truth.sum())
-    negative = len(truth) - positive
-    if not positive or not negative:
-        return None
-    _, inverse, counts = np.unique(confidence, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    rank = (ends - counts + 1 + ends) / 2.0  # of each distinct value, the mean of its ranks
-    above = rank[inverse][truth].sum() - positive * (positive + 1) / 2.0
-    return float(above / (positive * negative))
+from gemma_scope_jax.evaluation.logistic import auc
 
 
 def binary_metrics(
@@ -26,7 +14,7 @@ def binary_metrics(
     """accuracy, balanced_accuracy, f1 (of the positives), auc (with confidences) and n.
 
     truth, said: 0 or 1 of each example. What is undefined is None: everything without examples,
-    the balanced accuracy without examples of both kinds, F1 without positives, said or true.
+    balanced accuracy and auc without examples of both kinds, F1 without positives, said or true.
     """
     t, s = np.asarray(truth, np.float64) > 0.5, np.asarray(said, np.float64) > 0.5
     n = len(t)
@@ -40,7 +28,8 @@ def binary_metrics(
     f1 = 2 * hit / (2 * hit + missed + false) if hit + missed + false else None
     found = {"accuracy": (hit + silent) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
-        found["auc"] = auc(t, np.asarray(confidence, np.float64))
+        area = auc(t, np.asarray(confidence, np.float64))
+        found["auc"] = None if math.isnan(area) else area
     return found
 
 
