@@ -117,8 +117,12 @@ def print_plan(found: Estimate, *, json: bool = False) -> None:
     if found.tokens_per_second is None or found.seconds is None:
         print("time     unknown: the memory does not suffice; take fewer --rows, or a mesh")
     else:
-        hours = found.seconds / 3600
-        left = f"{hours:.1f} hours" if hours >= 1.5 else f"{found.seconds / 60:.0f} minutes"
+        size, unit = next(
+            (size, unit)
+            for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+            if found.seconds >= 1.5 * size or size == 1
+        )
+        left = f"{found.seconds / size:.3g} {unit}"
         print(f"time     about {left}, at {found.tokens_per_second:,.0f} tokens/s on one batch")
 
 
