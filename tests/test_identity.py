@@ -45,3 +45,16 @@ def test_models_that_share_name_and_norms_are_told_apart():
     one, other = model_identity(model), model_identity(tuned)
     assert one["name"] == other["name"] and one["weights"] != other["weights"]
     assert model_identity(tiny_model(PRESETS["gemma-3-270m"], layers=3)) == one
+
+
+def test_a_models_weights_are_read_once(monkeypatch):
+    model, asked = tiny_model(PRESETS["gemma-3-270m"], layers=3), []
+    real = identity.checksum
+    monkeypatch.setattr(identity, "checksum", lambda params: asked.append(0) or real(params))
+    one = model_identity(model)
+    assert model_identity(model) == one and len(asked) == 1
+    known = len(identity._read)
+    tuned = model.replace(params=model.params.replace(final_norm=model.params.final_norm + 1.0))
+    assert model_identity(tuned)["weights"] != one["weights"] and len(asked) == 2
+    del tuned
+    assert len(identity._read) == known  # nothing is kept of what is gone

@@ -4,6 +4,7 @@ A name does not tell: a model and what was trained from it share name, shapes an
 """
 
 import hashlib
+import weakref
 from functools import reduce
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from gemma_scope_jax.model.config import Model
 
+_read: dict[int, tuple[weakref.ref, str]] = {}  # by id: weights and their checksum
 CHUNK = 1 << 20  # numbers of an array in host memory that are taken at a time
 
 
@@ -56,8 +58,15 @@ def _mixed(bits: Any, place: Any) -> Any:
 
 
 def model_identity(model: Model) -> dict[str, str]:
-    """Name, dtype and checksum of the weights: equal for equal models, and for no others."""
+    """Name, dtype and checksum of the weights: equal for equal models, and for no others.
+
+    Weights are read once while they live, however often they are asked about.
+    """
+    params, key = model.params, id(model.params)
+    read = _read.get(key)
+    if read is None or read[0]() is not params:  # an id is given again when its owner is gone
+        read = weakref.ref(params, lambda _: _read.pop(key, None)), checksum(params)
+        _read[key] = read
     return {
-        "name": model.config.name, "dtype": str(model.params.embed.dtype),
-        "weights": checksum(model.params),
+        "name": model.config.name, "dtype": str(params.embed.dtype), "weights": read[1]
     }  # fmt: skip
