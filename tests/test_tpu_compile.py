@@ -117,9 +117,10 @@ def collectives(text: str) -> list[list]:
 
 
 @functools.cache
-def compiled(size: str) -> dict:
+def compiled(name: str, program: str = __file__) -> dict:
+    """What `program NAME` prints, in a process that may load the TPU compiler."""
     run = subprocess.run(
-        [sys.executable, __file__, size],
+        [sys.executable, program, name],
         env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]

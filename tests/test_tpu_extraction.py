@@ -3,18 +3,16 @@
 python tests/test_tpu_extraction.py 1b [DATA MODEL ROWS PRECISION]    # prints the figures as JSON
 """
 
-import functools
 import json
 import math
 import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_tpu_compile import BYTES, ENVIRONMENT, no_libtpu
+from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
 from gemma_scope_jax.extraction.active import Encoders, Group, active_features
@@ -78,20 +76,10 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
 # In the test's process
 
 
-@functools.cache
-def compiled(name: str) -> dict:
-    run = subprocess.run(
-        [sys.executable, __file__, name],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_extraction_fits_and_moves_no_activations_of_features(name):
-    found, (_, (_, model), _, _, width, *_, room, _) = compiled(name), PROGRAMS[name]
+    found, (_, (_, model), _, _, width, *_, room, _) = compiled(name, __file__), PROGRAMS[name]
     assert used(found["hbm"]) <= room
     for operation, arrays, _ in found["collectives"]:
         for dtype, dims in arrays:

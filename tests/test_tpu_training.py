@@ -3,11 +3,9 @@
 python tests/test_tpu_training.py 1b_sae     # prints the figures as JSON
 """
 
-import functools
 import json
 import math
 import os
-import subprocess
 import sys
 from functools import partial
 
@@ -15,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_tpu_compile import BYTES, ENVIRONMENT, collectives, no_libtpu
+from test_tpu_compile import BYTES, ENVIRONMENT, collectives, compiled, no_libtpu
 
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
@@ -86,16 +84,6 @@ def figures(compiled) -> dict:
 # In the test's process
 
 
-@functools.cache
-def compiled(name: str) -> dict:
-    run = subprocess.run(
-        [sys.executable, __file__, name],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def used(hbm: dict) -> int:
     """Bytes a chip needs: outputs that lie where arguments were count once."""
     return sum(hbm.values()) - 2 * hbm["alias"]
@@ -110,7 +98,7 @@ def features(name: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_training_step_fits_and_moves_no_coder(name):
-    found, (_, (data, _), size, coder, *_, room) = compiled(name), PROGRAMS[name]
+    found, (_, (data, _), size, coder, *_, room) = compiled(name, __file__), PROGRAMS[name]
     assert used(found["hbm"]) <= room
     d, gradients = preset(f"gemma-3-{size}").d_model, 0
     for operation, arrays, count in found["collectives"]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
+from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.data.activation_files import no_space
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
@@ -250,7 +251,7 @@ class Runner:
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
         order = [(name, own) for name, coder in self.coders.items()
-                 for own in range(len(on_device.layers_of(coder)))]  # fmt: skip
+                 for own in range(len(layers_of(coder)))]  # fmt: skip
         return [entries[member] for member in order]
 
     def _on_host(self, started: tuple) -> list[Active]:
@@ -326,7 +327,7 @@ def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, in
 def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.Job") -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
-    widths = [c.width for c in coders.values() for _ in on_device.layers_of(c)]
+    widths = [c.width for c in coders.values() for _ in layers_of(c)]
     first = min(c.first for c in coders.values())
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
