@@ -14,7 +14,8 @@ holds its features by token, and the same again by feature, in blocks of neighbo
     {c}.rows, {c}.values   by feature: tokens (differences) and activations [e], in `parts`
 
 A block is its array's bytes, all first bytes before all second ones, each of these planes through
-zlib if that makes it smaller. The file appears under its name when it is whole, and not before.
+zlib if that makes it smaller (looking for runs alone: what repeats in these planes is bytes, not
+strings of them, and zlib then takes half the time for 6 % fewer bytes). The file appears under its name when it is whole, and not before.
 """
 
 import collections
@@ -68,12 +69,16 @@ def squeeze(array: np.ndarray) -> bytes:
 
 
 def _plane(plane: np.ndarray) -> tuple[bytes, bytes]:
-    tried = plane[:_TRIED].data
-    noise = len(plane) > 4 * _TRIED and len(zlib.compress(tried, 1)) > 0.97 * _TRIED
-    data = plane.tobytes() if noise else zlib.compress(plane.data, 1)
+    noise = len(plane) > 4 * _TRIED and len(_deflate(plane[:_TRIED])) > 0.97 * _TRIED
+    data = plane.tobytes() if noise else _deflate(plane)
     if not noise and len(data) >= len(plane):
         data, noise = plane.tobytes(), True
     return (2 * len(data) + noise).to_bytes(4, "little"), data
+
+
+def _deflate(plane: np.ndarray) -> bytes:
+    coder = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    return coder.compress(plane.data) + coder.flush()
 
 
 def expand(data: bytes, dtype: str) -> np.ndarray:
@@ -118,12 +123,14 @@ def expand_values(stored: np.ndarray, exponent: int) -> np.ndarray:
 
 def by_feature(entries: Entries, width: int) -> Entries:
     """The same entries by feature: offsets [F + 1], and of each feature its tokens, ascending."""
-    rows = np.repeat(np.arange(len(entries.offsets) - 1, dtype=np.int32), np.diff(entries.offsets))
-    small = entries.ids.astype(np.uint16) if width <= 1 << 16 else entries.ids
-    order = np.argsort(small, kind="stable")  # a radix sort of 16 bits
-    fired = np.bincount(entries.ids, minlength=width)
-    offsets = np.concatenate([[0], np.cumsum(fired)])
-    return Entries(offsets, rows[order], entries.values[order])
+    import scipy.sparse
+
+    values = entries.values
+    bits = values.view(f"u{values.itemsize}")  # SciPy knows no float16
+    shape = (len(entries.offsets) - 1, width)
+    found = scipy.sparse.csr_array((bits, entries.ids, entries.offsets), shape).tocsc()
+    rows, offsets = found.indices.astype(np.int32, copy=False), found.indptr.astype(np.int64)
+    return Entries(offsets, rows, found.data.view(values.dtype))
 
 
 # -------------------------------------------------------------------------------------------------
