@@ -15,11 +15,13 @@ holds its features by token, and the same again by feature, in blocks of neighbo
 
 A block is its array's bytes, all first bytes before all second ones, each of these planes through
 zlib if that makes it smaller (looking for runs alone: what repeats in these planes is bytes, not
-strings of them, and zlib then takes half the time for 6 % fewer bytes). The file appears under its name when it is whole, and not before.
+strings of them, and zlib then takes half the time for 6 % fewer bytes). The file appears under its
+name when it is whole, and not before.
 """
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -57,28 +59,33 @@ class Entries(NamedTuple):
 # Arrays as bytes
 
 
-def squeeze(array: np.ndarray) -> bytes:
-    """The bytes of an array, those of like significance side by side, compressed.
+def squeeze(array: np.ndarray) -> list[Any]:
+    """The bytes of an array, those of like significance side by side, compressed: buffers to be
+    written one after the other (to join megabytes holds up every other thread).
 
     Each plane of bytes is zlib's output, or itself where that is no smaller; a uint32 before it is
     twice its size, and one more if it is itself.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     planes = np.ascontiguousarray(flat.view(np.uint8).reshape(-1, flat.dtype.itemsize).T)
-    return b"".join(part for plane in planes for part in _plane(plane))
+    return [part for plane in planes for part in _plane(plane)]
 
 
-def _plane(plane: np.ndarray) -> tuple[bytes, bytes]:
-    noise = len(plane) > 4 * _TRIED and len(_deflate(plane[:_TRIED])) > 0.97 * _TRIED
-    data = plane.tobytes() if noise else _deflate(plane)
-    if not noise and len(data) >= len(plane):
-        data, noise = plane.tobytes(), True
-    return (2 * len(data) + noise).to_bytes(4, "little"), data
+def _plane(plane: np.ndarray) -> list[Any]:
+    noise = len(plane) > 4 * _TRIED and _size(_deflate(plane[:_TRIED])) > 0.97 * _TRIED
+    parts = [plane.data] if noise else _deflate(plane)
+    if not noise and _size(parts) >= len(plane):
+        parts, noise = [plane.data], True
+    return [(2 * _size(parts) + noise).to_bytes(4, "little"), *parts]
 
 
-def _deflate(plane: np.ndarray) -> bytes:
+def _deflate(plane: np.ndarray) -> list[Any]:
     coder = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    return coder.compress(plane.data) + coder.flush()
+    return [coder.compress(plane.data), coder.flush()]
+
+
+def _size(parts: Sequence[Any]) -> int:
+    return sum(map(len, parts))
 
 
 def expand(data: bytes, dtype: str) -> np.ndarray:
@@ -222,7 +229,7 @@ class ShardWriter:
             self._temporary.replace(self.path)
         return footer
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: Any) -> None:
         self._file.write(data)
         self._at += len(data)
 
@@ -243,9 +250,10 @@ class ShardWriter:
             for job in jobs:
                 said, some = job.result()
                 about.append(said)
-                for name, dtype, data, crc in some:
-                    blocks[name] = [self._at, len(data), crc, dtype]
-                    self._write(data)
+                for name, dtype, parts, crc in some:
+                    blocks[name] = [self._at, _size(parts), crc, dtype]
+                    for part in parts:
+                        self._write(part)
             self._segments.append({**about[0], "blocks": blocks, "coders": about[1:]})
 
 
@@ -257,7 +265,7 @@ def joined(parts: Sequence[Entries]) -> Entries:
     return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
 
 
-Block = tuple[str, str, bytes, int]  # name, dtype, bytes, crc32
+Block = tuple[str, str, list[Any], int]  # name, dtype, buffers, their crc32
 
 
 def _tokens_coded(held: list[tuple]) -> tuple[dict, list[Block]]:
@@ -305,7 +313,8 @@ def _in_parts(entries: Entries, ends: list[int], ids: str, values: str) -> dict[
 
 def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
     squeezed = ((name, array.dtype.str, squeeze(array)) for name, array in arrays.items())
-    return [(prefix + name, dtype, data, zlib.crc32(data)) for name, dtype, data in squeezed]
+    crc = lambda parts: functools.reduce(lambda before, part: zlib.crc32(part, before), parts, 0)
+    return [(prefix + name, dtype, parts, crc(parts)) for name, dtype, parts in squeezed]
 
 
 def parts_of(offsets: np.ndarray) -> list[int]:
