@@ -313,9 +313,14 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
                 probes[place] = spelling.fit_letters(x[place], task.letters)
             f = encode_rows(coder, x[coder.reads, coder.layer])
             some = narrowed(coder, f.columns)
-            found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
-            results[name] = _numbered(found, f.columns)
+            try:
+                found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
+                results[name] = _numbered(found, f.columns)
+            except InputError as error:  # where this one writes; others may still be measured
+                results[name] = {"letters": [], "why": str(error)}
             scored(len(results), len(coders))
+        if len(results) == len(names) and not any(r["letters"] for r in results.values()):
+            raise InputError(results[names[0]]["why"])
         return results
 
     job = Job(family, "vocabulary", settings, names, work, measure)
