@@ -71,6 +71,11 @@ class PlantedStore:
         rows = np.flatnonzero(self.values[feature])
         return rows.astype(np.int64), self.values[feature, rows]
 
+    def features(self, start, stop, coder=None, layer=None):
+        parts = [self.feature(f) for f in range(start, stop)]
+        offsets = np.cumsum([0, *(len(rows) for rows, _ in parts)])
+        return offsets, *(np.concatenate(some) for some in zip(*parts))
+
     def fired(self, coder=None, layer=None):
         return (self.values > 0).sum(1)
 

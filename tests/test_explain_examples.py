@@ -103,6 +103,17 @@ def test_train_windows_are_the_top_ones_and_some_others(corpus, material):
     assert set(found[10:]) <= set(train[10:].tolist()) and found[10:] == sorted(found[10:])[::-1]
 
 
+@pytest.mark.parametrize("held", [1, 500, 2000])
+def test_features_that_are_read_together_are_those_read_alone(monkeypatch, held):
+    monkeypatch.setattr(ex, "HELD", held)
+    store = PlantedStore(pieces=40)
+    corpus = ex.open_corpus(store, Tok())
+    for feature in [*range(store.width()), 0, store.width() - 1]:
+        for got, wanted in zip(corpus.feature(feature), store.feature(feature), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    assert len(corpus._runs) - 1 > (1 if held < 2000 else 0)
+
+
 def test_peaks_by_a_loop():
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(2000, 300, replace=False)).astype(np.int64)

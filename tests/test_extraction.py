@@ -127,6 +127,11 @@ def test_the_index_says_the_same_as_the_tokens(store, name, layer):
         rows, values = store.feature(feature, name, layer)
         assert (rows == np.flatnonzero(found[:, feature])).all()
         assert (values == found[rows, feature]).all()
+    for start, stop in ((0, store.width(name)), (3, 9)):
+        offsets, rows, values = store.features(start, stop, name, layer)
+        features, wanted = np.nonzero(found[:, start:stop].T)
+        assert (np.repeat(np.arange(stop - start), np.diff(offsets)) == features).all()
+        assert (rows == wanted).all() and (values == found[rows, features + start]).all()
     for segment in store.segments():
         offsets, rows, values = segment.by_feature(name, layer)
         again = np.zeros((len(segment), store.width(name)), np.float32)
@@ -485,6 +490,7 @@ def test_bad_reading_is_one_line(store, tmp_path):
     for ask, said in (
         (lambda: store.feature(0), "which coder"),
         (lambda: store.feature(99, "a"), "feature 99: the coder has 0 to 47"),
+        (lambda: store.features(40, 49, "a"), "features 40 to 49: the coder has 0 to 47"),
         (lambda: store.feature(0, "x"), "layer None is none of its layers"),
         (lambda: store.fired("aa"), "no coder 'aa'"),
         (lambda: store.feature(0, "aa"), "no coder 'aa'"),

@@ -8,7 +8,8 @@ store.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 
 POOL = 4096  # random windows drawn once, among which each feature finds its silent ones
+HELD = 1 << 24  # entries of neighbouring features that are read together, and held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,32 @@ class Corpus:
 
     def feature(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows int64 [m], ascending, and activations float32 [m] of a feature."""
-        return self.store.feature(feature, coder=self.coder, layer=self.layer)
+        if not 0 <= feature < self.store.width(self.coder):
+            return self.store.feature(feature, self.coder, self.layer)  # says what is wrong
+        run = int(np.searchsorted(self._runs, feature, side="right")) - 1
+        offsets, rows, values = self._run(run)
+        at = feature - self._runs[run]
+        some = slice(offsets[at], offsets[at + 1])
+        return rows[some], values[some]
+
+    @functools.cached_property
+    def _runs(self) -> np.ndarray:
+        """int [n + 1]: features that are read together, those of a run from `_runs[i]` on."""
+        fired = np.cumsum(self.store.fired(self.coder, self.layer))
+        starts, width = [0], len(fired)
+        while starts[-1] < width:
+            before = fired[starts[-1] - 1] if starts[-1] else 0
+            stop = int(np.searchsorted(fired, before + HELD, side="right"))
+            starts.append(max(stop, starts[-1] + 1))
+        return np.array(starts)
+
+    @functools.cached_property
+    def _run(self) -> Callable[[int], Any]:
+        """The features of a run, of which the last few stay in memory."""
+        read = lambda n: self.store.features(
+            int(self._runs[n]), int(self._runs[n + 1]), self.coder, self.layer
+        )
+        return functools.lru_cache(2)(read)
 
     def windows(self, rows: np.ndarray) -> np.ndarray:
         before, after = sides(self.sampling.length)
