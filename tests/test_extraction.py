@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -385,6 +386,65 @@ def test_delphi_finds_every_activation_where_it_looks(store, tmp_path, splits):
         np.testing.assert_allclose(found, dense(store, name, layer), rtol=1e-3)
         config = json.loads((tmp_path / "d" / module / "config.json").read_text())
         assert config["ctx_len"] == 32 and config["model_name"]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("width", [48, 70_000])
+def test_delphi_files_are_those_of_the_whole_store_at_once(model, tmp_path, width, splits):
+    """A file filled segment by segment has the bytes that safetensors writes of whole arrays."""
+    from safetensors.numpy import save
+
+    coder = sae(9, 1, width, threshold=1.0 if width == 48 else 3.0)
+    found = extract(model, coder, Letters(), ["abcdefgh" * 9, "xyz", "hgf"], tmp_path / "s",
+                    **SETTINGS | {"shard_tokens": 30, "slots": width})  # fmt: skip
+    name = found.coders[0]
+    rows, ids, values, pieces, tokens = [], [], [], [], []
+    for segment in found.segments():
+        offsets, some, held = segment.by_token()
+        rows.append(np.repeat(np.arange(len(segment)), np.diff(offsets)) + segment.start)
+        ids, values = [*ids, some], [*values, np.minimum(held, 65504).astype(np.float16)]
+        pieces.append(segment.pieces + (pieces[-1][-1] + 1 if pieces else 0))
+        tokens.append(segment.tokens)
+    assert len(tokens) > 1
+    rows, ids, values, pieces = map(np.concatenate, (rows, ids, values, pieces))
+    positions = np.concatenate([s.positions for s in found.segments()])
+    padded = np.zeros((pieces[-1] + 1, 32), np.int64)
+    padded[pieces, positions] = np.concatenate(tokens)
+    export_store(found, tmp_path / "d", "delphi", splits=splits)
+    files = list((tmp_path / "d" / name).glob("*.safetensors"))
+    assert len(files) == splits
+    for file in files:
+        start, last = map(int, file.stem.split("_"))
+        here = (ids >= start) & (ids <= last)
+        where = np.stack([pieces[rows], positions[rows], ids - start], 1)[here]
+        kind = np.uint16 if last - start < 1 << 16 else np.uint32
+        arrays = {"locations": where.astype(kind), "activations": values[here], "tokens": padded}
+        assert file.read_bytes() == save(arrays)
+
+
+def test_memory_of_a_delphi_export_does_not_grow_with_the_store(store, tmp_path):
+    class Long:
+        """A store `times` over."""
+
+        def __init__(self, times):
+            self.times, self.folder = times, store.folder
+            self.manifest, self.coders = store.manifest, store.coders
+            self.segment_count = times * store.segment_count
+
+        def segments(self):
+            return (s for _ in range(self.times) for s in store.segments())
+
+        def fired(self, coder, layer):
+            return self.times * store.fired(coder, layer)
+
+    peaks = []
+    for times in (1, 1, 12):
+        tracemalloc.start()
+        export_store(Long(times), tmp_path / str(len(peaks)), "delphi", splits=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).rglob("*.safetensors")) for n in "12"]
+    assert sizes[1] > 11 * sizes[0] and peaks[2] < 1.2 * peaks[1]
 
 
 def test_coders_of_one_last_name_are_all_exported(model, documents, tmp_path):
