@@ -160,6 +160,41 @@ def test_documents_and_windows_are_those_of_the_text(store, documents):
     assert (dense(store, "a", 1)[rows[3], features] == values).all()
 
 
+@pytest.mark.parametrize("source", ["shuffled", "in order", "stream", "partial", "old"])
+def test_a_document_is_looked_for_in_its_shard_alone(
+    model, documents, tmp_path, monkeypatch, source
+):
+    texts = (lambda: iter(documents)) if source == "stream" else documents
+    settings = SETTINGS | {"seed": None if source == "in order" else 3}
+    share = (1, 3) if source == "partial" else (0, 1)
+    extract(model, {"a": CODERS["a"]}, Letters(), texts, tmp_path, **settings, share=share)
+    if source == "old":  # written before the manifest told the order
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        del manifest["shuffled"]
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = FeatureStore(tmp_path)
+    opened, real = [], FeatureStore._open
+    monkeypatch.setattr(FeatureStore, "_open", lambda s, n: opened.append(n) or real(s, n))
+    numbers = set(found.document_numbers)
+    assert len(numbers) == (len(documents) if source != "partial" else 3 * len(documents) // 9)
+    for number, text in enumerate(documents):
+        del opened[:]
+        if number in numbers:
+            got = found.document(number)
+            same = np.array_equal(got.tokens, Letters().encode(text, bos=False))
+            assert same or source == "stream"  # whose numbers count the shuffled order
+        else:
+            with pytest.raises(InputError, match=f"document {number} is not in the store"):
+                found.document(number)
+        assert len(set(opened)) <= 1 or source == "old"
+    for number in (-1, len(documents), 10**12):
+        with pytest.raises(InputError, match="is not in the store"):
+            found.where(number)
+    rows = np.random.default_rng(0).permutation(len(found.segment(0)))[:20]
+    segment = found.segment(0)
+    assert segment.where(rows) == [found.where(d) for d in segment.documents[rows].tolist()]
+
+
 def test_too_few_slots_change_nothing(model, documents, store, tmp_path):
     """Tokens with more features than slots are spilled, or their batch runs again."""
     few = extract(model, CODERS, Letters(), documents, tmp_path, **SETTINGS | {"slots": 7})

@@ -2,7 +2,8 @@
 all processes, and index.json, written when every shard is there.
 
 The manifest holds what makes two stores the same (model, coders, text, order, batches, how values
-are kept), how many documents are wanted, and the versions that wrote it, which nothing compares.
+are kept), how many documents are wanted, of how many they are drawn (`shuffled`; null: their
+numbers count the order), and the versions that wrote it, which nothing compares.
 """
 
 import dataclasses
@@ -101,7 +102,7 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
         documents, mean, _ = measure(job.text, tokens)
         size = {
             "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
-            "mean": mean,
+            "mean": mean, "shuffled": job.text.shuffled,
         }  # fmt: skip
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
     old = read_manifest(folder)
@@ -191,6 +192,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and whole(manifest["per_shard"], 1)
         and (manifest["tokens"] is None or whole(manifest["tokens"], 1))
         and isinstance(manifest["mean"], int | float)
+        and (manifest.get("shuffled") is None or whole(manifest["shuffled"], 1))
     )
 
 

@@ -10,6 +10,7 @@ Tokens have a row in the store, from 0 on; they come in pieces of documents, eac
 `<bos>`. How the files look: `shard_files.py`.
 """
 
+import bisect
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path
+from gemma_scope_jax.data.order import positions_of
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.shard_files import (
@@ -86,6 +88,11 @@ class Segment:
     def documents(self) -> np.ndarray:
         numbers = np.array([d[0] for d in self._shard.footer["documents"]], np.int64)
         return numbers[self._piece_table[0]][self.pieces]
+
+    def where(self, rows: Any) -> list[str]:
+        """Where the documents of some of the segment's rows come from, as "FILE, byte 123"."""
+        documents = self._shard.footer["documents"]
+        return [documents[d][1] for d in self._piece_table[0][self.pieces[rows]].tolist()]
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -294,31 +301,44 @@ class FeatureStore:
 
     # ---- by document -----------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _documents(self) -> dict[int, tuple[int, int]]:
-        """{number: (place of its shard in `shards`, place in the shard)}, from the footers."""
-        return {
-            number: (place, within)
-            for place, shard in enumerate(self.shards)
-            for within, (number, _, _) in enumerate(self._open(shard["shard"]).footer["documents"])
-        }
+    def _held(self, place: int) -> list[tuple[int, str, int]]:
+        """Number, where it is, and tokens of the documents of `shards[place]`."""
+        return self._open(self.shards[place]["shard"]).footer["documents"]
+
+    def _may_hold(self, number: int) -> range:
+        """The places in `shards` where a document can be: its shard, which its place in the order
+        says, or all of a store that does not tell the order."""
+        if "shuffled" not in self.manifest:
+            return range(len(self.shards))
+        count, position = self.manifest["shuffled"], np.array([number])
+        if count is not None and 0 <= number < count:
+            position = positions_of(position, count, self.manifest["data"]["seed"], 0)
+        shard = position.item() // self.manifest["per_shard"]
+        place = bisect.bisect_left(self.shards, shard, key=lambda shard: shard["shard"])
+        return range(place, min(place + 1, len(self.shards)))
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """(place of a document's shard in `shards`, place in the shard)."""
+        for place in self._may_hold(number):
+            for within, (held, _, _) in enumerate(self._held(place)):
+                if held == number:
+                    return place, within
+        raise InputError(f"{self.folder}: document {number} is not in the store")
 
     @property
     def document_numbers(self) -> list[int]:
-        """The numbers of the documents there are, in the store's order."""
-        return list(self._documents)
+        """The numbers of the documents there are, in the store's order; a list of them all."""
+        return [number for place in range(len(self.shards)) for number, _, _ in self._held(place)]
 
     def where(self, number: int) -> str:
         """Where a document comes from, as "FILE, byte 123"."""
-        if number not in self._documents:
-            raise InputError(f"{self.folder}: document {number} is not in the store")
-        place, within = self._documents[number]
-        return self._open(self.shards[place]["shard"]).footer["documents"][within][1]
+        place, within = self._find(number)
+        return self._held(place)[within][1]
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
         """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
-        where = self.where(number)
-        place, within = self._documents[number]
+        place, within = self._find(number)
+        where = self._held(place)[within][1]
         before = sum(len(shard["segments"]) for shard in self.shards[:place])
         none = np.zeros(0, np.int32)
         tokens, rows, at = [none], [none.astype(np.int64)], [none]
