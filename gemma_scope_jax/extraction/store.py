@@ -315,7 +315,8 @@ class FeatureStore:
             position = positions_of(position, count, self.manifest["data"]["seed"], 0)
         shard = position.item() // self.manifest["per_shard"]
         place = bisect.bisect_left(self.shards, shard, key=lambda shard: shard["shard"])
-        return range(place, min(place + 1, len(self.shards)))
+        held = place < len(self.shards) and self.shards[place]["shard"] == shard
+        return range(place, place + held)
 
     def _find(self, number: int) -> tuple[int, int]:
         """(place of a document's shard in `shards`, place in the shard)."""

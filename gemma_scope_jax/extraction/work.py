@@ -49,8 +49,9 @@ class Text:
     @property
     def shuffled(self) -> int | None:
         """Of how many documents the numbers are shuffled; None: they count the order itself."""
-        some = isinstance(self.documents, Indexed) and self.seed is not None
-        return self.documents.count if some else None
+        if isinstance(self.documents, Indexed) and self.seed is not None:
+            return self.documents.count
+        return None
 
     def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
         """(number, record) of the documents at positions `start` to `stop` of the order.
