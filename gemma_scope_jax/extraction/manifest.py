@@ -105,7 +105,7 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
             "mean": mean, "shuffled": job.text.shuffled,
         }  # fmt: skip
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
-    old = read_manifest(folder)
+    old = read_features_manifest(folder)
     for key, value in job.describe().items():
         if old[key] != value:
             raise InputError(
@@ -159,7 +159,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_manifest(folder: Any) -> dict[str, Any]:
+def read_features_manifest(folder: Any) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders that have none, or another's."""
     path = folder / MANIFEST
     try:

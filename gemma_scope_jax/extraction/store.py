@@ -180,7 +180,7 @@ class FeatureStore:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = folder_path(folder)
-        self.manifest = manifests.read_manifest(self.folder)
+        self.manifest = manifests.read_features_manifest(self.folder)
         self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
         self._digest = manifests.digest(self.manifest)
         index = manifests.read_index(self.folder, self.manifest["documents"])
