@@ -54,7 +54,7 @@ def plan_extraction(
     mine = [s for s in range(plan.shards) if s % share[1] == share[0]]
     left = [s for s in mine if s not in there]
     ahead = sum(map(plan.in_shard, left)) * mean
-    size = token_bytes(named, job.values)
+    size = token_bytes(named, job.values) * plan.share
     runner = Runner(model, named, job.slots, job.precision)
     memory, limit = _memory(runner, job.rows, job.length)
     rate = None if limit is not None and memory > limit else _rate(runner, plan)

@@ -177,8 +177,8 @@ class ShardWriter:
             with contextlib.suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
 
-    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> int:
-        """A batch; returns how many of its tokens count.
+    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> None:
+        """A batch.
 
         tokens int32 [n], counted bool [n], pieces int32 [p, 3] (document in the shard,
         offset in it, length with `<bos>`), and the entries of every coder's layer.
@@ -187,7 +187,6 @@ class ShardWriter:
         self._waiting += len(tokens)
         if self._waiting >= SEGMENT:
             self._flush()
-        return int(counted.sum())
 
     def close(self, **about: Any) -> dict[str, Any]:
         """Write the rest and the footer, with `about` in it; returns the footer."""
