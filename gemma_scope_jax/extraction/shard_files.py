@@ -156,7 +156,11 @@ class ShardWriter:
         self._held: list[tuple] = []
         self._waiting = 0
         self._coding: collections.deque = collections.deque()
-        self._write(MAGIC)
+        try:
+            self._write(MAGIC)
+        except BaseException:
+            self.discard()
+            raise
 
     def __enter__(self) -> "ShardWriter":
         return self
