@@ -312,7 +312,7 @@ def test_a_text_that_shrinks_is_said(model, documents, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path):
+def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path, capsys):
     coders = {"low": sae(7, 1, threshold=-1.0), "late": sae(7, 1, threshold=0.5, first=4)}
     found = extract(model, coders, Letters(), documents, tmp_path, **SETTINGS)
     positions = np.concatenate([s.positions for s in found.segments()])
@@ -321,6 +321,16 @@ def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path):
     np.testing.assert_allclose(np.where(low > 0.5, low, 0.0)[positions >= 4],
                                late[positions >= 4], rtol=1e-5)  # fmt: skip
     assert 0 < low[low > 0].min() < 0.1  # a ReLU: nothing negative, though the threshold is
+    counted = {name: np.concatenate([s.counted_by(name) for s in found.segments()])
+               for name in coders}  # fmt: skip
+    assert (counted["low"] == (positions >= 1)).all()
+    assert (counted["late"] == (positions >= 4)).all()
+    assert found.counted_by("low") == found.counted == (positions >= 1).sum()
+    assert found.counted_by("late") == (positions >= 4).sum() < found.counted
+    print_store(found, json=True)
+    said = json.loads(capsys.readouterr().out)["l0"]
+    for coder, values in zip(said, (low, late)):
+        assert coder["l0"] == pytest.approx((values > 0).sum(1)[counted[coder["coder"]]].mean())
 
 
 def test_chats_count_what_the_roles_say(tmp_path):

@@ -91,7 +91,7 @@ def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) ->
 def typical(segment: Any, coder: str, layer: int) -> Active:
     """The active features of a segment on its typical tokens."""
     active = by_feature(segment, coder, layer)
-    kept = typical_tokens(active.rows, active.values, segment.counted)[active.rows]
+    kept = typical_tokens(active.rows, active.values, segment.counted_by(coder))[active.rows]
     return Active(*(a[kept] for a in active))
 
 
@@ -176,8 +176,9 @@ def gather_examples(
         sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
     rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
     _windows(store, coder, layer, s, rows, stage, progress)
-    stage.put("density", fired / store.counted)
-    stage.facts["tokens"] = int(store.counted)
+    counted = store.counted_by(coder)
+    stage.put("density", fired / counted)
+    stage.facts["tokens"] = counted
     stage.put("largest", largest)
     stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
 

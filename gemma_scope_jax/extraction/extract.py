@@ -329,7 +329,7 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
     widths = [c.width for c in coders.values() for _ in layers_of(c)]
-    first = min(c.first for c in coders.values())
+    first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device

@@ -138,7 +138,7 @@ def print_store(store: FeatureStore, *, json: bool = False) -> None:
     """What a store holds, and where it is."""
     entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
     lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
-    l0 = [n / max(store.counted, 1) for n in entries]
+    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
     if json:
         sparsity = [{"coder": n, "layer": l, "l0": v} for (n, l), v in zip(lists, l0)]
         found = {"folder": str(store.folder), "complete": store.complete, "tokens": len(store),

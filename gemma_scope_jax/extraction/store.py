@@ -44,7 +44,8 @@ class Segment:
     positions  int32 [n], in its piece: `<bos>` is 0
     documents  int64 [n]: the number of its document
     offsets    int32 [n]: its place in the document's tokens; -1: a `<bos>`
-    counted    bool [n]: whether its features count, and are stored
+    counted    bool [n]: whether features count, and are stored: from the coders' smallest `first`
+               on; those of one coder: `counted_by`
     """
 
     def __init__(self, store: "FeatureStore", shard: Shard, number: int, start: int):
@@ -64,6 +65,10 @@ class Segment:
     @functools.cached_property
     def counted(self) -> np.ndarray:
         return np.unpackbits(self._read("counted")[0])[: len(self)].astype(bool)
+
+    def counted_by(self, coder: str | None = None) -> np.ndarray:
+        """bool [n]: where a coder's features count: `counted`, from its own `first` on."""
+        return self.counted & (self.positions >= self._store.about(coder)["first"])
 
     @functools.cached_property
     def _piece_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -173,6 +178,7 @@ class FeatureStore:
     folder    local or in a bucket
     manifest  the model, the coders, the data: see `manifest.py`
     coders    their names
+    counted   on how many tokens features count, of the coder with the smallest `first`
     complete  whether all that was asked for is there; else what there is can be read
 
     Raises `InputError` for folders that are no store, damaged files, unknown coders and features.
@@ -228,12 +234,22 @@ class FeatureStore:
             raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
         return self.manifest["coders"][0]["name"]
 
-    def width(self, coder: str | None = None) -> int:
-        """Features (a layer) of a coder."""
+    def about(self, coder: str | None = None) -> dict[str, Any]:
+        """What the manifest says of a coder."""
         name = self._only_coder() if coder is None else coder
         if name not in self.coders:
             raise InputError(f"{self.folder}: no coder {name!r}{nearest(name, self.coders)}")
-        return next(c["width"] for c in self.manifest["coders"] if c["name"] == name)
+        return self.manifest["coders"][self.coders.index(name)]
+
+    def width(self, coder: str | None = None) -> int:
+        """Features (a layer) of a coder."""
+        return self.about(coder)["width"]
+
+    def counted_by(self, coder: str | None = None) -> int:
+        """On how many tokens a coder's features count."""
+        if self.about(coder)["first"] == min(c["first"] for c in self.manifest["coders"]):
+            return self.counted
+        return sum(int(segment.counted_by(coder).sum()) for segment in self.segments())
 
     # ---- by token --------------------------------------------------------------------------------
 
