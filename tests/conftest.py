@@ -1,6 +1,8 @@
 """Strict JAX for every test: no silent dtype or rank promotion, eight CPU devices."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute: less optimised code halves their time.
@@ -14,6 +16,19 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+MAPS = Path("/proc/self/maps")
+MANY = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are let go of before they take all memory maps that Linux allows a process
+    (65,530; LLVM aborts at the next program), which two thousand tests in one process do."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

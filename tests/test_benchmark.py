@@ -16,6 +16,7 @@ from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import benchmark
 from gemma_scope_jax.evaluation.absorption import LETTERS
 from gemma_scope_jax.evaluation.probing import PROTOCOLS
@@ -167,6 +168,32 @@ def test_absorption_of_words_that_are_embedded_by_their_letter(folder, tiny, cap
     assert mean["mean_full_absorption_score"] == pytest.approx(
         np.mean([row["full_absorption_rate"] for row in result["eval_result_details"]])
     )
+
+
+def test_a_coder_that_writes_where_nothing_is_spelled_costs_the_others_nothing(
+    folder, tiny, capsys, monkeypatch, compile_once
+):
+    tiny()
+    real, seen = benchmark.spelling.absorption, []
+
+    def absorption(coder, *rest):
+        seen.append(coder)
+        if len(seen) in silent:
+            raise InputError("no letter's probe works")
+        return real(coder, *rest)
+
+    monkeypatch.setattr(benchmark.spelling, "absorption", absorption)
+    command = ["benchmark", str(folder / "sae0"), str(folder / "sae1"), "--absorption", "--words",
+               "9", "--model", "tiny", "--out"]  # fmt: skip
+    silent = {1}
+    assert cli.main([*command, str(folder / "half")]) == 0
+    table = capsys.readouterr().out
+    assert "0: no letter's probe works" in table and table.count("\n| ") == 4
+    (document,) = (folder / "half" / "absorption_first_letter").iterdir()
+    assert "sae1" in document.name
+    silent = {3, 4}
+    assert cli.main([*command, str(folder / "none")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no letter's probe works"
 
 
 def test_activations_of_words_are_kept_and_serve_other_coders(

@@ -136,10 +136,24 @@ def _report(progress: Progress, job: Job, before: int) -> Report:
     """What tells how far a job is, `before` tokens of others being done."""
 
     def report(done: int, of: int) -> None:
-        share = min(done / max(of, 1), 0.99)  # the probes are still to come
+        share = min(done / max(of, 1), 0.99)
         progress.at(before + int(share * job.work), f"  {job.family} {job.name}")
 
     return report
+
+
+def _stages(report: Report, subjects: int) -> tuple[Report, Report]:
+    """What the model's pass and what comes after it, a subject at a time, report to; a subject's
+    probes are taken to be a tenth of the pass, which is of the right order."""
+    parts = 10 + subjects
+
+    def passed(done: int, of: int) -> None:
+        report(10 * done, parts * max(of, 1))
+
+    def probed(done: int, of: int) -> None:
+        report(10 * max(of, 1) + subjects * done, parts * max(of, 1))
+
+    return passed, probed
 
 
 def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -200,10 +214,11 @@ def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         task = make_task(read_table(path), protocol, limit)
         how, keep = protocol.how, protocol.keep
-        names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, report, keep)
+        passed, probed = _stages(report, len(missing))
+        names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, passed, keep)
         subjects = {name: f.values for name, f in zip(names, pooled.features)}
         raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
-        results = probe_task(task, subjects | raw, protocol, ks, full=list(raw))
+        results = probe_task(task, subjects | raw, protocol, ks, full=list(raw), report=probed)
         for name, f in zip(names, pooled.features):
             results[name] = _numbered(results[name], f.columns)
         return results
@@ -258,7 +273,8 @@ def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> 
         table = read_table(path)
         task: Any = (scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task)(table, limit)
         score = scr_tpp.tpp if family == "tpp" else scr_tpp.scr
-        names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", report)
+        passed, scored = _stages(report, len(missing))
+        names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", passed)
         probes: dict[Place, Any] = {}
         results = {}
         for name, f in zip(names, pooled.features):
@@ -269,6 +285,7 @@ def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> 
                 probes[place] = scr_tpp.fit_probes(task, x)
             some = narrowed(coder, f.columns)
             results[name] = score(task, probes[place], some, x, f.values, ns)
+            scored(len(results), len(names))
         return results
 
     return measure
@@ -285,7 +302,9 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         task = spelling.spelling_prompts(bench.tok, per_letter)
         coders = {name: bench.coders[name] for name in names if name in missing}
-        x = _word_activations(bench, job, task, sorted(places_of(list(coders.values()))), report)
+        places = sorted(places_of(list(coders.values())))
+        passed, scored = _stages(report, len(coders))
+        x = _word_activations(bench, job, task, places, passed)
         probes: dict[Place, spelling.LetterProbes] = {}
         results = {}
         for name, coder in coders.items():
@@ -294,8 +313,14 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
                 probes[place] = spelling.fit_letters(x[place], task.letters)
             f = encode_rows(coder, x[coder.reads, coder.layer])
             some = narrowed(coder, f.columns)
-            found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
-            results[name] = _numbered(found, f.columns)
+            try:
+                found = spelling.absorption(some, x[place], f.values, task.letters, probes[place])
+                results[name] = _numbered(found, f.columns)
+            except InputError as error:  # where this one writes; others may still be measured
+                results[name] = {"letters": [], "why": str(error)}
+            scored(len(results), len(coders))
+        if len(results) == len(names) and not any(r["letters"] for r in results.values()):
+            raise InputError(results[names[0]]["why"])
         return results
 
     job = Job(family, "vocabulary", settings, names, work, measure)

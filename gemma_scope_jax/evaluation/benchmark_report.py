@@ -30,6 +30,8 @@ def documents(bench: Bench, results: Results) -> list[dict[str, Any]]:
     made = []
     for family, some in by_family(results).items():
         for name, coder in bench.coders.items():
+            if any("why" in found[name] for _, found in some):  # nothing could be measured
+                continue
             raw = raw_name((coder.reads, coder.layer))
             metrics, details = _FIGURES[family](some, name, raw)
             config = {"model_name": bench.model.config.name, **some[0][0].settings}
@@ -174,6 +176,9 @@ def _absorption_rows(bench: Bench, some: Results):
     rows = []
     for name in bench.coders:
         r = found[name]
+        if "why" in r:
+            rows.append({"coder": name, "letters": f"0: {r['why']}"})
+            continue
         rows.append({
             "coder": name, "absorption": r["fraction"], "full": r["full"],
             "main features": r["split"],
@@ -210,8 +215,8 @@ def by_task(bench: Bench, results: Results) -> str:
     parts = []
     for family, some in by_family(results).items():
         for name in bench.coders:
-            rows = _parts(bench, family, some, name)
-            parts.append(f"### {family}: {name}\n\n{markdown(rows)}")
+            if rows := _parts(bench, family, some, name):
+                parts.append(f"### {family}: {name}\n\n{markdown(rows)}")
     return "\n\n".join(parts) + "\n"
 
 

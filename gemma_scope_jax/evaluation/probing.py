@@ -16,7 +16,7 @@ best.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -192,11 +192,13 @@ def probe_task(
     protocol: Protocol,
     ks: Sequence[int] = (),
     full: Sequence[str] = (),
+    report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, Any]]:
     """For each of `subjects` (its features or activations [N, F]) the scores of a task.
 
     {subject: {k or "full": {"accuracy", "auc", "f1", "c", "features"}}}; of several questions the
     means, and each under "questions". `full`: the subjects that a probe on everything is wanted of.
+    `report` is told after each how many are done, of how many.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, x in subjects.items():
@@ -210,6 +212,7 @@ def probe_task(
             for question, split in task.questions.items()
         }
         results[name] = _mean(by_question)
+        report(len(results), len(subjects))
     return results
 
 
