@@ -161,7 +161,7 @@ class Plan:
     rows: int
     length: int
     mean: float  # tokens a document, about
-    share: float  # of them that count, about
+    share: float = 1.0  # of them that count, about
 
     @property
     def shards(self) -> int:
