@@ -44,7 +44,7 @@ def evaluate(
         tfds: Instead: a TensorFlow Datasets name.
         field: The key that holds the text in JSON records.
         messages: The key that holds a chat, instead of text.
-        roles: Whose tokens count in chats; those are also compared.
+        roles: Whose tokens count in chats; several are also compared.
         skip_bad: Leave out records that cannot be used.
         tokens: Read about so many, <bos> included, in whole batches, to measure how they fit.
         loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
