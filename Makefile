@@ -126,5 +126,5 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 
 bench: $(VENV)/.has-demo $(PEERS)/.has
-	@for script in $(filter-out %/train_quality.py %/train_share.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out %/sides.py %/train_quality.py %/train_share.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done

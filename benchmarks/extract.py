@@ -16,18 +16,16 @@ matmul rate measured in float32. On a GPU: --device gpu --rows 32 --length 1024 
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from sides import ROOT, Side, serve
 
-ROOT = Path(__file__).resolve().parent.parent
 SAE = "gemma-3-270m-resid-post-12-width-4k-l0-50"
 TRANSCODERS = [f"gemma-3-270m-transcoder-{i}-width-384-l0-20-affine" for i in range(18)]
 CODERS = {"sae": [SAE], "transcoders": TRANSCODERS}
@@ -60,14 +58,6 @@ def documents(tokens: int) -> list[str]:
         return "".join(parts)
 
     return [document() for _ in range(8)]
-
-
-def serve(answers: dict) -> None:
-    """Answer lines "NAME ARGUMENTS" of stdin by a number each."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        name, *arguments = line.split()
-        print(answers[name](*arguments), flush=True)
 
 
 def best(product) -> float:
@@ -217,35 +207,6 @@ def peer(args) -> None:
     serve({"run": run, "matmul": lambda: 2 * 2048 * 2048 * D / best(product)})
 
 
-class Side:
-    """One process of the comparison."""
-
-    def __init__(self, python: Path, role: str, args, folder: str, coders: str):
-        command = [python, __file__, "--role", role, "--coders", coders, "--folder", folder]
-        for name in ("dtype", "device", "tokens", "rows", "length", "precision"):
-            command += [f"--{name}", getattr(args, name)]
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        self._until("ready")
-
-    def _until(self, what: str) -> None:
-        for line in self.process.stdout:
-            if line.strip() == what:
-                return
-        raise SystemExit("a side stopped: see its message above")
-
-    def ask(self, line: str) -> float:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def compare_features(coders: str, folder: str) -> tuple[float, float, float, int]:
     """(share of entries that both have, how far from its threshold any other is, the largest
     difference of values, entries).
@@ -302,9 +263,13 @@ def compare_features(coders: str, folder: str) -> tuple[float, float, float, int
 
 
 def compare(coders: str, args, folder: str) -> dict:
-    sides = {"ours": Side(Path(sys.executable), "ours", args, folder, coders)}
+    given: list = ["--coders", coders, "--folder", folder]
+    for name in ("dtype", "device", "tokens", "rows", "length", "precision"):
+        given += [f"--{name}", getattr(args, name)]
+    start = lambda python, role: Side(python, __file__, role, *given, HF_HUB_OFFLINE="1")
+    sides = {"ours": start(sys.executable, "ours")}
     size = sides["ours"].ask("prepare")
-    sides["peer"] = Side(args.peers, "peer", args, folder, coders)
+    sides["peer"] = start(args.peers, "peer")
     sides["peer"].ask("run")
     share, worst, furthest, entries = compare_features(coders, folder)
     rates: dict[str, list[float]] = {"ours": [], "forward": [], "device": [], "peer": []}

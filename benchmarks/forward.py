@@ -12,15 +12,15 @@ machine's measured matmul rate in that dtype (the better of XLA's and torch's).
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+from sides import ROOT, Side, serve
 
 BATCH, LENGTH, LAYERS = 4, 512, 18
-ROOT = Path(__file__).resolve().parent.parent
 AGREE = {"float32": 1e-3, "bfloat16": 0.15}  # largest difference over the largest value
 
 
@@ -37,22 +37,25 @@ def tokens() -> np.ndarray:
     return ids
 
 
-def serve(forward, matmul) -> None:
-    """Answer one JSON line a line of stdin: "run FILE" or "matmul"."""
-    import time
+def answer(forward, matmul) -> None:
+    """Answer "run", or "run FILE" that also saves what came out, and "matmul": in seconds each."""
+
+    def run(file: str = "") -> float:
+        start = time.perf_counter()
+        result = forward()
+        seconds = time.perf_counter() - start
+        if file:
+            np.save(file, np.asarray(result, np.float32))
+        return seconds
 
     forward()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        what, *file = line.split()
-        best = float("inf")
-        for _ in range(20 if what == "matmul" else 1):
-            start = time.perf_counter()
-            result = matmul() if what == "matmul" else forward()
-            best = min(best, time.perf_counter() - start)
-        if file:
-            np.save(file[0], np.asarray(result, np.float32))
-        print(best, flush=True)
+    serve({"run": run, "matmul": lambda: min(timed(matmul) for _ in range(20))})
+
+
+def timed(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def ours(dtype: str, folder: str) -> None:
@@ -75,7 +78,7 @@ def ours(dtype: str, folder: str) -> None:
 
     a, w = jnp.ones((BATCH * LENGTH, 640), dtype), jnp.ones((640, 2048), dtype)
     product = jax.jit(lambda a, w: jnp.matmul(a, w, preferred_element_type=jnp.float32))
-    serve(lambda: trunk(model, ids).block_until_ready(), lambda: product(a, w).block_until_ready())
+    answer(lambda: trunk(model, ids).block_until_ready(), lambda: product(a, w).block_until_ready())
 
 
 def peer(dtype: str, folder: str) -> None:
@@ -91,38 +94,16 @@ def peer(dtype: str, folder: str) -> None:
         with torch.inference_mode():
             return model(ids, use_cache=False).last_hidden_state.float().numpy()
 
-    serve(trunk, lambda: (a @ w).float().numpy())
-
-
-class Side:
-    """One process of the comparison."""
-
-    def __init__(self, python: Path, role: str, dtype: str, folder: str):
-        command = [str(python), __file__, "--role", role, "--dtype", dtype, "--folder", folder]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for line in self.process.stdout:
-            if line.strip() == "ready":
-                return
-        raise SystemExit(f"the {role} side stopped: see its message above")
-
-    def ask(self, line: str) -> float:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    answer(trunk, lambda: (a @ w).float().numpy())
 
 
 def compare(dtype: str, rounds: int, folder: str, peers: Path) -> dict:
-    sides = {"ours": Side(Path(sys.executable), "ours", dtype, folder)}
-    sides["peer"] = Side(peers, "peer", dtype, folder)
+    given = ("--dtype", dtype, "--folder", folder)
+    sides = {role: Side(python, __file__, role, *given)
+             for role, python in (("ours", sys.executable), ("peer", peers))}  # fmt: skip
     files = {name: f"{folder}/{name}-{dtype}.npy" for name in sides}
     for name, side in sides.items():
-        side.ask(f"run {files[name]}")
+        side.ask("run", files[name])
     mine, theirs = (np.load(files[name]) for name in ("ours", "peer"))
     difference = float(np.abs(mine - theirs).max() / np.abs(theirs).max())
     times = {name: [] for name in sides}

@@ -27,17 +27,16 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from sides import ROOT, Side, serve
 
 D, L0, BATCHES = 640, 50, 4
 RATE, PENALTY, REVIVAL, BANDWIDTH = 7e-5, 0.1, 1e-3, 0.001
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
 AGREE = {"loss": 1e-4, "mse": 1e-4, "l0": 1e-4}  # relative differences
 AGREE_GRADIENT = (
@@ -65,14 +64,6 @@ def activations(w_dec: np.ndarray, batch: int) -> np.ndarray:
     x += 0.3 * rng.standard_normal((tokens, D), np.float32) / D**0.5
     x /= np.sqrt(np.mean(np.sum(x * x, -1)))
     return x.reshape(BATCHES, batch, D)
-
-
-def serve(answers: dict) -> None:
-    """Answer each line "name argument" of stdin by a line of JSON."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        name, *rest = line.split()
-        print(json.dumps(answers[name](*rest)), flush=True)
 
 
 def side(args) -> int:
@@ -262,39 +253,6 @@ def peer(args) -> None:
 # ---- the comparison --------------------------------------------------------------------------
 
 
-class Side:
-    """One process of the comparison."""
-
-    def __init__(self, python: Path, role: str, width: int, args, folder: str):
-        given = ("--width", width, "--batch", args.batch, "--threads", args.threads,
-                 "--device", args.device, "--precision", args.precision)  # fmt: skip
-        command = [python, __file__, "--role", role, "--folder", folder, *given]
-        platform = {"cpu": "cpu", "gpu": "cuda"}[args.device]
-        quiet = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                 "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}  # fmt: skip
-        self.role = role
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, env=os.environ | quiet,
-        )  # fmt: skip
-        for line in self.process.stdout:
-            if line.strip() == "ready":
-                return
-        raise SystemExit(f"the {role} side stopped: see its message above")
-
-    def ask(self, *line):
-        self.process.stdin.write(" ".join(map(str, line)) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"the {self.role} side stopped at {line}: see its message above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def agree(sides: dict, folder: str) -> bool:
     """Whether loss, parts and gradients of the first batch are the same before any update."""
     files = {name: f"{folder}/{name}.npz" for name in sides}
@@ -324,8 +282,12 @@ def changed(sides: dict, folder: str) -> bool:
 
 
 def compare(width: int, args, folder: str) -> dict:
-    sides = {"ours": Side(Path(sys.executable), "ours", width, args, folder)}
-    sides["peer"] = Side(args.peers, "peer", width, args, folder)
+    given = ("--folder", folder, "--width", width, "--batch", args.batch, "--threads", args.threads,
+             "--device", args.device, "--precision", args.precision)  # fmt: skip
+    quiet = {"JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[args.device], "HF_HUB_OFFLINE": "1",
+             "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "WANDB_MODE": "disabled"}  # fmt: skip
+    sides = {role: Side(python, __file__, role, *given, **quiet)
+             for role, python in (("ours", sys.executable), ("peer", args.peers))}  # fmt: skip
     print(f"F = {width}, D = {D}, batch {args.batch}")
     same = agree(sides, folder)
     columns = {"sparse": "ours", "peer": "peer", "dense": "ours"}

@@ -58,7 +58,7 @@ class PlantedStore:
         for a, b in self.cuts:
             yield types.SimpleNamespace(
                 start=int(a), tokens=self.tokens[a:b], positions=self.positions[a:b],
-                counted=self.is_counted[a:b],
+                counted_by=lambda coder, a=a, b=b: self.is_counted[a:b],
                 by_token=lambda coder, layer, a=a, b=b: self._rows(a, b),
             )  # fmt: skip
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import Letters
+from planted_store import Tok
 from test_card_exports import published
 from tiny import tiny_model
 
@@ -13,10 +14,12 @@ from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
 from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
+from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
+from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 
 tok = Letters()
@@ -218,6 +221,25 @@ def test_correlations(cards, seen):
         )
         np.testing.assert_allclose([c for *_, c in found], [c for _, c, _ in wanted[:6]], rtol=1e-5)
     assert cards.manifest["correlated_tokens"] == len(x)
+
+
+def test_a_later_first_beside_another_coder_changes_nothing(model, coder, texts, tmp_path):
+    """A store counts tokens from its coders' smallest `first` on, a card from its own coder's."""
+    late, made = coder.replace(first=6), []
+    for i, coders in enumerate(({"late": late}, {"sae": coder, "late": late})):
+        found = extract(model, coders, tok, texts, tmp_path / f"{i}", rows=2, length=48,
+                        values="float32", shard_tokens=200)  # fmt: skip
+        pool = open_corpus(found, Tok(), Sampling(length=8), "late", 1).pool
+        assert found.places(pool)[1].min() >= 6
+        made += [build_cards(found, late, tmp_path / f"cards{i}", settings=SETTINGS), pool]
+    with pytest.raises(InputError, match="from position 6 on, and the coder begins at 1; ex"):
+        build_cards(FeatureStore(tmp_path / "0"), coder, tmp_path / "c")
+    alone, pool, beside, same = made
+    assert alone.tokens == beside.tokens == found.counted_by("late") < found.counted
+    assert (pool == same).all()
+    for name in ("density", "mean", "example_rows", "correlated_ids", "correlated_pearson"):
+        np.testing.assert_array_equal(alone[name], beside[name])
+    assert alone.manifest["correlated_tokens"] == beside.manifest["correlated_tokens"]
 
 
 def test_a_large_store_is_sampled_for_correlations(store, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and one clear line for whatever is wrong."""
 
+import inspect
 import io
 import json
 import subprocess
@@ -17,6 +18,7 @@ from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.model.config import PRESETS
 
 TEXT = "plums & <b>"
@@ -180,6 +182,16 @@ def test_interrupts_and_full_disks(monkeypatch, capsys):
         monkeypatch.setattr(shared, "stage", raises(error))
         assert cli.main(["inspect", "x"]) == code
         assert capsys.readouterr().err.startswith(said)
+
+
+def test_text_is_read_alike_by_all_commands():
+    """What counts in chats, and where text is, as in a training config."""
+    data = TextData()
+    for name in ("extract", "evaluate", "cards"):
+        options = inspect.signature(cli.COMMANDS[name]).parameters
+        for option in ("roles", "field", "messages", "skip_bad"):
+            assert options[option].default == getattr(data, option), name
+        assert "Read about so many" in cli.COMMANDS[name].__doc__
 
 
 def test_help_version_and_list_need_no_jax():

@@ -19,7 +19,7 @@ from letters import Letters
 from tiny_tokenizer import tiny_proto, write_model
 
 from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
+from gemma_scope_jax.data.order import positions_of, shuffled_positions, shuffled_window
 from gemma_scope_jax.data.text import TokenBatches, prefetch, read_documents
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.tokenizer import load_tokenizer
@@ -89,6 +89,7 @@ def test_the_shuffled_order_is_a_bijection_of_its_seed_and_epoch(n, seed, epoch)
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(n))
     one = shuffled_positions(np.array([n - 1]), n, seed, epoch)
     assert one[0] == order[-1]
+    assert (positions_of(order, n, seed, epoch) == np.arange(n)).all()
     if n > 20:
         assert np.any(order != shuffled_positions(np.arange(n), n, seed, epoch + 1))
         assert np.any(order != shuffled_positions(np.arange(n), n, seed + 1, epoch))
@@ -107,6 +108,7 @@ def test_a_huge_order_needs_no_list():
     n = 10**15
     places = shuffled_positions(np.arange(1000) * 10**9, n, 3, 0)
     assert len(set(places.tolist())) == 1000 and 0 <= places.min() <= places.max() < n
+    assert (positions_of(places, n, 3, 0) == np.arange(1000) * 10**9).all()
     assert abs(np.mean(places) / n - 0.5) < 0.05
 
 

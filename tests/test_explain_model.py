@@ -408,7 +408,7 @@ def test_the_model_is_the_coders(planted, monkeypatch):
 
     asked = []
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: asked.append(name) or Tok())
-    about = {"config_extra": {"model_name": "google/tiny-it"}}
+    about = {"config_extra": {"model_name": "google/tiny-it", "first": 1}}
     save_coder(load_coder(planted), planted.parent / "it", **about)
     for options, wanted in {(): "tiny-it", ("--model", "mine"): "mine"}.items():
         for judge in ("statistics", "model"):

@@ -1,5 +1,6 @@
 """Published folders of every kind: read, understood, and written back bit for bit."""
 
+import io
 import json
 import os
 import shutil
@@ -261,6 +262,18 @@ def streamed_size(shapes):
         counter, {k: Streamed("float32", s, chunks(int(np.prod(s)))) for k, s in shapes.items()}
     )
     return counter.size
+
+
+def test_the_bytes_are_those_of_the_safetensors_library():
+    from safetensors.numpy import save
+
+    kinds = ["float16", "uint16", "float32", "int64", "uint32"]
+    tensors = {f"{i}.{kind}": np.arange(6).reshape(2, 3).astype(kind)
+               for i, kind in enumerate(kinds)}  # fmt: skip
+    tensors |= {"a": tensors["0.float16"][:1], "b": tensors["1.uint16"][:0]}
+    file = io.BytesIO()
+    write_safetensors(file, {name: Streamed.whole(array) for name, array in tensors.items()})
+    assert file.getvalue() == save(tensors)
 
 
 def test_files_have_the_published_sizes():

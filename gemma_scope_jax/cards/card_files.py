@@ -80,7 +80,7 @@ class CardFiles:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE
-        self.manifest: dict[str, Any] = read_manifest(path) if path.exists() else {}
+        self.manifest: dict[str, Any] = read_cards_manifest(path) if path.exists() else {}
         arrays = (array for array in self.folder.glob("*.npy") if array.name[0] != ".")
         if not path.exists() and any(True for _ in arrays):
             raise InputError(f"{folder}: holds arrays that are no cards; choose another folder")
@@ -148,7 +148,7 @@ class Stage:
             (self.folder / f".{name}.npy").unlink(missing_ok=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_cards_manifest(path: Path) -> dict[str, Any]:
     """cards.json. Raises `InputError` if it is broken or of another format."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ class FeatureCards:
         self.folder = Path(folder)
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
-        self.manifest = read_manifest(self.folder / FILE)
+        self.manifest = read_cards_manifest(self.folder / FILE)
         if "examples" not in self.manifest.get("stages", {}):
             raise InputError(f"{folder}: the cards are not finished; run the same command again")
         self._arrays: dict[str, np.ndarray] = {}

@@ -84,7 +84,7 @@ def _matrix(store, coder: str, layer: int, some: list[int], width: int, progress
         segment = store.segment(i)
         offsets, features, values = segment.by_token(coder, layer)
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        mask = typical_tokens(rows, values, segment.counted)
+        mask = typical_tokens(rows, values, segment.counted_by(coder))
         shape = (len(offsets) - 1, width)
         parts.append(sparse.csr_array((values.astype(np.float64), features, offsets), shape)[mask])
     return sparse.vstack(parts, format="csr")

@@ -91,7 +91,7 @@ def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) ->
 def typical(segment: Any, coder: str, layer: int) -> Active:
     """The active features of a segment on its typical tokens."""
     active = by_feature(segment, coder, layer)
-    kept = typical_tokens(active.rows, active.values, segment.counted)[active.rows]
+    kept = typical_tokens(active.rows, active.values, segment.counted_by(coder))[active.rows]
     return Active(*(a[kept] for a in active))
 
 
@@ -175,10 +175,10 @@ def gather_examples(
         slots = active.features.astype(np.int64) * s.groups + group
         sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
     rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
-    documents = _windows(store, coder, layer, s, rows, stage, progress)
-    _sources(store, documents, stage)
-    stage.put("density", fired / store.counted)
-    stage.facts["tokens"] = int(store.counted)
+    _windows(store, coder, layer, s, rows, stage, progress)
+    counted = store.counted_by(coder)
+    stage.put("density", fired / counted)
+    stage.facts["tokens"] = counted
     stage.put("largest", largest)
     stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
 
@@ -207,26 +207,16 @@ def _strongest(store, coder: str, layer: int, s: CardSettings, progress: Progres
     return fired, total, count, largest, best
 
 
-def _sources(store: Any, documents: np.ndarray, stage: Stage) -> None:
-    """Which file each example's document is from: `sources` of the manifest by number."""
-    found, number = np.unique(documents, return_inverse=True)
-    files = [store.where(d).rpartition(", ")[0] if d >= 0 else "" for d in found.tolist()]
-    names = sorted({os.path.basename(file) for file in files})
-    of = np.array([names.index(os.path.basename(file)) for file in files], np.int32)
-    stage.put("example_sources", of[number].reshape(documents.shape))
-    stage.facts["sources"] = names
-
-
-def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> np.ndarray:
-    """The text around `rows` int64 [F, E], and the feature's activations there.
-
-    Returns the numbers of the documents [F, E]; -1: no example.
-    """
+def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> None:
+    """The text around `rows` int64 [F, E], the feature's activations there, and which file it is
+    from: a number in the manifest's `sources`."""
     width, slots = rows.shape
     tokens = stage.create("example_tokens", (width, slots, s.window), np.int32, -1)
     values = stage.create("example_values", (width, slots, s.window), np.float32, 0)
     documents = stage.create("example_documents", (width, slots), np.int64, -1)
     positions = stage.create("example_positions", (width, slots), np.int32, -1)
+    sources = stage.create("example_sources", (width, slots), np.int32, 0)
+    files: dict[str, int] = {}
     stage.put("example_rows", rows)
     order = np.argsort(rows.ravel(), kind="stable")
     ordered = rows.ravel()[order]
@@ -244,6 +234,7 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
         inside &= segment.pieces[index] == segment.pieces[at][:, None]
         tokens[features, slot] = np.where(inside, segment.tokens[index], -1)
         documents[features, slot] = segment.documents[at]
+        sources[features, slot] = _numbered(segment, at, files)
         positions[features, slot] = segment.positions[at]
         active = by_feature(segment, coder, layer)
         keys = active.features.astype(np.int64) * n + active.rows  # ascending
@@ -251,4 +242,14 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
         found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         here = inside & (keys[found] == wanted) if len(keys) else np.zeros_like(inside)
         values[features, slot] = np.where(here, active.values[found] if len(keys) else 0, 0)
-    return documents
+    names = sorted({*files, *[""] * bool((rows < 0).any())})  # "": of no example
+    order = np.array([names.index(file) for file in files] or [0], np.int32)
+    sources[:] = np.where(rows < 0, 0, order[sources])
+    stage.facts["sources"] = names
+
+
+def _numbered(segment: Any, rows: np.ndarray, files: dict[str, int]) -> np.ndarray:
+    """The files that some rows' documents are from, int32: as `files` numbers them, here on."""
+    _, first, which = np.unique(segment.documents[rows], return_index=True, return_inverse=True)
+    names = [os.path.basename(w.rpartition(", ")[0]) for w in segment.where(rows[first])]
+    return np.array([files.setdefault(name, len(files)) for name in names], np.int32)[which]

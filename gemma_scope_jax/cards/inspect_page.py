@@ -5,10 +5,9 @@ The data goes into inspect.html as JSON, which the page's script turns into elem
 """
 
 import html
-from importlib import resources
 
 from gemma_scope_jax.cards.inspect import Inspection
-from gemma_scope_jax.cards.page_data import inert_json
+from gemma_scope_jax.cards.page_data import inert_json, page_template
 
 TITLE, DATA = "{{title}}", "{{data}}"
 
@@ -23,7 +22,6 @@ def inspection_page(seen: Inspection) -> str:
     data["heat"] = [[n for pair in enumerate(row) if pair[1] for n in pair] for row in data["heat"]]
     text = inert_json(data)
     title = "".join(seen.tokens[1:])[:60].strip() or "inspection"
-    template = resources.files(__package__).joinpath("inspect.html").read_text(encoding="utf-8")
-    before, rest = template.split(TITLE)
+    before, rest = page_template("inspect.html").split(TITLE)
     middle, after = rest.split(DATA)
     return before + html.escape(f"{title} · {seen.model}") + middle + text + after

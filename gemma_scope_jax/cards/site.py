@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.cards.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.page_data import inert_json
+from gemma_scope_jax.cards.page_data import inert_json, page_template
 
 CHUNK = 32  # features a file
 SHARDS = 128  # files of words
@@ -64,8 +63,8 @@ def build_site(
                 postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
         postings.finish(len(cards))
         _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
-    template = resources.files(__package__).joinpath("site.html").read_text(encoding="utf-8")
-    write_text(folder / "index.html", template.replace(TITLE, html.escape(name)))  # type: ignore[arg-type]
+    text = page_template("site.html").replace(TITLE, html.escape(name))
+    write_text(folder / "index.html", text)  # type: ignore[arg-type]
 
 
 def _write(data: Path, name: str, value: Any) -> None:
@@ -256,6 +255,5 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
             f'<li><a href="{html.escape(name)}/index.html">{html.escape(str(m["coder"]))}</a>'
             f"<br><small>{html.escape(about)}</small></li>"
         )
-    template = resources.files(__package__).joinpath("sites.html").read_text(encoding="utf-8")
-    text = template.replace("{{coders}}", "\n".join(items))
+    text = page_template("sites.html").replace("{{coders}}", "\n".join(items))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]

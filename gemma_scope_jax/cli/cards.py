@@ -63,7 +63,7 @@ def cards(
         roles: Whose tokens count in chats.
         field: The key that holds the text in JSON records.
         skip_bad: Leave out records that cannot be used.
-        tokens: Of the text, about how many.
+        tokens: Read about so many of the text, <bos> included, in whole documents.
         length: Tokens of a row.
         store: Instead of text: a folder that `gemma-scope extract` has filled.
         model: A name, a folder or a file; default: the coders' model.

@@ -17,7 +17,7 @@ def evaluate(
     tfds: Name = "",
     field: Name = "text",
     messages: Name = "",
-    roles: Roles = ("system", "user", "model"),
+    roles: Roles = ("model",),
     skip_bad: bool = False,
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
@@ -44,9 +44,9 @@ def evaluate(
         tfds: Instead: a TensorFlow Datasets name.
         field: The key that holds the text in JSON records.
         messages: The key that holds a chat, instead of text.
-        roles: Of chats, whose tokens count.
+        roles: Whose tokens count in chats; several are also compared.
         skip_bad: Leave out records that cannot be used.
-        tokens: Measure how the coders fit on so many tokens, <bos> included.
+        tokens: Read about so many, <bos> included, in whole batches, to measure how they fit.
         loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
         length: Tokens a row of a batch.
         rows: Rows a batch.

@@ -100,26 +100,14 @@ def explain(
     """
     from gemma_scope_jax.cards.build import name_in_store
     from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-    from gemma_scope_jax.cards.explain.explain import (
-        check_scores,
-        explain_features,
-        explained_by,
-    )
-    from gemma_scope_jax.cards.explanations import (
-        explained_folder,
-        layer_folder,
-        read_explanations,
-    )
+    from gemma_scope_jax.cards.explain.explain import check_scores
+    from gemma_scope_jax.cards.explanations import explained_folder, layer_folder
     from gemma_scope_jax.coders.coder import layers_of
     from gemma_scope_jax.coders.gemma_scope_files import load_coder
     from gemma_scope_jax.extraction.store import FeatureStore
     from gemma_scope_jax.model.tokenizer import load_tokenizer
 
-    judge = judge or ("endpoint" if endpoint else "statistics")
-    if judge == "endpoint" and not (endpoint and judge_model):
-        raise InputError("an endpoint needs --endpoint URL and --judge-model NAME")
-    if judge != "endpoint" and (endpoint or plan):
-        raise InputError(f"--{'endpoint' if endpoint else 'plan'} does not go with --judge {judge}")
+    kind = _kind(judge, endpoint, judge_model, plan)
     check_scores(scores)
     sampling = Sampling(length=length, test=test, silent=silent, hard=hard_negatives,
                         neighbours=neighbours, least=least, seed=seed)  # fmt: skip
@@ -132,19 +120,38 @@ def explain(
         model = model or _model_of(opened, loaded)
         tok = load_tokenizer(model)
         corpus = open_corpus(opened, tok, sampling, name, layer)
-    wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, judge)
+    wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, kind)
     folder = out or explained_folder(loaded.info)
     folder = layer_folder(folder, len(layers_of(loaded)), layer)
     path = _answer_file(answers, folder)
     known = _neighbours(corpus, loaded, wanted, neighbours) if hard_negatives else {}
-    if judge == "endpoint":
+    if kind == "endpoint":
         asked = _endpoint(endpoint, judge_model, key_variable, request_options, concurrency,
                           timeout, retries, logprobs, price_in, price_out)  # fmt: skip
         if not _agreed(corpus, wanted, scores, asked, plan, yes, folder):
             return
     else:
         asked = None
-    made, status, held = _judge(judge, asked, judge_model or model, dtype, tok, path)
+    judged = _judge(kind, asked, judge_model or model, dtype, tok, path)
+    _run(corpus, judged, wanted, scores, folder, coder, loaded, known)
+
+
+def _kind(judge: str | None, endpoint: str, judge_model: str, plan: bool) -> str:
+    """Who explains. Raises `InputError` for options that do not go together."""
+    judge = judge or ("endpoint" if endpoint else "statistics")
+    if judge == "endpoint" and not (endpoint and judge_model):
+        raise InputError("an endpoint needs --endpoint URL and --judge-model NAME")
+    if judge != "endpoint" and (endpoint or plan):
+        raise InputError(f"--{'endpoint' if endpoint else 'plan'} does not go with --judge {judge}")
+    return judge
+
+
+def _run(corpus: Any, judged: tuple, wanted, scores, folder, coder: str, loaded, known) -> None:
+    """Explain, write and print. judged: from `_judge`; known: neighbours of the features."""
+    from gemma_scope_jax.cards.explain.explain import explain_features, explained_by
+    from gemma_scope_jax.cards.explanations import read_explanations
+
+    made, status, held = judged
     try:
         report = explain_features(
             corpus, made, wanted, scores, folder, coder=loaded.info.path or coder,

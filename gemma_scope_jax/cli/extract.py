@@ -51,7 +51,7 @@ def extract(
         roles: Whose tokens count in chats.
         field: The key that holds the text in JSON records.
         skip_bad: Leave out records that cannot be used.
-        tokens: About how many, in whole documents; default: all.
+        tokens: Read about so many, <bos> included, in whole documents; default: all.
         model: A name, a folder or a file; default: the coders' model.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
         rows: Rows of a batch; default: 2,048 tokens on a CPU, 32,768 elsewhere.

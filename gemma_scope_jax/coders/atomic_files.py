@@ -20,7 +20,11 @@ from etils import epath
 from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError, reason
 
-_CODES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
+_CODES = {
+    "int64": ("I64", 8), "float32": ("F32", 4), "uint32": ("U32", 4), "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2), "uint16": ("U16", 2),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +43,38 @@ class Streamed:
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Streamed]) -> None:
     """Write tensors to an open file in the safetensors format, widest dtype first, then by name."""
-    order = sorted(tensors, key=lambda name: (-_CODES[tensors[name].dtype][1], name))
-    header, end = {}, 0
-    for name in order:
-        code, size = _CODES[tensors[name].dtype]
-        start, end = end, end + size * math.prod(tensors[name].shape)
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    header, places = lay_out({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    file.write(header)
+    for name in places:
+        for chunk in tensors[name].chunks:
+            write_array(file, chunk)
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
+    where in the file it begins and ends. A file that can be sought may be written in any order.
+    """
+    kinds, header, end = list(_CODES), {}, 0
+    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
+        dtype, shape = tensors[name]
+        code, size = _CODES[dtype]
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        for chunk in tensors[name].chunks:
-            file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+    begin = 8 + len(text)
+    places = {
+        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Write the bytes of an array, row after row."""
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_json(file: BinaryIO, value: Any) -> None:

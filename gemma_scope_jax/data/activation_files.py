@@ -170,7 +170,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_activations_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders without and foreign ones."""
     path = folder / MANIFEST
     try:

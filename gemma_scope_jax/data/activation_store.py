@@ -112,7 +112,7 @@ def _continued(path: Path, new: dict) -> dict:
     """The manifest of the store begun in the folder, or `new`. `InputError` if it is another's."""
     if not (path / files.MANIFEST).exists():
         return new
-    old = files.read_manifest(path)
+    old = files.read_activations_manifest(path)
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
         if old[key] != new[key]:
             raise InputError(
@@ -253,7 +253,7 @@ class ActivationStore:
 
     def __init__(self, folder: str | os.PathLike, sites: Layers | None = None):
         self.folder = files.local_folder(folder)
-        self.manifest = files.read_manifest(self.folder)
+        self.manifest = files.read_activations_manifest(self.folder)
         files.check_sizes(self.folder, self.manifest)
         stored = {site: tuple(s["layers"]) for site, s in self.manifest["sites"].items()}
         wanted = stored if sites is None else {site: tuple(l) for site, l in sites.items()}

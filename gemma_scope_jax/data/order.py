@@ -7,7 +7,7 @@ nothing to store, and resuming costs nothing.
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -21,12 +21,22 @@ def shuffled_positions(positions: np.ndarray, n: int, seed: int, epoch: int) -> 
 
     int64; over all positions each of 0 .. n - 1 occurs once.
     """
+    return _walk(_feistel, positions, n, seed, epoch)
+
+
+def positions_of(things: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where `things` stand in the order of an epoch: `shuffled_positions` backwards, int64."""
+    return _walk(_feistel_back, things, n, seed, epoch)
+
+
+def _walk(step: Callable, values: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Each of `values` a step on, and further until it is inside of 0 .. n - 1."""
     half = max(2, (max(1, n - 1).bit_length() + 1) // 2)
     keys = _round_keys(seed, epoch)
-    value = _feistel(np.asarray(positions, np.uint64), half, keys)
+    value = step(np.asarray(values, np.uint64), half, keys)
     outside = value >= n
     while outside.any():
-        value[outside] = _feistel(value[outside], half, keys)
+        value[outside] = step(value[outside], half, keys)
         outside = value >= n
     return value.astype(np.int64)
 
@@ -42,6 +52,15 @@ def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     left, right = value >> shift, value & mask
     for key in keys:
         left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << shift) | right
+
+
+def _feistel_back(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """The inverse of `_feistel`."""
+    mask, shift = np.uint64(2**half - 1), np.uint64(half)
+    left, right = value >> shift, value & mask
+    for key in keys[::-1]:
+        left, right = right ^ (_mix(left + key) & mask), left
     return (left << shift) | right
 
 

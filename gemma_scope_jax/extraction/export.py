@@ -6,18 +6,20 @@ Both go through the store a segment at a time; what they hold is what the store 
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.coders.atomic_files import lay_out, write_array, write_folder, write_json
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store import FeatureStore, Segment
 from gemma_scope_jax.progress import Progress
 
 FORMATS = ("parquet", "delphi")
-_HELD = 50_000_000  # entries of a delphi file held in memory
+_HELD = 50_000_000  # entries of a delphi file, which delphi reads whole
 
 
 def export_store(
@@ -93,7 +95,7 @@ def _parquet(store: FeatureStore, folder: Any) -> None:
 # delphi (delphi/latents/cache.py and loader.py, EleutherAI)
 
 
-def _delphi(store: FeatureStore, folder: Any, splits: int | None) -> None:
+def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
     """{module}/{start}_{end}.safetensors, `end` the last feature: `locations` uint16 or uint32
     [N, 3] (row of `tokens`, position in it, feature - start), `activations` float16 [N], `tokens`
     int64 [rows, length]; and config.json.
@@ -101,34 +103,81 @@ def _delphi(store: FeatureStore, folder: Any, splits: int | None) -> None:
     A piece of a document is a row, padded with 0 to the store's length; delphi takes activations
     as they are, and float16 ends at 65504: larger ones are cut to it.
     """
-    from safetensors.numpy import save_file
-
     length = store.manifest["data"]["length"]
-    tokens = _rows(store, length)
+    shape = sum(_piece_count(segment) for segment in store.segments()), length
+    config = partial(write_json, value=_delphi_config(store, *shape))
     work = [
-        (coder, layer, name, start, stop)
+        _Split(coder, layer, name, start, stop, count)
         for coder, layer, width, name in lists(store)
-        for start, stop in _ranges(store.fired(coder, layer), splits, width)
+        for start, stop, count in _ranges(store.fired(coder, layer), splits, width)
     ]
-    progress = Progress(len(work), "files")
-    for done, (coder, layer, name, start, stop) in enumerate(work, 1):
-        module = folder / name
-        module.mkdir(parents=True, exist_ok=True)
-        locations, activations = _located(store, coder, layer, start, stop)
-        small = max(len(tokens), length, stop - start) <= 1 << 16
-        found = {
-            "locations": locations.astype(np.uint16 if small else np.uint32),
-            "activations": activations.astype(np.float16), "tokens": tokens,
-        }  # fmt: skip
-        file = module / f"{start}_{stop - 1}.safetensors"
-        save_file(found, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-        config = json.dumps(_delphi_config(store, length, len(tokens)))
-        write_text(module / "config.json", config)
-        progress.at(done)
+    progress = Progress(len(work) * store.segment_count, "segments")
+    for number, split in enumerate(work):
+        done = number * store.segment_count
+        write = partial(_write_split, store, split, shape, progress, done)
+        file = f"{split.start}_{split.stop - 1}.safetensors"
+        write_folder(folder / split.module, {file: write, "config.json": config})
 
 
-def _delphi_config(store: FeatureStore, length: int, rows: int) -> dict[str, Any]:
+class _Split(NamedTuple):
+    """A file of delphi's: features `start` to `stop` of a coder's layer, `count` activations."""
+
+    coder: str
+    layer: int
+    module: str
+    start: int
+    stop: int
+    count: int
+
+
+def _write_split(
+    store: FeatureStore, split: _Split, shape: tuple[int, int], progress: Progress, done: int,
+    file: BinaryIO,
+) -> None:  # fmt: skip
+    """Fill a file's tensors side by side, a segment at a time. shape: of `tokens`."""
+    small = max(*shape, split.stop - split.start) <= 1 << 16
+    header, places = lay_out({
+        "locations": ("uint16" if small else "uint32", (split.count, 3)),
+        "activations": ("float16", (split.count,)), "tokens": ("int64", shape),
+    })  # fmt: skip
+    file.write(header)
+    at, before = {name: begin for name, (begin, _) in places.items()}, 0
+    for i, segment in enumerate(store.segments(), 1):
+        arrays = _delphi_arrays(segment, split, shape[1], before)
+        arrays["locations"] = arrays["locations"].astype(np.uint16 if small else np.uint32)
+        for name, array in arrays.items():
+            file.seek(at[name])
+            write_array(file, array)
+            at[name] += array.nbytes
+        before += len(arrays["tokens"])
+        progress.at(done + i)
+    if at != {name: end for name, (_, end) in places.items()}:
+        raise InputError(f"{store.folder}: has changed while it was exported; export it again")
+
+
+def _delphi_arrays(
+    segment: Segment, split: _Split, length: int, before: int
+) -> dict[str, np.ndarray]:
+    """What a segment, whose first piece is row `before`, adds to the tensors of a file."""
+    tokens = np.zeros((_piece_count(segment), length), np.int64)
+    tokens[segment.pieces, segment.positions] = segment.tokens
+    offsets, rows, values = segment.features(split.start, split.stop, split.coder, split.layer)
+    features = np.repeat(np.arange(split.stop - split.start), np.diff(offsets))
+    order = np.argsort(rows, kind="stable")  # by token
+    rows, features, values = rows[order], features[order], values[order]
+    places = (segment.pieces[rows] + before, segment.positions[rows], features)
+    return {
+        "locations": np.stack(places, 1),
+        "activations": np.minimum(values, np.finfo(np.float16).max).astype(np.float16),
+        "tokens": tokens,
+    }
+
+
+def _piece_count(segment: Segment) -> int:
+    return int(segment.pieces[-1]) + 1
+
+
+def _delphi_config(store: FeatureStore, rows: int, length: int) -> dict[str, Any]:
     """What delphi's `CacheConfig` says, and the model's name."""
     data = store.manifest["data"]
     return {
@@ -138,8 +187,8 @@ def _delphi_config(store: FeatureStore, length: int, rows: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int, int]]:
-    """Ranges of features with about as many activations in each."""
+def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int, int, int]]:
+    """Ranges of features with about as many activations in each, and how many those are."""
     total = int(fired.sum())
     splits = max(1, -(-total // _HELD)) if splits is None else splits
     if not 1 <= splits <= width:
@@ -147,32 +196,7 @@ def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int
     wanted = np.arange(1, splits) * total / splits
     ends = np.searchsorted(np.cumsum(fired), wanted, side="left") + 1
     ends = np.unique(np.concatenate([ends[ends < width], [width]])).tolist()
-    return list(zip([0, *ends[:-1]], ends))
-
-
-def _rows(store: FeatureStore, length: int) -> np.ndarray:
-    """Tokens int64 [pieces, length], 0 after a piece's end."""
-    rows = []
-    for segment in store.segments():
-        found = np.zeros((int(segment.pieces[-1]) + 1, length), np.int64)
-        found[segment.pieces, segment.positions] = segment.tokens
-        rows.append(found)
-    return np.concatenate(rows)
-
-
-def _located(store: FeatureStore, coder: str, layer: int, start: int, stop: int):
-    """(locations int64 [N, 3], activations float32 [N]) of features `start` to `stop`, by token."""
-    locations, activations, before = [], [], 0
-    for segment in store.segments():
-        offsets, rows, values = segment.features(start, stop, coder, layer)
-        features = np.repeat(np.arange(stop - start), np.diff(offsets))
-        order = np.argsort(rows, kind="stable")
-        rows, features, values = rows[order], features[order], values[order]
-        place = (segment.pieces[rows] + before, segment.positions[rows], features)
-        locations.append(np.stack(place, 1))
-        activations.append(np.minimum(values, np.finfo(np.float16).max))
-        before += int(segment.pieces[-1]) + 1
-    return np.concatenate(locations), np.concatenate(activations)
+    return [(a, b, int(fired[a:b].sum())) for a, b in zip([0, *ends[:-1]], ends)]
 
 
 def print_export(store: FeatureStore, folder: Path, *, json_output: bool) -> None:

@@ -73,7 +73,8 @@ def extract(
     coders     by name; without names they are called by their addresses
     source     the trainer's: a `TextData`, a list of strings, a function returning an iterable
     folder     the same call continues what was begun there; more `tokens` extend it
-    tokens     that count, about: whole documents, to one of them up to two million; None: all
+    tokens     read by the model, `<bos>` included, about: whole documents, to one of them up to two
+               million; None: all
     rows, length  of a process's batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
     seed       of the documents' order; None: as they lie
     values     "float16", scaled by a power of two for each coder and segment, or "float32"
@@ -184,7 +185,7 @@ def _check_room(path: Any, named: Mapping[str, Coder], plan: Plan, shards: int, 
         return
     free, needed = (
         shutil.disk_usage(path).free,
-        shards * plan.per_shard * plan.mean * token_bytes(named, values),
+        shards * plan.per_shard * plan.mean * plan.share * token_bytes(named, values),
     )
     if needed > free:
         raise InputError(
@@ -194,8 +195,8 @@ def _check_room(path: Any, named: Mapping[str, Coder], plan: Plan, shards: int, 
 
 
 def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
-    """About how many bytes of the store a token takes: its id, and of each active feature the id,
-    the activation twice and its place in the index.
+    """About how many bytes of the store a token that counts takes: its id, and of each active
+    feature the id, the activation twice and its place in the index.
     """
     entry = {"float16": 5.8, "float32": 9.4}[values]
     l0 = sum(c.info.l0 or 64.0 for c in coders.values())
@@ -328,7 +329,7 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
     widths = [c.width for c in coders.values() for _ in layers_of(c)]
-    first = min(c.first for c in coders.values())
+    first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
@@ -350,7 +351,9 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         break
-                    done += writer.add(*_rows(packed, first), packed.pieces, entries)
+                    tokens, counted = _rows(packed, first)
+                    writer.add(tokens, counted, packed.pieces, entries)
+                    done += len(tokens)
                     progress.at(done)
                 else:
                     raise InputError(f"the text has changed: shard {shard} has no documents now")

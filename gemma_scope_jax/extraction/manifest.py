@@ -2,7 +2,8 @@
 all processes, and index.json, written when every shard is there.
 
 The manifest holds what makes two stores the same (model, coders, text, order, batches, how values
-are kept), how many documents are wanted, and the versions that wrote it, which nothing compares.
+are kept), how many documents are wanted, of how many they are drawn (`shuffled`; null: their
+numbers count the order), and the versions that wrote it, which nothing compares.
 """
 
 import dataclasses
@@ -98,13 +99,13 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     if not (folder / MANIFEST).exists():
         if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
-        documents, mean, _ = measure(job.text, tokens)
+        documents, mean, share = measure(job.text, tokens)
         size = {
             "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
-            "mean": mean,
+            "mean": mean, "share": share, "shuffled": job.text.shuffled,
         }  # fmt: skip
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
-    old = read_manifest(folder)
+    old = read_features_manifest(folder)
     for key, value in job.describe().items():
         if old[key] != value:
             raise InputError(
@@ -114,7 +115,7 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     everything = old["tokens"] is None
     if everything or (tokens is not None and tokens <= old["tokens"]):
         return old, old
-    documents, _, _ = measure(job.text, tokens)
+    documents = measure(job.text, tokens).documents
     if documents <= old["documents"]:
         return old, old
     return old | {"tokens": tokens, "documents": documents}, old
@@ -123,7 +124,8 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
 def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:
     """The work that a manifest describes."""
     m = manifest
-    return Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"])
+    share = m.get("share", 1.0)  # of older stores the mean is of tokens that count
+    return Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"], share)
 
 
 def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
@@ -158,7 +160,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_manifest(folder: Any) -> dict[str, Any]:
+def read_features_manifest(folder: Any) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders that have none, or another's."""
     path = folder / MANIFEST
     try:
@@ -190,7 +192,8 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
         and whole(manifest["documents"], 1)
         and whole(manifest["per_shard"], 1)
         and (manifest["tokens"] is None or whole(manifest["tokens"], 1))
-        and isinstance(manifest["mean"], int | float)
+        and all(isinstance(manifest.get(k, 1), int | float) for k in ("mean", "share"))
+        and (manifest.get("shuffled") is None or whole(manifest["shuffled"], 1))
     )
 
 

@@ -54,7 +54,7 @@ def plan_extraction(
     mine = [s for s in range(plan.shards) if s % share[1] == share[0]]
     left = [s for s in mine if s not in there]
     ahead = sum(map(plan.in_shard, left)) * mean
-    size = token_bytes(named, job.values)
+    size = token_bytes(named, job.values) * plan.share
     runner = Runner(model, named, job.slots, job.precision)
     memory, limit = _memory(runner, job.rows, job.length)
     rate = None if limit is not None and memory > limit else _rate(runner, plan)
@@ -138,7 +138,7 @@ def print_store(store: FeatureStore, *, json: bool = False) -> None:
     """What a store holds, and where it is."""
     entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
     lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
-    l0 = [n / max(store.counted, 1) for n in entries]
+    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
     if json:
         sparsity = [{"coder": n, "layer": l, "l0": v} for (n, l), v in zip(lists, l0)]
         found = {"folder": str(store.folder), "complete": store.complete, "tokens": len(store),

@@ -170,7 +170,11 @@ class ShardWriter:
         self._held: list[tuple] = []
         self._waiting = 0
         self._coding: collections.deque = collections.deque()
-        self._write(MAGIC)
+        try:
+            self._write(MAGIC)
+        except BaseException:
+            self.discard()
+            raise
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -191,8 +195,8 @@ class ShardWriter:
             with contextlib.suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
 
-    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> int:
-        """A batch; returns how many of its tokens count.
+    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> None:
+        """A batch.
 
         tokens int32 [n], counted bool [n], pieces int32 [p, 3] (document in the shard,
         offset in it, length with `<bos>`), and the entries of every coder's layer.
@@ -201,7 +205,6 @@ class ShardWriter:
         self._waiting += len(tokens)
         if self._waiting >= SEGMENT:
             self._flush()
-        return int(counted.sum())
 
     def close(self, **about: Any) -> dict[str, Any]:
         """Write the rest and the footer, with `about` in it; returns the footer."""

@@ -10,6 +10,7 @@ Tokens have a row in the store, from 0 on; they come in pieces of documents, eac
 `<bos>`. How the files look: `shard_files.py`.
 """
 
+import bisect
 import dataclasses
 import functools
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path
+from gemma_scope_jax.data.order import positions_of
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.shard_files import (
@@ -42,7 +44,8 @@ class Segment:
     positions  int32 [n], in its piece: `<bos>` is 0
     documents  int64 [n]: the number of its document
     offsets    int32 [n]: its place in the document's tokens; -1: a `<bos>`
-    counted    bool [n]: whether its features count, and are stored
+    counted    bool [n]: whether features count, and are stored: from the coders' smallest `first`
+               on; those of one coder: `counted_by`
     """
 
     def __init__(self, store: "FeatureStore", shard: Shard, number: int, start: int):
@@ -62,6 +65,10 @@ class Segment:
     @functools.cached_property
     def counted(self) -> np.ndarray:
         return np.unpackbits(self._read("counted")[0])[: len(self)].astype(bool)
+
+    def counted_by(self, coder: str | None = None) -> np.ndarray:
+        """bool [n]: where a coder's features count: `counted`, from its own `first` on."""
+        return self.counted & (self.positions >= self._store.about(coder)["first"])
 
     @functools.cached_property
     def _piece_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,6 +93,11 @@ class Segment:
     def documents(self) -> np.ndarray:
         numbers = np.array([d[0] for d in self._shard.footer["documents"]], np.int64)
         return numbers[self._piece_table[0]][self.pieces]
+
+    def where(self, rows: Any) -> list[str]:
+        """Where the documents of some of the segment's rows come from, as "FILE, byte 123"."""
+        documents = self._shard.footer["documents"]
+        return [documents[d][1] for d in self._piece_table[0][self.pieces[rows]].tolist()]
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -166,6 +178,7 @@ class FeatureStore:
     folder    local or in a bucket
     manifest  the model, the coders, the data: see `manifest.py`
     coders    their names
+    counted   on how many tokens features count, of the coder with the smallest `first`
     complete  whether all that was asked for is there; else what there is can be read
 
     Raises `InputError` for folders that are no store, damaged files, unknown coders and features.
@@ -173,7 +186,7 @@ class FeatureStore:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = folder_path(folder)
-        self.manifest = manifests.read_manifest(self.folder)
+        self.manifest = manifests.read_features_manifest(self.folder)
         self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
         self._digest = manifests.digest(self.manifest)
         index = manifests.read_index(self.folder, self.manifest["documents"])
@@ -221,12 +234,22 @@ class FeatureStore:
             raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
         return self.manifest["coders"][0]["name"]
 
-    def width(self, coder: str | None = None) -> int:
-        """Features (a layer) of a coder."""
+    def about(self, coder: str | None = None) -> dict[str, Any]:
+        """What the manifest says of a coder."""
         name = self._only_coder() if coder is None else coder
         if name not in self.coders:
             raise InputError(f"{self.folder}: no coder {name!r}{nearest(name, self.coders)}")
-        return next(c["width"] for c in self.manifest["coders"] if c["name"] == name)
+        return self.manifest["coders"][self.coders.index(name)]
+
+    def width(self, coder: str | None = None) -> int:
+        """Features (a layer) of a coder."""
+        return self.about(coder)["width"]
+
+    def counted_by(self, coder: str | None = None) -> int:
+        """On how many tokens a coder's features count."""
+        if self.about(coder)["first"] == min(c["first"] for c in self.manifest["coders"]):
+            return self.counted
+        return sum(int(segment.counted_by(coder).sum()) for segment in self.segments())
 
     # ---- by token --------------------------------------------------------------------------------
 
@@ -294,31 +317,45 @@ class FeatureStore:
 
     # ---- by document -----------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _documents(self) -> dict[int, tuple[int, int]]:
-        """{number: (place of its shard in `shards`, place in the shard)}, from the footers."""
-        return {
-            number: (place, within)
-            for place, shard in enumerate(self.shards)
-            for within, (number, _, _) in enumerate(self._open(shard["shard"]).footer["documents"])
-        }
+    def _held(self, place: int) -> list[tuple[int, str, int]]:
+        """Number, where it is, and tokens of the documents of `shards[place]`."""
+        return self._open(self.shards[place]["shard"]).footer["documents"]
+
+    def _may_hold(self, number: int) -> range:
+        """The places in `shards` where a document can be: its shard, which its place in the order
+        says, or all of a store that does not tell the order."""
+        if "shuffled" not in self.manifest:
+            return range(len(self.shards))
+        count, position = self.manifest["shuffled"], np.array([number])
+        if count is not None and 0 <= number < count:
+            position = positions_of(position, count, self.manifest["data"]["seed"], 0)
+        shard = position.item() // self.manifest["per_shard"]
+        place = bisect.bisect_left(self.shards, shard, key=lambda shard: shard["shard"])
+        held = place < len(self.shards) and self.shards[place]["shard"] == shard
+        return range(place, place + held)
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """(place of a document's shard in `shards`, place in the shard)."""
+        for place in self._may_hold(number):
+            for within, (held, _, _) in enumerate(self._held(place)):
+                if held == number:
+                    return place, within
+        raise InputError(f"{self.folder}: document {number} is not in the store")
 
     @property
     def document_numbers(self) -> list[int]:
-        """The numbers of the documents there are, in the store's order."""
-        return list(self._documents)
+        """The numbers of the documents there are, in the store's order; a list of them all."""
+        return [number for place in range(len(self.shards)) for number, _, _ in self._held(place)]
 
     def where(self, number: int) -> str:
         """Where a document comes from, as "FILE, byte 123"."""
-        if number not in self._documents:
-            raise InputError(f"{self.folder}: document {number} is not in the store")
-        place, within = self._documents[number]
-        return self._open(self.shards[place]["shard"]).footer["documents"][within][1]
+        place, within = self._find(number)
+        return self._held(place)[within][1]
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
         """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
-        where = self.where(number)
-        place, within = self._documents[number]
+        place, within = self._find(number)
+        where = self._held(place)[within][1]
         before = sum(len(shard["segments"]) for shard in self.shards[:place])
         none = np.zeros(0, np.int32)
         tokens, rows, at = [none], [none.astype(np.int64)], [none]

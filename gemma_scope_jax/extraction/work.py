@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,13 @@ class Text:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.documents, self.data, self.tok, self.seed)
+
+    @property
+    def shuffled(self) -> int | None:
+        """Of how many documents the numbers are shuffled; None: they count the order itself."""
+        if isinstance(self.documents, Indexed) and self.seed is not None:
+            return self.documents.count
+        return None
 
     def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
         """(number, record) of the documents at positions `start` to `stop` of the order.
@@ -84,32 +91,45 @@ def open_text(source: Any, tok: Any, seed: int | None) -> Text:
     return Text(documents, data, tok, seed)
 
 
-def measure(text: Text, tokens: int | None) -> tuple[int, float, bool]:
-    """How many documents hold `tokens` tokens (None: all there are), tokens a document, and whether
-    that is all the text. Counts the first tokens and goes on from their mean.
+class Size(NamedTuple):
+    """How many documents, tokens of one (with its `<bos>`), and the share of them that count."""
+
+    documents: int
+    mean: float
+    share: float
+
+
+def measure(text: Text, tokens: int | None) -> Size:
+    """How much of the text holds `tokens` tokens, each document's `<bos>` included; None: all.
+
+    Reads the first tokens, at least to one that counts, and goes on from their mean.
     """
-    counted = documents = 0
+    read = counted = documents = 0
     wanted = FEW if tokens is None else min(tokens, SAMPLE)
+
+    def sizes(numbered: tuple[int, Record]) -> tuple[int, int]:
+        ids, counts = text.encode(numbered[1])
+        return len(ids) + (len(ids) > 0), int(counts.sum())
+
     with ThreadPoolExecutor(_threads(), "tokenise") as pool:
-        encode = lambda numbered: int(text.encode(numbered[1])[1].sum())
-        for size in map_ahead(pool, encode, text.records(0), 4 * _threads()):
-            documents, counted = documents + 1, counted + size
-            if counted >= wanted:
+        for size, some in map_ahead(pool, sizes, text.records(0), 4 * _threads()):
+            documents, read, counted = documents + 1, read + size, counted + some
+            if read >= wanted and counted:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
     if not counted:
         raise InputError("no text: all documents are empty or unusable")
-    mean, ended = counted / documents, counted < wanted
-    if tokens is not None and (counted >= tokens or ended):
-        return documents, mean, ended
+    size = Size(documents, read / documents, counted / read)
+    if tokens is not None and (read >= tokens or read < wanted):
+        return size
     known = text.documents.count if isinstance(text.documents, Indexed) else None
     if tokens is None:
         known = known if known is not None else sum(1 for _ in text.records(0))
-        return known, mean, True
-    needed = -int(-tokens // mean)
+        return size._replace(documents=known)
+    needed = -int(-tokens // size.mean)
     if known is None:
         known = sum(1 for _ in text.records(0, needed + 1))
-    return min(needed, known), mean, needed > known
+    return size._replace(documents=min(needed, known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +161,7 @@ class Plan:
     rows: int
     length: int
     mean: float  # tokens a document, about
+    share: float = 1.0  # of them that count, about
 
     @property
     def shards(self) -> int:

@@ -165,9 +165,10 @@ def open_corpus(
         rows = segment.start + np.arange(len(segment.tokens), dtype=np.int64)
         starts.append(rows[segment.positions == 0])
         test = in_test(rows - segment.positions, sampling.seed)
-        seen = segment.tokens[segment.counted & ~test]
+        counted = segment.counted_by(coder)
+        seen = segment.tokens[counted & ~test]
         counts += np.bincount(seen, minlength=len(counts))[: len(counts)]
-        rows = rows[segment.counted & test]
+        rows = rows[counted & test]
         pool, keys = np.r_[pool, rows], np.r_[keys, mixed(rows, sampling.seed + 1)]
         order = np.argsort(keys, kind="stable")[:POOL]
         pool, keys = pool[order], keys[order]
