@@ -31,7 +31,8 @@ from gemma_scope_jax.extraction.shard_files import (
     undo_differences,
 )
 
-_OPEN_SHARDS, _HELD_SEGMENTS = 64, 4
+_OPEN_SHARDS = 64
+_HELD_SEGMENTS = 128  # with half a megabyte of tokens and pieces each: windows come from all over
 _TOKENS, _FEATURES = ("count", "feature", "value"), ("fired", "rows", "values")
 
 
