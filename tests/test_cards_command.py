@@ -15,6 +15,7 @@ from gemma_scope_jax.cards.explanations import write_explanations
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.config import PRESETS
 
 ABOUT = {"model_name": "acme/tiny"}
@@ -92,6 +93,23 @@ def test_explanations_from_elsewhere(tiny, one, tmp_path, capsys):
     assert "there are none of this coder's features" in capsys.readouterr().err
     assert cards(one, one, *options, "--explanations", tmp_path / "x") == 2
     assert "is of one coder" in capsys.readouterr().err
+
+
+# --- stores --------------------------------------------------------------------------------------
+
+
+def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, monkeypatch, capsys):
+    loaded = {d: tiny_model(PRESETS["gemma-3-270m"], dtype=jnp.dtype(d), layers=4)
+              for d in ("float32", "bfloat16")}  # fmt: skip
+    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: loaded[dtype])
+    store = tmp_path / "store"
+    text = ("--text", tmp_path / "text.txt", "--length", 64, "--model", "tiny")
+    assert command("extract", one, *text, "--dtype", "bfloat16", "--out", store) == 0
+    capsys.readouterr()
+    assert cards(one, "--store", store, "--out", tmp_path / "cards") == 0
+    assert "loading model tiny (bfloat16)" in capsys.readouterr().err
+    assert cards(one, "--store", store, "--dtype", "float32", "--out", tmp_path / "other") == 2
+    assert "weights are others, so load the model in bfloat16" in capsys.readouterr().err
 
 
 # --- what text is --------------------------------------------------------------------------------

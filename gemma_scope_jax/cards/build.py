@@ -103,12 +103,14 @@ def same_layer(other: Coder, layer: int) -> int | None:
 
 
 def _check_model(store: Any, model: Model) -> None:
-    """Refuse another model's store; the dtype that it was run in may differ."""
+    """Refuse another model's store; the dtype that it was run in may differ, if no weight does."""
     held, ours = store.manifest["model"], model_identity(model)
     if any(held.get(key) != value for key, value in ours.items() if key != "dtype"):
+        same = held.get("dtype") == ours["dtype"]
+        hint = "" if same else f"; rounded weights are others, so load the model in {held['dtype']}"
         raise InputError(
             f"{store.folder}: holds features of another model ({', '.join(held.values())}; this is "
-            f"{', '.join(ours.values())})"
+            f"{', '.join(ours.values())}){hint}"
         )
 
 

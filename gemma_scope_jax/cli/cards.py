@@ -67,7 +67,8 @@ def cards(
         length: Tokens of a row.
         store: Instead of text: a folder that `gemma-scope extract` has filled.
         model: A name, a folder or a file; default: the coders' model.
-        dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
+        dtype: Of the model; auto is the store's or, with text, float32 on a CPU and bfloat16
+            elsewhere.
         compare: Other coders, whose decoders are searched for the same features.
         export: Also as files for other programs.
         top: Strongest examples a feature.
@@ -101,12 +102,15 @@ def cards(
     text_files(text)
     others = _load_others(compare)
     published = not (text or store)
+    filled = _opened(store) if store else None
+    if filled is not None and dtype == "auto":
+        dtype = filled.manifest["model"]["dtype"]
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
     wanted = _wanted(loaded, others, folder, explanations)
     if published:
         sources = [_examples(one.coder) for one in wanted]
-    elif store:
-        sources = [_opened(store)] * len(wanted)
+    elif filled is not None:
+        sources = [filled] * len(wanted)
     else:
         from gemma_scope_jax.extraction.extract import extract
 
