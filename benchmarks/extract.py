@@ -77,7 +77,7 @@ def ours(args) -> None:
     import gemma_scope_jax as gs
     from gemma_scope_jax.coders.interop import save_saelens
     from gemma_scope_jax.extraction.active import slots_for
-    from gemma_scope_jax.extraction.extract import Runner
+    from gemma_scope_jax.extraction.runner import Runner
     from gemma_scope_jax.extraction.work import Packed, Plan, open_text
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 

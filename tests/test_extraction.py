@@ -20,20 +20,20 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import work
 from gemma_scope_jax.extraction.active import grouped
-from gemma_scope_jax.extraction.export import export_store
-from gemma_scope_jax.extraction.extract import extract, token_bytes
-from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
-from gemma_scope_jax.extraction.shard_files import (
+from gemma_scope_jax.extraction.entries import (
     Entries,
     by_feature,
     differences,
     expand,
     expand_values,
-    shard_name,
     squeeze,
     store_values,
     undo_differences,
 )
+from gemma_scope_jax.extraction.export import export_store
+from gemma_scope_jax.extraction.extract import extract, token_bytes
+from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.shard_files import shard_name
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings

@@ -12,14 +12,11 @@ import collections
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
@@ -31,14 +28,10 @@ from gemma_scope_jax.evaluation.evaluate import check_fits
 from gemma_scope_jax.extraction import active as on_device
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.active import Active, Coder, Group
-from gemma_scope_jax.extraction.shard_files import (
-    VALUES,
-    Entries,
-    ShardWriter,
-    remove_leftovers,
-    shard_name,
-)
+from gemma_scope_jax.extraction.active import Coder
+from gemma_scope_jax.extraction.entries import VALUES
+from gemma_scope_jax.extraction.runner import Runner
+from gemma_scope_jax.extraction.shard_files import ShardWriter, remove_leftovers, shard_name
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
@@ -48,7 +41,6 @@ from gemma_scope_jax.progress import Progress
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
-IN_FLIGHT = 3  # batches on the device that the host has not copied yet
 
 
 def extract(
@@ -207,124 +199,6 @@ def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
 # Running
 
 
-class Runner:
-    """The compiled pass of a job: a batch in, active features on the device out."""
-
-    def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
-        self.model, self.slots, self.mesh = model, slots, hosts.mesh_under(model)
-        self.hosts = hosts.count_of(model)
-        self.groups, self.coders = on_device.grouped(coders), coders
-        self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
-        self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
-        self._run = partial(
-            on_device.active_features, groups=self.groups, form=on_device.compaction(),
-            precision=precision,
-        )  # fmt: skip
-        self._room = threading.Semaphore(IN_FLIGHT)
-        self.again = 0  # batches that had to run again with more slots
-
-    def compiled(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> Any:
-        """The program for batches of this shape."""
-        batch = (self._put(a) for a in (tokens, segments, counts))
-        jitted = on_device.active_features
-        return jitted.lower(self.model, self.weights, *batch, slots=self.slots,
-                            **self._run.keywords).compile()  # fmt: skip
-
-    def launch(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
-        """(the batch [B, T] on the device, what is found in it, which is under way)."""
-        batch = tuple(self._put(a) for a in (tokens, segments, counts))
-        return batch, self._run(self.model, self.weights, *batch, slots=self.slots)
-
-    def start(self, *batch: np.ndarray) -> tuple:
-        """`launch`, when there is room on the device; hand what this returns to `finish`."""
-        self._room.acquire()
-        return self.launch(*batch)
-
-    def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
-        """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
-        try:
-            found = self._on_host(started)
-        finally:
-            self._room.release()
-        entries: dict[tuple[str, int], Entries] = {}
-        for group, active in zip(self.groups, found):
-            _check_finite(group, active)
-            for i, member in enumerate(group.members):
-                entries[member] = layer_entries(group, active, i, kept)
-        order = [(name, own) for name, coder in self.coders.items()
-                 for own in range(len(layers_of(coder)))]  # fmt: skip
-        return [entries[member] for member in order]
-
-    def _on_host(self, started: tuple) -> list[Active]:
-        """What was found of this process's rows, as numpy; spilled rows only if there are any."""
-        batch, found = started
-        slots, widest = self.slots, max(group.width for group in self.groups)
-        while any(np.asarray(active.overflow).any() for active in found):
-            slots = min(4 * slots, widest)
-            self.again += 1
-            found = self._run(self.model, self.weights, *batch, slots=slots)
-        held = []
-        for group, active in zip(self.groups, found):
-            if self.hosts > 1:
-                active = hosts.own_part(self.mesh, active, group.width)
-            spilled = active.spilled
-            host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
-            size = host.count.shape[1] // host.spilled_tokens.shape[1]
-            some = [np.asarray(spilled[i]) if (which < size).any() else None
-                    for i, which in enumerate(host.spilled_tokens)]  # fmt: skip
-            held.append(host.replace(spilled=some))
-        return held
-
-
-def _check_finite(group: Group, active: Active) -> None:
-    if not active.finite.all():
-        layer = group.layers[int(np.argmin(active.finite))]
-        raise InputError(
-            f"{group.site} of layer {layer}: the model's activations are not finite; a damaged "
-            "model, or one that overflows in this dtype"
-        )
-
-
-def layer_entries(group: Group, active: Active, i: int, kept: np.ndarray) -> Entries:
-    """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
-    count, parts = active.count[i][kept], active.count.shape[-1]  # [n, m]
-    slots, part = active.values.shape[-1] // parts, group.width // parts
-    over = count > slots
-    used = np.arange(slots, dtype=np.int32)[None, None, :] < np.where(over, 0, count)[..., None]
-    ids = active.features[i][kept].reshape(used.shape)
-    if parts > 1:
-        ids = ids.astype(np.int32) + np.arange(parts, dtype=np.int32)[None, :, None] * part
-    ids, values = ids[used].astype(np.int32), active.values[i][kept].reshape(used.shape)[used]
-    if not over.any():
-        return Entries(_ends(count.sum(-1)), ids, values)
-    count, n = count.astype(np.int64), len(active.count[i])
-    found = []  # a row's second product may differ by a tie, so it says itself how many there are
-    for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
-        (here,) = np.nonzero(dense)
-        count[row, j] = len(here)
-        found.append((row * parts + j, here + j * part, dense[here]))
-    starts = _ends(count.reshape(-1))
-    all_ids, all_values = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
-    fits = np.ones(starts[-1], bool)
-    for unit, here, dense in found:
-        some = slice(starts[unit], starts[unit + 1])
-        fits[some], all_ids[some], all_values[some] = False, here, dense
-    all_ids[fits], all_values[fits] = ids, values
-    return Entries(starts[::parts], all_ids, all_values)
-
-
-def _ends(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(row among `kept`, part, activations [f]) of the spilled tokens; spilled [d, R, F]."""
-    size = n // len(tokens)
-    for shard, j, r in zip(*np.nonzero(tokens < size)):
-        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
-        yield row, int(j), spilled[shard, r, j * part : (j + 1) * part]
-
-
 def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.Job") -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
@@ -371,7 +245,7 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
 
 
 def _results(
-    runner: "Runner", batches: Any, workers: ThreadPoolExecutor, most: int
+    runner: Runner, batches: Any, workers: ThreadPoolExecutor, most: int
 ) -> Iterator[tuple[Packed | Ended, Any]]:
     """(batch, its entries), and (`Ended`, None), in order.
 
@@ -395,7 +269,7 @@ def _results(
 
 
 def _results_in_step(
-    runner: "Runner", batches: Any, job: "manifests.Job"
+    runner: Runner, batches: Any, job: "manifests.Job"
 ) -> Iterator[tuple[Packed | Ended, Any]]:
     """`_results` where all hosts run one program: each runs as many batches as the one with most.
 
@@ -419,7 +293,7 @@ def _results_in_step(
         yield from _finished(runner, *waiting.popleft())
 
 
-def _finished(runner: "Runner", event: Packed | Ended | None, started: Any) -> Iterator[tuple]:
+def _finished(runner: Runner, event: Packed | Ended | None, started: Any) -> Iterator[tuple]:
     entries = None if started is None else runner.finish(*started)
     if event is not None:
         yield event, entries

@@ -13,7 +13,8 @@ from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.extract import IN_FLIGHT, Runner, job_of, token_bytes
+from gemma_scope_jax.extraction.extract import job_of, token_bytes
+from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Packed, Plan
 from gemma_scope_jax.model.config import Model
