@@ -6,6 +6,7 @@ the id and then how it ended: importing JAX every time would take longer than al
 
 import os
 import sys
+import time
 
 import numpy as np
 from letters import Letters
@@ -33,7 +34,14 @@ def write(folder, tokens=5000, **options):
     return write_activations(model, make(), SITES, folder, tokens, **options)
 
 
+def slowly(batches, plain=TokenBatches.__next__):
+    """So that who watches the store sees it grow, however busy the machine is."""
+    time.sleep(0.03)
+    return plain(batches)
+
+
 if __name__ == "__main__":
+    TokenBatches.__next__ = slowly
     for _ in sys.stdin:
         child = os.fork()
         if not child:
