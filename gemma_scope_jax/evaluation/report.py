@@ -78,7 +78,7 @@ def print_core(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    wide = None if sys.stdout.isatty() else 200  # in a file or a pipe nothing need be cut
+    wide = None if sys.stdout.isatty() else 300  # in a file or a pipe nothing need be cut
     console = Console(width=wide)
     core = [r for r in results if r["eval_type_id"] == "core"]
     if len(core) == 1:
@@ -88,7 +88,7 @@ def print_core(results: Sequence[Result]) -> None:
     elif core:
         table = Table(title=None, box=None, pad_edge=False)
         longest = max(len(short_name(result)) for result in core)
-        table.add_column("coder", overflow="fold", min_width=min(longest, 48))
+        table.add_column("coder", overflow="fold", min_width=longest if wide else min(longest, 48))
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
         for heading, *_ in chosen:
             table.add_column(heading, justify="right")
