@@ -190,7 +190,10 @@ def test_text_is_read_alike_by_all_commands():
     for name in ("extract", "evaluate", "cards"):
         options = inspect.signature(cli.COMMANDS[name]).parameters
         for option in ("roles", "field", "messages", "skip_bad"):
-            assert options[option].default == getattr(data, option), name
+            wanted = getattr(data, option)
+            if (name, option) == ("evaluate", "roles"):
+                wanted = ("system", "user", "model")  # which it compares
+            assert options[option].default == wanted, name
         assert "Read about so many" in cli.COMMANDS[name].__doc__
 
 

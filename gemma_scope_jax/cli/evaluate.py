@@ -17,7 +17,7 @@ def evaluate(
     tfds: Name = "",
     field: Name = "text",
     messages: Name = "",
-    roles: Roles = ("model",),
+    roles: Roles = ("system", "user", "model"),
     skip_bad: bool = False,
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
@@ -44,7 +44,8 @@ def evaluate(
         tfds: Instead: a TensorFlow Datasets name.
         field: The key that holds the text in JSON records.
         messages: The key that holds a chat, instead of text.
-        roles: Whose tokens count in chats; several are also compared.
+        roles: Whose tokens count in chats, and are compared; training and extraction count the
+            model's alone.
         skip_bad: Leave out records that cannot be used.
         tokens: Read about so many, <bos> included, in whole batches, to measure how they fit.
         loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
