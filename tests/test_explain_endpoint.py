@@ -465,7 +465,8 @@ def test_many_threads_write_whole_lines(tmp_path):
 
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from chat_server import explained
@@ -514,10 +515,10 @@ def test_interrupted_it_keeps_what_it_has(tmp_path):
         while len(server.bodies) < 20 and run.poll() is None:
             time.sleep(0.005)
         run.send_signal(signal.SIGINT)
-        began = time.monotonic()
         error = run.communicate(timeout=20)[1].decode()
-        assert time.monotonic() - began < 3 and "KeyboardInterrupt" in error
+        assert "KeyboardInterrupt" in error
         sent = len(server.bodies)
+        assert sent < 100  # of some 200
     kept = AnswerFile(tmp_path / "answers.jsonl")
     assert len(kept) == sent
     kept.close()
