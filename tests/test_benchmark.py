@@ -2,11 +2,13 @@
 twice."""
 
 import csv
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from letters import Letters
 from test_absorption import Spelled
 from test_evaluate import random_coder
@@ -196,6 +198,26 @@ def test_a_coder_that_writes_where_nothing_is_spelled_costs_the_others_nothing(
     assert capsys.readouterr().err.splitlines()[-1] == "error: no letter's probe works"
 
 
+def test_results_of_coders_that_are_not_asked_for_are_kept(folder, tiny, compile_once):
+    model, _ = tiny_speller()
+    coders = {n: random_coder("sae", i) for i, n in enumerate("abc")}
+    protocol, measured = PROTOCOLS["sae-probes"], []
+
+    def run(names):
+        given = {n: coders[n] for n in names}
+        bench = benchmark.Bench(model, Letters(), given, epath.Path(folder / "others"))
+        jobs, _ = benchmark.probing_jobs(bench, [folder / "moods.csv"], protocol, ks=(2,))
+        real = jobs[0].measure
+        note = lambda b, missing, report: measured.append(list(missing)) or real(b, missing, report)
+        return benchmark.run_jobs(bench, [dataclasses.replace(jobs[0], measure=note)])[0]
+
+    first = run("ab")
+    run("ac")
+    assert measured[1:] == [["c"]]
+    assert run("ab")["b"] == first["b"] and len(measured) == 2
+    assert {*run("c")} >= {"a", "b", "c"} and len(measured) == 2
+
+
 def test_activations_of_words_are_kept_and_serve_other_coders(
     folder, tiny, capsys, monkeypatch, compile_once
 ):
@@ -234,8 +256,6 @@ def interrupt(*_, **__):
 
 
 def test_other_settings_other_weights_and_another_model_are_other_results(folder, tiny):
-    from etils import epath
-
     model, tok = tiny_speller()
     coders = {"sae": random_coder("sae", 0)}
     bench = benchmark.Bench(model, tok, coders, epath.Path(folder))
@@ -252,8 +272,6 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
 
 def test_features_have_their_own_numbers(folder, tiny, compile_once):
     """Results are made of the active columns alone; the first half is silent here."""
-    from etils import epath
-
     model, _ = tiny_speller()
     whole = random_coder("sae", 0)
     threshold = np.where(np.arange(whole.width) < whole.width // 2, 1e9, whole.threshold)
@@ -274,8 +292,6 @@ def test_features_have_their_own_numbers(folder, tiny, compile_once):
 
 def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile_once):
     """A coder that begins later in a text changes which tokens count, for all coders."""
-    from etils import epath
-
     model, _ = tiny_speller()
     coders = {"early": random_coder("sae", 0), "late": random_coder("sae", 1).replace(first=3)}
 

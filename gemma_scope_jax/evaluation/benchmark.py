@@ -111,21 +111,25 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     Raises `InputError` for a result file that is not one.
     """
     keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
-    found = [_stored(job, bench, keys) for job in jobs]
+    stored = [_stored(job, bench, keys) for job in jobs]
+    found = [{subject: r["result"] for subject, r in had.items()} for had in stored]
     missing = [[s for s in job.subjects if s not in had] for job, had in zip(jobs, found)]
     progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
     kept = sum(not some for some in missing)
     if kept:
         print(f"{kept} of {len(jobs)} tasks are done already", file=sys.stderr, flush=True)
     done = 0
-    for job, had, some in zip(jobs, found, missing):
+    for job, before, had, some in zip(jobs, stored, found, missing):
         if not some:
             continue
-        had |= plain(job.measure(bench, some, _report(progress, job, done)))
+        new = plain(job.measure(bench, some, _report(progress, job, done)))
+        had |= new
         done += job.work
         progress.at(done, f"  {job.family} {job.name}")
         document = {"family": job.family, "task": job.name, "settings": plain(job.settings)}
-        document["results"] = {s: {"key": keys.get(s, ""), "result": r} for s, r in had.items()}
+        document["results"] = before | {
+            s: {"key": keys.get(s, ""), "result": r} for s, r in new.items()
+        }
         path = job.path(bench)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(document, ensure_ascii=False) + "\n")
@@ -157,12 +161,17 @@ def _stages(report: Report, subjects: int) -> tuple[Report, Report]:
 
 
 def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
+    """{subject: {"key", "result"}} of what was measured, also of coders that are not asked for."""
     path = job.path(bench)
     if not path.exists():
         return {}
     try:
         results = json.loads(path.read_text())["results"]
-        return {s: r["result"] for s, r in results.items() if s not in keys or r["key"] == keys[s]}
+        return {
+            s: {"key": r["key"], "result": r["result"]}
+            for s, r in results.items()
+            if s not in keys or r["key"] == keys[s]
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a task's results; remove it to measure again") from error
 

@@ -10,7 +10,10 @@ penalty to the weakest, each from where the one before it ended: a few steps the
 products of whole matrices are several times faster on CPUs than batches of small ones.
 """
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +25,7 @@ from gemma_scope_jax.errors import InputError
 STEPS = 100  # of Newton; a dozen suffice unless the classes are separable and C is large
 TOLERANCE = 1e-9  # of the gradient, in scaled coordinates, a mean over examples
 ROWS = 256  # examples are padded to a multiple of this, so that few shapes are compiled
+_limiting = threading.Lock()
 
 
 class Fitted(NamedTuple):
@@ -55,7 +59,8 @@ def fit_logistic(
     if not ((positive > 0) & (positive < weight.sum(-1))).all():
         raise InputError("a probe needs examples of both classes")
     if x.shape[2] > x.shape[1]:  # the optimum lies in the examples' span: fit in its coordinates
-        basis, spanned = zip(*(np.linalg.qr(a.T) for a in x))
+        with _one_blas_thread():
+            basis, spanned = zip(*(np.linalg.qr(a.T) for a in x))
         inner = fit_logistic(np.stack([s.T for s in spanned]), y, c, weight, tolerance=tolerance)
         return Fitted(np.einsum("gkn,gpn->gpk", np.stack(basis), inner.w), inner.b)
     pad = -x.shape[1] % ROWS
@@ -76,10 +81,13 @@ def _blas() -> Any:
     return ThreadpoolController()
 
 
-def _one_blas_thread() -> Any:
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
     """OpenBLAS's threads wait for each other in a spin: where cores are shared, a factorisation of
-    a 640 x 640 matrix took 1.1 s with them and 4 ms without."""
-    return _blas().limit(limits=1, user_api="blas")
+    a 640 x 640 matrix took 1.1 s with them and 4 ms without. One caller at a time: the number is
+    the process's."""
+    with _limiting, _blas().limit(limits=1, user_api="blas"):
+        yield
 
 
 def _cpu() -> Any:

@@ -68,6 +68,7 @@ class FeatureStore:
         self._starts = np.cumsum(np.array([0, *(size[0] for size in sizes)], np.int64))
         self._places = [(s["shard"], n) for s in index for n in range(len(s["segments"]))]
         self.counted = sum(counted for _, counted in sizes)
+        self._counted_by = {min(c["first"] for c in self.manifest["coders"]): self.counted}
         self._segment = functools.lru_cache(_HELD_SEGMENTS)(self._make_segment)
 
     def __len__(self) -> int:
@@ -116,9 +117,11 @@ class FeatureStore:
 
     def counted_by(self, coder: str | None = None) -> int:
         """On how many tokens a coder's features count."""
-        if self.about(coder)["first"] == min(c["first"] for c in self.manifest["coders"]):
-            return self.counted
-        return sum(int(segment.counted_by(coder).sum()) for segment in self.segments())
+        first = self.about(coder)["first"]
+        if first not in self._counted_by:
+            counts = (int(segment.counted_by(coder).sum()) for segment in self.segments())
+            self._counted_by[first] = sum(counts)
+        return self._counted_by[first]
 
     # ---- by token --------------------------------------------------------------------------------
 
