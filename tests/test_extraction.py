@@ -705,6 +705,14 @@ def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch
     assert contents(tmp_path / "s") == whole
 
 
+def test_a_shard_that_goes_away_while_it_is_read_is_named(model, documents, tmp_path):
+    found = extract(model, CODERS["a"], Letters(), documents, tmp_path, **SETTINGS)
+    segment = found.segment(0)
+    (tmp_path / shard_name(0)).unlink()
+    with pytest.raises(InputError, match="shard-000000.features: cannot be read .No such file"):
+        segment.by_token()
+
+
 def test_a_broken_model_is_refused(model, documents, tmp_path):
     embed = model.params.embed.at[100].set(jnp.nan)
     broken = model.replace(params=model.params.replace(embed=embed))

@@ -301,18 +301,28 @@ class Shard:
     def blocks(self, segment: int, names: Sequence[str]) -> list[np.ndarray]:
         """Some arrays of a segment, by their names."""
         entries, found = self.footer["segments"][segment]["blocks"], []
-        with self.path.open("rb") as file:
-            for name in names:
-                at, length, crc, dtype = entries[name]
-                file.seek(at)
-                data = file.read(length)
-                if zlib.crc32(data) != crc:
-                    raise self._damaged(f"block {name} of segment {segment}, byte {at} on")
-                try:
-                    found.append(expand(data, dtype))
-                except (zlib.error, ValueError) as error:
-                    what = f"block {name} of segment {segment} cannot be expanded: {error}"
-                    raise self._damaged(what) from error
+        everything = self._bytes([entries[name] for name in names])
+        for name, data in zip(names, everything, strict=True):
+            at, _, crc, dtype = entries[name]
+            if zlib.crc32(data) != crc:
+                raise self._damaged(f"block {name} of segment {segment}, byte {at} on")
+            try:
+                found.append(expand(data, dtype))
+            except (zlib.error, ValueError) as error:
+                what = f"block {name} of segment {segment} cannot be expanded: {error}"
+                raise self._damaged(what) from error
+        return found
+
+    def _bytes(self, places: Sequence[Sequence[Any]]) -> list[bytes]:
+        """What stands at `places`: (byte, length, ...) each."""
+        found = []
+        try:
+            with self.path.open("rb") as file:
+                for at, length, *_ in places:
+                    file.seek(at)
+                    found.append(file.read(length))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from error
         return found
 
     def verify(self) -> None:
