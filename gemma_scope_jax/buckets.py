@@ -49,13 +49,18 @@ def write_text(path: epath.Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def temporary_name(name: str) -> str:
+    """Where a file is written before it is whole: each process its own copy, which tells the
+    process, as that may die over it."""
+    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
+
+
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """`write_text` of bytes."""
     if is_remote(path):
         path.write_bytes(data)
         return
-    # Processes may write the same file at once, each its own copy.
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     temporary.write_bytes(data)
     temporary.replace(path)
 

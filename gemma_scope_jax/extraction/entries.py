@@ -23,12 +23,17 @@ class Entries(NamedTuple):
     values: np.ndarray  # float32 [e]
 
 
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """Where lists of so many things each [n] begin, and where the last ends: int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 def joined(parts: Sequence[Entries]) -> Entries:
     """The entries of several runs of tokens as one."""
     counts = np.concatenate([np.diff(part.offsets) for part in parts])
     ids = np.concatenate([part.ids for part in parts])
     values = np.concatenate([part.values for part in parts])
-    return Entries(np.concatenate([[0], np.cumsum(counts)]), ids, values)
+    return Entries(offsets_of(counts), ids, values)
 
 
 def by_feature(entries: Entries, width: int) -> Entries:
@@ -104,7 +109,7 @@ def differences(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def undo_differences(steps: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """int32 ids from `differences`."""
-    sums = np.concatenate([[0], np.cumsum(steps, dtype=np.int64)])
+    sums = offsets_of(steps)
     before = np.repeat(sums[offsets[:-1]], np.diff(offsets))
     return (sums[1:] - before).astype(np.int32)
 

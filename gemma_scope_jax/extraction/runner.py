@@ -14,7 +14,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import active as on_device
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction.active import Active, Coder, Group
-from gemma_scope_jax.extraction.entries import Entries
+from gemma_scope_jax.extraction.entries import Entries, offsets_of
 from gemma_scope_jax.model.config import Model
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet
@@ -109,14 +109,14 @@ def layer_entries(group: Group, active: Active, i: int, kept: np.ndarray) -> Ent
         ids = ids.astype(np.int32) + np.arange(parts, dtype=np.int32)[None, :, None] * part
     ids, values = ids[used].astype(np.int32), active.values[i][kept].reshape(used.shape)[used]
     if not over.any():
-        return Entries(_ends(count.sum(-1)), ids, values)
+        return Entries(offsets_of(count.sum(-1)), ids, values)
     count, n = count.astype(np.int64), len(active.count[i])
     found = []  # a row's second product may differ by a tie, so it says itself how many there are
     for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
         (here,) = np.nonzero(dense)
         count[row, j] = len(here)
         found.append((row * parts + j, here + j * part, dense[here]))
-    starts = _ends(count.reshape(-1))
+    starts = offsets_of(count.reshape(-1))
     all_ids, all_values = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
     fits = np.ones(starts[-1], bool)
     for unit, here, dense in found:
@@ -124,10 +124,6 @@ def layer_entries(group: Group, active: Active, i: int, kept: np.ndarray) -> Ent
         fits[some], all_ids[some], all_values[some] = False, here, dense
     all_ids[fits], all_values[fits] = ids, values
     return Entries(starts[::parts], all_ids, all_values)
-
-
-def _ends(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, int, np.ndarray]]:

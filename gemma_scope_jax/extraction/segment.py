@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.entries import Entries, expand_values, undo_differences
+from gemma_scope_jax.extraction.entries import (
+    Entries,
+    expand_values,
+    offsets_of,
+    undo_differences,
+)
 from gemma_scope_jax.extraction.shard_files import Shard
 
 _TOKENS, _FEATURES = ("count", "feature", "value"), ("fired", "rows", "values")
@@ -128,7 +133,7 @@ class Segment:
         sizes, ids, values = (f"{c}.{name}" for name in names)
         begin = 0 if first == 0 else ends[first - 1]
         counts = self._read(sizes)[0][begin : ends[-1]]
-        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        offsets = offsets_of(counts)
         exponent, found = self._about["coders"][c]["exponent"], []
         for part, stop in enumerate(ends[first:], first):
             start = begin if part == first else ends[part - 1]

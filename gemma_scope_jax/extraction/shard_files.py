@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.buckets import is_remote, temporary_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.entries import (
     Entries,
@@ -229,11 +229,6 @@ def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.features"
-
-
-def temporary_name(name: str) -> str:
-    """Where a shard is written before it is whole; tells the process, which may die over it."""
-    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
 
 
 def remove_leftovers(folder: Path) -> None:

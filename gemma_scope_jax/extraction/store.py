@@ -23,7 +23,7 @@ from gemma_scope_jax.buckets import folder_path
 from gemma_scope_jax.data.order import positions_of
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.entries import Entries
+from gemma_scope_jax.extraction.entries import Entries, offsets_of
 from gemma_scope_jax.extraction.segment import Segment
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 
@@ -270,7 +270,7 @@ class FeatureStore:
         counts = np.zeros(stop - start, np.int64)
         for _, some in parts:
             counts += np.diff(some.offsets)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
+        offsets = offsets_of(counts)
         rows, values = np.empty(offsets[-1], np.int64), np.empty(offsets[-1], np.float32)
         filled = offsets[:-1].copy()
         for first, some in parts:
