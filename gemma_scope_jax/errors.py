@@ -6,14 +6,38 @@ anything else that escapes is a bug of ours.
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A file, address, name or text that cannot be used. The message is one line."""
+    """A file, address, name or text that cannot be used.
+
+    The message is one line without control characters, whoever's names and words it quotes.
+    """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(shown(" ".join(str(message).split())))
+
+
+def shown(text: str, keep: str = "") -> str:
+    r"""A text that is safe on a terminal and in a log. Control characters, bidirectional overrides,
+    line separators and halves of characters appear as escapes (``\x1b``); those in `keep` stay.
+    What files, servers and models say goes through here before it is printed.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
+
+
+def _is_control(c: str) -> bool:
+    # Cf has the overrides that turn text around, but also the joiners that scripts and emoji need
+    kind = unicodedata.category(c)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and c not in "\u200c\u200d")
+
+
+def _escape(c: str) -> str:
+    return c.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def reason(error: BaseException) -> str:

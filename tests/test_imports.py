@@ -12,8 +12,9 @@ import gemma_scope_jax as gs
 
 ROOT = Path(gs.__file__).parent
 # A room may import itself and those before it; the last three are the top.
-ROOMS = ("errors", "buckets", "progress", "model", "coders", "data", "training", "evaluation",
-         "extraction", "cards", "circuits", "behaviour", "explorer", "cli", "__main__")  # fmt: skip
+ROOMS = ("errors", "storage", "buckets", "progress", "model", "coders", "data", "training",
+         "evaluation", "extraction", "cards", "circuits", "behaviour", "explorer", "cli",
+         "__main__")  # fmt: skip
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
          "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow")  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))

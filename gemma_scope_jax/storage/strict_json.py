@@ -1,0 +1,140 @@
+"""Reading JSON that somebody else wrote: one clear line for all that JSON allows and we do not.
+
+Python's reader takes NaN, Infinity, numbers that overflow to infinity, integers of any length, half
+of a surrogate pair and the last of two equal keys, and dies of deep nesting. Every file and every
+answer is read here, so that none of these travels on into shapes, floats or files we write.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_scope_jax.errors import InputError, reason
+
+_INT64 = 1 << 63
+_LONE = re.compile("[\ud800-\udfff]")
+_KINDS = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false",
+    list: "a list", dict: "an object",
+}  # fmt: skip
+REQUIRED = object()
+
+
+def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool = False) -> Any:
+    """The value of a JSON document, UTF-8 with or without a byte order mark.
+
+    Refuses, with `InputError` that begins with `where`: what is not UTF-8 or not JSON; nesting of
+    about a thousand levels; NaN and infinities, spelled out or overflowing as 1e400 does; whole
+    numbers beyond 64 bits; a key that occurs twice in one object; half a surrogate pair in a text,
+    which no UTF-8 file can hold. With `mend_text` the last becomes U+FFFD instead.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(
+            text.removeprefix("\ufeff"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_int64,
+            object_pairs_hook=_object,
+        )
+        # only an escape can write a surrogate: bytes that hold one are not UTF-8
+        if "\\ud" in text or "\\uD" in text or (isinstance(data, str) and _LONE.search(text)):
+            value = _whole_text(value, mend_text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{os.fspath(where)}: not UTF-8 text (byte {error.start})") from error
+    except RecursionError:
+        raise InputError(f"{os.fspath(where)}: JSON nested too deeply to be read") from None
+    except ValueError as error:
+        raise InputError(f"{os.fspath(where)}: not usable as JSON ({reason(error)})") from error
+    return value
+
+
+def read_json(path: Any) -> Any:
+    """`parse_json` of a file (anything with `read_bytes`). Raises `InputError` if there is none."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return parse_json(data, path)
+
+
+def field(
+    content: Any,
+    key: str,
+    kind: type,
+    where: str | os.PathLike,
+    *,
+    default: Any = REQUIRED,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Any:
+    """`content[key]`, which must be of the `kind` and within `least` .. `most` (numbers; lengths of
+    texts, lists and objects). A whole number is a number (float), true is none.
+
+    A key that is missing or null gives the `default`, if there is one. Raises `InputError`.
+    """
+    if not isinstance(content, Mapping):
+        raise InputError(f"{os.fspath(where)}: is {_said(content)}, not an object with {key!r}")
+    value = content.get(key)
+    if value is None:
+        if default is REQUIRED:
+            raise InputError(f"{os.fspath(where)}: lacks {key!r}")
+        return default
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{os.fspath(where)}: {key} is {_said(value)}, not {_KINDS[kind]}")
+    size = len(value) if isinstance(value, (str, list, dict)) else value
+    if not least <= size <= most:
+        bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise InputError(f"{os.fspath(where)}: {key} is {_said(value)}, expected {bounds}")
+    return float(value) if kind is float else value
+
+
+def _said(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:24]} is too large")
+    return value
+
+
+def _int64(text: str) -> int:
+    value = int(text) if len(text) <= 20 else _INT64
+    if not -_INT64 <= value < _INT64:
+        raise ValueError(f"the whole number {text[:24]} needs more than 64 bits")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} occurs twice in one object")
+    return value
+
+
+def _whole_text(value: Any, mend: bool) -> Any:
+    """`value` with each lone surrogate replaced, or ValueError if there is one."""
+    if isinstance(value, dict):
+        return {_whole_text(k, mend): _whole_text(v, mend) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_whole_text(v, mend) for v in value]
+    if not isinstance(value, str) or not _LONE.search(value):
+        return value
+    if not mend:
+        raise ValueError("a text holds half of a surrogate pair")
+    return _LONE.sub("\ufffd", value)
