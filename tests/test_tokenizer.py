@@ -203,6 +203,23 @@ def test_a_literal_space_symbol_keeps_the_spans_right(tok):
     assert tok.decode(chat.ids[chat.mask("system")]) == "a  b"
 
 
+def part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def test_contents_in_parts_render_as_the_published_template_does(tok):
+    def contents(system, first, answer, last):
+        roles = ("system", "user", "model", "user")
+        return [{"role": r, "content": c} for r, c in zip(roles, (system, first, answer, last))]
+
+    parts = contents(
+        [part(" of\n")], [part(" one "), part("two\n")], [part("the turn")], (part("end"),)
+    )
+    plain = contents(" of\n", "onetwo", "the turn", "end")  # the system's text is not stripped
+    got, want = tok.chat(parts), tok.chat(plain)
+    assert got.ids.tolist() == want.ids.tolist() and got.spans == want.spans
+
+
 MODEL = {"role": "model", "content": "one"}
 SYSTEM = {"role": "system", "content": "one"}
 
@@ -219,7 +236,15 @@ SYSTEM = {"role": "system", "content": "one"}
         ([{"role": ["user"], "content": "x"}], "message 0 has role"),
         ([user("")], "message 0 .* is empty"),
         ([user(" \n\t")], "message 0 .* is empty"),
-        ([user(None)], "text must be a str"),
+        ([user(None)], r"message 0 \(user\): content is None"),
+        ([user({"type": "text", "text": "a"})], "give a text or a list of text parts"),
+        ([user([{"type": "image", "url": "x.png"}])], "part 0 is 'image'; only text parts"),
+        ([user([part("a"), "b"])], "part 1 is 'b'; only text parts"),
+        ([user([{"type": "text"}])], "part 0 has no text"),
+        ([user([])], "message 0 .* is empty"),
+        ([user([part(" ")])], "message 0 .* is empty"),
+        ([user([part("a\udc00")])], "lone surrogate"),
+        ([{"role": "system", "content": [part("a"), part("b")]}, user("x")], "join them into one"),
         ([user("a\udc00")], "lone surrogate"),
         ([MODEL], "message 0 is from 'model' where 'user' must speak"),
         ([user("a"), user("b")], "message 1 is from 'user' where 'model' must speak"),

@@ -156,9 +156,11 @@ class Tokenizer:
     # --- conversations ---------------------------------------------------------------------------
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> Chat:
         """Render `messages` ({"role", "content"}) in Gemma 3's chat template.
+
+        A content is a text, or a list of text parts (see `message_text`).
 
         Roles alternate user, model ("assistant" is the same), user, ...; a first "system" message
         is put before the first user's text, as in the published template. Contents are stripped
@@ -209,6 +211,41 @@ def _checked(text: Any) -> str:
     return text
 
 
+def message_text(content: Any, where: str, role: str = "user") -> str:
+    """What a message of a chat says: its `content`, a text or parts ({"type": "text", "text": ...}).
+
+    Parts are stripped and joined without anything between them, as in Gemma 3's published template;
+    of a system message's parts the template takes the first alone, so there can be but one. Raises
+    `InputError`, beginning with `where`, for parts that are not text (images) and for what is
+    neither.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise InputError(
+            f"{where}: content is {content!r:.60}; give a text or a list of text parts"
+        )
+    texts = []
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if kind != "text":
+            raise InputError(
+                f"{where}: part {number} is {kind!r:.60}; only text parts can be used here, such "
+                'as {"type": "text", "text": "Hello"}'
+            )
+        if not isinstance(part.get("text"), str):
+            raise InputError(f"{where}: part {number} has no text")
+        texts.append(part["text"])
+    if role == "system":
+        if len(texts) > 1:
+            raise InputError(
+                f"{where}: a system message of {len(texts)} parts, of which Gemma's template drops "
+                "all but the first; join them into one"
+            )
+        return "".join(texts)
+    return "".join(text.strip() for text in texts)
+
+
 def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]:
     """The system text, if any, and (role, stripped content) of every turn."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -221,6 +258,7 @@ def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
             raise InputError(f"message {number} has role {role!r}; known are {', '.join(ROLES)}")
+        content = message_text(content, f"message {number} ({role})", role)
         if not _checked(content).strip():
             raise InputError(f"message {number} ({role}) is empty")
         wanted = ("user", "model")[len(turns) % 2]
