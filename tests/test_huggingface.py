@@ -18,7 +18,8 @@ from checkpoint_files import (
 from safetensors.numpy import load_file, save_file
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.huggingface import huggingface_config, save_huggingface
+from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
+from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
 from gemma_scope_jax.model.checkpoints.load import load_model
 from gemma_scope_jax.model.config import PRESETS, Model
 
@@ -48,9 +49,11 @@ def test_round_trip_of_shards_and_of_a_multimodal_folder(model, folder):
     vision = {
         "vision_tower.vision_model.embeddings.position_embedding.weight": np.ones((2, 3), "f4"),
         "multi_modal_projector.mm_input_projection_weight": np.full((2, 2), np.nan, "f4"),
-        "lm_head.weight": np.zeros((3, 3), "f4"),
     }
-    edit_tensors(folder, lambda t: t | vision)
+    edit_tensors(
+        folder,
+        lambda t: t | vision | {"language_model.lm_head.weight": t["model.embed_tokens.weight"]},
+    )
     split_into_shards(folder)
     text = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
@@ -152,20 +155,21 @@ def test_config_of_other_patterns(tmp_path):
         ({"hidden_size": "640"}, "hidden_size"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 31.5}, "hidden_size"),
-        ({"num_hidden_layers": 10**40}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10**12}, "layers.2.input_layernorm.weight is missing"),
+        ({"num_hidden_layers": 10**40}, "more than 64 bits"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"num_hidden_layers": 9_999}, "layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "NaN is not a number"),
         ({"num_attention_heads": 5}, "do not divide"),
         ({"head_dim": 15}, "do not divide"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor"),
         ({"rope_scaling": "linear"}, "RoPE"),
-        ({"rope_parameters": [1]}, "RoPE"),
+        ({"rope_parameters": [1]}, "rope_parameters is .1., not an object"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}}, "local"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": False}, "tensor lm_head.weight is missing"),
         ({"hidden_activation": "silu"}, "silu"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
@@ -205,7 +209,8 @@ BROKEN = {
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "neither a Hugging Face folder"),
-    "config not JSON": (lambda f: (f / "config.json").write_bytes(b"{\xff"), "JSON"),
+    "config not JSON": (lambda f: (f / "config.json").write_bytes(b"{\xff"), "not UTF-8"),
+    "config cut off": (lambda f: os.truncate(f / "config.json", 90), "not usable as JSON"),
     "config nested": (lambda f: (f / "config.json").write_text("[" * 99_999), "JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[1]"), "not a JSON object"),
     "missing": (lambda f: edit_tensors(f, lambda t: (t.pop(Q1), t)[1]), f"{Q1} is missing"),
@@ -242,12 +247,13 @@ def test_broken_folders(folder, kind):
         ({"weight_map": {"model.embed_tokens.weight": "../hf/model.safetensors"}}, "is '../hf"),
         ({"weight_map": {"model.embed_tokens.weight": 3}}, "is '3'"),
         ({"weight_map": {"model.embed_tokens.weight": "a\0b"}}, "of tensor"),
-        ({"weight_map": [1]}, "no weight_map"),
-        ({}, "no weight_map"),
-        (None, "not a JSON object"),
+        ({"weight_map": [1]}, "weight_map is "),
+        ({}, "lacks 'weight_map'"),
+        (None, "is None, not an object"),
     ],
 )
 def test_broken_index(folder, index, message):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=message):
         load_model(folder)

@@ -95,7 +95,7 @@ def _extreme_tokens(model: Model, rows, allowed, *, k: int, gain: Gain, bins: in
     factor = float32(model.params.final_norm) + (1.0 if gain == "exact" else 0.0)
     directions = (rows * factor[None, :]).astype(model.dtype)
     logits = jnp.einsum(
-        "nd,vd->nv", directions, model.params.embed, preferred_element_type=jnp.float32
+        "nd,vd->nv", directions, model.params.unembedding, preferred_element_type=jnp.float32
     )
     top = jax.lax.top_k(jnp.where(allowed[None, :], logits, -jnp.inf), k)
     bottom = jax.lax.top_k(jnp.where(allowed[None, :], -logits, -jnp.inf), k)
@@ -121,7 +121,7 @@ def extreme_logits(
     """
     if coder.writes not in TO_LOGITS:
         raise InputError(f"features at {coder.writes} do not write to the residual stream")
-    special = np.zeros(model.config.vocab, bool)
+    special = np.ones(model.config.vocab, bool)  # as are rows of the embedding that no token has
     special[: len(tok.special)] = tok.special[: len(special)]
     features, allowed = np.asarray(features, np.int32), jnp.asarray(~special)
     chunk = min(ROWS, 1 << max(0, len(features) - 1).bit_length())

@@ -41,6 +41,7 @@ class GemmaConfig:
     global_rope_base: float = 1_000_000.0
     global_every: int = 6  # layer i is global when (i + 1) % global_every == 0
     norm_epsilon: float = 1e-6
+    tied: bool = True  # unembeds with its embedding, as published; else with a matrix of its own
 
     def is_global(self, layer: int) -> bool:
         """Whether `layer` attends to the whole context rather than a local window."""
@@ -97,11 +98,20 @@ class Block:
 
 @flax.struct.dataclass
 class Params:
-    """All weights of a Gemma 3 text model; the unembedding is the transposed embedding."""
+    """All weights of a Gemma 3 text model; it unembeds with its embedding, transposed.
+
+    A fine-tune may have been given an unembedding of its own: `head`, where the config is not tied.
+    """
 
     embed: Any  # [V, D]
     blocks: Block
     final_norm: Any  # [D], float32
+    head: Any = None  # [V, D], or None
+
+    @property
+    def unembedding(self) -> Any:
+        """[V, D]: one direction for each token's logit."""
+        return self.embed if self.head is None else self.head
 
 
 @flax.struct.dataclass
@@ -145,6 +155,7 @@ def abstract_params(config: GemmaConfig, dtype: Any = jnp.bfloat16) -> Params:
             post_mlp_norm=norm(L, D),
         ),
         final_norm=norm(D),
+        head=None if c.tied else weight(c.vocab, D),
     )
 
 
@@ -155,7 +166,8 @@ def init_params(config: GemmaConfig, key: jax.Array, dtype: Any = jnp.float32) -
     keys = jax.random.split(key, len(leaves))
     fan_in = {"w_q": config.d_model, "w_k": config.d_model, "w_v": config.d_model,
               "w_o": config.heads * config.head_dim, "w_gate": config.d_model,
-              "w_up": config.d_model, "w_down": config.d_mlp, "embed": config.d_model}  # fmt: skip
+              "w_up": config.d_model, "w_down": config.d_mlp, "embed": config.d_model,
+              "head": config.d_model}  # fmt: skip
     names = [path[-1].name for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     out = []
     for name, leaf, k in zip(names, leaves, keys):

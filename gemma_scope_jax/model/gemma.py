@@ -232,7 +232,7 @@ def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.A
     """Logits float32 [B, T, V] of a final residual [B, T, D]."""
     h = rms_norm(x, params.final_norm, config.norm_epsilon, at, "final_scale")
     h = h.astype(params.embed.dtype)
-    out = jnp.einsum("btd,vd->btv", h, params.embed, preferred_element_type=jnp.float32)
+    out = jnp.einsum("btd,vd->btv", h, params.unembedding, preferred_element_type=jnp.float32)
     return place(mesh_of(params.embed), out, "data", None, "model")
 
 

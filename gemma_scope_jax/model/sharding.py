@@ -101,6 +101,7 @@ def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
             post_mlp_norm=P(),
         ),
         final_norm=P(),
+        head=None if c.tied else P(V, D),
     )
 
 

@@ -212,7 +212,7 @@ def _checked(text: Any) -> str:
 
 
 def message_text(content: Any, where: str, role: str = "user") -> str:
-    """What a message of a chat says: its `content`, a text or parts ({"type": "text", "text": ...}).
+    """What a message of a chat says: its `content`, a text or parts ({"type": "text", "text": ..}).
 
     Parts are stripped and joined without anything between them, as in Gemma 3's published template;
     of a system message's parts the template takes the first alone, so there can be but one. Raises

@@ -151,7 +151,7 @@ def _choice_logits(model: Model, prefix: Cache, tokens, segments, places, choice
     reads = [capture("resid_final")]
     out = forward(model, tokens, reads, cache=cache, segments=segments, logits="none")
     x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)
-    params = dataclasses.replace(model.params, embed=model.params.embed[choices])
+    params = dataclasses.replace(model.params, embed=model.params.unembedding[choices], head=None)
     return unembed(model.config, params, x)
 
 

@@ -21,17 +21,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.gguf import GGUFFile, gguf_config, gguf_leaf, open_gguf
 from gemma_scope_jax.model.checkpoints.huggingface import (
-    huggingface_config,
     huggingface_leaf,
     open_huggingface,
+    refuse_adapters,
 )
+from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
 from gemma_scope_jax.model.sharding import param_shardings
 
 EMBED_SLICE = 16 << 20  # bytes (as float32) of embedding that pass through the host at a time
-WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+CONFIGS = ("config.json", "adapter_config.json", *TOKENS[:2])  # all that decides the shapes
+WEIGHTS = (*CONFIGS, *TOKENS[2:], "*.safetensors", "*.safetensors.index.json")
 
 
 def load_model(
@@ -47,7 +49,7 @@ def load_model(
     `source`: a Hugging Face folder; a .gguf file; an official (Orbax) folder, also on gs://; or a
     name: "gemma-3-270m" is the packaged model where extra `demo` is installed, all others
     ("gemma-3-1b-pt", "google/gemma-3-4b-it", any "owner/repository") come from Hugging Face's hub.
-    `dtype`: bfloat16, float32 or float16 for the matrices; norms are always float32.
+    `dtype`: bfloat16 or float32 for the matrices; norms are always float32.
     `mesh`: shards the weights as `param_shardings` says; None leaves them on the default device.
     `config`: only for an official checkpoint whose sizes are no preset's.
     `progress(done, total)`: called with the bytes of the model loaded so far.
@@ -68,7 +70,7 @@ def model_config(source: str | os.PathLike) -> GemmaConfig:
     if not _is_local(source):
         if not _is_foreign_repository(str(source)):
             return preset(str(source))
-        return huggingface_config(find_checkpoint(source, files=("config.json",)))
+        return huggingface_config(find_checkpoint(source, files=CONFIGS))
     path = find_checkpoint(source)
     if path.is_dir() and (path / "config.json").exists():
         return huggingface_config(path)
@@ -149,7 +151,7 @@ def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
 class _Checkpoint:
     """An opened checkpoint of any format; `read(leaf, layer, rows)` -> our layout, any float dtype.
 
-    `rows` selects rows of `embed`; the other leaves are read whole, one layer at a time.
+    `rows` selects rows of `embed` and `head`; the other leaves are read whole, one layer at a time.
     """
 
     path: str
@@ -160,6 +162,8 @@ class _Checkpoint:
 def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
     """Tell the format by looking, and check names and shapes before any weight is read."""
     where = str(path)
+    if config is not None and not (path.is_dir() and is_official(path)):
+        raise InputError(f"{where}: says its architecture itself; `config` is for official folders")
     if path.is_dir() and (path / "config.json").exists():
         folder = open_huggingface(where)
         return _Checkpoint(where, folder.config, functools.partial(huggingface_leaf, folder))
@@ -173,8 +177,11 @@ def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
 
         return _Checkpoint(where, official.config, read)
     if path.is_dir():
+        refuse_adapters(path)
+        files = [x.name for x in path.iterdir() if x.name.endswith(".gguf")]
+        hint = f"; pass the file {min(files)} itself" if files else ""
         raise InputError(
-            f"{where}: neither a Hugging Face folder (config.json) nor an Orbax checkpoint"
+            f"{where}: neither a Hugging Face folder (config.json) nor an Orbax checkpoint{hint}"
         )
     if where.endswith(".safetensors"):
         raise InputError(f"{where}: pass the folder that holds it and its config.json")
@@ -203,8 +210,13 @@ def _checked_dtype(dtype: Any) -> jnp.dtype:
         known = jnp.dtype(dtype)
     except TypeError:
         known = jnp.dtype("int8")  # no dtype at all: as wrong as this one
-    if known not in (jnp.bfloat16, jnp.float32, jnp.float16):
-        raise InputError(f"dtype {dtype!r}: choose bfloat16, float32 or float16")
+    if known == jnp.float16:
+        raise InputError(
+            "dtype float16: Gemma 3's residual stream outgrows it (65,504) and would become NaN; "
+            "choose bfloat16 or float32"
+        )
+    if known not in (jnp.bfloat16, jnp.float32):
+        raise InputError(f"dtype {dtype!r}: choose bfloat16 or float32")
     return known
 
 
@@ -278,7 +290,7 @@ def _stream(
     mesh: Mesh | None,
     progress: Callable[[int, int], None] | None,
 ) -> Params:
-    """Fill all leaves: the embedding by slices of rows, then layer after layer, as files lie."""
+    """Fill all leaves: embedding and head by slices of rows, then one layer after the other."""
     config = checkpoint.config
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     shardings = (
@@ -306,14 +318,16 @@ def _slices(
 ) -> Iterator[tuple[tuple[_Leaf, ...], int | None, int, list[np.ndarray]]]:
     """(leaves, layer, row, values [P, n, ...] of each leaf) until everything is read."""
     named = {leaf.name: leaf for leaf in leaves}
-    embed, final_norm = named.pop("embed"), named.pop("final_norm")
+    tables, final_norm = [named.pop("embed")], named.pop("final_norm")
+    tables += [named.pop("head")] if "head" in named else []
     blocks = tuple(named.values())
-    step = max(1, EMBED_SLICE // (4 * embed.parts * checkpoint.config.d_model))
-    for row in range(0, embed.rows, step):
-        stop = min(row + step, embed.rows)
-        starts = range(0, checkpoint.config.vocab, embed.rows)  # of the parts
-        parts = [checkpoint.read("embed", None, slice(x + row, x + stop)) for x in starts]
-        yield (embed,), None, row, [np.stack(parts) if len(parts) > 1 else parts[0][None]]
+    for table in tables:
+        step = max(1, EMBED_SLICE // (4 * table.parts * checkpoint.config.d_model))
+        for row in range(0, table.rows, step):
+            stop = min(row + step, table.rows)
+            starts = range(0, checkpoint.config.vocab, table.rows)  # of the parts
+            parts = [checkpoint.read(table.name, None, slice(x + row, x + stop)) for x in starts]
+            yield (table,), None, row, [np.stack(parts) if len(parts) > 1 else parts[0][None]]
     yield (final_norm,), None, 0, [checkpoint.read("final_norm", None, slice(None))[None]]
     for layer in range(checkpoint.config.layers):
         values = [checkpoint.read(leaf.name, layer, slice(None))[None, None] for leaf in blocks]
@@ -323,7 +337,5 @@ def _slices(
 def _not_finite(path: str, leaf: _Leaf, layer: int | None, values: np.ndarray) -> InputError:
     where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
     if np.isfinite(values).all():
-        return InputError(
-            f"{path}: {where} does not fit into {leaf.target.dtype}; load as bfloat16"
-        )
+        return InputError(f"{path}: {where} holds numbers too large for {leaf.target.dtype}")
     return InputError(f"{path}: {where} holds NaN or infinity; download it again")
