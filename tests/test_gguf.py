@@ -11,8 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType as GGML
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.gguf import gguf_config, gguf_leaf, open_gguf
+from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_blocks import BY_NAME, dequantize
+from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig, abstract_params
 
@@ -191,8 +192,8 @@ def test_config_of_a_size_of_ones_own(tiny):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_config_of_a_published_size_is_the_preset(tmp_path, name):
     c = PRESETS[name]
-    tensors = {f"x{i}": np.ones(1, np.float32) for i in range(c.layers)}
-    tensors["token_embd.weight"] = np.ones((4, 4), np.float32)
+    tensors = {f"v.blk.{i}": np.ones(1, np.float32) for i in range(c.layers)}
+    tensors["token_embd.weight"] = np.ones((c.vocab, 1), np.float32)
     metadata = tiny_metadata(c)
     file = open_gguf(write_gguf(tmp_path / "a.gguf", tensors, metadata))
     assert gguf_config(file) == c

@@ -1,15 +1,15 @@
-"""Gemma 3 from GGUF files (llama.cpp, Ollama, LM Studio): a direct, memory-mapped reader.
+"""GGUF files (llama.cpp, Ollama, LM Studio): a direct, memory-mapped reader.
 
 Most people who run Gemma at home have it as one quantised GGUF file. The header is parsed in a
 fraction of a second although it holds 262,144 token strings, and a tensor is dequantised only when
 it is read. Everything a file says is checked before it is believed: a broken or foreign file
 raises `InputError`.
 
-Sources: the GGUF specification (ggml/docs/gguf.md), the block layouts in ggml/src/ggml-common.h,
-the tensor names and conventions of llama.cpp's Gemma 3 converter and graph.
+Sources: the GGUF specification (ggml/docs/gguf.md), the block layouts in ggml/src/ggml-common.h.
 """
 
 import dataclasses
+import itertools
 import math
 import mmap
 import os
@@ -20,12 +20,9 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.checkpoints.gguf_blocks import BLOCK_TYPES, BY_NAME, CHUNK, dequantize
-from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 
 # ggml types that cannot be read, by the name users know them by; others are named by number.
 _UNREADABLE = {10: "Q2_K", 11: "Q3_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}
-
-# --- the file ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +61,19 @@ class GGUFFile:
             raise InputError(f"{self.path}: {name} {list(shape)} has no rows {start}:{stop}")
         row = math.prod(shape[1:])
         return self._read(name, start * row, stop * row).reshape(stop - start, *shape[1:])
+
+    def same_bytes(self, name: str, other: str) -> bool:
+        """Whether two tensors are one and the same matrix, in the same quantisation."""
+        one, two = self._info(name), self._info(other)
+        t = BY_NAME.get(one.type)
+        if (one.shape, one.type) != (two.shape, two.type) or t is None:
+            return False
+        size = math.prod(one.shape) // t.weights * t.bytes
+        return all(
+            np.array_equal(*(self._bytes[x.offset + i : x.offset + min(i + CHUNK, size)]
+                             for x in (one, two)))
+            for i in range(0, size, CHUNK)
+        )  # fmt: skip
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -206,136 +216,16 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         if start + info.offset + size > cursor.end:
             raise cursor.fail(f"tensor {name} runs past the end of the file (byte {cursor.end})")
         found[name] = dataclasses.replace(info, offset=start + info.offset)
+    _check_layout(cursor, found, alignment)
     return found
 
 
-# --- Gemma 3 -------------------------------------------------------------------------------------
-
-_SIZES = {
-    "layers": "block_count",
-    "d_model": "embedding_length",
-    "d_mlp": "feed_forward_length",
-    "heads": "attention.head_count",
-    "kv_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-}
-_OPTIONS = {
-    "window": "attention.sliding_window",
-    "global_rope_base": "rope.freq_base",
-    "local_rope_base": "rope.freq_base_swa",
-    "global_rope_divisor": "rope.scaling.factor",
-    "norm_epsilon": "attention.layer_norm_rms_epsilon",
-    "global_every": "attention.sliding_window_pattern",
-}
-
-
-def _positive(file: GGUFFile, key: str, kind: type) -> Any:
-    """The positive number under gemma3.`key`, or None where the file has none."""
-    value = file.metadata.get(f"gemma3.{key}")
-    if value is None:
-        return None
-    allowed = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 2**31:
-        raise InputError(
-            f"{file.path}: gemma3.{key} is {value!r:.40}, not a positive {kind.__name__}"
-        )
-    return kind(value)
-
-
-def gguf_config(file: GGUFFile) -> GemmaConfig:
-    """The architecture a file describes: the preset for a published size, else built as told.
-
-    Raises `InputError` for another architecture, missing keys, or a published size whose other
-    numbers (window, RoPE, ...) contradict its preset.
-    """
-    kind = file.metadata.get("general.architecture")
-    if not isinstance(kind, str) or kind != "gemma3":
-        raise InputError(f"{file.path}: holds a {kind!r:.40} model, not Gemma 3 ('gemma3')")
-    if "output.weight" in file.tensors:
-        raise InputError(f"{file.path}: unembeds with output.weight; Gemma 3 with its embedding")
-    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if file.metadata.get(f"gemma3.{key}") is not None:
-            raise InputError(f"{file.path}: has gemma3.{key}, which Gemma 3 does not use")
-    sizes = {field: _positive(file, key, int) for field, key in _SIZES.items()}
-    missing = [f"gemma3.{_SIZES[field]}" for field, value in sizes.items() if value is None]
-    embed = file._info("token_embd.weight").shape
-    if missing or sizes["heads"] % sizes["kv_heads"] or sizes["layers"] > len(file.tensors):
-        raise InputError(f"{file.path}: metadata missing or contradictory: {missing or sizes}")
-    options = {}
-    for field, key in _OPTIONS.items():
-        integer = field in ("window", "global_every")
-        value = _positive(file, key, int if integer else float)
-        if value is not None:  # float32 metadata: 1e-6 is stored as 9.99999997e-07
-            options[field] = value if integer else float(f"{value:.6g}")
-    known = [c for c in PRESETS.values() if all(getattr(c, k) == v for k, v in sizes.items())]
-    if known:
-        for field, value in options.items():
-            if value != getattr(known[0], field):
-                raise InputError(
-                    f"{file.path}: gemma3.{_OPTIONS[field]} is {value}, but {known[0].name} has "
-                    f"{getattr(known[0], field)}"
-                )
-        return known[0]
-    options.setdefault("window", 1024)
-    name = file.metadata.get("general.name")
-    return GemmaConfig(
-        name=name if isinstance(name, str) else "gemma3",
-        query_scale=sizes["head_dim"] ** -0.5,
-        vocab=embed[0],
-        context=_positive(file, "context_length", int) or GemmaConfig.context,
-        **sizes,
-        **options,
-    )
-
-
-_LEAVES = {
-    "embed": "token_embd",
-    "final_norm": "output_norm",
-    "pre_attn_norm": "attn_norm",
-    "w_q": "attn_q",
-    "w_k": "attn_k",
-    "w_v": "attn_v",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "w_o": "attn_output",
-    "post_attn_norm": "post_attention_norm",
-    "pre_mlp_norm": "ffn_norm",
-    "w_gate": "ffn_gate",
-    "w_up": "ffn_up",
-    "w_down": "ffn_down",
-    "post_mlp_norm": "post_ffw_norm",
-}
-
-
-def gguf_leaf(file: GGUFFile, config: GemmaConfig, leaf: str, layer: int | None) -> np.ndarray:
-    """One weight as `Block` or `Params` names it, float32, in our layout without the layer axis.
-
-    Matrices are transposed views ([in, out], heads split). The converter added 1 to the norms,
-    which we store as w with gain 1 + w. An embedding may have more rows than the vocabulary (image
-    tokens, padding); they are dropped. Raises `InputError` for a tensor that is missing, of another
-    shape, of an unsupported quantisation, or not finite.
-    """
-    c = config
-    D, N, K, H, M = c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp
-    stem = _LEAVES[leaf]
-    name = f"{stem}.weight" if layer is None else f"blk.{layer}.{stem}.weight"
-    wanted = {
-        "embed": (c.vocab, D),
-        "w_q": (N * H, D), "w_k": (K * H, D), "w_v": (K * H, D), "w_o": (D, N * H),
-        "w_gate": (M, D), "w_up": (M, D), "w_down": (D, M),
-        "q_norm": (H,), "k_norm": (H,),
-    }.get(leaf, (D,))  # fmt: skip
-    found = file._info(name).shape
-    padded = leaf == "embed" and len(found) == 2 and found[0] >= c.vocab and found[1] == D
-    if found != wanted and not padded:
-        raise InputError(
-            f"{file.path}: {name} has shape {list(found)}, {c.name} needs {list(wanted)}"
-        )
-    if leaf == "embed":
-        return file.read_rows(name, 0, c.vocab)
-    x = file.read(name)
-    if leaf.endswith("norm"):
-        return x - np.float32(1)
-    if leaf in ("w_q", "w_k", "w_v"):
-        return x.T.reshape(D, -1, H)
-    return x.T.reshape(N, H, D) if leaf == "w_o" else x.T
+def _check_layout(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> None:
+    """Each tensor begins where the one before it ends: none shares bytes, none is left out."""
+    order = sorted(tensors.items(), key=lambda item: item[1].offset)
+    for (name, info), (after, following) in itertools.pairwise(order):
+        if t := BY_NAME.get(info.type):  # of the others, nobody knows where they end
+            end = info.offset + math.prod(info.shape) // t.weights * t.bytes
+            if following.offset - end not in range(alignment):
+                between = "overlaps" if following.offset < end else "leaves a gap to"
+                raise cursor.fail(f"tensor {name} {between} tensor {after}")

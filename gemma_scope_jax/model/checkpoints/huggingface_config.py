@@ -142,7 +142,9 @@ def huggingface_config(folder: str | os.PathLike) -> GemmaConfig:
             f"{config.head_dim} dimensions do not divide"
         )
     for known in PRESETS.values():
-        if dataclasses.replace(config, name=known.name, context=known.context) == known:
+        # a fine-tune with tokens or an unembedding of its own is still that model
+        same = {key: getattr(known, key) for key in ("name", "context", "vocab", "tied")}
+        if dataclasses.replace(config, **same) == known:
             return dataclasses.replace(config, name=known.name)
     return config
 

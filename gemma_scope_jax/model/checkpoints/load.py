@@ -19,7 +19,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.model.checkpoints.gguf import GGUFFile, gguf_config, gguf_leaf, open_gguf
+from gemma_scope_jax.model.checkpoints.gguf import open_gguf
+from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
     huggingface_leaf,
     open_huggingface,
@@ -187,22 +188,7 @@ def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
         raise InputError(f"{where}: pass the folder that holds it and its config.json")
     file = open_gguf(where)
     known = gguf_config(file)
-    return _Checkpoint(where, known, functools.partial(_gguf_read, file, known))
-
-
-def _gguf_read(
-    file: GGUFFile, config: GemmaConfig, leaf: str, layer: int | None, rows: slice
-) -> np.ndarray:
-    if leaf != "embed":
-        return gguf_leaf(file, config, leaf, layer)
-    name = "token_embd.weight"
-    shape = file.tensors[name].shape  # `gguf_config` has read it
-    if len(shape) != 2 or shape[0] < config.vocab or shape[1] != config.d_model:
-        raise InputError(
-            f"{file.path}: {name} is {shape}, but {config.name} makes it "
-            f"{(config.vocab, config.d_model)}"
-        )
-    return file.read_rows(name, rows.start, rows.stop)
+    return _Checkpoint(where, known, functools.partial(gguf_leaf, file, known))
 
 
 def _checked_dtype(dtype: Any) -> jnp.dtype:
