@@ -78,7 +78,7 @@ def test_names(files, monkeypatch):
     assert load_tokenizer("someone/tuned").bos_id == 2
     assert asked == [
         ("gemma-3-1b-it", ("tokenizer.model",)),
-        ("someone/tuned", ("tokenizer.model", "tokenizer.json")),
+        ("someone/tuned", ("tokenizer.model", "tokenizer.json", *tokenizer_files.SIBLINGS[1:])),
     ]
     monkeypatch.setattr(tokenizer_files, "is_packaged_model_installed", lambda: True)
     monkeypatch.setattr(tokenizer_files, "packaged_model", lambda: files["gguf"])
@@ -120,6 +120,10 @@ def test_foreign_sentencepiece_models(proto, tmp_path, change, message):
         load_tokenizer(path)
 
 
+def byte(data: dict) -> dict:
+    return {"id": data["model"]["vocab"]["<0x41>"], "content": "<0x41>"}
+
+
 def rename(data: dict, old: str, new: str) -> None:
     vocab = data["model"]["vocab"]
     data["model"]["vocab"] = {new if p == old else p: i for p, i in vocab.items()}
@@ -130,7 +134,7 @@ def rename(data: dict, old: str, new: str) -> None:
     ("change", "message"),
     [
         (lambda d: d.pop("model"), "not a complete tokenizer.json"),
-        (lambda d: d.update(normalizer=None), "not a complete tokenizer.json"),
+        (lambda d: d.update(normalizer=None), "normalizer is None"),
         (lambda d: d.update(added_tokens=7), "not a complete tokenizer.json"),
         (lambda d: d["model"].update(vocab=["a"]), "not a complete tokenizer.json"),
         (lambda d: d["model"].update(merges=[["a"]]), "not a complete tokenizer.json"),
@@ -140,8 +144,8 @@ def rename(data: dict, old: str, new: str) -> None:
         (lambda d: d["model"]["merges"].append(["zz", "zz"]), "not in SentencePiece's order"),
         (lambda d: d["model"]["merges"].append(["o", "f"]), "not in SentencePiece's order"),
         (lambda d: d.update(added_tokens=[]), "not a Gemma tokenizer"),
-        (lambda d: d["added_tokens"].append({"id": 5, "content": "<0x41>"}), "not a usable Sent"),
-        (lambda d: rename(d, "of", "\ud83d"), "not valid Unicode"),
+        (lambda d: d["added_tokens"].append(byte(d)), "not a usable SentencePiece"),
+        (lambda d: rename(d, "of", "\ud83d"), "half of a surrogate pair"),
     ],
 )
 def test_foreign_tokenizer_jsons(proto, tmp_path, change, message):

@@ -14,20 +14,23 @@ import os
 import re
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.load import find_checkpoint
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
+from gemma_scope_jax.storage.strict_json import parse_json, read_json
 
+IMAGE = "<image_soft_token>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's piece types
 SPACE = "\u2581"  # how SentencePiece writes a space
 REQUIRED = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
-# The user-defined pieces that are mere text: whatever else is user-defined is a control token,
-# and so are these names, whatever type a file gives them.
+# Of the user-defined pieces, those that look like markup are control tokens, but for HTML tags,
+# and so are these names, whatever type a file gives them. Words that a fine-tune added are text.
 _CONTROL_PIECE = re.compile(
     r"<(pad|eos|bos|unk|mask|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>|\[multimodal\]"
 )
@@ -35,7 +38,9 @@ _TEXT_PIECE = re.compile(
     rf"[\n\t\r{SPACE}]+|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i"
     r"|u|s|sub|sup|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer)>"
 )
+_MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _FILES = ("tokenizer.model", "tokenizer.json")
+SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -53,7 +58,7 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     is_gemma = isinstance(source, str) and not os.path.exists(text) and _is_published(text)
     if is_gemma and is_packaged_model_installed():
         return epath.Path(packaged_model())
-    path = find_checkpoint(source, files=_FILES[:1] if is_gemma else _FILES)
+    path = find_checkpoint(source, files=_FILES[:1] if is_gemma else (*_FILES, *SIBLINGS[1:]))
     if path.is_file():
         return path
     for candidate in [*(path / name for name in _FILES), *sorted(path.glob("*.gguf"))]:
@@ -76,8 +81,9 @@ def _is_published(name: str) -> bool:
 def read_tokenizer(path: epath.Path) -> bytes:
     """The serialised SentencePiece model for a tokenizer.model, tokenizer.json or .gguf file.
 
-    The kind is told by the content. Raises `InputError` for a file that is broken, or that is not a
-    Gemma tokenizer.
+    The kind is told by the content. Tokens that were added later come from the file itself and from
+    those beside it, which must agree (`added_tokens`). Raises `InputError` for a file that is
+    broken, or that is not a Gemma tokenizer.
     """
     try:
         with path.open("rb") as file:
@@ -85,8 +91,11 @@ def read_tokenizer(path: epath.Path) -> bytes:
         if magic[:4] == b"GGUF":
             return _rebuild(path, *_from_gguf(path))
         if magic.lstrip()[:1] == b"{":
-            return _rebuild(path, *_from_json(path))
-        return _rebuild(path, *_from_model(path))
+            pieces = _from_json(path)
+        else:
+            pieces = _from_model(path)
+        _add(path, pieces, added_tokens(path))
+        return _rebuild(path, *pieces)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
 
@@ -97,18 +106,23 @@ Pieces = tuple[list[str], list[float], list[int]]  # text, score, type of every 
 def _from_gguf(path: epath.Path) -> Pieces:
     """llama.cpp writes the runs of spaces as real spaces and all control tokens as CONTROL."""
     metadata = open_gguf(path).metadata
-    if metadata.get("tokenizer.ggml.model", "none") != "llama":
+    key = "tokenizer.ggml."
+    if metadata.get(f"{key}model", "none") != "llama":
         raise InputError(f"{path}: holds no SentencePiece tokenizer")
-    pieces = metadata.get("tokenizer.ggml.tokens")
-    scores: Any = metadata.get("tokenizer.ggml.scores")
-    types: Any = metadata.get("tokenizer.ggml.token_type")
+    pieces = metadata.get(f"{key}tokens")
+    scores: Any = metadata.get(f"{key}scores")
+    types: Any = metadata.get(f"{key}token_type")
     if not (isinstance(pieces, list) and hasattr(scores, "tolist") and hasattr(types, "tolist")):
         raise InputError(f"{path}: its tokenizer lists are missing or malformed")
     scores, types = scores.tolist(), types.tolist()
     n = len(pieces)
     if not n == len(scores) == len(types):
         raise InputError(f"{path}: {n} tokens, {len(scores)} scores, {len(types)} types")
-    while n and (types[n - 1] == UNUSED or pieces[n - 1] == "<image_soft_token>"):
+    for name in ("add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap"):
+        value = metadata.get(key + name)
+        if np.size(value) and np.any(value):
+            raise InputError(f"{path}: {key}{name} is on; Gemma's tokenizer takes text as it is")
+    while n and (types[n - 1] == UNUSED or pieces[n - 1] == IMAGE):
         n -= 1  # padding and the image placeholder, beyond the text model's vocabulary
     return [p.replace(" ", SPACE) for p in pieces[:n]], scores[:n], types[:n]
 
@@ -118,14 +132,14 @@ def _from_json(path: epath.Path) -> Pieces:
 
     Merges that make an added (user-defined) piece never apply: SentencePiece matches those whole.
     """
+    data = read_json(path)
     try:
-        data = json.loads(path.read_bytes())
+        _check_pipeline(path, data)
         model, added = data["model"], {token["content"] for token in data["added_tokens"]}
         vocab, merges = model["vocab"], model["merges"]
-        kind = (model["type"], model["byte_fallback"], data["normalizer"]["content"])
         pieces = sorted(vocab, key=vocab.__getitem__)
         ids = [vocab[p] for p in pieces]
-        if kind != ("BPE", True, SPACE) or ids != [*range(len(ids))] or not added >= {*REQUIRED}:
+        if ids != [*range(len(ids))] or not added >= {*REQUIRED}:
             raise InputError(f"{path}: not a Gemma tokenizer")
         rank: dict[str, int] = {}
         previous = ""
@@ -136,7 +150,7 @@ def _from_json(path: epath.Path) -> Pieces:
                     raise InputError(f"{path}: its merges are not in SentencePiece's order")
                 previous = merged
                 rank[merged] = len(rank)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a complete tokenizer.json ({error!r:.80})") from error
@@ -144,6 +158,121 @@ def _from_json(path: epath.Path) -> Pieces:
         USER_DEFINED if p in added else BYTE if _BYTE_PIECE.fullmatch(p) else NORMAL for p in pieces
     ]
     return pieces, [-float(rank.get(p, len(rank))) for p in pieces], types
+
+
+# What a tokenizer.json says beside its vocabulary, and the values that mean what Gemma does. Of the
+# rest: `encode` places <bos> itself, and neither cuts nor pads.
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
+          "invert": False}  # fmt: skip
+_PIPELINE: dict[str, tuple] = {
+    "normalizer": ({"type": "Replace", "pattern": {"String": " "}, "content": SPACE},),
+    "pre_tokenizer": (None, _SPLIT),  # no space is left when it looks for them
+}
+_MODEL: dict[str, tuple] = {
+    "type": ("BPE",), "byte_fallback": (True,), "dropout": (None, 0.0), "ignore_merges":
+    (None, False), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
+    "unk_token": (None, "<unk>"),
+}  # fmt: skip
+_DECODERS = {"Replace", "ByteFallback", "Fuse"}
+_READ = {"version", "truncation", "padding", "post_processor", "added_tokens", "model", "decoder"}
+_READ_OF_MODEL = {"vocab", "merges", "fuse_unk"}  # no unknown piece is left to fuse: bytes are
+
+
+def _check_pipeline(path: epath.Path, data: dict[str, Any]) -> None:
+    """Refuse steps that make other tokens, or other text, than Gemma's do."""
+    for holder, table, read in ((data, _PIPELINE, _READ), (data["model"], _MODEL, _READ_OF_MODEL)):
+        for key, values in table.items():
+            if holder.get(key) not in values:
+                said = f"{key} is {holder.get(key)!r:.60}"
+                raise InputError(f"{path}: not a Gemma tokenizer ({said})")
+        for key in holder.keys() - table.keys() - read:
+            if holder[key] not in (None, False):
+                raise InputError(f"{path}: {key[:60]} is not known and may change the tokens")
+    decoder = data.get("decoder") or {"type": "Sequence", "decoders": []}
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    if others := {step["type"] for step in steps} - _DECODERS:
+        raise InputError(f"{path}: not a Gemma tokenizer (it decodes by {min(others)!r:.60})")
+
+
+def added_tokens(path: epath.Path) -> dict[int, tuple[str, bool]]:
+    """id -> (text, whether it is special) of the tokens that the files around `path` add.
+
+    tokenizer.json (also where it is `path` itself), tokenizer_config.json and added_tokens.json
+    tell of them. Raises `InputError` where two of them disagree, and for tokens that would take the
+    spaces around them or whole words only.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+
+    def add(where: epath.Path, number: Any, text: Any, token: dict[str, Any]) -> None:
+        if not isinstance(text, str) or not text or not 0 <= (number := int(number)) < 2**31:
+            raise InputError(f"{where}: added token {number!r:.40} is {text!r:.40}")
+        if flags := [x for x in ("lstrip", "rstrip", "single_word") if token.get(x)]:
+            raise InputError(f"{where}: added token {text!r:.40} has {flags[0]}: not supported")
+        said = found.setdefault(number, (text, bool(token.get("special"))))
+        if said[0] != text:
+            raise InputError(f"{where}: token {number} is {text!r:.40}, elsewhere {said[0]!r:.40}")
+
+    for where in dict.fromkeys((path, *(path.parent / name for name in SIBLINGS))):
+        if where.suffix != ".json" or not where.exists():
+            continue
+        try:
+            if where.name == "added_tokens.json":
+                for text, number in read_json(where).items():
+                    add(where, number, text, {})
+            elif where.name == "tokenizer_config.json":
+                for number, token in (read_json(where).get("added_tokens_decoder") or {}).items():
+                    add(where, number, token["content"], token)
+            else:
+                for token in _added_list(where):
+                    add(where, token["id"], token["content"], token)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where}: its added tokens are malformed") from error
+    return found
+
+
+def _added_list(path: epath.Path) -> list[dict[str, Any]]:
+    """added_tokens of a tokenizer.json, without its millions of merges where it comes first."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    key = '"added_tokens":'
+    if text.count(key) != 1:
+        return read_json(path).get("added_tokens") or []
+    start = text.index(key) + len(key)
+    start += len(text[start : start + 100]) - len(text[start : start + 100].lstrip())
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not usable as JSON ({reason(error)})") from error
+    return parse_json(text[start:end], path) or []
+
+
+def _add(path: epath.Path, pieces: Pieces, added: dict[int, tuple[str, bool]]) -> None:
+    """Append the tokens with ids beyond the vocabulary; those within must be the ones there.
+
+    The placeholder for images is left out where it is the last: a text model has no row for it.
+    """
+    texts, scores, types = pieces
+    for number in sorted(added):
+        text, special = added[number]
+        text = text.replace(" ", SPACE)
+        if number < len(texts):
+            if texts[number] != text:
+                raise InputError(
+                    f"{path}: token {number} is {texts[number]!r:.40}, but {text!r:.40} was added "
+                    "there; the tokenizer's files are of different models"
+                )
+            if types[number] == NORMAL:
+                types[number] = CONTROL if special else USER_DEFINED
+        elif number > len(texts):
+            raise InputError(
+                f"{path}: added token {text!r:.40} has the id {number}, but the vocabulary ends at "
+                f"{len(texts) - 1}"
+            )
+        elif text != IMAGE or number != max(added):
+            texts.append(text)
+            scores.append(0.0)
+            types.append(CONTROL if special else USER_DEFINED)
 
 
 def _schema() -> Any:
@@ -171,6 +300,8 @@ def _from_model(path: epath.Path) -> Pieces:
         or spec.add_dummy_prefix
         or spec.remove_extra_whitespaces
         or spec.precompiled_charsmap
+        or not spec.escape_whitespaces
+        or model.trainer_spec.treat_whitespace_as_suffix
     ):
         raise InputError(f"{path}: a SentencePiece model, but not Gemma's")
     pieces = model.pieces
@@ -194,7 +325,8 @@ def _rebuild(path: epath.Path, pieces: list[str], scores: list[float], types: li
         for piece, score, kind in zip(pieces, scores, types):
             if kind not in (NORMAL, BYTE) or _CONTROL_PIECE.fullmatch(piece):
                 score = 0.0
-                kind = USER_DEFINED if _TEXT_PIECE.fullmatch(piece) else CONTROL
+                is_word = kind == USER_DEFINED and not _MARKUP.fullmatch(piece)
+                kind = USER_DEFINED if is_word or _TEXT_PIECE.fullmatch(piece) else CONTROL
                 if piece == "<unk>":
                     kind = UNKNOWN
             model.pieces.add(piece=piece, score=score, type=kind)

@@ -8,8 +8,8 @@ Source: gemma 4.0, gm/ckpts/{_checkpoint,_compat}.py and gm/nn/_modules.py.
 """
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,9 +18,17 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
+from gemma_scope_jax.storage.strict_json import read_json
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+# Arrays that the text model's function does not depend on, and why.
+HARMLESS = {
+    r"((params/)?transformer/|params/)?(vision_encoder|SigLiPFromPatches_0)/.+": "images",
+    r"((params/)?transformer/|params/)?embedder/mm_.+": "images",
+    r"(step|(opt_state|optimizer)(/.+)?|training_time_hours)": "only in training",
+}
+_HARMLESS = re.compile("|".join(HARMLESS))
 
 
 def _heads_inside(x: np.ndarray) -> np.ndarray:
@@ -66,13 +74,20 @@ def is_official(folder: str | os.PathLike) -> bool:
 def open_official(
     folder: str | os.PathLike, config: GemmaConfig | None = None
 ) -> OfficialCheckpoint:
-    """Open an Orbax checkpoint of Gemma 3, nested or flat; a vision encoder in it is ignored.
+    """Open an Orbax checkpoint of Gemma 3, nested or flat.
+
+    Arrays that are neither the text model's nor `HARMLESS` (a vision encoder, a trainer's state)
+    are refused: LoRA's change what the model computes, and of others nobody knows.
 
     The files hold no architecture: sizes are taken from the shapes, and the preset of these sizes
     supplies the rest (window, RoPE). For other sizes pass `config`. Raises `InputError`.
     """
     path, metadata = _metadata(epath.Path(folder))
-    stored = {_joined(keys): ".".join(keys) for keys in _array_keys(path, metadata)}
+    stored: dict[str, str] = {}
+    for keys in _array_keys(path, metadata):
+        if _joined(keys) in stored:
+            raise InputError(f"{path}: holds {_joined(keys)} twice")
+        stored[_joined(keys)] = ".".join(keys)
     if any("stacked_layers/" in name for name in stored):
         raise InputError(
             f"{path}: holds stacked layers; load it with gemma.gm.ckpts.load_params and save it "
@@ -81,6 +96,7 @@ def open_official(
     prefix = next((p for p in PREFIXES if f"{p}embedder/input_embedding" in stored), None)
     if prefix is None:
         raise InputError(f"{path}: has no embedder/input_embedding; not a Gemma checkpoint")
+    others = {name for name in stored if not name.startswith(prefix)}
     stored = {n.removeprefix(prefix): s for n, s in stored.items() if n.startswith(prefix)}
     layers = 0
     while f"layer_{layers}/attn/attn_vec_einsum/w" in stored:
@@ -89,6 +105,7 @@ def open_official(
     for name in wanted:
         if name not in stored:
             raise InputError(f"{path}: {name} is missing; download the checkpoint again")
+    _check_others(path, sorted(others | (stored.keys() - set(wanted))))
     arrays = _open_arrays(path, metadata, {name: stored[name] for name in wanted})
     config = config or _preset_of(str(path), layers, arrays["final_norm/scale"].size)
     if config.layers != layers:
@@ -100,6 +117,21 @@ def open_official(
         if array.dtype.name not in ("float32", "float16", "bfloat16"):
             raise InputError(f"{path}: {name} is {array.dtype.name}, not a float")
     return OfficialCheckpoint(str(path), config, arrays)
+
+
+def _check_others(path: epath.Path, names: Iterable[str]) -> None:
+    for name in names:
+        if _HARMLESS.fullmatch(name):
+            continue
+        if "lora" in name.split("/"):
+            raise InputError(
+                f"{path}: {name} belongs to LoRA weights that are not merged; merge them (gemma's "
+                "peft.fuse_params) and save the checkpoint again"
+            )
+        raise InputError(
+            f"{path}: {name} is none of Gemma 3's and may change what it computes; save the "
+            "checkpoint without it if it does not"
+        )
 
 
 def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.ndarray]:
@@ -118,10 +150,7 @@ def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
     """The checkpoint's absolute path and its _METADATA; a trainer's are one folder deeper."""
     if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
         path = path / "default"
-    try:
-        metadata = json.loads((path / "_METADATA").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}/_METADATA: not readable ({reason(error)})") from error
+    metadata = read_json(path / "_METADATA")
     if not isinstance(metadata, dict):
         raise InputError(f"{path}/_METADATA: not a JSON object")
     return path.resolve(), metadata
