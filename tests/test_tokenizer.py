@@ -4,6 +4,7 @@ The known-good ids (tests/golden/tokenizer_ids.json, written by make_tokenizer.p
 Face's `tokenizers`. Tests without the real model train a tiny SentencePiece model of the same kind.
 """
 
+import dataclasses
 import json
 import pickle
 import time
@@ -17,7 +18,8 @@ from tiny_tokenizer import RESERVED, SAMPLES, SPECIAL, TEXT_PIECES, write_all
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model
-from gemma_scope_jax.model.tokenizer import Chat, Span, Tokenizer, load_tokenizer
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.tokenizer import Chat, Span, Tokenizer, fit_tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer_ids.json"
 
@@ -142,6 +144,24 @@ def test_a_tokenizer_survives_pickling(tok):
     copy = pickle.loads(pickle.dumps(tok))
     for text in SAMPLES:
         assert copy.encode(text).tolist() == tok.encode(text).tolist()
+
+
+def test_a_tokenizer_for_an_embedding_with_more_rows_shows_them_by_number(tok):
+    config = lambda vocab: dataclasses.replace(PRESETS["gemma-3-270m"], vocab=vocab)
+    V = tok.vocab_size
+    fitted = pickle.loads(pickle.dumps(fit_tokenizer(tok, config(V + 2))))
+    assert fitted.vocab_size == len(fitted.special) == V + 2 and fitted.special[V:].all()
+    assert fitted.decode_tokens([V, V + 1]) == [f"<no token {V}>", f"<no token {V + 1}>"]
+    assert fitted.decode([V, *tok.encode("one", bos=False)]) == "one"
+    text = f"<no token {V}> one"
+    for allow in (False, True):  # no text encodes to them
+        ids = fitted.encode(text, allow_special=allow)
+        assert ids.tolist() == tok.encode(text, allow_special=allow).tolist() and ids.max() < V
+    with pytest.raises(InputError, match="not in the vocabulary"):
+        fitted.decode([V + 2])
+    assert fit_tokenizer(tok, config(V)) is tok
+    with pytest.raises(InputError, match=f"{V} tokens, but gemma-3-270m has {V - 1}: .* another"):
+        fit_tokenizer(tok, config(V - 1))
 
 
 # --- chat ----------------------------------------------------------------------------------------

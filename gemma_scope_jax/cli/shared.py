@@ -68,7 +68,7 @@ def load_all(
         from gemma_scope_jax.evaluation.evaluate import check_fits
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
         from gemma_scope_jax.model.sharding import make_mesh
-        from gemma_scope_jax.model.tokenizer import load_tokenizer
+        from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 
         names = [name for given in coders for name in matching(given)]
         loaded = [load_coder(name) for name in names]
@@ -83,7 +83,7 @@ def load_all(
             check_fits(model_config(model), coder)
         if decoders:
             loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
-        tok = load_tokenizer(model)
+        tok = fit_tokenizer(load_tokenizer(model), model_config(model))
     if not with_model:
         return None, loaded, tok
     if dtype == "auto":

@@ -37,6 +37,7 @@ from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of
+from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
@@ -157,7 +158,8 @@ def job_of(
     if rows < 1 or slots < 1:
         raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.Job(
-        text=open_text(source, tok, seed), rows=rows, length=length, values=values,
+        text=open_text(source, fit_tokenizer(tok, model.config), seed),
+        rows=rows, length=length, values=values,
         slots=min(slots, widest), precision=precision,
         shard_tokens=shard_tokens or max(SHARD, BATCHES * rows * length),
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],

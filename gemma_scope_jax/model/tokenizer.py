@@ -16,6 +16,7 @@ import numpy as np
 import sentencepiece
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import GemmaConfig
 from gemma_scope_jax.model.tokenizer_files import SPACE, find_tokenizer, read_tokenizer
 
 ROLES = {"system": "system", "user": "user", "model": "model", "assistant": "model"}
@@ -50,9 +51,13 @@ class Chat:
 class Tokenizer:
     """Gemma's SentencePiece tokenizer; made by `load_tokenizer`. It can be pickled."""
 
-    def __init__(self, model: bytes):
-        """`model`: the serialised SentencePiece model of `tokenizer_files.read_tokenizer`."""
-        self._model = model
+    def __init__(self, model: bytes, rows: int = 0):
+        """`model`: the serialised SentencePiece model of `tokenizer_files.read_tokenizer`.
+
+        `rows`: how many ids there are at least. Those beyond the vocabulary stand for nothing: no
+        text encodes to them, they are left out of text like control tokens, and shown by number.
+        """
+        self._model, self._rows = model, rows
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -62,8 +67,12 @@ class Tokenizer:
         self._pieces: list[str] = self._processor.id_to_piece(ids)
         control = np.array(self._processor.is_control(ids), bool)
         unknown = np.array(self._processor.is_unknown(ids), bool)
-        self.special: np.ndarray = control | unknown  # bool [V]: the ids no text encodes to
-        self._special_ids = {self._pieces[i]: i for i in np.flatnonzero(self.special).tolist()}
+        special = control | unknown
+        self._special_ids = {self._pieces[i]: i for i in np.flatnonzero(special).tolist()}
+        spare = range(len(ids), rows)
+        self._pieces += [f"<no token {i}>" for i in spare]
+        self.special: np.ndarray = np.append(special, np.ones(len(spare), bool))
+        """bool [V]: the ids no text encodes to"""
         self.pad_id = self._special_ids["<pad>"]
         self.eos_id = self._special_ids["<eos>"]
         self.bos_id = self._special_ids["<bos>"]
@@ -72,7 +81,7 @@ class Tokenizer:
         self.end_of_turn_id = self._special_ids["<end_of_turn>"]
 
     def __reduce__(self):
-        return Tokenizer, (self._model,)
+        return Tokenizer, (self._model, self._rows)
 
     @property
     def vocab_size(self) -> int:
@@ -133,7 +142,7 @@ class Tokenizer:
     def _surfaces(self) -> list[bytes]:
         """What each id stands for in UTF-8 text."""
         surfaces = [p.replace(SPACE, " ").encode() for p in self._pieces]
-        is_byte = self._processor.is_byte(list(range(len(surfaces))))
+        is_byte = self._processor.is_byte(list(range(self._processor.get_piece_size())))
         for i in np.flatnonzero(is_byte).tolist():
             surfaces[i] = bytes([int(self._pieces[i][3:5], 16)])
         return surfaces
@@ -276,6 +285,24 @@ def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]
 def _spans(roles: list[str]) -> tuple[Span, ...]:
     edges = [i for i in range(len(roles)) if i == 0 or roles[i] != roles[i - 1]] + [len(roles)]
     return tuple(Span(a, b, roles[a]) for a, b in zip(edges, edges[1:]))
+
+
+def fit_tokenizer(tok: Any, config: GemmaConfig) -> Any:
+    """`tok` with an id for each row of the model's embedding; rows that no token has are shown by
+    number (an embedding is often padded). Called where a tokenizer and a model come together.
+
+    Raises `InputError` if the tokenizer has more ids than the embedding has rows: they would be
+    run as other tokens.
+    """
+    count = len(tok.special)
+    if count > config.vocab:
+        raise InputError(
+            f"the tokenizer has {count} tokens, but {config.name} has {config.vocab}: it is the "
+            "tokenizer of another model"
+        )
+    if count == config.vocab or not isinstance(tok, Tokenizer):
+        return tok
+    return Tokenizer(tok._model, config.vocab)
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gemma_scope_jax.data.activation_store import ActivationStore
 from gemma_scope_jax.data.text import TokenBatches, prefetch
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.tokenizer import load_tokenizer
+from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 from gemma_scope_jax.training import end_to_end
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.recipe import TrainConfig
@@ -57,10 +57,12 @@ def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.Plan):
     return state, jax.tree.map(lambda p: jnp.mean(p, 0), parts)
 
 
-def token_batches(config: TrainConfig, data: Any = None, position: Any = None) -> TokenBatches:
+def token_batches(
+    config: TrainConfig, model: GemmaConfig, data: Any = None, position: Any = None
+) -> TokenBatches:
     """The token batches of a run from a position on; `data` replaces the config's text."""
     return TokenBatches(
-        config.data if data is None else data, load_tokenizer(config.model),
+        config.data if data is None else data, fit_tokenizer(load_tokenizer(config.model), model),
         rows=config.rows, length=config.length, seed=config.seed, position=position,
     )  # fmt: skip
 
@@ -79,7 +81,8 @@ class TextFeed:
     @contextmanager
     def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
         """Token batches from a position of the text on; `done` is not needed."""
-        mesh, source = self.plan.mesh, token_batches(self.plan.config, self.data, position)
+        mesh, shape = self.plan.mesh, self.model.config
+        source = token_batches(self.plan.config, shape, self.data, position)
         with prefetch(source) as batches:
             parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
             yield ((parts(batch), after) for batch, after in batches)

@@ -116,7 +116,7 @@ def store_activations(
     model = model or load_model(config.model, dtype=config.model_dtype)
     _check_layers(config, model)
     sites = dict(steps.make_plan(config, model.config).sites)
-    batches = token_batches(config, data)
+    batches = token_batches(config, model.config, data)
     count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
     print(folder, flush=True)
