@@ -65,8 +65,14 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, model: Model, spare_rows: int = 0) -> None:
-    """As llama.cpp's converter does: matrices (out, in), 1 added to the norms."""
+def write_gguf(
+    path: Path, model: Model, spare_rows: int = 0, tensors=(), plain=(), tokens=None, **metadata
+) -> Path:
+    """As llama.cpp's converter does: matrices (out, in), 1 added to the norms.
+
+    `tensors` {name: array}, `plain` {key: text}, `tokens` (texts, types) and, under gemma3.,
+    `metadata` (with __ for each dot) are written as well, or instead.
+    """
     c, params = model.config, model.params
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_block_count(c.layers)
@@ -78,9 +84,23 @@ def write_gguf(path: Path, model: Model, spare_rows: int = 0) -> None:
     writer.add_sliding_window(c.window)
     writer.add_context_length(c.context)
     writer.add_rope_freq_base(c.global_rope_base)
-    writer.add_rope_scaling_factor(c.global_rope_divisor)
+    scaled = {f"rope__{key}" for key in ("scaling__type", "scaling__factor", "scale_linear")}
+    if not scaled & metadata.keys():
+        writer.add_rope_scaling_factor(c.global_rope_divisor)
     embed = np.pad(np.asarray(params.embed), ((0, spare_rows), (0, 0)))
     writer.add_tensor("token_embd.weight", embed)
+    if params.head is not None:
+        writer.add_tensor("output.weight", np.asarray(params.head))
+    for name, x in dict(tensors).items():
+        writer.add_tensor(name, x)
+    for key, value in dict(plain).items():
+        writer.add_string(key, value)
+    if tokens is not None:
+        writer.add_token_list(tokens[0])
+        writer.add_token_types(tokens[1])
+    for key, value in metadata.items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        add.get(type(value), writer.add_float32)(f"gemma3.{key.replace('__', '.')}", value)
     writer.add_tensor("output_norm.weight", np.asarray(params.final_norm) + np.float32(1))
     for leaf, stem in GGUF_NAMES.items():
         for layer, x in enumerate(np.asarray(getattr(params.blocks, leaf))):
@@ -94,6 +114,7 @@ def write_gguf(path: Path, model: Model, spare_rows: int = 0) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
 def official_tree(model: Model) -> dict:

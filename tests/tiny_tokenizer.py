@@ -57,8 +57,11 @@ def write_model(path: Path, proto: pb.ModelProto) -> Path:
     return path
 
 
-def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "") -> Path:
-    """As llama.cpp's converter writes it: real spaces, control types, scores of -1000, padding."""
+def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "", added=(), **metadata) -> Path:
+    """As llama.cpp's converter writes it: real spaces, control types, scores of -1000, padding.
+
+    `added`: tokens {"content": ...} after the placeholder for images; `metadata` tokenizer.ggml.*.
+    """
     control = {*SPECIAL, *RESERVED} - {"[multimodal]"}
     tokens, scores, types = [], [], []
     for p in proto.pieces:
@@ -66,9 +69,10 @@ def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "") -> Path:
         tokens.append(p.piece.replace("\u2581", " ") if special else p.piece)
         scores.append(-1000.0 if special else p.score)
         types.append(tokenizer_files.CONTROL if p.piece in control else p.type)
-    tokens += ["<image_soft_token>", "[PAD1]"]
-    scores += [-1000.0, -1000.0]
-    types += [tokenizer_files.CONTROL, tokenizer_files.UNUSED]
+    tokens += ["<image_soft_token>", *(token["content"] for token in added), "[PAD1]"]
+    scores += [-1000.0] * (2 + len(added))
+    types += [tokenizer_files.CONTROL, *[tokenizer_files.USER_DEFINED] * len(added)]
+    types.append(tokenizer_files.UNUSED)
     writer = gguf.GGUFWriter(str(path), "gemma3")
     if drop != "model":
         writer.add_tokenizer_model("llama")
@@ -77,6 +81,9 @@ def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "") -> Path:
     writer.add_token_scores(scores[: 5 if drop == "scores" else None])
     if drop != "types":
         writer.add_token_types(types)
+    for key, value in metadata.items():
+        add = writer.add_bool if isinstance(value, bool) else writer.add_array
+        add(f"tokenizer.ggml.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
