@@ -81,8 +81,10 @@ def write_gguf(
     writer.add_head_count(c.heads)
     writer.add_head_count_kv(c.kv_heads)
     writer.add_key_length(c.head_dim)
-    writer.add_sliding_window(c.window)
-    writer.add_context_length(c.context)
+    if "attention__sliding_window" not in metadata:
+        writer.add_sliding_window(c.window)
+    if "context_length" not in metadata:
+        writer.add_context_length(c.context)
     writer.add_rope_freq_base(c.global_rope_base)
     scaled = {f"rope__{key}" for key in ("scaling__type", "scaling__factor", "scale_linear")}
     if not scaled & metadata.keys():
