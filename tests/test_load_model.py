@@ -215,7 +215,7 @@ def test_hub_download(model, folder, monkeypatch):
             "gated: accept its licence at .*google/gemma-3-1b-pt, then run `hf auth",
         ),
         ("RepositoryNotFoundError", "neither a local folder nor a repository"),
-        ("LocalEntryNotFoundError", "cannot be downloaded .*; check the network, or pass a folder"),
+        ("LocalEntryNotFoundError", "not on this disk, and the hub cannot be reached; check the"),
         (None, "cannot be downloaded .*boom"),
     ],
 )
@@ -231,6 +231,17 @@ def test_hub_errors_say_what_to_do(error, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(InputError, match=message):
         load_model("gemma-3-1b")
+
+
+def test_a_hub_that_is_switched_off_or_holds_other_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="nobody/x: not on this disk.* off .HF_HUB_OFFLINE.; ch"):
+        load_model("nobody/x")
+    part = lambda *args, **options: str(tmp_path)  # in part, or of pytorch_model.bin
+    monkeypatch.setattr("huggingface_hub.snapshot_download", part)
+    with pytest.raises(InputError, match="nobody/x: has no safetensors files, or the hub is sw"):
+        load_model("nobody/x")
 
 
 # --- the packaged model --------------------------------------------------------------------------

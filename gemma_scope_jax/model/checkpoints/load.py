@@ -126,11 +126,16 @@ def _is_foreign_repository(name: str) -> bool:
 
 
 def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    what = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
     try:
-        return epath.Path(snapshot_download(repository, allow_patterns=list(files)))
+        folder = epath.Path(snapshot_download(repository, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise InputError(
             f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
@@ -141,11 +146,22 @@ def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
             f"{repository}: neither a local folder nor a repository on the hub that you may read; "
             "check the name, or run `hf auth login`"
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{repository}: not on this disk, and the hub {what}; check the network, or pass a "
+            "folder that holds it"
+        ) from error
     except Exception as error:  # the network stack's exceptions change between hub versions
         raise InputError(
             f"{repository}: cannot be downloaded ({reason(error)}); check the network, or pass a "
             "folder that holds it"
         ) from error
+    if "*.safetensors" in files and not any(folder.glob("*.safetensors")):
+        raise InputError(  # of a folder that is there in part, the hub's library says nothing
+            f"{repository}: has no safetensors files, or the hub {what}; check the repository and "
+            "the network, or pass a folder that holds the model"
+        )
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
