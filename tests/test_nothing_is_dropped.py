@@ -172,6 +172,8 @@ REFUSED_KEYS = {
     "auto_map": {"AutoModel": "own.Model"},
     "pruned_heads": {"0": [1]},
     "num_experts": 4,
+    "use_qk_norm": False,
+    "is_encoder_decoder": True,
     "text_config": {"hidden_size": 32},
     "sliding_window": None,
     "hidden_size": None,
@@ -203,7 +205,8 @@ ROPES = [  # of a config whose global layers are scaled by 8
     ({"rope_scaling": None, "rope_parameters": NESTED, "rope_theta": 1_000_000}, None),
     ({"rope_scaling": None, "rope_parameters": NESTED}, None),
     ({"partial_rotary_factor": 1.0, "hidden_act": "gelu_pytorch_tanh"}, None),
-    ({"an_unknown_key": None, "another": False, "a_third": []}, None),
+    ({"mlp_bias": False, "is_encoder_decoder": False}, None),
+    ({"an_unknown_key": None, "another": "", "a_third": []}, None),
 ]
 
 

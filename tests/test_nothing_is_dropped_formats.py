@@ -5,6 +5,7 @@ As `test_nothing_is_dropped`: each thing is used, known not to matter, or refuse
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,29 @@ def test_what_the_tokenizer_of_a_gguf_file_may_not_say(tmp_path, key, value):
     path = write_tokens(tmp_path / "x.gguf", tiny_proto(), **{key: value})
     with pytest.raises(InputError, match=f"{key} is on"):
         load_tokenizer(path)
+
+
+GEMMAS = "{{ bos_token }}<start_of_turn>user {{ x }}<end_of_turn>"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named", "gguf"]
+)
+@pytest.mark.parametrize("template, is_gemmas", [(GEMMAS, True), (CHATML, False)])
+def test_a_chat_template_of_another_format(tmp_path, file, template, is_gemmas):
+    if file == "gguf":
+        where = write_tokens(tmp_path / "x.gguf", tiny_proto(), template=template)
+    else:
+        write_model(tmp_path / "tokenizer.model", tiny_proto())
+        said = [{"name": "tool_use", "template": CHATML}, {"name": "default", "template": template}]
+        where = tmp_path / file.replace("named", "tokenizer_config.json")
+        content = json.dumps({"chat_template": said if file == "named" else template})
+        where.write_text(template if where.suffix == ".jinja" else content)
+    tok = pickle.loads(pickle.dumps(load_tokenizer(tmp_path)))
+    chat = [{"role": "user", "content": "one"}]
+    if is_gemmas:
+        assert tok.chat(chat).ids[0] == tok.bos_id
+    else:
+        with pytest.raises(InputError, match=f"{where}: the model's chat template is not Gemma's"):
+            tok.chat(chat)

@@ -76,9 +76,10 @@ def test_names(files, monkeypatch):
     monkeypatch.setattr(tokenizer_files, "is_packaged_model_installed", lambda: False)
     assert load_tokenizer("gemma-3-1b-it").bos_id == 2
     assert load_tokenizer("someone/tuned").bos_id == 2
+    beside = (*tokenizer_files.SIBLINGS[1:], *tokenizer_files.TEMPLATES[:2])
     assert asked == [
         ("gemma-3-1b-it", ("tokenizer.model",)),
-        ("someone/tuned", ("tokenizer.model", "tokenizer.json", *tokenizer_files.SIBLINGS[1:])),
+        ("someone/tuned", ("tokenizer.model", "tokenizer.json", *beside)),
     ]
     monkeypatch.setattr(tokenizer_files, "is_packaged_model_installed", lambda: True)
     monkeypatch.setattr(tokenizer_files, "packaged_model", lambda: files["gguf"])

@@ -57,7 +57,9 @@ def write_model(path: Path, proto: pb.ModelProto) -> Path:
     return path
 
 
-def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "", added=(), **metadata) -> Path:
+def write_gguf(
+    path: Path, proto: pb.ModelProto, drop: str = "", added=(), template="", **metadata
+) -> Path:
     """As llama.cpp's converter writes it: real spaces, control types, scores of -1000, padding.
 
     `added`: tokens {"content": ...} after the placeholder for images; `metadata` tokenizer.ggml.*.
@@ -81,6 +83,8 @@ def write_gguf(path: Path, proto: pb.ModelProto, drop: str = "", added=(), **met
     writer.add_token_scores(scores[: 5 if drop == "scores" else None])
     if drop != "types":
         writer.add_token_types(types)
+    if template:
+        writer.add_string("tokenizer.chat_template", template)
     for key, value in metadata.items():
         add = writer.add_bool if isinstance(value, bool) else writer.add_array
         add(f"tokenizer.ggml.{key}", value)

@@ -17,7 +17,11 @@ import sentencepiece
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig
-from gemma_scope_jax.model.tokenizer_files import SPACE, find_tokenizer, read_tokenizer
+from gemma_scope_jax.model.tokenizer_files import (
+    SPACE,
+    find_tokenizer,
+    read_tokenizer,
+)
 
 ROLES = {"system": "system", "user": "user", "model": "model", "assistant": "model"}
 
@@ -51,13 +55,14 @@ class Chat:
 class Tokenizer:
     """Gemma's SentencePiece tokenizer; made by `load_tokenizer`. It can be pickled."""
 
-    def __init__(self, model: bytes, rows: int = 0):
+    def __init__(self, model: bytes, rows: int = 0, foreign_template: str = ""):
         """`model`: the serialised SentencePiece model of `tokenizer_files.read_tokenizer`.
 
         `rows`: how many ids there are at least. Those beyond the vocabulary stand for nothing: no
         text encodes to them, they are left out of text like control tokens, and shown by number.
+        `foreign_template`: the file with a chat template of another format, which `chat` names.
         """
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._foreign_template = model, rows, foreign_template
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -81,7 +86,7 @@ class Tokenizer:
         self.end_of_turn_id = self._special_ids["<end_of_turn>"]
 
     def __reduce__(self):
-        return Tokenizer, (self._model, self._rows)
+        return Tokenizer, (self._model, self._rows, self._foreign_template)
 
     @property
     def vocab_size(self) -> int:
@@ -174,8 +179,14 @@ class Tokenizer:
         Roles alternate user, model ("assistant" is the same), user, ...; a first "system" message
         is put before the first user's text, as in the published template. Contents are stripped
         and can contain no control tokens. With `add_generation_prompt` the model's turn is opened
-        at the end. Raises `InputError` for anything the template has no place for.
+        at the end. Raises `InputError` for anything the template has no place for, and if the
+        tokenizer came with a template of another format.
         """
+        if self._foreign_template:
+            raise InputError(
+                f"{self._foreign_template}: the model's chat template is not Gemma's; render the "
+                "chat with it elsewhere and encode the text with allow_special=True"
+            )
         system, turns = _checked_messages(messages)
         ids = [self.bos_id]
         roles = ["turn"]
@@ -302,11 +313,12 @@ def fit_tokenizer(tok: Any, config: GemmaConfig) -> Any:
         )
     if count == config.vocab or not isinstance(tok, Tokenizer):
         return tok
-    return Tokenizer(tok._model, config.vocab)
+    return Tokenizer(tok._model, config.vocab, tok._foreign_template)
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """Gemma's tokenizer from a model's name ("gemma-3-270m"), a folder, a .gguf, a tokenizer.model
     or a tokenizer.json. A name uses the packaged model if the extra `demo` is installed, and the
     Hugging Face hub otherwise. Raises `InputError` for what is missing, broken or not Gemma's."""
-    return Tokenizer(read_tokenizer(find_tokenizer(source)))
+    model, foreign_template = read_tokenizer(find_tokenizer(source))
+    return Tokenizer(model, foreign_template=foreign_template)

@@ -41,6 +41,7 @@ _TEXT_PIECE = re.compile(
 _MARKUP = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _FILES = ("tokenizer.model", "tokenizer.json")
 SIBLINGS = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -58,7 +59,9 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     is_gemma = isinstance(source, str) and not os.path.exists(text) and _is_published(text)
     if is_gemma and is_packaged_model_installed():
         return epath.Path(packaged_model())
-    path = find_checkpoint(source, files=_FILES[:1] if is_gemma else (*_FILES, *SIBLINGS[1:]))
+    path = find_checkpoint(
+        source, files=_FILES[:1] if is_gemma else (*_FILES, *SIBLINGS[1:], *TEMPLATES[:2])
+    )
     if path.is_file():
         return path
     for candidate in [*(path / name for name in _FILES), *sorted(path.glob("*.gguf"))]:
@@ -78,8 +81,9 @@ def _is_published(name: str) -> bool:
     return True
 
 
-def read_tokenizer(path: epath.Path) -> bytes:
-    """The serialised SentencePiece model for a tokenizer.model, tokenizer.json or .gguf file.
+def read_tokenizer(path: epath.Path) -> tuple[bytes, str]:
+    """The serialised SentencePiece model for a tokenizer.model, tokenizer.json or .gguf file, and
+    the file that holds a chat template of another format than Gemma's, or "".
 
     The kind is told by the content. Tokens that were added later come from the file itself and from
     those beside it, which must agree (`added_tokens`). Raises `InputError` for a file that is
@@ -89,13 +93,16 @@ def read_tokenizer(path: epath.Path) -> bytes:
         with path.open("rb") as file:
             magic = file.read(16)
         if magic[:4] == b"GGUF":
-            return _rebuild(path, *_from_gguf(path))
+            metadata = open_gguf(path).metadata
+            templates = [(path, metadata.get("tokenizer.chat_template"))]
+            return _rebuild(path, *_from_gguf(path, metadata)), _foreign(templates)
         if magic.lstrip()[:1] == b"{":
             pieces = _from_json(path)
         else:
             pieces = _from_model(path)
         _add(path, pieces, added_tokens(path))
-        return _rebuild(path, *pieces)
+        templates = [(path.parent / name, _template(path.parent / name)) for name in TEMPLATES]
+        return _rebuild(path, *pieces), _foreign(templates)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
 
@@ -103,9 +110,8 @@ def read_tokenizer(path: epath.Path) -> bytes:
 Pieces = tuple[list[str], list[float], list[int]]  # text, score, type of every piece, by id
 
 
-def _from_gguf(path: epath.Path) -> Pieces:
+def _from_gguf(path: epath.Path, metadata: dict[str, Any]) -> Pieces:
     """llama.cpp writes the runs of spaces as real spaces and all control tokens as CONTROL."""
-    metadata = open_gguf(path).metadata
     key = "tokenizer.ggml."
     if metadata.get(f"{key}model", "none") != "llama":
         raise InputError(f"{path}: holds no SentencePiece tokenizer")
@@ -273,6 +279,30 @@ def _add(path: epath.Path, pieces: Pieces, added: dict[int, tuple[str, bool]]) -
             texts.append(text)
             scores.append(0.0)
             types.append(CONTROL if special else USER_DEFINED)
+
+
+def _foreign(templates: list[tuple[epath.Path, Any]]) -> str:
+    """The file of the chat template, if it is of another format than Gemma's, or "".
+
+    Many fine-tunes edit the published template: its turns are what makes it Gemma's.
+    """
+    for where, text in templates:
+        if isinstance(text, str) and text:  # the first is the one that transformers takes
+            return "" if "<start_of_turn>" in text and "<end_of_turn>" in text else str(where)
+    return ""
+
+
+def _template(path: epath.Path) -> Any:
+    if not path.exists():
+        return None
+    if path.suffix == ".jinja":
+        return path.read_bytes().decode(errors="replace")
+    content = read_json(path)
+    said = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(said, list):  # several by name
+        named = [x for x in said if isinstance(x, dict) and x.get("name") == "default"]
+        said = named[0].get("template") if named else None
+    return said
 
 
 def _schema() -> Any:

@@ -49,7 +49,10 @@ FIXED = {
     "quantization_config": None,
 }
 # The same, in keys that older or other libraries write; null means that they say nothing.
-FIXED_IF_SAID = {"hidden_act": "gelu_pytorch_tanh", "partial_rotary_factor": 1.0}
+FIXED_IF_SAID = {
+    "hidden_act": "gelu_pytorch_tanh", "partial_rotary_factor": 1.0, "mlp_bias": False,
+    "is_encoder_decoder": False, "add_cross_attention": False,
+}  # fmt: skip
 READ = {"rope_scaling", "rope_parameters", "layer_types", "_sliding_window_pattern",
         "tie_word_embeddings"}  # fmt: skip
 # Keys that do not change what the text model computes, by the reason why.
@@ -156,7 +159,7 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
     for holder in (text,) if text is raw else (text, raw):
         for key, value in holder.items():
             nested = holder is raw and text is not raw and key == "text_config"
-            said = value not in (None, False, "") and value != {} and value != []
+            said = value is not None and value not in ("", [], {})
             if said and key not in _KNOWN and not nested:
                 raise InputError(
                     f"{where}: {key} is not known to Gemma 3 and may change what it computes; "
