@@ -222,6 +222,13 @@ BROKEN = {
     "transposed": (lambda f: _with(f, Q1, lambda x: np.ascontiguousarray(x.T)), Q1),
     "flat": (lambda f: _with(f, Q1, np.ravel), Q1),
     "short norm": (lambda f: _with(f, "model.norm.weight", lambda x: x[:-1]), "model.norm.weight"),
+    "one number": (
+        lambda f: (
+            edit_config(f, vocab_size=262_144),
+            _with(f, "model.embed_tokens.weight", lambda x: x[0, 0]),
+        ),
+        r"embed_tokens.weight is \(\), but",
+    ),
     "integers": (lambda f: _with(f, Q1, lambda x: x.astype(np.int8)), "I8"),
     "nan": (lambda f: _with(f, Q1, lambda x: _bad(x, np.nan)), "w_q of layer 1 holds NaN"),
     "inf": (

@@ -7,6 +7,7 @@ sound source of each kind is given one thing more; the rows say what has to come
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,9 @@ from checkpoint_files import (
 )  # fmt: skip
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.cards.decoders import _extreme_tokens
+from gemma_scope_jax.cards.decoders import _extreme_tokens, extreme_logits
+from gemma_scope_jax.cards.explain import model_judge
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
@@ -153,6 +156,30 @@ def test_decoder_rows_are_read_with_the_head(model):
     top = _extreme_tokens(own, rows, jnp.ones(300, bool), k=5, gain="notebook", bins=0)[0]
     expected = np.asarray(rows) * np.asarray(own.params.final_norm) @ np.asarray(own.params.head).T
     np.testing.assert_array_equal(top[1], np.argsort(-expected, -1)[:, :5])
+
+
+def test_a_judge_with_a_head_of_its_own_chooses_with_it(model):
+    own, ids, ones = (
+        untied(model),
+        np.arange(3, 11, dtype=np.int32)[None],
+        np.ones((1, 8), np.int32),
+    )
+    prefix = model_judge._prefix(own, ids[:, :4], ones[:, :4], slots=8)
+    choices, last = np.array([5, 9], np.int32), np.array([[3]], np.int32)
+    rest = ids[:, 4:], ones[:, 4:], last, choices
+    logits = model_judge._choice_logits(own, prefix, *rest)[0, 0]
+    np.testing.assert_allclose(logits, run(own, ids).logits[0, -1, choices], rtol=1e-4, atol=1e-3)
+
+
+def test_rows_that_no_token_has_are_no_logits_of_a_feature(model):
+    rng = np.random.default_rng(0)
+    coder = SparseCoder(
+        *(jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((32, 4), 4, 4, (4, 32), 32)),
+        None, layer=1, reads="resid_post", writes="resid_post",
+    )  # fmt: skip
+    tok = SimpleNamespace(special=np.arange(290) < 3)
+    top, _, bottom, *_ = next(iter(extreme_logits(model, coder, tok, range(4), k=280)))
+    assert min(top.min(), bottom.min()) >= 3 and max(top.max(), bottom.max()) < 290
 
 
 # --- Hugging Face: config.json -------------------------------------------------------------------

@@ -125,8 +125,8 @@ def _from_gguf(path: epath.Path, metadata: dict[str, Any]) -> Pieces:
     if not n == len(scores) == len(types):
         raise InputError(f"{path}: {n} tokens, {len(scores)} scores, {len(types)} types")
     for name in ("add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap"):
-        value = metadata.get(key + name)
-        if np.size(value) and np.any(value):
+        value = metadata.get(key + name, False)
+        if np.any(value):
             raise InputError(f"{path}: {key}{name} is on; Gemma's tokenizer takes text as it is")
     while n and (types[n - 1] == UNUSED or pieces[n - 1] == IMAGE):
         n -= 1  # padding and the image placeholder, beyond the text model's vocabulary

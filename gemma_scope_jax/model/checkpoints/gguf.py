@@ -69,11 +69,9 @@ class GGUFFile:
         if (one.shape, one.type) != (two.shape, two.type) or t is None:
             return False
         size = math.prod(one.shape) // t.weights * t.bytes
-        return all(
-            np.array_equal(*(self._bytes[x.offset + i : x.offset + min(i + CHUNK, size)]
-                             for x in (one, two)))
-            for i in range(0, size, CHUNK)
-        )  # fmt: skip
+        ours, theirs = (self._bytes[x.offset : x.offset + size] for x in (one, two))
+        parts = [slice(i, i + CHUNK) for i in range(0, size, CHUNK)]
+        return all(np.array_equal(ours[part], theirs[part]) for part in parts)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -263,7 +263,7 @@ def _check_tensors(file: HuggingFaceFolder) -> None:
 
 def _check_tensor(path: str, name: str, leaf: str, config: GemmaConfig, tensor: Any) -> None:
     shape, expected = tuple(tensor.get_shape()), _file_shape(config, leaf)
-    if leaf in ("embed", "head") and expected[0] == TEXT_VOCAB and shape[0] == PADDED_VOCAB:
+    if leaf in ("embed", "head") and expected[0] == TEXT_VOCAB and shape[:1] == (PADDED_VOCAB,):
         shape = (TEXT_VOCAB, *shape[1:])
     if shape != expected:
         raise InputError(f"{path}: {name} is {shape}, but config.json makes it {expected}")
@@ -275,7 +275,7 @@ def _check_tensor(path: str, name: str, leaf: str, config: GemmaConfig, tensor: 
 
 def _check_head(file: HuggingFaceFolder) -> None:
     """A head beside a config that ties it to the embedding must be the embedding once more."""
-    embed, head = _tensor_name(file, "embed"), file.head
+    embed, head = _tensor_name(file, "embed"), _tensor_name(file, "head")
     with open_safetensors(file.files[embed]) as one, open_safetensors(file.files[head]) as other:
         ours, theirs = one.get_slice(embed), other.get_slice(head)
         rows, width = ours.get_shape()
@@ -291,4 +291,6 @@ def _check_head(file: HuggingFaceFolder) -> None:
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32).view(np.uint32)  # NaN equals itself: it is refused when it is read
+    """To compare: NaN equals itself, it is refused when it is read."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).view(np.uint32)
