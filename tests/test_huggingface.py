@@ -225,7 +225,7 @@ BROKEN = {
     "one number": (
         lambda f: (
             edit_config(f, vocab_size=262_144),
-            _with(f, "model.embed_tokens.weight", lambda x: x[0, 0]),
+            _with(f, "model.embed_tokens.weight", lambda x: np.array(x[0, 0])),
         ),
         r"embed_tokens.weight is \(\), but",
     ),
