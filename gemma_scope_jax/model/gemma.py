@@ -34,7 +34,7 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
-from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
+from gemma_scope_jax.model.attention import Tokens, attend, by_document, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
 from gemma_scope_jax.model.sharding import mesh_of, place
@@ -48,8 +48,9 @@ class Cache:
 
     k: jax.Array  # [L, B, S, K, H]
     v: jax.Array  # [L, B, S, K, H]
-    tokens: Tokens  # [B, S]; segment 0 marks padding and slots not yet filled
+    tokens: Tokens  # [B, S], by document; 0 marks padding and slots not yet filled
     used: jax.Array  # int32 scalar: the next slot to fill
+    last: jax.Array  # int32 [B, 3]: position, segment id and document of each row's last token
 
 
 @flax.struct.dataclass
@@ -65,16 +66,40 @@ def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: Any) -> Cache
     """An empty cache of `slots` tokens for `batch` rows."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
-    zeros = jnp.zeros(shape, dtype)
-    return Cache(zeros, zeros, Tokens(empty, empty), jnp.zeros((), jnp.int32))
+    zeros, nobody = jnp.zeros(shape, dtype), jnp.zeros((batch, 3), jnp.int32)
+    return Cache(zeros, zeros, Tokens(empty, empty), jnp.zeros((), jnp.int32), nobody)
 
 
 def default_positions(segments: jax.Array) -> jax.Array:
     """int32 [B, T]: the position of each token within its run of equal segment ids."""
+    return jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :] - _run_starts(segments)
+
+
+def _run_starts(segments: jax.Array) -> jax.Array:
+    """int32 [B, T]: where the run of equal segment ids begins that each token belongs to."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     before = jnp.concatenate([segments[:, :1], segments[:, :-1]], 1)
-    start = jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
-    return index - start
+    return jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
+
+
+def _tokens(shape, positions, segments, cache: Cache | None) -> tuple[Tokens, jax.Array | None]:
+    """The tokens of a pass by document (see `by_document`), and the cache's next `last`."""
+    if segments is None:
+        segments = jnp.ones(shape, jnp.int32)
+    segments = segments.astype(jnp.int32)
+    if positions is None:
+        starts = _run_starts(segments)
+        positions = jnp.arange(shape[1], dtype=jnp.int32)[None, :] - starts
+        if cache is None:
+            return Tokens(positions, jnp.where(segments > 0, starts + 1, 0)), None
+        # The row's first run goes on with the document before it, if the segment id is the same.
+        first = jnp.argmax(segments > 0, axis=1, keepdims=True)
+        follows = (starts == first) & (segments == cache.last[:, 1:2])
+        positions = positions + jnp.where(follows, cache.last[:, :1] + 1, 0)
+    slot, last = (
+        (0, jnp.zeros((shape[0], 3), jnp.int32)) if cache is None else (cache.used, cache.last)
+    )
+    return by_document(Tokens(positions.astype(jnp.int32), segments), slot, last)
 
 
 def counted(segments: jax.Array, first: int) -> jax.Array:
@@ -250,10 +275,12 @@ def forward(
 ) -> Output:
     """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
 
-    segments       int [B, T]: 0 is padding, equal ids side by side see each other (packing);
-                   default all one
-    positions      int [B, T]: absolute; default counts within each run of equal segment ids
-    cache          keys and values so far; the tokens go to its next slots
+    segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing), of which
+                   none sees another, whatever its id; default all one
+    positions      int [B, T]: absolute; default counts within each run of equal segment ids. Where
+                   they do not grow, another document begins
+    cache          keys and values so far; the tokens go to its next slots. A row's first run goes
+                   on with the document before it if it has the same segment id
     stop_at_layer  run layers 0 .. stop_at_layer - 1 only, no logits
     remat          under differentiation keep only these sites of a layer and recompute the rest
                    (default: just the residual between layers); None keeps everything
@@ -266,18 +293,11 @@ def forward(
     _check_tokens(c, tokens, cache, positions, segments)
     tokens = tokens.astype(jnp.int32)
     in_order, packed = positions is None and cache is None, segments is not None
-    if segments is None:
-        segments = jnp.ones_like(tokens)
-    if positions is None:
-        positions = default_positions(segments)
-        if cache is not None:  # go on after each row's last token, which padding does not count
-            seen = jnp.where(cache.tokens.segments > 0, cache.tokens.positions + 1, 0)
-            positions = positions + jnp.max(seen, 1, keepdims=True)
-    queries = Tokens(positions.astype(jnp.int32), segments.astype(jnp.int32))
+    queries, last = _tokens(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
     where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
-    top = ic.At(items, everything, -1, c.layers, queries.positions, segments > 0, {})
+    top = ic.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
     x = top("embed", embed(c, params, tokens))
     states = {
@@ -300,7 +320,7 @@ def forward(
     reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
     if cache is not None:
         k, v = kv
-        cache = Cache(k, v, where.keys, cache.used + tokens.shape[1])
+        cache = Cache(k, v, where.keys, cache.used + tokens.shape[1], last)
     return Output(None if logits == "none" else out, reads, cache)
 
 
