@@ -6,7 +6,6 @@ replicated, so every preset loads on every mesh.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,31 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
+from gemma_scope_jax.model.processes import join_processes as join_processes
 
 _F = TypeVar("_F", bound=Callable)
-
-
-def join_processes(
-    coordinator: str = "", processes: int | None = None, process: int | None = None
-) -> None:
-    """Make the processes of a job one JAX program; call it before anything else of JAX.
-
-    What is not given comes from the environment: TPU pods, SLURM and Open MPI are recognised. One
-    process alone: nothing happens. Raises `InputError` if they cannot come together.
-    """
-    given = (coordinator, processes, process)
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
-    sizes = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    several = workers or any(size.isdigit() and int(size) > 1 for size in sizes)
-    if given == ("", None, None) and not several:
-        return
-    try:
-        jax.distributed.initialize(coordinator or None, processes, process)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the processes of this job could not be joined ({error}); give --coordinator "
-            "HOST:PORT, --processes and --process"
-        ) from error
 
 
 def make_mesh(
