@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-from gemma_scope_jax import cli
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.processes import _Process, check_share, join_processes
 
@@ -41,6 +40,8 @@ def test_processes_that_cannot_be_are_refused(given, message):
 
 
 def test_the_share_of_a_command_is_whole(capsys):
+    from gemma_scope_jax import cli
+
     check_share(2, 1)
     for options, message in {
         ("--processes", "0"): "processes must be at least 1, got 0",

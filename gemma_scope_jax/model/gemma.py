@@ -366,7 +366,7 @@ def run(
 
     What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
     positions and segments, the positions and values of intercepts. Of arrays on a device only
-    shapes are known without waiting; ids there that are no tokens give NaN.
+    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
     """
     items, tokens, room = ic.flatten(intercepts), integers("tokens", tokens), model.config.context
     given = {"positions": integers("positions", positions)}
