@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
@@ -57,10 +57,11 @@ def our_mesh(mesh: Any) -> Mesh:
     an axis that is missing has one device, and others are left out if they have one. Raises
     `InputError` for axes of other names, whose meaning would be a guess.
     """
+    if isinstance(mesh, (Mesh, AbstractMesh)):
+        if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+            return mesh  # type: ignore[return-value]
     if not isinstance(mesh, Mesh):
         raise InputError(f"a mesh is wanted, as gs.make_mesh(2, 4) makes one, not {mesh!r}")
-    if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
-        return mesh
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape))
     if others := [name for name in sizes if name not in AXES and sizes[name] > 1]:
         raise InputError(
