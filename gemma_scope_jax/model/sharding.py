@@ -57,9 +57,9 @@ def our_mesh(mesh: Any) -> Mesh:
     an axis that is missing has one device, and others are left out if they have one. Raises
     `InputError` for axes of other names, whose meaning would be a guess.
     """
-    if isinstance(mesh, (Mesh, AbstractMesh)):
-        if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
-            return mesh  # type: ignore[return-value]
+    known = isinstance(mesh, (Mesh, AbstractMesh))
+    if known and mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh  # type: ignore[return-value]
     if not isinstance(mesh, Mesh):
         raise InputError(f"a mesh is wanted, as gs.make_mesh(2, 4) makes one, not {mesh!r}")
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape))
