@@ -26,7 +26,7 @@ def _run_starts(segments: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
 
 
-def documents(shape, positions, segments, cache: Any) -> tuple[Tokens, jax.Array | None]:
+def documents(shape, positions, segments, cache: Any) -> tuple[Tokens, Any]:
     """The tokens of a pass, numbered by document, and what a cache keeps of their end.
 
     `positions` and `segments` int [B, T] or None, as `forward` takes them, and its `cache`.

@@ -217,9 +217,9 @@ def _checked_key(key) -> jax.Array:
         except OverflowError:
             raise InputError(f"the seed {key} does not fit into 64 bits") from None
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.ndim:
-        raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
-    return key
+    if isinstance(key, jax.Array) and is_key and not key.ndim:
+        return key
+    raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
 
 
 def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:

@@ -83,11 +83,12 @@ def abandon(code: int, why: str = "") -> None:
 
 def _detected(coordinator: str, processes: int | None, process: int | None, wait: float):
     """(address, processes, process, local devices) as given, the rest from the environment."""
-    found: tuple = (coordinator or None, processes, process, None)
+    found: Any = (coordinator or None, processes, process, None)
     with contextlib.suppress(ImportError, AttributeError, TypeError, RuntimeError, OSError):
         from jax._src.clusters import ClusterEnv  # there is no public way to ask
 
-        found = ClusterEnv.auto_detect_unset_distributed_params(*found, None, round(wait))
+        detect: Any = ClusterEnv.auto_detect_unset_distributed_params
+        found = detect(*found, None, round(wait))
     address, count, index, local = found
     missing = [n for n, x in zip(("--coordinator", "--processes", "--process"), found) if x is None]
     if missing:
@@ -274,8 +275,9 @@ class _Process:
 
     def leave(self) -> None:
         """At the end of the program: wait until all have come to theirs."""
-        if getattr(sys, "last_value", None) is not None:  # printed already
-            self.abandon(1, reason(sys.last_value))
+        failure = getattr(sys, "last_value", None)
+        if failure is not None:  # printed already
+            self.abandon(1, reason(failure))
         if not self.index:
             with self.changed:
                 done = self.changed.wait_for(lambda: len(self.left) == self.count - 1, ENDING)
