@@ -44,6 +44,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gemma_scope_jax")
 
 
+def private_cache(name: str) -> Path:
+    """A folder of the cache for what is run as it lies there: programs. This user's, mode 0700.
+
+    Raises `InputError` if it is another user's or cannot be made.
+    """
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (folder.parent, folder):
+            found = part.stat()
+            if found.st_uid != os.getuid():
+                raise InputError(
+                    f"{part}: belongs to another user (id {found.st_uid}), and what it holds would "
+                    "be run; set XDG_CACHE_HOME to a folder of your own"
+                )
+            if found.st_mode & 0o077 and (part == folder or found.st_mode & 0o022):
+                part.chmod(0o700)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror or error}") from error
+    return folder
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Write a file that is complete whenever it is there under its name."""
     write_bytes(path, text.encode())

@@ -609,6 +609,9 @@ def test_bad_reading_is_one_line(store, tmp_path):
         (lambda: store.segment(0).rows(3, 3, "a"), "3 to 3 is no range"),
         (lambda: store.document(1000), "document 1000 is not in the store"),
         (lambda: store.windows([len(store)], 1, 1), "rows must be 0 to"),
+        (lambda: store.places(np.arange(len(store)) > 3), "rows must be whole numbers, not bool"),
+        (lambda: store.tokens_of([1.5]), "rows must be whole numbers, not float64"),
+        (lambda: store.feature(2.5, "a"), "feature must be a whole number, not 2.5"),
         (lambda: store.segment(99), "segment 99: has 0 to"),
         (lambda: FeatureStore(tmp_path), "holds no sparse features"),
     ):

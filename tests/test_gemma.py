@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.model import attention
-from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
+from gemma_scope_jax.model.attention import Tokens, attend, by_document, mix, pattern, visible
 from gemma_scope_jax.model.gemma import default_positions
 
 LAYERS = 6  # the last one is global
@@ -123,6 +123,52 @@ def test_padded_and_packed_rows_equal_separate_runs(model):
     close(together[2, :9], alone[0])
     close(together[2, 9:], alone[1])
     assert np.isfinite(together).all()
+
+
+def test_documents_of_a_row_never_see_each_other(model):
+    """Whatever their ids, and where positions start over; so too with the kernels' own rule (one
+    run, one number) and in attention patterns."""
+    docs = [random_ids(n, seed=n) for n in (7, 3, 8)]
+    starts, row = np.r_[0, 7, 10, 18], np.concatenate(docs)[None]
+    ids = lambda *given: np.repeat(given, np.diff(starts))[None]
+    again = np.concatenate([np.arange(len(d)) for d in docs])[None]
+    ways = [
+        dict(segments=ids(1, 2, 3)), dict(segments=ids(1, 2, 1)), dict(positions=again),
+        dict(segments=ids(1, 1, 2), positions=again), dict(positions=again + 5),
+    ]  # fmt: skip
+    alone = [np.asarray(gs.run(model, d[None]).logits[0]) for d in docs]
+    for options in ways:
+        out = gs.run(model, row, **options)
+        close(out.logits[0], np.concatenate(alone))
+    pattern = gs.run(model, row, [gs.capture("attn_pattern", 5)], segments=ids(1, 2, 1))
+    seen = np.asarray(pattern.reads["attn_pattern"])[0].max(0) > 0
+    of = ids(0, 1, 2)[0]
+    np.testing.assert_array_equal(seen, (of[:, None] == of) & np.tri(18, dtype=bool))
+
+
+def test_by_document_numbers_runs_and_passes_over_padding():
+    """Positions grow within a document; a cache's `last` goes on, and only it."""
+    segments = jnp.array([[0, 1, 1, 0, 1, 1], [1, 2, 2, 1, 1, 1], [0, 0, 3, 3, 0, 0]])
+    positions = jnp.array([[9, 4, 5, 0, 6, 6], [0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 1, 1]])
+    last = jnp.array([[3, 1, 2], [0, 0, 0], [0, 4, 1]])
+    given = Tokens(positions, segments)
+    tokens, then = by_document(given, 10, last)
+    expected = [[0, 2, 2, 0, 2, 16], [11, 12, 12, 14, 14, 16], [0, 0, 13, 13, 0, 0]]
+    np.testing.assert_array_equal(tokens.segments, expected)
+    np.testing.assert_array_equal(then, [[6, 1, 16], [0, 1, 16], [1, 3, 13]])
+    nothing = Tokens(positions, jnp.zeros_like(segments))
+    np.testing.assert_array_equal(by_document(nothing, 10, last)[1], last)
+
+
+def test_a_document_that_begins_in_a_later_chunk_sees_nothing_before_it(model):
+    tokens = random_ids(1, 9)
+    cache = gs.init_cache(model.config, 1, 9, model.dtype)
+    first = gs.run(model, tokens[:, :4], cache=cache)
+    rest = tokens[:, 4:]
+    segments = np.array([[1, 1, 2, 2, 2]])
+    then = gs.run(model, rest, segments=segments, cache=first.cache).logits
+    close(then[:, :2], gs.run(model, tokens[:, :6]).logits[:, 4:])
+    close(then[:, 2:], gs.run(model, tokens[:, 6:]).logits)
 
 
 def test_default_positions_count_within_runs():

@@ -26,6 +26,7 @@ from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward, unembed
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.sharding import own_mesh
 
 NEXT = 10  # next tokens listed
 STRETCH, MOST = 160, 400  # features are chosen for every stretch of tokens, so many in all
@@ -137,6 +138,7 @@ def _stand_for(values: np.ndarray, features: np.ndarray, count: int) -> list[int
     return sorted(chosen, key=peak.__getitem__)
 
 
+@own_mesh
 def inspect_text(
     model: Model,
     coder: SparseCoder,

@@ -18,6 +18,7 @@ from gemma_scope_jax.cli.extract import export, extract, verify
 from gemma_scope_jax.cli.look import check, inspect, list_
 from gemma_scope_jax.cli.train import activations, train
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.processes import abandon
 
 COMMANDS = {
     "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
@@ -53,11 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        abandon(130, "interrupted")
         return 130
 
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
+    abandon(2, message)
     return 2
 
 

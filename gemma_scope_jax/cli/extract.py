@@ -7,6 +7,7 @@ import tyro
 
 from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.processes import check_share, join_processes
 
 
 def extract(
@@ -33,6 +34,7 @@ def extract(
     coordinator: Name = "",
     processes: int | None = None,
     process: int | None = None,
+    wait: float = 60.0,
     plan: bool = False,
     json: bool = False,
 ) -> None:
@@ -65,6 +67,7 @@ def extract(
         coordinator: Address and port of the first of several processes that are one program.
         processes: How many processes share the work.
         process: Which this is, from 0.
+        wait: Seconds that processes with a coordinator wait for one another.
         plan: Only say what it would take: tokens, bytes, memory, time.
         json: Print JSON.
     """
@@ -75,12 +78,14 @@ def extract(
     data = TextData(
         files=text, tfds=tfds, messages=messages, roles=roles, field=field, skip_bad=skip_bad
     )
-    share = (process or 0, processes or 1)
+    check_share(processes, process)
+    share = (0, 1)
     if coordinator or processes is None:
-        from gemma_scope_jax.model.sharding import join_processes
-
-        join_processes(coordinator, processes, process)
-        share = (0, 1)
+        join_processes(coordinator, processes, process, wait)
+    elif processes > 1:
+        if process is None:
+            raise InputError(f"of {processes} processes, which is this? give --process, from 0")
+        share = (process, processes)
     loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh, decoders=False)
     from gemma_scope_jax.extraction.extract import extract as run_extraction
     from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store

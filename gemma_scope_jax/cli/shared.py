@@ -97,10 +97,14 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second run has nothing to compile."""
     import jax
 
-    from gemma_scope_jax.buckets import cache_folder
+    from gemma_scope_jax.buckets import private_cache
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(private_cache("compiled")))
+        except InputError as error:
+            print(f"compiled programs are not kept: {error}", file=sys.stderr)
+            return
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gemma_scope_jax.cli.shared import Folder, Name, use_compilation_cache
+from gemma_scope_jax.model.processes import join_processes
 
 Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
@@ -17,6 +18,7 @@ def train(
     coordinator: Name = "",
     processes: int | None = None,
     process: int | None = None,
+    wait: float = 60.0,
 ) -> None:
     """Train coders as a configs/*.py file says; the same command continues an interrupted run.
 
@@ -29,11 +31,10 @@ def train(
         coordinator: Address and port of the first of several processes.
         processes: How many there are.
         process: Which this is, from 0.
+        wait: Seconds that processes wait for one another.
     """
     use_compilation_cache()
-    from gemma_scope_jax.model.sharding import join_processes
-
-    join_processes(coordinator, processes, process)
+    join_processes(coordinator, processes, process, wait)
     from gemma_scope_jax.training.train import load_config
     from gemma_scope_jax.training.train import train as run_training
 

@@ -30,6 +30,7 @@ from gemma_scope_jax.coders.sparse_coder import (
     static_field,
 )
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.arguments import whole_number
 
 
 def block_index(i: Any, j: Any, layers: int) -> Any:
@@ -200,7 +201,7 @@ class MultiLayerCoder:
         """`i` itself if traced; else an int, checked, as dynamic indexing would silently clamp."""
         if isinstance(i, Tracer):
             return i
-        if not 0 <= (i := int(i)) < len(self.layers):
+        if not 0 <= (i := whole_number("layer", i)) < len(self.layers):
             raise InputError(f"this {self.kind} has layers 0 to {len(self.layers) - 1}, not {i}")
         return i
 

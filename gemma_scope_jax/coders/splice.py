@@ -16,12 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.arguments import (
+    at_positions,
+    check_finite,
+    is_abstract,
+    on_host,
+    whole_number,
+)
 from gemma_scope_jax.model.intercept import (
     LAYER_SITES,
     Context,
@@ -42,7 +48,7 @@ def features(
     they leave the device. A coder of several layers gives a leading axis X, in both forms.
     """
     layers, first = _place(coder, first)
-    if k is not None and not 1 <= k <= coder.width:
+    if k is not None and not 1 <= whole_number("k", k) <= coder.width:
         raise InputError(f"k is {k}: this {coder.kind} has {coder.width} features a layer")
     return read(coder.reads, layers, _features, coder, name=name, first=first, k=k)
 
@@ -68,15 +74,16 @@ def edit(
 
     decode(fn(f)) - decode(f) is added to the activation that the coder writes, so what the coder
     misses stays. `args` are data; `fn` is the program, a module-level function such as `clamp`.
-    `positions` (ints) restricts the change to those absolute positions.
+    `positions` restricts the change to those absolute positions, as those of `steer` do.
 
     For a coder of several layers `fn` is called at each of them (`ctx.layer` is the model's) and
     the change goes to all later layers; a crosscoder's sites lie on the residual stream, where an
     early change also arrives through the model itself, as well.
     """
     layers, first = _place(coder, first)
-    if fn is clamp and args:
-        _check_features(coder, args[0])
+    positions = at_positions(positions)
+    if fn is clamp:
+        _check_clamp(coder, *args)
     if isinstance(coder, SparseCoder):
         return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
     fold_args = (_edit_fold, _nothing, coder, positions, *args)
@@ -87,15 +94,21 @@ def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = Non
     """Set `feature` (an id, or ids [n]) of f [B, T, F] to `value` (a number, [n], or [B, T, n]).
 
     0.0 ablates it. `layer`: the model layers they belong to, a number or [n], for coders of several
-    layers; by default every layer of the coder.
+    layers; by default every layer of the coder. An id may occur once a layer.
     """
     ids = jnp.atleast_1d(jnp.asarray(feature, jnp.int32))
-    old = f[..., ids]
-    new = jnp.broadcast_to(jnp.asarray(value, f.dtype), old.shape)
-    if layer is not None:
+    shape, value = (*f.shape[:-1], *ids.shape), jnp.asarray(value, f.dtype)
+    if value.ndim > len(shape) or any(
+        a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1])
+    ):
+        raise InputError(
+            f"clamp: a value of shape {list(value.shape)} for {ids.size} features: give a number, "
+            f"[{ids.size}] or {list(shape)}"
+        )
+    if layer is not None:  # elsewhere: an id that is none, which is left out
         here = jnp.broadcast_to(jnp.asarray(layer, jnp.int32) == ctx.layer, ids.shape)
-        new = jnp.where(here[None, None, :], new, old)
-    return f.at[..., ids].set(new)
+        ids = jnp.where(here, ids, f.shape[-1])
+    return f.at[..., ids].set(jnp.broadcast_to(value, shape), mode="drop")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -197,18 +210,35 @@ def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]
             f"layer, whose sites are, in order: {' '.join(LAYER_SITES)}"
         )
     layers = coder.layer if isinstance(coder, SparseCoder) else coder.layers
-    return layers, coder.first if first is None else first
+    return layers, coder.first if first is None else whole_number("first", first, 0)
 
 
-def _check_features(coder: Coder, feature: Any) -> None:
-    """Out of range, a feature would silently be none (or wrap around)."""
-    for leaf in jax.tree.leaves(feature):
-        if isinstance(leaf, Tracer):
-            continue
-        ids = np.atleast_1d(leaf)
-        bad = ids[(ids < 0) | (ids >= coder.width)] if ids.dtype.kind in "iu" else ids
-        if bad.size:
-            raise InputError(f"feature {bad[0]} is not an id from 0 to {coder.width - 1}")
+def _check_clamp(coder: Coder, feature: Any = None, value: Any = 0.0, layer: Any = None) -> None:
+    """Out of range, a feature or layer would silently be none (or wrap around)."""
+    if feature is None:
+        raise InputError("clamp needs a feature and a value: edit(coder, clamp, feature, value)")
+    check_finite("the value of clamp", value)
+    if is_abstract(feature):
+        return
+    ids = np.atleast_1d(on_host("feature", feature))
+    known = ids.dtype.kind in "iu" or not ids.size
+    bad = ids[(ids < 0) | (ids >= coder.width)] if known else ids.reshape(-1)
+    if bad.size:
+        raise InputError(f"feature {bad[0]} is not an id from 0 to {coder.width - 1}")
+    if ids.ndim > 1:
+        raise InputError(f"features are an id or ids [n], not {list(ids.shape)}")
+    if is_abstract(layer):
+        return
+    own = (coder.layer,) if isinstance(coder, SparseCoder) else coder.layers
+    at = np.atleast_1d(on_host("layer", -1 if layer is None else layer))
+    if layer is not None and (at.dtype.kind not in "iu" or not np.isin(at, own).all()):
+        raise InputError(f"clamp: layer {layer!r} is none of the coder's, {own}")
+    if at.shape not in ((1,), ids.shape):
+        raise InputError(f"clamp: {at.size} layers for {ids.size} features")
+    pairs = list(zip(ids.tolist(), np.broadcast_to(at, ids.shape).tolist()))
+    if len(set(pairs)) != len(pairs):
+        twice = next(pair[0] for pair in pairs if pairs.count(pair) > 1)
+        raise InputError(f"clamp: feature {twice} is named twice in a layer")
 
 
 def _same_shape(x, y) -> None:

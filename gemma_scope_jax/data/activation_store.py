@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from gemma_scope_jax.data import activation_files as files
 from gemma_scope_jax.data.order import shuffled_positions
@@ -31,7 +30,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
-from gemma_scope_jax.model.sharding import shard_batch
+from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
 
 _OPEN_FILES = 128
@@ -43,6 +42,7 @@ Layers = Mapping[str, Sequence[int]]
 # Writing
 
 
+@own_mesh
 def write_activations(
     model: Model,
     batches: TokenBatches,
@@ -196,11 +196,8 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
     """
     sites = tuple((site, tuple(held["layers"])) for site, held in manifest["sites"].items())
     run = partial(_pass, model, sites=sites, dtype=manifest["dtype"], first=manifest["first"])
-    sharding: Any = model.params.embed.sharding
-    put = jnp.asarray
-    if isinstance(sharding, NamedSharding) and "data" in sharding.mesh.axis_names:
-        mesh: Any = sharding.mesh
-        put = partial(shard_batch, mesh)
+    mesh = mesh_under(model.params.embed)
+    put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
     before, waiting = batches.position, None
     with prefetch(batches) as ahead:
         for batch, after in ahead:

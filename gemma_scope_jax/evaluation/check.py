@@ -33,6 +33,7 @@ from gemma_scope_jax.evaluation.metrics import (
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.sharding import own_mesh
 
 TYPICAL = 1  # of the groups of `Sums`
 CLEARLY = 0.8  # an alternative is better if its FVU is below this share of the stated place's
@@ -88,6 +89,7 @@ class _Way:
     transposed: bool = False
 
 
+@own_mesh
 def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> Report:
     """Measure `coder` on batches of (tokens, segments) [B, T], and every alternative to its place.
 

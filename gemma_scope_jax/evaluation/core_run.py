@@ -40,11 +40,13 @@ from gemma_scope_jax.evaluation.results import (
 )
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 
 
+@own_mesh
 def evaluate_core(
     model: Model,
     coders: Sequence[Coder],

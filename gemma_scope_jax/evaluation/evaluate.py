@@ -35,6 +35,7 @@ from gemma_scope_jax.evaluation.predictions import (
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, default_positions, forward, site_width
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.sharding import own_mesh
 
 __all__ = ["Losses", "Metrics", "Plan", "TextBatch", "evaluate", "evaluate_all", "measure"]
 
@@ -86,6 +87,7 @@ class Plan:
         return tuple((kind, name) for kind, names in kinds.items() for name in names)
 
 
+@own_mesh
 def evaluate(
     model: Model,
     coder: Coder,
@@ -105,6 +107,7 @@ def evaluate(
     return evaluate_all(model, [coder], batches, delta_loss=delta_loss, ablation=ablation)[0]
 
 
+@own_mesh
 def evaluate_all(
     model: Model,
     coders: Sequence[Coder],

@@ -36,7 +36,7 @@ from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
-from gemma_scope_jax.model.sharding import mesh_of
+from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 
@@ -44,6 +44,7 @@ SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom f
 BATCHES = 32  # of a shard, at least about
 
 
+@own_mesh
 def extract(
     model: Model,
     coders: Mapping[str, Coder] | Sequence[Coder] | Coder,

@@ -13,14 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.active import Active, specs
+from gemma_scope_jax.model import sharding
 from gemma_scope_jax.model.config import Model
 
 
 def mesh_under(model: Model) -> Any:
     """The mesh ("data", "model") that the model's weights lie on, or None."""
-    place = model.params.embed.sharding
-    named = isinstance(place, NamedSharding) and "data" in place.mesh.axis_names
-    return place.mesh if named else None
+    return sharding.mesh_under(model.params.embed)
 
 
 def count_of(model: Model) -> int:

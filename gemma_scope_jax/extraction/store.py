@@ -26,6 +26,7 @@ from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.entries import Entries, offsets_of
 from gemma_scope_jax.extraction.segment import Segment
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
+from gemma_scope_jax.model.arguments import whole_number
 
 _OPEN_SHARDS = 64
 _HELD_SEGMENTS = 128  # with half a megabyte of tokens and pieces each: windows come from all over
@@ -145,7 +146,10 @@ class FeatureStore:
 
     def _by_segment(self, rows: Any) -> Iterator[tuple[np.ndarray, Segment, np.ndarray]]:
         """(which of `rows`, their segment, their rows in it)."""
-        rows = np.asarray(rows, np.int64)
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise InputError(f"{self.folder}: rows must be whole numbers, not {rows.dtype}")
+        rows = rows.astype(np.int64)
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise InputError(f"{self.folder}: rows must be 0 to {len(self) - 1}")
         number = np.searchsorted(self._starts, rows, side="right") - 1
@@ -251,6 +255,7 @@ class FeatureStore:
 
         `layer`, the model's, for coders of several.
         """
+        feature = whole_number("feature", feature)
         if not 0 <= feature < self.width(coder):
             raise InputError(f"feature {feature}: the coder has 0 to {self.width(coder) - 1}")
         found = self.features(feature, feature + 1, coder, layer)

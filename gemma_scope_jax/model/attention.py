@@ -1,9 +1,12 @@
 """Grouped-query attention: exact patterns when somebody looks at them, else without keeping them.
 
-Queries and keys carry an absolute position and a segment id each (0 is padding or an empty cache
-slot); a query sees the keys of its own segment at positions p_q - window < p_k <= p_q. One rule for
-padded and packed batches, prefill and decoding.
+Queries and keys carry an absolute position and the number of their document each (0 is padding or
+an empty cache slot); a query sees the keys of its own document at positions p_q - window < p_k <=
+p_q. One rule for padded and packed batches, prefill and decoding. `by_document` numbers so that no
+two documents of a row share a number and positions grow within each: nobody sees what comes later.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,13 +20,43 @@ LOWEST = -2.3819763e38  # Gemma's mask value: finite, so that rows of padding st
 
 @flax.struct.dataclass
 class Tokens:
-    """Where tokens stand: positions and segments, int32 [B, T] (segment 0: not a token)."""
+    """Where tokens stand: positions and segments, int32 [B, T] (segment 0: not a token).
+
+    The segments that attention is given are documents: see `by_document`.
+    """
 
     positions: jax.Array
     segments: jax.Array
 
     def __getitem__(self, index: slice) -> "Tokens":
         return Tokens(self.positions[:, index], self.segments[:, index])
+
+
+def by_document(given: Tokens, slot: Any, last: jax.Array) -> tuple[Tokens, jax.Array]:
+    """`given`, its segment ids replaced by numbers that no two documents of a row share.
+
+    A document begins where the segment id is another than that of the token before, or where the
+    position does not grow; padding in between is passed over. Its number is 1 + the slot where it
+    begins, `slot` being that of the first column. `last` int32 [B, 3] is what stood before: the
+    position, the segment id as given and the document of each row's last token, zeros for none.
+    Returns the same of the tokens `given`, too.
+    """
+    positions, ids = given.positions, given.segments
+    real = ids > 0
+    index = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    latest = jax.lax.cummax(jnp.where(real, index, -1), axis=1)  # the last token up to here
+    before = jnp.concatenate([jnp.full_like(latest[:, :1], -1), latest[:, :-1]], 1)
+
+    def at(x, where, first):
+        found = jnp.take_along_axis(x, jnp.maximum(where, 0), axis=1)
+        return jnp.where(where < 0, first[:, None], found)
+
+    follows = (ids == at(ids, before, last[:, 1])) & (positions > at(positions, before, last[:, 0]))
+    starts = jnp.where(real & ~follows, slot + index + 1, last[:, 2:])
+    documents = jnp.where(real, jax.lax.cummax(starts, axis=1), 0)
+    columns = zip((positions, ids, documents), last.T, strict=True)
+    ends = jnp.concatenate([at(x, latest[:, -1:], first) for x, first in columns], 1)
+    return Tokens(positions, documents), ends
 
 
 def visible(queries: Tokens, keys: Tokens, window: jax.Array | int) -> jax.Array:

@@ -25,7 +25,7 @@ weights are indexed inside the body, because slicing them would copy them.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -36,8 +36,11 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
+from gemma_scope_jax.model.batch import check_ids, check_tokens, documents, integers
+from gemma_scope_jax.model.batch import counted as counted
+from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
-from gemma_scope_jax.model.sharding import mesh_of, place
+from gemma_scope_jax.model.sharding import check_axes, mesh_of, on_auto_axes, own_mesh, place
 
 Logits = Literal["all", "last", "none"]
 
@@ -48,8 +51,9 @@ class Cache:
 
     k: jax.Array  # [L, B, S, K, H]
     v: jax.Array  # [L, B, S, K, H]
-    tokens: Tokens  # [B, S]; segment 0 marks padding and slots not yet filled
+    tokens: Tokens  # [B, S], by document; 0 marks padding and slots not yet filled
     used: jax.Array  # int32 scalar: the next slot to fill
+    last: jax.Array  # int32 [B, 3]: position, segment id and document of each row's last token
 
 
 @flax.struct.dataclass
@@ -65,21 +69,8 @@ def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: Any) -> Cache
     """An empty cache of `slots` tokens for `batch` rows."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
-    zeros = jnp.zeros(shape, dtype)
-    return Cache(zeros, zeros, Tokens(empty, empty), jnp.zeros((), jnp.int32))
-
-
-def default_positions(segments: jax.Array) -> jax.Array:
-    """int32 [B, T]: the position of each token within its run of equal segment ids."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
-    before = jnp.concatenate([segments[:, :1], segments[:, :-1]], 1)
-    start = jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
-    return index - start
-
-
-def counted(segments: jax.Array, first: int) -> jax.Array:
-    """bool [B, T]: tokens that a coder was trained on; not padding, nor before `first`."""
-    return (segments > 0) & (default_positions(segments) >= first)
+    zeros, nobody = jnp.zeros(shape, dtype), jnp.zeros((batch, 3), jnp.int32)
+    return Cache(zeros, zeros, Tokens(empty, empty), jnp.zeros((), jnp.int32), nobody)
 
 
 def site_width(config: GemmaConfig, site: str) -> int:
@@ -224,7 +215,9 @@ def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
 
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype, as trained."""
-    x = place(mesh_of(params.embed), params.embed[tokens], "data", None, None)
+    # an id that is no token gives NaN, not another token's row
+    rows = params.embed.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = place(mesh_of(params.embed), rows, "data", None, None)
     return x * jnp.asarray(config.d_model**0.5, params.embed.dtype)
 
 
@@ -250,10 +243,12 @@ def forward(
 ) -> Output:
     """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
 
-    segments       int [B, T]: 0 is padding, equal ids side by side see each other (packing);
-                   default all one
-    positions      int [B, T]: absolute; default counts within each run of equal segment ids
-    cache          keys and values so far; the tokens go to its next slots
+    segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing), of which
+                   none sees another, whatever its id; default all one
+    positions      int [B, T]: absolute; default counts within each run of equal segment ids. Where
+                   they do not grow, another document begins
+    cache          keys and values so far; the tokens go to its next slots. A row's first run goes
+                   on with the document before it if it has the same segment id
     stop_at_layer  run layers 0 .. stop_at_layer - 1 only, no logits
     remat          under differentiation keep only these sites of a layer and recompute the rest
                    (default: just the residual between layers); None keeps everything
@@ -262,22 +257,20 @@ def forward(
     """
     c, params = model.config, model.params
     items = ic.flatten(intercepts)
+    if logits not in get_args(Logits):
+        raise InputError(f"logits must be one of {', '.join(get_args(Logits))}, not {logits!r}")
+    if unknown := set(remat or ()) - set(ic.SITES):
+        raise InputError(f"remat: {min(unknown)!r} is no site (all: {' '.join(ic.SITES)})")
+    check_axes(params.embed)
     ic.check(items, c.layers, stop_at_layer)
-    _check_tokens(c, tokens, cache, positions, segments)
+    check_tokens(c, tokens, cache, positions, segments)
     tokens = tokens.astype(jnp.int32)
     in_order, packed = positions is None and cache is None, segments is not None
-    if segments is None:
-        segments = jnp.ones_like(tokens)
-    if positions is None:
-        positions = default_positions(segments)
-        if cache is not None:  # go on after each row's last token, which padding does not count
-            seen = jnp.where(cache.tokens.segments > 0, cache.tokens.positions + 1, 0)
-            positions = positions + jnp.max(seen, 1, keepdims=True)
-    queries = Tokens(positions.astype(jnp.int32), segments.astype(jnp.int32))
+    queries, last = documents(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
     where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
-    top = ic.At(items, everything, -1, c.layers, queries.positions, segments > 0, {})
+    top = ic.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
     x = top("embed", embed(c, params, tokens))
     states = {
@@ -300,7 +293,7 @@ def forward(
     reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
     if cache is not None:
         k, v = kv
-        cache = Cache(k, v, where.keys, cache.used + tokens.shape[1])
+        cache = Cache(k, v, where.keys, cache.used + tokens.shape[1], last)
     return Output(None if logits == "none" else out, reads, cache)
 
 
@@ -362,45 +355,34 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
     return reads
 
 
-def _check_tokens(config: GemmaConfig, tokens, cache: Cache | None, positions, segments) -> None:
-    if 0 in tokens.shape:
-        raise InputError("no tokens: the prompt is empty")
-    shape = tokens.shape if len(tokens.shape) == 2 else ("B", "T")
-    for what, given in {"tokens": tokens, "positions": positions, "segments": segments}.items():
-        if given is None:
-            continue
-        if given.shape != shape or not jnp.issubdtype(given.dtype, jnp.integer):
-            wanted = f"integers [{', '.join(map(str, shape))}]"
-            raise InputError(f"{what} must be {wanted}, got {given.dtype}{list(given.shape)}")
-    room = config.context if cache is None else cache.k.shape[2]
-    if tokens.shape[1] > room:
-        what = "the model's context" if cache is None else "the cache's slots"
-        count = tokens.shape[1]
-        raise InputError(f"{count} tokens are more than {what} of {room}: shorten the text")
-
-
-def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
-    """Raise `InputError` if any of `ids` (some of them) is not a token; `what` begins the line."""
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab:
-        bad = low if low < 0 else high
-        raise InputError(f"{what}token id {bad} is outside 0..{config.vocab - 1}")
-
-
 _run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
 
 
-def run(model: Model, tokens, intercepts=(), **options) -> Output:
+@own_mesh
+def run(
+    model: Model, tokens, intercepts=(), *, positions=None, segments=None, cache=None, **options
+) -> Output:
     """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing.
 
-    Token ids given as numpy arrays or lists are checked against the vocabulary.
+    What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
+    positions and segments, the positions and values of intercepts. Of arrays on a device only
+    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
     """
-    if not isinstance(tokens, jax.Array):
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise InputError("tokens must be [B, T]: pad rows of unequal lengths") from None
-        if tokens.dtype.kind in "iu" and tokens.size:
-            check_ids(model.config, tokens)
-            tokens = tokens.astype(np.int32)
-    return _run(model, tokens, ic.flatten(intercepts), **options)
+    items, tokens, room = ic.flatten(intercepts), integers("tokens", tokens), model.config.context
+    given = {"positions": integers("positions", positions)}
+    given["segments"] = integers("segments", segments)
+    check_tokens(model.config, tokens, cache, **given)
+    if isinstance(tokens, np.ndarray):
+        check_ids(model.config, tokens)
+    for what, array in given.items():
+        if isinstance(array, np.ndarray) and array.min() < 0:
+            raise InputError(f"{what} must not be negative, got {array.min()}")
+    if isinstance(given["positions"], np.ndarray) and given["positions"].max() >= room:
+        far = given["positions"].max()
+        raise InputError(f"position {far} is beyond the model's context of {room}")
+    # where a text goes on from a cache or stands elsewhere, any position may be meant
+    alone = positions is None and cache is None
+    least, most = (tokens.shape[1],) * 2 if alone else (0, 2**31)
+    ic.check_data(items, model.dtype, least, most)
+    model, tokens, items, given = on_auto_axes((model, tokens, items, given | {"cache": cache}))
+    return _run(model, tokens, items, **given, **options)

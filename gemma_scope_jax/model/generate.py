@@ -21,12 +21,15 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
+from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, check_ids, forward, init_cache
+from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 
 PAD = 0
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
 STOP_SLOTS = 8  # room for stop tokens grows in these steps
+TINY = float(np.finfo(np.float32).tiny)
 BUCKET = 32  # prompts are padded to a multiple of this; above 1, so that a token axis shows itself
 
 
@@ -59,6 +62,7 @@ class Generation:
         return [np.concatenate([p, t[:n]]) for p, t, n in zip(self.prompts, tokens, lengths)]
 
 
+@own_mesh
 def generate(
     model: Model,
     prompts,
@@ -98,15 +102,17 @@ def generate(
     """
     items = ic.flatten(intercepts)
     rows = _checked_prompts(model.config, prompts)
-    new = _checked_int("max_new_tokens", max_new_tokens)
+    new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:
         raise InputError(
             f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
             f"{model.config.context}: shorten the prompt or lower max_new_tokens"
         )
+    ic.check_data(items, model.dtype, longest, longest + new)
     tokens, segments = _left_padded(rows)
     sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    model, items = on_auto_axes((model, items))
     program = partial(_generate, new=new, logits=bool(logits))
     try:
         ids, lengths, tracks, chosen = program(model, tokens, segments, items, sampling)
@@ -123,16 +129,6 @@ def generate(
 
 # --------------------------------------------------------------------------------------------------
 # Input
-
-
-def _checked_int(what: str, value) -> int:
-    try:
-        number = int(value.__index__())
-    except (AttributeError, TypeError):
-        raise InputError(f"{what} must be a positive integer, not {value!r}") from None
-    if number < 1:
-        raise InputError(f"{what} must be at least 1, got {number}")
-    return number
 
 
 def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
@@ -190,12 +186,14 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
     except (TypeError, ValueError):
         given = f"{temperature!r} and {top_p!r}"
         raise InputError(f"temperature and top_p must be numbers, got {given}") from None
-    if not 0.0 <= heat < np.inf:
-        raise InputError(f"temperature must be 0 (greedy) or positive, got {heat}")
+    if heat != 0.0 and not TINY <= heat < 1 / TINY:
+        raise InputError(
+            f"temperature must be 0 (greedy) or {TINY:.3g} to {1 / TINY:.3g}, got {heat}"
+        )
     if not 0.0 < p <= 1.0:
         raise InputError(f"top_p must be above 0 and at most 1, got {p}")
     if top_k is not None:
-        top_k = min(_checked_int("top_k", top_k), config.vocab)
+        top_k = min(whole_number("top_k", top_k, 1), config.vocab)
     try:
         stop = np.asarray(tuple(stop_tokens))
     except (TypeError, ValueError):
@@ -208,27 +206,28 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
     filled[: stop.size] = stop
     greedy = heat == 0.0
     nucleus = not greedy and p < 1.0
-    data = (_checked_key(key), np.float32(heat), np.float32(p), filled)
+    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
     return _Sampling(*data, greedy, None if greedy else top_k, nucleus)
 
 
 def _checked_key(key) -> jax.Array:
-    if isinstance(key, (int, np.integer)):
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         try:
             return jax.random.key(int(key))
         except OverflowError:
             raise InputError(f"the seed {key} does not fit into 64 bits") from None
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.ndim:
-        raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
-    return key
+    if isinstance(key, jax.Array) and is_key and not key.ndim:
+        return key
+    raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
 
 
 def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:
     """The next ids int32 [B] from logits [B, V]: temperature, then top-k, then top-p."""
     if sampling.greedy:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    scores = logits / sampling.temperature
+    # from the largest, which is chosen in the limit of small temperatures, and never overflows
+    scores = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature
     ordered = None
     if sampling.top_k is not None:
         ordered = jax.lax.top_k(scores, sampling.top_k)[0]

@@ -21,9 +21,18 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.model.arguments import (
+    Positions,
+    at_positions,
+    check_finite,
+    check_positions,
+    is_abstract,
+    whole_number,
+)
 
 LAYER_SITES = (
     "resid_pre", "pre_attn_scale", "q", "k", "v", "attn_pattern", "z", "post_attn_scale",
@@ -95,12 +104,18 @@ def _checked_layers(site: str, layers) -> int | tuple[int, ...] | None:
         raise InputError(f"site {site!r} is not inside a layer: pass layers=None, not {layers!r}")
     given = layers if isinstance(layers, (tuple, list, range)) else (layers,)
     try:
-        numbers = tuple(int(l.__index__()) for l in given)
-    except (AttributeError, TypeError):
+        numbers = tuple(whole_number("layers", l) for l in given)
+    except InputError:
         raise InputError(f"layers must be None, an int or several ints, not {layers!r}") from None
     if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
         raise InputError(f"layers must be distinct, non-negative and not empty, got {layers!r}")
     return numbers if isinstance(layers, (tuple, list, range)) else numbers[0]
+
+
+def _checked_name(name: str | None) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"name must be text, not {name!r}")
+    return name
 
 
 def read(
@@ -112,7 +127,7 @@ def read(
     """
     site, layers = _checked_site(site), _checked_layers(site, layers)
     static = tuple(sorted(options.items()))
-    return Intercept(args, None, "read", site, layers, fn, name or site, static)
+    return Intercept(args, None, "read", site, layers, fn, _checked_name(name) or site, static)
 
 
 def write(site: str, layers, fn: Callable, /, *args, **options) -> Intercept:
@@ -135,7 +150,7 @@ def fold(
         raise InputError(f"fold acts at layer sites only, and {site!r} is not one")
     static, make = tuple(sorted(options.items())), init if callable(init) else None
     data = None if make else jax.tree.map(jnp.asarray, init)
-    return Intercept(args, data, "fold", site, layers, fn, name, static, make)
+    return Intercept(args, data, "fold", site, layers, fn, _checked_name(name), static, make)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -146,29 +161,46 @@ def _identity(x, ctx):
     return x
 
 
-def token_mask(ctx: Context, x: jax.Array, first: int, positions=None) -> jax.Array:
+def token_mask(
+    ctx: Context, x: jax.Array, first: int, positions: Positions | None = None
+) -> jax.Array:
     """bool, broadcastable to `x`: valid tokens from position `first` on, in `positions` if given.
 
     Of an attention pattern, the queries.
     """
     mask = ctx.valid & (ctx.positions >= first)
     if positions is not None:
-        wanted = jnp.atleast_1d(jnp.asarray(positions, jnp.int32))
-        mask = mask & (ctx.positions[..., None] == wanted[None, None, :]).any(-1)
+        which = jnp.atleast_1d(jnp.asarray(positions.which))
+        if which.dtype == bool:
+            mask = mask & jnp.take(which, ctx.positions, mode="fill", fill_value=False)
+        else:
+            wanted = which.astype(jnp.int32)
+            mask = mask & (ctx.positions[..., None] == wanted[None, None, :]).any(-1)
     if ctx.site == "attn_pattern":
         return mask[:, None, :, None]
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
+def _like(x: jax.Array, ctx: Context, value: Any, what: str) -> jax.Array:
+    """`value` in the dtype of `x` and broadcast to it, or one line that says why it does not."""
+    value = jnp.asarray(value).astype(x.dtype)
+    sizes = zip(value.shape[::-1], x.shape[::-1])
+    if value.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
+        raise InputError(
+            f"{what} at {ctx.site!r}: a value of shape {list(value.shape)} does not fit the "
+            f"activation {list(x.shape)}, whose last axis is {x.shape[-1]}"
+        )
+    return jnp.broadcast_to(value, x.shape)
+
+
 def _add(x, ctx, vector, positions, *, first):
     mask = token_mask(ctx, x, first, positions)
-    delta = jnp.broadcast_to(jnp.asarray(vector).astype(x.dtype), x.shape)
-    return jnp.where(mask, x + delta, x)
+    return jnp.where(mask, x + _like(x, ctx, vector, "steer"), x)
 
 
 def _replace(x, ctx, value, positions, *, first):
     mask = token_mask(ctx, x, first, positions)
-    return jnp.where(mask, jnp.broadcast_to(jnp.asarray(value).astype(x.dtype), x.shape), x)
+    return jnp.where(mask, _like(x, ctx, value, "patch"), x)
 
 
 def _stop_gradient(x, ctx):
@@ -183,15 +215,29 @@ def capture(site: str, layers=None, *, name: str | None = None) -> Intercept:
 def steer(site: str, layers, vector, *, positions=None, first: int = 1) -> Intercept:
     """Add `vector` (anything that broadcasts to the site; `per_layer(...)` for one each) to a site.
 
-    Positions below `first` are left alone (default 1: <bos>); `positions` (ints) restricts to those
-    absolute positions. Vector and positions are data.
+    Positions below `first` are left alone (default 1: <bos>); `positions` restricts to those
+    absolute positions: ints, or a boolean mask [n] over the positions 0 to n - 1. Negative ones are
+    refused: a text grows while it is generated. Vector and positions are data.
     """
-    return write(site, layers, _add, vector, positions, first=first)
+    where, first = at_positions(positions), whole_number("first", first, 0)
+    return write(site, layers, _add, _checked_value("steer", site, vector), where, first=first)
 
 
 def patch(site: str, layers, value, *, positions=None, first: int = 0) -> Intercept:
-    """Replace a site's activation by `value`, at all tokens or only at the `positions` given."""
-    return write(site, layers, _replace, value, positions, first=first)
+    """Replace a site's activation by `value`, at all tokens or only at the `positions` given (as
+    `steer` takes them).
+    """
+    where, first = at_positions(positions), whole_number("first", first, 0)
+    return write(site, layers, _replace, _checked_value("patch", site, value), where, first=first)
+
+
+def _checked_value(what: str, site: str, value: Any) -> Any:
+    """`value`, an array, a number or a list of numbers, or `per_layer` of one; see `check_data`."""
+    tree = value.tree if isinstance(value, PerLayer) else value
+    check_finite(f"the value of {what}", tree, infinite=site == "logits")
+    if isinstance(tree, (list, tuple)) and not is_abstract(tree):
+        tree = np.asarray(tree)
+    return PerLayer(tree) if isinstance(value, PerLayer) else tree
 
 
 def freeze(*sites: str) -> list[Intercept]:
@@ -214,7 +260,10 @@ def flatten(intercepts) -> tuple[Intercept, ...]:
 
 def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | None) -> None:
     """Raise `InputError` for layers that do not exist, reads never reached, and double names."""
-    if stop_at_layer is not None and not 0 <= stop_at_layer <= layers:
+    if (
+        stop_at_layer is not None
+        and not 0 <= whole_number("stop_at_layer", stop_at_layer) <= layers
+    ):
         raise InputError(f"stop_at_layer must be in 0..{layers}, got {stop_at_layer}")
     ran = layers if stop_at_layer is None else stop_at_layer
     names = [i.name for i in intercepts if i.name is not None]
@@ -222,6 +271,7 @@ def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | N
         if names.count(name) > 1:
             raise InputError(f"two reads are called {name!r}: give one of them another name=")
     for i in intercepts:
+        _check_per_layer(i, layers)
         if i.site in LAYER_SITES:
             last = max(i.at_layers(layers))
             if last >= layers:
@@ -235,6 +285,36 @@ def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | N
             raise InputError(
                 f"{i.name!r} at {i.site!r} is never reached: stop_at_layer is {stop_at_layer}"
             )
+
+
+def _check_per_layer(i: Intercept, layers: int) -> None:
+    """On a device, layers beyond the end of an argument would get its last."""
+    count = len(i.at_layers(layers)) if i.site in LAYER_SITES else 0
+    for arg in i.args:
+        if isinstance(arg, PerLayer):
+            shapes = [np.shape(leaf) for leaf in jax.tree.leaves(arg.tree)]
+            if any(shape[:1] != (count,) for shape in shapes):
+                given = ", ".join(str(list(shape)) for shape in shapes)
+                raise InputError(
+                    f"per_layer at {i.site!r} needs a first axis of {count} layers, got {given}"
+                )
+
+
+def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: int) -> None:
+    """Raise `InputError` for arguments on the host that this pass cannot mean: positions beyond
+    texts of `most` tokens, masks that end before token `least`, values that overflow in `dtype`,
+    the model's (norm scales, patterns and logits are float32).
+    """
+    for i in intercepts:
+        for arg in i.args:
+            if isinstance(arg, Positions):
+                check_positions(arg, least, most)
+        if i.fn in (_add, _replace):
+            wide = i.site.endswith("_scale") or i.site in ("attn_pattern", "logits")
+            value = i.args[0].tree if isinstance(i.args[0], PerLayer) else i.args[0]
+            kind = jnp.float32 if wide else dtype
+            what = f"the value of {'steer' if i.fn is _add else 'patch'} at {i.site!r}"
+            check_finite(what, value, kind, infinite=i.site == "logits")
 
 
 def reads_whole_pattern(intercepts: tuple[Intercept, ...]) -> bool:

@@ -5,39 +5,20 @@ over "data", which also shards d_model of every matrix (FSDP). An axis that does
 replicated, so every preset loads on every mesh.
 """
 
-import os
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
+from gemma_scope_jax.model.processes import join_processes as join_processes
 
-
-def join_processes(
-    coordinator: str = "", processes: int | None = None, process: int | None = None
-) -> None:
-    """Make the processes of a job one JAX program; call it before anything else of JAX.
-
-    What is not given comes from the environment: TPU pods, SLURM and Open MPI are recognised. One
-    process alone: nothing happens. Raises `InputError` if they cannot come together.
-    """
-    given = (coordinator, processes, process)
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
-    sizes = (os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    several = workers or any(size.isdigit() and int(size) > 1 for size in sizes)
-    if given == ("", None, None) and not several:
-        return
-    try:
-        jax.distributed.initialize(coordinator or None, processes, process)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the processes of this job could not be joined ({error}); give --coordinator "
-            "HOST:PORT, --processes and --process"
-        ) from error
+_F = TypeVar("_F", bound=Callable)
 
 
 def make_mesh(
@@ -49,7 +30,7 @@ def make_mesh(
     The axes are `AxisType.Auto`: the compiler places what nobody annotated, such as a user's
     intercept function. Raises `InputError` when the devices do not suffice or do not divide.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, object)))
     if data < 1 or (model is not None and model < 1):
         raise InputError(f"mesh of data={data}, model={model}: both must be at least 1")
     if model is None:
@@ -66,6 +47,90 @@ def make_mesh(
     )
 
 
+AXES = ("data", "model")
+
+
+def our_mesh(mesh: Any) -> Mesh:
+    """`mesh` as our programs take it: axes ("data", "model") in this order, both Auto.
+
+    The devices stay as they are. Axes of Explicit type, as `jax.make_mesh` makes them, become Auto;
+    an axis that is missing has one device, and others are left out if they have one. Raises
+    `InputError` for axes of other names, whose meaning would be a guess.
+    """
+    known = isinstance(mesh, (Mesh, AbstractMesh))
+    if known and mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh  # type: ignore[return-value]
+    if not isinstance(mesh, Mesh):
+        raise InputError(f"a mesh is wanted, as gs.make_mesh(2, 4) makes one, not {mesh!r}")
+    sizes = dict(zip(mesh.axis_names, mesh.devices.shape))
+    if others := [name for name in sizes if name not in AXES and sizes[name] > 1]:
+        raise InputError(
+            f"the mesh has an axis {others[0]!r}: ours are 'data' (rows of a batch, and FSDP) and "
+            "'model' (heads, hidden, features); name those of yours so that are meant: "
+            "jax.sharding.Mesh(mesh.devices, ('data', 'model'))"
+        )
+    order = sorted(sizes, key=lambda name: AXES.index(name) if name in AXES else -1)
+    devices = mesh.devices.transpose([mesh.axis_names.index(name) for name in order])
+    devices = devices.reshape([sizes.get(name, 1) for name in AXES])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def on_auto_axes(tree: Any) -> Any:
+    """`tree` with its arrays on meshes with Explicit axes put on equal ones with Auto axes, as all
+    our programs have; the data stay where they are.
+    """
+    explicit = lambda x: (
+        isinstance(x, jax.Array)
+        and not isinstance(x, Tracer)
+        and isinstance(x.sharding, NamedSharding)
+        and AxisType.Explicit in x.sharding.mesh.axis_types
+    )
+    if not any(map(explicit, jax.tree.leaves(tree))):
+        return tree
+
+    def auto(x: Any) -> Any:
+        if not explicit(x):
+            return x
+        mesh = x.sharding.mesh
+        ours = set(mesh.axis_names) <= set(AXES)
+        types = (AxisType.Auto,) * mesh.devices.ndim
+        mesh = our_mesh(mesh) if ours else Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+        return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+
+    return jax.tree.map(auto, tree)
+
+
+def check_axes(weight: jax.Array) -> None:
+    """Raise `InputError` if a weight lies on a mesh with Explicit axes: no program of ours says
+    where each of its values lies.
+    """
+    mesh = jax.typeof(weight).sharding.mesh
+    if any(t == AxisType.Explicit and n > 1 for t, n in zip(mesh.axis_types, mesh.axis_sizes)):
+        raise InputError(
+            f"the weights lie on a mesh with Explicit axes {mesh.axis_names}: load_model(.., mesh="
+            "mesh), or device_put(params, gs.param_shardings(config, mesh)), makes them Auto"
+        )
+
+
+def own_mesh(function: _F) -> _F:
+    """Decorates what runs our programs: they go by where the weights lie, not by a mesh that the
+    caller has set (`jax.set_mesh`). Traced, as inside a `jit` of the caller's, it changes nothing.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*args, **options)
+        try:
+            unset = jax.set_mesh(Mesh(np.empty((), object), ()))
+        except ValueError:  # it cannot be set here: this is being traced
+            return function(*args, **options)
+        with unset:
+            return function(*args, **options)
+
+    return call  # type: ignore[return-value]
+
+
 def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
     """The `PartitionSpec` of every weight, as a `Params`: the layer axis L is never sharded.
 
@@ -73,7 +138,7 @@ def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
     kv heads (1 in the small models) are replicated where they do not divide. `fsdp=False` keeps
     d_model whole: for inference where the weights fit.
     """
-    c = config
+    c, mesh = config, our_mesh(mesh)
 
     def fits(axis: str, size: int) -> str | None:
         return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
@@ -106,7 +171,10 @@ def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
 
 
 def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
-    """`param_specs` as `NamedSharding`s on `mesh`: for `device_put`, `jit` and the loader."""
+    """`param_specs` as `NamedSharding`s on `mesh` (see `our_mesh`): for `device_put`, `jit` and the
+    loader.
+    """
+    mesh = our_mesh(mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, fsdp))
 
 
@@ -115,6 +183,7 @@ def shard_batch(mesh: Mesh, array: Any) -> jax.Array:
 
     Raises `InputError` when B does not divide.
     """
+    mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
         raise InputError(
             f"batch of shape {np.shape(array)} does not split over {mesh.shape['data']} devices; "
@@ -131,6 +200,11 @@ def mesh_of(weight: jax.Array) -> Any:
     mesh = jax.typeof(weight).sharding.mesh
     ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if ours else None
+
+
+def mesh_under(weight: Any) -> Any:
+    """The mesh with its devices, where `mesh_of` finds one, of a weight that is there; or None."""
+    return weight.sharding.mesh if mesh_of(weight) is not None else None
 
 
 def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,6 +1,7 @@
 """The active entries' products in C++ for CPUs: `sparse_kernels.cc`, where the axes are `sparse`'s.
 
-Compiled at the first use with the machine's own compiler, kept in a cache folder, called by XLA.
+Compiled at the first use with the machine's own compiler, kept in a cache folder that only this
+user can write to, called by XLA. What is kept ends in its own digest: damaged, it is made again.
 """
 
 import ctypes
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from gemma_scope_jax.buckets import cache_folder
+from gemma_scope_jax.buckets import private_cache
+from gemma_scope_jax.errors import InputError
 
 SOURCE = Path(__file__).with_name("sparse_kernels.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -34,8 +36,13 @@ def available() -> bool:
     Where that fails, one line on standard error says why. $CXX chooses the compiler.
     """
     try:
-        _register(_library())
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        file = _library()
+        try:
+            _register(file)
+        except (OSError, AttributeError):  # whole, and yet of another system
+            file.unlink(missing_ok=True)
+            _register(_library())
+    except (InputError, OSError, subprocess.SubprocessError, AttributeError) as error:
         text = getattr(error, "stderr", None) or str(error)
         lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
         reason = " ".join((lines or ["unknown error"])[0].split())
@@ -54,16 +61,29 @@ def _library() -> Path:
     version = run([compiler, "--version"]).stdout
     key = (SOURCE.read_text(), FLAGS, version, jaxlib.__version__, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    file = cache_folder() / "kernels" / f"{name}.so"
-    if file.exists():
+    file = private_cache("kernels") / f"{name}.so"
+    if _is_whole(file):
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Another process may compile the same: each writes its own file, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
+        made.write_bytes(_with_digest(made.read_bytes()))
         os.replace(made, file)
     return file
+
+
+def _with_digest(program: bytes) -> bytes:
+    return program + hashlib.sha256(program).digest()  # the loader ignores what follows the program
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether `file` is there, this user's, and as it was written: a cut one kills who loads it."""
+    try:
+        content, mine = file.read_bytes(), file.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+    return mine and not file.is_symlink() and content == _with_digest(content[:-32])
 
 
 def _cpu() -> str:

@@ -30,7 +30,7 @@ from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
-from gemma_scope_jax.model.sharding import make_mesh
+from gemma_scope_jax.model.sharding import make_mesh, own_mesh
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
@@ -70,6 +70,7 @@ def load_config(path: str | os.PathLike) -> TrainConfig:
     return config
 
 
+@own_mesh
 def train(
     config: TrainConfig, out: str | os.PathLike, model: Model | None = None, data: Any = None
 ) -> dict[str, Coder]:
@@ -105,6 +106,7 @@ def _model(config: TrainConfig, mesh: Any) -> Model:
     return Model(abstract_params(shape, config.model_dtype), shape)
 
 
+@own_mesh
 def store_activations(
     config: TrainConfig, folder: str | os.PathLike, tokens: int | None = None,
     dtype: str = "bfloat16", model: Model | None = None, data: Any = None,

@@ -147,7 +147,8 @@ def _choice_logits(model: Model, prefix: Cache, tokens, segments, places, choice
     rows = tokens.shape[0]
     wide = lambda x, axis: jnp.repeat(x, rows, axis)
     seen = Tokens(wide(prefix.tokens.positions, 0), wide(prefix.tokens.segments, 0))
-    cache = Cache(wide(prefix.k, 1), wide(prefix.v, 1), seen, prefix.used)
+    last = wide(prefix.last, 0)
+    cache = Cache(wide(prefix.k, 1), wide(prefix.v, 1), seen, prefix.used, last)
     reads = [capture("resid_final")]
     out = forward(model, tokens, reads, cache=cache, segments=segments, logits="none")
     x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)

@@ -30,13 +30,14 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, hugging
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
-from gemma_scope_jax.model.sharding import param_shardings
+from gemma_scope_jax.model.sharding import own_mesh, param_shardings
 
 EMBED_SLICE = 16 << 20  # bytes (as float32) of embedding that pass through the host at a time
 CONFIGS = ("config.json", "adapter_config.json", *TOKENS[:2])  # all that decides the shapes
 WEIGHTS = (*CONFIGS, *TOKENS[2:], "*.safetensors", "*.safetensors.index.json")
 
 
+@own_mesh
 def load_model(
     source: str | os.PathLike,
     *,
