@@ -97,6 +97,8 @@ def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | Mul
             first=untrained_positions(model_name),
         )
         files = _layer_files(config, folder) if kind == "transcoder_set" else {}
+        if kind != "transcoder_set" and config.get("transcoders") is not None:
+            raise InputError(f"transcoders are the files of a transcoder_set, not of a {kind}")
     origin = {"circuit_tracer": config}
     if kind == "transcoder_set":
         return {

@@ -70,8 +70,9 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
         k = _kept(flat) if architecture == TOPK else None
         model_name = model_named(flat)
         reads, writes, layer = _place(flat, architecture)
+        first = _first(flat, model_name)
     with errors_name(folder):
-        tensors = _weights(folder / WEIGHTS, architecture)
+        tensors = _weights(folder / WEIGHTS, architecture, flat)
         _fold(tensors, flat, folder)
         if (skip := tensors.pop("W_skip", None)) is not None:
             skip = jnp.asarray(skip.T)
@@ -80,7 +81,7 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
         width = weights["w_enc"].shape[1]
         coder = SparseCoder(
             **weights, w_skip=skip, layer=layer, reads=reads, writes=writes,
-            first=_first(flat, model_name), k=k,
+            first=first, k=k,
             info=CoderInfo(
                 model_name, kind, width=width, path=str(path), folder=os.path.abspath(folder),
                 config={"sae_lens": config},
@@ -167,13 +168,18 @@ def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
     return reads, writes, layer
 
 
-def _weights(path: Path, architecture: str) -> dict[str, np.ndarray]:
+def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
     ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
     if "jumprelu" in architecture:
         ranks["threshold"] = 1
     if "skip" in architecture:
         ranks["W_skip"] = 2
     tensors = read_tensors(path, ranks, {"scaling_factor": 1})
+    finetuned = config.get("finetuning_scaling_factor")
+    if finetuned not in (None, False) and "scaling_factor" not in tensors:
+        raise InputError(
+            f"finetuning_scaling_factor is {finetuned!r:.40}, but {path.name} has no scaling_factor"
+        )
     scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
     if (scale != 1).any():
         raise InputError("a finetuned scaling_factor other than 1 is not supported")

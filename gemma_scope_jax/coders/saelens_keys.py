@@ -79,6 +79,9 @@ def check_keys(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
             )
         if key in FUNCTION and key not in config and metadata[key] is not None:
             raise InputError(f"{key} stands in metadata, where SAELens does not look: move it out")
+    for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if not isinstance(config.get(key), bool | None):
+            raise InputError(f"{key} is {config[key]!r:.40}, not true or false")
     arguments = config.get("activation_fn_kwargs")
     if arguments is not None and not (isinstance(arguments, dict) and set(arguments) <= {"k"}):
         raise InputError(f"activation_fn_kwargs is {arguments!r:.60}, only k is supported")
