@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -200,31 +201,33 @@ def test_a_store_holds_out_its_last_rows(model, tmp_path, monkeypatch):
     assert last(tmp_path / "run")["saved"][coder(activation="batch_topk").folder]["held_out"]
 
 
-def test_a_coder_that_went_wrong_is_not_saved_without_a_word(model, tmp_path, capfd):
+def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_path, capfd):
     """Wild weights are said in the log, the card and on standard error, NaN is not saved."""
     with pytest.raises(InputError, match="learning_rate must be above 0 and at most 1"):
         OptimizerConfig(1e8)
-    wild = OptimizerConfig(1.0, 0, step_limit=0.0, clip=0.0)
-    names = [c.folder for c in (coder(), coder(seed=1))]
-    real = training.coders
+    names, real = [c.folder for c in CODERS], training.coders
+    shutil.copytree(run[0], tmp_path / "run")  # finished: its coders are only written again
+    shutil.rmtree(tmp_path / "run" / "coders")
 
     def broken(*args):
         found = real(*args)
-        nan = found[names[1]].replace(b_dec=found[names[1]].b_dec.at[0].set(jnp.nan))
-        large = found[names[0]].replace(w_dec=1e20 * found[names[0]].w_dec)
-        return {names[0]: large, names[1]: nan}
+        wild, nan = found[names[0]], found[names[1]]
+        found[names[0]] = wild.replace(w_dec=1e20 * wild.w_dec)
+        found[names[1]] = nan.replace(b_dec=nan.b_dec.at[0].set(jnp.nan))
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "coders", broken)
         with pytest.raises(InputError, match="not saved after .*b_dec holds NaN") as refused:
-            training.train(recipe(coder(), coder(seed=1), tokens=128 * 8, optimizer=wild),
-                           tmp_path, model, documents())  # fmt: skip
+            training.train(recipe(*CODERS), tmp_path / "run", model, documents())
     assert "\n" not in str(refused.value) and "lower learning rate" in str(refused.value)
-    said = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: ")]
+    said = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: " + names[0])]
     assert len(said) == 1 and "no better than the mean activation (FVU" in said[0]
-    assert "**Warning: its rec" in (tmp_path / "coders" / names[0] / "README.md").read_text()
-    assert not (tmp_path / "coders" / names[1]).exists()
-    assert last(tmp_path)["saved"][names[0]]["fvu"] > 1e30
+    card = (tmp_path / "run" / "coders" / names[0] / "README.md").read_text()
+    assert "**Warning: its rec" in card
+    assert not (tmp_path / "run" / "coders" / names[1]).exists()
+    assert (tmp_path / "run" / "coders" / names[2]).exists()
+    assert last(tmp_path / "run")["saved"][names[0]]["fvu"] > 1e30
 
 
 def test_figures_that_are_not_finite_are_null_in_the_log_and_doubted(tmp_path):

@@ -82,11 +82,13 @@ def architecture(model_name: str) -> GemmaConfig | None:
 
 
 def untrained_positions(model_name: str) -> int:
-    """How many leading positions the release's coders of this model were not trained on.
+    """How many leading positions the release's coders of this model were not trained on."""
+    return 4 if instruction_tuned(model_name) else 1
 
-    4 for instruction-tuned models, however that is spelled: -it, -IT, _it, -it-qat-q4_0.
-    """
-    return 4 if re.search(r"[-_]it(?![a-z0-9])", model_name.lower()) else 1
+
+def instruction_tuned(model_name: str) -> bool:
+    """Whether a model's name says so, however it is spelled: -it, -IT, _it, -it-qat-q4_0."""
+    return re.search(r"[-_]it(?![a-z0-9])", model_name.lower()) is not None
 
 
 def parse_hook_point(text: str) -> tuple[str, Layers]:

@@ -82,8 +82,7 @@ def load_coder(
     dtype = _float_dtype(dtype)
     folder, path = _locate(source, revision)
     if not parameter_files(folder) and (load := _foreign_loader(folder)):
-        cast = lambda a: a if dtype is None else jnp.asarray(a).astype(dtype)
-        return jax.tree.map(cast, load(folder))
+        return load(folder) if dtype is None else _cast(load(folder), dtype, path)
     files, config = _describe(folder, path)
     if not config.multi_layer:
         if decoder is False:
@@ -258,6 +257,17 @@ def _foreign_loader(folder: Path) -> Callable[[Path], Any] | None:
     if interop.is_saelens_folder(folder):
         return interop.load_saelens
     return interop.load_circuit_tracer if interop.is_circuit_tracer_folder(folder) else None
+
+
+def _cast(loaded: Any, dtype: Any, path: str) -> Any:
+    """A foreign folder's coder, or coders by layer, in another dtype, which may not hold them."""
+    cast = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), loaded)
+    for coder in cast.values() if isinstance(cast, dict) else [cast]:
+        try:
+            check_values(coder)
+        except InputError as error:
+            raise InputError(f"{path}: as {dtype}, {error}") from error
+    return cast
 
 
 def _describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:

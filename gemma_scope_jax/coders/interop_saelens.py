@@ -253,6 +253,8 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         scaler = read_json(folder / SCALER)
     except InputError as error:
         raise InputError(f"{error}: it holds no scaling_factor that can be read") from error
+    if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
+        raise InputError(f"{folder / SCALER}: key {other[0]!r:.60} is not known")
     scale = scaler.get("scaling_factor")
     number = scale if isinstance(scale, int | float) else 0.0
     if scale is True or not 1e-30 < number < 1e30 or scaler.get("has_whitening"):

@@ -92,6 +92,18 @@ def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:
     write_text(log, "\n".join([*lines[:-1], json.dumps(row)]) + "\n")
 
 
+def said(name: str, figures: dict) -> str:
+    """The figures of a saved coder in a line for the terminal."""
+    if not figures["tokens"]:
+        return f"{name} as saved: not measured, there was no token for it"
+    on = "not trained on" if figures["held_out"] else "trained on"
+    return (
+        f"{name} as saved: FVU {figures['fvu']:.4g} ({figures['fvu_typical']:.4g} of typical "
+        f"tokens), L0 {figures['l0']:.1f}, at most {figures['l0_largest']:.0f}, on "
+        f"{figures['tokens']:,} tokens {on}"
+    )
+
+
 def doubt(figures: dict) -> str:
     """What is wrong with a coder of these figures, in words for people; "" if nothing is.
 

@@ -36,7 +36,7 @@ from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
-from gemma_scope_jax.training.measure import doubt, log_saved, measure
+from gemma_scope_jax.training.measure import doubt, log_saved, measure, said
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.progress import Progress
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
@@ -324,6 +324,7 @@ class _Run:
                 continue
             figures = measure(load_coder(os.fspath(folder), decoder=True), sample, layers)
             saved[name] = figures | {"held_out": apart}
+            print(said(name, saved[name]), file=sys.stderr)
             if why := doubt(figures):
                 print(f"warning: {name}: {why}", file=sys.stderr)
         return saved, refused
