@@ -35,7 +35,9 @@ def check_values(coder: Coder) -> None:
     """
     for name in ("w_enc", "b_enc", "threshold", "w_dec", "b_dec", "w_skip"):
         array = getattr(coder, name)
-        for rows in [] if array is None else row_chunks(array.shape, array.dtype.itemsize):
+        if array is None:
+            continue
+        for rows in row_chunks(array.shape, array.dtype.itemsize):
             if not np.isfinite(np.asarray(array[rows])).all():
                 raise InputError(f"{name} holds NaN or infinite values, which no reader takes")
     threshold = np.asarray(coder.threshold)
