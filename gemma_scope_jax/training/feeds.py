@@ -35,7 +35,7 @@ def fill_step(
     side = counts.astype(jnp.int32)
     x, used = steps.model_activations(model, tokens, segments, side > 0, plan)
     state = steps.fill(state, x, used & (side == TRAINED).reshape(-1))
-    return steps.hold(state, x, used & (side == HELD_OUT).reshape(-1), plan.config.held_share)
+    return steps.hold(state, x, used & (side == HELD_OUT).reshape(-1))
 
 
 def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):

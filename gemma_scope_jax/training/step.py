@@ -225,15 +225,9 @@ def fill(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
     return dataclasses.replace(state, buffer=buffer, slot=slot, filled=filled)
 
 
-def hold(state: TrainState, x: Sites, counts: jax.Array, share: float) -> TrainState:
-    """Write the activations that are held out, about a `share` of all, over the oldest of these.
-
-    Only they are gathered: of a pass that has far more than its share, as many as there is room.
-    """
-    B = counts.shape[0]
-    (at,) = jnp.nonzero(counts, size=min(B, max(64, int(4 * share * B))), fill_value=B)
-    few = {site: rows.at[:, at].get(mode="fill", fill_value=0) for site, rows in x.items()}
-    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, few, at < B)
+def hold(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
+    """Write the activations that are held out over the oldest of these."""
+    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, x, counts)
     return dataclasses.replace(state, held=held, held_slot=slot, held_filled=filled)
 
 
