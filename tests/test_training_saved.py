@@ -64,13 +64,13 @@ def letters():
 
 def spied(patch):
     """What `measure` is given, by the call."""
-    seen, real = [], training.measure
+    seen, real = [], measure.measure
 
     def spy(coder, sites, layers):
         seen.append((coder, sites, layers))
         return real(coder, sites, layers)
 
-    patch.setattr(training, "measure", spy)
+    patch.setattr(measure, "measure", spy)
     return seen
 
 

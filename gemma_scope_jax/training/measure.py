@@ -9,6 +9,8 @@ the recipe.
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +21,9 @@ import numpy as np
 
 from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.coders.coder import Coder, layers_of
+from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.errors import InputError
 
 OUTLIER = 3.0
 TOKENS = 256  # encoded at a time
@@ -76,6 +80,31 @@ def _run(coder: Coder, x, *, several: bool):
     back = coder.decode(f, x)
     on = jnp.sum(f > 0, -1, dtype=jnp.int32)
     return (jnp.sum(on, 0, dtype=jnp.int32), back) if several else (on, back[None])
+
+
+def save_measured(
+    found: dict[str, Coder], folder: Any, sites: dict[str, Any], layers: dict, apart: bool
+) -> tuple[dict[str, dict], list[str]]:
+    """Save coders below a folder, by name, and measure each as loaded back.
+
+    sites, layers: as `measure` takes them; `apart`: whether those tokens were not trained on. Gives
+    the figures by name, and of each whose weights are no numbers why it was not saved.
+    """
+    saved, refused = {}, []
+    for name, coder in found.items():
+        try:
+            save_coder(coder, folder / name)
+        except InputError as error:
+            if "NaN" not in str(error):
+                raise
+            refused.append(f"{name}: {error}")
+            continue
+        loaded = load_coder(os.fspath(folder / name), decoder=True)
+        saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
+        print(said(name, saved[name]), file=sys.stderr)
+        if why := doubt(saved[name]):
+            print(f"warning: {name}: {why}", file=sys.stderr)
+    return saved, refused
 
 
 def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:

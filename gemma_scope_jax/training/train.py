@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import folder_path, write_text
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.gemma_scope_files import load_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.coders.splice import Coder
 from gemma_scope_jax.data.activation_store import write_activations
@@ -36,7 +36,7 @@ from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
-from gemma_scope_jax.training.measure import doubt, log_saved, measure, said
+from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.progress import Progress
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
@@ -298,7 +298,8 @@ class _Run:
         found = coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
         found, sample = _on_every_host((found, {s: rows[:, 1::2] for s, rows in sample.items()}))
         if jax.process_index() == 0:
-            saved, refused = self._save(found, sample, apart)
+            sites = dict(self.plan.sites)
+            saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
             log_saved(log, tokens, saved)
             for name in saved:
                 write_card(self.out / "coders" / name, name, self.config, log, tokens)
@@ -309,25 +310,6 @@ class _Run:
                     "folder, with a lower learning rate"
                 )
         return found
-
-    def _save(self, found: dict[str, Coder], sample: steps.Sites, apart: bool):
-        """Save coders, and measure them as loaded back: (figures by name, why others were not)."""
-        saved, refused, layers = {}, [], dict(self.plan.sites)
-        for name, coder in found.items():
-            folder = self.out / "coders" / name
-            try:
-                save_coder(coder, folder)
-            except InputError as error:
-                if "NaN" not in str(error):
-                    raise
-                refused.append(f"{name}: {error}")
-                continue
-            figures = measure(load_coder(os.fspath(folder), decoder=True), sample, layers)
-            saved[name] = figures | {"held_out": apart}
-            print(said(name, saved[name]), file=sys.stderr)
-            if why := doubt(figures):
-                print(f"warning: {name}: {why}", file=sys.stderr)
-        return saved, refused
 
 
 def _on_every_host(tree: Any) -> Any:
