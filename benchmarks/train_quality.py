@@ -135,6 +135,7 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
     from sae_lens.training.sae_trainer import SAETrainer
 
     from gemma_scope_jax.data.activation_store import ActivationStore
+    from gemma_scope_jax.training.held_out import held_rows
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -159,7 +160,10 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
         seconds = json.loads((state / "done.json").read_text())["seconds"]
         sae.load_state_dict(torch.load(state / "sae.pt"))
         trainer.load_trainer_state(state)
-    batches = store.batches(UPDATES * BATCH, 0, start=trainer.n_training_steps // UPDATES)
+    rows = len(store) - held_rows(len(store), 1 / 64)  # the others ours holds out
+    batches = store.batches(
+        UPDATES * BATCH, 0, start=trainer.n_training_steps // UPDATES, rows=rows
+    )
     begin = time.perf_counter() - seconds
     while trainer.n_training_steps < steps:
         x = torch.from_numpy(next(batches)["resid_post"][0].astype(np.float32)) / scale

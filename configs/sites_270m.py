@@ -2,8 +2,8 @@
 
     gemma-scope train configs/sites_270m.py --out runs/sites_270m
 
-`z` is what the output projection of attention reads: the release calls these SAEs attn_out. TopK
-and BatchTopK coders are saved as JumpReLU coders, with one threshold that keeps their L0.
+`z` is what the output projection of attention reads: the release calls these SAEs attn_out. A TopK
+coder is saved as one, a BatchTopK coder as a JumpReLU coder with one threshold that keeps its L0.
 """
 
 from short_run import LOSS, RUN

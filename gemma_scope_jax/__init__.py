@@ -21,6 +21,7 @@ _PUBLIC = {
     "model.checkpoints.load": ["load_model", "model_config"],
     "coders.sparse_coder": ["SparseCoder"],
     "coders.multi_layer_coder": ["MultiLayerCoder"],
+    "coders.jump_relu": ["as_jump_relu"],
     "coders.splice": ["clamp", "edit", "features", "splice"],
     "coders.gemma_scope_files": ["decoder_rows", "load_coder", "load_decoder", "save_coder"],
     "coders.catalog": ["addresses"],

@@ -450,6 +450,13 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
     assert norms[1, 0] == 0 and (norms[[0, 0, 1], [0, 1, 1]] > 0).all()
     print_core([result])
     assert "layer 2" in capsys.readouterr().out
+    # A figure that nobody can mean is said, in the document and under the table.
+    wild = c.replace(w_dec=1e12 * c.w_dec)
+    (result,) = evaluate_core(model, [wild], data, plan, config)
+    [warning] = result["eval_result_unstructured"]["warnings"]
+    assert "e+" in warning and "no better than the mean" in warning
+    print_core([result])
+    assert warning in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------

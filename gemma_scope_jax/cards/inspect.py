@@ -106,6 +106,11 @@ def _look(model: Model, coder: SparseCoder, tokens, segments, *, k: int):
 @jax.jit
 def _heat(coder: SparseCoder, x: jax.Array, mask: jax.Array, features: jax.Array) -> jax.Array:
     """Activations [S, T] of `features` [S] on inputs x [T, D]; 0 outside of `mask` [T]."""
+    if coder.k is not None:  # what a TopK coder keeps hangs on all features
+        size = min(TOKEN_CHUNK, x.shape[0])
+        encode = lambda some: coder.encode(some)[:, features]
+        f = jax.lax.map(encode, x.reshape(-1, size, x.shape[-1])).reshape(x.shape[0], -1)
+        return jnp.where(mask[None, :], f.T, 0.0)
     some = dataclasses.replace(
         coder,
         w_enc=jnp.asarray(coder.w_enc)[:, features],

@@ -2,8 +2,12 @@
 
 import dataclasses
 
+import numpy as np
+
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.parameter_files import row_chunks
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.identity import checksum
 
 Coder = SparseCoder | MultiLayerCoder
@@ -21,4 +25,23 @@ def weights_identity(coder: Coder) -> str:
     biases, too.
     """
     whole = isinstance(coder, SparseCoder)
-    return checksum(coder if whole else dataclasses.replace(coder, w_dec=None))
+    weights = coder if whole else dataclasses.replace(coder, w_dec=None)
+    return checksum(weights if coder.k is None else (weights, np.array([coder.k], np.float32)))
+
+
+def check_values(coder: Coder) -> None:
+    """Raise `InputError` for weights that no reader takes: NaN and infinite ones, thresholds below
+    0, and thresholds beside a `k`, which the files of TopK coders do not hold.
+    """
+    for name in ("w_enc", "b_enc", "threshold", "w_dec", "b_dec", "w_skip"):
+        array = getattr(coder, name)
+        if array is None:
+            continue
+        for rows in row_chunks(array.shape, array.dtype.itemsize):
+            if not np.isfinite(np.asarray(array[rows])).all():
+                raise InputError(f"{name} holds NaN or infinite values, which no reader takes")
+    threshold = np.asarray(coder.threshold)
+    if (threshold < 0).any():
+        raise InputError("threshold holds negative values")
+    if coder.k is not None and threshold.any():
+        raise InputError(f"a TopK coder (k {coder.k}) has no thresholds: set them to 0")

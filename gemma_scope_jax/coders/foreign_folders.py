@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.coders.gemma_scope_config import normalise_model_name, parse_hook_point
+from gemma_scope_jax.coders.parameter_files import check_finite
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
@@ -96,8 +97,9 @@ def read_tensors(
 ) -> dict[str, np.ndarray]:
     """The named tensors (name -> rank) of a safetensors file, as float32 or bfloat16.
 
-    Raises `InputError` for a tensor that is missing, has another rank, is empty or not a float, and
-    for one that is neither in `shapes` nor in `optional`: ignoring it would change the coder.
+    Raises `InputError` for a tensor that is missing, has another rank, is empty or not a float, for
+    NaN and values that float32 does not hold, and for a tensor that is neither in `shapes` nor in
+    `optional`: ignoring it would change the coder.
     """
     ranks, found = {**shapes, **(optional or {})}, {}
     with open_safetensors(path) as file:
@@ -113,8 +115,11 @@ def read_tensors(
                 raise InputError(f"{path}: {name} is {dtype}, expected a float")
             if len(shape) != ranks[name] or 0 in shape:
                 raise InputError(f"{path}: {name} has shape {list(shape)}, not {ranks[name]} axes")
-            tensor = file.get_tensor(name)
-            found[name] = tensor if dtype == "BF16" else tensor.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):
+                tensor = file.get_tensor(name)
+                tensor = tensor if dtype == "BF16" else tensor.astype(np.float32, copy=False)
+            check_finite(tensor, path, name)
+            found[name] = tensor
     return found
 
 

@@ -9,8 +9,6 @@ Face modules and decide the sites; other libraries' hook names are never consult
 """
 
 import dataclasses
-import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
+from gemma_scope_jax.storage.strict_json import parse_json
 
 # Hugging Face module and end of it -> site. The release uses the first four.
 SITES = {
@@ -33,7 +32,8 @@ SITES = {
     "pre_feedforward_layernorm.input": "resid_mid",
     "mlp.down_proj.input": "mlp_act",
 }
-ARCHITECTURES = ("jump_relu", "jumprelu")
+ARCHITECTURES = ("jump_relu", "jumprelu")  # as published; ours besides: TOPK, with its `k`
+TOPK = "topk"
 Layers = tuple[int, ...] | None  # None: "{all}", every layer of the model
 
 
@@ -47,6 +47,7 @@ class FolderConfig:
     writes: str
     first: int  # leading token positions the coder was not trained on
     affine: bool | None
+    k: int | None  # of a TopK coder
     info: CoderInfo
 
     @property
@@ -65,7 +66,7 @@ def normalise_model_name(name: str) -> str:
     `gemma-v3-1b-pt`, `gemma-3-1b-pt` -> `google/gemma-3-1b-pt`; `google/gemma-3-270m-pt` ->
     `google/gemma-3-270m`. Raises `InputError` for a size that does not exist (`gemma-3-9b`).
     """
-    short = name.strip().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
+    short = name.strip().lower().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
     if not (match := re.fullmatch(r"(gemma-3-\d+[mb])(-pt|-it)?", short)):
         return name.strip()
     base, variant = match[1], match[2] or "-pt"
@@ -82,7 +83,12 @@ def architecture(model_name: str) -> GemmaConfig | None:
 
 def untrained_positions(model_name: str) -> int:
     """How many leading positions the release's coders of this model were not trained on."""
-    return 4 if model_name.endswith("-it") else 1
+    return 4 if instruction_tuned(model_name) else 1
+
+
+def instruction_tuned(model_name: str) -> bool:
+    """Whether a model's name says so, however it is spelled: -it, -IT, _it, -it-qat-q4_0."""
+    return re.search(r"[-_]it(?![a-z0-9])", model_name.lower()) is not None
 
 
 def parse_hook_point(text: str) -> tuple[str, Layers]:
@@ -160,18 +166,42 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
 _TYPES = {
     "hf_hook_point_in": str, "hf_hook_point_out": str, "width": int, "model_name": str,
     "architecture": str, "l0": (int, float), "affine_connection": bool, "type": str, "first": int,
+    "k": int,
 }  # fmt: skip
+LONGEST, MOST = 1 << 17, 1 << 31  # positions that a text of Gemma 3 can have; features
+
+# Keys of a config.json that are ours or published, all of them consulted, stand in `_TYPES`. Any
+# other is a note that its writer left (`config_extra`) and is kept, never consulted. But one that
+# speaks of what a coder computes, in its whole or in a part of its name, is no note: who wrote it
+# has another function in mind.
+_COMPUTED = {
+    "act", "activation", "activations", "apply", "bias", "center", "centre", "centred", "centered",
+    "clip", "fold", "fn", "gate", "gated", "head", "jump", "noise", "norm", "normalise",
+    "normalize", "normalised", "normalized", "normalisation", "normalization", "relu", "rescale",
+    "reshape", "scale", "scaler", "scaling", "shift", "subtract", "subtraction", "temperature",
+    "threshold", "tied", "topk", "transpose", "transposed", "whiten", "whitening",
+}  # fmt: skip
+HARMLESS = {  # values of SAELens' keys with which nothing is done; a coder may come from there
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "apply_b_dec_to_input": False,
+    "finetuning_scaling_factor": False,
+    "rescale_acts_by_decoder_norm": False,
+}
 
 
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """A config.json as a dict, or `InputError`."""
     try:
-        with open(file, encoding="utf-8") as opened:
-            config = json.load(opened)
+        with open(file, "rb") as opened:
+            config = parse_json(opened.read(), "it")
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); download it again") from error
+    except ValueError as error:  # what is not JSON, and a NUL in the path
+        if not isinstance(error, InputError):
+            raise InputError(f"{file}: cannot be read ({error})") from error
+        why = str(error).removeprefix("it: ").removeprefix("not usable as JSON ").strip("()")
+        raise InputError(f"{file}: not JSON ({why}); download it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
     return config
@@ -190,12 +220,16 @@ def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> Folde
         wrong_bool = isinstance(value, bool) and expected is not bool
         if key in given and (not isinstance(value, expected) or wrong_bool):
             raise InputError(f"{key} is {value!r}, not a {_name(expected)}")
+    for key in sorted(set(given) - set(_TYPES)):
+        words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
+        if not _COMPUTED.isdisjoint(words) and given[key] != HARMLESS.get(key, ...):
+            raise InputError(f"key {key!r} ({given[key]!r:.40}) speaks of what the coder computes, "
+                             "and nothing is known of it: it cannot be left out")  # fmt: skip
     merged = {**config_from_path(path, given.get("type", "")), **given}
-    for key, least in (("width", 1), ("first", 0), ("l0", 0)):
-        if merged.get(key) is not None and not least <= merged[key] < math.inf:
-            raise InputError(f"{key} is {merged[key]}, expected at least {least} and finite")
-    if merged.get("architecture", "jump_relu") not in ARCHITECTURES:
-        raise InputError(f"architecture {merged['architecture']!r} is not jump_relu")
+    for key, least, most in (("width", 1, MOST), ("first", 0, LONGEST), ("l0", 0, MOST)):
+        if merged.get(key) is not None and not least <= merged[key] <= most:
+            raise InputError(f"{key} is {merged[key]}, expected {least} to {most}")
+    k = _kept(merged)
 
     model_name = normalise_model_name(merged.get("model_name", ""))
     kind, layers, reads, writes = _sites(merged)
@@ -207,7 +241,17 @@ def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> Folde
     info = CoderInfo(model_name, kind, merged.get("l0"), merged.get("width"), path, config=config)
     first = merged.get("first", untrained_positions(model_name))
     affine = merged.get("affine_connection")
-    return FolderConfig(kind, layers, reads, writes, first, affine, info)
+    return FolderConfig(kind, layers, reads, writes, first, affine, k, info)
+
+
+def _kept(config: Mapping[str, Any]) -> int | None:
+    """The k of a TopK coder's config, None for a JumpReLU coder's, `InputError` for others."""
+    name, k = config.get("architecture", "jump_relu"), config.get("k")
+    if name not in (*ARCHITECTURES, TOPK):
+        raise InputError(f"architecture {name!r} is not jump_relu or {TOPK}")
+    if (name == TOPK) != (k is not None):
+        raise InputError(f"architecture {name!r} and k {k!r}: only {TOPK} has a k, and needs it")
+    return k
 
 
 def _name(expected: Any) -> str:
@@ -248,6 +292,8 @@ def _sites(config: Mapping[str, Any]) -> tuple[str, Layers, str, str]:
 def config_of(coder: SparseCoder | MultiLayerCoder, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a coder: the eight published keys, those it came with, and `extra`.
 
+    A TopK coder's architecture is "topk", which no reader of published folders takes for its own,
+    beside the `k`.
     A key it came with keeps its spelling where it still means the same; `extra` goes over all.
     """
     info, multi_layer = coder.info, isinstance(coder, MultiLayerCoder)
@@ -261,19 +307,22 @@ def config_of(coder: SparseCoder | MultiLayerCoder, extra: Mapping[str, Any]) ->
         "hf_hook_point_out": hook_point(coder.writes, layers, multi_layer),
         "width": coder.width * len(own_layers),
         "model_name": info.model_name,
-        "architecture": "jump_relu",
+        "architecture": "jump_relu" if coder.k is None else TOPK,
         "l0": info.l0,
         "affine_connection": coder.w_skip is not None,
         "type": coder.kind.removeprefix("skip_"),
     }
     if coder.first != untrained_positions(info.model_name):
         config["first"] = coder.first
+    if coder.k is not None:
+        config["k"] = coder.k
     kept = dict(info.config)
     for key, value in config.items():
         if key not in kept or _meaning(key, kept[key]) != _meaning(key, value):
             kept[key] = value
-    if "first" not in config:
-        kept.pop("first", None)
+    for key in ("first", "k"):
+        if key not in config:
+            kept.pop(key, None)
     return {**kept, **extra}
 
 
@@ -285,7 +334,7 @@ def _meaning(key: str, value: Any) -> Any:
         if key == "model_name":
             return normalise_model_name(value)
         if key == "architecture":
-            return value in ARCHITECTURES
+            return "jump_relu" if value in ARCHITECTURES else value
     except (InputError, TypeError, AttributeError):
         pass
     return value

@@ -31,7 +31,7 @@ from gemma_scope_jax.coders.atomic_files import (
     write_json,
     write_safetensors,
 )
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, check_values
 from gemma_scope_jax.coders.gemma_scope_config import (
     FolderConfig,
     config_of,
@@ -82,8 +82,7 @@ def load_coder(
     dtype = _float_dtype(dtype)
     folder, path = _locate(source, revision)
     if not parameter_files(folder) and (load := _foreign_loader(folder)):
-        cast = lambda a: a if dtype is None else jnp.asarray(a).astype(dtype)
-        return jax.tree.map(cast, load(folder))
+        return load(folder) if dtype is None else _cast(load(folder), dtype, path)
     files, config = _describe(folder, path)
     if not config.multi_layer:
         if decoder is False:
@@ -158,7 +157,8 @@ def save_coder(
 
     config_extra: keys of config.json that go over those the coder came with. The decoder of a
     `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
-    take their names when all are complete. Raises `InputError` for what could not be loaded again.
+    take their names when all are complete. Raises `InputError` for what could not be loaded again,
+    weights that are NaN or infinite among it.
     """
     folder = folder_path(folder)
     _check_shapes(coder)
@@ -175,6 +175,7 @@ def save_coder(
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     on_host = jax.tree.map(np.asarray, coder)
+    check_values(on_host)
     writers: dict[str, Callable[[BinaryIO], None]] = {
         name: functools.partial(_write_parameters, on_host, i, source)
         for i, (name, source) in enumerate(zip(names, sources))
@@ -258,6 +259,17 @@ def _foreign_loader(folder: Path) -> Callable[[Path], Any] | None:
     return interop.load_circuit_tracer if interop.is_circuit_tracer_folder(folder) else None
 
 
+def _cast(loaded: Any, dtype: Any, path: str) -> Any:
+    """A foreign folder's coder, or coders by layer, in another dtype, which may not hold them."""
+    cast = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), loaded)
+    for coder in cast.values() if isinstance(cast, dict) else [cast]:
+        try:
+            check_values(coder)
+        except InputError as error:
+            raise InputError(f"{path}: as {dtype}, {error}") from error
+    return cast
+
+
 def _describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     """The parameter files in order and what they are, the headers checked against the config."""
     names, config_file = parameter_files(folder), folder / "config.json"
@@ -284,10 +296,16 @@ def _describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
             headers.append(read_header(file, name))
         if headers[-1] != headers[0]:
             raise InputError(f"{name}: shapes or dtypes differ from those of {files[0].name}")
+    if ("threshold" in headers[0]) != (config.k is None):
+        what = "there is no tensor" if config.k is None else "there is a tensor"
+        kind = "jump_relu" if config.k is None else "topk"
+        raise InputError(f"{files[0]}: {what} 'threshold', but the architecture is {kind}")
     try:
         _check_against_config(_abstract(config, headers[0]), config)
     except InputError as error:
         raise InputError(f"{files[0]}: {error}") from error
+    if more := sorted(set(names) - {file.name for file in files}):
+        raise InputError(f"{folder}: {more[0]} is there, but the layers are {config.layers}")
     info = dataclasses.replace(config.info, folder=os.path.abspath(folder))
     return files, dataclasses.replace(config, info=info)
 
@@ -305,13 +323,18 @@ def _files_of(coder: MultiLayerCoder) -> list[Path]:
 
 
 def _coder(config: FolderConfig, arrays: Mapping[str, Any]) -> Coder:
+    if config.k is not None:  # a TopK coder's file has no thresholds: they are 0
+        bias = arrays["b_enc"]
+        zeros = bias if isinstance(bias, jax.ShapeDtypeStruct) else jnp.zeros_like(bias)
+        arrays = {**arrays, "threshold": zeros}
     if config.multi_layer:
         coder = MultiLayerCoder(**arrays, layers=config.layers)
     else:
         coder = SparseCoder(**arrays, layer=config.layers[0])
     return dataclasses.replace(
-        coder, reads=config.reads, writes=config.writes, first=config.first, info=config.info
-    )
+        coder, reads=config.reads, writes=config.writes, first=config.first, k=config.k,
+        info=config.info,
+    )  # fmt: skip
 
 
 def _abstract(config: FolderConfig, header: Header) -> Coder:
@@ -375,6 +398,8 @@ def _float_dtype(dtype: Any) -> Any:
 def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO) -> None:
     """Write the parameter file of source layer `i`; its decoder is in memory or in `source`."""
     arrays = {field: getattr(coder, field) for field in TENSORS}
+    if coder.k is not None:
+        del arrays["threshold"]
     if isinstance(coder, MultiLayerCoder):
         w_dec = arrays.pop("w_dec")
         arrays = {field: None if array is None else array[i] for field, array in arrays.items()}

@@ -15,6 +15,7 @@ Without thresholds it is relu. Source: circuit-tracer (`transcoder/single_layer_
 
 import dataclasses
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.atomic_files import Streamed, write_folder, write_safetensors
+from gemma_scope_jax.coders.coder import Coder, check_values
 from gemma_scope_jax.coders.foreign_folders import (
     config_from,
     errors_name,
@@ -41,9 +43,21 @@ from gemma_scope_jax.coders.multi_layer_coder import (
     check_multi_layer_coder,
 )
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, nearest, reason
+from gemma_scope_jax.storage.strict_json import parse_json
 
 CONFIG = "config.yaml"
+CONSULTED = (
+    "model_kind", "model_name", "feature_input_hook", "feature_output_hook", "scan", "transcoders",
+    "activation", "k",
+)  # fmt: skip
+HARMLESS = {  # key -> why it changes nothing
+    "repo_id": "where the folder is published", "revision": "likewise", "subfolder": "likewise",
+    "name": "for people", "description": "for people", "license": "for people",
+    "tags": "for people", "library_name": "for people", "lazy_encoder": "when weights are read",
+    "lazy_decoder": "likewise", "dtype": "the weights have theirs", "device": "where it ran",
+}  # fmt: skip
+LARGEST = 1 << 20  # bytes of a config.yaml
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 THRESHOLD = "activation_function.threshold"
 FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors")
@@ -69,6 +83,13 @@ def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | Mul
         activation = text_of(config, "activation") or "relu"
         if activation.replace("_", "") not in ("relu", "jumprelu"):
             raise InputError(f"activation {activation!r} is not supported, only relu and jump_relu")
+        if config.get("k") is not None:
+            raise InputError(f"k is {config['k']!r:.40}, but the activation is {activation}")
+        if other := [key for key in config if key not in CONSULTED and key not in HARMLESS]:
+            raise InputError(
+                f"key {other[0]!r:.60} ({config[other[0]]!r:.40}) is not known, and may be part of "
+                f"what the coder computes{nearest(str(other[0]), CONSULTED)}; take it out if not"
+            )
         model_name = model_named(config)
         where = dict(
             reads=site_of_hook(text_of(config, "feature_input_hook") or "hook_resid_mid"),
@@ -76,6 +97,8 @@ def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | Mul
             first=untrained_positions(model_name),
         )
         files = _layer_files(config, folder) if kind == "transcoder_set" else {}
+        if kind != "transcoder_set" and config.get("transcoders") is not None:
+            raise InputError(f"transcoders are the files of a transcoder_set, not of a {kind}")
     origin = {"circuit_tracer": config}
     if kind == "transcoder_set":
         return {
@@ -100,17 +123,33 @@ def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | Mul
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    """The config; what JSON cannot hold, aliases, equal keys and large files are refused."""
     import yaml
 
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > LARGEST:
+            raise InputError("larger than a config is")
+        text = file.read_text(encoding="utf-8-sig")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise InputError("it has aliases (*name): write out what they stand for")
+        _check_twice(yaml.compose(text, yaml.SafeLoader))
+        config = parse_json(json.dumps(yaml.safe_load(text)), "it")
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # the parser lets every kind through: IndexError for `!!int ''`
-        raise InputError(f"{file}: not YAML ({error})") from error
+        raise InputError(
+            f"{file}: not YAML that can be used ({reason(error).removeprefix('it: ')})"
+        ) from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected keys and values, found a {type(config).__name__}")
     return config
+
+
+def _check_twice(node: Any) -> None:
+    """Raise `InputError` for a key that occurs twice in the outermost mapping of a YAML node."""
+    keys = [key.value for key, _ in node.value] if getattr(node, "id", "") == "mapping" else []
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InputError(f"the key {twice[0]!r:.60} occurs twice")
 
 
 def _layer_files(config: dict[str, Any], folder: Path) -> dict[int, Path]:
@@ -127,6 +166,9 @@ def _layer_files(config: dict[str, Any], folder: Path) -> dict[int, Path]:
                 f"transcoders are files on the hub ({remote[0]}): load each by its address, as "
                 f"{address}"
             )
+        for name in listed:
+            if os.path.isabs(name) or ".." in Path(name).parts or "\\" in name:
+                raise InputError(f"transcoders: {name!r} leaves the folder of the config")
         files = {layer: folder / name for layer, name in enumerate(listed)}
     else:
         raise InputError("transcoders is not a list of file names")
@@ -169,6 +211,9 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
         layers += 1
     if layers == 0:
         raise InputError(f"{folder}: no W_enc_0.safetensors beside {CONFIG}")
+    wanted = {f"W_{end}_{i}.safetensors" for i in range(layers) for end in ("enc", "dec")}
+    if more := _coder_files(folder) - wanted:
+        raise InputError(f"{folder}: {min(more)} is there, but the encoders are 0 to {layers - 1}")
     parts: dict[str, list[np.ndarray]] = {}
     w_dec: np.ndarray | None = None
     for i in range(layers):
@@ -279,6 +324,7 @@ def _set_files(coders: list[SparseCoder]) -> dict[str, Callable[[], dict[str, An
         raise InputError(f"circuit-tracer needs every layer from 0 on, got {layers}")
     for coder in coders:
         check_coder(coder)
+        _check_writable(coder)
         for name in ("reads", "writes", "width", "kind"):
             if (here := getattr(coder, name)) != (first := getattr(coders[0], name)):
                 raise InputError(
@@ -289,6 +335,15 @@ def _set_files(coders: list[SparseCoder]) -> dict[str, Callable[[], dict[str, An
         f"layer_{coder.layer}.safetensors": functools.partial(_layer_tensors, coder)
         for coder in coders
     }
+
+
+def _check_writable(coder: Coder) -> None:
+    check_values(coder)
+    if coder.k is not None:
+        raise InputError(
+            "circuit-tracer's folders hold no TopK coders that other readers know: make it a "
+            "JumpReLU coder with as_jump_relu"
+        )
 
 
 def _layer_tensors(coder: SparseCoder) -> dict[str, Any]:
@@ -305,6 +360,8 @@ def _clt_files(clt: MultiLayerCoder) -> dict[str, Callable[[], dict[str, Any]]]:
         raise InputError("circuit-tracer holds CLTs of every layer from 0 on, not a crosscoder")
     if clt.w_dec is None:
         raise InputError("the decoder of this CLT was left on disk: load_decoder(coder) first")
+
+    _check_writable(clt)
 
     def encoder(i: int) -> dict[str, Any]:
         tensors = {f"W_enc_{i}": clt.w_enc[i].T, f"b_enc_{i}": clt.b_enc[i],

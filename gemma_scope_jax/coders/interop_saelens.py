@@ -1,8 +1,10 @@
 """Coders in SAELens' folders (`cfg.json` and `sae_weights.safetensors`), read and written.
 
-SAELens computes relu(z) * (z > threshold) or relu(z) of z = (x - b_dec) @ W_enc + b_enc, where
-b_dec is subtracted only with `apply_b_dec_to_input`. Both are a `SparseCoder`: relu is threshold 0,
-and the subtraction folds into b_enc. What cannot be folded exactly is refused.
+SAELens computes relu(z) * (z > threshold), relu(z) or the k largest of relu(z) of
+z = (x - b_dec) @ W_enc + b_enc, where b_dec is subtracted only with `apply_b_dec_to_input`. All are
+a `SparseCoder`: relu is threshold 0, and the subtraction folds into b_enc. What cannot be folded
+exactly is refused, and so is every tensor and every key of cfg.json that is neither consulted nor
+known to change nothing (`saelens_keys`).
 
 Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_sae_loaders.py`,
 `training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
@@ -21,6 +23,7 @@ from gemma_scope_jax.coders.atomic_files import (
     write_json,
     write_safetensors,
 )
+from gemma_scope_jax.coders.coder import check_values
 from gemma_scope_jax.coders.foreign_folders import (
     config_from,
     errors_name,
@@ -31,10 +34,12 @@ from gemma_scope_jax.coders.foreign_folders import (
     text_of,
 )
 from gemma_scope_jax.coders.gemma_scope_config import hook_point, read_json, untrained_positions
+from gemma_scope_jax.coders.saelens_keys import check_keys
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder, float32
 from gemma_scope_jax.errors import InputError
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+TOPK = "topk"
 ARCHITECTURES = (
     "standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
@@ -59,12 +64,15 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
         metadata = config.get("metadata") or {}
         if not isinstance(metadata, dict):
             raise InputError(f"metadata is a {type(metadata).__name__}, not an object")
-        flat = {**config, **metadata}
+        check_keys(config, metadata)
+        flat = {**metadata, **config}
         architecture = _supported(flat)
+        k = _kept(flat) if architecture == TOPK else None
         model_name = model_named(flat)
         reads, writes, layer = _place(flat, architecture)
+        first = _first(flat, model_name)
     with errors_name(folder):
-        tensors = _weights(folder / WEIGHTS, architecture)
+        tensors = _weights(folder / WEIGHTS, architecture, flat)
         _fold(tensors, flat, folder)
         if (skip := tensors.pop("W_skip", None)) is not None:
             skip = jnp.asarray(skip.T)
@@ -73,7 +81,7 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
         width = weights["w_enc"].shape[1]
         coder = SparseCoder(
             **weights, w_skip=skip, layer=layer, reads=reads, writes=writes,
-            first=untrained_positions(model_name),
+            first=first, k=k,
             info=CoderInfo(
                 model_name, kind, width=width, path=str(path), folder=os.path.abspath(folder),
                 config={"sae_lens": config},
@@ -90,12 +98,49 @@ def _supported(config: dict[str, Any]) -> str:
     """The architecture, or an `InputError` for anything whose encoding is another function."""
     activation = text_of(config, "activation_fn") or text_of(config, "activation_fn_str") or "relu"
     architecture = text_of(config, "architecture") or "standard"
-    if architecture not in ARCHITECTURES or activation != "relu":
+    if activation == TOPK and architecture == "standard" and _k(config) is not None:
+        architecture = TOPK  # as it was written before version 6
+    if architecture == TOPK and activation in ("relu", TOPK):
+        activation = "relu"
+    if architecture not in (*ARCHITECTURES, TOPK) or activation != "relu":
         what = architecture if activation == "relu" else f"{architecture} with {activation}"
-        raise InputError(f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}")
+        raise InputError(f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, "
+                         "and topk with its k")  # fmt: skip
+    if architecture != TOPK and config.get("rescale_acts_by_decoder_norm") not in (None, False):
+        raise InputError(f"rescale_acts_by_decoder_norm of a {architecture} is not supported")
     if any(config.get(key) is not None for key in ("hook_head_index", "hook_point_head_index")):
         raise InputError("a coder of a single head (hook_head_index) is not supported")
     return architecture
+
+
+def _k(config: dict[str, Any]) -> Any:
+    """The k of a TopK coder as the config has it, None if it is nowhere."""
+    arguments = config.get("activation_fn_kwargs")
+    inner = arguments.get("k") if isinstance(arguments, dict) else None
+    return inner if config.get("k") is None else config["k"]
+
+
+def _kept(config: dict[str, Any]) -> int:
+    """The k of a topk coder; `check_coder` looks at how large it is."""
+    k = _k(config)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise InputError(
+            f"architecture topk is not supported, only {', '.join(ARCHITECTURES)}, unless its k is "
+            f"a whole number, not {k!r:.40}"
+        )
+    return k
+
+
+def _first(config: dict[str, Any], model_name: str) -> int:
+    """How many leading positions it was not trained on: by the model, or by `seqpos_slice`."""
+    where = config.get("seqpos_slice")
+    if where in (None, [], [None], [None, None], [0, None]):
+        return untrained_positions(model_name)
+    whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
+    start = where[0] if whole else None
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 1 << 17:
+        raise InputError(f"seqpos_slice is {where!r:.60}, expected [start, end] or null")
+    return max(start, untrained_positions(model_name))
 
 
 def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
@@ -117,21 +162,30 @@ def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
     (reads, layer), (writes, out_layer) = places[0], places[-1]
     if layer != out_layer:
         raise InputError(f"it reads layer {layer} and writes layer {out_layer}: not supported")
+    reshape = config.get("reshape_activations")  # hook_z: heads side by side, as our z is
+    if reshape not in (None, "none") and (reshape, reads, writes) != ("hook_z", "z", "z"):
+        raise InputError(f"reshape_activations is {reshape!r:.40}, but it reads {reads}")
     return reads, writes, layer
 
 
-def _weights(path: Path, architecture: str) -> dict[str, np.ndarray]:
+def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
     ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
     if "jumprelu" in architecture:
         ranks["threshold"] = 1
     if "skip" in architecture:
         ranks["W_skip"] = 2
     tensors = read_tensors(path, ranks, {"scaling_factor": 1})
+    finetuned = config.get("finetuning_scaling_factor")
+    if finetuned not in (None, False) and "scaling_factor" not in tensors:
+        raise InputError(
+            f"finetuning_scaling_factor is {finetuned!r:.40}, but {path.name} has no scaling_factor"
+        )
     scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
     if (scale != 1).any():
         raise InputError("a finetuned scaling_factor other than 1 is not supported")
     F = tensors["b_enc"].shape[0]
     tensors.setdefault("threshold", np.zeros(F, tensors["b_enc"].dtype))
+    tensors["threshold"] = np.maximum(tensors["threshold"], 0)  # relu(z) is 0 below 0 anyway
     if tensors["W_enc"].shape != (tensors["W_enc"].shape[0], F):
         raise InputError(f"W_enc has shape {list(tensors['W_enc'].shape)}, b_enc {F} features")
     return tensors
@@ -140,8 +194,9 @@ def _weights(path: Path, architecture: str) -> dict[str, np.ndarray]:
 def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> None:
     """Fold what SAELens does to the input into the weights, in place.
 
-    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. A fixed scale s of all
-    activations (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the first.
+    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. Features that are
+    rescaled by the norms n of their decoder rows: W_enc n, b_enc n, W_dec / n. A fixed scale s of
+    all activations (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the others.
     """
     transcoder = "transcoder" in str(config.get("architecture"))
     subtract = config.get("apply_b_dec_to_input")
@@ -153,6 +208,12 @@ def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
     with np.errstate(all="ignore"):  # damaged weights hold anything
         if subtract:
             tensors["b_enc"] = _without_b_dec(tensors)
+        if config.get("rescale_acts_by_decoder_norm"):
+            w_dec = tensors["W_dec"].astype(np.float32)
+            norms = np.linalg.norm(w_dec.astype(np.float64), axis=1).astype(np.float32)
+            for name in ("W_enc", "b_enc"):
+                tensors[name] = tensors[name].astype(np.float32) * norms
+            tensors["W_dec"] = w_dec / np.where(norms > 0, norms, 1)[:, None]
         if scale != 1:
             if transcoder:
                 raise InputError(
@@ -188,7 +249,12 @@ def _input_scale(normalise: Any, folder: Path) -> float:
             "normalize_activations is expected_average_only_in, but its factor is nowhere: "
             f"{SCALER} is missing; fold it in SAELens (fold_activation_norm_scaling_factor) first"
         )
-    scaler = read_json(folder / SCALER)
+    try:
+        scaler = read_json(folder / SCALER)
+    except InputError as error:
+        raise InputError(f"{error}: it holds no scaling_factor that can be read") from error
+    if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
+        raise InputError(f"{folder / SCALER}: key {other[0]!r:.60} is not known")
     scale = scaler.get("scaling_factor")
     number = scale if isinstance(scale, int | float) else 0.0
     if scale is True or not 1e-30 < number < 1e30 or scaler.get("has_whitening"):
@@ -197,7 +263,8 @@ def _input_scale(normalise: Any, folder: Path) -> float:
 
 
 def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
-    """Write `folder` so that SAELens 6 loads it with the same encodings; float32.
+    """Write `folder` so that SAELens 6 loads it with the same encodings; float32. A TopK SAE is
+    its "topk".
 
     Hook names are those that SAELens' own Gemma Scope 2 loader writes, `hook_mlp_in` for
     transcoders included: use `hf_hook_name`, which is right for every site. Both files appear
@@ -206,11 +273,14 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
     if not isinstance(coder, SparseCoder):
         raise InputError("SAELens holds coders of one layer: save_saelens takes a SparseCoder")
     check_coder(coder)
+    check_values(coder)
     config = _config(coder)
     weights = {
         "W_enc": coder.w_enc, "b_enc": coder.b_enc, "threshold": coder.threshold,
         "W_dec": coder.w_dec, "b_dec": coder.b_dec,
     }  # fmt: skip
+    if coder.k is not None:
+        del weights["threshold"]
     if coder.w_skip is not None:
         weights["W_skip"] = coder.w_skip.T
     tensors = {name: Streamed.whole(float32(weight)) for name, weight in weights.items()}
@@ -226,6 +296,12 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
 def _config(coder: SparseCoder) -> dict[str, Any]:
     """cfg.json as SAELens 6.54 writes it."""
     kind = {"sae": "jumprelu"}.get(coder.kind, f"jumprelu_{coder.kind}")
+    if coder.k is not None:
+        if coder.kind != "sae":
+            raise InputError(
+                f"SAELens has no TopK {coder.kind}: make it a JumpReLU one with as_jump_relu"
+            )
+        kind = TOPK
     before = config_from(coder.info, "sae_lens")
     before = {**before, **(before.get("metadata") or {})}
     metadata = {
@@ -249,6 +325,8 @@ def _config(coder: SparseCoder) -> dict[str, Any]:
         "reshape_activations": "none",
         "metadata": metadata,
     }
+    if coder.k is not None:
+        config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
     if coder.kind != "sae":
         config["d_out"] = coder.d_out
         metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layer)

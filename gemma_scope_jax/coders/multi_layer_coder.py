@@ -8,6 +8,9 @@ A feature is read at one source layer and may write to that layer and to every l
 Both kinds share this parameterisation (Gemma Scope 2 technical paper, section 2.6). Only the
 triangle j >= i of the decoder exists, so only it is stored: of the 1b CLT, 13.5 of 26 blocks a
 layer. Layers come first in activations, features and reconstructions: [X, ..., D], [X, ..., F].
+
+A TopK coder (`k`) keeps the k largest features of a token over all of its layers together, as it
+was trained: what it keeps of one layer hangs on the others, later ones included.
 """
 
 from typing import Any
@@ -21,11 +24,13 @@ from jax.core import Tracer
 from gemma_scope_jax.coders.sparse_coder import (
     CoderInfo,
     along_last,
+    check_k,
     expect_last_axis,
     expect_rank,
     expect_shapes,
     float32,
     jump_relu,
+    largest,
     matmul,
     static_field,
 )
@@ -65,6 +70,7 @@ class MultiLayerCoder:
     reads: str = static_field(default="resid_post")
     writes: str = static_field(default="resid_post")
     first: int = static_field(default=1)
+    k: int | None = static_field(default=None)  # of a token's X F features, how many are kept
     info: CoderInfo = static_field(default=CoderInfo())
 
     @property
@@ -95,11 +101,20 @@ class MultiLayerCoder:
     def encode(self, x: Any) -> jax.Array:
         """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32."""
         z = self.pre_activations(x)
-        threshold = float32(self.threshold)
-        return jump_relu(z, threshold.reshape(len(self.layers), *(1,) * (z.ndim - 2), self.width))
+        X, threshold = len(self.layers), float32(self.threshold)
+        f = jump_relu(z, threshold.reshape(X, *(1,) * (z.ndim - 2), self.width))
+        if self.k is None:
+            return f
+        together = jnp.moveaxis(f, 0, -2)
+        kept = largest(together.reshape(*together.shape[:-2], X * self.width), self.k)
+        return jnp.moveaxis(kept.reshape(together.shape), -2, 0)
 
     def encode_layer(self, i: Any, x: Any) -> jax.Array:
-        """The features of one source layer: x [..., D] -> [..., F]. `i` may be traced."""
+        """The features of one source layer: x [..., D] -> [..., F]. `i` may be traced.
+
+        Raises `InputError` for a TopK coder, see `by_layer`.
+        """
+        by_layer(self)
         i = self._position(i)
         x = expect_last_axis(x, self.d_in, f"{self.reads} of one layer")
         z = matmul(x, _at(self.w_enc, i))
@@ -210,6 +225,16 @@ def _at(stacked: Any, i: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
 
 
+def by_layer(coder: Any) -> None:
+    """Raise `InputError` for a coder whose layers cannot be encoded one at a time."""
+    if isinstance(coder, MultiLayerCoder) and coder.k is not None:
+        raise InputError(
+            f"this {coder.kind} keeps the {coder.k} largest features of a token over all of its "
+            "layers, so that none can be encoded alone, as inside the model: encode all layers at "
+            "once, or make it a JumpReLU coder with as_jump_relu"
+        )
+
+
 def check_multi_layer_coder(coder: MultiLayerCoder) -> None:
     """Raise `InputError` unless the shapes agree. Looks at no values."""
     X, d, width = expect_rank(coder, "w_enc", "X D F")
@@ -220,6 +245,7 @@ def check_multi_layer_coder(coder: MultiLayerCoder) -> None:
     if coder.w_skip is not None:
         expected["w_skip"] = (X, d, d)
     expect_shapes(coder, expected)
+    check_k(coder.k, X * width)
     layers = coder.layers
     if len(layers) != X or list(layers) != sorted(set(layers)) or layers[0] < 0:
         raise InputError(f"layers {layers} are not {X} model layers in increasing order")

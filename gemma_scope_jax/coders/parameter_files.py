@@ -30,11 +30,18 @@ Header = dict[str, jax.ShapeDtypeStruct]  # by field
 
 
 def read_header(file: Any, path: Path) -> Header:
-    """Shape and dtype of the tensors of a parameter file, or `InputError`."""
+    """Shape and dtype of the tensors of a parameter file, or `InputError`.
+
+    A TopK coder's has no thresholds: whoever takes it for a JumpReLU coder's finds one missing.
+    Tensors of other names are refused, as a coder without them may be another function.
+    """
     header, present = {}, set(file.keys())
+    if others := sorted(present - set(TENSORS.values())):
+        raise InputError(f"{path}: tensor {others[0]!r:.60} is not one of "
+                         f"{', '.join(TENSORS.values())}: what it is for is not known")  # fmt: skip
     for field, name in TENSORS.items():
         if name not in present:
-            if field == "w_skip":
+            if field in ("w_skip", "threshold"):
                 continue
             raise InputError(f"{path}: no tensor {name!r}{nearest(name, present)}")
         stored = file.get_slice(name)
@@ -69,9 +76,15 @@ def _read_into(out: np.ndarray, file: Any, path: Path, name: str) -> None:
         _check_values(out[rows], path, name)
 
 
+def check_finite(tensor: np.ndarray, path: Any, name: str) -> None:
+    """Raise `InputError` for NaN and infinite values, looked for as they come from the file."""
+    for rows in row_chunks(tensor.shape, tensor.dtype.itemsize):
+        if not np.isfinite(tensor[rows]).all():
+            raise InputError(f"{path}: {name} holds NaN or infinite values (as {tensor.dtype})")
+
+
 def _check_values(values: np.ndarray, path: Path, name: str) -> None:
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: {name} holds NaN or infinite values (as {values.dtype})")
+    check_finite(values, path, name)
     if name == "threshold" and (values < 0).any():
         raise InputError(f"{path}: threshold holds negative values")
 

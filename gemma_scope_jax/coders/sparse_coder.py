@@ -4,6 +4,9 @@
     f = z * (z > threshold)                     JumpReLU, strict; never relu(z - threshold)
     y = f @ w_dec + b_dec [+ x @ w_skip]
 
+A TopK coder has a `k`: of f only the k largest of a token stay (`largest`); its thresholds
+are 0.
+
 Source: Gemma Scope 2 technical paper, sections 2.1-2.3 and 3.1-3.2, and the official tutorial. All
 arithmetic is float32 at full precision whatever the dtype of `x` or of the weights: residual norms
 reach 25,000, and bfloat16 coder maths visibly bends the dose-response of steering.
@@ -74,6 +77,18 @@ def jump_relu(z: jax.Array, threshold: jax.Array) -> jax.Array:
     return (z > threshold).astype(z.dtype) * jax.nn.relu(z)
 
 
+def largest(f: jax.Array, k: int) -> jax.Array:
+    """f [..., F], not negative, with all but the k largest of each row set to 0.
+
+    Exactly k are kept, of equal ones the first; fewer where fewer are above 0. Gradients go to
+    those that are kept.
+    """
+    if k >= f.shape[-1]:
+        return f
+    values, index = jax.lax.top_k(f, k)
+    return jnp.put_along_axis(jnp.zeros_like(f), index, values, axis=-1, inplace=False)
+
+
 def expect_last_axis(x: Any, size: int, what: str) -> jax.Array:
     """`x` in float32, or an `InputError` saying that `what` [..., size] was expected."""
     shape = np.shape(x)
@@ -89,6 +104,7 @@ class SparseCoder:
     `reads` and `writes` are sites of the model: equal for an SAE, `mlp_in` and `mlp_out` for a
     transcoder. `first` is how many leading token positions the coder was not trained on: 1 for
     `<bos>`, 4 for the coders of instruction-tuned models (`<bos><start_of_turn>user\\n`).
+    `k` makes it a TopK coder, whose features hang on all others': none can be computed alone.
     """
 
     w_enc: Any  # [D, F]
@@ -101,6 +117,7 @@ class SparseCoder:
     reads: str = static_field(default="resid_post")
     writes: str = static_field(default="resid_post")
     first: int = static_field(default=1)
+    k: int | None = static_field(default=None)  # how many features of a token are kept; None: all
     info: CoderInfo = static_field(default=CoderInfo())
 
     @property
@@ -135,7 +152,8 @@ class SparseCoder:
         Raises `InputError` if the last axis is not D.
         """
         z = self.pre_activations(x)
-        return jump_relu(z, along_last(self.threshold, z))
+        f = jump_relu(z, along_last(self.threshold, z))
+        return f if self.k is None else largest(f, self.k)
 
     def decode(self, f: Any, x: Any = None) -> jax.Array:
         """f [..., F] -> the reconstruction [..., D_out] at site `writes`, float32.
@@ -197,3 +215,10 @@ def check_coder(coder: SparseCoder) -> None:
         )
     if coder.layer < 0 or coder.first < 0:
         raise InputError(f"layer {coder.layer} and first {coder.first} must not be negative")
+    check_k(coder.k, width)
+
+
+def check_k(k: Any, features: int) -> None:
+    """Raise `InputError` unless k is None or can be the number of features kept of so many."""
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= features):
+        raise InputError(f"k is {k!r:.40}, expected a whole number from 1 to {features}")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, by_layer
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import (
@@ -203,6 +203,7 @@ def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]
     """Where the coder acts, checked: its layer or layers, and the first position."""
     if not isinstance(coder, (SparseCoder, MultiLayerCoder)):
         raise InputError(f"expected a coder (see load_coder), got {type(coder).__name__}")
+    by_layer(coder)
     sites = [LAYER_SITES.index(s) if s in LAYER_SITES else -1 for s in (coder.reads, coder.writes)]
     if min(sites) < 0 or sites[0] > sites[1]:
         raise InputError(

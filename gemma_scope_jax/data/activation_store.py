@@ -337,26 +337,38 @@ class ActivationStore:
         return self._maps[key]
 
     def batch_rows(
-        self, batch: int, n: int, seed: int = 0, shard: tuple[int, int] = (0, 1)
+        self,
+        batch: int,
+        n: int,
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        rows: int | None = None,
     ) -> np.ndarray:
         """The rows, int64 [batch], of batch `n` of a shuffle without end; every epoch another.
 
         Host `shard` = (index, count) takes its part of a global batch of `batch` x count rows.
+        `rows`: only of the first so many of the store.
         """
+        size = len(self) if rows is None else rows
         index, count = shard
         if batch < 1 or n < 0 or not 0 <= index < count:
             raise InputError(f"batch {batch}, number {n}, shard {shard}: not a batch")
         if not len(self):
             raise InputError(f"{self.folder}: holds no activations yet")
-        epochs, places = np.divmod((n * count + index) * batch + np.arange(batch), len(self))
-        rows = np.empty(batch, np.int64)
+        epochs, places = np.divmod((n * count + index) * batch + np.arange(batch), size)
+        found = np.empty(batch, np.int64)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
-            rows[now] = shuffled_positions(places[now], len(self), seed, epoch)
-        return rows
+            found[now] = shuffled_positions(places[now], size, seed, epoch)
+        return found
 
     def batches(
-        self, batch: int, seed: int = 0, start: int = 0, shard: tuple[int, int] = (0, 1)
+        self,
+        batch: int,
+        seed: int = 0,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        rows: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
 
@@ -364,5 +376,5 @@ class ActivationStore:
         `data.text.prefetch` reads ahead.
         """
         while True:
-            yield self.read(self.batch_rows(batch, start, seed, shard))
+            yield self.read(self.batch_rows(batch, start, seed, shard, rows))
             start += 1

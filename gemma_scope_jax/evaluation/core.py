@@ -26,7 +26,7 @@ from gemma_scope_jax.evaluation.figures import (
     frequencies,
 )
 from gemma_scope_jax.evaluation.geometry import Geometry
-from gemma_scope_jax.evaluation.metrics import Fit
+from gemma_scope_jax.evaluation.metrics import Fit, doubts
 from gemma_scope_jax.evaluation.results import saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
@@ -103,6 +103,8 @@ def core_result(
         "groups": metrics.groups,
         "typical": dataclasses.asdict(typical),
     }
+    if warnings := doubts(fit):
+        unstructured["warnings"] = warnings
     if isinstance(coder, MultiLayerCoder):
         unstructured["layers"] = _layer_rows(metrics.layers, coder, metrics.density)
         if geometry is not None and geometry.decoder_norms_by_layer is not None:

@@ -130,7 +130,8 @@ class _Columns:
 
 
 def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
-    """The coder with these features alone."""
+    """The coder with these features alone, for their decoder rows: what is left of a TopK coder
+    encodes another function."""
     return dataclasses.replace(
         coder, w_enc=coder.w_enc[:, columns], b_enc=coder.b_enc[columns],
         threshold=coder.threshold[columns], w_dec=coder.w_dec[columns],

@@ -96,6 +96,10 @@ def print_core(results: Sequence[Result]) -> None:
             cells = [_cell(result, *row[1:]) for row in chosen]
             table.add_row(short_name(result), *cells)
         console.print(table)
+    for result in core:
+        for warning in result["eval_result_unstructured"].get("warnings", []):
+            said = f"warning: {short_name(result)}: {warning}"
+            console.print(said, markup=False, highlight=False)
     for result in results:
         if result["eval_type_id"] == "replacement":
             members = result["eval_result_unstructured"]["coders"]

@@ -126,8 +126,10 @@ def coder_config(coder: Coder) -> dict[str, Any]:
     """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, some in SAELens' words."""
     several = isinstance(coder, MultiLayerCoder)
     info = coder.info
+    name = "jumprelu" if coder.k is None else "topk"
     return {
-        "architecture": "jumprelu" if coder.kind == "sae" else f"jumprelu_{coder.kind}",
+        "architecture": name if coder.kind == "sae" else f"{name}_{coder.kind}",
+        **({} if coder.k is None else {"k": coder.k}),
         "d_in": int(coder.d_in),
         "d_sae": int(coder.width) * (len(coder.layers) if several else 1),
         "d_out": int(coder.d_out),

@@ -24,8 +24,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import float32
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, by_layer
+from gemma_scope_jax.coders.sparse_coder import float32, largest
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import per_layer, read, token_mask
@@ -51,6 +51,7 @@ class Group:
     """Coders' layers that run as one read: of one site and shape, a layer of the model each.
 
     members: (name of the coder, which of its own layers), in the order of `layers`.
+    k: of TopK coders, how many features a token has at most.
     """
 
     site: str
@@ -58,6 +59,7 @@ class Group:
     first: int
     members: tuple[tuple[str, int], ...]
     width: int
+    k: int | None = None
 
 
 @flax.struct.dataclass
@@ -83,20 +85,27 @@ class Active:
 
 
 def grouped(coders: Mapping[str, Coder]) -> tuple[Group, ...]:
-    """How to run `coders` in as few reads as possible, each with every layer at most once."""
+    """How to run `coders` in as few reads as possible, each with every layer at most once.
+
+    Raises `InputError` for TopK coders of several layers, see `by_layer`.
+    """
+    for coder in coders.values():
+        by_layer(coder)
     piles: dict[tuple, list[dict[int, tuple[str, int]]]] = {}
     for name, coder in coders.items():
         for own, layer in enumerate(layers_of(coder)):
-            rounds = piles.setdefault((coder.reads, coder.d_in, coder.width, coder.first), [])
+            alike = (coder.reads, coder.d_in, coder.width, coder.first, coder.k)
+            rounds = piles.setdefault(alike, [])
             free = next((r for r in rounds if layer not in r), None)
             if free is None:
                 rounds.append(free := {})
             free[layer] = (name, own)
     groups = []
-    for (site, _, width, first), rounds in piles.items():
+    for (site, _, width, first, k), rounds in piles.items():
         for members in rounds:
             layers = tuple(sorted(members))
-            groups.append(Group(site, layers, first, tuple(members[l] for l in layers), width))
+            own = tuple(members[layer] for layer in layers)
+            groups.append(Group(site, layers, first, own, width, k))
     return tuple(groups)
 
 
@@ -121,10 +130,11 @@ def encoders(group: Group, coders: Mapping[str, Coder], mesh: Any = None) -> Enc
 def slots_for(coders: Sequence[Coder]) -> int:
     """Room for four times the largest target L0, a multiple of 32; 256 where no coder knows its.
 
-    The target of a coder of several layers is taken as that of all.
+    The target of a coder of several layers is taken as that of all. TopK coders need their k.
     """
-    known = [c.info.l0 / len(layers_of(c)) for c in coders if c.info.l0]
-    return -(-int(4 * max(known, default=64)) // 32) * 32
+    known = [4 * c.info.l0 / len(layers_of(c)) for c in coders if c.info.l0 and c.k is None]
+    known += [c.k for c in coders if c.k is not None]
+    return -(-int(max(known, default=256)) // 32) * 32
 
 
 def compaction() -> str:
@@ -154,8 +164,8 @@ def active_features(
     reads = [
         read(
             group.site, group.layers, _active, per_layer(w), counts, name=str(i),
-            first=group.first, slots=min(slots, group.width), form=form, precision=precision,
-            mesh=mesh,
+            first=group.first, slots=min(slots, group.width), k=group.k, form=form,
+            precision=precision, mesh=mesh,
         )
         for i, (group, w) in enumerate(zip(groups, weights))
     ]  # fmt: skip
@@ -171,10 +181,10 @@ def specs(rows: str | None, split: str | None) -> Active:
     return Active(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
 
 
-def _active(x, ctx, w: Encoders, counts, *, first, slots, form, precision, mesh) -> Active:
+def _active(x, ctx, w: Encoders, counts, *, first, slots, k, form, precision, mesh) -> Active:
     """One layer: x [B, T, D]."""
     keep = token_mask(ctx, x, first)[..., 0] & counts
-    find = partial(_find, slots=slots, form=form, precision=precision)
+    find = partial(_find, slots=slots, k=k, form=form, precision=precision)
     width = w.w_enc.shape[1]
     if mesh is None:
         return find(x, keep, w)
@@ -182,7 +192,8 @@ def _active(x, ctx, w: Encoders, counts, *, first, slots, form, precision, mesh)
     rows = "data" if x.shape[0] % mesh.shape["data"] == 0 else None
     slots = -(-2 * slots // mesh.shape["model"]) if split else slots  # parts differ in how full
     slots = min(slots, width // (mesh.shape["model"] if split else 1))
-    find = partial(find, slots=slots, axes=tuple(axis for axis in (rows, split) if axis))
+    axes = tuple(axis for axis in (rows, split) if axis)
+    find = partial(find, slots=slots, axes=axes, split=split)
     shapes = Encoders(P(None, split), P(split), P(split))
     where = (P(rows, None, None), P(rows, None), shapes)
     return jax.shard_map(
@@ -190,19 +201,22 @@ def _active(x, ctx, w: Encoders, counts, *, first, slots, form, precision, mesh)
     )(x, keep, w)
 
 
-def _find(x, keep, w: Encoders, *, slots, form, precision, axes=()) -> Active:
+def _find(x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=None) -> Active:
     """x [b, T, D], w of f features, as they lie on one device."""
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
     size = min(ON_CPU if form == "cpu" else ELSEWHERE, x.shape[0])
-    chunk = partial(_compact, w=w, low=low, slots=slots, form=form, precision=precision)
+    chosen = None if k is None else partial(_topk, w=w, low=low, k=k, precision=precision,
+                                            split=split)  # fmt: skip
+    chunk = partial(_compact, w=w, low=low, slots=slots, form=form, precision=precision,
+                    chosen=chosen)  # fmt: skip
     parts = jax.lax.map(chunk, sparse_xla.split(x, 0, size))
     values, features, count = (sparse_xla.join(a, 0, x.shape[0]) for a in parts)
     count = jnp.where(keep, count, 0)
     over = count > slots
     room = max(8, x.shape[0] // SPILL)
     none = jnp.full(room, x.shape[0], jnp.int32)
-    spill = lambda: _spill(x, over, w, low, room, precision)
+    spill = lambda: _spill(x, over, w, low, room, precision, chosen)
     nothing = lambda: (none, jnp.zeros((room, w.w_enc.shape[1]), jnp.float32))
     spilled_tokens, spilled = jax.lax.cond(over.any(), spill, nothing)
     overflow = over.sum(dtype=jnp.int32) > room
@@ -220,14 +234,34 @@ def _product(x, w: Encoders, precision: str):
     return jnp.matmul(float32(x), w.w_enc, precision=jax.lax.Precision(precision))
 
 
-def _compact(x, *, w: Encoders, low, slots, form, precision):
-    """values and features [n, K], count [n] of x [n, D]."""
-    z = _product(x, w, precision)
+def _topk(x, *, w: Encoders, low, k, precision, split):
+    """All activations [n, f] of TopK coders on x [n, D], as `SparseCoder.encode` has them.
+
+    Where features are split over a mesh, each part sends its largest to all. Sorted as they are,
+    those of them that are among the k largest of all come first.
+    """
+    z = _product(x, w, precision) + w.b_enc[None, :]
+    f = jnp.where(z > low[None, :], z, 0.0)
+    if split is None:
+        return largest(f, k)
+    values, index = jax.lax.top_k(f, min(k, f.shape[-1]))
+    every = jax.lax.all_gather(values, split, axis=1, tiled=True)
+    _, places = jax.lax.top_k(every, min(k, every.shape[-1]))
+    mine = jax.lax.axis_index(split) == places // values.shape[-1]
+    rank = jnp.arange(values.shape[-1], dtype=jnp.int32)[None, :]
+    kept = jnp.where(rank < mine.sum(-1, dtype=jnp.int32)[:, None], values, 0.0)
+    return jnp.put_along_axis(jnp.zeros_like(f), index, kept, axis=-1, inplace=False)
+
+
+def _compact(x, *, w: Encoders, low, slots, form, precision, chosen):
+    """values and features [n, K], count [n] of x [n, D]; `chosen` is `_topk`, if k is."""
+    z, bias = (_product(x, w, precision), w.b_enc) if chosen is None else (chosen(x), 0 * w.b_enc)
+    low = low if chosen is None else jnp.zeros_like(low)
     if form == "cpu":
-        found = sparse_cpu.compact(z[None], w.b_enc[None], low[None], slots)
+        found = sparse_cpu.compact(z[None], bias[None], low[None], slots)
         values, features, count = (a[0] for a in found)
     else:
-        z = z + w.b_enc[None, :]
+        z = z + bias[None, :]
         features, count = (a[0] for a in sparse_xla.first_above(z[None], low[None], slots))
         used = jnp.arange(slots, dtype=jnp.int32)[None, :] < count[:, None]
         features = jnp.where(used, features, 0)
@@ -235,9 +269,11 @@ def _compact(x, *, w: Encoders, low, slots, form, precision):
     return values, features.astype(jnp.uint16 if low.shape[0] <= 1 << 16 else jnp.int32), count
 
 
-def _spill(x, over, w: Encoders, low, room: int, precision: str):
+def _spill(x, over, w: Encoders, low, room: int, precision: str, chosen):
     """The first `room` tokens with too many features, and all their activations [R, f]."""
     (which,) = jnp.nonzero(over, size=room, fill_value=x.shape[0])
     rows = x.at[which].get(mode="fill", fill_value=0)
+    if chosen is not None:
+        return which.astype(jnp.int32), chosen(rows)
     z = _product(rows, w, precision) + w.b_enc[None, :]
     return which.astype(jnp.int32), jnp.where(z > low[None, :], z, 0.0)

@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 from typing import Any
 
 from etils import epath
 
 from gemma_scope_jax.buckets import write_bytes, write_text
-from gemma_scope_jax.training.recipe import TrainConfig, as_json
+from gemma_scope_jax.training.measure import doubt
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
 
@@ -20,15 +22,17 @@ def write_card(
     `tokens`: how many were read in the end.
     """
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    saved = rows[-1].get("saved", {}).get(name) if rows else None
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
     write_text(folder / "train_config.json", json.dumps(as_json(config), indent=1) + "\n")
     picture = _plot(rows)
     if picture:
         write_bytes(folder / "curves.png", picture)
-    write_text(folder / "README.md", _text(name, config, rows, tokens, bool(picture)))
+    text = _text(name, config, rows, tokens, saved, bool(picture))
+    write_text(folder / "README.md", text)
 
 
-def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool) -> str:
+def _text(name: str, config: TrainConfig, rows: list, tokens: int, saved, picture: bool) -> str:
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
@@ -43,16 +47,48 @@ def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool
         "",
         "    gemma_scope_jax.load_coder(folder)",
         "",
-        f"Positions before {config.first} of a text were not trained on.",
+        f"Positions before {config.first} of a text were not trained on.{_function(coder)}",
     ]
+    if saved:
+        lines += ["", *_as_saved(saved, config)]
     if rows:
         tokens, last = rows[-1]  # of the last line of the log
         lines += ["", f"Of the last training batches, at {tokens:,} tokens:", ""]
-        lines += ["| " + " | ".join(last) + " |", "|" + " --- |" * len(last)]
-        lines += ["| " + " | ".join(f"{v:.4g}" for v in last.values()) + " |"]
+        lines += _table(last)
     if picture:
         lines += ["", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _function(coder: CoderConfig) -> str:
+    """What a coder that was not trained as a JumpReLU is saved as."""
+    if coder.activation == "jumprelu":
+        return ""
+    if coder.k is not None:
+        over = " over all layers together" if coder.several else ""
+        return f" It keeps the {coder.k} largest features of each token{over} (`k` in config.json)."
+    return (
+        f" It was trained as {coder.activation} and saved as a JumpReLU coder with one threshold, "
+        "another function, whose figures follow."
+    )
+
+
+def _as_saved(saved: dict, config: TrainConfig) -> list[str]:
+    """The figures of the coder in this folder, and a warning where they are bad."""
+    what = f"not trained on (about {100 * config.held_share:.2g} % of the data are held out)"
+    if not saved["held_out"]:
+        what = "trained on, as none of so little text could be held out"
+    lines = [f"As saved, loaded back and measured on {saved['tokens']:,} tokens that were {what}:"]
+    lines += ["", *_table({k: v for k, v in saved.items() if k not in ("tokens", "held_out")})]
+    if why := doubt(saved):
+        lines += ["", f"**Warning: {why}.**"]
+    return lines
+
+
+def _table(figures: dict) -> list[str]:
+    said = ("not finite" if v is None else f"{v:.4g}" for v in figures.values())
+    head = ["| " + " | ".join(figures) + " |", "|" + " --- |" * len(figures)]
+    return [*head, "| " + " | ".join(said) + " |"]
 
 
 def _plot(rows: list) -> bytes | None:
@@ -65,10 +101,11 @@ def _plot(rows: list) -> bytes | None:
         return None
     figure: Any = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES):
-        values = [parts[key] for _, parts in rows]
+        values = [math.nan if parts[key] is None else parts[key] for _, parts in rows]
         axes.plot([t / 1e6 for t, _ in rows], values, lw=1)
         axes.set(title=title, xlabel="million tokens")
-        settled = max(values[len(values) // 50 :])  # the first few can be ten times the rest
+        later = values[len(values) // 50 :]  # the first few can be ten times the rest
+        settled = max((v for v in later if math.isfinite(v)), default=0)
         axes.set_ylim(0, 1.1 * settled if settled > 0 else None)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=110)

@@ -23,14 +23,19 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 from gemma_scope_jax.training import end_to_end
 from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.held_out import HELD_OUT, TRAINED, SplitBatches, held_rows
 from gemma_scope_jax.training.recipe import TrainConfig
 
 
 def fill_step(
     state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan
 ) -> steps.TrainState:
-    """A model pass that only fills the buffer."""
-    return steps.fill(state, *steps.model_activations(model, tokens, segments, counts, plan))
+    """A model pass that only fills the buffer, and what is held out; `counts` of `SplitBatches`,
+    or bool."""
+    side = counts.astype(jnp.int32)
+    x, used = steps.model_activations(model, tokens, segments, side > 0, plan)
+    state = steps.fill(state, x, used & (side == TRAINED).reshape(-1))
+    return steps.hold(state, x, used & (side == HELD_OUT).reshape(-1))
 
 
 def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
@@ -39,7 +44,8 @@ def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, 
     by_effect = None
     if any(group.like.loss.kl_weight for group in plan.groups):
         with steps.precision(plan.config):
-            state, by_effect = end_to_end.update(state, model, tokens, segments, counts, plan)
+            trained = counts.astype(jnp.int32) == TRAINED
+            state, by_effect = end_to_end.update(state, model, tokens, segments, trained, plan)
 
     def one(state, _):
         state, x = steps.draw(state, plan)
@@ -58,10 +64,19 @@ def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.Plan):
 
 
 def token_batches(
-    config: TrainConfig, model: GemmaConfig, data: Any = None, position: Any = None
+    config: TrainConfig,
+    model: GemmaConfig,
+    data: Any = None,
+    position: Any = None,
+    *,
+    split: bool = False,
 ) -> TokenBatches:
-    """The token batches of a run from a position on; `data` replaces the config's text."""
-    return TokenBatches(
+    """The token batches of a run from a position on; `data` replaces the config's text.
+
+    split: they tell the tokens that are held out, see `SplitBatches`.
+    """
+    kind = partial(SplitBatches, share=config.held_share) if split else TokenBatches
+    return kind(
         config.data if data is None else data, fit_tokenizer(load_tokenizer(config.model), model),
         rows=config.rows, length=config.length, seed=config.seed, position=position,
     )  # fmt: skip
@@ -82,7 +97,7 @@ class TextFeed:
     def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
         """Token batches from a position of the text on; `done` is not needed."""
         mesh, shape = self.plan.mesh, self.model.config
-        source = token_batches(self.plan.config, shape, self.data, position)
+        source = token_batches(self.plan.config, shape, self.data, position, split=True)
         with prefetch(source) as batches:
             parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
             yield ((parts(batch), after) for batch, after in batches)
@@ -100,6 +115,10 @@ class TextFeed:
         """The buffer {site: [L, B, D]}."""
         return state.buffer
 
+    def held_out(self, state: steps.TrainState) -> steps.Sites:
+        """What was held out {site: [L, n, D]}, the latest of it."""
+        return {site: rows[:, : int(state.held_filled)] for site, rows in state.held.items()}
+
 
 class StoreFeed:
     """Stored activations in a global random order; the model does not run."""
@@ -107,6 +126,7 @@ class StoreFeed:
     def __init__(self, plan: steps.Plan, model: Model):
         self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
         _check_store(self.store, plan.config, model)
+        self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)
         places = steps.placement(plan, model.config)
         self.train = jax.jit(
             partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
@@ -124,8 +144,12 @@ class StoreFeed:
                 f"{c.store}: has grown or changed since this run began, which would change the "
                 "order; give it back what it held, or train into another folder"
             )
-        with prefetch(self.store.batches(c.tokens_a_pass, c.seed, start=done)) as batches:
+        with prefetch(self._batches(done)) as batches:
             yield ((self._on_device(x), here) for x, _ in batches)
+
+    def _batches(self, done: int) -> Iterator[dict[str, np.ndarray]]:
+        c = self.plan.config
+        return self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
 
     def step(self, state: steps.TrainState, batch: Any, started: bool):
         return self.train(state, batch)
@@ -135,9 +159,14 @@ class StoreFeed:
 
     def sample(self, state: steps.TrainState) -> steps.Sites:
         """Activations from all over the store {site: [L, B, D]}."""
-        count = min(len(self.store), self.plan.config.buffer)
-        rows = np.linspace(0, len(self.store) - 1, count, dtype=np.int64)
+        count = min(self.rows, self.plan.config.buffer)
+        rows = np.linspace(0, self.rows - 1, count, dtype=np.int64)
         return self._on_device(self.store.read(rows))
+
+    def held_out(self, state: steps.TrainState) -> steps.Sites:
+        """The last rows of the store {site: [L, n, D]}, on which nothing was trained."""
+        held = self.store.read(np.arange(self.rows, len(self.store)))
+        return {site: put(self.plan.mesh, rows) for site, rows in held.items()}
 
     def _on_device(self, x: dict[str, np.ndarray]) -> steps.Sites:
         return {site: put(self.plan.mesh, rows, None, "data") for site, rows in x.items()}

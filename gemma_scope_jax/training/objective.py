@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.coders.sparse_coder import largest
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses, sparse
 from gemma_scope_jax.training.weights import Group, Weights, encoder_bias
@@ -118,9 +119,22 @@ def activate(codes: Codes, group: Group, edge: Any = None) -> tuple[jax.Array, j
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
+    if config.activation == "topk" and edge is None:
+        f = _topk(z, int(config.target_l0))
+        return f, jax.lax.stop_gradient(f > 0).astype(z.dtype)
     edge = cutoff(z, group) if edge is None else edge
     on = jax.lax.stop_gradient((z >= edge) & (z > 0)).astype(z.dtype)
     return z * on, on
+
+
+def _topk(z: jax.Array, k: int) -> jax.Array:
+    """z [N, X, B, F] with all but the k largest of a token, over all layers, at 0, and none below.
+
+    The same as saved coders compute.
+    """
+    N, X, B, F = z.shape
+    together = jnp.moveaxis(jax.nn.relu(z), 2, 1).reshape(N, B, X * F)
+    return jnp.moveaxis(largest(together, k).reshape(N, B, X, F), 1, 2)
 
 
 def cutoff(z: jax.Array, group: Group) -> jax.Array:
@@ -289,11 +303,12 @@ def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Grou
 def calibrated(w: Weights, x: jax.Array, group: Group) -> Weights:
     """Thresholds for a TopK or BatchTopK group: one a coder, where a sample has the target L0.
 
-    x is [N, X, B, D] of unit mean squared norm. For BatchTopK this is the cut-off of training
-    itself, on a larger batch; TopK's fixed count a token becomes a mean.
+    x is [N, X, B, D] of unit mean squared norm, of tokens that were not trained on: on those that
+    were, more pre-activations are large. For BatchTopK this is the cut-off of training itself, on a
+    larger batch; TopK's fixed count a token becomes a mean. None is below 0.
     """
     batch = dataclasses.replace(group.like, activation="batch_topk")
     batch = Group(group.members, (batch, *group.coders[1:]))
     edge = jnp.squeeze(cutoff(encode(w, x, group).z, batch), -1)
-    edge = jnp.nextafter(edge, -jnp.inf)  # JumpReLU is strict
+    edge = jnp.maximum(jnp.nextafter(edge, -jnp.inf), 0.0)  # JumpReLU is strict, and a ReLU
     return dataclasses.replace(w, threshold=jnp.broadcast_to(edge, w.threshold.shape))

@@ -82,8 +82,13 @@ def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[s
     for group, part in zip(groups, parts):
         values = {k: np.asarray(v) for k, v in part.items()}
         for n, c in enumerate(group.coders):
-            found[c.folder] = {k: round(float(v[n]), 6) for k, v in values.items()}
+            found[c.folder] = {k: _finite(v[n]) for k, v in values.items()}
     return {c.folder: found[c.folder] for c in config.coders}
+
+
+def _finite(value: Any) -> float | None:
+    """A number of the log: six decimals, null if it is NaN or infinite, which JSON has not."""
+    return round(float(value), 6) if np.isfinite(value) else None
 
 
 def _summary(coders: dict[str, dict[str, float]]) -> str:
@@ -93,7 +98,9 @@ def _summary(coders: dict[str, dict[str, float]]) -> str:
         ("loss", "loss", 1, ".4f"), ("FVU", "fvu", 1, ".3f"),
         ("L0", "l0", 1, ".1f"), ("dead %", "dead", 100, ".1f"),
     ):  # fmt: skip
-        values = [scale * c[key] for c in coders.values()]
+        values = [scale * c[key] for c in coders.values() if c[key] is not None]
+        if len(values) < len(coders):
+            text += f"  {name} NOT FINITE"
         if values:
             low, high = f"{min(values):{form}}", f"{max(values):{form}}"
             text += f"  {name} {low if low == high else f'{low}-{high}'}"
@@ -120,6 +127,8 @@ def _flat(row: dict) -> Any:
     yield "tokens_per_s", row["tokens_per_s"]
     for coder, parts in row["coders"].items():
         for key, value in parts.items():
+            if value is None:
+                continue
             yield f"{coder}/{key}", value
 
 

@@ -108,7 +108,9 @@ class CoderConfig:
     writes: str = ""  # where it reads
     width: int = 4096  # features, of each layer
     target_l0: float = 50.0  # features of one token, over all layers
-    activation: str = "jumprelu"  # or "topk", "batch_topk", saved as the JumpReLU nearest to them
+    activation: str = "jumprelu"  # or "topk": target_l0 features of each token (over all layers);
+    #                               or "batch_topk": on average, saved as the JumpReLU nearest to it
+    as_jump_relu: bool = False  # save "topk", too, as a JumpReLU: another function, see the figures
     skip: bool = False  # an affine skip connection, x @ w_skip
     prefixes: tuple[int, ...] = ()  # Matryoshka: the first so many features reconstruct alone, too
     input_bias: bool = True  # where it writes what it reads, b_dec is subtracted from the input
@@ -145,6 +147,14 @@ class CoderConfig:
             raise InputError("init_from and init_layers exclude each other")
         if self.activation != "jumprelu" and self.target_l0 != int(self.target_l0):
             raise InputError(f"{self.activation} needs a whole target_l0, not {self.target_l0}")
+        if self.as_jump_relu and self.activation != "topk":
+            raise InputError(f"as_jump_relu is for topk: {self.activation} is saved so anyway")
+
+    @property
+    def k(self) -> int | None:
+        """Of the saved coder: how many features of a token are kept, None for JumpReLU."""
+        exact = self.activation == "topk" and not self.as_jump_relu
+        return int(self.target_l0) if exact else None
 
     @property
     def layer_tuple(self) -> tuple[int, ...]:
@@ -198,7 +208,8 @@ class OptimizerConfig:
     clip: float = 1.2  # see `step.clipped`; not in the paper; 0: off
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "epsilon")
+        _check(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "learning_rate")
+        _positive(self, "epsilon")
         _not_negative(self, "clip", "step_limit")
         _whole(self, 0, "warmup")
         _share(self, "b1", "b2")
@@ -230,6 +241,8 @@ class TrainConfig:
     #                             compute in float32 whatever is set
     mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
     #                                      over the features, on CPUs one device
+    held_out: float = 1 / 64  # share of the text or store that is never trained on: what the saved
+    #                           coders are measured on; of short runs more, see `held_share`
     seed: int = 0
     checkpoint_every: float = 300.0  # seconds; 0: after every pass
     keep: int = 2  # checkpoints
@@ -240,6 +253,7 @@ class TrainConfig:
         _whole(self, 1, *counts)
         _whole(self, 0, "first", "seed")
         _not_negative(self, "sparse", "checkpoint_every")
+        _check(self, "above 0 and at most a half", lambda v: 0 < v <= 0.5, "held_out")
         _tuples(self, "coders", "track")
         if self.mesh is not None:
             _tuples(self, "mesh")
@@ -266,6 +280,11 @@ class TrainConfig:
     @property
     def tokens_a_pass(self) -> int:
         return self.updates * self.batch if self.store else self.rows * self.length
+
+    @property
+    def held_share(self) -> float:
+        """Of the text or store, held out: where `held_out` would be too little, more."""
+        return max(self.held_out, min(1 / 16, 1024 / self.tokens))
 
     @property
     def passes(self) -> int:

@@ -21,6 +21,7 @@ from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import place
 from gemma_scope_jax.training import sparse
+from gemma_scope_jax.training.held_out import KEPT
 from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.objective import gradients
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
@@ -53,6 +54,9 @@ class TrainState:
     update: jax.Array  # int32: updates done
     total: jax.Array  # int32: updates there will be, known when they begin
     key: jax.Array
+    held: Sites  # site -> [L, kept, D] the latest activations that are held out; {} with a store
+    held_slot: jax.Array  # int32: of `held`, to write next
+    held_filled: jax.Array  # int32: slots ever written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +121,13 @@ def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
     """Coders at random, an empty buffer."""
     config = plan.config
     buffer = 0 if config.store else config.buffer
+    rows = lambda count: {
+        s: jnp.zeros((len(ls), count, site_width(model, s)), jnp.bfloat16)
+        for s, ls in plan.sites if buffer
+    }  # fmt: skip
     return TrainState(
         tuple(_group_state(plan, group, model) for group in plan.groups),
-        {s: jnp.zeros((len(ls), buffer, site_width(model, s)), jnp.bfloat16)
-         for s, ls in plan.sites if buffer},
+        rows(buffer),
         jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
         jnp.arange(max(1, buffer), dtype=jnp.int32),  # Orbax saves no empty arrays
@@ -129,6 +136,9 @@ def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
         jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
         jax.random.key(config.seed),
+        rows(min(KEPT, buffer)),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
     )  # fmt: skip
 
 
@@ -156,7 +166,7 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
         spec = [None] * leaf.ndim
         if names & {"w_enc", "b_enc", "threshold", "w_dec", "activity"}:
             axis, over = 2, "model"
-        elif "buffer" in names:
+        elif names & {"buffer", "held"}:
             axis, over = 1, "data"
         else:
             return NamedSharding(mesh, PartitionSpec())
@@ -211,14 +221,25 @@ def model_activations(model: Model, tokens, segments, counts, plan: Plan):
 
 def fill(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
     """Write the activations that count over the oldest of the buffer."""
-    size = state.order.shape[0]
-    slot = (state.slot + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
-    slot = jnp.where(counts, slot, size)  # beyond the end: dropped
-    write = lambda old, new: old.at[:, slot].set(new.astype(old.dtype), mode="drop")
-    buffer = {site: write(old, x[site]) for site, old in state.buffer.items()}
+    buffer, slot, filled = _write(state.buffer, state.slot, state.filled, x, counts)
+    return dataclasses.replace(state, buffer=buffer, slot=slot, filled=filled)
+
+
+def hold(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
+    """Write the activations that are held out over the oldest of these."""
+    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, x, counts)
+    return dataclasses.replace(state, held=held, held_slot=slot, held_filled=filled)
+
+
+def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, counts: jax.Array):
+    """(ring, slot to write next, slots ever written) with those of x that count written into it."""
+    size = next(iter(ring.values())).shape[1]
+    places = (slot + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
+    places = jnp.where(counts, places, size)  # beyond the end: dropped
+    write = lambda old, new: old.at[:, places].set(new.astype(old.dtype), mode="drop")
     new = jnp.sum(counts, dtype=jnp.int32)
-    filled = jnp.minimum(state.filled + new, size)
-    return dataclasses.replace(state, buffer=buffer, slot=(state.slot + new) % size, filled=filled)
+    ring = {site: write(old, x[site]) for site, old in ring.items()}
+    return ring, (slot + new) % size, jnp.minimum(filled + new, size)
 
 
 def draw(state: TrainState, plan: Plan) -> tuple[TrainState, Sites]:

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import folder_path, write_text
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.gemma_scope_files import load_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.coders.splice import Coder
 from gemma_scope_jax.data.activation_store import write_activations
@@ -36,6 +36,7 @@ from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
+from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.progress import Progress
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
@@ -291,17 +292,35 @@ class _Run:
     def finish(self, state: steps.TrainState, done: int) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
         tokens, log = done * self.config.tokens_a_pass, self.out / "log.jsonl"
-        needed = any(c.activation != "jumprelu" for c in self.config.coders)
-        found = coders(self.plan, state, self.feed.sample(state) if needed else {})
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            found = {k: multihost_utils.process_allgather(c, tiled=True) for k, c in found.items()}
-        for name, coder in found.items() if jax.process_index() == 0 else ():
-            save_coder(coder, self.out / "coders" / name)
-            write_card(self.out / "coders" / name, name, self.config, log, tokens)
-            print(self.out / "coders" / name, flush=True)
+        sample = self.feed.held_out(state)
+        apart = next(iter(sample.values())).shape[1] > 1
+        if not apart:  # hardly any text, and none of it fell on that side
+            sample = some(self.feed.sample(state), SAMPLE)
+        # Thresholds are set on every other token, figures come from the rest.
+        found = coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
+        found, sample = _on_every_host((found, {s: rows[:, 1::2] for s, rows in sample.items()}))
+        if jax.process_index() == 0:
+            sites = dict(self.plan.sites)
+            saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
+            log_saved(log, tokens, saved)
+            for name in saved:
+                write_card(self.out / "coders" / name, name, self.config, log, tokens)
+                print(self.out / "coders" / name, flush=True)
+            if refused:
+                raise InputError(
+                    f"not saved after {tokens:,} tokens: {'; '.join(refused)}; train into another "
+                    "folder, with a lower learning rate"
+                )
         return found
+
+
+def _on_every_host(tree: Any) -> Any:
+    """A tree of arrays whole on this host, if there are several."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
 
 
 def some(sample: steps.Sites, count: int) -> steps.Sites:
@@ -341,13 +360,15 @@ def start(
 def coders(plan: steps.Plan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
     """All coders of a state in the published form, by folder, in the config's order.
 
-    TopK and BatchTopK become JumpReLU with the threshold at which `sample` has the target L0.
+    BatchTopK becomes JumpReLU with the threshold at which `sample`, of tokens that were not trained
+    on, has the target L0; so does TopK where the config says `as_jump_relu`, and stays TopK where
+    it does not.
     """
     config, found = plan.config, {}
     name = config.model if "/" in config.model else f"google/{config.model}"
     for group, own in zip(plan.groups, state.groups):
         weights = own.weights
-        if group.like.activation != "jumprelu":
+        if any(c.activation == "batch_topk" or c.as_jump_relu for c in group.coders):
             x, _ = steps.pairs(plan, group, some(sample, SAMPLE), state.scale)
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):

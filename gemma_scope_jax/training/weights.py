@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, float32
@@ -123,15 +124,19 @@ def fold(
         w_enc' = w_enc D / C   b_enc' = D (b_enc - w_enc b_dec)   threshold' = D threshold
         b_dec' = D b_dec       w_skip' = w_skip D / C   w_dec'(i,j) = w_dec(i,j) D_j / D_i
 
+    The features of a TopK coder, which compete over all layers, all become mean D times larger, and
+    the rest goes to w_dec'.
     Source: Gemma Scope 2, section 3.2, generalised to other targets than the input.
     """
-    c_in, c_out = scales["in"], scales["out"]
-    ratio = c_out / c_in
-    w_enc = jnp.swapaxes(w.w_enc[n], -1, -2) * ratio[:, None, None]
-    b_enc = encoder_bias(w, config.centred)[n] * c_out[:, None]
-    threshold, b_dec = w.threshold[n] * c_out[:, None], w.b_dec[n] * c_out[:, None]
-    w_skip = None if w.w_skip is None else w.w_skip[n] * ratio[:, None, None]
+    c_in, c_out, units = scales["in"], scales["out"], _feature_units(config.k, scales["out"])
+    w_enc = jnp.swapaxes(w.w_enc[n], -1, -2) * (units / c_in)[:, None, None]
+    b_enc = encoder_bias(w, config.centred)[n] * units[:, None]
+    threshold, b_dec = w.threshold[n] * units[:, None], w.b_dec[n] * c_out[:, None]
+    if config.k is not None:
+        threshold = jnp.zeros_like(threshold)
+    w_skip = None if w.w_skip is None else w.w_skip[n] * (c_out / c_in)[:, None, None]
     places: dict[str, Any] = dict(reads=config.reads, writes=config.target, first=first)
+    places["k"] = config.k
     places["info"] = info or CoderInfo()
     if not config.several:
         return SparseCoder(
@@ -139,19 +144,44 @@ def fold(
             None if w_skip is None else w_skip[0], layer=config.layer_tuple[0], **places,
         )  # fmt: skip
     X = len(config.layer_tuple)
-    blocks = [w.w_dec[j][n, i] * (c_out[j] / c_out[i]) for i in range(X) for j in range(i, X)]
+    blocks = [w.w_dec[j][n, i] * (c_out[j] / units[i]) for i in range(X) for j in range(i, X)]
     return MultiLayerCoder(
         w_enc, b_enc, threshold, jnp.stack(blocks), b_dec, w_skip,
         layers=config.layer_tuple, **places,
     )  # fmt: skip
 
 
+def _feature_units(k: int | None, c_out: jax.Array) -> jax.Array:
+    """How many times larger than in training each layer's features are in a folded coder: [X]."""
+    return c_out if k is None else jnp.broadcast_to(jnp.mean(c_out), c_out.shape)
+
+
+def _check_activation(coder: SparseCoder | MultiLayerCoder, config: CoderConfig) -> None:
+    """Raise `InputError` for a TopK coder that training would make another function of."""
+    if coder.k is None:
+        return
+    if config.activation != "topk":
+        raise InputError(
+            f"the coder to start from keeps the {coder.k} largest features of a token, which is "
+            f'not {config.activation}: set activation="topk", or convert it with as_jump_relu'
+        )
+    if isinstance(coder, SparseCoder):
+        norms = np.linalg.norm(np.asarray(coder.w_dec, np.float32), axis=1)
+        if np.ptp(norms) > 0.01 * norms.max():
+            raise InputError(
+                f"the coder to start from has decoder rows of norms {norms.min():.3g} to "
+                f"{norms.max():.3g}: at unit norm, as training has them, others would be its "
+                f"{coder.k} largest features"
+            )
+
+
 def unfold(coder: SparseCoder | MultiLayerCoder, config: CoderConfig, scales: Mapping) -> Weights:
     """The inverse of `fold`, N = 1: any coder, published or own, as weights to go on training.
 
-    Raises `InputError` if it does not have the shape, sites or layers of `config`.
+    Raises `InputError` if it does not have the shape, sites, layers or kind of `config`.
     """
-    c_in, c_out = scales["in"], scales["out"]
+    _check_activation(coder, config)
+    c_in, c_out, units = scales["in"], scales["out"], _feature_units(coder.k, scales["out"])
     several = isinstance(coder, MultiLayerCoder)
     layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
     got: tuple[Any, ...] = (tuple(layers), coder.reads, coder.writes)
@@ -161,10 +191,9 @@ def unfold(coder: SparseCoder | MultiLayerCoder, config: CoderConfig, scales: Ma
         if have != want:
             raise InputError(f"the coder to start from has {what} {have}, the config {want}")
     stack = lambda x: float32(x) if several else float32(x)[None]
-    ratio = (c_in / c_out)[:, None, None]
-    w_enc = jnp.swapaxes(stack(coder.w_enc), -1, -2) * ratio
+    w_enc = jnp.swapaxes(stack(coder.w_enc), -1, -2) * (c_in / units)[:, None, None]
     b_dec = stack(coder.b_dec) / c_out[:, None]
-    b_enc = stack(coder.b_enc) / c_out[:, None]
+    b_enc = stack(coder.b_enc) / units[:, None]
     if config.centred:
         b_enc = b_enc + jnp.einsum("xfd,xd->xf", w_enc, b_dec)
 
@@ -172,9 +201,9 @@ def unfold(coder: SparseCoder | MultiLayerCoder, config: CoderConfig, scales: Ma
         return float32(coder.decoder(i, j) if isinstance(coder, MultiLayerCoder) else coder.w_dec)
 
     w_dec = tuple(
-        jnp.stack([block(i, j) * (c_out[i] / c_out[j]) for i in range(j + 1)])
+        jnp.stack([block(i, j) * (units[i] / c_out[j]) for i in range(j + 1)])
         for j in range(len(config.layer_tuple))
     )
-    w_skip = None if coder.w_skip is None else stack(coder.w_skip) * ratio
-    w = Weights(w_enc, b_enc, stack(coder.threshold) / c_out[:, None], w_dec, b_dec, w_skip)
+    w_skip = None if coder.w_skip is None else stack(coder.w_skip) * (c_in / c_out)[:, None, None]
+    w = Weights(w_enc, b_enc, stack(coder.threshold) / units[:, None], w_dec, b_dec, w_skip)
     return unit_rows(jax.tree.map(lambda x: x[None], w))

@@ -1,0 +1,51 @@
+"""What a run never trains on: a share of its text, or of its store, to measure saved coders on.
+
+Of text it is blocks of `BLOCK` tokens of a document (short documents whole), chosen by a hash of
+their tokens: the same in every epoch and after every interruption, in streams and in lists, on any
+number of hosts, and copies of a text fall on the same side. Nothing has to be read twice or kept.
+Of a store it is the last rows, which come from other documents than nearly all before them.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.data.text import TokenBatches, fill_rows
+
+BLOCK = 64  # tokens
+KEPT = 8192  # activations that are measured on, at most: the latest
+TRAINED, HELD_OUT = 1, 2  # what `counts` say of a token, 0 where it counts for nothing
+
+
+def held_out(ids: np.ndarray, share: float) -> np.ndarray:
+    """Which tokens of a document, ids int [n] without <bos>, are held out: bool [n]."""
+    found = np.zeros(len(ids), bool)
+    for start in range(0, len(ids), BLOCK):
+        block = ids[start : start + BLOCK].astype("<i4")
+        digest = hashlib.blake2b(block.tobytes(), digest_size=8).digest()
+        found[start : start + BLOCK] = int.from_bytes(digest, "little") < share * 2**64
+    return found
+
+
+class SplitBatches(TokenBatches):
+    """`TokenBatches` whose `counts`, int8 [B, T], tell tokens to train on from those held out."""
+
+    def __init__(self, *args: Any, share: float, **options: Any):
+        self._share = share
+        super().__init__(*args, **options)
+
+    def _go_to(self, position: Any) -> None:
+        super()._go_to(position)
+        bos = self._tokenizer.bos_id
+        self._batches = fill_rows(self._pieces(), self.rows, self.length, bos, np.int8)
+
+    def _encode(self, record: Any) -> tuple[np.ndarray, np.ndarray]:
+        ids, counts = super()._encode(record)
+        side = np.where(held_out(ids, self._share), HELD_OUT, TRAINED).astype(np.int8)
+        return ids, counts * side
+
+
+def held_rows(rows: int, share: float) -> int:
+    """How many of a store's rows, the last, are held out."""
+    return min(KEPT, int(np.ceil(share * rows)), rows - 1)

@@ -1,0 +1,148 @@
+"""The figures of a coder as it is saved: loaded back from its folder, on what was not trained on.
+
+Training knows a coder by its batches, in its own units and, with BatchTopK, by another function
+than the one saved. Here the files themselves are measured, with the definitions of `evaluate`: with
+y what a coder writes and r its error, FVU = E|r|^2 / (E|y|^2 - |E y|^2), of several layers the
+mean; "typical" is without tokens of more than `OUTLIER` median norms. L0 is over all layers, as in
+the recipe.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.coders.coder import Coder, layers_of
+from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.errors import InputError
+
+OUTLIER = 3.0
+TOKENS = 256  # encoded at a time
+USELESS = 1.0  # FVU from which the mean activation says more than the coder
+
+
+def measure(coder: Coder, sites: dict[str, Any], layers: dict[str, tuple[int, ...]]) -> dict:
+    """L0 (mean and largest, of all layers), FVU and typical FVU on raw activations.
+
+    sites: {site: [L, n, D]}, of which `layers` says which layers they are. {"tokens": 0} where
+    there are none.
+    """
+
+    def rows(site: str) -> np.ndarray:
+        at = [layers[site].index(layer) for layer in layers_of(coder)]
+        return np.asarray(sites[site])[at].astype(np.float32)
+
+    x, y = rows(coder.reads), rows(coder.writes)
+    n = x.shape[1]
+    if not n:
+        return {"tokens": 0}
+    parts = list(_parts(coder, x))
+    active = np.concatenate([a for a, _ in parts])
+    wide = y.astype(np.float64)
+    error = np.square(wide - np.concatenate([back for _, back in parts], 1)).sum(-1)  # [X, n]
+    spread = lambda of: np.square(of - of.mean(0)).sum()
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        norms = np.linalg.norm(wide, axis=-1)
+        usual = norms <= OUTLIER * np.median(norms, axis=1, keepdims=True)
+        fvu = [error[i].sum() / spread(wide[i]) for i in range(len(y))]
+        typical = [error[i][u].sum() / spread(wide[i][u]) for i, u in enumerate(usual)]
+    figures = {
+        "l0": float(active.mean()), "l0_largest": float(active.max()),
+        "fvu": float(np.mean(fvu)), "fvu_typical": float(np.mean(typical)),
+    }  # fmt: skip
+    return {"tokens": n} | {k: float(f"{v:.6g}") for k, v in figures.items()}
+
+
+def _parts(coder: Coder, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(active features [m], reconstructions float64 [X, m, D]) of x [X, n, D], some at a time."""
+    n = x.shape[1]
+    for start in range(0, n, TOKENS):
+        some = x[:, start : start + TOKENS]
+        size = some.shape[1]
+        padded = np.pad(some, ((0, 0), (0, min(TOKENS, n) - size), (0, 0)))
+        active, back = _run(coder, padded, several=isinstance(coder, MultiLayerCoder))
+        yield np.asarray(active)[:size], np.asarray(back, np.float64)[:, :size]
+
+
+@partial(jax.jit, static_argnames="several")
+def _run(coder: Coder, x, *, several: bool):
+    x = x if several else x[0]
+    f = coder.encode(x)
+    back = coder.decode(f, x)
+    on = jnp.sum(f > 0, -1, dtype=jnp.int32)
+    return (jnp.sum(on, 0, dtype=jnp.int32), back) if several else (on, back[None])
+
+
+def save_measured(
+    found: dict[str, Coder], folder: Any, sites: dict[str, Any], layers: dict, apart: bool
+) -> tuple[dict[str, dict], list[str]]:
+    """Save coders below a folder, by name, and measure each as loaded back.
+
+    sites, layers: as `measure` takes them; `apart`: whether those tokens were not trained on. Gives
+    the figures by name, and of each whose weights are no numbers why it was not saved.
+    """
+    saved, refused = {}, []
+    for name, coder in found.items():
+        try:
+            save_coder(coder, folder / name)
+        except InputError as error:
+            if "NaN" not in str(error):
+                raise
+            refused.append(f"{name}: {error}")
+            continue
+        loaded = load_coder(os.fspath(folder / name), decoder=True)
+        saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
+        print(said(name, saved[name]), file=sys.stderr)
+        if why := doubt(saved[name]):
+            print(f"warning: {name}: {why}", file=sys.stderr)
+    return saved, refused
+
+
+def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:
+    """Put the figures of saved coders, {name: figures}, into the last row of log.jsonl.
+
+    Figures that are not finite become null there.
+    """
+    lines = log.read_text().splitlines() if log.exists() else []
+    row = json.loads(lines[-1]) if lines else {"tokens": tokens, "coders": {}}
+    row["saved"] = {
+        name: {k: v if math.isfinite(v) else None for k, v in figures.items()}
+        for name, figures in saved.items()
+    }  # fmt: skip
+    write_text(log, "\n".join([*lines[:-1], json.dumps(row)]) + "\n")
+
+
+def said(name: str, figures: dict) -> str:
+    """The figures of a saved coder in a line for the terminal."""
+    if not figures["tokens"]:
+        return f"{name} as saved: not measured, there was no token for it"
+    on = "not trained on" if figures["held_out"] else "trained on"
+    return (
+        f"{name} as saved: FVU {figures['fvu']:.4g} ({figures['fvu_typical']:.4g} of typical "
+        f"tokens), L0 {figures['l0']:.1f}, at most {figures['l0_largest']:.0f}, on "
+        f"{figures['tokens']:,} tokens {on}"
+    )
+
+
+def doubt(figures: dict) -> str:
+    """What is wrong with a coder of these figures, in words for people; "" if nothing is.
+
+    Figures may be those of the log, null where they were not finite.
+    """
+    if not figures["tokens"]:
+        return "it was measured on no token"
+    fvu = math.inf if figures["fvu"] is None else figures["fvu"]
+    if figures["l0"] == 0:
+        return "no feature is active on any of the tokens it was measured on"
+    if math.isfinite(fvu) and fvu < USELESS:
+        return ""
+    return f"its reconstruction is no better than the mean activation (FVU {fvu:.3g})"
