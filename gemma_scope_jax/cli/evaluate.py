@@ -32,9 +32,10 @@ def evaluate(
 ) -> None:
     """How sparse and faithful coders are, and what they cost the model: the core figures.
 
-    L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with zero and mean
-    ablation, densities, geometry; by position in the row's piece of a document, source file and
-    role. Several coders share one pass of the model and are compared.
+    L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with mean ablation and
+    zero ablation (SAELens' zeros stand at <bos>, too), densities, geometry; by position in the
+    row's piece of a document, source file and role. Several coders share one pass of the model and
+    are compared.
 
     Args:
         coders: Addresses of the release, folders, packaged coders, or globs of them.
@@ -74,13 +75,12 @@ def evaluate(
     from gemma_scope_jax.evaluation.core import core_config
     from gemma_scope_jax.evaluation.core_run import evaluate_core
     from gemma_scope_jax.evaluation.evaluate import Plan
+    from gemma_scope_jax.evaluation.figures import ABLATIONS
     from gemma_scope_jax.evaluation.report import print_core
     from gemma_scope_jax.evaluation.texts import EvaluationText
 
     data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length, seed=seed)
-    plan = Plan(
-        loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
-    )
+    plan = Plan(loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups)
     config = core_config(data, plan, loaded_model, dataset, not skip_geometry)
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:

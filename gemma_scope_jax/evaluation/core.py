@@ -3,7 +3,8 @@
 `eval_result_metrics` has SAEBench's groups and names with the definitions of `metrics.py`, which
 differ from its own in four: "explained_variance" is 1 - FVU (SAEBench 0.6 takes a scalar for the
 mean: here "explained_variance_scalar_mean"), "mse" is E||r||^2 (SAEBench divides it by the tokens
-of a batch once more), ablation leaves <bos> alone, as everything here does, and a prompt of
+of a batch once more), ablation leaves <bos> alone, as everything here does (SAEBench's and SAELens'
+zeros stand at <bos>, too: here "ce_loss_score_saelens", "kl_div_score_saelens"), and a prompt of
 "consistent_activation_heuristic" is a piece of a document, not a row that several share. A number
 that there is not (no ablation was run) is -1.
 """
@@ -140,13 +141,17 @@ def _preservation(losses: Losses | None) -> dict[str, dict[str, Any]]:
     number = lambda value: np.nan if value is None else value
     behaviour = {
         "kl_div_score": losses.kl_score(), "kl_div_with_ablation": losses.kl_ablated,
-        "kl_div_with_sae": losses.kl, "kl_div_score_mean_ablation": losses.kl_score(mean=True),
+        "kl_div_with_sae": losses.kl, "kl_div_score_saelens": losses.kl_score("zero everywhere"),
+        "kl_div_with_ablation_saelens": losses.kl_everywhere_ablated,
+        "kl_div_score_mean_ablation": losses.kl_score("mean"),
         "kl_div_with_mean_ablation": losses.kl_mean_ablated, "top1_agreement": losses.agreement,
     }  # fmt: skip
     performance = {
         "ce_loss_score": losses.ce_score(), "ce_loss_with_ablation": losses.ablated,
         "ce_loss_with_sae": losses.spliced, "ce_loss_without_sae": losses.clean,
-        "ce_loss_score_mean_ablation": losses.ce_score(mean=True),
+        "ce_loss_score_saelens": losses.ce_score("zero everywhere"),
+        "ce_loss_with_ablation_saelens": losses.everywhere_ablated,
+        "ce_loss_score_mean_ablation": losses.ce_score("mean"),
         "ce_loss_with_mean_ablation": losses.mean_ablated, "delta_loss": losses.delta,
     }  # fmt: skip
     clean = lambda some: {name: number(value) for name, value in some.items()}

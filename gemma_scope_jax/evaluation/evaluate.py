@@ -64,7 +64,8 @@ class Plan:
     """What to measure.
 
     loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
-    ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
+    ablations     yardsticks, of `ABLATIONS`: "zero", "zero everywhere" (at <bos>, too: SAELens'),
+                  "mean" (the mean over the counted tokens of the first pass)
     replacement   also with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
     positions     figures by position in the piece of a document that a row holds, in powers of two
@@ -97,7 +98,8 @@ def evaluate(
     """Measure `coder` on `batches` of (tokens, segments), int [B, T] each; segment 0 is padding.
 
     delta_loss: also run the model with and without the coder's reconstruction, the whole depth.
-    ablation: and with zeros in its place, as a yardstick for the delta.
+    ablation: and with zeros in its place, as a yardstick for the delta, once with <bos> left alone
+    and once as SAELens does, at <bos> too.
     Tokens before `coder.first` in each document are left alone and not counted. A multi-layer
     coder's figures are means over its layers. Raises `InputError` if the coder does not fit the
     model or no token is counted.
@@ -115,7 +117,7 @@ def evaluate_all(
 ) -> list[Metrics]:
     """`evaluate` of any coders on the same batches: the model's own passes are shared."""
     tokens = None if delta_loss or ablation else 0
-    plan = Plan(loss_tokens=tokens, ablations=("zero",) * ablation)
+    plan = Plan(loss_tokens=tokens, ablations=("zero", "zero everywhere") if ablation else ())
     return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
 
 
@@ -343,10 +345,13 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
     for tally in costly + [t for t in (measured.replacement,) if t is not None]:
         runs.append(_Run(replaced(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
-            key = (name, tuple((c.writes, layers_of(c), c.first) for c in tally.coders))
+            some = tally.coders
+            if name == "zero everywhere":
+                some = tuple(dataclasses.replace(c, first=0) for c in some)
+            key = (name, tuple((c.writes, layers_of(c), c.first) for c in some))
             if key not in shared:
-                value = tuple(means[id(c)] for c in tally.coders) if name == "mean" else None
-                shared[key] = _Run(ablated(model.config, tally.coders, value), [])
+                value = tuple(means[id(c)] for c in some) if name == "mean" else None
+                shared[key] = _Run(ablated(model.config, some, value), [])
                 runs.append(shared[key])
             shared[key].users.append((tally, name))
     return runs

@@ -21,7 +21,8 @@ DENSE = 0.1  # a feature active on more than this share of tokens is dense
 BINS_PER_DECADE = 4  # of the density histogram
 LOWEST_DECADE = -8
 
-SPLICED = "spliced"  # the run with the reconstruction in place; the others: "zero", "mean"
+SPLICED = "spliced"  # the run with the reconstruction in place; the others: `ABLATIONS`
+ABLATIONS = ("zero", "zero everywhere", "mean")  # what stands in its place; see `Losses`
 _SUMS = ("tokens", "mean", "bias", "columns")
 
 
@@ -31,6 +32,8 @@ class Losses:
 
     Losses are mean -log p(next token) in nats, KL is KL(the model's own || changed) in nats a
     token, agreement the share of tokens with the same most likely next token. None: not run.
+    Every change but one leaves alone the tokens that features do not act on: `everywhere` zeros are
+    at those, too, at <bos> above all, as SAELens and SAEBench ablate.
     """
 
     tokens: int
@@ -42,19 +45,29 @@ class Losses:
     kl_ablated: float | None = None
     kl_mean_ablated: float | None = None
     agreement: float | None = None  # of the spliced run
+    everywhere_ablated: float | None = None  # with zeros in its place, at <bos> too
+    kl_everywhere_ablated: float | None = None
 
     @property
     def delta(self) -> float:
         return self.spliced - self.clean
 
-    def ce_score(self, mean: bool = False) -> float | None:
-        """1: as good as the activation itself, 0: as bad as zeros (or the mean) in its place."""
-        base = self.mean_ablated if mean else self.ablated
+    def ce_score(self, ablation: str = "zero") -> float | None:
+        """1: as good as the activation itself, 0: as bad as what one of `ABLATIONS` puts there."""
+        base = self._ablated(ablation)[0]
         return None if base is None else _over(base - self.spliced, base - self.clean)
 
-    def kl_score(self, mean: bool = False) -> float | None:
-        base = self.kl_mean_ablated if mean else self.kl_ablated
+    def kl_score(self, ablation: str = "zero") -> float | None:
+        """The same of the KL divergence: the activation's own is 0."""
+        base = self._ablated(ablation)[1]
         return None if base is None or self.kl is None else _over(base - self.kl, base)
+
+    def _ablated(self, ablation: str) -> tuple[float | None, float | None]:
+        return {
+            "zero": (self.ablated, self.kl_ablated),
+            "zero everywhere": (self.everywhere_ablated, self.kl_everywhere_ablated),
+            "mean": (self.mean_ablated, self.kl_mean_ablated),
+        }[ablation]
 
 
 def _over(a: float, b: float) -> float:
@@ -102,7 +115,8 @@ class Metrics:
 
     @property
     def loss_recovered(self) -> float | None:
-        """1: as good as the activation itself, 0: as bad as zeros. None without the ablation."""
+        """1: as good as the activation itself, 0: as bad as zeros at the tokens that features act
+        on. None without the ablation."""
         return None if self.losses is None else self.losses.ce_score()
 
     def as_dict(self) -> dict[str, Any]:
@@ -195,7 +209,7 @@ class Tally:
             n, self.clean[group] / n if n else math.nan,
             math.nan if spliced is None else spliced,
             of("zero", 0), of("mean", 0), of(SPLICED, 1), of("zero", 1), of("mean", 1),
-            of(SPLICED, 2),
+            of(SPLICED, 2), of("zero everywhere", 0), of("zero everywhere", 1),
         )  # fmt: skip
 
     def metrics(self) -> Metrics:
