@@ -348,7 +348,7 @@ def rows_of(path):
 
 
 def test_neuronpedia(made):
-    source = made / "one" / "neuronpedia" / "tiny" / "1-one"
+    (source,) = (made / "one" / "neuronpedia" / "tiny").glob("1-one-????????")
     features, activations = (rows_of(source / n / "batch-0.jsonl.gz") for n in
                              ("features", "activations"))  # fmt: skip
     for rows, schema in ((features, FEATURE), (activations, ACTIVATION)):
@@ -362,7 +362,7 @@ def test_neuronpedia(made):
         most[a["index"]] = max(most.get(a["index"], 0), a["values"][a["qualifyingTokenIndex"]])
     for row in features:
         assert row["maxActApprox"] == pytest.approx(most[row["index"]], abs=1e-4)
-        assert row["layer"] == "1-one" and row["hookName"] == "blocks.1.resid_post"
+        assert row["layer"] == source.name and row["hookName"] == "blocks.1.resid_post"
     (said,) = rows_of(source / "explanations" / "batch-0.jsonl.gz")
     assert said["index"] == "3" and said["description"] == EXPLAINED[3]["text"]
     assert said["scoreV1"] == 0.875
@@ -374,7 +374,7 @@ def test_neuronpedia(made):
     }.items():  # fmt: skip
         row = json.loads((source / f"{name}.jsonl").read_text())
         assert keys <= row.keys()
-    assert row["id"] == "1-one" and row["num_tokens_in_prompt"] == 64
+    assert row["id"] == source.name and row["num_tokens_in_prompt"] == 64
 
 
 def test_graph_viewers(made, cards):

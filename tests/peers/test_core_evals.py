@@ -219,7 +219,7 @@ def test_saelens_keeps_bos_in_the_reconstruction_and_zeroes_it_in_the_ablation(
     tokens[:, 0] = 2
     theirs = peer(SAELENS).get_downstream_reconstruction_metrics(
         sae, OurModel(model), store_of([tokens]), ActivationScaler(), compute_kl=True,
-        compute_ce_loss=True, n_batches=1, eval_batch_size_prompts=B, ignore_tokens={2},
+        compute_ce_loss=True, n_batches=1, eval_batch_size_prompts=B, ignore_tokens=[2],
     )  # fmt: skip
     got = ours(model, coder.replace(first=1), [tokens], ablations=("zero", "zero everywhere"))
     close(got.losses.spliced, theirs["ce_loss_with_sae"])
