@@ -115,6 +115,10 @@ def test_every_benchmark_of_tables_in_one_command_and_nothing_twice(
     }
     assert metrics["llm"]["llm_test_auc"] == 1.0  # the last letter says it
     assert probing["eval_result_details"][0]["dataset_name"] == "moods"
+    (share,) = probing["eval_result_unstructured"][  # texts of three letters occur twice
+        "share_of_tested_rows_with_texts_trained_on"
+    ].values()
+    assert 0 < share < 1 and f"{100 * share:.0f} % of the rows that test have texts" in shown.out
     tpp = read_result(next((out / "tpp").iterdir()))["eval_result_metrics"]["tpp_metrics"]
     assert tpp["tpp_threshold_2_total_metric"] == pytest.approx(
         tpp["tpp_threshold_2_intended_diff_only"] - tpp["tpp_threshold_2_unintended_diff_only"]

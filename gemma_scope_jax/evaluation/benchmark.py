@@ -97,6 +97,7 @@ class Job:
     subjects: tuple[str, ...]
     work: int  # tokens, about
     measure: Measure
+    repeated: float = 0.0  # the share of rows that test whose texts were trained on
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
@@ -207,13 +208,15 @@ def probing_jobs(
             "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
             "table": _digest(path),
         }  # fmt: skip
+        if protocol.name != "sae-probes":
+            settings["split"] = "by text"
         if protocol.how == "mean":
             settings["first"] = bench.first
         subjects = (*bench.coders, *bench.raw())
         family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
         work = _work(task.texts, protocol.context)
         measure = _probing(path, protocol, limit, ks)
-        jobs.append(Job(family, task.name, settings, subjects, work, measure))
+        jobs.append(Job(family, task.name, settings, subjects, work, measure, task.repeated))
     if not jobs:
         raise InputError(f"no table to probe; the first: {skipped[0]}")
     return jobs, skipped
@@ -221,7 +224,7 @@ def probing_jobs(
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
-        task = make_task(read_table(path), protocol, limit)
+        task = make_task(read_table(path), protocol, limit, quiet=True)  # it was said before
         how, keep = protocol.how, protocol.keep
         passed, probed = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, passed, keep)
@@ -270,7 +273,7 @@ def concept_job(
         raise InputError(f"{min(ns)} features to ablate: 1 or more")
     make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
     task = make(read_table(path), limit)
-    settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT}
+    settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT, "split": "by text"}
     settings |= {"table": _digest(path), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     measure = _concepts(family, path, limit, ns)
@@ -280,7 +283,8 @@ def concept_job(
 def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         table = read_table(path)
-        task: Any = (scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task)(table, limit)
+        make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
+        task: Any = make(table, limit, quiet=True)
         score = scr_tpp.tpp if family == "tpp" else scr_tpp.scr
         passed, scored = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", passed)
