@@ -6,9 +6,8 @@
 and BatchTopK coders are saved as JumpReLU coders, with one threshold that keeps their L0.
 """
 
-from short_run import LOSS, RUN
-
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN
 
 config = TrainConfig(
     coders=(
