@@ -1,6 +1,7 @@
 """The core evaluation as a job: labelled text, documents, resuming, tables, plots, the command."""
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_every_token_is_there_once_with_its_source(text):
         for i, name in enumerate(names):
             read[name] += batch.tokens[batch.counts & (batch.labels["source"] == i)].tolist()
     for name, ids in read.items():
-        documents = Path(name).read_text(encoding="utf-8").split("\n\f\n")
+        documents = (text / name).read_text(encoding="utf-8").split("\n\f\n")
         assert sorted(ids) == sorted(Letters().encode("".join(documents), bos=False).tolist())
 
 
@@ -405,13 +406,15 @@ def test_names_of_results(tmp_path):
     assert coder_id(named("gemma-scope-2-270m-pt/resid_post/layer_12_width_16k_l0_medium")) == (
         "gemma-scope-2-270m-pt", "resid_post/layer_12_width_16k_l0_medium"
     )  # fmt: skip
-    assert coder_id(named("/runs/a/sae")) == ("/runs/a", "sae")
+    release, name = coder_id(named("/runs/a/sae"))
+    assert name == "sae" and re.fullmatch("folder-[0-9a-f]{8}", release)
+    assert coder_id(named("/runs/b/sae")) not in ((release, name), coder_id(named("/runs/a/sae")))
     assert coder_id(named("packaged")) == ("gemma_scope_jax", "packaged")
     assert coder_id(coder(0))[1] == "sae-resid_post-layer-1"
     result = {
-        "eval_type_id": "core", "sae_lens_release_id": "/runs/a", "sae_lens_id": "sae"
+        "eval_type_id": "core", "sae_lens_release_id": "acme/a", "sae_lens_id": "sae"
     }  # fmt: skip
-    assert write_result(tmp_path, result).name == "runs_a_sae_eval_results.json"
+    assert write_result(tmp_path, result).name == "acme_a_sae_eval_results.json"
     assert plain({"a": (np.float32(np.nan), np.arange(2))}, -1) == {"a": [-1, [0, 1]]}
     with pytest.raises(TypeError):
         plain({"a": object()})
@@ -490,6 +493,28 @@ def test_the_command(tiny, folders, text, capsys):
     )
     assert cli.main([*arguments, "--seed", "1"]) == 0
     assert "sae_1" in capsys.readouterr().out
+
+
+def test_results_say_nothing_of_where_things_are_on_this_machine(
+    tiny, folders, text, capsys, tmp_path
+):
+    """Neither their names nor what they hold: coders, text, sources, members of all together."""
+    other = tmp_path / "sae_0"  # another coder of the same name
+    save_coder(coder(5, layer=2), other, config_extra={"model_name": "acme/tiny"})
+    out = tmp_path / "out"
+    arguments = ["evaluate", f"{folders}/sae_0", str(other), "--model", "tiny", "--length", "32",
+                 "--rows", "2", "--tokens", "100", "--loss-tokens", "60", "--replacement",
+                 "--text", f"{text}/*.txt", "--out", str(out), "--skip-geometry"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".json"]) == 3
+    for path in files:
+        said = path.name + (path.read_text() if path.suffix == ".json" else "")
+        for folder in (*folders.parents, *tmp_path.parents, *text.parents)[:-1]:
+            assert len(folder.name) < 5 or folder.name not in said, (folder, path)
+    assert capsys.readouterr().err.count("measured before") == 0
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().err.count("measured before") == 3
 
 
 def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):

@@ -19,7 +19,7 @@ from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import Gain
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
-from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
+from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
@@ -112,12 +112,6 @@ def _check_model(store: Any, model: Model) -> None:
             f"{store.folder}: holds features of another model ({', '.join(held.values())}; this is "
             f"{', '.join(ours.values())}){hint}"
         )
-
-
-def public_name(coder: Coder) -> str:
-    """The coder's address, or the name of its folder: no paths of this machine."""
-    path = coder.info.path or coder.kind
-    return os.path.basename(path) if os.path.isabs(path) else path
 
 
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:

@@ -144,9 +144,9 @@ def _load_others(compare: tuple[str, ...]) -> list[Any]:
 
 def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_Wanted]:
     """What is to be made. Raises `InputError` for what cannot be, before anything is."""
-    from gemma_scope_jax.cards.build import public_name, same_layer
+    from gemma_scope_jax.cards.build import same_layer
     from gemma_scope_jax.cards.decoders import check_comparable, source_layer
-    from gemma_scope_jax.coders.coder import layers_of
+    from gemma_scope_jax.coders.coder import layers_of, public_name
 
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")
@@ -200,8 +200,8 @@ def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
 
 
 def _examples(coder: Any) -> Path:
-    from gemma_scope_jax.cards.build import public_name
     from gemma_scope_jax.cards.published import find_examples
+    from gemma_scope_jax.coders.coder import public_name
 
     if (found := find_examples(coder)) is None:
         raise InputError(
@@ -245,7 +245,7 @@ def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, 
 
 def _names(coders: list[Any]) -> dict[str, Any]:
     """Coders by name; those of one name with their folder's parent in front."""
-    from gemma_scope_jax.cards.build import public_name
+    from gemma_scope_jax.coders.coder import public_name
 
     names = [public_name(coder) for coder in coders]
     long = ["/".join(Path(coder.info.path).parts[-2:]) for coder in coders]

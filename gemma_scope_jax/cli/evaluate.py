@@ -1,6 +1,7 @@
 """Measuring coders: `evaluate`."""
 
 import json as json_format
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _text(files: tuple[str, ...], *, tfds: str, messages: str, **settings: Any) 
     if files or tfds:
         text_files(files)
         data = TextData(files=files, tfds=tfds, messages=messages, **settings)
-        return data, " ".join(files) or tfds
+        return data, " ".join(map(os.path.basename, files)) or tfds
     if messages:
         raise InputError("--messages needs --text FILE or --tfds NAME that holds chats")
     print(

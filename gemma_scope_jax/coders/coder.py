@@ -1,6 +1,7 @@
 """What holds for coders of one layer and of several alike."""
 
 import dataclasses
+import os
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -22,3 +23,9 @@ def weights_identity(coder: Coder) -> str:
     """
     whole = isinstance(coder, SparseCoder)
     return checksum(coder if whole else dataclasses.replace(coder, w_dec=None))
+
+
+def public_name(coder: Coder) -> str:
+    """The coder's address, or the name of its folder: no paths of this machine."""
+    path = coder.info.path or coder.kind
+    return os.path.basename(path) if os.path.isabs(path) else path

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ from gemma_scope_jax.evaluation.pooling import (
     pool,
 )
 from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
-from gemma_scope_jax.evaluation.results import plain
+from gemma_scope_jax.evaluation.results import coder_id, plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
@@ -74,10 +75,12 @@ class Bench:
 
 
 def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
-    """Coders by their address or folder; those without one, and namesakes, by number."""
+    """Coders by their address or `coder_id` of a folder; those without one, and namesakes, by
+    number."""
     found: dict[str, SparseCoder] = {}
     for number, coder in enumerate(coders):
         name = coder.info.path or f"{coder.kind} {coder.reads} {coder.layer}"
+        name = "/".join(coder_id(coder)) if os.path.isabs(name) else name
         found[f"{name} ({number})" if name in found else name] = coder
     return found
 

@@ -28,7 +28,7 @@ from gemma_scope_jax.evaluation.figures import (
 )
 from gemma_scope_jax.evaluation.geometry import Geometry
 from gemma_scope_jax.evaluation.metrics import Fit
-from gemma_scope_jax.evaluation.results import saebench_result
+from gemma_scope_jax.evaluation.results import coder_id, saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
@@ -121,18 +121,22 @@ def replacement_result(
     assert losses is not None
     stats = {"total_tokens_eval_reconstruction": losses.tokens}
     groups = {**_preservation(losses), "token_stats": stats}
-    members = [c.info.path or c.kind for c in coders]
+    members = [_member(c) for c in coders]
     unstructured = {"coders": members, "groups": tally.loss_rows()}
     return saebench_result(REPLACEMENT, config, groups, [], None, unstructured, name=name)
 
 
 def replacement_name(coders: Sequence[Coder]) -> str:
     """A name for several coders together: how many, at what, and 8 digits of which."""
-    members = "\n".join(sorted(c.info.path or c.kind for c in coders))
+    members = "\n".join(sorted(map(_member, coders)))
     digest = hashlib.blake2b(members.encode(), digest_size=4).hexdigest()
     sites = "-".join(sorted({c.writes for c in coders}))
     layers = len({layer for coder in coders for layer in layers_of(coder)})
     return f"replacement-{sites}-{layers}-layers-{digest}"
+
+
+def _member(coder: Coder) -> str:
+    return "/".join(coder_id(coder)) if coder.info.path else coder.kind
 
 
 def _preservation(losses: Losses | None) -> dict[str, dict[str, Any]]:

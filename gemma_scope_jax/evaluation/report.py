@@ -98,12 +98,12 @@ def print_core(results: Sequence[Result]) -> None:
         longest = max(len(short_name(result)) for result in core)
         table.add_column("coder", overflow="fold", min_width=longest if wide else min(longest, 48))
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
-        for heading, *_ in chosen:
-            table.add_column(heading, justify="right")
-        for result in core:
-            cells = [_cell(result, *row[1:]) for row in chosen]
+        rows = [[_cell(result, *row[1:]) for row in chosen] for result in core]
+        for (heading, *_), cells in zip(chosen, zip(*rows)):
+            table.add_column(heading, justify="right", min_width=max(map(len, cells)))
+        for result, cells in zip(core, rows):
             table.add_row(short_name(result), *cells)
-        console.print(table)
+        _print_whole(console, table)
     for result in results:
         if result["eval_type_id"] == "replacement":
             members = result["eval_result_unstructured"]["coders"]
@@ -149,7 +149,15 @@ def _print_groups(console: Any, result: Result) -> None:
             cells = ["" if row.get(n) is None else format(row[n], shown[n]) for n in names]
             table.add_row(_brief(str(row["name"])), *cells)
         console.print()
-        console.print(table)
+        _print_whole(console, table)
+
+
+def _print_whole(console: Any, table: Any) -> None:
+    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead."""
+    from rich.measure import Measurement
+
+    least = Measurement.get(console, console.options, table).minimum
+    console.print(table, width=max(console.width, least), no_wrap=False, crop=False)
 
 
 # -------------------------------------------------------------------------------------------------

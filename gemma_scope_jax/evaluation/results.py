@@ -11,6 +11,7 @@ a number and there is none (a loss on no tokens), it writes -1, and so do we; in
 unstructured it is null.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import folder_path, write_text
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError, reason
 
@@ -105,7 +106,8 @@ def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: 
 
 
 def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
-    """(release, id): of an address its first part and the rest, of a folder its parent and name."""
+    """(release, id): of an address its first part and the rest; of a folder a number for the path
+    to it, which is nobody's business, and its name."""
     if coder is None:
         if not name:
             raise InputError("a result of no single coder needs a name")
@@ -115,7 +117,10 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
         layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
         where = "-".join(map(str, layers))
         return "gemma_scope_jax", name or f"{coder.kind}-{coder.reads}-layer-{where}"
-    if os.path.isabs(path) or "://" in path:
+    if os.path.isabs(path):
+        digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
+        return f"folder-{digest}", public_name(coder)
+    if "://" in path:
         release, _, ident = path.rstrip("/").rpartition("/")
     else:
         release, _, ident = path.partition("/")
@@ -141,7 +146,7 @@ def coder_config(coder: Coder) -> dict[str, Any]:
         "affine": coder.w_skip is not None,
         "first": coder.first,
         "target_l0": None if info.l0 is None else float(info.l0),
-        "path": info.path,
+        "path": public_name(coder),
     }
 
 
