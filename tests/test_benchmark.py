@@ -355,6 +355,14 @@ def test_a_broken_result_file_is_named(folder, tiny, capsys, compile_once):
     (file,) = (folder / "broken" / "tasks" / "tpp").iterdir()
     whole = json.loads(file.read_text())
     assert whole["task"] == "topics"
-    file.write_text("{")
-    assert cli.main(options) == 2
-    assert "not a task's results; remove it" in capsys.readouterr().err
+    name = next(iter(whole["results"]))
+    assert "/" not in name.removeprefix("folder-")[9:]  # nothing of where the coder lies
+    for content in (
+        "{", "[" * 100_000, "[]", '{"results": []}', json.dumps(whole).replace("0.", "1e400", 1),
+        json.dumps({"results": {name: {"key": 3, "result": {}}}}),
+        json.dumps({"results": {name: {**whole["results"][name], "result": {"by_n": {}}}}}),
+    ):  # fmt: skip
+        file.write_text(content)
+        assert cli.main(options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "not a task's results; remove it" in error and len(error) < 500

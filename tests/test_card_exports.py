@@ -550,6 +550,8 @@ def bad(folder, tmp):
             {n: t[n][:7] for n in (*PER_FEATURE, "feature_frequencies")}),
         "beyond": lambda t: t["positions"].__setitem__((0, 0), 9999),
         "flat": lambda t: t.update(tokens=t["tokens"].reshape(-1)),
+        "alien": lambda t: t["tokens"].__setitem__((0, 0), 9999),
+        "nowhere": lambda t: t["feature_frequencies"].__setitem__(3, np.nan),
     }.items():  # fmt: skip
         save_coder(random_coder(), tmp / name, config_extra={"model_name": "acme/tiny"})
         tensors = published(tmp / name, np.random.default_rng(0))
@@ -576,6 +578,14 @@ def bad(folder, tmp):
     yield ("cards", tmp / "narrow"), "has 7 features, the coder beside it 48"
     yield ("cards", tmp / "beyond"), "lies outside of the tokens"
     yield ("cards", tmp / "flat"), "expected [S, T]"
+    yield ("cards", tmp / "alien"), "9999, and the tokenizer"
+    yield ("cards", tmp / "nowhere"), "feature_frequencies are not all numbers"
+    for number, model in enumerate(({"name": "tiny", "weights": "w"}, {"dtype": 3}, [])):
+        shutil.copytree(folder / "store", tmp / f"store{number}")
+        manifest = json.loads((tmp / f"store{number}" / "manifest.json").read_text())
+        manifest["model"] = model
+        (tmp / f"store{number}" / "manifest.json").write_text(json.dumps(manifest))
+        yield ("cards", one, "--store", tmp / f"store{number}"), ("dtype" if model else "manifest.json")
     yield ("cards", tmp / "torn"), "not a complete safetensors file"
 
 

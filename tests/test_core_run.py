@@ -360,9 +360,54 @@ def test_a_damaged_saving_is_one_line(measured, model, text, tmp_path, monkeypat
     (saved,) = tmp_path.glob("partial-*.npz")
     for document in tmp_path.glob("core/*.json"):
         document.unlink()
+    whole = dict(np.load(saved))
+    rows = whole["0/columns"]
+    for change in (
+        {"0/columns": rows[:, :, :3]}, {"0/columns": rows.astype(np.float32)},
+        {"0/run spliced": np.zeros(3)}, {"0/fired": whole["0/fired"][0]}, {"fitted": np.zeros(2)},
+        {"work/coders": np.array([7])}, {"work/coders": np.array(["a"])}, {"fitted": None},
+    ):  # fmt: skip
+        arrays = {k: v for k, v in (whole | change).items() if v is not None}
+        np.savez(saved, **arrays)
+        with pytest.raises(InputError, match=r"partial-.*damaged .*delete it"):
+            evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
     saved.write_bytes(saved.read_bytes()[:100])
     with pytest.raises(InputError, match=r"partial-.*damaged .* delete it"):
         evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
+
+
+def test_a_damaged_document_is_one_line(measured, model, text, tmp_path):
+    """Whatever JSON allows, where a finished document is read in place of a measurement."""
+    out, coders, results = measured
+    shutil.copytree(out, tmp_path / "out")
+    path = Path(result_path(tmp_path / "out", "core", *coder_id(coders[0])))
+    whole = json.loads(path.read_text())
+
+    def refused(change, text_of=json.dumps):
+        broken = json.loads(json.dumps(whole))
+        change(broken)
+        path.write_text(text_of(broken))
+        with pytest.raises(InputError, match=path.name) as error:
+            evaluate_core(model, coders[:1], *setup(model, text), str(tmp_path / "out"))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+    metrics, more = "eval_result_metrics", "eval_result_unstructured"
+    for part in (metrics, more, "eval_config", "eval_type_id"):
+        refused(lambda r, part=part: r.update({part: [3]}))
+    for value in ([], {}, "x", True):
+        refused(lambda r, value=value: r[metrics]["sparsity"].update(l0=value))
+        refused(lambda r, value=value: r[more]["groups"]["position"][1].update(fvu=value))
+    for number in ("NaN", "Infinity", "1e400", "9" * 400):
+        refused(
+            lambda r: r[metrics]["sparsity"].update(l0=-7.125),
+            lambda r, number=number: json.dumps(r).replace("-7.125", number),
+        )
+    refused(lambda r: r[metrics]["token_stats"].clear())
+    refused(lambda r: r[more].update(groups={"position": 3}))
+    refused(lambda r: r[more]["density_histogram"]["counts"].pop())
+    refused(lambda r: r[more].pop("density_histogram"))
+    refused(lambda r: r.update(sae_lens_id="\ud800"))
+    refused(lambda r: None, lambda r: "[" * 100_000)
 
 
 def test_tables_and_plots(measured, capsys):
@@ -423,7 +468,7 @@ def test_names_of_results(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no result that can be read"),
+        ("{", "not usable as JSON"),
         ("[]", "has no 'eval_type_id'"),
         ('{"eval_type_id": "core"}', "has no 'eval_config'"),
     ],

@@ -269,10 +269,25 @@ def broken(labels):
         "another coder's": gzip.compress(
             json.dumps({**labels, "features": labels["features"][:9]}).encode()
         ),
+        "nothing in an example": one(examples=[{"tokens": [], "values": [], "source": ""}]),
+        "true for a density": one(density=True), "half a character": one(top_logits=["\ud800"]),
+        "a bomb": gzip.compress(b" " * (4 << 20)),
+        "deep": gzip.compress(b"[" * 100_000),
+        **{
+            f"{number[:9]} for a density": gzip.compress(
+                gzip.decompress(one(density=-7.125)).replace(b"-7.125", number.encode())
+            )
+            for number in ("NaN", "-Infinity", "1e400", "9" * 400, "true")
+        },
+        **{
+            f"{tokens} tokens": gzip.compress(json.dumps({**labels, "tokens": tokens}).encode())
+            for tokens in (-1, "3", 2.5, True, None, [])
+        },
     }  # fmt: skip
 
 
-def test_broken_label_files_are_one_line(labels, tmp_path):
+def test_broken_label_files_are_one_line(labels, tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_scope_jax.cards.labels.MOST_BYTES", 2 << 20)
     for name, content in broken(labels).items():
         (tmp_path / "labels.json.gz").write_bytes(content)
         with pytest.raises(InputError, match=str(tmp_path)) as error:

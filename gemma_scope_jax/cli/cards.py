@@ -104,7 +104,7 @@ def cards(
     published = not (text or store)
     filled = _opened(store) if store else None
     if filled is not None and dtype == "auto":
-        dtype = filled.manifest["model"]["dtype"]
+        dtype = _dtype_of(filled)
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
     wanted = _wanted(loaded, others, folder, explanations)
     if published:
@@ -218,6 +218,17 @@ def _opened(store: str) -> Any:
     if not given.complete:
         print(f"{store}: not finished; the cards are of {len(given):,} tokens", file=sys.stderr)
     return given
+
+
+def _dtype_of(filled: Any) -> Any:
+    """The dtype of the model that filled a store."""
+    from gemma_scope_jax.storage.strict_json import field
+
+    where = f"{filled.folder}, of its model"
+    dtype = field(field(filled.manifest, "model", dict, f"{filled.folder}"), "dtype", str, where)
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{where}: dtype is {dtype!r}, not float32 or bfloat16; extract again")
+    return dtype
 
 
 def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, out: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from etils import epath
 from gemma_scope_jax.buckets import write_bytes, write_text
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation import absorption as spelling
 from gemma_scope_jax.evaluation import scr_tpp
 from gemma_scope_jax.evaluation.pooling import (
@@ -42,11 +43,14 @@ from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.evaluation.results import coder_id, plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)  # what reading such a file may raise
 Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
 
 
@@ -170,14 +174,33 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        results = json.loads(path.read_text())["results"]
+        results = field(read_json(path), "results", dict, path)
         return {
-            s: {"key": r["key"], "result": r["result"]}
+            s: {"key": field(r, "key", str, path), "result": _checked(job, r["result"])}
             for s, r in results.items()
-            if s not in keys or r["key"] == keys[s]
+            if s not in keys or field(r, "key", str, path) == keys[s]
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a task's results; remove it to measure again") from error
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a task's results; remove it to measure again ({reason(error)})"
+        ) from error
+
+
+_PARTS = {  # of a result, what tables are made of
+    "absorption_first_letter": ("letters",), "tpp": ("clean", "by_n", "by_class"),
+    "scr": ("direction", "by_n", "directions"),
+}  # fmt: skip
+
+
+def _checked(job: Job, result: Any) -> Any:
+    """A result that was read. Raises KeyError or `InputError` if parts of it are missing."""
+    for part in _PARTS.get(job.family, ()):
+        result[part]
+    if job.family not in _PARTS:
+        for k in map(str, job.settings["ks"]):
+            for measure in ("accuracy", "auc", "f1"):
+                field(result[k], measure, float, k, default=None)
+    return result
 
 
 # -------------------------------------------------------------------------------------------------
@@ -366,9 +389,12 @@ def _word_activations(
         try:
             with np.load(io.BytesIO(file.read_bytes())) as arrays:
                 rows = [arrays[f"arr_{n}"] for n in range(len(places))]
-            if any(len(x) != len(some) for x in rows):
-                raise ValueError("other words")
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            widths = [site_width(bench.model.config, site) for site, _ in places]
+            if [x.shape for x in rows] != [(len(some), D) for D in widths]:
+                raise ValueError("other words or sites")
+            if not all(np.isfinite(x).all() for x in rows):
+                raise ValueError("not all numbers")
+        except (*BROKEN, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: broken; remove it to measure again") from error
         parts.append(rows)
         report(min(start + CHUNK, len(task.prompts)), len(task.prompts))

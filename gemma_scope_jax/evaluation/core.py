@@ -11,13 +11,14 @@ that there is not (no ablation was run) is -1.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import Plan
 from gemma_scope_jax.evaluation.figures import (
     Losses,
@@ -32,8 +33,10 @@ from gemma_scope_jax.evaluation.results import coder_id, saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.storage.strict_json import field
 
 CORE, REPLACEMENT = "core", "replacement"
+LOSS_TOKENS = "total_tokens_eval_reconstruction"
 WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our own
     "encoder_bias": "encoder_bias", "encoder_norm": "encoder_norm",
     "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
@@ -89,7 +92,7 @@ def core_result(
         },
         "sparsity": {"l0": fit.l0, "l1": fit.l1, "l0_typical": typical.l0},
         "token_stats": {
-            "total_tokens_eval_reconstruction": 0 if losses is None else losses.tokens,
+            LOSS_TOKENS: 0 if losses is None else losses.tokens,
             "total_tokens_eval_sparsity_variance": fit.tokens, "typical_tokens": typical.tokens,
         },
         "misc_metrics": {
@@ -119,11 +122,40 @@ def replacement_result(
     """The document of the model with all coders' reconstructions in place at once."""
     losses = tally.losses()
     assert losses is not None
-    stats = {"total_tokens_eval_reconstruction": losses.tokens}
+    stats = {LOSS_TOKENS: losses.tokens}
     groups = {**_preservation(losses), "token_stats": stats}
     members = [_member(c) for c in coders]
     unstructured = {"coders": members, "groups": tally.loss_rows()}
     return saebench_result(REPLACEMENT, config, groups, [], None, unstructured, name=name)
+
+
+def check_document(result: Mapping[str, Any], where: Any) -> None:
+    """Raise `InputError` unless a document that was read has what tables and plots are made of."""
+    field(field(result["eval_result_metrics"], "token_stats", dict, where), LOSS_TOKENS, int, where)
+    more = field(result, "eval_result_unstructured", dict, where)
+    tables = [field(more, "groups", dict, where)]
+    if result["eval_type_id"] == CORE:
+        histogram = field(more, "density_histogram", dict, where)
+        field(histogram, "never", int, where)
+        bins = [field(histogram, name, list, where) for name in ("log10_edges", "counts")]
+        if len(bins[0]) != len(bins[1]) + 1 or not all(map(_is_number, bins[0] + bins[1])):
+            raise InputError(f"{where}: damaged: no histogram in it; delete it")
+        tables.append({"layers": field(more, "layers", list, where, default=[])})
+    else:
+        field(more, "coders", list, where)
+    for kind, rows in ((k, rows) for table in tables for k, rows in table.items()):
+        fine = isinstance(rows, list) and all(
+            isinstance(row, dict)
+            and ("name" in row or "layer" in row)
+            and all(v is None or _is_number(v) for k, v in row.items() if k != "name")
+            for row in rows
+        )
+        if not fine:
+            raise InputError(f"{where}: damaged: no table by {kind} in it; delete it")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def replacement_name(coders: Sequence[Coder]) -> str:

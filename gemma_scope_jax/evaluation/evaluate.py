@@ -22,7 +22,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import (
@@ -142,6 +142,7 @@ class Measured:
         return found
 
     def restore(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Raises KeyError, TypeError or ValueError for arrays that are not such sums."""
         self.fitted, self.compared = int(saved["fitted"]), int(saved["compared"])
         for i, tally in enumerate(self._all()):
             head = f"{i}/"
@@ -159,14 +160,16 @@ def measure(
     plan: Plan,
     *,
     saved: Mapping[str, np.ndarray] | None = None,
+    saved_in: str = "what was saved",
     after: Callable[[Measured, str, int], None] | None = None,
 ) -> Measured:
     """The sums of all coders over the batches, as `plan` says.
 
     batches: read once for each pass; those of an iterator, which ends, are kept for the second.
     saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
-    not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
-    of the second pass some of a batch's runs, which count as their share of its tokens.
+    not run again; `saved_in` is where it lay. after(measured, "fit" or "loss", tokens) is called
+    after each step: a batch, or of the second pass some of a batch's runs, which count as their
+    share of its tokens.
     Raises `InputError` for coders that do not fit the model, and for two at one place if they are
     to replace it together.
     """
@@ -178,7 +181,10 @@ def measure(
     if plan.replacement:
         replaced(tuple(coders))  # says now if two are at one place
     if saved is not None:
-        measured.restore(saved)
+        try:
+            measured.restore(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
     ready = lambda batch: _rows(batch, plan, names)
     again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[_Rows] = []

@@ -14,7 +14,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import Fit, Sums, fit, fits, merge
+from gemma_scope_jax.evaluation.metrics import COLUMNS, Fit, Sums, fit, fits, merge
 from gemma_scope_jax.evaluation.results import plain
 
 DENSE = 0.1  # a feature active on more than this share of tokens is dense
@@ -250,9 +250,23 @@ class Tally:
         return found
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises KeyError or ValueError for arrays that are not those of such a tally."""
+        runs = {k: v for k, v in arrays.items() if k.startswith("run ")}
+        own = ("fired", "pieces", "predicted", "clean")
+        wanted = {name: (getattr(self, name).shape, getattr(self, name).dtype) for name in own}
+        wanted |= {name: ((*self.clean.shape, 3), self.clean.dtype) for name in runs}
+        if "tokens" in arrays:
+            places, D = (2 + len(self.names), len(self.fired)), self.coders[0].d_out
+            inner = ((), (D,), (D,), (len(COLUMNS),))
+            wanted |= {k: ((*places, *some), self.clean.dtype) for k, some in zip(_SUMS, inner)}
+        for name, (shape, dtype) in wanted.items():
+            if (found := (arrays[name].shape, arrays[name].dtype)) != (shape, dtype):
+                raise ValueError(
+                    f"{name} is {found[1]} {list(found[0])}, not {dtype} {list(shape)}"
+                )
         self.fired, self.pieces = arrays["fired"], arrays["pieces"]
         self.predicted, self.clean = arrays["predicted"], arrays["clean"]
-        self.runs = {k.removeprefix("run "): v for k, v in arrays.items() if k.startswith("run ")}
+        self.runs = {k.removeprefix("run "): v for k, v in runs.items()}
         self.sums = Sums(*(arrays[k] for k in _SUMS)) if "tokens" in arrays else None
 
 

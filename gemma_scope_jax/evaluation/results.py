@@ -27,7 +27,8 @@ from etils import epath
 from gemma_scope_jax.buckets import folder_path, write_text
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 ENVELOPE = (
     "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
@@ -89,13 +90,16 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """A document that was written, ours or SAEBench's. Raises `InputError`."""
     path = epath.Path(path)
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no result that can be read ({reason(error)})") from error
+    result = read_json(path)
     missing = [k for k in ENVELOPE if not isinstance(result, dict) or k not in result]
     if missing:
         raise InputError(f"{path}: not an evaluation's result: it has no {missing[0]!r}")
+    for key, kind in (("eval_type_id", str), ("sae_lens_id", str), ("sae_lens_release_id", str),
+                      ("eval_config", dict), ("eval_result_metrics", dict)):  # fmt: skip
+        field(result, key, kind, path)
+    for group in result["eval_result_metrics"]:
+        for name in (numbers := field(result["eval_result_metrics"], group, dict, path)):
+            field(numbers, name, float, f"{path}, {group}", default=None)
     return result
 
 
