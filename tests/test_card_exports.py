@@ -585,7 +585,10 @@ def bad(folder, tmp):
         manifest = json.loads((tmp / f"store{number}" / "manifest.json").read_text())
         manifest["model"] = model
         (tmp / f"store{number}" / "manifest.json").write_text(json.dumps(manifest))
-        yield ("cards", one, "--store", tmp / f"store{number}"), ("dtype" if model else "manifest.json")
+        yield (
+            ("cards", one, "--store", tmp / f"store{number}"),
+            ("dtype" if model else "manifest.json"),
+        )
     yield ("cards", tmp / "torn"), "not a complete safetensors file"
 
 

@@ -440,6 +440,29 @@ def test_another_model_of_the_same_name_is_not_taken_for_this(measured, model, t
         evaluate_core(tuned, coders, *setup(tuned, text), out)
 
 
+@pytest.mark.parametrize(
+    ("factor", "threshold", "message"),
+    [
+        (1e12, None, r"FVU \d\.\d+e\+2\d: reconstructions are worse than the mean"),
+        (1e30, None, "reconstructions are not finite numbers"),
+        (1, np.inf, "no feature was ever active"),
+    ],
+)
+def test_what_cannot_be_a_coder_is_said(model, text, tmp_path, capsys, factor, threshold, message):
+    """On stderr and in the document, which would only have -1 for what overflowed."""
+    bad = coder(0)
+    bad = bad.replace(w_dec=bad.w_dec * np.float32(factor))
+    if threshold is not None:
+        bad = bad.replace(threshold=jnp.full(F, threshold, jnp.float32))
+    data, plan, config = setup(model, text, 60)
+    (result,) = evaluate_core(model, [bad], data, plan, config, str(tmp_path))
+    for found in (result, read_result(next(tmp_path.glob("core/*.json")))):
+        assert any(re.match(message, w) for w in found["eval_result_unstructured"]["warnings"])
+    print_core([result])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"warning: sae-resid_post-layer-1: .*{message}", said)
+
+
 def test_frontier():
     points = [(10, 0.5), (20, 0.3), (15, 0.6), (20, 0.4), (40, 0.3), (50, 0.1)]
     assert frontier(points, higher=False) == [(10, 0.5), (20, 0.3), (50, 0.1)]

@@ -77,7 +77,7 @@ def evaluate(
     from gemma_scope_jax.evaluation.core_run import evaluate_core
     from gemma_scope_jax.evaluation.evaluate import Plan
     from gemma_scope_jax.evaluation.figures import ABLATIONS
-    from gemma_scope_jax.evaluation.report import print_core
+    from gemma_scope_jax.evaluation.report import print_core, say_doubts
     from gemma_scope_jax.evaluation.texts import EvaluationText
 
     data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length, seed=seed)
@@ -87,6 +87,7 @@ def evaluate(
     if json:
         shown = [{**r, "eval_result_details": []} for r in results]
         print(json_format.dumps(shown, ensure_ascii=False, allow_nan=False))
+        say_doubts(results)
     else:
         print_core(results)
 

@@ -288,6 +288,15 @@ def _pooled(
             places.discard(place)
     ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
     pooled = pool(bench.model, coders, ids, how=how, first=bench.first, report=report)
+    for (site, layer), x in pooled.raw.items():
+        if not np.isfinite(x).all():
+            raise InputError(
+                f"activations at {site} of layer {layer} are not finite numbers on these texts: "
+                "run the model in float32"
+            )
+    for name, f in zip(names, pooled.features):
+        if not np.isfinite(f.values).all():
+            raise InputError(f"{name}: features are not finite numbers: the coder is broken")
     return names, Pooled(pooled.raw, pooled.features[: len(names)])
 
 

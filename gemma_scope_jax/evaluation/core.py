@@ -106,6 +106,7 @@ def core_result(
         "density_histogram": density_histogram(metrics.density),
         "groups": metrics.groups,
         "typical": dataclasses.asdict(typical),
+        "warnings": doubts(metrics),
     }
     if isinstance(coder, MultiLayerCoder):
         unstructured["layers"] = _layer_rows(metrics.layers, coder, metrics.density)
@@ -129,11 +130,34 @@ def replacement_result(
     return saebench_result(REPLACEMENT, config, groups, [], None, unstructured, name=name)
 
 
+def doubts(metrics: Metrics) -> list[str]:
+    """What is so far from what a coder is that its figures must not stand without a word, a
+    sentence each. Figures that are not finite have no other trace: documents say -1 for them."""
+    fit, losses, found = metrics.all, metrics.losses, []
+    if not np.isfinite(fit.l2_norm_in):
+        found.append("activations are not finite numbers: run the model in float32")
+    elif not np.isfinite(fit.mse):
+        found.append("reconstructions are not finite numbers: the coder is broken")
+    elif fit.fvu > 1:
+        found.append(
+            f"FVU {fit.fvu:.3g}: reconstructions are worse than the mean activation: the coder "
+            "diverged in training, or is for another model or site (see `gemma-scope check`)"
+        )
+    if losses is not None and losses.tokens and not np.isfinite(losses.spliced):
+        found.append("losses with the coder's reconstructions are not finite numbers")
+    if fit.l0 == 0:
+        found.append("no feature was ever active")
+    return found
+
+
 def check_document(result: Mapping[str, Any], where: Any) -> None:
     """Raise `InputError` unless a document that was read has what tables and plots are made of."""
     field(field(result["eval_result_metrics"], "token_stats", dict, where), LOSS_TOKENS, int, where)
     more = field(result, "eval_result_unstructured", dict, where)
     tables = [field(more, "groups", dict, where)]
+    said = field(more, "warnings", list, where, default=[])
+    if not all(isinstance(warning, str) for warning in said):
+        raise InputError(f"{where}: damaged: warnings are no texts; delete it")
     if result["eval_type_id"] == CORE:
         histogram = field(more, "density_histogram", dict, where)
         field(histogram, "never", int, where)

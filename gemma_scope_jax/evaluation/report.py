@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.buckets import folder_path, write_bytes
+from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
 
 Result = Mapping[str, Any]
@@ -82,7 +83,8 @@ def figure(result: Result, category: str, metric: str) -> float | None:
 
 
 def print_core(results: Sequence[Result]) -> None:
-    """The figures of one result, or of several beside each other; replacement models below."""
+    """The figures of one result, or of several beside each other; replacement models below, and
+    last, on stderr, what is wrong with any of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -110,6 +112,14 @@ def print_core(results: Sequence[Result]) -> None:
             console.print(f"\nall {len(members)} in place at once", style="bold", highlight=False)
             _print_figures(console, result)
             _print_groups(console, result)
+    say_doubts(results)
+
+
+def say_doubts(results: Sequence[Result]) -> None:
+    """What is wrong with coders, on stderr, a line each."""
+    for result in results:
+        for warning in result["eval_result_unstructured"].get("warnings") or ():
+            print(shown(f"warning: {short_name(result)}: {warning}"), file=sys.stderr)
 
 
 def short_name(result: Result) -> str:
