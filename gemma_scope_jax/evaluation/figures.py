@@ -131,6 +131,7 @@ class Metrics:
             "loss": None if self.losses is None else dataclasses.asdict(self.losses),
             "delta_loss": self.delta_loss,
             "loss_recovered": self.loss_recovered,
+            "loss_recovered_saelens": self.losses and self.losses.ce_score("zero everywhere"),
         }
         return plain(figures)
 
