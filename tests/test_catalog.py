@@ -306,3 +306,10 @@ def test_rows_exported_for_neuronpedia_have_ids_of_their_own():
         )
     ]  # fmt: skip
     assert len(set(rows)) == len(rows) and all(re.fullmatch("c[0-9a-z]{24}", row) for row in rows)
+
+
+def test_results_of_the_whole_release_lie_in_files_of_their_own():
+    from gemma_scope_jax.evaluation.results import result_path
+
+    names = [result_path("out", "core", *str(a).split("/", 1)).name for a in addresses()]
+    assert len(set(names)) == len(names)

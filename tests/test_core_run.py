@@ -556,11 +556,16 @@ def test_the_command(tiny, folders, text, capsys):
     out, err = capsys.readouterr()
     results = json.loads(out)
     assert [r["sae_lens_id"] for r in results] == ["sae_0", "sae_1"]
+    for result in results:
+        found = result["eval_result_metrics"]["model_performance_preservation"]
+        with_bos, without = found["ce_loss_with_ablation_saelens"], found["ce_loss_with_ablation"]
+        assert with_bos > 0 and without > 0 and with_bos != without
     assert (
         results[0]["eval_config"]["tokens"] == 200 and "compiled; how they fit, 200 tokens" in err
     )
     assert cli.main([*arguments, "--seed", "1"]) == 0
-    assert "sae_1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sae_1" in out and "CE score, SAELens" in " ".join(out.split())
 
 
 def test_results_say_nothing_of_where_things_are_on_this_machine(

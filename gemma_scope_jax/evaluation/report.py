@@ -45,11 +45,11 @@ FIGURES = (
     ),
     ("  with the mean", "model_performance_preservation", "ce_loss_with_mean_ablation", ".4f"),
     ("CE score, zeros", "model_performance_preservation", "ce_loss_score", ".4f"),
-    ("  <bos> too (SAELens)", "model_performance_preservation", "ce_loss_score_saelens", ".4f"),
+    ("CE score, SAELens", "model_performance_preservation", "ce_loss_score_saelens", ".4f"),
     ("CE score, mean", "model_performance_preservation", "ce_loss_score_mean_ablation", ".4f"),
     ("KL, nats", "model_behavior_preservation", "kl_div_with_sae", ".4f"),
     ("KL score, zeros", "model_behavior_preservation", "kl_div_score", ".4f"),
-    ("  <bos> too (SAELens)", "model_behavior_preservation", "kl_div_score_saelens", ".4f"),
+    ("KL score, SAELens", "model_behavior_preservation", "kl_div_score_saelens", ".4f"),
     ("KL score, mean", "model_behavior_preservation", "kl_div_score_mean_ablation", ".4f"),
     ("top-1 agreement", "model_behavior_preservation", "top1_agreement", ".4f"),
     ("never fired", "misc_metrics", "dead", ",d"),
@@ -63,7 +63,8 @@ FIGURES = (
 )
 COMPARED = (
     "L0", "FVU", "FVU of typical tokens", "cosine", "delta loss, nats", "CE score, zeros",
-    "CE score, mean", "KL, nats", "top-1 agreement", "never fired", "on over 10 % of tokens",
+    "CE score, SAELens", "CE score, mean", "KL, nats", "top-1 agreement", "never fired",
+    "on over 10 % of tokens",
 )  # fmt: skip
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
