@@ -5,9 +5,8 @@
 A feature reads mlp_in of its layer and writes to mlp_out of that layer and of all later ones.
 """
 
-from short_run import LOSS, RUN
-
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN
 
 config = TrainConfig(
     coders=tuple(

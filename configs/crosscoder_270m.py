@@ -6,9 +6,8 @@ A feature is read at one of the layers and may write to that one and to all late
 L0 counts all of a token's features.
 """
 
-from short_run import LOSS, RUN
-
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN
 
 config = TrainConfig(
     coders=(

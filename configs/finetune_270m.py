@@ -8,9 +8,8 @@ short, since the logits of all tokens are held.
 
 import dataclasses
 
-from short_run import RUN, SAE
-
 from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.short_run import RUN, SAE
 
 coder = dataclasses.replace(
     SAE,

@@ -6,9 +6,8 @@ The packaged one had TOKENS=8400000 from a $STORE of half as many, 20 minutes on
 expect an FVU of 0.14 on training batches, an L0 within a per cent of 50, and 1 % of dead features.
 """
 
-from short_run import RUN, SAE, TOKENS, falling
-
 from gemma_scope_jax.training.recipe import OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.short_run import RUN, SAE, TOKENS, falling
 
 config = TrainConfig(
     coders=(falling(SAE, TOKENS, RUN["batch"]),),

@@ -6,9 +6,8 @@
 coder is saved as one, a BatchTopK coder as a JumpReLU coder with one threshold that keeps its L0.
 """
 
-from short_run import LOSS, RUN
-
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN
 
 config = TrainConfig(
     coders=(

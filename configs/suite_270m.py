@@ -9,9 +9,8 @@ one batch. This is a run for a GPU: ten times the tokens of the others, with lar
 
 import os
 
-from short_run import LOSS, RUN, SAE, falling
-
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN, SAE, falling
 
 TOKENS, BATCH = int(os.environ.get("TOKENS", 40_000_000)), 2048
 transcoders = tuple(

@@ -5,9 +5,8 @@
 The model runs once for all of them, and they are trained as one batch of eight.
 """
 
-from short_run import LOSS, RUN
-
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.short_run import LOSS, RUN
 
 config = TrainConfig(
     coders=tuple(

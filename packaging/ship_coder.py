@@ -1,12 +1,12 @@
 """Turn the coders of a training run into coders that ship: bfloat16 weights, labels, figures.
 
-    python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--no-labels]
+    python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--other news.txt] [--no-labels]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
 config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
-held-out text (figures.json), and label material (labels.json.gz). Snippets come only from texts
-whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
-BY-SA), the Python manual and library (PSF).
+held-out text and on text of other kinds (figures.json, and in the card), and label material
+(labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane Austen's
+novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and library (PSF).
 """
 
 import argparse
@@ -26,6 +26,7 @@ from gemma_scope_jax.data.text import read_documents
 from gemma_scope_jax.evaluation.evaluate import evaluate_all, text_batches
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
+OTHER_TOKENS = 41_000  # of each further text
 SOURCES = {
     "Jane Austen": "austen.txt",
     "Wikipedia": "wiki_vital.txt",
@@ -54,20 +55,43 @@ def name_of(coder) -> str:
     return f"gemma-3-270m-{kind}-{coder.layer}-width-{width}-l0-{coder.info.l0:g}{skip}"
 
 
-def figures(model, coders, tok, tokens: int, loss_tokens: int) -> list[dict]:
-    """Held-out figures: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
-    documents = read_documents([str(CORPUS / "eval" / "heldout_mix.txt")])
+def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> list[dict]:
+    """Figures on a text: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
+    documents = read_documents([str(path)])
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
     batches = list(text_batches(tok, documents, length=512))
     some = lambda tokens: batches[: -(-tokens // batches[0][0].size)]
     fits = evaluate_all(model, coders, some(tokens), delta_loss=False)
     costs = evaluate_all(model, coders, some(loss_tokens), ablation=True)
-    names = ("loss", "delta_loss", "loss_recovered")
-    text = {"text": "eval/heldout_mix.txt of the corpus"}
+    names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
     return [
-        fit.as_dict() | {name: cost.as_dict()[name] for name in names} | text
+        fit.as_dict() | {name: cost.as_dict()[name] for name in names} | {"text": path.name}
         for fit, cost in zip(fits, costs)
     ]
+
+
+def card_section(found: list[dict]) -> str:
+    """A coder's figures on several texts, as a section of its card."""
+    number = lambda value, form: "" if value is None else format(value, form)
+    rows = [
+        "| text | tokens | L0 | FVU | typical tokens | never fired | delta loss | CE score | "
+        "SAELens' |",
+        "| --- " * 9 + "|",
+    ]
+    for f in found:
+        tokens = "" if f["loss"] is None else f" on {f['loss']['tokens']:,}"
+        cells = [
+            f["text"], f"{f['tokens']:,}", f"{f['l0']:.1f}", f"{f['fvu']:.3f}",
+            f"{f['typical']['fvu']:.3f}", f"{f['dead']:,} of {f['features']:,}",
+            number(f["delta_loss"], "+.2f") + tokens, number(f.get("loss_recovered"), ".3f"),
+            number(f.get("loss_recovered_saelens"), ".3f"),
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return (
+        "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without the "
+        "rare tokens of enormous norm; delta loss in nats; CE score against zeros that leave "
+        "`<bos>` alone, and against SAELens', which stand there, too.\n"
+    )
 
 
 def main() -> None:
@@ -75,6 +99,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN/coders/FOLDER")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
+    parser.add_argument("--other", type=Path, nargs="*", default=[], metavar="TEXT")
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     tok = gs.load_tokenizer("gemma-3-270m")
@@ -91,9 +116,14 @@ def main() -> None:
                     shutil.copy(source / name, folder)
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
-        found = figures(model, coders, tok, args.tokens, args.loss_tokens)
-        for (folder, coder), figure in zip(shipped, found):
-            (folder / "figures.json").write_text(json.dumps(figure, indent=1) + "\n")
+        texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]
+        texts += [(path, OTHER_TOKENS) for path in args.other]
+        found = [figures(model, coders, tok, p, n, args.loss_tokens) for p, n in texts]
+        for (folder, coder), (figure, *others) in zip(shipped, zip(*found)):
+            content = figure | {"other_texts": others}
+            (folder / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
+            with open(folder / "README.md", "a", encoding="utf-8") as card:
+                card.write("\n" + card_section([figure, *others]))
             shown = {k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}
             print(folder.name, json.dumps(shown), flush=True)
             if args.labels:

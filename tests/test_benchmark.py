@@ -115,6 +115,10 @@ def test_every_benchmark_of_tables_in_one_command_and_nothing_twice(
     }
     assert metrics["llm"]["llm_test_auc"] == 1.0  # the last letter says it
     assert probing["eval_result_details"][0]["dataset_name"] == "moods"
+    (share,) = probing["eval_result_unstructured"][  # texts of three letters occur twice
+        "share_of_tested_rows_with_texts_trained_on"
+    ].values()
+    assert 0 < share < 1 and f"{100 * share:.0f} % of the rows that test have texts" in shown.out
     tpp = read_result(next((out / "tpp").iterdir()))["eval_result_metrics"]["tpp_metrics"]
     assert tpp["tpp_threshold_2_total_metric"] == pytest.approx(
         tpp["tpp_threshold_2_intended_diff_only"] - tpp["tpp_threshold_2_unintended_diff_only"]
@@ -351,6 +355,14 @@ def test_a_broken_result_file_is_named(folder, tiny, capsys, compile_once):
     (file,) = (folder / "broken" / "tasks" / "tpp").iterdir()
     whole = json.loads(file.read_text())
     assert whole["task"] == "topics"
-    file.write_text("{")
-    assert cli.main(options) == 2
-    assert "not a task's results; remove it" in capsys.readouterr().err
+    name = next(iter(whole["results"]))
+    assert "/" not in name.removeprefix("folder-")[9:]  # nothing of where the coder lies
+    for content in (
+        "{", "[" * 100_000, "[]", '{"results": []}', json.dumps(whole).replace("0.", "1e400", 1),
+        json.dumps({"results": {name: {"key": 3, "result": {}}}}),
+        json.dumps({"results": {name: {**whole["results"][name], "result": {"by_n": {}}}}}),
+    ):  # fmt: skip
+        file.write_text(content)
+        assert cli.main(options) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "not a task's results; remove it" in error and len(error) < 500

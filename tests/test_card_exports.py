@@ -348,7 +348,7 @@ def rows_of(path):
 
 
 def test_neuronpedia(made):
-    source = made / "one" / "neuronpedia" / "tiny" / "1-one"
+    (source,) = (made / "one" / "neuronpedia" / "tiny").glob("1-one-????????")
     features, activations = (rows_of(source / n / "batch-0.jsonl.gz") for n in
                              ("features", "activations"))  # fmt: skip
     for rows, schema in ((features, FEATURE), (activations, ACTIVATION)):
@@ -362,7 +362,7 @@ def test_neuronpedia(made):
         most[a["index"]] = max(most.get(a["index"], 0), a["values"][a["qualifyingTokenIndex"]])
     for row in features:
         assert row["maxActApprox"] == pytest.approx(most[row["index"]], abs=1e-4)
-        assert row["layer"] == "1-one" and row["hookName"] == "blocks.1.resid_post"
+        assert row["layer"] == source.name and row["hookName"] == "blocks.1.resid_post"
     (said,) = rows_of(source / "explanations" / "batch-0.jsonl.gz")
     assert said["index"] == "3" and said["description"] == EXPLAINED[3]["text"]
     assert said["scoreV1"] == 0.875
@@ -374,7 +374,7 @@ def test_neuronpedia(made):
     }.items():  # fmt: skip
         row = json.loads((source / f"{name}.jsonl").read_text())
         assert keys <= row.keys()
-    assert row["id"] == "1-one" and row["num_tokens_in_prompt"] == 64
+    assert row["id"] == source.name and row["num_tokens_in_prompt"] == 64
 
 
 def test_graph_viewers(made, cards):
@@ -550,6 +550,8 @@ def bad(folder, tmp):
             {n: t[n][:7] for n in (*PER_FEATURE, "feature_frequencies")}),
         "beyond": lambda t: t["positions"].__setitem__((0, 0), 9999),
         "flat": lambda t: t.update(tokens=t["tokens"].reshape(-1)),
+        "alien": lambda t: t["tokens"].__setitem__((0, 0), 9999),
+        "nowhere": lambda t: t["feature_frequencies"].__setitem__(3, np.nan),
     }.items():  # fmt: skip
         save_coder(random_coder(), tmp / name, config_extra={"model_name": "acme/tiny"})
         tensors = published(tmp / name, np.random.default_rng(0))
@@ -576,6 +578,17 @@ def bad(folder, tmp):
     yield ("cards", tmp / "narrow"), "has 7 features, the coder beside it 48"
     yield ("cards", tmp / "beyond"), "lies outside of the tokens"
     yield ("cards", tmp / "flat"), "expected [S, T]"
+    yield ("cards", tmp / "alien"), "9999, and the tokenizer"
+    yield ("cards", tmp / "nowhere"), "feature_frequencies are not all numbers"
+    for number, model in enumerate(({"name": "tiny", "weights": "w"}, {"dtype": 3}, [])):
+        shutil.copytree(folder / "store", tmp / f"store{number}")
+        manifest = json.loads((tmp / f"store{number}" / "manifest.json").read_text())
+        manifest["model"] = model
+        (tmp / f"store{number}" / "manifest.json").write_text(json.dumps(manifest))
+        yield (
+            ("cards", one, "--store", tmp / f"store{number}"),
+            ("dtype" if model else "manifest.json"),
+        )
     yield ("cards", tmp / "torn"), "not a complete safetensors file"
 
 

@@ -280,3 +280,36 @@ def test_the_catalogue_needs_no_jax(module):
     ours = {name for name in imported if name.startswith("gemma_scope_jax")}
     assert ours <= {"gemma_scope_jax.errors", "gemma_scope_jax.coders.catalog"}
     assert not {name.split(".")[0] for name in imported} & {"jax", "flax", "numpy"}
+
+
+def test_rows_exported_for_neuronpedia_have_ids_of_their_own():
+    """The whole release, each layer of coders of several, and folders that are called alike."""
+    from gemma_scope_jax.cards.export.neuronpedia import row_id
+    from gemma_scope_jax.cards.export.saedashboard import set_name
+
+    sources = [
+        (a.base_model.split("/")[1], f"{layer}-{set_name(str(a), 'weights')}")
+        for a in addresses()
+        for layer in a.layers
+    ]
+    alike = ["layer_9_width_16k_l0_20", "layer-9-width-16k-l0-20", "", "плечо", "x" * 300]
+    alike += alike
+    sources += [("m", f"9-{set_name(name, f'{i:08x}ffff')}") for i, name in enumerate(alike)]
+    assert len(set(sources)) == len(sources) > 9000
+    assert all(re.fullmatch(r"\d+-[a-z0-9-]{1,150}", source) for _, source in sources)
+    rows = [
+        row_id(table, {"modelId": model, "layer": source}, *place)
+        for model, source in sources
+        for table, place in (
+            ("activations", (0, 0)), ("activations", (0, 1)), ("activations", (1, 0)),
+            ("explanations", (0,)), ("explanations", (1,)),
+        )
+    ]  # fmt: skip
+    assert len(set(rows)) == len(rows) and all(re.fullmatch("c[0-9a-z]{24}", row) for row in rows)
+
+
+def test_results_of_the_whole_release_lie_in_files_of_their_own():
+    from gemma_scope_jax.evaluation.results import result_path
+
+    names = [result_path("out", "core", *str(a).split("/", 1)).name for a in addresses()]
+    assert len(set(names)) == len(names)

@@ -12,7 +12,7 @@ from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
 from gemma_scope_jax.evaluation.evaluate import Plan, TextBatch, measure, position_names
-from gemma_scope_jax.evaluation.figures import density_histogram, frequencies
+from gemma_scope_jax.evaluation.figures import ABLATIONS, density_histogram, frequencies
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
 from gemma_scope_jax.model.config import PRESETS
@@ -131,16 +131,18 @@ class Reference:
 
 def reference_losses(model, c, mean, log_p):
     """Per predicting token: own loss, position, source; {run: (loss, KL, agreement)}."""
-    own, position, source, changed = [], [], [], {"spliced": [], "zero": [], "mean": []}
+    own, position, source = [], [], []
+    changed = {name: [] for name in ("spliced", *ABLATIONS)}
     for batch, p in zip(batches(), log_p):
         at = positions_of(batch.segments)
         logits = lambda *i, b=batch: run(model, b.tokens, list(i), segments=b.segments).logits
         q = {"spliced": log_softmax(logits(splice(c, error=False)))}
-        for name, value in (("zero", np.zeros(D)), ("mean", mean)):
+        for name, value in zip(ABLATIONS, (np.zeros(D), np.zeros(D), mean), strict=True):
             silent = jnp.full(F, 1e9)  # a coder that says the same whatever it reads
             skip = None if c.w_skip is None else jnp.zeros_like(c.w_skip)
             bias = jnp.asarray(value, jnp.float32)
-            fixed = c.replace(threshold=silent, b_dec=bias, w_skip=skip)
+            first = 0 if name == "zero everywhere" else c.first
+            fixed = c.replace(threshold=silent, b_dec=bias, w_skip=skip, first=first)
             q[name] = log_softmax(logits(splice(fixed, error=False)))
         for b in range(B):
             for t in range(T - 1):
@@ -173,7 +175,7 @@ CODERS = {
 @pytest.mark.parametrize("kind", CODERS)
 def test_every_figure_equals_float64_numpy(model, kind):
     c = CODERS[kind]
-    plan = Plan(ablations=("zero", "mean"), positions=True, groups={"source": SOURCES})
+    plan = Plan(ablations=ABLATIONS, positions=True, groups={"source": SOURCES})
     tally = measure(model, [c], batches(), plan).tallies[0]
     got, want = tally.metrics(), Reference(model, c)
 
@@ -195,16 +197,18 @@ def test_every_figure_equals_float64_numpy(model, kind):
     close(losses.clean, own.mean(), atol=loss_atol)
     for run_name, fields in {
         "spliced": ("spliced", "kl", "agreement"), "zero": ("ablated", "kl_ablated"),
+        "zero everywhere": ("everywhere_ablated", "kl_everywhere_ablated"),
         "mean": ("mean_ablated", "kl_mean_ablated"),
     }.items():  # fmt: skip
         for field, value in zip(fields, means[run_name]):
             close(getattr(losses, field), value, atol=loss_atol)
-    spliced, zero, mean = (means[k] for k in ("spliced", "zero", "mean"))
-    score = lambda base: (base[0] - spliced[0]) / (base[0] - own.mean())
-    close(losses.ce_score(), score(zero), rtol=1e-3)
-    close(losses.ce_score(mean=True), score(mean), rtol=1e-3)
-    close(losses.kl_score(), (zero[1] - spliced[1]) / zero[1], rtol=1e-3)
-    close(losses.kl_score(mean=True), (mean[1] - spliced[1]) / mean[1], rtol=1e-3)
+    spliced = means["spliced"]
+    for name in ABLATIONS:
+        loss, kl, _ = means[name]
+        close(losses.ce_score(name), (loss - spliced[0]) / (loss - own.mean()), rtol=1e-3)
+        close(losses.kl_score(name), (kl - spliced[1]) / kl, rtol=1e-3)
+    apart = abs(losses.ablated - losses.everywhere_ablated)
+    assert apart > 1e-2 if kind == "sae" else apart < 1e-6  # above the last layer none reads <bos>
 
     rows = {row["name"]: row for row in got.groups["source"]}
     assert list(rows) == ["one", "two"]

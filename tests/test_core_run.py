@@ -1,6 +1,7 @@
 """The core evaluation as a job: labelled text, documents, resuming, tables, plots, the command."""
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_every_token_is_there_once_with_its_source(text):
         for i, name in enumerate(names):
             read[name] += batch.tokens[batch.counts & (batch.labels["source"] == i)].tolist()
     for name, ids in read.items():
-        documents = Path(name).read_text(encoding="utf-8").split("\n\f\n")
+        documents = (text / name).read_text(encoding="utf-8").split("\n\f\n")
         assert sorted(ids) == sorted(Letters().encode("".join(documents), bos=False).tolist())
 
 
@@ -359,9 +360,54 @@ def test_a_damaged_saving_is_one_line(measured, model, text, tmp_path, monkeypat
     (saved,) = tmp_path.glob("partial-*.npz")
     for document in tmp_path.glob("core/*.json"):
         document.unlink()
+    whole = dict(np.load(saved))
+    rows = whole["0/columns"]
+    for change in (
+        {"0/columns": rows[:, :, :3]}, {"0/columns": rows.astype(np.float32)},
+        {"0/run spliced": np.zeros(3)}, {"0/fired": whole["0/fired"][0]}, {"fitted": np.zeros(2)},
+        {"work/coders": np.array([7])}, {"work/coders": np.array(["a"])}, {"fitted": None},
+    ):  # fmt: skip
+        arrays = {k: v for k, v in (whole | change).items() if v is not None}
+        np.savez(saved, **arrays)
+        with pytest.raises(InputError, match=r"partial-.*damaged .*delete it"):
+            evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
     saved.write_bytes(saved.read_bytes()[:100])
     with pytest.raises(InputError, match=r"partial-.*damaged .* delete it"):
         evaluate_core(model, coders[:1], data, plan, config, str(tmp_path))
+
+
+def test_a_damaged_document_is_one_line(measured, model, text, tmp_path):
+    """Whatever JSON allows, where a finished document is read in place of a measurement."""
+    out, coders, results = measured
+    shutil.copytree(out, tmp_path / "out")
+    path = Path(result_path(tmp_path / "out", "core", *coder_id(coders[0])))
+    whole = json.loads(path.read_text())
+
+    def refused(change, text_of=json.dumps):
+        broken = json.loads(json.dumps(whole))
+        change(broken)
+        path.write_text(text_of(broken))
+        with pytest.raises(InputError, match=path.name) as error:
+            evaluate_core(model, coders[:1], *setup(model, text), str(tmp_path / "out"))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+    metrics, more = "eval_result_metrics", "eval_result_unstructured"
+    for part in (metrics, more, "eval_config", "eval_type_id"):
+        refused(lambda r, part=part: r.update({part: [3]}))
+    for value in ([], {}, "x", True):
+        refused(lambda r, value=value: r[metrics]["sparsity"].update(l0=value))
+        refused(lambda r, value=value: r[more]["groups"]["position"][1].update(fvu=value))
+    for number in ("NaN", "Infinity", "1e400", "9" * 400):
+        refused(
+            lambda r: r[metrics]["sparsity"].update(l0=-7.125),
+            lambda r, number=number: json.dumps(r).replace("-7.125", number),
+        )
+    refused(lambda r: r[metrics]["token_stats"].clear())
+    refused(lambda r: r[more].update(groups={"position": 3}))
+    refused(lambda r: r[more]["density_histogram"]["counts"].pop())
+    refused(lambda r: r[more].pop("density_histogram"))
+    refused(lambda r: r.update(sae_lens_id="\ud800"))
+    refused(lambda r: None, lambda r: "[" * 100_000)
 
 
 def test_tables_and_plots(measured, capsys):
@@ -394,6 +440,29 @@ def test_another_model_of_the_same_name_is_not_taken_for_this(measured, model, t
         evaluate_core(tuned, coders, *setup(tuned, text), out)
 
 
+@pytest.mark.parametrize(
+    ("factor", "threshold", "message"),
+    [
+        (1e12, None, r"FVU \d\.\d+e\+2\d: reconstructions are worse than the mean"),
+        (1e30, None, "reconstructions are not finite numbers"),
+        (1, np.inf, "no feature was ever active"),
+    ],
+)
+def test_what_cannot_be_a_coder_is_said(model, text, tmp_path, capsys, factor, threshold, message):
+    """On stderr and in the document, which would only have -1 for what overflowed."""
+    bad = coder(0)
+    bad = bad.replace(w_dec=bad.w_dec * np.float32(factor))
+    if threshold is not None:
+        bad = bad.replace(threshold=jnp.full(F, threshold, jnp.float32))
+    data, plan, config = setup(model, text, 60)
+    (result,) = evaluate_core(model, [bad], data, plan, config, str(tmp_path))
+    for found in (result, read_result(next(tmp_path.glob("core/*.json")))):
+        assert any(re.match(message, w) for w in found["eval_result_unstructured"]["warnings"])
+    print_core([result])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"warning: sae-resid_post-layer-1: .*{message}", said)
+
+
 def test_frontier():
     points = [(10, 0.5), (20, 0.3), (15, 0.6), (20, 0.4), (40, 0.3), (50, 0.1)]
     assert frontier(points, higher=False) == [(10, 0.5), (20, 0.3), (50, 0.1)]
@@ -405,13 +474,15 @@ def test_names_of_results(tmp_path):
     assert coder_id(named("gemma-scope-2-270m-pt/resid_post/layer_12_width_16k_l0_medium")) == (
         "gemma-scope-2-270m-pt", "resid_post/layer_12_width_16k_l0_medium"
     )  # fmt: skip
-    assert coder_id(named("/runs/a/sae")) == ("/runs/a", "sae")
+    release, name = coder_id(named("/runs/a/sae"))
+    assert name == "sae" and re.fullmatch("folder-[0-9a-f]{8}", release)
+    assert coder_id(named("/runs/b/sae")) not in ((release, name), coder_id(named("/runs/a/sae")))
     assert coder_id(named("packaged")) == ("gemma_scope_jax", "packaged")
     assert coder_id(coder(0))[1] == "sae-resid_post-layer-1"
     result = {
-        "eval_type_id": "core", "sae_lens_release_id": "/runs/a", "sae_lens_id": "sae"
+        "eval_type_id": "core", "sae_lens_release_id": "acme/a", "sae_lens_id": "sae"
     }  # fmt: skip
-    assert write_result(tmp_path, result).name == "runs_a_sae_eval_results.json"
+    assert write_result(tmp_path, result).name == "acme_a_sae_eval_results.json"
     assert plain({"a": (np.float32(np.nan), np.arange(2))}, -1) == {"a": [-1, [0, 1]]}
     with pytest.raises(TypeError):
         plain({"a": object()})
@@ -420,7 +491,7 @@ def test_names_of_results(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no result that can be read"),
+        ("{", "not usable as JSON"),
         ("[]", "has no 'eval_type_id'"),
         ('{"eval_type_id": "core"}', "has no 'eval_config'"),
     ],
@@ -450,13 +521,6 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
     assert norms[1, 0] == 0 and (norms[[0, 0, 1], [0, 1, 1]] > 0).all()
     print_core([result])
     assert "layer 2" in capsys.readouterr().out
-    # A figure that nobody can mean is said, in the document and under the table.
-    wild = c.replace(w_dec=1e12 * c.w_dec)
-    (result,) = evaluate_core(model, [wild], data, plan, config)
-    [warning] = result["eval_result_unstructured"]["warnings"]
-    assert "e+" in warning and "no better than the mean" in warning
-    print_core([result])
-    assert warning in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -492,11 +556,38 @@ def test_the_command(tiny, folders, text, capsys):
     out, err = capsys.readouterr()
     results = json.loads(out)
     assert [r["sae_lens_id"] for r in results] == ["sae_0", "sae_1"]
+    for result in results:
+        found = result["eval_result_metrics"]["model_performance_preservation"]
+        with_bos, without = found["ce_loss_with_ablation_saelens"], found["ce_loss_with_ablation"]
+        assert with_bos > 0 and without > 0 and with_bos != without
     assert (
         results[0]["eval_config"]["tokens"] == 200 and "compiled; how they fit, 200 tokens" in err
     )
     assert cli.main([*arguments, "--seed", "1"]) == 0
-    assert "sae_1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sae_1" in out and "CE score, SAELens" in " ".join(out.split())
+
+
+def test_results_say_nothing_of_where_things_are_on_this_machine(
+    tiny, folders, text, capsys, tmp_path
+):
+    """Neither their names nor what they hold: coders, text, sources, members of all together."""
+    other = tmp_path / "sae_0"  # another coder of the same name
+    save_coder(coder(5, layer=2), other, config_extra={"model_name": "acme/tiny"})
+    out = tmp_path / "out"
+    arguments = ["evaluate", f"{folders}/sae_0", str(other), "--model", "tiny", "--length", "32",
+                 "--rows", "2", "--tokens", "100", "--loss-tokens", "60", "--replacement",
+                 "--text", f"{text}/*.txt", "--out", str(out), "--skip-geometry"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".json"]) == 3
+    for path in files:
+        said = path.name + (path.read_text() if path.suffix == ".json" else "")
+        for folder in (*folders.parents, *tmp_path.parents, *text.parents)[:-1]:
+            assert len(folder.name) < 5 or folder.name not in said, (folder, path)
+    assert capsys.readouterr().err.count("measured before") == 0
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().err.count("measured before") == 3
 
 
 def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):

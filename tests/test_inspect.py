@@ -269,10 +269,25 @@ def broken(labels):
         "another coder's": gzip.compress(
             json.dumps({**labels, "features": labels["features"][:9]}).encode()
         ),
+        "nothing in an example": one(examples=[{"tokens": [], "values": [], "source": ""}]),
+        "true for a density": one(density=True), "half a character": one(top_logits=["\ud800"]),
+        "a bomb": gzip.compress(b" " * (4 << 20)),
+        "deep": gzip.compress(b"[" * 100_000),
+        **{
+            f"{number[:9]} for a density": gzip.compress(
+                gzip.decompress(one(density=-7.125)).replace(b"-7.125", number.encode())
+            )
+            for number in ("NaN", "-Infinity", "1e400", "9" * 400, "true")
+        },
+        **{
+            f"{tokens} tokens": gzip.compress(json.dumps({**labels, "tokens": tokens}).encode())
+            for tokens in (-1, "3", 2.5, True, None, [])
+        },
     }  # fmt: skip
 
 
-def test_broken_label_files_are_one_line(labels, tmp_path):
+def test_broken_label_files_are_one_line(labels, tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_scope_jax.cards.labels.MOST_BYTES", 2 << 20)
     for name, content in broken(labels).items():
         (tmp_path / "labels.json.gz").write_bytes(content)
         with pytest.raises(InputError, match=str(tmp_path)) as error:
@@ -304,3 +319,25 @@ def test_explanations_are_shown_beside_the_logits(model, coder, capsys):
     assert "a <b> of it" in capsys.readouterr().out
     page = inspection_page(seen)
     assert "a <b> of it" not in page and "a \\u003cb\\u003e of it" in page
+
+
+def assert_columns_stay(model, coder, entry, capsys):
+    """However long explanations are, every token, number and activation is there in full."""
+    long = {
+        f: entry | {"text": f"{f} is about 漢字 and " + "words " * 20} for f in range(coder.width)
+    }
+    seen = inspect_text(model, coder, tok, "abc", top_k=3, shown=7, explanations=long)
+    wanted = [
+        (visible(token) if i == 0 else "", feature, f"{activation:,.0f}")
+        for token, features in zip(seen.tokens, seen.features)
+        for i, (feature, activation) in enumerate(features)
+    ]
+    for width in (None, 100, 120, 60):
+        print_inspection(seen, width)
+        out = capsys.readouterr().out
+        lines = out.split("strongest in")[1].splitlines()
+        rows = [line for line in lines if " is about" in line]
+        assert len(rows) == len(wanted) and (width is None or max(map(len, lines)) <= width)
+        for line, (token, feature, activation) in zip(rows, wanted):
+            head = f"{token} {feature} {activation} {feature} is about"
+            assert " ".join(line.split()).startswith(head.strip())

@@ -19,11 +19,12 @@ from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import Gain
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
-from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
+from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.storage.strict_json import field
 
 
 def build_cards(
@@ -71,7 +72,8 @@ def build_cards(
     if not files.has("examples", made_of):
         with files.stage("examples", made_of) as stage:
             if from_file:
-                read_published(Path(source), coder.width, settings, stage, progress)
+                vocab = None if tok is None else len(tok.special)
+                read_published(Path(source), coder.width, settings, stage, progress, vocab)
             else:
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
                 gather_examples(source, name, layer, settings, stage, progress)
@@ -104,20 +106,16 @@ def same_layer(other: Coder, layer: int) -> int | None:
 
 def _check_model(store: Any, model: Model) -> None:
     """Refuse another model's store; the dtype that it was run in may differ, if no weight does."""
-    held, ours = store.manifest["model"], model_identity(model)
-    if any(held.get(key) != value for key, value in ours.items() if key != "dtype"):
-        same = held.get("dtype") == ours["dtype"]
+    ours, where = model_identity(model), f"{store.folder}, of its model"
+    held = field(store.manifest, "model", dict, f"{store.folder}")
+    held = {key: field(held, key, str, where) for key in ours}
+    if any(held[key] != value for key, value in ours.items() if key != "dtype"):
+        same = held["dtype"] == ours["dtype"]
         hint = "" if same else f"; rounded weights are others, so load the model in {held['dtype']}"
         raise InputError(
             f"{store.folder}: holds features of another model ({', '.join(held.values())}; this is "
             f"{', '.join(ours.values())}){hint}"
         )
-
-
-def public_name(coder: Coder) -> str:
-    """The coder's address, or the name of its folder: no paths of this machine."""
-    path = coder.info.path or coder.kind
-    return os.path.basename(path) if os.path.isabs(path) else path
 
 
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from gemma_scope_jax.cards.decoders import logit_tokens
 from gemma_scope_jax.cards.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.labels import Label, Labels
+from gemma_scope_jax.coders.coder import public_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
@@ -202,7 +203,7 @@ def inspect_text(
     named = sorted({f for some in per_token for f, _ in some} | set(strongest))
     return Inspection(
         model=model.config.name,
-        coder=coder.info.path or coder.kind,
+        coder=public_name(coder),
         kind=coder.kind,
         layer=coder.layer,
         reads=coder.reads,

@@ -1,9 +1,14 @@
 """An `Inspection` as text in a terminal; plain where the output is a pipe."""
 
 import sys
+from typing import Any
 
 from gemma_scope_jax.cards.inspect import Inspection
 from gemma_scope_jax.cards.labels import Label
+
+PIPE_WIDTH = 300
+TOKEN_WIDTH = 24  # of the column of tokens, at most
+GAP = 2  # between columns
 
 
 def visible(token: str) -> str:
@@ -43,13 +48,17 @@ def figure_lines(figures: dict) -> list[str]:
     ]
 
 
-def print_inspection(seen: Inspection) -> None:
-    """Print the next tokens, each token with its features, and the figures."""
+def print_inspection(seen: Inspection, width: int | None = None) -> None:
+    """Print the next tokens, each token with its features, and the figures.
+
+    width: characters a line; default: the terminal's, and room for everything in files and pipes.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    width = None if sys.stdout.isatty() else 120
+    if width is None and not sys.stdout.isatty():
+        width = PIPE_WIDTH
     console = Console(file=sys.stdout, highlight=False, width=width)
     place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
     console.print(
@@ -67,21 +76,40 @@ def print_inspection(seen: Inspection) -> None:
     console.print(table)
 
     console.print(Text("\nFeatures, token by token", "bold"))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("token", no_wrap=True, max_width=24)
-    table.add_column("feature", justify="right", no_wrap=True)
-    table.add_column("activation", justify="right", no_wrap=True)
-    table.add_column("raises · strongest in", no_wrap=True, overflow="ellipsis")
-    for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
-        name = Text(visible(token), "bold")
-        if not features:
-            reason = "not seen by the coder" if position < seen.first else "no feature is active"
-            table.add_row(name, "", "", Text(reason, "dim"))
-        for feature, activation in features:
-            label = Text(label_text(seen.labels[feature], 76), "dim")
-            table.add_row(name, str(feature), f"{activation:,.0f}", label)
-            name = Text("")
-    console.print(table)
+    console.print(_features_table(seen, console.width))
     console.print()
     for line in figure_lines(seen.figures):
         console.print(Text(line))
+
+
+def _features_table(seen: Inspection, width: int) -> Any:
+    """A row a token and feature. Labels have the room that the others leave: where lines are too
+    long, rich would take from all columns alike, until numbers and tokens are gone."""
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    rows: list[tuple[str, str, str, str]] = []
+    for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
+        name = visible(token)
+        if not features:
+            reason = "not seen by the coder" if position < seen.first else "no feature is active"
+            rows.append((name, "", "", reason))
+        for feature, activation in features:
+            label = label_text(seen.labels[feature], 76)
+            rows.append((name, str(feature), f"{activation:,.0f}", label))
+            name = ""
+    columns = ("token", "feature", "activation", "raises · strongest in")
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
+    left = width - GAP
+    for title, cells in zip(columns[:3], zip(*rows)):
+        needed = max(map(cell_len, (title, *cells)))
+        table.add_column(
+            title, no_wrap=True, max_width=min(needed, TOKEN_WIDTH),
+            justify="left" if title == "token" else "right",
+        )  # fmt: skip
+        left -= min(needed, TOKEN_WIDTH) + GAP
+    table.add_column(columns[3], no_wrap=True, overflow="ellipsis", max_width=max(left, 8))
+    for token, feature, activation, label in rows:
+        table.add_row(Text(token, "bold"), feature, activation, Text(label, "dim"))
+    return table

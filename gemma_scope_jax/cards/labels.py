@@ -19,12 +19,14 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import Example, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.storage.strict_json import field, parse_json
 
 FILES = ("labels.json.gz", "labels.json")
 FORMAT = 1
+MOST_BYTES = 1 << 30  # of a file, decompressed
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
 Label = dict[
@@ -88,7 +90,9 @@ def labels_of(
         {
             "top_logits": words("top_ids", f),
             "bottom_logits": words("bottom_ids", f),
-            "examples": [snippet(e) for e in cards.groups(f)[0].examples[:examples]],
+            "examples": [
+                s for e in cards.groups(f)[0].examples[:examples] if (s := snippet(e))["tokens"]
+            ],
             "density": round(float(cards["density"][f]), 7),
         }
         for f in range(len(cards))
@@ -130,28 +134,30 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None
-    try:
-        raw = path.read_bytes()
-        content = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-        features, tokens = content["features"], int(content["tokens"])
-        fine = isinstance(features, list) and all(map(_is_label, features))
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:
+    content = parse_json(_read(path), path)
+    features = field(content, "features", list, path)
+    tokens = field(content, "tokens", int, path, least=0)
+    wrong = [i for i, label in enumerate(features) if not _is_label(label)]
+    if wrong:
         raise InputError(
-            f"{path}: cannot be read ({error}); delete it or download it again"
-        ) from None
-    if not fine:
-        raise InputError(f"{path}: not the label material of a coder; delete it")
+            f"{path}: not the label material of a coder (number {wrong[0]} is none); delete it"
+        )
     if len(features) != width:
         raise InputError(f"{path}: has {len(features)} features, the coder beside it {width}")
     return Labels(features, tokens)
+
+
+def _read(path: Path) -> bytes:
+    """What a plain or compressed file of labels holds. Raises `InputError`."""
+    advice = "delete it or download it again"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}); {advice}") from None
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path}: more than {MOST_BYTES >> 30} GiB are no labels; {advice}")
+    return data
 
 
 def _is_label(label: Any) -> bool:
@@ -160,20 +166,23 @@ def _is_label(label: Any) -> bool:
     def strings(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
     def numbers(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
+        return isinstance(value, list) and all(map(number, value))
 
     return (
         isinstance(label, dict)
         and strings(label.get("top_logits"))
         and strings(label.get("bottom_logits"))
-        and isinstance(label.get("density"), (int, float))
+        and number(label.get("density"))
         and isinstance(label.get("examples"), list)
         and all(
             isinstance(e, dict)
             and strings(e.get("tokens"))
             and numbers(e.get("values"))
-            and len(e["tokens"]) == len(e["values"])
+            and len(e["tokens"]) == len(e["values"]) > 0
             and isinstance(e.get("source"), str)
             for e in label["examples"]
         )

@@ -49,17 +49,28 @@ def find_examples(coder: Coder) -> Path | None:
 
 
 def read_published(
-    path: Path, width: int, settings: CardSettings, stage: Stage, progress: Progress
-) -> None:
+    path: Path, width: int, settings: CardSettings, stage: Stage, progress: Progress,
+    vocab: int | None = None,
+) -> None:  # fmt: skip
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
 
-    Raises `InputError` for a file that is not one of examples, or of another coder.
+    vocab: tokens of the tokenizer that is to show them, if it is known. Raises `InputError` for a
+    file that is not one of examples, of another coder, or of another tokenizer.
     """
     with open_safetensors(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
         _check(path, shapes, width)
         tokens = np.asarray(file.get_tensor("tokens"))
         frequency = np.asarray(file.get_tensor("feature_frequencies"), np.float64)
+        listed = [np.asarray(file.get_tensor(n)) for n in LOGITS[::2] if n in shapes]
+        for ids in (tokens, *listed):
+            if ids.size and not (ids.min() >= 0 and ids.max() < (vocab or 1 << 31)):
+                raise InputError(
+                    f"{path}: has tokens {ids.min()} to {ids.max()}, and the tokenizer {vocab}: it "
+                    "is of another one"
+                )
+        if not (np.isfinite(frequency) & (frequency >= 0)).all():
+            raise InputError(f"{path}: feature_frequencies are not all numbers from 0 on")
         part = lambda n, start: file.get_slice(n)[start : min(start + BLOCK, width)]
         blocks = (
             (start, [np.asarray(part(n, start)) for n in PER_FEATURE])

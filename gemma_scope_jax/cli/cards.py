@@ -104,7 +104,7 @@ def cards(
     published = not (text or store)
     filled = _opened(store) if store else None
     if filled is not None and dtype == "auto":
-        dtype = filled.manifest["model"]["dtype"]
+        dtype = _dtype_of(filled)
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
     wanted = _wanted(loaded, others, folder, explanations)
     if published:
@@ -144,9 +144,9 @@ def _load_others(compare: tuple[str, ...]) -> list[Any]:
 
 def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_Wanted]:
     """What is to be made. Raises `InputError` for what cannot be, before anything is."""
-    from gemma_scope_jax.cards.build import public_name, same_layer
+    from gemma_scope_jax.cards.build import same_layer
     from gemma_scope_jax.cards.decoders import check_comparable, source_layer
-    from gemma_scope_jax.coders.coder import layers_of
+    from gemma_scope_jax.coders.coder import layers_of, public_name
 
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")
@@ -200,8 +200,8 @@ def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
 
 
 def _examples(coder: Any) -> Path:
-    from gemma_scope_jax.cards.build import public_name
     from gemma_scope_jax.cards.published import find_examples
+    from gemma_scope_jax.coders.coder import public_name
 
     if (found := find_examples(coder)) is None:
         raise InputError(
@@ -218,6 +218,17 @@ def _opened(store: str) -> Any:
     if not given.complete:
         print(f"{store}: not finished; the cards are of {len(given):,} tokens", file=sys.stderr)
     return given
+
+
+def _dtype_of(filled: Any) -> Any:
+    """The dtype of the model that filled a store."""
+    from gemma_scope_jax.storage.strict_json import field
+
+    where = f"{filled.folder}, of its model"
+    dtype = field(field(filled.manifest, "model", dict, f"{filled.folder}"), "dtype", str, where)
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{where}: dtype is {dtype!r}, not float32 or bfloat16; extract again")
+    return dtype
 
 
 def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, out: Path) -> None:
@@ -245,7 +256,7 @@ def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, 
 
 def _names(coders: list[Any]) -> dict[str, Any]:
     """Coders by name; those of one name with their folder's parent in front."""
-    from gemma_scope_jax.cards.build import public_name
+    from gemma_scope_jax.coders.coder import public_name
 
     names = [public_name(coder) for coder in coders]
     long = ["/".join(Path(coder.info.path).parts[-2:]) for coder in coders]

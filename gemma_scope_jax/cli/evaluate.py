@@ -1,6 +1,7 @@
 """Measuring coders: `evaluate`."""
 
 import json as json_format
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ def evaluate(
 ) -> None:
     """How sparse and faithful coders are, and what they cost the model: the core figures.
 
-    L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with zero and mean
-    ablation, densities, geometry; by position in the row's piece of a document, source file and
-    role. Several coders share one pass of the model and are compared.
+    L0, FVU and its relatives, cosine, L2 ratio, delta loss, CE and KL scores with mean ablation and
+    zero ablation (SAELens' zeros stand at <bos>, too), densities, geometry; by position in the
+    row's piece of a document, source file and role. Several coders share one pass of the model and
+    are compared.
 
     Args:
         coders: Addresses of the release, folders, packaged coders, or globs of them.
@@ -74,18 +76,18 @@ def evaluate(
     from gemma_scope_jax.evaluation.core import core_config
     from gemma_scope_jax.evaluation.core_run import evaluate_core
     from gemma_scope_jax.evaluation.evaluate import Plan
-    from gemma_scope_jax.evaluation.report import print_core
+    from gemma_scope_jax.evaluation.figures import ABLATIONS
+    from gemma_scope_jax.evaluation.report import print_core, say_doubts
     from gemma_scope_jax.evaluation.texts import EvaluationText
 
     data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length, seed=seed)
-    plan = Plan(
-        loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
-    )
+    plan = Plan(loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups)
     config = core_config(data, plan, loaded_model, dataset, not skip_geometry)
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:
         shown = [{**r, "eval_result_details": []} for r in results]
         print(json_format.dumps(shown, ensure_ascii=False, allow_nan=False))
+        say_doubts(results)
     else:
         print_core(results)
 
@@ -99,7 +101,7 @@ def _text(files: tuple[str, ...], *, tfds: str, messages: str, **settings: Any) 
     if files or tfds:
         text_files(files)
         data = TextData(files=files, tfds=tfds, messages=messages, **settings)
-        return data, " ".join(files) or tfds
+        return data, " ".join(map(os.path.basename, files)) or tfds
     if messages:
         raise InputError("--messages needs --text FILE or --tfds NAME that holds chats")
     print(

@@ -1,6 +1,7 @@
 """What holds for coders of one layer and of several alike."""
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -45,3 +46,9 @@ def check_values(coder: Coder) -> None:
         raise InputError("threshold holds negative values")
     if coder.k is not None and threshold.any():
         raise InputError(f"a TopK coder (k {coder.k}) has no thresholds: set them to 0")
+
+
+def public_name(coder: Coder) -> str:
+    """The coder's address, or the name of its folder: no paths of this machine."""
+    path = coder.info.path or coder.kind
+    return os.path.basename(path) if os.path.isabs(path) else path

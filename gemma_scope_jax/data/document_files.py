@@ -191,6 +191,32 @@ def decompressed(path: Path) -> BinaryIO:
         raise InputError(f"{path}: .zst needs Python 3.14 or `pip install zstandard`") from None
     # zstandard.open would stop silently after the first of several frames.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    _check_frames(path, zstandard)
     file = open(path, "rb")  # noqa: SIM115  (the reader closes it)
     raw = decompressor.stream_reader(file, read_across_frames=True, closefd=True)
     return io.BufferedReader(raw, 1 << 20)  # type: ignore[arg-type]
+
+
+def _check_frames(path: Path, zstandard: Any) -> None:
+    """Raise `InputError` for a .zst file that ends within a frame: its reader would only end early.
+
+    Headers alone are read, those of frames and of the blocks in them (RFC 8878).
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while head := file.read(18):
+            start = file.tell() - len(head)
+            if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a frame to be skipped
+                file.seek(start + 8 + int.from_bytes(head[4:8], "little"))
+            else:
+                checked = zstandard.get_frame_parameters(head).has_checksum
+                file.seek(start + zstandard.frame_header_size(head))
+                last = False
+                while not last and len(block := file.read(3)) == 3:
+                    last, kind = bool(block[0] & 1), block[0] >> 1 & 3
+                    file.seek(1 if kind == 1 else int.from_bytes(block, "little") >> 3, 1)
+                if not last:
+                    break
+                file.seek(4 * checked, 1)
+        if head or file.tell() > size:
+            raise InputError(f"{path}: broken or truncated file (it ends within a frame)")

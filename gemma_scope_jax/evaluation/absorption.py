@@ -62,10 +62,13 @@ class Spelling:
 
 
 def alphabetic_tokens(tok: Any) -> tuple[np.ndarray, list[str]]:
-    """The vocabulary's ids whose text is a to z in either case, with or without a space before."""
+    """The vocabulary's ids whose text is a to z in either case, with or without a space before; of
+    several ids of one text, which would be a word that both trains and tests, the first."""
     texts = tok.decode_tokens(np.arange(len(tok.special)))
     wanted = set(LETTERS + LETTERS.upper())
-    found = [i for i, t in enumerate(texts) if (w := t.removeprefix(" ")) and set(w) <= wanted]
+    once = dict(zip(reversed(texts), reversed(range(len(texts)))))
+    found = [i for t, i in once.items() if (w := t.removeprefix(" ")) and set(w) <= wanted]
+    found.sort()
     return np.array(found, np.int32), [texts[i] for i in found]
 
 

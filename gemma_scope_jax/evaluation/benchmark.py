@@ -11,8 +11,10 @@ import functools
 import hashlib
 import io
 import json
+import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from etils import epath
 from gemma_scope_jax.buckets import write_bytes, write_text
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation import absorption as spelling
 from gemma_scope_jax.evaluation import scr_tpp
 from gemma_scope_jax.evaluation.pooling import (
@@ -38,14 +40,17 @@ from gemma_scope_jax.evaluation.pooling import (
     pool,
 )
 from gemma_scope_jax.evaluation.probing import Protocol, make_task, probe_task
-from gemma_scope_jax.evaluation.results import plain
+from gemma_scope_jax.evaluation.results import coder_id, plain
 from gemma_scope_jax.evaluation.tables import read_table
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)  # what reading such a file may raise
 Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
 
 
@@ -74,10 +79,12 @@ class Bench:
 
 
 def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
-    """Coders by their address or folder; those without one, and namesakes, by number."""
+    """Coders by their address or `coder_id` of a folder; those without one, and namesakes, by
+    number."""
     found: dict[str, SparseCoder] = {}
     for number, coder in enumerate(coders):
         name = coder.info.path or f"{coder.kind} {coder.reads} {coder.layer}"
+        name = "/".join(coder_id(coder)) if os.path.isabs(name) else name
         found[f"{name} ({number})" if name in found else name] = coder
     return found
 
@@ -97,6 +104,7 @@ class Job:
     subjects: tuple[str, ...]
     work: int  # tokens, about
     measure: Measure
+    repeated: float = 0.0  # the share of rows that test whose texts were trained on
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
@@ -166,14 +174,33 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        results = json.loads(path.read_text())["results"]
+        results = field(read_json(path), "results", dict, path)
         return {
-            s: {"key": r["key"], "result": r["result"]}
+            s: {"key": field(r, "key", str, path), "result": _checked(job, r["result"])}
             for s, r in results.items()
-            if s not in keys or r["key"] == keys[s]
+            if s not in keys or field(r, "key", str, path) == keys[s]
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a task's results; remove it to measure again") from error
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a task's results; remove it to measure again ({reason(error)})"
+        ) from error
+
+
+_PARTS = {  # of a result, what tables are made of
+    "absorption_first_letter": ("letters",), "tpp": ("clean", "by_n", "by_class"),
+    "scr": ("direction", "by_n", "directions"),
+}  # fmt: skip
+
+
+def _checked(job: Job, result: Any) -> Any:
+    """A result that was read. Raises KeyError or `InputError` if parts of it are missing."""
+    for part in _PARTS.get(job.family, ()):
+        result[part]
+    if job.family not in _PARTS:
+        for k in map(str, job.settings["ks"]):
+            for measure in ("accuracy", "auc", "f1"):
+                field(result[k], measure, float, k, default=None)
+    return result
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,13 +234,15 @@ def probing_jobs(
             "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
             "table": _digest(path),
         }  # fmt: skip
+        if protocol.name != "sae-probes":
+            settings["split"] = "by text"
         if protocol.how == "mean":
             settings["first"] = bench.first
         subjects = (*bench.coders, *bench.raw())
         family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
         work = _work(task.texts, protocol.context)
         measure = _probing(path, protocol, limit, ks)
-        jobs.append(Job(family, task.name, settings, subjects, work, measure))
+        jobs.append(Job(family, task.name, settings, subjects, work, measure, task.repeated))
     if not jobs:
         raise InputError(f"no table to probe; the first: {skipped[0]}")
     return jobs, skipped
@@ -221,7 +250,7 @@ def probing_jobs(
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
-        task = make_task(read_table(path), protocol, limit)
+        task = make_task(read_table(path), protocol, limit, quiet=True)  # it was said before
         how, keep = protocol.how, protocol.keep
         passed, probed = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, how, passed, keep)
@@ -259,6 +288,15 @@ def _pooled(
             places.discard(place)
     ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
     pooled = pool(bench.model, coders, ids, how=how, first=bench.first, report=report)
+    for (site, layer), x in pooled.raw.items():
+        if not np.isfinite(x).all():
+            raise InputError(
+                f"activations at {site} of layer {layer} are not finite numbers on these texts: "
+                "run the model in float32"
+            )
+    for name, f in zip(names, pooled.features):
+        if not np.isfinite(f.values).all():
+            raise InputError(f"{name}: features are not finite numbers: the coder is broken")
     return names, Pooled(pooled.raw, pooled.features[: len(names)])
 
 
@@ -270,7 +308,7 @@ def concept_job(
         raise InputError(f"{min(ns)} features to ablate: 1 or more")
     make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
     task = make(read_table(path), limit)
-    settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT}
+    settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT, "split": "by text"}
     settings |= {"table": _digest(path), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     measure = _concepts(family, path, limit, ns)
@@ -280,7 +318,8 @@ def concept_job(
 def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         table = read_table(path)
-        task: Any = (scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task)(table, limit)
+        make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
+        task: Any = make(table, limit, quiet=True)
         score = scr_tpp.tpp if family == "tpp" else scr_tpp.scr
         passed, scored = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", passed)
@@ -359,9 +398,12 @@ def _word_activations(
         try:
             with np.load(io.BytesIO(file.read_bytes())) as arrays:
                 rows = [arrays[f"arr_{n}"] for n in range(len(places))]
-            if any(len(x) != len(some) for x in rows):
-                raise ValueError("other words")
-        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            widths = [site_width(bench.model.config, site) for site, _ in places]
+            if [x.shape for x in rows] != [(len(some), D) for D in widths]:
+                raise ValueError("other words or sites")
+            if not all(np.isfinite(x).all() for x in rows):
+                raise ValueError("not all numbers")
+        except (*BROKEN, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: broken; remove it to measure again") from error
         parts.append(rows)
         report(min(start + CHUNK, len(task.prompts)), len(task.prompts))

@@ -37,7 +37,9 @@ def documents(bench: Bench, results: Results) -> list[dict[str, Any]]:
             config = {"model_name": bench.model.config.name, **some[0][0].settings}
             config["dataset_names"] = [job.name for job, _ in some]
             config.pop("table", None)
-            everything = {job.name: found[name] for job, found in some}
+            everything: dict[str, Any] = {job.name: found[name] for job, found in some}
+            if shares := {job.name: job.repeated for job, _ in some if job.repeated}:
+                everything["share_of_tested_rows_with_texts_trained_on"] = shares
             made.append(
                 saebench_result(family, config, metrics, details, coder, everything, name=name)
             )
@@ -168,7 +170,10 @@ def _probing_rows(bench: Bench, some: Results):
         means = _mean([{k: s[measure] for k, s in _by_k(found[name])} for _, found in some])
         named = {("all" if k == "full" else f"k={k}"): v for k, v in means.items()}
         rows.append({"coder": name, **named})
-    return f"Sparse probing, {protocol}: {measure}, mean over {len(some)} tasks", rows
+    title = f"Sparse probing, {protocol}: {measure}, mean over {len(some)} tasks"
+    if share := sum(job.repeated for job, _ in some) / len(some):
+        title += f"; {100 * share:.0f} % of the rows that test have texts that were trained on"
+    return title, rows
 
 
 def _absorption_rows(bench: Bench, some: Results):

@@ -23,6 +23,7 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.core import (
     CORE,
     REPLACEMENT,
+    check_document,
     core_result,
     replacement_name,
     replacement_result,
@@ -78,10 +79,14 @@ def evaluate_core(
         work = _Work.of(saved)
     else:
         work = _Work.needed(found, replacement and whole is None)
+    if any(not 0 <= i < len(coders) for i in work.coders):
+        raise InputError(f"{state.path}: damaged (it is of other coders): delete it")
     if work.coders and (None in found or (replacement and whole is None)):
         after = _After(config["tokens"], config["loss_tokens"], state, work)
         some = [coders[i] for i in work.coders]
-        measured = measure(model, some, data, work.plan(plan), saved=saved, after=after)
+        measured = measure(
+            model, some, data, work.plan(plan), saved=saved, after=after, saved_in=str(state.path)
+        )
         state.write(measured, work)
         shapes = config["compute_featurewise_weight_based_metrics"]
         for i, tally in zip(work.coders, measured.tallies):
@@ -121,7 +126,7 @@ class _Work:
 
     @classmethod
     def of(cls, saved: Mapping[str, np.ndarray]) -> "_Work":
-        numbers = lambda name: tuple(saved[f"work/{name}"].tolist())
+        numbers = lambda name: tuple(map(int, saved[f"work/{name}"].tolist()))
         return cls(numbers("coders"), numbers("settled"), bool(saved["work/replacement"]))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -153,6 +158,7 @@ def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> d
             f"{path}: was measured with another {key} ({old.get(key)!r}, now {new[key]!r}): give "
             "another --out, or delete it"
         )
+    check_document(found, path)
     print(f"{path}: measured before", file=sys.stderr)
     return {**found, "eval_result_details": []}
 
@@ -171,7 +177,8 @@ class _Saved:
             return None
         try:
             with np.load(io.BytesIO(self.path.read_bytes()), allow_pickle=False) as file:
-                found = dict(file)
+                found: dict[str, Any] = dict(file)
+            _Work.of(found)
         except Exception as error:  # zipfile and numpy raise types of their own
             raise InputError(f"{self.path}: damaged ({reason(error)}): delete it") from error
         print(f"going on from {self.path}", file=sys.stderr)

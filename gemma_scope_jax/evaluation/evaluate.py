@@ -22,7 +22,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import (
@@ -65,7 +65,8 @@ class Plan:
     """What to measure.
 
     loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
-    ablations     yardsticks: "zero", "mean" (the mean over the counted tokens of the first pass)
+    ablations     yardsticks, of `ABLATIONS`: "zero", "zero everywhere" (at <bos>, too: SAELens'),
+                  "mean" (the mean over the counted tokens of the first pass)
     replacement   also with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
     positions     figures by position in the piece of a document that a row holds, in powers of two
@@ -99,7 +100,8 @@ def evaluate(
     """Measure `coder` on `batches` of (tokens, segments), int [B, T] each; segment 0 is padding.
 
     delta_loss: also run the model with and without the coder's reconstruction, the whole depth.
-    ablation: and with zeros in its place, as a yardstick for the delta.
+    ablation: and with zeros in its place, as a yardstick for the delta, once with <bos> left alone
+    and once as SAELens does, at <bos> too.
     Tokens before `coder.first` in each document are left alone and not counted. A multi-layer
     coder's figures are means over its layers. Raises `InputError` if the coder does not fit the
     model or no token is counted.
@@ -118,7 +120,7 @@ def evaluate_all(
 ) -> list[Metrics]:
     """`evaluate` of any coders on the same batches: the model's own passes are shared."""
     tokens = None if delta_loss or ablation else 0
-    plan = Plan(loss_tokens=tokens, ablations=("zero",) * ablation)
+    plan = Plan(loss_tokens=tokens, ablations=("zero", "zero everywhere") if ablation else ())
     return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
 
 
@@ -143,6 +145,7 @@ class Measured:
         return found
 
     def restore(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Raises KeyError, TypeError or ValueError for arrays that are not such sums."""
         self.fitted, self.compared = int(saved["fitted"]), int(saved["compared"])
         for i, tally in enumerate(self._all()):
             head = f"{i}/"
@@ -160,14 +163,16 @@ def measure(
     plan: Plan,
     *,
     saved: Mapping[str, np.ndarray] | None = None,
+    saved_in: str = "what was saved",
     after: Callable[[Measured, str, int], None] | None = None,
 ) -> Measured:
     """The sums of all coders over the batches, as `plan` says.
 
     batches: read once for each pass; those of an iterator, which ends, are kept for the second.
     saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
-    not run again. after(measured, "fit" or "loss", tokens) is called after each step: a batch, or
-    of the second pass some of a batch's runs, which count as their share of its tokens.
+    not run again; `saved_in` is where it lay. after(measured, "fit" or "loss", tokens) is called
+    after each step: a batch, or of the second pass some of a batch's runs, which count as their
+    share of its tokens.
     Raises `InputError` for coders that do not fit the model, and for two at one place if they are
     to replace it together.
     """
@@ -179,7 +184,10 @@ def measure(
     if plan.replacement:
         replaced(tuple(coders))  # says now if two are at one place
     if saved is not None:
-        measured.restore(saved)
+        try:
+            measured.restore(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
     ready = lambda batch: _rows(batch, plan, names)
     again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[_Rows] = []
@@ -346,10 +354,13 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
     for tally in costly + [t for t in (measured.replacement,) if t is not None]:
         runs.append(_Run(replaced(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
-            key = (name, tuple((c.writes, layers_of(c), c.first) for c in tally.coders))
+            some = tally.coders
+            if name == "zero everywhere":
+                some = tuple(dataclasses.replace(c, first=0) for c in some)
+            key = (name, tuple((c.writes, layers_of(c), c.first) for c in some))
             if key not in shared:
-                value = tuple(means[id(c)] for c in tally.coders) if name == "mean" else None
-                shared[key] = _Run(ablated(model.config, tally.coders, value), [])
+                value = tuple(means[id(c)] for c in some) if name == "mean" else None
+                shared[key] = _Run(ablated(model.config, some, value), [])
                 runs.append(shared[key])
             shared[key].users.append((tally, name))
     return runs

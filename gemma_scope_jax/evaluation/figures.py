@@ -14,14 +14,15 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.metrics import Fit, Sums, fit, fits, merge
+from gemma_scope_jax.evaluation.metrics import COLUMNS, Fit, Sums, fit, fits, merge
 from gemma_scope_jax.evaluation.results import plain
 
 DENSE = 0.1  # a feature active on more than this share of tokens is dense
 BINS_PER_DECADE = 4  # of the density histogram
 LOWEST_DECADE = -8
 
-SPLICED = "spliced"  # the run with the reconstruction in place; the others: "zero", "mean"
+SPLICED = "spliced"  # the run with the reconstruction in place; the others: `ABLATIONS`
+ABLATIONS = ("zero", "zero everywhere", "mean")  # what stands in its place; see `Losses`
 _SUMS = ("tokens", "mean", "bias", "columns")
 
 
@@ -31,6 +32,8 @@ class Losses:
 
     Losses are mean -log p(next token) in nats, KL is KL(the model's own || changed) in nats a
     token, agreement the share of tokens with the same most likely next token. None: not run.
+    Every change but one leaves alone the tokens that features do not act on: `everywhere` zeros are
+    at those, too, at <bos> above all, as SAELens and SAEBench ablate.
     """
 
     tokens: int
@@ -42,19 +45,29 @@ class Losses:
     kl_ablated: float | None = None
     kl_mean_ablated: float | None = None
     agreement: float | None = None  # of the spliced run
+    everywhere_ablated: float | None = None  # with zeros in its place, at <bos> too
+    kl_everywhere_ablated: float | None = None
 
     @property
     def delta(self) -> float:
         return self.spliced - self.clean
 
-    def ce_score(self, mean: bool = False) -> float | None:
-        """1: as good as the activation itself, 0: as bad as zeros (or the mean) in its place."""
-        base = self.mean_ablated if mean else self.ablated
+    def ce_score(self, ablation: str = "zero") -> float | None:
+        """1: as good as the activation itself, 0: as bad as what one of `ABLATIONS` puts there."""
+        base = self._ablated(ablation)[0]
         return None if base is None else _over(base - self.spliced, base - self.clean)
 
-    def kl_score(self, mean: bool = False) -> float | None:
-        base = self.kl_mean_ablated if mean else self.kl_ablated
+    def kl_score(self, ablation: str = "zero") -> float | None:
+        """The same of the KL divergence: the activation's own is 0."""
+        base = self._ablated(ablation)[1]
         return None if base is None or self.kl is None else _over(base - self.kl, base)
+
+    def _ablated(self, ablation: str) -> tuple[float | None, float | None]:
+        return {
+            "zero": (self.ablated, self.kl_ablated),
+            "zero everywhere": (self.everywhere_ablated, self.kl_everywhere_ablated),
+            "mean": (self.mean_ablated, self.kl_mean_ablated),
+        }[ablation]
 
 
 def _over(a: float, b: float) -> float:
@@ -102,7 +115,8 @@ class Metrics:
 
     @property
     def loss_recovered(self) -> float | None:
-        """1: as good as the activation itself, 0: as bad as zeros. None without the ablation."""
+        """1: as good as the activation itself, 0: as bad as zeros at the tokens that features act
+        on. None without the ablation."""
         return None if self.losses is None else self.losses.ce_score()
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,6 +131,7 @@ class Metrics:
             "loss": None if self.losses is None else dataclasses.asdict(self.losses),
             "delta_loss": self.delta_loss,
             "loss_recovered": self.loss_recovered,
+            "loss_recovered_saelens": self.losses and self.losses.ce_score("zero everywhere"),
         }
         return plain(figures)
 
@@ -195,7 +210,7 @@ class Tally:
             n, self.clean[group] / n if n else math.nan,
             math.nan if spliced is None else spliced,
             of("zero", 0), of("mean", 0), of(SPLICED, 1), of("zero", 1), of("mean", 1),
-            of(SPLICED, 2),
+            of(SPLICED, 2), of("zero everywhere", 0), of("zero everywhere", 1),
         )  # fmt: skip
 
     def metrics(self) -> Metrics:
@@ -236,9 +251,23 @@ class Tally:
         return found
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises KeyError or ValueError for arrays that are not those of such a tally."""
+        runs = {k: v for k, v in arrays.items() if k.startswith("run ")}
+        own = ("fired", "pieces", "predicted", "clean")
+        wanted = {name: (getattr(self, name).shape, getattr(self, name).dtype) for name in own}
+        wanted |= {name: ((*self.clean.shape, 3), self.clean.dtype) for name in runs}
+        if "tokens" in arrays:
+            places, D = (2 + len(self.names), len(self.fired)), self.coders[0].d_out
+            inner = ((), (D,), (D,), (len(COLUMNS),))
+            wanted |= {k: ((*places, *some), self.clean.dtype) for k, some in zip(_SUMS, inner)}
+        for name, (shape, dtype) in wanted.items():
+            if (found := (arrays[name].shape, arrays[name].dtype)) != (shape, dtype):
+                raise ValueError(
+                    f"{name} is {found[1]} {list(found[0])}, not {dtype} {list(shape)}"
+                )
         self.fired, self.pieces = arrays["fired"], arrays["pieces"]
         self.predicted, self.clean = arrays["predicted"], arrays["clean"]
-        self.runs = {k.removeprefix("run "): v for k, v in arrays.items() if k.startswith("run ")}
+        self.runs = {k.removeprefix("run "): v for k, v in runs.items()}
         self.sums = Sums(*(arrays[k] for k in _SUMS)) if "tokens" in arrays else None
 
 

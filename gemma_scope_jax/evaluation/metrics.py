@@ -27,7 +27,6 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 
 OUTLIER = 3.0
-USELESS = 1.0  # FVU from which the mean activation says more than the coder
 TOKEN_CHUNK = 256  # features [256, F] exist at a time, never more
 TINY_NORM = 1e-4  # activations below this norm have an L2 ratio of their reconstruction's norm
 
@@ -144,13 +143,6 @@ def mean_fit(layers: tuple[Fit, ...]) -> Fit:
     rows = [dataclasses.astuple(layer) for layer in layers]
     mean = [float(np.mean(column)) for column in zip(*rows)]
     return Fit(max(layer.tokens for layer in layers), *mean[1:])
-
-
-def doubts(figures: Fit) -> list[str]:
-    """What is wrong with figures, in words for people: of a coder that explains nothing, say."""
-    if figures.tokens and not figures.fvu < USELESS:
-        return [f"FVU is {figures.fvu:.3g}: the reconstruction is no better than the mean"]
-    return []
 
 
 def median_norm(y: jax.Array, mask: jax.Array) -> jax.Array:

@@ -28,7 +28,9 @@ from gemma_scope_jax.evaluation.tables import (
     classes_of,
     first_of_each,
     one_against_rest,
+    repeated,
     sae_probes_split,
+    say_repeats,
 )
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
@@ -66,6 +68,7 @@ class Task:
     name: str
     texts: list[str]
     questions: dict[str, Split]  # by the class asked for; rows count in `texts`
+    repeated: float = 0.0  # the share of rows that test whose texts were trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +82,33 @@ class Score:
     features: tuple[int, ...] = ()  # that it used, the best first; empty: all
 
 
-def make_task(table: Table, protocol: Protocol, limit: int | None = None) -> Task:
+def make_task(
+    table: Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
+) -> Task:
     """The questions of a table with a column `target`; `limit` examples of it at most.
 
-    Raises `InputError` for labels that are numbers rather than classes, for more than two classes
-    under sae-probes, and for too few rows.
+    Rows of the same text never train and test, but under sae-probes, whose draws are its package's:
+    there stderr says how many do, and for any protocol how many texts have several labels, unless
+    `quiet`. Raises `InputError` for a missing label, for labels that are numbers rather than
+    classes, for more than two classes under sae-probes, and for too few rows.
     """
     labels = table.column("target", "label", "class")
     most = 2 if protocol.name == "sae-probes" else 20
     names, classes = classes_of(labels, table.path, most)
     kept = first_of_each(classes, limit)
+    both = of = 0
     if protocol.name == "sae-probes":
-        questions = {names[1]: sae_probes_split(classes[kept], table.path, SEED)}
+        split = sae_probes_split(classes[kept], table.path, SEED)
+        both, of = repeated(table, kept, split), len(split.test)
+        questions = {names[1]: split}
     else:
-        found = one_against_rest(classes[kept], table.path, seed=SEED)
+        texts = table.numbered(kept)
+        found = one_against_rest(classes[kept], table.path, seed=SEED, texts=texts)
         questions = {names[c]: split for c, split in found.items()}
-    return _needed(Task(table.name, [table.texts[i] for i in kept], questions))
+    if not quiet:
+        say_repeats(table, kept, classes[kept], both, of)
+    texts = [table.texts[i] for i in kept]
+    return _needed(Task(table.name, texts, questions, both / of if both else 0.0))
 
 
 def _needed(task: Task) -> Task:
@@ -106,7 +120,7 @@ def _needed(task: Task) -> Task:
         name: dataclasses.replace(s, train=at(s.train), test=at(s.test))
         for name, s in task.questions.items()
     }
-    return Task(task.name, [task.texts[i] for i in used], questions)
+    return Task(task.name, [task.texts[i] for i in used], questions, task.repeated)
 
 
 # -------------------------------------------------------------------------------------------------

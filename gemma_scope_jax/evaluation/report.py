@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.buckets import folder_path, write_bytes
+from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
 
 Result = Mapping[str, Any]
@@ -36,11 +37,19 @@ FIGURES = (
     ("loss of the model", "model_performance_preservation", "ce_loss_without_sae", ".4f"),
     ("  with the coder", "model_performance_preservation", "ce_loss_with_sae", ".4f"),
     ("  with zeros", "model_performance_preservation", "ce_loss_with_ablation", ".4f"),
+    (
+        "  with zeros, <bos> too",
+        "model_performance_preservation",
+        "ce_loss_with_ablation_saelens",
+        ".4f",
+    ),
     ("  with the mean", "model_performance_preservation", "ce_loss_with_mean_ablation", ".4f"),
     ("CE score, zeros", "model_performance_preservation", "ce_loss_score", ".4f"),
+    ("CE score, SAELens", "model_performance_preservation", "ce_loss_score_saelens", ".4f"),
     ("CE score, mean", "model_performance_preservation", "ce_loss_score_mean_ablation", ".4f"),
     ("KL, nats", "model_behavior_preservation", "kl_div_with_sae", ".4f"),
     ("KL score, zeros", "model_behavior_preservation", "kl_div_score", ".4f"),
+    ("KL score, SAELens", "model_behavior_preservation", "kl_div_score_saelens", ".4f"),
     ("KL score, mean", "model_behavior_preservation", "kl_div_score_mean_ablation", ".4f"),
     ("top-1 agreement", "model_behavior_preservation", "top1_agreement", ".4f"),
     ("never fired", "misc_metrics", "dead", ",d"),
@@ -54,7 +63,8 @@ FIGURES = (
 )
 COMPARED = (
     "L0", "FVU", "FVU of typical tokens", "cosine", "delta loss, nats", "CE score, zeros",
-    "CE score, mean", "KL, nats", "top-1 agreement", "never fired", "on over 10 % of tokens",
+    "CE score, SAELens", "CE score, mean", "KL, nats", "top-1 agreement", "never fired",
+    "on over 10 % of tokens",
 )  # fmt: skip
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
@@ -74,7 +84,8 @@ def figure(result: Result, category: str, metric: str) -> float | None:
 
 
 def print_core(results: Sequence[Result]) -> None:
-    """The figures of one result, or of several beside each other; replacement models below."""
+    """The figures of one result, or of several beside each other; replacement models below, and
+    last, on stderr, what is wrong with any of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -90,22 +101,26 @@ def print_core(results: Sequence[Result]) -> None:
         longest = max(len(short_name(result)) for result in core)
         table.add_column("coder", overflow="fold", min_width=longest if wide else min(longest, 48))
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
-        for heading, *_ in chosen:
-            table.add_column(heading, justify="right")
-        for result in core:
-            cells = [_cell(result, *row[1:]) for row in chosen]
+        rows = [[_cell(result, *row[1:]) for row in chosen] for result in core]
+        for (heading, *_), cells in zip(chosen, zip(*rows)):
+            table.add_column(heading, justify="right", min_width=max(map(len, cells)))
+        for result, cells in zip(core, rows):
             table.add_row(short_name(result), *cells)
-        console.print(table)
-    for result in core:
-        for warning in result["eval_result_unstructured"].get("warnings", []):
-            said = f"warning: {short_name(result)}: {warning}"
-            console.print(said, markup=False, highlight=False)
+        _print_whole(console, table)
     for result in results:
         if result["eval_type_id"] == "replacement":
             members = result["eval_result_unstructured"]["coders"]
             console.print(f"\nall {len(members)} in place at once", style="bold", highlight=False)
             _print_figures(console, result)
             _print_groups(console, result)
+    say_doubts(results)
+
+
+def say_doubts(results: Sequence[Result]) -> None:
+    """What is wrong with coders, on stderr, a line each."""
+    for result in results:
+        for warning in result["eval_result_unstructured"].get("warnings") or ():
+            print(shown(f"warning: {short_name(result)}: {warning}"), file=sys.stderr)
 
 
 def short_name(result: Result) -> str:
@@ -145,7 +160,15 @@ def _print_groups(console: Any, result: Result) -> None:
             cells = ["" if row.get(n) is None else format(row[n], shown[n]) for n in names]
             table.add_row(_brief(str(row["name"])), *cells)
         console.print()
-        console.print(table)
+        _print_whole(console, table)
+
+
+def _print_whole(console: Any, table: Any) -> None:
+    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead."""
+    from rich.measure import Measurement
+
+    least = Measurement.get(console, console.options, table).minimum
+    console.print(table, width=max(console.width, least), no_wrap=False, crop=False)
 
 
 # -------------------------------------------------------------------------------------------------

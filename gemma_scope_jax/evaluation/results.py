@@ -11,6 +11,7 @@ a number and there is none (a loss on no tokens), it writes -1, and so do we; in
 unstructured it is null.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,9 +25,10 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.buckets import folder_path, write_text
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 ENVELOPE = (
     "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
@@ -88,13 +90,16 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """A document that was written, ours or SAEBench's. Raises `InputError`."""
     path = epath.Path(path)
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no result that can be read ({reason(error)})") from error
+    result = read_json(path)
     missing = [k for k in ENVELOPE if not isinstance(result, dict) or k not in result]
     if missing:
         raise InputError(f"{path}: not an evaluation's result: it has no {missing[0]!r}")
+    for key, kind in (("eval_type_id", str), ("sae_lens_id", str), ("sae_lens_release_id", str),
+                      ("eval_config", dict), ("eval_result_metrics", dict)):  # fmt: skip
+        field(result, key, kind, path)
+    for group in result["eval_result_metrics"]:
+        for name in (numbers := field(result["eval_result_metrics"], group, dict, path)):
+            field(numbers, name, float, f"{path}, {group}", default=None)
     return result
 
 
@@ -105,7 +110,8 @@ def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: 
 
 
 def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
-    """(release, id): of an address its first part and the rest, of a folder its parent and name."""
+    """(release, id): of an address its first part and the rest; of a folder a number for the path
+    to it, which is nobody's business, and its name."""
     if coder is None:
         if not name:
             raise InputError("a result of no single coder needs a name")
@@ -115,7 +121,10 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
         layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
         where = "-".join(map(str, layers))
         return "gemma_scope_jax", name or f"{coder.kind}-{coder.reads}-layer-{where}"
-    if os.path.isabs(path) or "://" in path:
+    if os.path.isabs(path):
+        digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
+        return f"folder-{digest}", public_name(coder)
+    if "://" in path:
         release, _, ident = path.rstrip("/").rpartition("/")
     else:
         release, _, ident = path.partition("/")
@@ -143,7 +152,7 @@ def coder_config(coder: Coder) -> dict[str, Any]:
         "affine": coder.w_skip is not None,
         "first": coder.first,
         "target_l0": None if info.l0 is None else float(info.l0),
-        "path": info.path,
+        "path": public_name(coder),
     }
 
 

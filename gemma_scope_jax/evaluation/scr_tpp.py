@@ -38,6 +38,7 @@ from gemma_scope_jax.evaluation.tables import (
     first_of_each,
     held_out,
     one_against_rest,
+    say_repeats,
 )
 
 ABLATED = (2, 5, 10, 20, 50, 100, 500)  # numbers of features
@@ -100,15 +101,19 @@ class TppTask:
     questions: dict[str, Split]
 
 
-def tpp_task(table: Table, limit: int | None = None) -> TppTask:
-    """From a table with a column `target`, `label` or `class`. Raises `InputError`."""
+def tpp_task(table: Table, limit: int | None = None, *, quiet: bool = False) -> TppTask:
+    """From a table with a column `target`, `label` or `class`; see `probing.make_task`. Raises
+    `InputError`."""
     names, classes = classes_of(table.column("target", "label", "class"), table.path)
     if len(names) < 3:
         raise InputError(
             f"{table.path}: TPP compares classes: it needs at least 3, not {len(names)}"
         )
     kept = first_of_each(classes, limit)
-    questions = one_against_rest(classes[kept], table.path, seed=SEED)
+    texts = table.numbered(kept)
+    questions = one_against_rest(classes[kept], table.path, seed=SEED, texts=texts)
+    if not quiet:
+        say_repeats(table, kept, classes[kept], 0, 0)
     return TppTask(
         table.name, [table.texts[i] for i in kept], {names[c]: s for c, s in questions.items()}
     )
@@ -175,8 +180,9 @@ class ScrTask:
     questions: dict[str, Split]
 
 
-def scr_task(table: Table, limit: int | None = None) -> ScrTask:
-    """From a table with two columns of two values each beside the text. Raises `InputError`."""
+def scr_task(table: Table, limit: int | None = None, *, quiet: bool = False) -> ScrTask:
+    """From a table with two columns of two values each beside the text; see `probing.make_task`.
+    Raises `InputError`."""
     if len(table.columns) != 2:
         raise InputError(
             f"{table.path}: SCR needs two attributes: two columns beside the text, not "
@@ -185,7 +191,7 @@ def scr_task(table: Table, limit: int | None = None) -> ScrTask:
     first, second = table.columns
     y: list[np.ndarray] = []
     for name in (first, second):
-        values, which = classes_of(table.columns[name], table.path)
+        values, which = classes_of(table.column(name), table.path)
         if len(values) != 2:
             raise InputError(f"{table.path}: {name} has {len(values)} values; SCR needs 2")
         y.append(which)
@@ -199,15 +205,20 @@ def scr_task(table: Table, limit: int | None = None) -> ScrTask:
             f"{table.path}: of the four combinations of {first} and {second} one has "
             f"{sizes.min()} texts{among}; SCR needs 10"
         )
-    learnt, held = held_out(quadrant, SEED)
     sides = []
-    for parts in (learnt, held):
-        each = min(map(len, parts))
+    for parts in held_out(quadrant, SEED, table.numbered(kept)):
+        if not (each := min(map(len, parts))):
+            raise InputError(
+                f"{table.path}: one of the four combinations of {first} and {second} has too few "
+                "texts that occur nowhere else"
+            )
         balanced = np.concatenate([rows[:each] for rows in parts])
         agreeing = np.concatenate([parts[q][: 2 * each] for q in (0, 3)])
         sides.append((balanced, agreeing))
     (train, biased), (test, _) = sides
     questions = {name: Split(train, v[train], test, v[test]) for name, v in zip((first, second), y)}
+    if not quiet:
+        say_repeats(table, kept, quadrant, 0, 0)
     nowhere = np.zeros(0, np.int64)
     questions["biased"] = Split(biased, y[0][biased], nowhere, nowhere)
     return ScrTask(table.name, [table.texts[i] for i in kept], (first, second), questions)

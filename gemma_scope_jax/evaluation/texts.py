@@ -8,6 +8,7 @@ same batches, which is what a run that goes on where it was killed relies on.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,16 +68,24 @@ class EvaluationText:
         return found
 
     def _sources(self) -> tuple[str, ...]:
-        """Files by name, those beyond the most together; none if there is only one."""
+        """Files by name, below the folder that holds them all; those beyond the most together; none
+        if there is only one."""
         assert isinstance(self.data, TextData)
         if not self.data.files:
             return ()
-        names = [str(path) for path in text_files(self.data.files)]
+        names = list(self._names())
         if len(names) < 2:
             return ()
         if len(names) <= MOST_SOURCES:
             return tuple(names)
         return (*names[: MOST_SOURCES - 1], OTHER)
+
+    def _names(self) -> dict[str, str]:
+        """{name: path} of the files, in their order."""
+        assert isinstance(self.data, TextData)
+        paths = [str(path) for path in text_files(self.data.files)]
+        above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        return {os.path.relpath(path, above): path for path in paths}
 
     def fingerprint(self) -> str:
         """Tells these batches from others; 16 hexadecimal digits."""
@@ -101,7 +110,9 @@ class EvaluationText:
 
     def _pieces(self) -> Iterator[Piece]:
         """Documents whose `counts` say of each token: counts + 2 role + 8 source."""
-        numbers = {name: i for i, name in enumerate(self.groups.get("source", ()))}
+        shown = self.groups.get("source", ())
+        paths = self._names() if shown else {}
+        numbers = {paths.get(name, name): i for i, name in enumerate(shown)}
         for record in self.documents.ordered(self.seed, 0, (0, 1)):
             ids, counts, roles = labelled_record(self.tokenizer, record, self._settings)
             name = record.where.rpartition(", ")[0]

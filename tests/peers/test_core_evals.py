@@ -209,6 +209,25 @@ def test_losses(model, coder, sae, batches, name):
     close(got.kl_score(), (kl("ablation") - kl("sae")) / kl("ablation"))
 
 
+def test_saelens_keeps_bos_in_the_reconstruction_and_zeroes_it_in_the_ablation(
+    model, coder, sae, batches
+):
+    """`exclude_special_tokens`: what it calls the CE score is our `ce_loss_score_saelens`."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    tokens = batches[0].copy()
+    tokens[:, 0] = 2
+    theirs = peer(SAELENS).get_downstream_reconstruction_metrics(
+        sae, OurModel(model), store_of([tokens]), ActivationScaler(), compute_kl=True,
+        compute_ce_loss=True, n_batches=1, eval_batch_size_prompts=B, ignore_tokens=[2],
+    )  # fmt: skip
+    got = ours(model, coder.replace(first=1), [tokens], ablations=("zero", "zero everywhere"))
+    close(got.losses.spliced, theirs["ce_loss_with_sae"])
+    close(got.losses.everywhere_ablated, theirs["ce_loss_with_ablation"])
+    close(got.losses.ce_score("zero everywhere"), theirs["ce_loss_score"], rtol=2e-3)
+    assert abs(got.losses.ce_score() - theirs["ce_loss_score"]) > 5e-3
+
+
 @pytest.mark.parametrize("name", [SAELENS, SAEBENCH])
 def test_geometry(coder, sae, name):
     theirs = peer(name).get_featurewise_weight_based_metrics(

@@ -11,6 +11,7 @@ Source: sae-dashboard, neuronpedia/neuronpedia_export.py, and the rows of neuron
 
 import datetime
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -137,15 +138,27 @@ def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder
     }  # fmt: skip
 
 
+def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) -> str:
+    """A cuid's 25 letters and digits: the same for a row every time, another for every other row.
+
+    120 bits of a digest of all that names the row; cut-off names would be those of other coders'
+    rows, too.
+    """
+    name = json.dumps([table, place["modelId"], place["layer"], feature, number])
+    left, digits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest()), ""
+    for _ in range(24):  # 36^24 is above 2^120
+        left, digit = divmod(left, 36)
+        digits += "0123456789abcdefghijklmnopqrstuvwxyz"[digit]
+    return f"c{digits}"
+
+
 def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
+    rows, f = [], feature["feature_index"]
     for number, a in enumerate(feature["activations"]):
         values = a["values"]
-        # As long as a cuid, and the same every time.
-        name = f"c{feature['feature_index']:08x}{number:04x}{place['layer']}".replace("-", "")
         rows.append(
             {
-                **place, "id": name[:25].ljust(25, "0"), "index": str(feature["feature_index"]),
+                **place, "id": row_id("activations", place, f, number), "index": str(f),
                 "tokens": a["tokens"], "values": values, "maxValue": max(values),
                 "maxValueTokenIndex": values.index(max(values)), "minValue": min(values),
                 "dataSource": None, "dataIndex": None, "dfaValues": [], "dfaTargetIndex": None,
@@ -161,9 +174,9 @@ def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]
 def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
     figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in FIGURES.items())
     score = next((s for s in figures if isinstance(s, int | float)), None)
-    name = f"c{f:08x}{place['layer']}".replace("-", "")
     return {
-        "id": name[:25].ljust(25, "0"), "modelId": place["modelId"], "layer": place["layer"],
+        "id": row_id("explanations", place, f),
+        "modelId": place["modelId"], "layer": place["layer"],
         "index": str(f), "description": explanation["text"], "authorId": place["creatorId"],
         "scoreV1": score, "typeName": explanation["method"],
         "explanationModelName": explanation["model"],

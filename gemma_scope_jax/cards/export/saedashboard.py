@@ -22,10 +22,13 @@ import numpy as np
 from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
 from gemma_scope_jax.cards.decoders import written
 from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.coders.catalog import parse_address
 from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.errors import InputError
 
 BATCH = 128  # features a file
 ALIGNED = 3  # neurons listed
+LONGEST = 120  # letters of a name that becomes a folder's
 
 
 def export_saedashboard(
@@ -71,18 +74,27 @@ def silent(cards: FeatureCards) -> list[int]:
 def batch_facts(cards: FeatureCards) -> dict[str, Any]:
     """Names as Neuronpedia has them."""
     m = cards.manifest
-    model = str(m["model"]).split("/")[-1] or "unknown"
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", str(m["model"]).split("/")[-1]).strip(".-")
     return {
-        "model_id": model,
+        "model_id": model[:LONGEST] or "unknown",
         "layer": m["layer"],
-        "sae_set": set_name(cards),
+        "sae_set": set_name(str(m["coder"]), str(m["belongs"][0])),
         "sae_id_suffix": None,
     }
 
 
-def set_name(cards: FeatureCards) -> str:
-    """What tells the coder from others of its layer, in letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", str(cards.manifest["coder"]).lower()).strip("-")
+def set_name(coder: str, weights: str) -> str:
+    """What tells a coder from all others, in letters, digits and dashes.
+
+    An address of the release says it all. Folders of other coders may well be called alike: eight
+    digits of what tells `weights` apart follow the name.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", coder.lower()).strip("-")
+    try:
+        parse_address(coder)
+    except InputError:
+        return f"{name[:LONGEST] or 'coder'}-{weights[:8]}"
+    return name
 
 
 def text_facts(cards: FeatureCards) -> dict[str, Any]:
