@@ -96,7 +96,8 @@ class ChatClient:
         self.uncounted = 0  # replies that did not say how many tokens they took
         self._hold = 0.0  # until then (monotonic) nobody sends
         self._poster = Poster()
-        self._used = self._no_system = False  # whether an answer ever fitted; of its template
+        self.answered = False  # whether an answer ever fitted
+        self._no_system = False  # found out: the model's template has no place for one
         self._secrets = _forms_of(endpoint.key)
 
     @property
@@ -137,7 +138,7 @@ class ChatClient:
         key = request_key([self.endpoint.address, self.body(kept_as or messages, max_tokens)])
         kept = _kept_reply(self.answers.get(key))
         if kept is not None and fits(kept):
-            self._used = True
+            self.answered = True
             return kept
         try:
             reply = self._send(body)
@@ -145,7 +146,7 @@ class ChatClient:
             self.lose(error)
             raise
         if not reply.is_cut and fits(reply):
-            self._used = True
+            self.answered = True
             more = {"logprobs": reply.logprobs} if reply.logprobs else {}
             self.answers.put(key, {"text": reply.text, **more})
         return reply
@@ -154,7 +155,7 @@ class ChatClient:
         """Count a question without an answer, and say the first few."""
         with self._lock:
             self.refused += 1
-            count, hopeless = self.refused, not self._used and self.refused >= REFUSALS
+            count, hopeless = self.refused, not self.answered and self.refused >= REFUSALS
         if hopeless:
             what = "refuses every request" if error.why in (REFUSED, FILTERED) else error.why
             raise InputError(

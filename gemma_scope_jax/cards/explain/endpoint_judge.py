@@ -22,6 +22,14 @@ class EndpointJudge:
         self.parallel = client.endpoint.concurrency
         self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
 
+    @property
+    def answered(self) -> bool:
+        return self.client.answered
+
+    @answered.setter
+    def answered(self, value: bool) -> None:
+        self.client.answered = value
+
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """In order; a question without an answer that has the form has `values` None."""
         try:

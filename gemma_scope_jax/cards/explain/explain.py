@@ -122,6 +122,8 @@ def explain_features(
         run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
+        ours = (judge.method, judge.name)
+        judge.answered |= any((e["method"], e["model"]) == ours for e in entries.values())
         progress = Progress(len(todo), "features", every=SAY_EVERY)
         try:
             for number, feature in enumerate(todo, 1):

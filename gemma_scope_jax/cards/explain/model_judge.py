@@ -175,7 +175,7 @@ class ModelJudge:
     """Answers by a model. It is instruction-tuned, and asked through its template, if its name has
     "-it" in it, as the published ones' have."""
 
-    method, parallel = "model", 1
+    method, parallel, answered = "model", 1, True
 
     def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
         self.model, self.tok, self.name, self.answers = model, tok, name, answers
@@ -284,8 +284,7 @@ class ModelJudge:
             prompt += "\n\nAnswer the last one in a few words."
         key = request_key(["model", str(self.model.dtype), [self.name, prompt], NEW])
         kept = None if self.answers is None else self.answers.get(key)
-        ids = self._ids(prompt)
-        if len(ids) + NEW > self.model.config.context:
+        if len(ids := self._ids(prompt)) + NEW > self.model.config.context:
             return Answer(why=LONG)
         text, is_cut = (kept, False) if isinstance(kept, str) else self._continued(ids)
         first = text.lstrip().partition("\n")[0]
@@ -304,14 +303,14 @@ class ModelJudge:
         ends = {*STOP_TOKENS, *line_ends[-1:]}
         out = generate(self.model, [ids], NEW, stop_tokens=tuple(ends))
         said = np.asarray(out.tokens)[0, : int(out.lengths[0])]
-        return without_thoughts(self.tok.decode(said)), int(said[-1]) not in ends
+        is_cut = int(said[-1]) not in ends
+        return without_thoughts(self.tok.decode(said if is_cut else said[:-1])), is_cut
 
     # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """Of each prompt the logits [places, C], empty if it is longer than the context. Equal
-        prompts run once; what all with the same choices begin with runs once; the rest in batches
-        of like length."""
+        """Of each prompt the logits [places, C], none beyond the context. Equal prompts run once;
+        what all with the same choices begin with runs once; the rest in batches of like length."""
         found: dict[Any, np.ndarray] = {}
         kinds: dict[Any, dict[Any, _Prompt]] = {}
         for p in prompts:
@@ -338,7 +337,7 @@ class ModelJudge:
         size = max(1, TOKENS // length)
         most = max(len(p.places) for p in prompts) if many else 1
         width = -(-most // PLACES) * PLACES if many else 1
-        found = {}
+        found: dict[Any, np.ndarray] = {}
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             rows = _padded([p.ids[shared:] for p in some], size, length)

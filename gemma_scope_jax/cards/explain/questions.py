@@ -92,6 +92,7 @@ class Judge(Protocol):
     name: str
     method: str
     parallel: int
+    answered: bool  # whether it ever has: an endpoint that never has is given up soon
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 

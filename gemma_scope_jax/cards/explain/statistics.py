@@ -126,7 +126,7 @@ def _percent(share: float) -> str:
 class RuleJudge:
     """Answers by the rules of token labels, which `learn` gives it."""
 
-    method, name, parallel = "statistics", NAME, 1
+    method, name, parallel, answered = "statistics", NAME, 1, True
 
     def __init__(self):
         self._rules: dict[str, Rule] = {}
