@@ -368,6 +368,49 @@ def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
         assert KEY.encode() not in path.read_bytes()
 
 
+def through(server, *more):
+    return ("--store", "s", "--features", "0-2", "--endpoint", server.url, "--judge-model", "j",
+            "--yes", "--retries", "0", *more)  # fmt: skip
+
+
+def test_a_run_in_which_all_failed_says_why_and_keeps_nothing(planted, capsys):
+    from chat_server import ChatServer
+
+    spent = {"message": {"content": None, "reasoning_content": "Hm"}, "finish_reason": "length"}
+    for body, says in (
+        ({"choices": []}, "3 replies that are none (the reply is not a chat completion: it holds"),
+        ({"choices": [spent]}, "3 cut off (max_tokens of 120 is too short; allow more by"),
+        ({"choices": [{"message": {"content": ""}}]}, "3 not understood (nothing is said)"),
+    ):
+        with ChatServer(None, lambda *_, body=body: (200, {}, json.dumps(body))) as server:
+            assert main(planted, *through(server)) == 2
+        said = capsys.readouterr()
+        assert f"error: nothing that was asked has an answer: {says}" in said.err.splitlines()[-1]
+        assert "3 of which nothing that was asked has an answer" in said.out
+        assert not (planted / "explanations.json").exists()
+        assert (planted / "explanations.answers.jsonl").read_text() == ""
+
+
+def test_a_run_counts_what_has_no_answer_by_its_reason(planted, capsys):
+    from chat_server import ChatServer
+    from test_explain_endpoint import know
+
+    refuse = lambda number, body: {50: 400, 60: (200, {}, '{"choices": []}')}.get(number)
+    with ChatServer(know, refuse, usage=False) as server:
+        assert main(planted, *through(server, "--concurrency", "1")) == 0
+        out = capsys.readouterr().out
+        (planted / "explanations.json").unlink()
+        path = planted / "explanations.answers.jsonl"
+        path.write_text(path.read_text() + '{"key": NaN}\n')
+        assert main(planted, *through(server)) == 0
+    assert "  2 questions have no answer and are in no score: 1 refused by the server (400 " in out
+    assert "1 replies that are none (the reply is not a chat completion" in out
+    assert "122 without a count of tokens" in out
+    said = capsys.readouterr()
+    assert "no answer" not in said.out and "2 answers, " in said.out
+    assert "answers.jsonl: 1 damaged lines, asked again" in said.err
+
+
 ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
 
 
@@ -391,6 +434,7 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         ((*ENDPOINT, "--sample", "2", "--request-options", '{"top_p": NaN}'), "NaN is not a num"),
         ((*ENDPOINT, "--sample", "2", "--request-options", '{"stream": true}'), "not yours to set"),
         ((*ENDPOINT, "--sample", "2", "--timeout", "nan"), "timeout must be above 0"),
+        ((*ENDPOINT, "--sample", "2", "--key-variable", "NOT_SET"), "NOT_SET: there is no such"),
         ((*ENDPOINT, "--sample", "2", "--concurrency", "0"), "must be above 0"),
         (("--answers", "gs://b/answers.jsonl"), "appended to a file of this machine"),
         (("--length", "2"), "length is 2"),

@@ -21,6 +21,7 @@ from gemma_scope_jax.cli.shared import (
 from gemma_scope_jax.errors import InputError
 
 ANSWERS = "explanations.answers.jsonl"
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def explain(
@@ -38,7 +39,7 @@ def explain(
     yes: bool = False,
     price_in: float = 0.0,
     price_out: float = 0.0,
-    key_variable: Name = "OPENAI_API_KEY",
+    key_variable: Name = KEY_VARIABLE,
     concurrency: int = 8,
     timeout: float = 120.0,
     retries: int = 6,
@@ -69,7 +70,8 @@ def explain(
         features: Which: 1,5,10-20; default with statistics: all that fire.
         sample: So many at random, of those that fire often enough.
         judge: Who explains and scores; default: the endpoint if there is one, else statistics.
-        endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
+        endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1; of
+            Azure the deployment's, with its ?api-version=.
         judge_model: Its model; or the Gemma of --judge model (default: --model).
         scores: detection, fuzzing, intruder, simulation, saebench.
         out: Where explanations.json goes (of coders of several layers: in layer_N); default:
@@ -244,6 +246,8 @@ def _endpoint(
     if not isinstance(more, dict):
         raise InputError("--request-options: not a JSON object")
     key = os.environ.get(variable, "").strip()
+    if not key and variable != KEY_VARIABLE:
+        raise InputError(f"--key-variable {variable}: there is no such variable, or nothing in it")
     return Endpoint(url, model, key, concurrency, timeout, retries, more, logprobs, *prices)
 
 

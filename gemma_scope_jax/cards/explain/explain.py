@@ -279,7 +279,8 @@ class _Run:
 
     def say(self, progress: Progress, started: int, status: Callable[[], str]) -> None:
         """How far it is, once a feature is through."""
-        parts = [f"{self.report.unparsed:,} not understood"] if self.report.unparsed else []
+        lost = sum(count for count, _ in self.report.lost.values())
+        parts = [f"{lost:,} questions without an answer"] if lost else []
         if passed := started - len(self.running):
             progress.at(passed, "".join(f"  {part}" for part in [*parts, status()] if part))
 
