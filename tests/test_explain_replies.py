@@ -231,6 +231,28 @@ def test_log_probabilities_that_are_none_give_no_confidence(tmp_path, logprobs):
     assert (answer.values, answer.confidence) == ((1, 0, 1), None)
 
 
+def test_log_probabilities_that_nobody_asked_for_change_nothing(tmp_path):
+    """Whether there are confidences is part of a judge's name."""
+    top = [{"token": "1", "logprob": -0.1, "top_logprobs": []}] * 3
+    extra = lambda body: {"logprobs": {"content": top}}
+    with ChatServer(lambda body: "[1, 0, 1]", extra=extra) as server:
+        (plain,), _, _ = asked(server, tmp_path, ("fine",))
+        (sure,), _, _ = asked(server, tmp_path, ("fine",), logprobs=True)
+    assert plain.confidence is None and sure.confidence == (1, 1, 1)
+    assert (tmp_path / "a.jsonl").read_text().count('"logprobs"') == 1  # of one answer
+
+
+def test_a_fault_of_ours_is_no_stop(tmp_path, monkeypatch):
+    """A run that is closed stops; one that fails does not look like that."""
+
+    def broken(*_, **__):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(chat_client, "parse_json", broken)
+    with ChatServer(know) as server, pytest.raises(RuntimeError, match="ours"):
+        asked(server, tmp_path, ("fine",))
+
+
 THOUGHTS = [
     ("<think>\nverbs?\n</think>\n\nnames", "names"),
     ("<think>verbs?</think> names", "names"),
@@ -324,6 +346,7 @@ def test_azure_has_a_version_and_a_header_of_its_own():
     [({"timeout": float("nan")}, "timeout"), ({"timeout": float("inf")}, "timeout"),
      ({"price_in": float("nan")}, "prices"), ({"price_out": float("inf")}, "prices"),
      ({"options": {"messages": []}}, "messages is not yours"),
+     ({"options": {"messages": None}}, "messages is not yours"),
      ({"options": {"model": "other"}}, "model is not yours"),
      ({"options": {"top_p": float("nan")}}, "no JSON"), ({"options": {"stop": {1}}}, "no JSON"),
      ({"model": "a\x1b[2J"}, "control characters"), ({"url": "http://a..b/v1"}, "no such port")],

@@ -40,7 +40,11 @@ class AnswerFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._read()
+            try:
+                self._read()
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise disk_error(path, error) from error
 

@@ -9,7 +9,6 @@ other hosts, and not into messages, files or logs, whoever repeats it.
 """
 
 import contextlib
-import dataclasses
 import email.utils
 import http.client
 import json
@@ -304,7 +303,8 @@ class ChatClient:
             raise NoAnswer(CUT, self.cut_off(body))
         with self._lock:
             self.requests += 1
-        return dataclasses.replace(found, text=self._clean(found.text))
+        logprobs = found.logprobs if self.endpoint.logprobs else None
+        return Reply(self._clean(found.text), logprobs, found.is_cut)
 
     def cut_off(self, body: Mapping[str, Any]) -> str:
         """What to say of an answer to a request that ended before it was one."""

@@ -42,8 +42,9 @@ class Endpoint:
             )
         if not all(0 <= price < math.inf for price in (self.price_in, self.price_out)):
             raise InputError("prices must be numbers, and not negative")
-        if theirs := [key for key in OURS if self.options.get(key) is not None]:
-            raise InputError(f"request options: {theirs[0]} is not yours to set")
+        theirs = [key for key in OURS if self.options.get(key) not in (None, False)]
+        if theirs or "messages" in self.options:
+            raise InputError(f"request options: {(theirs or OURS)[0]} is not yours to set")
         try:
             json.dumps(dict(self.options), allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:

@@ -33,9 +33,10 @@ class EndpointJudge:
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """In order; a question without an answer that has the form has `values` None."""
         try:
-            return list(self._pool.map(self._ask, questions))
+            answers = self._pool.map(self._ask, questions)
         except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
             raise Stopped from None
+        return list(answers)
 
     def _ask(self, question: Question) -> Answer:
         """Asked again, told what was wrong, if the answer does not have the form."""
