@@ -234,9 +234,9 @@ def test_a_label_names_the_planted_letters(corpus, feature):
 
 
 def test_a_label_says_what_stands_before(corpus):
-    text, rule = token_label(corpus, AFTER_X, ("yes", "\n"))
+    text, rule = token_label(corpus, AFTER_X, ("yes", "\n", "\x1b[2J"))
     assert rule.place == "previous" and list(rule.tokens) == ["x"] and 'after "x"' in text
-    assert text.endswith('; raises "yes", "↵"')
+    assert text.endswith('; raises "yes", "↵", "\\x1b[2J"')
     assert [s > 0 for s, _ in rule.strengths("axbx")] == [False, False, True, False]
 
 

@@ -144,6 +144,9 @@ def test_explanations_are_greedy_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(mj, "NEW", 6)
     judge = judge_of("gemma-3-270m", answers)
     texts = Shown(("the", " start", " of"), (False, True, False), (0, 10, 1))
+    (cut,) = judge.answer([Question("explain", (texts,))])
+    assert (cut.values, cut.why, len(answers)) == (None, "cut off", 0)  # it says no end
+    monkeypatch.setattr(mj, "STOP_TOKENS", tuple(range(0, 300, 3)))
     (answer,) = judge.answer([Question("explain", (texts,))])
     prompt = mj.EXPLAIN.format(texts="the<< start>> of")
     ids = judge.tok.encode(prompt).tolist()
@@ -154,10 +157,22 @@ def test_explanations_are_greedy_and_kept(tmp_path, monkeypatch):
             break
         ids.append(token)
     text = judge.tok.decode(np.array(ids[n:], np.int32)).strip().split("\n")[0]
-    assert answer.text == text.strip(" .\"'*") and (answer.values is None) == (not answer.text)
+    assert answer.text == text.strip(" .\"'*`") != "" and answer.values == ()
     monkeypatch.setattr(mj, "generate", lambda *a, **k: pytest.fail("asked twice"))
     assert judge.answer([Question("explain", (texts,))]) == [answer]
     answers.close()
+
+
+def test_logits_that_are_no_numbers_are_no_answers(monkeypatch):
+    """As of weights that overflow: no guess is read off them."""
+    judge = judge_of("gemma-3-270m")
+    params = judge.model.params
+    broken = dataclasses.replace(params, embed=params.embed * jnp.inf)
+    judge.model = Model(broken, judge.model.config)
+    asked = [Question(task, tuple(TEXTS[:2]), "x") for task in ("classify", "intruder", "simulate")]
+    for answer in judge.answer(asked):
+        assert (answer.values, answer.confidence) == (None, None)
+        assert answer.why == "without finite logits"
 
 
 def test_an_instructed_model_is_asked_in_its_template(monkeypatch):
@@ -180,8 +195,11 @@ def test_an_instructed_model_is_asked_in_its_template(monkeypatch):
 def test_a_prompt_beyond_the_context(judge):
     short = dataclasses.replace(judge.model.config, context=64)
     small = mj.ModelJudge(Model(judge.model.params, short), judge.tok, "x")
-    with pytest.raises(InputError, match="longer than the context"):
-        small.answer([Question("classify", (TEXTS[0],), "x")])
+    tasks = ("classify", "intruder", "simulate", "select")
+    asked = [Question(task, (TEXTS[0], TEXTS[1]), "x") for task in tasks]
+    asked.append(Question("explain", (Shown(("a",), (True,), (9,)),)))
+    for answer in small.answer(asked):
+        assert (answer.values, answer.why) == (None, "longer than the context")
 
 
 def test_a_prompt_may_fill_the_context(judge):
@@ -195,8 +213,7 @@ def test_a_prompt_may_fill_the_context(judge):
         if fits:
             assert small.answer(questions)[0].values == judge.answer(questions)[0].values
         else:
-            with pytest.raises(InputError, match="longer than the context"):
-                small.answer(questions)
+            assert small.answer(questions)[0].why == "longer than the context"
 
 
 # --- the file, and what shows it -----------------------------------------------------------------
@@ -220,9 +237,18 @@ def test_explanations_are_written_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ('{"format": 1, "explanations": {"x": {}}}', "cannot be read"),
+        ("{", "not usable as JSON"),
+        ("[]", "not an object"),
+        ('{"format": 1, "explanations": {"x": {}}}', "'x' is no feature's number"),
+        ('{"format": 1, "explanations": {"01": {}}}', "'01' is no feature's number"),
+        ('{"format": 1, "explanations": {"%s": {}}}' % ("9" * 400), "is no feature's number"),
+        ('{"format": 1, "explanations": [1]}', "explanations is .1., not an object"),
+        ('{"format": true, "explanations": {}}', "format is True"),
+        ('{"format": 1, "explanations": {"3": {"scores": {"x": {"n": NaN}}}}}', "NaN"),
+        ('{"format": 1, "explanations": {"3": {"examples": 1e400}}}', "too large"),
+        ('{"format": 1, "explanations": {"3": {"examples": %s}}}' % ("9" * 400), "64 bits"),
+        ('{"format": 1, "explanations": ' + "[" * 100_000, "nested too deeply"),
+        ('{"format": 1, "explanations": {"3": {"text": "\\ud83d"}}}', "half of a surrogate pair"),
         ('{"format": 2, "explanations": {}}', "format 2 is not known"),
         ('{"format": 1, "explanations": {"3": {"text": 5}}}', "feature 3 has no explanation"),
         ('{"format": 1, "explanations": {"0": {}}}', "feature 0 has no explanation"),
@@ -231,7 +257,7 @@ def test_explanations_are_written_and_read(tmp_path):
             json.dumps({"format": 1, "explanations": {"3": ENTRY | {"scores": {"x": 0.9}}}}),
             "feature 3 has no explanation",
         ),
-        ("\xff", "cannot be read"),
+        ("\xff", "not UTF-8"),
     ],
 )
 def test_files_that_are_no_explanations(tmp_path, text, says):
@@ -342,6 +368,49 @@ def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
         assert KEY.encode() not in path.read_bytes()
 
 
+def through(server, *more):
+    return ("--store", "s", "--features", "0-2", "--endpoint", server.url, "--judge-model", "j",
+            "--yes", "--retries", "0", *more)  # fmt: skip
+
+
+def test_a_run_in_which_all_failed_says_why_and_keeps_nothing(planted, capsys):
+    from chat_server import ChatServer
+
+    spent = {"message": {"content": None, "reasoning_content": "Hm"}, "finish_reason": "length"}
+    for body, says in (
+        ({"choices": []}, "3 replies that are none (the reply is not a chat completion: it holds"),
+        ({"choices": [spent]}, "3 cut off (max_tokens of 120 is too short; allow more by"),
+        ({"choices": [{"message": {"content": ""}}]}, "3 not understood (nothing is said)"),
+    ):
+        with ChatServer(None, lambda *_, body=body: (200, {}, json.dumps(body))) as server:
+            assert main(planted, *through(server)) == 2
+        said = capsys.readouterr()
+        assert f"error: nothing that was asked has an answer: {says}" in said.err.splitlines()[-1]
+        assert "3 of which nothing that was asked has an answer" in said.out
+        assert not (planted / "explanations.json").exists()
+        assert (planted / "explanations.answers.jsonl").read_text() == ""
+
+
+def test_a_run_counts_what_has_no_answer_by_its_reason(planted, capsys):
+    from chat_server import ChatServer
+    from test_explain_endpoint import know
+
+    refuse = lambda number, body: {50: 400, 60: (200, {}, '{"choices": []}')}.get(number)
+    with ChatServer(know, refuse, usage=False) as server:
+        assert main(planted, *through(server, "--concurrency", "1")) == 0
+        out = capsys.readouterr().out
+        (planted / "explanations.json").unlink()
+        path = planted / "explanations.answers.jsonl"
+        path.write_text(path.read_text() + '{"key": NaN}\n')
+        assert main(planted, *through(server)) == 0
+    assert "  2 questions have no answer and are in no score: 1 refused by the server (400 " in out
+    assert "1 replies that are none (the reply is not a chat completion" in out
+    assert "122 without a count of tokens" in out
+    said = capsys.readouterr()
+    assert "no answer" not in said.out and "2 answers, " in said.out
+    assert "answers.jsonl: 1 damaged lines, asked again" in said.err
+
+
 ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
 
 
@@ -360,7 +429,12 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         ((*ENDPOINT, "--judge", "model"), "--endpoint does not go with --judge model"),
         (ENDPOINT, "which features? --features 1,5,10-20 or --sample N"),
         (("--judge", "model"), "which features?"),
-        ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "not a JSON object"),
+        ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "--request-options: not usable"),
+        ((*ENDPOINT, "--sample", "2", "--request-options", "[]"), "not a JSON object"),
+        ((*ENDPOINT, "--sample", "2", "--request-options", '{"top_p": NaN}'), "NaN is not a num"),
+        ((*ENDPOINT, "--sample", "2", "--request-options", '{"stream": true}'), "not yours to set"),
+        ((*ENDPOINT, "--sample", "2", "--timeout", "nan"), "timeout must be above 0"),
+        ((*ENDPOINT, "--sample", "2", "--key-variable", "NOT_SET"), "NOT_SET: there is no such"),
         ((*ENDPOINT, "--sample", "2", "--concurrency", "0"), "must be above 0"),
         (("--answers", "gs://b/answers.jsonl"), "appended to a file of this machine"),
         (("--length", "2"), "length is 2"),

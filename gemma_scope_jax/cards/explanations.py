@@ -11,6 +11,7 @@ shows.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.coders.atomic_files import write_folder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import field, parse_json
 
 FILE = "explanations.json"
 FORMAT = 1
@@ -49,14 +51,14 @@ def read_explanations(
         if path.name != FILE:
             raise InputError(f"{path}: no such file")
         return {}
-    try:
-        content = json.loads(found)
-        entries = {int(feature): entry for feature, entry in content["explanations"].items()}
-        version = content["format"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it or write it anew") from None
+    content = parse_json(found, path)
+    version = field(content, "format", int, path)
     if version != FORMAT:
-        raise InputError(f"{path}: format {version!r} is not known (this reads {FORMAT})")
+        raise InputError(f"{path}: format {version} is not known (this reads {FORMAT})")
+    named = field(content, "explanations", dict, path)
+    if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
+        raise InputError(f"{path}: {odd[0][:40]!r} is no feature's number")
+    entries = {int(feature): entry for feature, entry in named.items()}
     if bad := [f for f, entry in entries.items() if not _is_explanation(entry)]:
         raise InputError(f"{path}: feature {bad[0]} has no explanation as written here; delete it")
     if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
@@ -71,6 +73,11 @@ def _is_explanation(entry: Any) -> bool:
         and isinstance(scores := entry.get("scores"), dict)
         and all(isinstance(score, dict) for score in scores.values())
     )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a figure of a score can be shown: None stands where there is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def explained_folder(info: CoderInfo) -> str:
@@ -93,7 +100,7 @@ def explanation_note(entry: Explanation) -> str:
     figures = [
         f"{name} {value:.2f}"
         for name, figure in FIGURES.items()
-        if isinstance(value := entry["scores"].get(name, {}).get(figure), (int, float))
+        if is_number(value := entry["scores"].get(name, {}).get(figure))
     ]
     return ", ".join([entry["model"], *figures])
 
@@ -102,10 +109,17 @@ def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanatio
     """Write explanations.json into a folder, local or gs://: the old file or the new, whole. A line
     holds a feature."""
     plain = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
-    lines = ",\n".join(f"{plain(str(f))}: {plain(entries[f])}" for f in sorted(entries))
+
+    def line(feature: int) -> str:
+        try:
+            return f"{plain(str(feature))}: {plain(entries[feature])}"
+        except ValueError as error:  # a number that is not finite
+            raise InputError(f"feature {feature}: no explanation ({reason(error)})") from None
+
+    lines = ",\n".join(map(line, sorted(entries)))
     text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
 
     def write(file: BinaryIO) -> None:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # half a character, as in a name of a file
 
     write_folder(folder_path(folder), {FILE: write})

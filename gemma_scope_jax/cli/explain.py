@@ -18,9 +18,10 @@ from gemma_scope_jax.cli.shared import (
     stage,
     use_compilation_cache,
 )
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
 
 ANSWERS = "explanations.answers.jsonl"
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def explain(
@@ -38,7 +39,7 @@ def explain(
     yes: bool = False,
     price_in: float = 0.0,
     price_out: float = 0.0,
-    key_variable: Name = "OPENAI_API_KEY",
+    key_variable: Name = KEY_VARIABLE,
     concurrency: int = 8,
     timeout: float = 120.0,
     retries: int = 6,
@@ -69,7 +70,8 @@ def explain(
         features: Which: 1,5,10-20; default with statistics: all that fire.
         sample: So many at random, of those that fire often enough.
         judge: Who explains and scores; default: the endpoint if there is one, else statistics.
-        endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1.
+        endpoint: Base URL of an OpenAI-compatible API, such as https://api.openai.com/v1; of
+            Azure the deployment's, with its ?api-version=.
         judge_model: Its model; or the Gemma of --judge model (default: --model).
         scores: detection, fuzzing, intruder, simulation, saebench.
         out: Where explanations.json goes (of coders of several layers: in layer_N); default:
@@ -166,6 +168,8 @@ def _run(corpus: Any, judged: tuple, wanted, scores, folder, coder: str, loaded,
     _print_report(report, f"{folder}/explanations.json: {len(entries):,}", ours, scores)
     if status():
         print(status())
+    if report.unexplained and not report.done:
+        raise InputError(f"nothing that was asked has an answer: {report.losses}")
 
 
 def chosen_features(
@@ -235,17 +239,15 @@ def _raises(coder: Any) -> Callable[[int], Sequence[str]]:
 def _endpoint(
     url, model, variable, options, concurrency, timeout, retries, logprobs, *prices
 ) -> Any:
-    import json
-
     from gemma_scope_jax.cards.explain.chat_client import Endpoint
+    from gemma_scope_jax.storage.strict_json import parse_json
 
-    try:
-        more = json.loads(options)
-        if not isinstance(more, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise InputError(f"--request-options: not a JSON object ({reason(error)})") from None
+    more = parse_json(options, "--request-options")
+    if not isinstance(more, dict):
+        raise InputError("--request-options: not a JSON object")
     key = os.environ.get(variable, "").strip()
+    if not key and variable != KEY_VARIABLE:
+        raise InputError(f"--key-variable {variable}: there is no such variable, or nothing in it")
     return Endpoint(url, model, key, concurrency, timeout, retries, more, logprobs, *prices)
 
 
@@ -295,8 +297,6 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
         from gemma_scope_jax.cards.explain.statistics import RuleJudge
 
         return RuleJudge(), lambda: "", None
-    from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-
     if kind == "model":
         import jax
 
@@ -307,12 +307,12 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         with bar(f"loading model {model} ({dtype})") as progress:
             loaded = load_model(model, dtype=dtype, progress=progress)
-        held = AnswerFile(path)
+        held = _open_answers(path)
         return ModelJudge(loaded, tok, model, held), lambda: "", held
     from gemma_scope_jax.cards.explain.chat_client import ChatClient
     from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
 
-    held = AnswerFile(path)
+    held = _open_answers(path)
     client = ChatClient(endpoint, held, lambda line: print(line, file=sys.stderr, flush=True))
 
     def status() -> str:
@@ -320,29 +320,41 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
         return (
             f"{cost}{client.requests:,} answers, {client.tokens_in:,} tokens in, "
             f"{client.tokens_out:,} out, {client.retried:,} tried again"
+            + (f", {client.uncounted:,} without a count of tokens" if client.uncounted else "")
         )
 
     return EndpointJudge(client), status, held
+
+
+def _open_answers(path: Path) -> Any:
+    from gemma_scope_jax.cards.explain.answer_file import AnswerFile
+
+    held = AnswerFile(path)
+    if held.damaged:
+        print(f"{path}: {held.damaged:,} damaged lines, asked again", file=sys.stderr, flush=True)
+    return held
 
 
 def _print_report(report: Any, file: str, ours: Sequence[dict], scores: Sequence[str]) -> None:
     """ours: the explanations that figures are averaged over."""
     import numpy as np
 
-    from gemma_scope_jax.cards.explanations import FIGURES
+    from gemma_scope_jax.cards.explanations import FIGURES, is_number
 
     print(f"{file} features explained")
     for what, count in (("finished before", report.kept), ("explained now", report.done),
                         ("fire in too few windows to be scored", report.few),
-                        ("whose explanation was not understood", report.unexplained)):  # fmt: skip
+                        ("of which nothing that was asked has an answer", report.unexplained),
+                        ):  # fmt: skip
         if count:
             print(f"  {count:,} {what}")
     for name in scores:
         some = [e["scores"].get(name, {}).get(FIGURES[name]) for e in ours]
-        some = [s for s in some if isinstance(s, int | float)]
+        some = [s for s in some if is_number(s)]
         if some:
             mean, spread = np.mean(some), np.std(some)
             figure = FIGURES[name].replace("_", " ")
             print(f"  {name}: {figure} {mean:.3f} ± {spread:.3f} over {len(some):,} features")
-    if report.unparsed:
-        print(f"  {report.unparsed:,} answers were not understood; they are in no score")
+    if report.lost:
+        count = sum(count for count, _ in report.lost.values())
+        print(f"  {count:,} questions have no answer and are in no score: {report.losses}")

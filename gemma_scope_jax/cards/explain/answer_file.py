@@ -2,7 +2,8 @@
 
 A file of JSON lines, `{"key": hash of the request, "answer": ...}`, only ever appended to, a line
 in one write: a process killed at any moment leaves at most one torn line, at the end, which is
-ignored. In memory is only where each answer begins.
+ignored. So is any other line that is damaged: it is asked again. In memory is only where each
+answer begins.
 """
 
 import errno
@@ -15,6 +16,9 @@ from typing import Any
 
 from gemma_scope_jax.coders.atomic_files import disk_error
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import field, parse_json
+
+BEGINS = b'{"key": "'  # a line
 
 
 def request_key(request: Any) -> str:
@@ -24,7 +28,11 @@ def request_key(request: Any) -> str:
 
 
 class AnswerFile:
-    """`get` and `put`, from any thread. Raises `InputError` for a file that cannot be written."""
+    """`get` and `put`, from any thread. Raises `InputError` for a file that cannot be written, and
+    for one that holds something else, which is not added to.
+
+    damaged: lines, but for a torn last one, that were no answers.
+    """
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
@@ -32,20 +40,26 @@ class AnswerFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            self._read()
+            try:
+                self._read()
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise disk_error(path, error) from error
 
     def _read(self) -> None:
-        end, at = b"\n", 0
+        end, at, self.damaged, first = b"\n", 0, 0, BEGINS
         with open(self.path, "rb") as file:
             for line in file:
                 end, start, at = line[-1:], at, at + len(line)
+                first = line if not start else first
                 try:
-                    entry = json.loads(line)
-                    _, self._places[entry["key"]] = entry["answer"], (start, len(line))
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn
+                    self._places[_entry(line, self.path)[0]] = start, len(line)
+                except InputError:
+                    self.damaged += end == b"\n" and line != b"\n"
+        if not self._places and not BEGINS.startswith(first.strip()[: len(BEGINS)]):
+            raise InputError(f"{self.path}: holds something other than answers; name another file")
         if end != b"\n":
             os.write(self._file, b"\n")
 
@@ -57,15 +71,16 @@ class AnswerFile:
         if (place := self._places.get(key)) is None:
             return None
         try:
-            return json.loads(os.pread(self._file, place[1], place[0]))["answer"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _entry(os.pread(self._file, place[1], place[0]), "a line")[1]
+        except (OSError, InputError) as error:
             raise InputError(
                 f"{self.path}: cannot be read ({reason(error)}); was it changed?"
             ) from None
 
     def put(self, key: str, answer: Any) -> None:
         """Keep an answer (plain data) for good."""
-        line = (json.dumps({"key": key, "answer": answer}, ensure_ascii=True) + "\n").encode()
+        entry = {"key": key, "answer": answer}
+        line = (json.dumps(entry, ensure_ascii=True, allow_nan=False) + "\n").encode()
         with self._lock:
             try:
                 if os.write(self._file, line) < len(line):
@@ -77,3 +92,12 @@ class AnswerFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _entry(line: bytes, where: str | os.PathLike) -> tuple[str, Any]:
+    """Key and answer of a line. Raises `InputError`."""
+    entry = parse_json(line, where)
+    key = field(entry, "key", str, where)
+    if "answer" not in entry:
+        raise InputError(f"{where}: lacks 'answer'")
+    return key, entry["answer"]

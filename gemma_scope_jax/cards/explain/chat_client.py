@@ -1,3 +1,50 @@
+"""A client for chat-completions endpoints: OpenAI's, and the many that speak the same (Azure, vLLM,
+Ollama, llama.cpp, OpenRouter, ...).
+
+At most `concurrency` requests are under way; what passes (429, 5xx, time-outs, broken connections,
+replies that are none) is tried again after a growing, random pause, or the one the server names.
+What one question cannot have costs that question, what nothing mends is one `InputError`. Only
+answers that fit what was asked are kept. The API key goes into one header and nowhere else: not to
+other hosts, and not into messages, files or logs, whoever repeats it.
+"""
+
+import contextlib
+import email.utils
+import http.client
+import json
+import math
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
+from gemma_scope_jax.cards.explain.endpoint import Endpoint
+from gemma_scope_jax.cards.explain.http_post import Poster, Response
+from gemma_scope_jax.cards.explain.prompts import Messages
+from gemma_scope_jax.cards.explain.replies import (
+    CUT,
+    FAILED,
+    FILTERED,
+    REFUSED,
+    UNUSABLE,
+    BadReply,
+    Failure,
+    NoAnswer,
+    Reply,
+    error_of,
+    is_filtered,
+    read_reply,
+    takes_no_system,
+    usage_of,
+    without_system,
+)
+from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.storage.strict_json import parse_json
+
 """A client for chat-completions endpoints: OpenAI's, and the many that speak the same (vLLM,
 Ollama, llama.cpp, OpenRouter, ...).
 
@@ -7,94 +54,12 @@ or the one the server names; what does not is one `InputError`. The API key goes
 nowhere else: not to other hosts (redirects are refused), not into messages, files or logs.
 """
 
-import contextlib
-import dataclasses
-import email.utils
-import http.client
-import json
-import random
-import ssl
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-from urllib.parse import urlsplit
-
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
-from gemma_scope_jax.cards.explain.prompts import Messages, digits_only
-from gemma_scope_jax.errors import InputError, reason
-
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 LONGEST_WAIT = 600.0  # the longest pause that a server may name
 LARGEST_REPLY = 1 << 24  # bytes
-REFUSALS = 5  # requests refused in a row, none ever answered, before giving up
-
-
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """Where and how to ask. Prices in dollars a million tokens; `options` go into every request as
-    they are (None takes one out: {"temperature": None, "max_tokens": None, ...})."""
-
-    url: str
-    model: str
-    key: str = dataclasses.field(default="", repr=False)
-    concurrency: int = 8
-    timeout: float = 120.0  # seconds, for one request
-    retries: int = 6
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    logprobs: bool = False
-    price_in: float = 0.0
-    price_out: float = 0.0
-
-    def __post_init__(self):
-        _check_url(self.url)
-        if not self.model:
-            raise InputError("an endpoint needs the name of a model")
-        if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise InputError("the API key has letters that no key has (spaces, line breaks?)")
-        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-            raise InputError("concurrency and timeout must be above 0, retries at least 0")
-        if min(self.price_in, self.price_out) < 0:
-            raise InputError("prices must not be negative")
-
-    @property
-    def name(self) -> str:
-        """What explanations and scores are kept under: the model and, as a checksum, what changes
-        its answers."""
-        more = {"options": dict(self.options)} if self.options else {}
-        more |= {"logprobs": True} if self.logprobs else {}
-        return f"{self.model} (options {request_key(more)[:8]})" if more else self.model
-
-    @property
-    def address(self) -> str:
-        """Where requests go."""
-        url = self.url.rstrip("/")
-        return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-
-
-def _check_url(url: str) -> None:
-    """Refuse what is no base URL; what may be secret in it is not repeated."""
-    try:
-        parts = urlsplit(url)
-        where, _ = parts.hostname, parts.port  # which is read only now
-    except ValueError:  # a port that is no number, half a [...]
-        raise InputError("endpoint: the URL has no such port or host") from None
-    if parts.scheme not in ("http", "https") or not where:
-        raise InputError("endpoint: give a URL such as https://api.openai.com/v1")
-    if parts.username or parts.password:
-        raise InputError("endpoint: no user or password in the URL; the key comes from a variable")
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        raise InputError("endpoint: no ? or # in the URL; the key comes from a variable")
-    if not (url.isascii() and url.isprintable()) or " " in url:
-        raise InputError(f"endpoint {ascii(url)}: write letters that no URL has as %XX")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    text: str
-    logprobs: list[Any] | None = None
+REFUSALS = 5  # questions without an answer, when none has ever been answered, before giving up
+SECRET = 8  # letters that a key has at least; shorter ones ("EMPTY") are no secret
+SAID = 5  # questions without an answer that are said as they come
 
 
 class Stopped(Exception):
@@ -102,20 +67,15 @@ class Stopped(Exception):
 
 
 class _Again(Exception):
-    """Something that passes; `wait`: seconds that the server named."""
+    """Something that passes.
 
-    def __init__(self, message: str, wait: float | None = None):
+    wait: seconds that the server named. limits: how often it asks for less is its own affair, and
+    no question's. replies: of status 200 that is none.
+    """
+
+    def __init__(self, message: str, wait: float | None = None, *, limits=False, replies=False):
         super().__init__(message)
-        self.wait = wait
-
-
-class _Refused(Exception):
-    """This one request is not answered, whatever one does."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return None  # the status then raises
+        self.wait, self.limits, self.replies = wait, limits, replies
 
 
 class ChatClient:
@@ -132,8 +92,12 @@ class ChatClient:
         self.tokens_in = self.tokens_out = 0
         self._slots = threading.Semaphore(endpoint.concurrency)
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self.uncounted = 0  # replies that did not say how many tokens they took
         self._hold = 0.0  # until then (monotonic) nobody sends
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._poster = Poster()
+        self.answered = False  # whether an answer ever fitted
+        self._no_system = False  # found out: the model's template has no place for one
+        self._secrets = _forms_of(endpoint.key)
 
     @property
     def cost(self) -> float:
@@ -154,55 +118,88 @@ class ChatClient:
         body |= e.options
         return {key: value for key, value in body.items() if value is not None}
 
-    def ask(self, messages: Messages, max_tokens: int) -> Reply | None:
-        """The reply to a conversation; None if the server refuses this one request.
+    def ask(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        fits: Callable[[Reply], bool] = lambda _: True,
+        kept_as: Messages | None = None,
+    ) -> Reply:
+        """The reply to a conversation, from the file of answers if it is there.
 
-        Raises `InputError` for what no repetition mends (a wrong key, URL or model, no money left)
-        and after `retries` failures in a row, `Stopped` after `stop`.
+        fits: whether a reply can be used, without which it is not kept, nor if it was cut off.
+        kept_as: the messages that it is kept under, if it answers others. Raises `NoAnswer` if
+        this one question has none; `InputError` for what no repetition mends (a wrong key, URL or
+        model, no money left), after `retries` failures in a row, and if `REFUSALS` questions have
+        no answer and none ever had one; `Stopped` after `stop`.
         """
         body = self.body(messages, max_tokens)
-        key = request_key([self.endpoint.address, body])
-        if (kept := self.answers.get(key)) is None:
-            try:
-                kept = self._send(body)
-            except _Refused as error:
-                self._count_refusal(str(error))
-                return None
-            self.answers.put(key, kept)
-        return Reply(kept["text"], kept.get("logprobs"))
+        key = request_key([self.endpoint.address, self.body(kept_as or messages, max_tokens)])
+        kept = _kept_reply(self.answers.get(key))
+        if kept is not None and fits(kept):
+            self.answered = True
+            return kept
+        try:
+            reply = self._send(body)
+        except NoAnswer as error:
+            self.lose(error)
+            raise
+        if not reply.is_cut and fits(reply):
+            self.answered = True
+            more = {"logprobs": reply.logprobs} if reply.logprobs else {}
+            self.answers.put(key, {"text": reply.text, **more})
+        return reply
 
-    def _count_refusal(self, message: str) -> None:
+    def lose(self, error: NoAnswer) -> None:
+        """Count a question without an answer, and say the first few."""
         with self._lock:
             self.refused += 1
-            hopeless = self.requests == 0 and self.refused >= REFUSALS
+            count, hopeless = self.refused, not self.answered and self.refused >= REFUSALS
         if hopeless:
-            raise InputError(f"{self.endpoint.url}: refuses every request ({message})")
-        self.notify(f"endpoint: a request was refused ({message})")
+            what = "refuses every request" if error.why in (REFUSED, FILTERED) else error.why
+            raise InputError(
+                f"{self.endpoint.url}: {what} ({error.words}); no question of {count} is answered"
+            )
+        if count <= SAID:
+            more = "; others like it are counted at the end" if count == SAID else ""
+            self._say(f"a question has no answer: {error}{more}")
 
-    def _send(self, body: dict[str, Any]) -> dict[str, Any]:
-        e = self.endpoint
-        for attempt in range(e.retries + 1):
+    def _say(self, line: str) -> None:
+        self.notify(shown(f"endpoint: {self._clean(line)}"))
+
+    def _send(self, body: dict[str, Any]) -> Reply:
+        e, tries, before = self.endpoint, 0, self.requests
+        while True:
             try:
                 with self._slot():
-                    content = self._post(json.dumps(body).encode())
-                    return self._read(content)
+                    return self._once(body)
             except _Again as error:
-                if attempt == e.retries:
-                    raise InputError(
-                        f"{e.url}: no answer after {attempt + 1} tries ({error}); what is answered "
-                        "is kept, and the same command goes on"
-                    ) from None
+                tries += 1
+                if tries > e.retries:
+                    raise self._given_up(error, tries, before) from None
                 wait = error.wait
                 if wait is None:
-                    wait = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempt) * random.uniform(0.5, 1.0)
+                    most = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (tries - 1))
+                    wait = most * random.uniform(0.5, 1.0)
                 with self._lock:
                     self.retried += 1
                     if error.wait is not None:
                         self._hold = max(self._hold, time.monotonic() + wait)
-                self.notify(f"endpoint: {error}; again in {wait:.1f} s ({attempt + 1}/{e.retries})")
+                self._say(f"{error}; again in {wait:.1f} s ({tries}/{e.retries})")
                 if self._stop.wait(wait):
                     raise Stopped from None
-        raise AssertionError("unreachable")
+
+    def _given_up(self, error: _Again, tries: int, before: int) -> Exception:
+        """What it means that a request failed `tries` times, of a server that had answered `before`
+        others when it was first sent."""
+        if error.replies:
+            return NoAnswer(UNUSABLE, str(error))
+        if self.requests > before and not error.limits:  # it answers, but not this
+            return NoAnswer(FAILED, f"{tries} times: {error}")
+        return InputError(
+            f"{self.endpoint.url}: no answer after {tries} tries ({error}); what is answered "
+            "is kept, and the same command goes on"
+        )
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[None]:
@@ -214,87 +211,141 @@ class ChatClient:
                 raise Stopped
             yield
 
-    def _post(self, data: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        request = urllib.request.Request(self.endpoint.address, data, headers, method="POST")
-        if self.endpoint.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.endpoint.key}")
+    def _once(self, body: dict[str, Any]) -> Reply:
+        """One request, and another if the model turns out to know no system role."""
+        plain = {**body, "messages": without_system(body["messages"])}
+        if self._no_system:
+            return self._posted(plain)
         try:
-            with self._opener.open(request, timeout=self.endpoint.timeout) as response:
-                return response.read(LARGEST_REPLY)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._status(error) from None
+            return self._posted(body)
+        except NoAnswer as error:
+            if plain == body or error.why != REFUSED or not takes_no_system(error.words):
+                raise
+        reply = self._posted(plain)
+        with self._lock:
+            first, self._no_system = not self._no_system, True
+        if first:
+            self._say("the model takes no system role: its text now begins the user's message")
+        return reply
+
+    def _posted(self, body: dict[str, Any]) -> Reply:
+        e = self.endpoint
+        headers = {"Content-Type": "application/json", "Accept": "application/json",
+                   "Accept-Encoding": "identity", "User-Agent": "gemma-scope-jax",
+                   **e.headers}  # fmt: skip
+        data = json.dumps(body, allow_nan=False).encode()
+        try:
+            response = self._poster.post(e.address, data, headers, e.timeout, LARGEST_REPLY)
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             cause = getattr(error, "reason", error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise InputError(f"{self.endpoint.url}: {self._clean(reason(cause))}") from None
+                raise InputError(f"{e.url}: {self._words(cause)}") from None
             if isinstance(cause, TimeoutError):
-                raise _Again(f"no answer within {self.endpoint.timeout:g} s") from None
-            text = reason(cause) if isinstance(cause, BaseException) else str(cause)
-            raise _Again(self._clean(text)) from None
+                raise _Again(f"no answer within {e.timeout:g} s") from None
+            raise _Again(self._words(cause)) from None
+        if not 200 <= response.status < 300:
+            raise self._status(response)
+        return self._read(response, body)
 
-    def _status(self, error: urllib.error.HTTPError) -> Exception:
+    def _status(self, response: Response) -> Exception:
         """What a status other than 200 means."""
-        raw = ""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            raw = error.read(1 << 16).decode(errors="replace")
-        said = f"{error.code} {self._clean(_message(raw)) or error.reason}"
+        raw = self._raw(response)
+        try:
+            message = error_of(parse_json(raw, "", mend_text=True))[1]
+        except InputError:
+            message = raw
+        said = f"{response.status} {self._words(message) or self._words(response.phrase)}"
+        if response.status in (301, 302, 303, 307, 308):
+            moved = self._words(response.headers.get("Location"))
+            return InputError(f"{self.endpoint.url}: moved ({moved}); give that URL")
+        wait = retry_after(response.headers.get("Retry-After"))
+        return self._meaning(response.status, said, raw, wait)
+
+    def _meaning(self, code: int, said: str, raw: str, wait: float | None = None) -> Exception:
+        """What an error means; raw: all that the server says."""
         where = self.endpoint.url
-        if error.code == 429 and "insufficient_quota" not in raw:
-            return self._named_wait(error, said)
-        if error.code >= 500 or error.code in (408, 409, 425):
-            return self._named_wait(error, said) if error.code == 503 else _Again(said)
-        if error.code in (400, 413, 422):
-            return _Refused(said)
-        if error.code in (301, 302, 303, 307, 308):
-            return InputError(f"{where}: moved ({error.headers.get('Location')}); give that URL")
-        hint = "; is the right key in the variable?" if error.code in (401, 403) else ""
+        if is_filtered(code, raw):
+            return NoAnswer(FILTERED, said)
+        if code in (400, 413, 422, 451) or (code == 500 and takes_no_system(said)):
+            return NoAnswer(REFUSED, said)
+        if code in (429, 503) and "insufficient_quota" not in raw:
+            if wait is not None and wait > LONGEST_WAIT:
+                return InputError(f"{where}: {said}: asks to wait {wait:.0f} s; later, then")
+            return _Again(said, wait, limits=code == 429)
+        if code >= 500 or code in (408, 409, 425) or (code == 403 and self.requests):
+            return _Again(said)  # 403: some gateways' word for one question
+        hint = "; is the right key in the variable?" if code in (401, 403) else ""
         return InputError(f"{where}: {said}{hint}")
 
-    def _named_wait(self, error: urllib.error.HTTPError, said: str) -> Exception:
-        wait = retry_after(error.headers.get("Retry-After"))
-        if wait is not None and wait > LONGEST_WAIT:
-            return InputError(
-                f"{self.endpoint.url}: {said}: asks to wait {wait:.0f} s; later, then"
-            )
-        return _Again(said, wait)
-
-    def _read(self, content: bytes) -> dict[str, Any]:
-        """Text, log-probabilities and counts of a reply. Raises `_Again` for what is none."""
+    def _read(self, response: Response, body: Mapping[str, Any]) -> Reply:
+        """The answer in a reply of status 200. Raises what says why there is none."""
+        form = str(response.headers.get("Content-Encoding") or "identity")
+        if form.lower() != "identity":
+            raise _Again(f"a reply compressed by {self._words(form)}, unasked", replies=True)
         try:
-            reply = json.loads(content)
-            choice = reply["choices"][0]
-            text = choice["message"].get("content") or ""
-            usage = reply.get("usage") or {}
-            spent = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-            if not isinstance(text, str):
-                raise TypeError("the content is not a text")
-            logprobs = (choice.get("logprobs") or {}).get("content")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise _Again("the reply is not a chat completion") from None
+            reply = parse_json(response.body, "the reply", mend_text=True)
+            self._count(usage_of(reply))
+            found = read_reply(reply)
+        except NoAnswer as error:
+            raise NoAnswer(error.why, self._words(error.words)) from None
+        except (InputError, BadReply) as error:
+            text = f"the reply is not a chat completion: {self._words(error)}"
+            raise _Again(text, replies=True) from None
+        except Failure as error:
+            said = f"{error.code or ''} {self._words(error)}".strip()
+            raw = self._raw(response)
+            if error.code is not None:
+                raise self._meaning(error.code, said, raw) from None
+            if is_filtered(400, raw):
+                raise NoAnswer(FILTERED, said) from None
+            raise _Again(said, replies=True) from None
+        if found.is_cut and not found.text.strip():
+            raise NoAnswer(CUT, self.cut_off(body))
         with self._lock:
             self.requests += 1
-            self.tokens_in += spent[0]
-            self.tokens_out += spent[1]
-        kept: dict[str, Any] = {"text": self._clean(text)}
-        if self.endpoint.logprobs and isinstance(logprobs, list):
-            kept["logprobs"] = digits_only(logprobs)
-        return kept
+        logprobs = found.logprobs if self.endpoint.logprobs else None
+        return Reply(self._clean(found.text), logprobs, found.is_cut)
+
+    def cut_off(self, body: Mapping[str, Any]) -> str:
+        """What to say of an answer to a request that ended before it was one."""
+        names = ("max_tokens", "max_completion_tokens")
+        said = ", ".join(f"{name} of {body[name]}" for name in names if name in body)
+        return f"{said or 'the length allowed'} is too short; allow more by a request option"
+
+    def _count(self, spent: tuple[int, int] | None) -> None:
+        with self._lock:
+            self.uncounted += spent is None
+            self.tokens_in += spent[0] if spent else 0
+            self.tokens_out += spent[1] if spent else 0
+
+    def _raw(self, response: Response) -> str:
+        return self._clean(response.body.decode(errors="replace"))[: 1 << 16]
+
+    def _words(self, said: Any) -> str:
+        """What a server or an error says, in one line of at most 200 letters without the key."""
+        empty = type(said).__name__ if isinstance(said, BaseException) else ""
+        text = " ".join(self._clean(str(said or "")).split())[:200] or empty
+        return shown(text)
 
     def _clean(self, text: str) -> str:
-        return text.replace(self.endpoint.key, "***") if self.endpoint.key else text
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
-def _message(raw: str) -> str:
-    """The message in an error's body, which has several forms; one line."""
-    try:
-        content = json.loads(raw)
-        error = content.get("error", content)
-        raw = error.get("message") or raw if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(str(raw).split())[:200]
+def _forms_of(key: str) -> tuple[str, ...]:
+    """A key as it is, as URLs write it, and as JSON may."""
+    if len(key) < SECRET:
+        return ()
+    return tuple(dict.fromkeys((key, quote(key, safe=""), key.replace("/", "\\/"))))
+
+
+def _kept_reply(kept: Any) -> Reply | None:
+    """A reply from the file of answers, if it is one."""
+    if not isinstance(kept, dict) or not isinstance(kept.get("text"), str):
+        return None
+    logprobs = kept.get("logprobs")
+    return Reply(kept["text"], logprobs if isinstance(logprobs, list) else None)
 
 
 def retry_after(value: str | None) -> float | None:
@@ -302,10 +353,10 @@ def retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        wait = float(value)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+        try:
+            wait = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError, OSError):
+            return None
+    return max(0.0, wait) if math.isfinite(wait) else None

@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gemma_scope_jax.cards.explain.chat_client import ChatClient, Stopped
 from gemma_scope_jax.cards.explain.prompts import complaint, lengths, messages, parse
-from gemma_scope_jax.cards.explain.questions import Answer, Question
+from gemma_scope_jax.cards.explain.questions import UNCLEAR, Answer, Question
+from gemma_scope_jax.cards.explain.replies import CUT, NoAnswer
 
 ASKED = 3  # times, before an answer counts as not understood
+REPEATED = 2000  # letters of an answer that was not understood, when asked again
 
 
 class EndpointJudge:
@@ -20,26 +22,43 @@ class EndpointJudge:
         self.parallel = client.endpoint.concurrency
         self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
 
+    @property
+    def answered(self) -> bool:
+        return self.client.answered
+
+    @answered.setter
+    def answered(self, value: bool) -> None:
+        self.client.answered = value
+
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order; an answer that does not have the form has `values` None."""
+        """In order; a question without an answer that has the form has `values` None."""
         try:
-            return list(self._pool.map(self._ask, questions))
+            answers = self._pool.map(self._ask, questions)
         except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
             raise Stopped from None
+        return list(answers)
 
     def _ask(self, question: Question) -> Answer:
-        conversation, text = messages(question), ""
-        for _ in range(ASKED):
-            reply = self.client.ask(conversation, lengths(question)[1])
-            if reply is None:
-                break
-            text = reply.text
-            if (answer := parse(question, text, reply.logprobs)) is not None:
-                return answer
-            said = {"role": "assistant", "content": text or "(nothing)"}
-            complain = {"role": "user", "content": complaint(question)}
-            conversation = [*conversation, said, complain]
-        return Answer(text)
+        """Asked again, told what was wrong, if the answer does not have the form."""
+        first = conversation = messages(question)
+        most = lengths(question)[1]
+        read = lambda reply: parse(question, reply.text, reply.logprobs)
+        fits = lambda reply: read(reply) is not None
+        try:
+            for _ in range(ASKED):
+                reply = self.client.ask(conversation, most, fits, first)
+                if not reply.is_cut and (answer := read(reply)) is not None:
+                    return answer
+                said = {"role": "assistant", "content": reply.text[:REPEATED] or "(nothing)"}
+                complain = {"role": "user", "content": complaint(question)}
+                conversation = [*conversation, said, complain]
+            body = self.client.body(conversation, most)
+            lost = NoAnswer(CUT, self.client.cut_off(body)) if reply.is_cut else None
+            lost = lost or NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
+            self.client.lose(lost)
+        except NoAnswer as error:
+            lost = error
+        return Answer(lost.words, why=lost.why)
 
     def close(self) -> None:
         """Wait for what is under way; what has not been sent is not."""

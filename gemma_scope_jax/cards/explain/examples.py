@@ -104,6 +104,11 @@ class Corpus:
         offsets, rows, values = self._run(run)
         at = feature - self._runs[run]
         some = slice(offsets[at], offsets[at + 1])
+        if not np.isfinite(values[some]).all():
+            raise InputError(
+                f"{self.store.folder}: feature {feature} has activations that are infinite or no "
+                "numbers; extract it anew, or leave it out"
+            )
         return rows[some], values[some]
 
     @functools.cached_property

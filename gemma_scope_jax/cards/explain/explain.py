@@ -22,17 +22,24 @@ from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.cards.explain.chat_client import Stopped
 from gemma_scope_jax.cards.explain.examples import Corpus, Material, gather
 from gemma_scope_jax.cards.explain.prompts import lengths, messages
-from gemma_scope_jax.cards.explain.questions import Judge, Question, explain_question
+from gemma_scope_jax.cards.explain.questions import (
+    UNCLEAR,
+    Answer,
+    Judge,
+    Question,
+    explain_question,
+)
 from gemma_scope_jax.cards.explain.scores import SCORES, short_score
 from gemma_scope_jax.cards.explain.statistics import RuleJudge, token_label
 from gemma_scope_jax.cards.explanations import (
     Explanation,
+    is_number,
     read_explanations,
     write_explanations,
 )
 from gemma_scope_jax.coders.atomic_files import disk_error
 from gemma_scope_jax.data.activation_files import only_writer
-from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.errors import InputError, nearest, shown
 from gemma_scope_jax.progress import Progress
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
@@ -49,8 +56,25 @@ class Report:
     done: int = 0  # features explained or scored
     kept: int = 0  # that were finished before
     few: int = 0  # not scored: too few windows on which they fire
-    unexplained: int = 0  # whose explanation could not be understood
+    unexplained: int = 0  # of which nothing that was asked has an answer
     unparsed: int = 0  # examples or questions without an answer in the form asked for
+    # questions without an answer: why, and of each how many and what was said of the first
+    lost: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    def lose(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            why = answer.why or UNCLEAR
+            count, words = self.lost.get(why, (0, answer.text))
+            self.lost[why] = count + 1, words
+
+    @property
+    def losses(self) -> str:
+        """How many questions have no answer and why, in one line; "" if all have one."""
+        parts = [
+            f"{count:,} {why}" + f" ({shown(' '.join(words.split()))[:200]})" * bool(words)
+            for why, (count, words) in self.lost.items()
+        ]
+        return ", ".join(parts)
 
 
 def check_scores(scores: Sequence[str]) -> None:
@@ -98,6 +122,8 @@ def explain_features(
         run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
+        ours = (judge.method, judge.name)
+        judge.answered |= any((e["method"], e["model"]) == ours for e in entries.values())
         progress = Progress(len(todo), "features", every=SAY_EVERY)
         try:
             for number, feature in enumerate(todo, 1):
@@ -196,23 +222,31 @@ class _Run:
         if material is not None:
             self.running[self.pool.submit(self.explained, material, entry)] = feature
 
-    def explained(self, material: Material, entry: Explanation | None) -> Explanation | None:
-        """From examples to scores; None if no explanation could be understood."""
+    def explained(
+        self, material: Material, entry: Explanation | None
+    ) -> tuple[Explanation | None, list[Answer]]:
+        """From examples to scores, and the answers that are none. A score none of whose questions
+        has an answer is left out, to be asked for again; None if nothing was learnt."""
+        is_new = entry is None
         if entry is None:
             (answer,) = self.judge.answer([explain_question(material.train)])
             if answer.values is None:
-                return None
+                return None, [answer]
             entry = self.entry(answer.text, material, {})
         missing = [name for name in self.scores if name not in entry["scores"]]
         sampling = self.corpus.sampling
         asked = [SCORES[name][0](material, entry["text"], sampling) for name in missing]
         answers = iter(self.judge.answer([q for questions in asked for q in questions]))
-        known = dict(entry["scores"])
+        known, lost = dict(entry["scores"]), []
         for name, questions in zip(missing, asked):
-            known[name] = short_score(
-                SCORES[name][1](questions, [next(answers) for _ in questions])
-            )
-        return {**entry, "scores": known}
+            said = [next(answers) for _ in questions]
+            none = [answer for answer in said if answer.values is None]
+            lost += none
+            if not questions or len(none) < len(said):
+                known[name] = short_score(SCORES[name][1](questions, said))
+        if not is_new and len(known) == len(entry["scores"]):
+            return None, lost
+        return {**entry, "scores": known}, lost
 
     def entry(self, text: str, material: Material | None, scores: Mapping) -> Explanation:
         return {
@@ -224,7 +258,8 @@ class _Run:
     def keep(self, feature: int, entry: Explanation) -> None:
         self.entries[feature], self.changed = entry, True
         self.report.done += 1
-        self.report.unparsed += sum(s["unparsed"] for s in entry["scores"].values())
+        counts = (score.get("unparsed") for score in entry["scores"].values())
+        self.report.unparsed += sum(int(n) for n in counts if is_number(n))
 
     def take(self, room: int) -> None:
         """Keep what is done; wait until fewer than `room` features are being worked on."""
@@ -233,9 +268,10 @@ class _Run:
             for future in done:
                 feature = self.running.pop(future)
                 try:
-                    entry = future.result()
+                    entry, lost = future.result()
                 except (Stopped, CancelledError):
                     continue
+                self.report.lose(lost)
                 if entry is None:
                     self.report.unexplained += 1
                 else:
@@ -243,7 +279,8 @@ class _Run:
 
     def say(self, progress: Progress, started: int, status: Callable[[], str]) -> None:
         """How far it is, once a feature is through."""
-        parts = [f"{self.report.unparsed:,} not understood"] if self.report.unparsed else []
+        lost = sum(count for count, _ in self.report.lost.values())
+        parts = [f"{lost:,} questions without an answer"] if lost else []
         if passed := started - len(self.running):
             progress.at(passed, "".join(f"  {part}" for part in [*parts, status()] if part))
 
@@ -257,8 +294,10 @@ class _Run:
         """Keep what got done meanwhile, whatever happened, and write it."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         for future, feature in self.running.items():
-            if not future.cancelled() and future.exception() is None and future.result():
-                self.keep(feature, future.result())
+            if future.cancelled() or future.exception() is not None:
+                continue
+            if (entry := future.result()[0]) is not None:
+                self.keep(feature, entry)
         self.running.clear()
         self.write()
 

@@ -5,12 +5,13 @@ prompt, so answers always have the form, are deterministic and carry confidences
 instruction-tuned model is asked in its chat template; a pretrained one continues a list of solved
 cases. For yes or no the log-odds of an empty text are taken off (Zhao et al. 2021): small models
 lean one way whatever the text. Simulation reads the digits at every token in one pass over a list
-of tokens whose digits are left open (all at once: Bills et al. 2023).
+of tokens whose digits are left open (all at once: Bills et al. 2023). A prompt beyond the context,
+logits that are no numbers and an explanation without an end are no answers.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
-from gemma_scope_jax.cards.explain.prompts import LONGEST, is_marked
-from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
+from gemma_scope_jax.cards.explain.prompts import explanation_in, is_marked, without_thoughts
+from gemma_scope_jax.cards.explain.questions import UNCLEAR, Answer, Question, Shown
+from gemma_scope_jax.cards.explain.replies import CUT
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens
 from gemma_scope_jax.model.config import Model
@@ -31,7 +33,8 @@ from gemma_scope_jax.model.intercept import capture
 SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
 PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
 SNIPPETS, AROUND = 6, 6  # for explaining with a pretrained model: texts, tokens either side
-NEW = 20  # tokens of an explanation
+NEW = 40  # tokens of an explanation
+LONG, NO_NUMBERS = "longer than the context", "without finite logits"  # why there is no answer
 DIGITS = tuple("0123456789")
 OPEN = "?"  # where a digit is to come
 
@@ -173,7 +176,7 @@ class ModelJudge:
     """Answers by a model. It is instruction-tuned, and asked through its template, if its name has
     "-it" in it, as the published ones' have."""
 
-    method, parallel = "model", 1
+    method, parallel, answered = "model", 1, True
 
     def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
         self.model, self.tok, self.name, self.answers = model, tok, name, answers
@@ -183,7 +186,7 @@ class ModelJudge:
         """Nothing is under way between two calls."""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order. Values are always understood but for an empty explanation."""
+        """In order."""
         found: dict[int, Answer] = {}
         for task, answer in _TASKS.items():
             some = [i for i, q in enumerate(questions) if q.task in task]
@@ -225,12 +228,15 @@ class ModelJudge:
                 text = "N/A" if shown is None else shown.text().strip()
                 filled = template.format(feature=q.explanation, text=text)
                 prompts.append(self._choice(filled, (" no", " yes")))
-        odds = [float(logits[0, 1] - logits[0, 0]) for logits in self._logits(prompts)]
-        answers, at = [], 0
+        logits, answers, at = self._logits(prompts), [], 0
         for q in questions:
-            n = len(q.examples)
-            here = np.array(odds[at : at + n], np.float64) - odds[at + n]
-            at += n + 1
+            some = logits[at : at + len(q.examples) + 1]
+            at += len(some)
+            if (lost := _lost(some)) is not None:
+                answers.append(lost)
+                continue
+            odds = np.array([x[0, 1] - x[0, 0] for x in some], np.float64)
+            here = odds[:-1] - odds[-1]
             chance = 1.0 / (1.0 + np.exp(-np.clip(here, -50, 50)))
             said = tuple(float(p > 0.5) for p in chance)
             answers.append(Answer("", said, tuple(chance.tolist())))
@@ -245,17 +251,13 @@ class ModelJudge:
                 text += "\n\nAnswer with its number."
             numbers = [f" {i}" for i in range(1, len(q.examples) + 1)]
             prompts.append(self._choice(text, numbers))
-        return [Answer("", (float(x[0].argmax()),)) for x in self._logits(prompts)]
+        read = lambda logits: Answer("", (float(logits[0].argmax()),))
+        return [_lost([x]) or read(x) for x in self._logits(prompts)]
 
     def _simulations(self, questions: Sequence[Question]) -> list[Answer]:
         """The expected digit, times 10 / 9, at each token."""
         prompts = [self._simulation(q) for q in questions]
-        answers = []
-        for logits in self._logits(prompts):
-            chance = np.exp(logits - logits.max(-1, keepdims=True))
-            chance /= chance.sum(-1, keepdims=True)
-            answers.append(Answer("", tuple((chance @ np.arange(10) * 10 / 9).tolist())))
-        return answers
+        return [_lost([x]) or _expected(x) for x in self._logits(prompts)]
 
     def _simulation(self, question: Question) -> _Prompt:
         head = self._ids(SIMULATE.format(feature=question.explanation)).tolist()
@@ -281,34 +283,41 @@ class ModelJudge:
         prompt = EXPLAIN.format(texts=texts)
         if self.instructed:
             prompt += "\n\nAnswer the last one in a few words."
-        text = self._kept([self.name, prompt], lambda: self._continued(prompt))
-        phrase = text.strip().split("\n")[0].strip(" .\"'*")[:LONGEST]
-        return Answer(phrase, () if phrase else None)
+        key = request_key(["model", str(self.model.dtype), [self.name, prompt], NEW])
+        kept = None if self.answers is None else self.answers.get(key)
+        if len(ids := self._ids(prompt)) + NEW > self.model.config.context:
+            return Answer(why=LONG)
+        text, is_cut = (kept, False) if isinstance(kept, str) else self._continued(ids)
+        first = text.lstrip().partition("\n")[0]
+        if is_cut and first == text.lstrip():
+            return Answer(f"after {NEW} tokens", why=CUT)
+        phrase = explanation_in(first)
+        if not phrase:
+            return Answer(text, why=UNCLEAR)
+        if self.answers is not None and kept is None:
+            self.answers.put(key, text)
+        return Answer(phrase, ())
 
-    def _continued(self, prompt: str) -> str:
+    def _continued(self, ids: np.ndarray) -> tuple[str, bool]:
+        """What the model says, and whether it would have gone on."""
         line_ends = [int(i) for i in self.tok.encode("\n", bos=False)]
-        ends = tuple({*STOP_TOKENS, *line_ends[-1:]})
-        out = generate(self.model, [self._ids(prompt)], NEW, stop_tokens=ends)
-        return self.tok.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
-
-    def _kept(self, request: Any, make: Callable[[], Any]) -> Any:
-        """What is on file for a request, or what `make` returns, put on file."""
-        if self.answers is None:
-            return make()
-        key = request_key(["model", str(self.model.dtype), request])
-        if (found := self.answers.get(key)) is None:
-            found = make()
-            self.answers.put(key, found)
-        return found
+        ends = {*STOP_TOKENS, *line_ends[-1:]}
+        out = generate(self.model, [ids], NEW, stop_tokens=tuple(ends))
+        said = np.asarray(out.tokens)[0, : int(out.lengths[0])]
+        is_cut = int(said[-1]) not in ends
+        return without_thoughts(self.tok.decode(said if is_cut else said[:-1])), is_cut
 
     # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """Of each prompt the logits [places, C]. Equal prompts run once; what all with the same
-        choices begin with runs once; the rest in batches of like length."""
+        """Of each prompt the logits [places, C], none beyond the context. Equal prompts run once;
+        what all with the same choices begin with runs once; the rest in batches of like length."""
         found: dict[Any, np.ndarray] = {}
         kinds: dict[Any, dict[Any, _Prompt]] = {}
         for p in prompts:
+            if len(p.ids) > self.model.config.context:
+                found[p.key] = np.zeros((0, len(p.choices)))
+                continue
             kinds.setdefault((p.choices, len(p.places) > 1), {})[p.key] = p
         for (choices, many), different in kinds.items():
             some = list(different.values())
@@ -323,15 +332,13 @@ class ModelJudge:
     def _run(self, prompts, shared: int, length: int, many: bool, choices) -> dict[Any, np.ndarray]:
         """{key: logits} of prompts that begin with the same `shared` tokens, with up to `length`
         more."""
-        if max(len(p.ids) for p in prompts) > self.model.config.context:
-            raise InputError(f"a prompt is longer than the context of {self.name}")
         room = -(-shared // STEP) * STEP
         prefix = _padded([prompts[0].ids[:shared]], 1, room)
         cache = _prefix(self.model, *prefix, slots=room + length)
         size = max(1, TOKENS // length)
         most = max(len(p.places) for p in prompts) if many else 1
         width = -(-most // PLACES) * PLACES if many else 1
-        found = {}
+        found: dict[Any, np.ndarray] = {}
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             rows = _padded([p.ids[shared:] for p in some], size, length)
@@ -342,6 +349,21 @@ class ModelJudge:
             for row, p in enumerate(some):
                 found[p.key] = logits[row, : len(p.places)].astype(np.float64)
         return found
+
+
+def _lost(logits: Sequence[np.ndarray]) -> Answer | None:
+    """Why a question has no answer, if the logits of its prompts are not all there."""
+    if not all(x.size for x in logits):
+        return Answer(why=LONG)
+    if not all(np.isfinite(x).all() for x in logits):
+        return Answer(why=NO_NUMBERS)
+    return None
+
+
+def _expected(logits: np.ndarray) -> Answer:
+    chance = np.exp(logits - logits.max(-1, keepdims=True))
+    chance /= chance.sum(-1, keepdims=True)
+    return Answer("", tuple((chance @ np.arange(10) * 10 / 9).tolist()))
 
 
 def _power(n: int, least: int) -> int:

@@ -2,6 +2,7 @@
 
 Every answer is asked for in a form that can be checked (a JSON list of so many numbers). What does
 not have it is no answer: `parse` returns None, and `complaint` says what was wrong, to ask again.
+What a model thinks aloud before it answers, or says to excuse itself, is no answer either.
 """
 
 import json
@@ -11,9 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
+from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.storage.strict_json import parse_json
 
 Messages = list[dict[str, str]]
 LONGEST = 300  # letters of an explanation that are kept
+MOST = 1 << 14  # letters of an answer, without the thoughts, that is still read as one
 
 ROLE = (
     "You study single features of a language model: each is active on some tokens of a text and "
@@ -109,8 +113,12 @@ def parse(question: Question, text: str, logprobs: Sequence[Any] | None = None) 
     logprobs: of the answer's tokens, as chat completions give them (choices[0].logprobs.content):
     the probability of 1 against 0 at each number of a classification becomes its confidence.
     """
+    text = without_thoughts(text)
+    if len(text) > MOST:
+        return None
+    text = _unfenced(text)
     if question.task == "explain":
-        phrase = _phrase(text)
+        phrase = explanation_in(text)
         return Answer(phrase, ()) if phrase else None
     if question.task == "select":
         values = _selected(text, question.expected)
@@ -127,12 +135,68 @@ def parse(question: Question, text: str, logprobs: Sequence[Any] | None = None) 
     return Answer(text, values, confidence)
 
 
-def _phrase(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    phrase = lines[-1] if lines else ""
+# How models mark what they think before they answer: DeepSeek, Qwen and most others; Magistral;
+# Kimi; gpt-oss where a server leaves its channels in the text. A template may have written the
+# opening mark, so that an answer begins within the thought. Marks that are quoted are talked about.
+_THOUGHTS = [
+    (r"<(?:think|thinking|thought|reasoning)>", r"</(?:think|thinking|thought|reasoning)>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    ("◁think▷", "◁/think▷"),
+    (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),
+]
+_OPEN, _CLOSE = (
+    re.compile("(?<![\"'`])(?:" + "|".join(marks) + ")", re.IGNORECASE) for marks in zip(*_THOUGHTS)
+)
+
+
+def without_thoughts(text: str) -> str:
+    """What a model says once it has thought: nothing if it was cut off in its thoughts."""
+    ends = [end.end() for end in _CLOSE.finditer(text)]
+    text = text[ends[-1] :] if ends else text
+    return "" if _OPEN.match(text.lstrip()) else text
+
+
+def _unfenced(text: str) -> str:
+    """The inside of the last code block, if that is where the answer is."""
+    blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+    return blocks[-1] if blocks and text.rstrip().endswith("```") else text
+
+
+_EXCUSE = re.compile(
+    r"\W*((i am|i['’]m)? ?(very |so )?(sorry|afraid)\b.{0,40}?|i apologi[sz]e.{0,40}?)?"
+    r"\bi(['’]m unable to| am unable to| can(no|['’])t| can not| won['’]t| will not)( \w+)?"
+    r" (assist|help|comply|provide|fulfil|discuss|engage|analy[sz]e)\b",
+    re.IGNORECASE,
+)
+
+
+def explanation_in(text: str) -> str:
+    """The phrase that is meant: the last line of a text, at most `LONGEST` letters of it, safe to
+    print; "" if there is none, or an excuse."""
+    text = _from_json(text.strip())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or _EXCUSE.match(lines[0]):
+        return ""
     phrase = re.sub(r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", "",
-                    phrase, flags=re.IGNORECASE)  # fmt: skip
-    return phrase.strip(" \"'*`.")[:LONGEST].strip()
+                    lines[-1], flags=re.IGNORECASE)  # fmt: skip
+    phrase = _LONE.sub("\ufffd", phrase.strip(" \"'*`.")[:LONGEST])
+    return shown(phrase)[:LONGEST].strip()
+
+
+_LONE = re.compile("[\ud800-\udfff]")
+
+
+def _from_json(text: str) -> str:
+    """A text that is quoted as JSON, or the only one in an object."""
+    if text[:1] not in ('"', "{"):
+        return text
+    try:
+        found = parse_json(text, "answer", mend_text=True)
+    except InputError:
+        return text
+    if isinstance(found, dict) and len(found) == 1:
+        (found,) = found.values()
+    return found if isinstance(found, str) else text
 
 
 def _numbers(text: str, count: int, most: float) -> tuple[float, ...] | None:
@@ -141,12 +205,12 @@ def _numbers(text: str, count: int, most: float) -> tuple[float, ...] | None:
     if not lists:
         return None
     try:
-        found = json.loads(lists[-1])
-    except ValueError:
+        found = parse_json(lists[-1], "answer")
+    except InputError:
         return None
     if len(found) != count or not all(isinstance(v, (int, float)) for v in found):
         return None
-    if not all(math.isfinite(v) and 0 <= v <= most for v in found):
+    if not all(0 <= v <= most for v in found):
         return None
     if most == 1 and any(v not in (0, 1) for v in found):
         return None
@@ -178,8 +242,9 @@ def digits_only(logprobs: Sequence[Any]) -> list[Any]:
     these two."""
     fits = lambda t: isinstance(t, dict) and str(t.get("token")).strip() in ("0", "1")
     pair = lambda t: {"token": t["token"], "logprob": t.get("logprob")}
+    tops = lambda t: v if isinstance(v := t.get("top_logprobs"), list) else []
     return [
-        {**pair(t), "top_logprobs": [pair(o) for o in t.get("top_logprobs") or () if fits(o)]}
+        {**pair(t), "top_logprobs": [pair(o) for o in tops(t) if fits(o)]}
         for t in logprobs
         if fits(t)
     ]
@@ -196,7 +261,7 @@ def _confidence(logprobs: Sequence[Any], count: int) -> tuple[float, ...] | None
             for other in token["top_logprobs"] or [token]:
                 if (sign := other["token"].strip()) in mass:
                     mass[sign] += math.exp(other["logprob"])
-            found.append(mass["1"] / (mass["0"] + mass["1"] or 1.0))
-    except (KeyError, TypeError, AttributeError, OverflowError):
+            found.append(mass["1"] / (mass["0"] + mass["1"]))
+    except (KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError):
         return None
-    return tuple(found) if len(found) == count else None
+    return tuple(found) if len(found) == count and all(map(math.isfinite, found)) else None

@@ -20,6 +20,8 @@ MARKED = (
     0.3  # tokens with at least this share of the window's largest activation are marked (delphi)
 )
 
+UNCLEAR = "not understood"  # why a question has no answer, if nothing else is known
+
 Task = Literal["explain", "classify", "select", "intruder", "simulate"]
 
 
@@ -76,18 +78,21 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a judge said. values: None if it could not be understood; `confidence` where there is
-    one: of each example, the larger the more it is thought active."""
+    """What a judge said. values: None if there is no answer, and `why` then says the reason, one
+    of few, and `text` the words; `confidence` where there is one: of each example, the larger the
+    more it is thought active."""
 
     text: str = ""
     values: tuple[float, ...] | None = None
     confidence: tuple[float, ...] | None = None
+    why: str = ""
 
 
 class Judge(Protocol):
     name: str
     method: str
     parallel: int
+    answered: bool  # whether it ever has: an endpoint that never has is given up soon
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma_scope_jax.cards.explain.examples import Corpus, in_test
 from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
+from gemma_scope_jax.errors import shown
 
 NAMED = 10  # tokens in a label
 BETA = 0.5  # of F: below 1 precision counts more than recall
@@ -116,7 +117,7 @@ def best_set(hits: np.ndarray, total: np.ndarray, fired: float) -> tuple[np.ndar
 
 
 def _quoted(token: str) -> str:
-    return '"' + token.replace("\n", "↵").replace("\t", "⇥") + '"'
+    return '"' + shown(token.replace("\n", "↵").replace("\t", "⇥")) + '"'
 
 
 def _percent(share: float) -> str:
@@ -126,7 +127,7 @@ def _percent(share: float) -> str:
 class RuleJudge:
     """Answers by the rules of token labels, which `learn` gives it."""
 
-    method, name, parallel = "statistics", NAME, 1
+    method, name, parallel, answered = "statistics", NAME, 1, True
 
     def __init__(self):
         self._rules: dict[str, Rule] = {}
