@@ -26,6 +26,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from gemma_scope_jax.storage.atomic import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +315,7 @@ def test_another_run_is_not_mixed_into_a_store(model, copy):
     for what, call in changes.items():
         with pytest.raises(InputError, match=f"activations of another {what}"):
             call()
-    with activation_files.only_writer(copy), pytest.raises(InputError, match="another process"):
+    with only_writer(copy), pytest.raises(InputError, match="another process"):
         write(copy, tokens=2000)
     assert contents(copy) == before
 

@@ -5,8 +5,6 @@ contiguous, so that reading a row touches its pages and no others. A file appear
 when it is complete and on the disk, and not before.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -18,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import WholeFile, is_remote
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "gemma_scope_jax activations", "version": 1}
@@ -94,33 +92,13 @@ def _sums(values: np.ndarray, scale: np.ndarray | None = None) -> Iterator[tuple
 
 def replace_file(path: Path, chunks: Iterator[Any]) -> dict[str, Any]:
     """Write a file so that it appears complete; its size and checksum. Lets `OSError` through."""
-    temporary = path.with_name(f".{path.name}.tmp")
     crc = size = 0
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                crc = zlib.crc32(chunk, crc)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with WholeFile(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
     return {"bytes": size, "crc32": crc}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def tensor_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
@@ -140,31 +118,6 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     replace_file(folder / MANIFEST, iter([json.dumps(manifest, indent=1).encode() + b"\n"]))
-
-
-def no_space(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers. Raises `InputError` if there is one."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing here; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import shard_batch
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import disk_error, no_space, only_writer
 
 _OPEN_FILES = 128
 
@@ -70,15 +71,13 @@ def write_activations(
     path = files.local_folder(folder)
     manifest = _new_manifest(model, batches, sites, dtype, shard_rows, first)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with files.only_writer(path):
+        with only_writer(path):
             manifest = _continued(path, manifest)
             if manifest["rows"] < tokens:
                 _write(model, batches, path, manifest, tokens)
     except OSError as error:
-        if not files.no_space(error):
-            reason = error.strerror or error
-            raise InputError(f"{path}: cannot be written ({reason})") from error
+        if not no_space(error):
+            raise disk_error(path, error) from error
         raise _full(path, manifest, tokens) from error
     return ActivationStore(path)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.coders.coder import layers_of
-from gemma_scope_jax.data.activation_files import no_space
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.evaluate import check_fits
@@ -31,13 +30,14 @@ from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.active import Coder
 from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.runner import Runner
-from gemma_scope_jax.extraction.shard_files import ShardWriter, remove_leftovers, shard_name
+from gemma_scope_jax.extraction.shard_files import ShardWriter, shard_name
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import no_space, remove_leftovers
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about

@@ -20,19 +20,16 @@ name when it is whole, and not before.
 """
 
 import collections
-import contextlib
 import functools
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote, temporary_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.entries import (
     Entries,
@@ -45,6 +42,7 @@ from gemma_scope_jax.extraction.entries import (
     squeeze,
     store_values,
 )
+from gemma_scope_jax.storage.atomic import WholeFile
 
 MAGIC = b"GSJFEAT1"
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
@@ -74,8 +72,7 @@ class ShardWriter:
     ):
         self.path, self.widths, self.values = path, widths, values
         self._pool, self._ahead = pool, ahead
-        self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
-        self._file: BinaryIO = self._temporary.open("wb")
+        self._whole = WholeFile(path)
         self._at = 0
         self._segments: list[dict] = []
         self._held: list[tuple] = []
@@ -96,15 +93,10 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        for job in (job for jobs in self._coding for job in jobs):
+        for job in (job for _, jobs in self._coding for job in jobs):
             job.cancel()
-        with contextlib.suppress(Exception):
-            if hasattr(self._file, "discard"):  # a bucket's: closing would make the object
-                self._file.discard()  # type: ignore[attr-defined]
-            self._file.close()
-        if self._temporary != self.path:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink(missing_ok=True)
+        self._coding.clear()
+        self._whole.discard()
 
     def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> None:
         """A batch.
@@ -135,16 +127,11 @@ class ShardWriter:
         self._write(data)
         self._write(len(data).to_bytes(4, "little") + zlib.crc32(data).to_bytes(4, "little"))
         self._write(MAGIC)
-        if not is_remote(self._temporary):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if self._temporary != self.path:
-            self._temporary.replace(self.path)
+        self._whole.commit()
         return footer
 
     def _write(self, data: Any) -> None:
-        self._file.write(data)
+        self._whole.file.write(data)
         self._at += len(data)
 
     def _flush(self) -> None:
@@ -229,24 +216,6 @@ def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.features"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what processes of this machine that have died were writing in a local folder."""
-    for path in folder.glob(f".shard-*.{os.uname().nodename}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a run shows while it lasts: a line on the terminal, log.jsonl, TensorBoard and wandb."""
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -20,8 +21,8 @@ class Progress:
     """Reports at most every few seconds; reading a number waits for the device."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, done: int):
-        self.config, self.out, self.began, self.begun = config, out, time.time(), done
-        self.logged, self.log, self.written = 0.0, out / "log.jsonl", time.time()
+        self.config, self.out, self.began, self.begun = config, out, time.monotonic(), done
+        self.logged, self.log, self.written = -math.inf, out / "log.jsonl", time.monotonic()
         self.text = "" if jax.process_index() else self._until(done * config.tokens_a_pass)
         tracked = () if jax.process_index() else config.track
         self.trackers = [_tracker(name, config, out) for name in tracked]
@@ -38,15 +39,15 @@ class Progress:
 
     def due(self) -> bool:
         """More often at first: a run of minutes should have a curve, one of days a small log."""
-        now = time.time()
+        now = time.monotonic()
         return now - self.logged > min(EVERY, max(FIRST, 0.01 * (now - self.began)))
 
     def report(self, done: int, update: int, parts: list | None, groups: Any) -> None:
         """One line: tokens, rate and time left, then each coder's loss parts (if any yet)."""
         config, each = self.config, self.config.tokens_a_pass
-        seconds = max(time.time() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.began, 1e-9)
         if jax.process_index():  # one host speaks for all
-            self.logged = time.time()
+            self.logged = time.monotonic()
             return
         rate = (done - self.begun) * each / seconds
         row: dict[str, Any] = {"tokens": done * each, "update": update}
@@ -58,7 +59,7 @@ class Progress:
         left = (config.passes - done) * each / max(rate, 1e-9) / 60
         shown = f"{100 * done / config.passes:5.1f} %  {row['tokens']:,} tokens  {rate:,.0f}/s"
         print(f"{shown}  {left:.0f} min left{_summary(row['coders'])}", file=sys.stderr, flush=True)
-        self.logged = time.time()
+        self.logged = time.monotonic()
 
     def _write(self, line: str) -> None:
         """Append to the log; in a bucket, where nothing can be appended, write it anew at times."""
@@ -67,14 +68,14 @@ class Progress:
                 file.write(line)
             return
         self.text += line
-        if time.time() - self.written > max(60.0, len(self.text) / 1e5):
+        if time.monotonic() - self.written > max(60.0, len(self.text) / 1e5):
             self.flush()
 
     def flush(self) -> None:
         """Write what a bucket's log still lacks."""
         if self.text:
             self.log.write_text(self.text)
-            self.written = time.time()
+            self.written = time.monotonic()
 
 
 def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[str, float]]:
