@@ -37,7 +37,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import no_space, remove_leftovers
+from gemma_scope_jax.storage.atomic import in_turn, no_space
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
@@ -87,19 +87,18 @@ def extract(
                  share=share)  # fmt: skip
     path = folder_path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not is_remote(path):
-            remove_leftovers(path)  # type: ignore[arg-type]
-        plan = manifests.agree(path, job, tokens)
-        left = manifests.missing(path, plan)
-        if left:
-            (path / manifests.INDEX).unlink(missing_ok=True)
+        with in_turn(path):  # several processes fill the folder, and must agree on what with
+            plan = manifests.agree(path, job, tokens)
+            left = manifests.missing(path, plan)
+            if left:
+                (path / manifests.INDEX).unlink(missing_ok=True)
         mine = [shard for shard in left if shard % share[1] == share[0]]
         if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
             _write(model, named, path, plan, mine, job)
         hosts.wait(model)
-        manifests.finish(path, plan, job)
+        with in_turn(path):
+            manifests.finish(path, plan)
     except InputError:
         raise
     except OSError as error:
@@ -208,7 +207,7 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
     ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(job.describe()), None
+    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,

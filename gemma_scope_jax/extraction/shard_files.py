@@ -36,6 +36,7 @@ from gemma_scope_jax.extraction.entries import (
     by_feature,
     differences,
     expand,
+    inflate,
     joined,
     parts_of,
     size_of,
@@ -43,9 +44,13 @@ from gemma_scope_jax.extraction.entries import (
     store_values,
 )
 from gemma_scope_jax.storage.atomic import WholeFile
+from gemma_scope_jax.storage.strict_json import field, parse_json
 
 MAGIC = b"GSJFEAT1"
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
+_FOOTER = 1 << 28  # bytes that a footer has at the most
+_MOST = 1 << 40
+_DTYPES = ("<i4", "|u1", "<u2", "<u4", "<f2", "<f4")
 _TAIL = 16  # bytes of the footer's size and checksum, and the magic
 
 
@@ -254,10 +259,46 @@ class Shard:
             raise self._damaged("it does not begin as a shard of features")
         if zlib.crc32(data) != crc:
             raise self._damaged("its footer")
-        footer = json.loads(zlib.decompress(data))
-        if footer.get("version") != 1:
-            raise InputError(f"{self.path}: version {footer.get('version')} is not known, 1 is")
+        try:
+            footer = parse_json(inflate(data, _FOOTER), self.path, mend_text=True)
+            version = field(footer, "version", int, self.path)
+            if version == 1:
+                self._check_footer(footer)
+        except (zlib.error, ValueError) as error:
+            why = str(error).removeprefix(f"{self.path}: ")
+            raise self._damaged(f"its footer: {why}") from error
+        if version != 1:
+            raise InputError(f"{self.path}: version {version} is not known, 1 is")
         return footer
+
+    def _check_footer(self, footer: dict[str, Any]) -> None:
+        """Raise `InputError` unless what is read of a footer has its type and size."""
+        path = self.path
+        whole = lambda value, most=_MOST: type(value) is int and 0 <= value <= most
+        lists = field(footer, "lists", int, path, least=1, most=_MOST)
+        field(footer, "shard", int, path, least=0, most=_MOST)
+        documents = field(footer, "documents", list, path)
+        if not all(
+            isinstance(d, list) and len(d) == 3 and whole(d[0]) and isinstance(d[1], str)
+            and whole(d[2]) for d in documents
+        ):  # fmt: skip
+            raise InputError("documents are not [number, place, tokens]")
+        for segment in field(footer, "segments", list, path):
+            tokens = field(segment, "tokens", int, path, least=1, most=_MOST)
+            field(segment, "counted", int, path, least=0, most=tokens)
+            for at, length, crc, dtype in field(segment, "blocks", dict, path).values():
+                if not (whole(at) and whole(length, self.size - at) and whole(crc)):
+                    raise InputError("a block lies outside of the file")
+                if dtype not in _DTYPES:
+                    raise InputError(f"a block's dtype is {dtype!r}")
+            coders = field(segment, "coders", list, path, least=lists, most=lists)
+            for coder in coders:
+                field(coder, "entries", int, path, least=0, most=_MOST)
+                field(coder, "exponent", int, path, least=-1000, most=1000)
+                for key in ("token_parts", "parts"):
+                    ends = field(coder, key, list, path, least=1)
+                    if not all(map(whole, ends)) or ends != sorted(set(ends)):
+                        raise InputError(f"{key} {ends} do not ascend")
 
     def _damaged(self, what: str) -> InputError:
         return InputError(f"{self.path}: damaged ({what}); delete it and extract again")

@@ -126,14 +126,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Any, data: bytes) -> None:
-    """Write a file that is complete whenever it is there under its name.
+    """Write a file, in a folder that is made if missing, complete whenever it is there.
 
     Raises `InputError` that names it if it cannot be written; what was there before stays.
     """
+    made: list[Path] = []
     try:
+        if not is_remote(path):
+            _make(Path(path).parent, made)
         with WholeFile(path) as file:
             file.write(data)
     except OSError as error:
+        _remove_made(made)
         raise disk_error(path, error) from error
     except Exception as error:  # a bucket's clients raise types of their own
         if not is_remote(path):
@@ -334,13 +338,33 @@ def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def in_turn(folder: Any) -> Iterator[None]:
+    """`only_writer` for what is short, in a folder that several processes share: it waits."""
+    if is_remote(folder):
+        yield
+        return
+    path, made = Path(folder), []
+    try:
+        handle = _locked(path, None, made)
+    except OSError as error:
+        _remove_made(made)
+        raise disk_error(path, error) from error
+    try:
+        remove_leftovers(path)
+        yield
+    finally:
+        _remove_made(made)
+        os.close(handle)
+
+
 def _locked(path: Path, name: Any, made: list[Path]) -> int:
-    """A handle of the folder, locked; `made` gets those that were made for it, the inner first."""
+    """A handle of the folder, locked; `made` gets those that were made for it, the inner first.
+
+    name: what errors call a folder that somebody else holds; None: wait for it.
+    """
     while True:
-        for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                made.insert(0, folder)
+        _make(path, made)
         handle = None
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -359,7 +383,7 @@ def _locked(path: Path, name: Any, made: list[Path]) -> int:
 
 def _lock(handle: int, name: Any) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB * (name is not None))
     except BlockingIOError:
         raise InputError(
             f"{name}: another process is writing here; wait for it, or choose another folder"
@@ -377,6 +401,14 @@ def _is_held(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return _key(folder) in _held
     return False
+
+
+def _make(path: Path, made: list[Path]) -> None:
+    """Make a folder with those above it; those that were missing are put in front of `made`."""
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
 
 
 def _remove_made(made: list[Path]) -> None:
