@@ -46,11 +46,17 @@ def export_store(
 
 
 def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
-    """(coder, layer, width, column name) of everything that is stored."""
-    short = [os.path.basename(name.rstrip("/")) for name in store.coders]
-    for coder, name in zip(store.manifest["coders"], short):
-        if short.count(name) > 1:  # whole names where the last parts are alike
-            name = coder["name"].strip("/")
+    """(coder, layer, width, column name) of everything that is stored. Names are folders' names:
+    of one that climbs, as ../coders/one does, that part is left out.
+    """
+    whole = [[p for p in name.split("/") if p.strip(".")] or ["coder"] for name in store.coders]
+    short = [parts[-1] for parts in whole]
+    names = [
+        name if short.count(name) == 1 else "/".join(parts) for name, parts in zip(short, whole)
+    ]
+    for number, (coder, name) in enumerate(zip(store.manifest["coders"], names)):
+        if names.count(name) > 1:
+            name = f"{name}-{number}"
         for layer in coder["layers"]:
             several = f"/layer_{layer}" * (len(coder["layers"]) > 1)
             yield coder["name"], layer, coder["width"], name + several

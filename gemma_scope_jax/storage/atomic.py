@@ -268,8 +268,11 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                     _remove(path)
                 yield part
                 _swap(part, folder, old)
-            except BaseException:
+            except BaseException as error:
                 _remove(part)
+                if isinstance(error, InputError):  # which may name a file, of the new folder
+                    said = str(error).replace(os.fspath(part), os.fspath(folder))
+                    raise InputError(said) from error
                 raise
     except OSError as error:
         raise disk_error(folder, error) from error

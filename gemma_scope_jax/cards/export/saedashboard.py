@@ -72,7 +72,7 @@ def silent(cards: FeatureCards) -> list[int]:
 def batch_facts(cards: FeatureCards) -> dict[str, Any]:
     """Names as Neuronpedia has them."""
     m = cards.manifest
-    model = str(m["model"]).split("/")[-1] or "unknown"
+    model = str(m["model"]).split("/")[-1].lstrip(".") or "unknown"  # it names a folder
     return {
         "model_id": model,
         "layer": m["layer"],
