@@ -212,13 +212,11 @@ def read_cards_manifest(path: Path) -> dict[str, Any]:
     """cards.json. Raises `InputError` if it is broken or of another format."""
     try:
         manifest = read_json(path, mend_text=True)
-        stages = field(manifest, "stages", dict, path, default={})
+        field(manifest, "stages", dict, path, default={})
         known = field(manifest, "format", int, path) == FORMAT
         for list_ in field(manifest, "arrays", dict, path, default={}).values():
             if not isinstance(list_, list) or not all(map(_is_name, list_)):
                 raise InputError(f"{path}: 'arrays' are no lists of names")
-        if "examples" in stages:
-            _check_finished(manifest, path)
     except InputError as error:
         raise InputError(f"{error}; not the manifest of cards: delete it") from None
     if not known:
@@ -256,6 +254,7 @@ class FeatureCards:
         self.manifest = read_cards_manifest(self.folder / FILE)
         if "examples" not in self.manifest.get("stages", {}):
             raise InputError(f"{folder}: the cards are not finished; run the same command again")
+        _check_finished(self.manifest, self.folder / FILE)
         self._arrays: dict[str, np.ndarray] = {}
 
     def __contains__(self, name: str) -> bool:
