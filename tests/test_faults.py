@@ -136,6 +136,7 @@ WRITERS = {
     "explanations": explanations,
     "result": result,
     "text": lambda f, seed: write_text(Path(f) / "deep" / "x.html", f"{seed}"),
+    "train card": card,
     "labels": lambda f, seed: write_labels({"seed": seed}, f),
 }
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from etils import epath
 
-from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.training.progress import read_log
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
@@ -19,13 +20,18 @@ def write_card(
 
     `tokens`: how many were read in the end.
     """
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [row for _, row in read_log(log)] if log.exists() else []
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
-    write_text(folder / "train_config.json", json.dumps(as_json(config), indent=1) + "\n")
     picture = _plot(rows)
+    files = {"train_config.json": (json.dumps(as_json(config), indent=1) + "\n").encode()}
     if picture:
-        write_bytes(folder / "curves.png", picture)
-    write_text(folder / "README.md", _text(name, config, rows, tokens, bool(picture)))
+        files["curves.png"] = picture
+    files["README.md"] = _text(name, config, rows, tokens, bool(picture)).encode(
+        errors="backslashreplace"
+    )
+    write_folder(folder, {n: lambda file, d=data: file.write(d) for n, data in files.items()})
+    if not picture:  # of an earlier save
+        (folder / "curves.png").unlink(missing_ok=True)
 
 
 def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from typing import Any
@@ -10,10 +11,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.buckets import is_remote, write_text
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import disk_error, is_remote, write_text
+from gemma_scope_jax.storage.strict_json import field, parse_json
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
+_NOT_FINITE = re.compile(r"(?<=: )-?(NaN|Infinity)(?=[,}])")
 FIRST, EVERY = 2.0, 10.0  # seconds between reports, at the start and after 1,000 seconds
 
 
@@ -31,11 +34,10 @@ class Progress:
         """The log so far, without what a killed run wrote beyond the checkpoint it goes on from."""
         if not self.log.exists():
             return ""
-        lines = self.log.read_text().splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["tokens"] <= tokens]
-        if kept != lines:
-            write_text(self.log, "".join(kept))
-        return "".join(kept) if is_remote(self.log) else ""
+        kept = "".join(line for line, row in read_log(self.log) if row["tokens"] <= tokens)
+        if len(kept.encode()) != self.log.stat().length:
+            write_text(self.log, kept)
+        return kept if is_remote(self.log) else ""
 
     def due(self) -> bool:
         """More often at first: a run of minutes should have a curve, one of days a small log."""
@@ -53,7 +55,7 @@ class Progress:
         row: dict[str, Any] = {"tokens": done * each, "update": update}
         row["tokens_per_s"] = round(rate, 1)
         row["coders"] = _by_coder(config, parts, groups) if parts else {}
-        self._write(json.dumps(row) + "\n")
+        self._write(json.dumps(_finite(row), allow_nan=False) + "\n")
         for track in self.trackers:
             track(row)
         left = (config.passes - done) * each / max(rate, 1e-9) / 60
@@ -64,8 +66,11 @@ class Progress:
     def _write(self, line: str) -> None:
         """Append to the log; in a bucket, where nothing can be appended, write it anew at times."""
         if not is_remote(self.log):
-            with self.log.open("a") as file:
-                file.write(line)
+            try:
+                with self.log.open("a") as file:
+                    file.write(line)
+            except OSError as error:
+                raise disk_error(self.log, error) from error
             return
         self.text += line
         if time.monotonic() - self.written > max(60.0, len(self.text) / 1e5):
@@ -74,8 +79,37 @@ class Progress:
     def flush(self) -> None:
         """Write what a bucket's log still lacks."""
         if self.text:
-            self.log.write_text(self.text)
+            write_text(self.log, self.text)
             self.written = time.monotonic()
+
+
+def _finite(value: Any) -> Any:
+    """JSON's null for what is no number: a loss that has overflowed."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_log(log: epath.Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a log.jsonl and what they hold, null as NaN; without one that a killed process
+    has not ended. Raises `InputError` that names a line of anything else.
+    """
+    try:
+        text = log.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{log}: cannot be read ({error.strerror or error})") from error
+    found = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("}\n"):
+            continue
+        where = f"{log}, line {number}"  # older versions wrote NaN and Infinity
+        row = parse_json(_NOT_FINITE.sub("null", line), where)
+        field(row, "tokens", int, where, least=0)
+        for name, parts in field(row, "coders", dict, where).items():
+            keys = field(row["coders"], name, dict, where)
+            row["coders"][name] = {k: field(parts, k, float, where, default=math.nan) for k in keys}
+        found.append((line, row))
+    return found
 
 
 def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[str, float]]:
