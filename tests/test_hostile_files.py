@@ -17,7 +17,7 @@ from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.data import activation_files as files
 from gemma_scope_jax.data.activation_store import ActivationStore
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.entries import Entries, inflate
+from gemma_scope_jax.extraction.entries import Entries, expand, inflate, squeeze
 from gemma_scope_jax.extraction.manifest import read_features_manifest, read_index
 from gemma_scope_jax.extraction.shard_files import MAGIC, Shard, ShardWriter, shard_name
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
@@ -28,6 +28,7 @@ HOSTILE = (
     '"../x"', r'"\ud800"', "[]", "{}", "[1]", '{"a": 1}', "[" * 3000 + "]" * 3000,
 )  # fmt: skip
 PLACE = "@place@"
+STEPS = {"run": 8, "features": 3, "activations": 2}  # of what has many places
 
 
 def activations(folder, rows=6):
@@ -112,8 +113,9 @@ KINDS = {
 def places(value):
     """`value` with each of its parts, and all of it, replaced by `PLACE` in turn."""
     yield PLACE
-    for key in value if isinstance(value, dict) else range(len(value) * isinstance(value, list)):
-        copy = dict(value) if isinstance(value, dict) else list(value)
+    keys = list(value) if isinstance(value, dict) else []
+    for key in range(len(value)) if isinstance(value, list) else keys:
+        copy = value.copy()
         for part in places(value[key]):
             copy[key] = part
             yield copy
@@ -140,8 +142,7 @@ def test_what_is_not_expected_in_a_manifest_is_one_line(tmp_path, kind):
         footer_of(path.read_bytes()) if kind == "shard" else (b"", json.loads(path.read_text()))
     )
     refused = 0
-    for spoiled in places(whole):
-        text = json.dumps(spoiled)
+    for text in [json.dumps(spoiled) for spoiled in places(whole)][:: STEPS.get(kind, 1)]:
         for token in HOSTILE:
             new = text.replace(f'"{PLACE}"', token)
             path.write_bytes(with_footer(blocks, new) if kind == "shard" else new.encode())
@@ -166,8 +167,7 @@ def test_names_of_sites_do_not_leave_the_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(values=dict(data_offsets=[48, 96])), "lies at 48 to 96"),  # as far as it goes
-        (dict(values=dict(data_offsets=[40, 88])), "lies at 40 to 88"),
+        (dict(values=dict(data_offsets=[40, 88])), "values lies at 40 to 88, not at 48 to 96"),
         (dict(scale=dict(data_offsets=[0, 40])), "scale lies at 0 to 40"),
         (dict(values=dict(shape=[2, 4, 6])), "values is I8"),
         (dict(values=dict(dtype="F32")), "values is F32"),
@@ -200,14 +200,12 @@ def test_little_that_expands_to_much_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=said):
             inflate(data, most)
     features(tmp_path / "s")
-    path = tmp_path / "s" / shard_name(0)
     monkeypatch.setattr("gemma_scope_jax.extraction.shard_files._FOOTER", 50)
     with pytest.raises(InputError, match="damaged .its footer: it is more than 50 bytes"):
-        Shard(path)
-    monkeypatch.undo()
+        Shard(tmp_path / "s" / shard_name(0))
     monkeypatch.setattr("gemma_scope_jax.extraction.entries._LONGEST", 8)
-    with pytest.raises(InputError, match="cannot be expanded: it is more than 8 bytes"):
-        Shard(path).verify()
+    with pytest.raises(ValueError, match="more than 8 bytes"):
+        expand(b"".join(squeeze(np.zeros(9999, np.uint8))), "|u1")
 
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):

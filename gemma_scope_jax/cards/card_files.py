@@ -212,9 +212,12 @@ def read_cards_manifest(path: Path) -> dict[str, Any]:
     """cards.json. Raises `InputError` if it is broken or of another format."""
     try:
         manifest = read_json(path, mend_text=True)
-        field(manifest, "stages", dict, path, default={})
+        for key in ("stages", "arrays"):
+            field(manifest, key, dict, path, default={})
+            if manifest.get(key) is None:
+                manifest.pop(key, None)
         known = field(manifest, "format", int, path) == FORMAT
-        for list_ in field(manifest, "arrays", dict, path, default={}).values():
+        for list_ in manifest.get("arrays", {}).values():
             if not isinstance(list_, list) or not all(map(_is_name, list_)):
                 raise InputError(f"{path}: 'arrays' are no lists of names")
     except InputError as error:
@@ -231,16 +234,16 @@ def _is_name(name: Any) -> bool:
 
 def _check_finished(manifest: dict[str, Any], path: Path) -> None:
     """Raise `InputError` unless what is read of the manifest of finished cards can be used."""
-    for key in ("coder", "model", "kind", "reads", "writes", "gain"):
-        field(manifest, key, str, path, default="")
-    for key, least in (("layer", 0), ("width", 1), ("first", 0)):
-        field(manifest, key, int, path, default=least, least=least)
+    for key in ("coder", "model", "reads", "writes", "gain"):
+        field(manifest, key, str, path)
+    for key, least in (("layer", 0), ("width", 1)):
+        field(manifest, key, int, path, least=least)
     field(manifest, "tokens", int, path, default=0, least=0)
     settings = field(manifest, "settings", dict, path)
     for key in ("top", "groups", "each", "before", "after", "bins", "listed"):
         field(settings, key, int, path, least=key in ("groups", "bins"), most=1 << 20)
     for key in ("sources", "compared"):
-        field(manifest, key, list, path, default=[])
+        manifest[key] = field(manifest, key, list, path, default=[])
 
 
 class FeatureCards:
@@ -259,7 +262,7 @@ class FeatureCards:
 
     def __contains__(self, name: str) -> bool:
         m = self.manifest
-        if "arrays" in m and not any(name in m["arrays"].get(stage, ()) for stage in m["stages"]):
+        if "arrays" in m and not any(name in m["arrays"].get(s, ()) for s in m["stages"]):
             return False  # of a stage that is being made anew
         return (self.folder / f"{name}.npy").is_file()
 

@@ -190,9 +190,10 @@ def _is_whole(value: Any) -> bool:
 
 def _has_shape(numbers: list, shape: tuple[int, ...]) -> bool:
     try:
-        return np.asarray(numbers, np.float64).shape == shape
-    except (ValueError, TypeError):
+        found = np.asarray(numbers)
+    except ValueError:  # lists of several lengths
         return False
+    return found.dtype.kind in "iuf" and found.shape == shape
 
 
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -286,7 +286,10 @@ class Shard:
         for segment in field(footer, "segments", list, path):
             tokens = field(segment, "tokens", int, path, least=1, most=_MOST)
             field(segment, "counted", int, path, least=0, most=tokens)
-            for at, length, crc, dtype in field(segment, "blocks", dict, path).values():
+            for block in field(segment, "blocks", dict, path).values():
+                if not isinstance(block, list) or len(block) != 4:
+                    raise InputError(f"a block is {str(block)[:60]}")
+                at, length, crc, dtype = block
                 if not (whole(at) and whole(length, self.size - at) and whole(crc)):
                     raise InputError("a block lies outside of the file")
                 if dtype not in _DTYPES:
@@ -306,6 +309,8 @@ class Shard:
     def blocks(self, segment: int, names: Sequence[str]) -> list[np.ndarray]:
         """Some arrays of a segment, by their names."""
         entries, found = self.footer["segments"][segment]["blocks"], []
+        if missing := [name for name in names if name not in entries]:
+            raise self._damaged(f"segment {segment} has no block {missing[0]}")
         everything = self._bytes([entries[name] for name in names])
         for name, data in zip(names, everything, strict=True):
             at, _, crc, dtype = entries[name]
@@ -344,5 +349,8 @@ class Shard:
         """int64 [F]: on how many tokens of the shard each feature is active."""
         total = np.zeros(width, np.int64)
         for segment in range(len(self.footer["segments"])):
-            total += self.blocks(segment, [f"{coder}.fired"])[0]
+            fired = self.blocks(segment, [f"{coder}.fired"])[0]
+            if fired.shape != (width,):
+                raise self._damaged(f"segment {segment} is of {len(fired)} features, not {width}")
+            total += fired
         return total
