@@ -1,7 +1,7 @@
 """Folders in buckets (gs://, s3://) beside local ones: where the two differ; the local cache.
 
-An object appears when it is complete, so nothing needs a temporary name; it cannot be appended to,
-nor memory-mapped. `etils.epath` does the rest.
+An object appears when it is complete; it cannot be appended to, nor memory-mapped. `etils.epath`
+does the rest; how files are written, `storage/atomic.py`.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from pathlib import Path
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.atomic import is_remote, write_bytes, write_text
+
+__all__ = [
+    "cache_folder", "folder_path", "is_remote", "local_copy", "write_bytes", "write_text",
+]  # fmt: skip
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path lies in a bucket: it has a scheme, as in gs://bucket/folder."""
-    return "://" in os.fspath(path)
 
 
 def folder_path(folder: str | os.PathLike) -> epath.Path:
@@ -64,27 +64,6 @@ def private_cache(name: str) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror or error}") from error
     return folder
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Write a file that is complete whenever it is there under its name."""
-    write_bytes(path, text.encode())
-
-
-def temporary_name(name: str) -> str:
-    """Where a file is written before it is whole: each process its own copy, which tells the
-    process, as that may die over it."""
-    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
-
-
-def write_bytes(path: epath.Path, data: bytes) -> None:
-    """`write_text` of bytes."""
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    temporary = path.with_name(temporary_name(path.name))
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def local_copy(folder: str | os.PathLike) -> Path:

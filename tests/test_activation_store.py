@@ -26,6 +26,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from gemma_scope_jax.storage.atomic import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, capfd):
     assert len(again) == everything
 
 
-@pytest.mark.parametrize("call", [0, 7, 20])
+@pytest.mark.parametrize("call", [0, 6, 20])  # of a file; its folder is synced after it
 def test_a_full_disk_is_said_and_the_same_call_goes_on(whole, tmp_path, monkeypatch, call):
     real, calls = os.fsync, iter(range(10**6))
 
@@ -241,7 +242,8 @@ def test_a_full_disk_is_said_and_the_same_call_goes_on(whole, tmp_path, monkeypa
     monkeypatch.setattr(activation_files.os, "fsync", fsync)
     with pytest.raises(InputError, match=r"tokens still to be stored need .* GB"):
         write(tmp_path / "store", tokens=1000)
-    assert not [n for n in contents(tmp_path / "store") if n.startswith(".")]
+    left = contents(tmp_path / "store") if (tmp_path / "store").exists() else {}
+    assert not [n for n in left if n.startswith(".")]
     write(tmp_path / "store", tokens=1000)
     assert contents(tmp_path / "store") == whole[1]
 
@@ -251,7 +253,7 @@ def test_a_disk_too_small_is_refused_before_the_first_pass(tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(InputError, match="1,000 tokens still to be stored need 0.000192 GB"):
         write(tmp_path / "store", tokens=1000)
-    assert contents(tmp_path / "store") == {}
+    assert not (tmp_path / "store").exists()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def manifest_of(folder, change):
 
 DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no activations"),
-    "cut manifest": (lambda f: os.truncate(f / "manifest.json", 200), "cannot be read"),
+    "cut manifest": (lambda f: os.truncate(f / "manifest.json", 200), "not usable as JSON"),
     "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest"),
     "version": (lambda f: manifest_of(f, lambda m: m.update(version=9)), "of version 1"),
     "lacks": (lambda f: manifest_of(f, lambda m: m.pop("sums")), "lacks sums"),
@@ -314,7 +316,7 @@ def test_another_run_is_not_mixed_into_a_store(model, copy):
     for what, call in changes.items():
         with pytest.raises(InputError, match=f"activations of another {what}"):
             call()
-    with activation_files.only_writer(copy), pytest.raises(InputError, match="another process"):
+    with only_writer(copy), pytest.raises(InputError, match="another process"):
         write(copy, tokens=2000)
     assert contents(copy) == before
 

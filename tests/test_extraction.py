@@ -621,7 +621,7 @@ def test_bad_reading_is_one_line(store, tmp_path):
     with pytest.raises(InputError, match="not the manifest"):
         FeatureStore(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not usable as JSON"):
         FeatureStore(tmp_path)
 
 

@@ -15,7 +15,6 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.coders import atomic_files
 from gemma_scope_jax.coders.interop import (
     is_circuit_tracer_folder,
     is_saelens_folder,
@@ -500,7 +499,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for save, coder in ((save_saelens, transcoder()), (save_circuit_tracer, [transcoder(0)])):
         for name in ("s", "new"):
             with pytest.raises(InputError, match="no space"):

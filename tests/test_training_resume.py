@@ -1,7 +1,9 @@
 """Training runs stopped, killed, corrupted and out of disk: they end with the same bits."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -10,10 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optax
 import pytest
+import training_runner
+from etils import epath
 from letters import Letters
 from tiny import tiny_model
 from training_runner import PASSES, documents, run, same_bits, stopped
@@ -23,7 +29,8 @@ from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, progress, step
+from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.training import checkpoints, feeds, progress, step, train
 
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
 
@@ -101,6 +108,65 @@ def test_a_run_on_a_store_stopped_by_ctrl_c_resumes_to_the_same_bits(store, tmp_
     with stopped(monkeypatch, feeds.StoreFeed, 5, signal.SIGINT):
         run(tmp_path / "cut", **options)
     same_bits(run(tmp_path / "cut", **options), expected)
+
+
+def test_a_store_that_was_moved_is_the_same_store(store, tmp_path, monkeypatch):
+    options = dict(RARELY, tokens=128 * 3 * 6)
+    expected = run(tmp_path / "whole", store=store, **options)
+    with stopped(monkeypatch, feeds.StoreFeed, 3):
+        run(tmp_path / "cut", store=store, **options)
+    shutil.copytree(store, tmp_path / "elsewhere")
+    same_bits(run(tmp_path / "cut", store=str(tmp_path / "elsewhere"), **options), expected)
+    with pytest.raises(InputError, match="another config .store"):
+        run(tmp_path / "cut", **options)
+
+
+# -------------------------------------------------------------------------------------------------
+# By another model, another process, another clock
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with(whole, cut, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training_runner, "tiny_model", partial(tiny_model, seed=1))
+        with pytest.raises(InputError, match="run began with another model") as refused:
+            run(cut)
+        assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
+    same_bits(run(cut, model="moved/tiny"), whole)  # wherever they lie
+
+
+def test_older_checkpoints_tell_the_model_by_its_name(cut, monkeypatch):
+    real = checkpoints.Checkpoints.restore
+    older = lambda self, like: (*real(self, like)[:3], None)
+    monkeypatch.setattr(checkpoints.Checkpoints, "restore", older)
+    with pytest.raises(InputError, match="another model .tiny; this is other"):
+        run(cut, model="other")
+
+
+def test_a_second_run_in_the_folder_is_refused(cut):
+    with only_writer(cut), pytest.raises(InputError, match="cut: another process is writing"):
+        run(cut)
+    assert steps(cut) == [8, 9]
+
+
+def test_intervals_are_those_of_a_clock_that_only_goes_forward(cut, monkeypatch):
+    """Twenty seconds pass between two looks at it: time for a checkpoint after every pass."""
+    clock = SimpleNamespace(monotonic=partial(next, itertools.count(0, 20)))
+    monkeypatch.setattr(train, "time", clock)  # and no other clock
+    monkeypatch.setattr(progress, "time", clock)
+    run(cut, checkpoint_every=19.0, keep=99)
+    assert steps(cut) == list(range(8, PASSES + 1))
+
+
+def test_a_loss_that_is_no_number_is_logged_and_read_again(cut):
+    row = '{"tokens": 128, "update": 1, "coders": {"a": {"loss": %s}}}\n'
+    log = epath.Path(cut / "log.jsonl")
+    log.write_text(row % "NaN" + row % "-Infinity" + row % "null" + row % "1.5" + '{"tokens": 2')
+    losses = [row["coders"]["a"]["loss"] for _, row in progress.read_log(log)]
+    assert [math.isnan(x) for x in losses] == [True] * 3 + [False] and losses[3] == 1.5
+    log.write_text("[]\n" + row % '"a"' + row % "1e400")
+    with pytest.raises(InputError, match="log.jsonl, line 2"):  # the first is no line of ours
+        progress.read_log(log)
+    assert progress._finite({"a": {"b": math.inf, "c": 1}}) == {"a": {"b": None, "c": 1}}
 
 
 # -------------------------------------------------------------------------------------------------

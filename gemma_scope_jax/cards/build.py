@@ -55,7 +55,17 @@ def build_cards(
     for other in others.values():
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, from_file = weights_identity(coder), isinstance(source, str | os.PathLike)
-    files = CardFiles(folder, [weights, layer, "file" if from_file else "store"])
+    with CardFiles(folder, [weights, layer, "file" if from_file else "store"]) as files:
+        _make(files, source, coder, weights, layer, model, tok, settings, gain, others, progress)
+    return FeatureCards(folder)
+
+
+def _make(
+    files: CardFiles, source: Any, coder: Coder, weights: str, layer: int, model: Model | None,
+    tok: Any, settings: CardSettings, gain: Gain, others: Mapping[str, Coder], progress: Progress,
+) -> None:  # fmt: skip
+    """Make the stages that are not there."""
+    from_file = isinstance(source, str | os.PathLike)
     as_published = from_file and model is None
     files.manifest |= _about(coder, layer, settings, "as published" if as_published else gain)
     if from_file:
@@ -82,6 +92,8 @@ def build_cards(
         with files.stage("correlations", made_of) as stage:
             correlate(source, name, layer, k, stage, progress)
     logits = [weights, gain, k, settings.bins, model and model_identity(model)]
+    if model is None and (files.manifest.get("stages", {}).get("logits") or [])[:4] != logits[:4]:
+        files.drop("logits")
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
             decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage, progress)
@@ -95,7 +107,6 @@ def build_cards(
             for number, other in enumerate(others.values()):
                 theirs = same_layer(other, layer)
                 decoders.write_comparison(coder, layer, other, theirs, number, k, stage, progress)
-    return FeatureCards(folder)
 
 
 def same_layer(other: Coder, layer: int) -> int | None:

@@ -28,17 +28,18 @@ E slots: first the `top` strongest, then `each` random ones for each of `groups`
 
 import dataclasses
 import json
+import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote, write_text
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import disk_error, is_remote, only_writer, reserve, write_text
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 FILE = "cards.json"
 FORMAT = 1
@@ -68,37 +69,74 @@ class Group:
 
 
 class CardFiles:
-    """The arrays of a folder while they are made: a stage's appear together when all are there."""
+    """The arrays of a folder while they are made: a stage's appear together when all are there.
+
+    The folder is held against other processes until `close`, or the end of a `with` block.
+    """
 
     def __init__(self, folder: str | os.PathLike, belongs: Any = None):
         """The folder is emptied of the cards of anything else than `belongs` (JSON) says.
 
-        Raises `InputError` for one with arrays that are no cards.
+        Raises `InputError` for one with arrays that are no cards, and while another process makes
+        cards there.
         """
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._open = ExitStack()
+        self._open.enter_context(only_writer(self.folder))
+        try:
+            self._begin(belongs)
+        except OSError as error:
+            self.close()
+            raise disk_error(folder, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, belongs: Any) -> None:
         path = self.folder / FILE
         self.manifest: dict[str, Any] = read_cards_manifest(path) if path.exists() else {}
-        arrays = (array for array in self.folder.glob("*.npy") if array.name[0] != ".")
-        if not path.exists() and any(True for _ in arrays):
-            raise InputError(f"{folder}: holds arrays that are no cards; choose another folder")
+        arrays = list(self.folder.glob("*.npy"))
+        unfinished = [array for array in arrays if array.name[0] == "."]  # of a killed process
+        if not path.exists() and len(arrays) > len(unfinished):
+            raise InputError(
+                f"{self.folder}: holds arrays that are no cards; choose another folder"
+            )
         if self.manifest.get("belongs") != belongs:
-            self.manifest = {}
-            for array in self.folder.glob("*.npy"):
-                array.unlink()
+            self.manifest, unfinished = {}, arrays
         self.manifest |= {"format": FORMAT, "belongs": belongs}
         if not path.exists():  # which says that the folder is ours
             self._write_manifest()
+        for array in unfinished:
+            array.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> "CardFiles":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def has(self, stage: str, made_of: Any) -> bool:
         """Whether a stage is there and was made of the same (JSON)."""
         return self.manifest.get("stages", {}).get(stage) == json.loads(json.dumps(made_of))
 
+    def drop(self, stage: str) -> None:
+        """Forget a stage, whose arrays no longer belong to the others."""
+        if self.manifest.get("stages", {}).pop(stage, None) is None:
+            return
+        held = self.manifest.get("arrays", {}).pop(stage, ())
+        self._write_manifest()
+        for array in held:
+            (self.folder / f"{array}.npy").unlink(missing_ok=True)
+
     @contextmanager
     def stage(self, name: str, made_of: Any) -> Iterator["Stage"]:
-        """Make the arrays of a stage: they and `made_of` are kept if the block ends well."""
+        """Make the arrays of a stage: they and `made_of` are kept if the block ends well, and what
+        the stage had before goes. Raises `InputError` for a full disk."""
         stages = self.manifest.setdefault("stages", {})
         if stages.pop(name, None) is not None:
             self._write_manifest()
@@ -109,13 +147,16 @@ class CardFiles:
         except BaseException:
             stage.discard()
             raise
-        stages[name] = made_of
+        held = self.manifest.setdefault("arrays", {})
+        for array in set(held.get(name, ())) - set(stage.made):
+            (self.folder / f"{array}.npy").unlink(missing_ok=True)
+        stages[name], held[name] = made_of, sorted(stage.made)
         self.manifest |= stage.facts
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text(self.folder / FILE, text)  # type: ignore[arg-type]
+        write_text(self.folder / FILE, text)
 
 
 class Stage:
@@ -123,15 +164,30 @@ class Stage:
 
     def __init__(self, folder: Path):
         self.folder, self.facts = folder, {}
-        self._made: dict[str, np.memmap] = {}
+        self.made: dict[str, np.memmap] = {}
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
-        """A memory-mapped array filled with `fill`."""
-        path = self.folder / f".{name}.npy"
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        """A memory-mapped array filled with `fill`, whose room on the disk is there.
+
+        Raises `InputError` if it is not.
+        """
+        path, kind = self.folder / f".{name}.npy", np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        header = {
+            "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape,
+        }  # fmt: skip
+        try:
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                reserve(file, size)
+            array: Any = np.lib.format.open_memmap(path, mode="r+")
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise disk_error(self.folder / f"{name}.npy", error) from error
         if fill != 0:  # a new file is all zeros
             array[...] = fill
-        self._made[name] = array
+        self.made[name] = array
         return array
 
     def put(self, name: str, array: np.ndarray) -> None:
@@ -139,27 +195,55 @@ class Stage:
         self.create(name, array.shape, array.dtype, 0)[...] = array
 
     def finish(self) -> None:
-        for name, array in self._made.items():
-            array.flush()
-            os.replace(self.folder / f".{name}.npy", self.folder / f"{name}.npy")
+        for name, array in self.made.items():
+            try:
+                array.flush()
+                os.replace(self.folder / f".{name}.npy", self.folder / f"{name}.npy")
+            except OSError as error:
+                raise disk_error(self.folder / f"{name}.npy", error) from error
 
     def discard(self) -> None:
-        for name in self._made:
-            (self.folder / f".{name}.npy").unlink(missing_ok=True)
+        for name in self.made:
+            with suppress(OSError):
+                (self.folder / f".{name}.npy").unlink(missing_ok=True)
 
 
 def read_cards_manifest(path: Path) -> dict[str, Any]:
     """cards.json. Raises `InputError` if it is broken or of another format."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT and isinstance(manifest.get("stages", {}), dict)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the manifest of cards ({error}); delete it") from None
+        manifest = read_json(path, mend_text=True)
+        for key in ("stages", "arrays"):
+            field(manifest, key, dict, path, default={})
+            if manifest.get(key) is None:
+                manifest.pop(key, None)
+        known = field(manifest, "format", int, path) == FORMAT
+        for list_ in manifest.get("arrays", {}).values():
+            if not isinstance(list_, list) or not all(map(_is_name, list_)):
+                raise InputError(f"{path}: 'arrays' are no lists of names")
+    except InputError as error:
+        raise InputError(f"{error}; not the manifest of cards: delete it") from None
     if not known:
         raise InputError(f"{path}: of another version of this program; make the cards again")
     return manifest
+
+
+def _is_name(name: Any) -> bool:
+    """Whether an array may be called so: no path."""
+    return isinstance(name, str) and name.isidentifier()
+
+
+def _check_finished(manifest: dict[str, Any], path: Path) -> None:
+    """Raise `InputError` unless what is read of the manifest of finished cards can be used."""
+    for key in ("coder", "model", "reads", "writes", "gain"):
+        field(manifest, key, str, path)
+    for key, least in (("layer", 0), ("width", 1)):
+        field(manifest, key, int, path, least=least)
+    field(manifest, "tokens", int, path, default=0, least=0)
+    settings = field(manifest, "settings", dict, path)
+    for key in ("top", "groups", "each", "before", "after", "bins", "listed"):
+        field(settings, key, int, path, least=key in ("groups", "bins"), most=1 << 20)
+    for key in ("sources", "compared"):
+        manifest[key] = field(manifest, key, list, path, default=[])
 
 
 class FeatureCards:
@@ -173,9 +257,13 @@ class FeatureCards:
         self.manifest = read_cards_manifest(self.folder / FILE)
         if "examples" not in self.manifest.get("stages", {}):
             raise InputError(f"{folder}: the cards are not finished; run the same command again")
+        _check_finished(self.manifest, self.folder / FILE)
         self._arrays: dict[str, np.ndarray] = {}
 
     def __contains__(self, name: str) -> bool:
+        m = self.manifest
+        if "arrays" in m and not any(name in m["arrays"].get(s, ()) for s in m["stages"]):
+            return False  # of a stage that is being made anew
         return (self.folder / f"{name}.npy").is_file()
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -183,9 +271,15 @@ class FeatureCards:
         if name not in self._arrays:
             path = self.folder / f"{name}.npy"
             try:
-                self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                width = self.manifest.get("width", len(array))
+                if array.dtype.kind not in "iuf" or array.shape[:1] != (width,):
+                    raise ValueError(
+                        f"{array.dtype} {array.shape}, not numbers of {width} features"
+                    )
+            except (OSError, ValueError, EOFError, TypeError) as error:
                 raise InputError(f"{path}: cannot be read ({error}); make it again") from None
+            self._arrays[name] = array
         return self._arrays[name]
 
     def __len__(self) -> int:
@@ -260,29 +354,6 @@ class FeatureCards:
         inside = np.take_along_axis(counts, left, -1)
         share = np.where(inside > 0, (wanted - at) / np.maximum(inside, 1), 0.0)
         return (left + share) / bins * largest[:, None]
-
-
-@contextmanager
-def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
-    """A folder to write into that takes its name, over an old one, if the block ends well.
-
-    marks: glob patterns of files, one of which the old one has; `InputError` if it is another's.
-    """
-    is_ours = any(True for mark in marks for _ in folder.glob(mark))
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
-        raise InputError(
-            f"{folder}: is in the way, and was not made here; move it, or choose another folder"
-        )
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
 
 
 def identity(value: Mapping[str, Any]) -> str:

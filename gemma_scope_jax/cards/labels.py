@@ -22,6 +22,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.strict_json import field, parse_json
 
 FILES = ("labels.json.gz", "labels.json")
@@ -122,7 +123,7 @@ def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     """Write what `build_labels` returned beside a coder, as labels.json.gz; returns its path."""
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
     path = Path(folder) / FILES[0]
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
     return path
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.buckets import write_text
-from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.cards.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.page_data import inert_json, page_template
+from gemma_scope_jax.storage.atomic import new_folder
 
 CHUNK = 32  # features a file
 SHARDS = 128  # files of words

@@ -90,6 +90,7 @@ def cards(
     from gemma_scope_jax.cards.examples import CardSettings
     from gemma_scope_jax.data.document_files import text_files
     from gemma_scope_jax.data.documents import TextData
+    from gemma_scope_jax.storage.atomic import only_writer
 
     if is_remote(out):
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")
@@ -107,18 +108,15 @@ def cards(
         dtype = _dtype_of(filled)
     loaded_model, loaded, tok = load_all(model, coders, dtype, with_model=not published)
     wanted = _wanted(loaded, others, folder, explanations)
-    if published:
-        sources = [_examples(one.coder) for one in wanted]
-    elif filled is not None:
-        sources = [filled] * len(wanted)
-    else:
-        from gemma_scope_jax.extraction.extract import extract
+    with only_writer(folder):
+        if not published and filled is None:
+            from gemma_scope_jax.extraction.extract import extract
 
-        filled = extract(
-            loaded_model, loaded, tok, data, folder / "store", tokens=tokens, length=length
-        )
-        sources = [filled] * len(wanted)
-    _make(loaded_model, tok, wanted, sources, settings, logits, export, folder)
+            filled = extract(
+                loaded_model, loaded, tok, data, folder / "store", tokens=tokens, length=length
+            )
+        sources = [_examples(one.coder) if published else filled for one in wanted]
+        _make(loaded_model, tok, wanted, sources, settings, logits, export, folder)
     print(f"page: {folder / 'index.html'}")
 
 

@@ -55,6 +55,7 @@ def inspect(
     from gemma_scope_jax.cards.inspect_page import inspection_page
     from gemma_scope_jax.cards.inspect_terminal import print_inspection
     from gemma_scope_jax.cards.labels import read_labels
+    from gemma_scope_jax.storage.atomic import write_text
 
     labels = read_labels(loaded_coder.info.folder, loaded_coder.width)
     known = read_explanations(
@@ -65,8 +66,7 @@ def inspect(
             loaded_model, loaded_coder, tok, text, top_k=top_k, labels=labels, explanations=known
         )
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(inspection_page(seen), encoding="utf-8")
+        write_text(html, inspection_page(seen))
     if json:
         print(json_format.dumps(seen.as_dict(), ensure_ascii=False))
     else:

@@ -1,24 +1,23 @@
-"""Writing a folder so that it holds either all of its new files, complete, or none of them.
+"""The files of a coder's folder, which `write_folder` writes all together or not at all.
 
 safetensors files are streamed: a file needs no second copy of its tensors in memory, and tensors
 may be produced chunk by chunk. The bytes are those of the safetensors library.
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
-from etils import epath
 
-from gemma_scope_jax.buckets import is_remote
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.atomic import disk_error, write_folder
+
+__all__ = [
+    "Streamed", "disk_error", "lay_out", "write_array", "write_folder", "write_json",
+    "write_safetensors",
+]  # fmt: skip
 
 # Each dtype's name and bytes in the format, in the order in which the library writes tensors.
 _CODES = {
@@ -80,56 +79,3 @@ def write_array(file: BinaryIO, array: np.ndarray) -> None:
 def write_json(file: BinaryIO, value: Any) -> None:
     """Write a JSON document to an open file."""
     file.write(json.dumps(value).encode())
-
-
-def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    """Create files in a folder (made if missing), each by its writer, and name them at the end.
-
-    They are written under temporary names and renamed, in the order given, when all are complete.
-    If anything fails no name changes and the temporary files go; what the system refuses (a full
-    disk, no permission) raises `InputError`. In a bucket, where a file appears when it is complete,
-    they are written one after the other.
-    """
-    if is_remote(folder):
-        _write_remote(epath.Path(folder), writers)
-        return
-    folder = Path(folder)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
-            with open(temporary[name], "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-        made = False
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
-            if made:
-                folder.rmdir()
-
-
-def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    for name, write in writers.items():
-        try:
-            opened: Any = (folder / name).open("wb")
-            with opened as file:
-                write(file)
-        except (TypeError, InputError):
-            raise
-        except Exception as error:  # the clients raise types of their own
-            raise InputError(f"{folder / name}: cannot be written ({reason(error)})") from error
-
-
-def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
-    """What to tell the user when the system refuses to write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"{path}: no space left on the disk; free some, or choose another folder")
-    return InputError(f"{path}: cannot be written ({error.strerror or error})")

@@ -5,8 +5,6 @@ contiguous, so that reading a row touches its pages and no others. A file appear
 when it is complete and on the disk, and not before.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -18,13 +16,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import WholeFile, is_remote
+from gemma_scope_jax.storage.strict_json import field, parse_json, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "gemma_scope_jax activations", "version": 1}
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
 _CHUNK = 512  # rows summed at a time: they stay in the cache
+_NUMPY = DTYPES | {"float32": np.dtype(np.float32)}
 _CODES = {"bfloat16": "BF16", "int8": "I8", "float32": "F32"}
 _KEYS = {"model", "sites", "dtype", "first", "shard_rows", "data", "rows", "shards", "position",
          "skip", "sums"}  # fmt: skip
@@ -67,12 +67,16 @@ def write_shard(path: Path, manifest: dict, buffers, rows: int, position, skip: 
     number, entries = len(manifest["shards"]), {}
     for site, tensors in buffers.items():
         held = {name: buffer[:, :rows] for name, buffer in tensors.items()}
-        file = path / shard_name(number, site)
-        entries[site] = replace_file(file, tensor_chunks(held))
-        sums = manifest["sums"][site]
-        for layer, (total, squares) in enumerate(_sums(**held)):
-            sums["sum"][layer] = (np.array(sums["sum"][layer]) + total).tolist()
-            sums["squared_norm"][layer] += squares
+        sums, layers = manifest["sums"][site], manifest["sites"][site]["layers"]
+        for i, (total, squares) in enumerate(_sums(**held)):
+            if not np.isfinite(squares):
+                raise InputError(
+                    f"{site} of layer {layers[i]}: the model's activations are not finite; a "
+                    "damaged model, or one that overflows in this dtype"
+                )
+            sums["sum"][i] = (np.array(sums["sum"][i]) + total).tolist()
+            sums["squared_norm"][i] += squares
+        entries[site] = replace_file(path / shard_name(number, site), tensor_chunks(held))
     manifest["shards"].append({"rows": rows, "files": entries})
     manifest |= {"rows": manifest["rows"] + rows, "position": position, "skip": skip}
     write_manifest(path, manifest)
@@ -94,33 +98,13 @@ def _sums(values: np.ndarray, scale: np.ndarray | None = None) -> Iterator[tuple
 
 def replace_file(path: Path, chunks: Iterator[Any]) -> dict[str, Any]:
     """Write a file so that it appears complete; its size and checksum. Lets `OSError` through."""
-    temporary = path.with_name(f".{path.name}.tmp")
     crc = size = 0
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                crc = zlib.crc32(chunk, crc)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with WholeFile(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
     return {"bytes": size, "crc32": crc}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def tensor_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
@@ -142,48 +126,74 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     replace_file(folder / MANIFEST, iter([json.dumps(manifest, indent=1).encode() + b"\n"]))
 
 
-def no_space(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers. Raises `InputError` if there is one."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing here; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_activations_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders without and foreign ones."""
     path = folder / MANIFEST
+    if not path.exists():
+        raise InputError(f"{folder}: holds no activations ({MANIFEST} is missing)")
     try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder}: holds no activations ({MANIFEST} is missing)") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); write the store again") from error
+        manifest = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; write the store again") from error
     if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
         raise InputError(f"{path}: not a manifest of activations of version {FORMAT['version']}")
     if missing := _KEYS - set(manifest):
         raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; write the store again")
+    try:
+        _check_manifest(manifest, path)
+    except InputError as error:
+        raise InputError(f"{error}; write the store again") from error
     return manifest
+
+
+def _check_manifest(m: dict[str, Any], path: Path) -> None:
+    """Raise `InputError` unless everything that is read of a manifest has its type and size."""
+    if (dtype := field(m, "dtype", str, path)) not in DTYPES:
+        raise InputError(f"{path}: dtype is {dtype!r}, not {' or '.join(DTYPES)}")
+    for key, least in (("first", 0), ("shard_rows", 1), ("rows", 0), ("skip", 0)):
+        field(m, key, int, path, least=least)
+    for key in ("name", "dtype", "weights"):
+        field(field(m, "model", dict, path), key, str, path)
+    field(m, "data", dict, path)
+    field(m, "position", dict, path)
+    sites, sums = field(m, "sites", dict, path, least=1), field(m, "sums", dict, path)
+    for site in sites:
+        if not site.isidentifier():  # it is part of file names
+            raise InputError(f"{path}: {site!r} is no site")
+        held, where = field(sites, site, dict, path), f"{path}: {site}"
+        width = field(held, "width", int, where, least=1)
+        layers = field(held, "layers", list, where)
+        if not layers or not all(_is_whole(layer) for layer in layers):
+            raise InputError(f"{where}: layers are {layers}, not whole numbers")
+        for key, shape in (("sum", (len(layers), width)), ("squared_norm", (len(layers),))):
+            if not _has_shape(field(field(sums, site, dict, path), key, list, where), shape):
+                raise InputError(f"{where}: {key} does not hold numbers {list(shape)}")
+    rows = 0
+    for shard in field(m, "shards", list, path):
+        rows += field(shard, "rows", int, path, least=1)
+        entries = field(shard, "files", dict, path)
+        if set(entries) != set(sites):
+            raise InputError(f"{path}: a shard holds {sorted(entries)}, not {sorted(sites)}")
+        for site in entries:
+            for key in ("bytes", "crc32"):
+                field(entries[site], key, int, path, least=0)
+    if rows != m["rows"]:
+        raise InputError(f"{path}: its shards hold {rows} rows, not {m['rows']}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _has_shape(numbers: list, shape: tuple[int, ...]) -> bool:
+    try:
+        found = np.asarray(numbers)
+    except ValueError:  # lists of several lengths
+        return False
+    return found.dtype.kind in "iuf" and found.shape == shape
 
 
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -201,31 +211,54 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def checksum(path: Path) -> int:
-    """crc32 of a file."""
+    """crc32 of a file. Raises `InputError` if it cannot be read."""
     crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            crc = zlib.crc32(chunk, crc)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                crc = zlib.crc32(chunk, crc)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return crc
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
+def map_tensors(path: Path, manifest: Mapping[str, Any], site: str, rows: int) -> dict[str, Any]:
     """The tensors of a shard's file, memory-mapped. Raises `InputError` for a foreign file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= 4096:  # ours has two short entries
                 raise ValueError("not a shard's header")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), path)
         whole = np.memmap(path, np.uint8, "r", offset=8 + length)
-        return {name: _tensor(whole, **entry) for name, entry in header.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a complete shard of activations ({error})") from error
+        return _tensors(whole, header, manifest, site, rows)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a complete shard of activations ({reason})") from error
 
 
-def _tensor(whole: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    kinds = {"BF16": DTYPES["bfloat16"], "I8": DTYPES["int8"], "F32": np.dtype(np.float32)}
-    kind, (start, stop) = kinds[dtype], data_offsets
-    if stop - start != math.prod(shape) * kind.itemsize or stop > len(whole):
-        raise ValueError("shape and size differ")
-    return np.asarray(whole)[start:stop].view(kind).reshape(shape)
+def _tensors(
+    whole: np.ndarray, header: dict, manifest: Mapping[str, Any], site: str, rows: int
+) -> dict[str, np.ndarray]:
+    """The tensors that a shard of a store must have, in any order, without gaps or overlaps."""
+    held, kind = manifest["sites"][site], manifest["dtype"]
+    layers = len(held["layers"])
+    wanted = {"values": (kind, [layers, rows, held["width"]])}
+    if kind == "int8":
+        wanted["scale"] = ("float32", [layers, rows])
+    if set(header) != set(wanted):
+        raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
+    found, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = wanted[name]
+        start, stop = entry["data_offsets"]
+        size = math.prod(shape) * _NUMPY[dtype].itemsize
+        if (entry["dtype"], entry["shape"]) != (_CODES[dtype], shape):
+            raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {shape}")
+        if (start, stop) != (end, end + size):
+            raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {end + size}")
+        end = stop
+        found[name] = np.asarray(whole)[start:stop].view(_NUMPY[dtype]).reshape(shape)
+    if end != len(whole):
+        raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
+    return found

@@ -32,6 +32,7 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import disk_error, no_space, only_writer
 
 _OPEN_FILES = 128
 
@@ -69,17 +70,15 @@ def write_activations(
         raise InputError(f"tokens {tokens} and shard_rows {shard_rows} must be at least 1")
     path = files.local_folder(folder)
     manifest = _new_manifest(model, batches, sites, dtype, shard_rows, first)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with files.only_writer(path):
+    with only_writer(path):
+        try:
             manifest = _continued(path, manifest)
             if manifest["rows"] < tokens:
                 _write(model, batches, path, manifest, tokens)
-    except OSError as error:
-        if not files.no_space(error):
-            reason = error.strerror or error
-            raise InputError(f"{path}: cannot be written ({reason})") from error
-        raise _full(path, manifest, tokens) from error
+        except OSError as error:
+            if not no_space(error):
+                raise disk_error(path, error) from error
+            raise _full(path, manifest, tokens) from error
     return ActivationStore(path)
 
 
@@ -231,7 +230,7 @@ def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), -1) / 127.0
     steps = x / jnp.where(scale > 0, scale, 1.0)[..., None]
-    return {"values": jnp.round(steps).astype(jnp.int8), "scale": scale}
+    return {"values": jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), "scale": scale}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -330,7 +329,11 @@ class ActivationStore:
         """A shard's tensors; the files used last stay open."""
         key = (shard, site)
         if key not in self._maps:
-            self._maps[key] = files.map_tensors(self.folder / files.shard_name(*key))
+            path, rows = (
+                self.folder / files.shard_name(*key),
+                self.manifest["shards"][shard]["rows"],
+            )
+            self._maps[key] = files.map_tensors(path, self.manifest, site, rows)
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)

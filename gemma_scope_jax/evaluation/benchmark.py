@@ -46,6 +46,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import only_writer
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt
@@ -116,8 +117,14 @@ class Job:
 def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """Measure what has not been measured; the results of each job, {subject: result}.
 
-    Raises `InputError` for a result file that is not one.
+    Raises `InputError` for a result file that is not one, and while another process measures into
+    the folder.
     """
+    with only_writer(bench.folder):
+        return _run_jobs(bench, jobs)
+
+
+def _run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
     stored = [_stored(job, bench, keys) for job in jobs]
     found = [{subject: r["result"] for subject, r in had.items()} for had in stored]
@@ -139,7 +146,6 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             s: {"key": keys.get(s, ""), "result": r} for s, r in new.items()
         }
         path = job.path(bench)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(document, ensure_ascii=False) + "\n")
     return found
 
@@ -385,7 +391,6 @@ def _word_activations(
     """
     where = hashlib.blake2b(repr(places).encode(), digest_size=4).hexdigest()
     folder = job.path(bench).with_suffix("") / f"activations-{where}"
-    folder.mkdir(parents=True, exist_ok=True)
     lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
     parts = []
     for start in range(0, len(task.prompts), CHUNK):

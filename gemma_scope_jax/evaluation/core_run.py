@@ -5,6 +5,7 @@ so far, saved every minute. The text is the same each time, so a run that goes o
 of one that was never killed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -43,6 +44,7 @@ from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import only_writer
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 
@@ -62,8 +64,17 @@ def evaluate_core(
     config  `core.core_config` of data and plan
     out     a folder, local or gs://, for documents and plots: those that are there are not measured
             again, and the records of single features are left to the files; "": nothing is written
-    Raises `InputError` for coders that do not fit, and documents made with another config.
+    Raises `InputError` for coders that do not fit, documents made with another config, and while
+    another process fills the folder.
     """
+    with only_writer(folder_path(out)) if out else contextlib.nullcontext():
+        return _evaluate_core(model, coders, data, plan, config, out, replacement)
+
+
+def _evaluate_core(
+    model: Model, coders: Sequence[Coder], data: EvaluationText, plan: Plan,
+    config: dict[str, Any], out: str, replacement: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
     configs = [{**config, "coder_weights": weights_identity(c)} for c in coders]
     ids = [coder_id(c) for c in coders]
     if repeated := [i for i in ids if ids.count(i) > 1]:
@@ -190,7 +201,6 @@ class _Saved:
         arrays: dict[str, Any] = measured.arrays() | work.arrays()
         data = io.BytesIO()
         np.savez(data, **arrays)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self.path, data.getvalue())
 
     def remove(self) -> None:

@@ -256,5 +256,4 @@ def _save(plt: Any, fig: Any, path: str | os.PathLike) -> None:
     fig.savefig(image, dpi=120, format="png")
     plt.close(fig)
     path = folder_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, image.getvalue())

@@ -82,7 +82,6 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
     path = result_path(
         folder, result["eval_type_id"], result["sae_lens_release_id"], result["sae_lens_id"]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return path
 

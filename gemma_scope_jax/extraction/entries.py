@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_scope_jax.errors import InputError
+
 PART = 1 << 18  # entries after which a block ends, at the end of a token or a feature
 VALUES = ("float16", "float32")
+_LONGEST = 1 << 27  # bytes of a plane: a block has `PART` entries, or one list
 _TRIED = 4096  # bytes that tell whether more are worth compressing
 
 
@@ -94,9 +97,20 @@ def expand(data: bytes, dtype: str) -> np.ndarray:
     for _ in range(kind.itemsize):
         size, plain = divmod(int.from_bytes(data[at : at + 4], "little"), 2)
         part = data[at + 4 : at + 4 + size]
-        planes.append(np.frombuffer(part if plain else zlib.decompress(part), np.uint8))
+        planes.append(np.frombuffer(part if plain else inflate(part, _LONGEST), np.uint8))
         at += 4 + size
     return np.ascontiguousarray(np.stack(planes).T).reshape(-1).view(kind)
+
+
+def inflate(data: bytes, most: int) -> bytes:
+    """What zlib compressed, if no more than `most` bytes. Raises `ValueError` or `zlib.error`."""
+    expander = zlib.decompressobj()
+    found = expander.decompress(data, most)
+    if expander.unconsumed_tail:
+        raise ValueError(f"it is more than {most:,} bytes")
+    if not expander.eof:
+        raise ValueError("it is cut short")
+    return found
 
 
 def differences(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -118,7 +132,10 @@ def store_values(values: np.ndarray, kind: str) -> tuple[np.ndarray, int]:
     """Positive float32 values as they are stored, and the exponent of two to scale them by."""
     if kind == "float32":
         return values, 0
-    exponent = math.frexp(float(values.max()))[1] - 15 if values.size else 0
+    largest = float(values.max()) if values.size else 0.0
+    if not math.isfinite(largest):
+        raise InputError("a feature's activation is not finite: a damaged coder, or a wrong one")
+    exponent = math.frexp(largest)[1] - 15 if values.size else 0
     halves = np.ldexp(values, -exponent).astype(np.float16)
     return np.maximum(halves, np.float16(6e-8)), exponent  # what is active stays above zero
 

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.coders.atomic_files import lay_out, write_array, write_folder, write_json
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.store import FeatureStore, Segment
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import new_folder, write_text
 
 FORMATS = ("parquet", "delphi")
 _HELD = 50_000_000  # entries of a delphi file, which delphi reads whole
@@ -29,27 +29,34 @@ def export_store(
 
     splits  files that delphi's features are split into; default: as many as keep 50 million
             activations in each
-    Raises `InputError` for other formats, a folder that holds something, a missing package.
+    Raises `InputError` for other formats, a folder that holds something, a missing package and a
+    full disk; then nothing stays.
     """
     path = Path(folder).expanduser()
     if format not in FORMATS:
         raise InputError(f"stores are exported as {' or '.join(FORMATS)}, not {format!r}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: holds something already; choose a new folder")
-    path.mkdir(parents=True, exist_ok=True)
-    if format == "parquet":
-        _parquet(store, path)
-    else:
-        _delphi(store, path, splits)
+    with new_folder(path) as new:
+        if format == "parquet":
+            _parquet(store, new)
+        else:
+            _delphi(store, new, splits)
     return path
 
 
 def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
-    """(coder, layer, width, column name) of everything that is stored."""
-    short = [os.path.basename(name.rstrip("/")) for name in store.coders]
-    for coder, name in zip(store.manifest["coders"], short):
-        if short.count(name) > 1:  # whole names where the last parts are alike
-            name = coder["name"].strip("/")
+    """(coder, layer, width, column name) of everything that is stored. Names are folders' names:
+    of one that climbs, as ../coders/one does, that part is left out.
+    """
+    whole = [[p for p in name.split("/") if p.strip(".")] or ["coder"] for name in store.coders]
+    short = [parts[-1] for parts in whole]
+    names = [
+        name if short.count(name) == 1 else "/".join(parts) for name, parts in zip(short, whole)
+    ]
+    for number, (coder, name) in enumerate(zip(store.manifest["coders"], names)):
+        if names.count(name) > 1:
+            name = f"{name}-{number}"
         for layer in coder["layers"]:
             several = f"/layer_{layer}" * (len(coder["layers"]) > 1)
             yield coder["name"], layer, coder["width"], name + several
@@ -83,9 +90,8 @@ def _parquet(store: FeatureStore, folder: Any) -> None:
             ends = pa.array(offsets.astype(np.int32))
             columns[f"{name}.features"] = pa.ListArray.from_arrays(ends, pa.array(ids))
             columns[f"{name}.values"] = pa.ListArray.from_arrays(ends, pa.array(values))
-        file = folder / f"features-{number:05d}.parquet"
-        parquet.write_table(pa.table(columns), file.with_suffix(".tmp"), compression="zstd")
-        file.with_suffix(".tmp").replace(file)
+        with open(folder / f"features-{number:05d}.parquet", "wb") as file:
+            parquet.write_table(pa.table(columns), file, compression="zstd")
         done += len(segment)
         progress.at(done)
     write_text(folder / "manifest.json", json.dumps(store.manifest, indent=1))

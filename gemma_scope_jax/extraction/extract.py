@@ -21,7 +21,6 @@ import numpy as np
 
 from gemma_scope_jax.buckets import folder_path, is_remote
 from gemma_scope_jax.coders.coder import layers_of
-from gemma_scope_jax.data.activation_files import no_space
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.evaluate import check_fits
@@ -31,7 +30,7 @@ from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.active import Coder
 from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.runner import Runner
-from gemma_scope_jax.extraction.shard_files import ShardWriter, remove_leftovers, shard_name
+from gemma_scope_jax.extraction.shard_files import ShardWriter, shard_name
 from gemma_scope_jax.extraction.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
@@ -39,6 +38,7 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import in_turn, no_space
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
@@ -89,19 +89,18 @@ def extract(
                  share=share)  # fmt: skip
     path = folder_path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not is_remote(path):
-            remove_leftovers(path)  # type: ignore[arg-type]
-        plan = manifests.agree(path, job, tokens)
-        left = manifests.missing(path, plan)
-        if left:
-            (path / manifests.INDEX).unlink(missing_ok=True)
+        with in_turn(path):  # several processes fill the folder, and must agree on what with
+            plan = manifests.agree(path, job, tokens)
+            left = manifests.missing(path, plan)
+            if left:
+                (path / manifests.INDEX).unlink(missing_ok=True)
         mine = [shard for shard in left if shard % share[1] == share[0]]
         if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
             _write(model, named, path, plan, mine, job)
         hosts.wait(model)
-        manifests.finish(path, plan, job)
+        with in_turn(path):
+            manifests.finish(path, plan)
     except InputError:
         raise
     except OSError as error:
@@ -211,7 +210,7 @@ def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.J
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
     ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(job.describe()), None
+    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,

@@ -14,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
+from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
@@ -46,7 +48,7 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
         data = {
-            "text": self.text.fingerprint, "files": list(self.text.data.files),
+            "text": self.text.fingerprint, "files": [shown(name) for name in self.text.data.files],
             "tfds": self.text.data.tfds, "seed": self.text.seed, "rows": self.rows,
             "length": self.length,
             "roles": list(self.text.data.roles) if self.text.data.messages else None,
@@ -107,7 +109,7 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
     old = read_features_manifest(folder)
     for key, value in job.describe().items():
-        if old[key] != value:
+        if _content(old[key]) != _content(value):
             raise InputError(
                 f"{folder}: holds features of another {key} ({_difference(old[key], value)}); "
                 "choose another folder"
@@ -140,8 +142,16 @@ def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
     return plan_of(new, job)
 
 
+def _content(value: Any) -> Any:
+    """Of what a manifest says: without where files lie, as the text has a fingerprint."""
+    if isinstance(value, dict):
+        return {key: v for key, v in value.items() if key != "files"}
+    return value
+
+
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
+        old, new = _content(old), _content(new)
         key = next(k for k in new if old.get(k) != new[k])
         return f"{key} {_difference(old.get(key), new[key])}"
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -163,38 +173,51 @@ def _versions() -> dict[str, str]:
 def read_features_manifest(folder: Any) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders that have none, or another's."""
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); extract again") from error
+    if not path.exists():
+        raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)")
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
         raise InputError(f"{path}: not the manifest of sparse features, version 1")
     wanted = {*_SAME, "tokens", "documents", "per_shard", "mean"}
     if lacking := wanted - set(manifest):
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}; extract again")
-    if not _is_sound(manifest):
-        raise InputError(f"{path}: is damaged; extract into another folder")
+    try:
+        _check_manifest(manifest, path)
+    except InputError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: is damaged ({why}); extract into another folder") from error
     return manifest
 
 
-def _is_sound(manifest: dict[str, Any]) -> bool:
-    """Whether what is read of a manifest has the types and sizes that it must have."""
-    whole = lambda v, least: isinstance(v, int) and v >= least
-    coders, known = manifest["coders"], {"name": str, "layers": list, "width": int, "first": int}
-    return (
-        isinstance(coders, list)
-        and len(coders) > 0
-        and all(isinstance(c, dict) for c in coders)
-        and all(isinstance(c.get(k), kind) for c in coders for k, kind in known.items())
-        and all(isinstance(manifest[k], dict) for k in ("model", "data"))
-        and whole(manifest["documents"], 1)
-        and whole(manifest["per_shard"], 1)
-        and (manifest["tokens"] is None or whole(manifest["tokens"], 1))
-        and all(isinstance(manifest.get(k, 1), int | float) for k in ("mean", "share"))
-        and (manifest.get("shuffled") is None or whole(manifest["shuffled"], 1))
-    )
+def _check_manifest(m: dict[str, Any], path: Any) -> None:
+    """Raise `InputError` unless what is read of a manifest has its type and size."""
+    for coder in field(m, "coders", list, path, least=1):
+        for key in ("name", "reads", "writes", "kind", "weights"):
+            field(coder, key, str, path)
+        for key, least in (("width", 1), ("first", 0)):
+            field(coder, key, int, path, least=least, most=1 << 40)
+        layers = field(coder, "layers", list, path, least=1)
+        if not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise InputError(f"layers {layers}")
+        field(coder, "l0", float, path, default=None)
+    for key in ("name", "dtype", "weights"):
+        field(field(m, "model", dict, path), key, str, path)
+    data = field(m, "data", dict, path)
+    for key in ("rows", "length"):
+        field(data, key, int, path, least=1, most=1 << 40)
+    for name in field(data, "files", list, path, default=[]):
+        if not isinstance(name, str):
+            raise InputError(f"files {name!r}")
+    field(data, "text", str, path)
+    if field(m, "values", str, path) not in VALUES:
+        raise InputError(f"values {m['values']!r}")
+    for key, default in (
+        ("documents", None), ("per_shard", None), ("tokens", 1), ("shuffled", 1)
+    ):  # fmt: skip
+        given = {} if default is None else {"default": default}
+        field(m, key, int, path, least=1, most=1 << 40, **given)
+    for key in ("mean", "share"):
+        field(m, key, float, path, default=1.0, least=0)
 
 
 def shards_there(folder: Any) -> list[int]:
@@ -214,14 +237,14 @@ def missing(folder: Any, plan: Plan) -> list[int]:
     return [shard for shard in range(plan.shards) if shard not in there]
 
 
-def finish(folder: Any, plan: Plan, job: Job) -> bool:
+def finish(folder: Any, plan: Plan) -> bool:
     """Write the index if every shard is there, and whole; returns whether it is.
 
     A shard that was made for fewer documents is removed, to be made anew.
     """
     if missing(folder, plan):
         return False
-    wanted = digest(job.describe())
+    wanted = digest(read_features_manifest(folder))
     if _holds(folder, plan.documents):
         return True
     shards = []
@@ -259,17 +282,25 @@ def summary(shard: Shard, store: str) -> dict[str, Any]:
 def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
     """The shards' summaries, in order; None while the store of `documents` is not complete."""
     path = folder / INDEX
-    try:
-        shards = json.loads(path.read_text())["shards"]
-        fine = all(
-            {"shard", "bytes", "documents", "segments", "entries"} <= set(s)
-            and all(len(size) == 2 for size in s["segments"])
-            for s in shards
-        )
-        return shards if fine and sum(s["documents"] for s in shards) == documents else None
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); delete it and extract again"
-        ) from error
+    try:
+        shards, total = field(read_json(path), "shards", list, path), 0
+        for shard in shards:
+            for key in ("shard", "bytes", "documents"):
+                field(shard, key, int, path, least=0, most=1 << 40)
+            for size in field(shard, "segments", list, path):
+                if not _are_whole(size) or len(size) != 2:
+                    raise InputError(f"{path}: a segment is {size}")
+            if not _are_whole(field(shard, "entries", list, path)):
+                raise InputError(f"{path}: entries are {shard['entries']}")
+            total += shard["documents"]
+    except InputError as error:
+        raise InputError(f"{error}; delete it and extract again") from error
+    return shards if total == documents else None
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= 1 << 40 for value in values
+    )

@@ -20,34 +20,37 @@ name when it is whole, and not before.
 """
 
 import collections
-import contextlib
 import functools
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from gemma_scope_jax.buckets import is_remote, temporary_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.entries import (
     Entries,
     by_feature,
     differences,
     expand,
+    inflate,
     joined,
     parts_of,
     size_of,
     squeeze,
     store_values,
 )
+from gemma_scope_jax.storage.atomic import WholeFile
+from gemma_scope_jax.storage.strict_json import field, parse_json
 
 MAGIC = b"GSJFEAT1"
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
+_FOOTER = 1 << 28  # bytes that a footer has at the most
+_MOST = 1 << 40
+_DTYPES = ("<i4", "|u1", "<u2", "<u4", "<f2", "<f4")
 _TAIL = 16  # bytes of the footer's size and checksum, and the magic
 
 
@@ -74,8 +77,7 @@ class ShardWriter:
     ):
         self.path, self.widths, self.values = path, widths, values
         self._pool, self._ahead = pool, ahead
-        self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
-        self._file: BinaryIO = self._temporary.open("wb")
+        self._whole = WholeFile(path)
         self._at = 0
         self._segments: list[dict] = []
         self._held: list[tuple] = []
@@ -96,15 +98,10 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        for job in (job for jobs in self._coding for job in jobs):
+        for job in (job for _, jobs in self._coding for job in jobs):
             job.cancel()
-        with contextlib.suppress(Exception):
-            if hasattr(self._file, "discard"):  # a bucket's: closing would make the object
-                self._file.discard()  # type: ignore[attr-defined]
-            self._file.close()
-        if self._temporary != self.path:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink(missing_ok=True)
+        self._coding.clear()
+        self._whole.discard()
 
     def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> None:
         """A batch.
@@ -135,16 +132,11 @@ class ShardWriter:
         self._write(data)
         self._write(len(data).to_bytes(4, "little") + zlib.crc32(data).to_bytes(4, "little"))
         self._write(MAGIC)
-        if not is_remote(self._temporary):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if self._temporary != self.path:
-            self._temporary.replace(self.path)
+        self._whole.commit()
         return footer
 
     def _write(self, data: Any) -> None:
-        self._file.write(data)
+        self._whole.file.write(data)
         self._at += len(data)
 
     def _flush(self) -> None:
@@ -231,24 +223,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.features"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what processes of this machine that have died were writing in a local folder."""
-    for path in folder.glob(f".shard-*.{os.uname().nodename}.*.tmp"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 # -------------------------------------------------------------------------------------------------
 # Reading
 
@@ -285,10 +259,49 @@ class Shard:
             raise self._damaged("it does not begin as a shard of features")
         if zlib.crc32(data) != crc:
             raise self._damaged("its footer")
-        footer = json.loads(zlib.decompress(data))
-        if footer.get("version") != 1:
-            raise InputError(f"{self.path}: version {footer.get('version')} is not known, 1 is")
+        try:
+            footer = parse_json(inflate(data, _FOOTER), self.path, mend_text=True)
+            version = field(footer, "version", int, self.path)
+            if version == 1:
+                self._check_footer(footer)
+        except (zlib.error, ValueError) as error:
+            why = str(error).removeprefix(f"{self.path}: ")
+            raise self._damaged(f"its footer: {why}") from error
+        if version != 1:
+            raise InputError(f"{self.path}: version {version} is not known, 1 is")
         return footer
+
+    def _check_footer(self, footer: dict[str, Any]) -> None:
+        """Raise `InputError` unless what is read of a footer has its type and size."""
+        path = self.path
+        whole = lambda value, most=_MOST: type(value) is int and 0 <= value <= most
+        lists = field(footer, "lists", int, path, least=1, most=_MOST)
+        field(footer, "shard", int, path, least=0, most=_MOST)
+        documents = field(footer, "documents", list, path)
+        if not all(
+            isinstance(d, list) and len(d) == 3 and whole(d[0]) and isinstance(d[1], str)
+            and whole(d[2]) for d in documents
+        ):  # fmt: skip
+            raise InputError("documents are not [number, place, tokens]")
+        for segment in field(footer, "segments", list, path):
+            tokens = field(segment, "tokens", int, path, least=1, most=_MOST)
+            field(segment, "counted", int, path, least=0, most=tokens)
+            for block in field(segment, "blocks", dict, path).values():
+                if not isinstance(block, list) or len(block) != 4:
+                    raise InputError(f"a block is {str(block)[:60]}")
+                at, length, crc, dtype = block
+                if not (whole(at) and whole(length, self.size - at) and whole(crc)):
+                    raise InputError("a block lies outside of the file")
+                if dtype not in _DTYPES:
+                    raise InputError(f"a block's dtype is {dtype!r}")
+            coders = field(segment, "coders", list, path, least=lists, most=lists)
+            for coder in coders:
+                field(coder, "entries", int, path, least=0, most=_MOST)
+                field(coder, "exponent", int, path, least=-1000, most=1000)
+                for key in ("token_parts", "parts"):
+                    ends = field(coder, key, list, path, least=1)
+                    if not all(map(whole, ends)) or ends != sorted(set(ends)):
+                        raise InputError(f"{key} {ends} do not ascend")
 
     def _damaged(self, what: str) -> InputError:
         return InputError(f"{self.path}: damaged ({what}); delete it and extract again")
@@ -296,6 +309,8 @@ class Shard:
     def blocks(self, segment: int, names: Sequence[str]) -> list[np.ndarray]:
         """Some arrays of a segment, by their names."""
         entries, found = self.footer["segments"][segment]["blocks"], []
+        if missing := [name for name in names if name not in entries]:
+            raise self._damaged(f"segment {segment} has no block {missing[0]}")
         everything = self._bytes([entries[name] for name in names])
         for name, data in zip(names, everything, strict=True):
             at, _, crc, dtype = entries[name]
@@ -334,5 +349,8 @@ class Shard:
         """int64 [F]: on how many tokens of the shard each feature is active."""
         total = np.zeros(width, np.int64)
         for segment in range(len(self.footer["segments"])):
-            total += self.blocks(segment, [f"{coder}.fired"])[0]
+            fired = self.blocks(segment, [f"{coder}.fired"])[0]
+            if fired.shape != (width,):
+                raise self._damaged(f"segment {segment} is of {len(fired)} features, not {width}")
+            total += fired
         return total

@@ -26,7 +26,7 @@ from gemma_scope_jax.data.text import (
     fingerprint,
     map_ahead,
 )
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
 
 SAMPLE = 2_000_000  # tokens counted before the start: a target up to here is met to the document
 FEW = 200_000  # likewise where all the text is wanted
@@ -201,7 +201,7 @@ class Plan:
 
         def pieces() -> Iterator[Piece]:
             for place, (_, number, where, ids, counts) in enumerate(encoded):
-                documents.append((number, where, len(ids)))
+                documents.append((number, shown(where), len(ids)))
                 yield Piece(0, place, ids, counts)
 
         place = offset = 0

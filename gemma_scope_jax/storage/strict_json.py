@@ -52,7 +52,7 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
     return value
 
 
-def read_json(path: Any) -> Any:
+def read_json(path: Any, *, mend_text: bool = False) -> Any:
     """`parse_json` of a file (anything with `read_bytes`). Raises `InputError` if there is none."""
     try:
         data = path.read_bytes()
@@ -60,7 +60,7 @@ def read_json(path: Any) -> Any:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return parse_json(data, path)
+    return parse_json(data, path, mend_text=mend_text)
 
 
 def field(
@@ -92,7 +92,7 @@ def field(
     if not least <= size <= most:
         bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
         raise InputError(f"{os.fspath(where)}: {key} is {_said(value)}, expected {bounds}")
-    return float(value) if kind is float else value
+    return float(value) if kind is float else value  # type: ignore[arg-type]
 
 
 def _said(value: Any) -> str:

@@ -3,12 +3,14 @@
 import io
 import json
 import math
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO
 
 from etils import epath
 
-from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.training.measure import doubt
+from gemma_scope_jax.training.progress import read_log
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
@@ -21,15 +23,23 @@ def write_card(
 
     `tokens`: how many were read in the end.
     """
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [row for _, row in read_log(log)] if log.exists() else []
     saved = rows[-1].get("saved", {}).get(name) if rows else None
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
-    write_text(folder / "train_config.json", json.dumps(as_json(config), indent=1) + "\n")
     picture = _plot(rows)
+    files = {"train_config.json": (json.dumps(as_json(config), indent=1) + "\n").encode()}
     if picture:
-        write_bytes(folder / "curves.png", picture)
-    text = _text(name, config, rows, tokens, saved, bool(picture))
-    write_text(folder / "README.md", text)
+        files["curves.png"] = picture
+    files["README.md"] = _text(name, config, rows, tokens, saved, bool(picture)).encode(
+        errors="backslashreplace"
+    )
+    write_folder(folder, {n: partial(_write, data) for n, data in files.items()})
+    if not picture:  # of an earlier save
+        (folder / "curves.png").unlink(missing_ok=True)
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def _text(name: str, config: TrainConfig, rows: list, tokens: int, saved, picture: bool) -> str:
@@ -101,7 +111,7 @@ def _plot(rows: list) -> bytes | None:
         return None
     figure: Any = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES):
-        values = [math.nan if parts[key] is None else parts[key] for _, parts in rows]
+        values = [parts[key] for _, parts in rows]
         axes.plot([t / 1e6 for t, _ in rows], values, lw=1)
         axes.set(title=title, xlabel="million tokens")
         later = values[len(values) // 50 :]  # the first few can be ten times the rest

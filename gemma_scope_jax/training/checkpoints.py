@@ -28,8 +28,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(folder, options=options)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, int, Any] | None:
-        """(state, passes done, position in the data): the newest that can be read; None: none yet.
+    def restore(self, like: TrainState) -> tuple[TrainState, int, Any, Any] | None:
+        """(state, passes done, position in the data, `made_with`): the newest that can be read;
+        None: none yet.
 
         `like` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s). A damaged checkpoint is
         named, set aside and the one before it taken. Raises `InputError` if none is left whole, and
@@ -45,7 +46,8 @@ class Checkpoints:
                         state=self.args.StandardRestore(_raw(like)), data=self.args.JsonRestore()
                     ),
                 )
-                found = _keyed(both["state"]), step, both["data"]["positions"]
+                data = both["data"]
+                found = _keyed(both["state"]), step, data["positions"], data.get("made_with")
             except Exception as error:  # whatever Orbax and the file system raise for bad files
                 why = reason(error)
                 if "tree structures do not match" in why:
@@ -59,13 +61,13 @@ class Checkpoints:
                         f"{self.folder / str(step)}: cannot be read now ({why}); nothing was lost, "
                         "run the same command again once that is mended"
                     ) from error
-            if _everywhere(found is not None):
+            if everywhere(found is not None):
                 return found
             if jax.process_index() == 0:
                 aside = _free(self.folder.parent / f"damaged-checkpoint-{step}")
                 (self.folder / str(step)).rename(aside)
                 print(f"{aside}: damaged, set aside ({why})", file=sys.stderr)
-            _everywhere(True)  # wait for it
+            everywhere(True)  # wait for it
             self.manager.reload()
         if steps:
             raise InputError(
@@ -74,10 +76,13 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, state: TrainState, positions: Any, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: TrainState, positions: Any, made_with: Any, wait: bool = False
+    ) -> None:
         """Save in the background what the state is now; it may be donated right afterwards.
 
-        Raises `InputError` when it cannot be written, a full disk say; earlier ones are kept.
+        positions, made_with: JSON that `restore` gives back. Raises `InputError` when it cannot be
+        written, a full disk say; earlier ones are kept.
         """
         if jax.default_backend() == "cpu":  # where a host copy would be the same memory
             state = jax.tree.map(jnp.copy, state)
@@ -85,7 +90,7 @@ class Checkpoints:
             if step not in self.manager.all_steps():
                 both = self.args.Composite(
                     state=self.args.StandardSave(_raw(state)),
-                    data=self.args.JsonSave({"positions": positions}),
+                    data=self.args.JsonSave({"positions": positions, "made_with": made_with}),
                 )
                 self.manager.save(step, args=both, force=True)
             if wait:
@@ -109,7 +114,7 @@ def _is_no_damage(error: BaseException) -> bool:
     return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
-def _everywhere(flag: bool) -> bool:
+def everywhere(flag: bool) -> bool:
     """Whether the flag is set on every host; all wait for all."""
     if jax.process_count() == 1:
         return flag

@@ -2,6 +2,7 @@
 
 A feed gives batches with the position after each (JSON, for checkpoints), and a compiled step that
 takes one: `step(state, batch, started)` -> (state, parts of the loss, None before they started).
+`made_with` tells the model whose activations they are from others, by its weights.
 `ready` tells whether the coders can start, from what `sample` gives. With several hosts each reads
 the same text and keeps its rows, so that their number changes neither results nor checkpoints.
 """
@@ -20,6 +21,7 @@ from gemma_scope_jax.data.activation_store import ActivationStore
 from gemma_scope_jax.data.text import TokenBatches, prefetch
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 from gemma_scope_jax.training import end_to_end
 from gemma_scope_jax.training import step as steps
@@ -87,6 +89,7 @@ class TextFeed:
 
     def __init__(self, plan: steps.Plan, model: Model, data: Any = None):
         self.plan, self.model, self.data = plan, model, data
+        self.made_with = model_identity(model)
         places = steps.placement(plan, model.config)
         self.fill = jax.jit(partial(fill_step, plan=plan), donate_argnums=0, out_shardings=places)
         self.train = jax.jit(
@@ -127,6 +130,7 @@ class StoreFeed:
         self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
         _check_store(self.store, plan.config, model)
         self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)
+        self.made_with = self.store.manifest["model"]
         places = steps.placement(plan, model.config)
         self.train = jax.jit(
             partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)

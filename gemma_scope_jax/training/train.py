@@ -31,10 +31,12 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
+from gemma_scope_jax.storage.atomic import make_folder, only_writer
+from gemma_scope_jax.storage.strict_json import read_json
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
-from gemma_scope_jax.training.checkpoints import Checkpoints
+from gemma_scope_jax.training.checkpoints import Checkpoints, everywhere
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
 from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
@@ -83,20 +85,36 @@ def train(
     not fit.
     """
     out = folder_path(out)
-    _check_folder(config, out)
-    mesh = _mesh(config)
-    model = model or _model(config, mesh)
-    _check_layers(config, model)
-    run = _Run(config, out, model, mesh, data)
-    try:
-        return run.finish(*run.loop())
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(
-            f"{out}: no room left on the disk ({error}); checkpoints written before are whole, so "
-            "make room and run the same command again"
-        ) from error
+    with _only_run(out):
+        _check_folder(config, out)
+        mesh = _mesh(config)
+        model = model or _model(config, mesh)
+        _check_layers(config, model)
+        run = _Run(config, out, model, mesh, data)
+        try:
+            return run.finish(*run.loop())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise InputError(
+                f"{out}: no room left on the disk ({error}); checkpoints written before are whole, "
+                "so make room and run the same command again"
+            ) from error
+
+
+@contextlib.contextmanager
+def _only_run(out: epath.Path) -> Iterator[None]:
+    """Hold the run's folder: the first of its hosts does, and all of them learn how that went."""
+    with contextlib.ExitStack() as held:
+        refused = None
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(only_writer(out))
+            except InputError as error:
+                refused = error
+        if not everywhere(refused is None):
+            raise refused or InputError(f"{out}: the first host may not write there")
+        yield
 
 
 def _model(config: TrainConfig, mesh: Any) -> Model:
@@ -148,7 +166,8 @@ def _check_layers(config: TrainConfig, model: Model) -> None:
                 raise InputError(f"layer {layer}: the model has 0..{model.config.layers - 1}")
 
 
-FREE = ("checkpoint_every", "keep", "track", "mesh")  # of a config, what does not decide results
+# Of a config, what does not decide results, or is told by its content: see `_Run.check_same`.
+FREE = ("checkpoint_every", "keep", "track", "mesh", "model", "store")
 
 
 def _differences(there: Any, here: dict) -> list[str]:
@@ -164,7 +183,8 @@ def _differences(there: Any, here: dict) -> list[str]:
         return given
 
     there, here = whole(there, default), whole(here, default)
-    return [k for k in there if k not in FREE and there[k] != here.get(k)]
+    other = [k for k in there if k not in FREE and there[k] != here.get(k)]
+    return other + ["store"] * (bool(there["store"]) != bool(here["store"]))
 
 
 def _check_folder(config: TrainConfig, out: epath.Path) -> None:
@@ -173,9 +193,9 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
     if not file.exists():
         return
     try:
-        there = json.loads(file.read_text())
+        there = read_json(file)
         other = _differences(dict(there), json.loads(json.dumps(as_json(config))))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{file}: damaged, no config; choose another folder") from error
     if other:
         raise InputError(
@@ -186,7 +206,7 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
 def _remember_config(config: TrainConfig, out: epath.Path) -> None:
     if jax.process_index() or (out / "config.json").exists():
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
 
 
@@ -219,15 +239,34 @@ class _Run:
         )
         self.starts = load_starts(config)
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
+        self.made_with = self.feed.made_with
+
+    def check_same(self, made_with: Any) -> None:
+        """Refuse to go on with another model than the run began with; `batches` checks the data.
+
+        Older checkpoints do not tell the weights: there the model must be called the same.
+        """
+        there, here = made_with, self.made_with
+        if made_with is None:
+            there = {"name": read_json(self.out / "config.json").get("model")}
+            here = {"name": self.config.model}
+        if there != here:
+            said = (", ".join(map(str, model.values())) for model in (there, here))
+            raise InputError(
+                f"{self.out}: the run began with another model ({next(said)}; this is "
+                f"{next(said)}); give it that one, or train into another folder"
+            )
 
     def loop(self) -> tuple[steps.TrainState, int]:
         """(the last state, passes done)."""
         config, feed = self.config, self.feed
         found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
-        state, done, position = found or (
-            steps.first_state(self.plan, self.model.config), 0, None
+        state, done, position, made_with = found or (
+            steps.first_state(self.plan, self.model.config), 0, None, None
         )  # fmt: skip
-        parts, self.saved, started = None, time.time(), int(state.total) > 0
+        if found:
+            self.check_same(made_with)
+        parts, self.saved, started = None, time.monotonic(), int(state.total) > 0
         with _signals(self._asked_to_stop), feed.batches(position, done) as data:
             _remember_config(config, self.out)
             progress = Progress(config, self.out, done)
@@ -245,7 +284,7 @@ class _Run:
                     progress.report(done, int(state.update), parts, self.plan.groups)
                 stop, save = self._due(done)
                 if stop or save:
-                    self.checkpoints.save(done, state, position, wait=stop)
+                    self.checkpoints.save(done, state, position, self.made_with, wait=stop)
                 if stop and done < config.passes:
                     progress.flush()
                     self.checkpoints.close()
@@ -257,7 +296,7 @@ class _Run:
                 f"the text filled {int(state.filled)} of the buffer's {config.buffer} slots, so no "
                 "training was done: give more tokens or a smaller buffer"
             )
-        self.checkpoints.save(done, state, position, wait=True)
+        self.checkpoints.save(done, state, position, self.made_with, wait=True)
         self.checkpoints.close()
         return state, done
 
@@ -274,7 +313,7 @@ class _Run:
 
     def _due(self, done: int) -> tuple[bool, bool]:
         """Whether to stop and whether to save now, the same on every host."""
-        save = time.time() - self.saved > self.config.checkpoint_every
+        save = time.monotonic() - self.saved > self.config.checkpoint_every
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -283,7 +322,7 @@ class _Run:
             flags = multihost_utils.process_allgather(np.array([self.stop, save]))
             self.stop, save = (bool(f) for f in flags.any(0))
         if save:
-            self.saved = time.time()
+            self.saved = time.monotonic()
         return self.stop, save
 
     def _asked_to_stop(self, *_) -> None:

@@ -8,17 +8,15 @@ once, and so are the explanations of a model on this machine, which scores witho
 call goes on where a killed one was.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.buckets import folder_path, is_remote
+from gemma_scope_jax.buckets import folder_path
 from gemma_scope_jax.cards.explain.chat_client import Stopped
 from gemma_scope_jax.cards.explain.examples import Corpus, Material, gather
 from gemma_scope_jax.cards.explain.prompts import lengths, messages
@@ -37,10 +35,9 @@ from gemma_scope_jax.cards.explanations import (
     read_explanations,
     write_explanations,
 )
-from gemma_scope_jax.coders.atomic_files import disk_error
-from gemma_scope_jax.data.activation_files import only_writer
 from gemma_scope_jax.errors import InputError, nearest, shown
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import only_writer
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress
@@ -117,7 +114,7 @@ def explain_features(
     `InputError` for unknown scores and what judge and disk refuse; what is done by then is written.
     """
     check_scores(scores)
-    with _only_writer(folder):
+    with only_writer(folder_path(folder)):
         entries = read_explanations(folder, width)
         run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
@@ -140,18 +137,6 @@ def explain_features(
         finally:
             run.finish()
         return run.report
-
-
-def _only_writer(folder: Any) -> Any:
-    """Hold a local folder, made if missing, against other processes that explain into it."""
-    if is_remote(folder):
-        return contextlib.nullcontext()
-    path = Path(folder_path(folder))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return only_writer(path)
-    except OSError as error:
-        raise disk_error(folder, error) from error
 
 
 def explained_by(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.cards.explanations import FIGURES, Explanation
 from gemma_scope_jax.cards.export.saedashboard import (
@@ -27,6 +27,7 @@ from gemma_scope_jax.cards.export.saedashboard import (
     text_facts,
 )
 from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
 # What a feature's row has as a dashboard has it.

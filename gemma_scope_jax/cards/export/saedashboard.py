@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.cards.card_files import FeatureCards, new_folder
+from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.decoders import written
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.coders.catalog import parse_address
 from gemma_scope_jax.coders.gemma_scope_files import Coder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import new_folder
 
 BATCH = 128  # features a file
 ALIGNED = 3  # neurons listed

@@ -1,0 +1,420 @@
+"""Every file and folder we write: whole under its name or not there, by one writer at a time.
+
+A local file is written under a temporary name, synced and renamed; whatever goes wrong, nothing
+stays of it and what stood there before still does. In a bucket a file appears when it is complete,
+so that nothing needs a temporary name, and nothing can be locked.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from gemma_scope_jax.errors import InputError, reason
+
+_CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_ZEROS = bytes(1 << 20)
+_held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path lies in a bucket: it has a scheme, as in gs://bucket/folder."""
+    return "://" in os.fspath(path)
+
+
+def no_space(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
+    """What to tell the user when the system refuses to write."""
+    where = os.fspath(path)
+    if no_space(error):
+        return InputError(
+            f"{where}: no space left on the disk; free some, or choose another folder"
+        )
+    return InputError(f"{where}: cannot be written ({error.strerror or error})")
+
+
+# -------------------------------------------------------------------------------------------------
+# Files
+
+
+def temporary_name(name: str) -> str:
+    """Where a file is written before it is whole: each process its own copy, which tells the
+    process, as that may die over it."""
+    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes of this machine that have died were writing in a local folder."""
+    for path in folder.glob(f".*.{os.uname().nodename}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class WholeFile:
+    """A file being written: `file` is open, `commit` gives it its name, `discard` removes it.
+
+    As a context manager it gives `file`, and commits if the block ends well. Lets `OSError` (and
+    what a bucket's client raises) through.
+    """
+
+    def __init__(self, path: Any):
+        self.path = path = path if is_remote(path) else Path(path)
+        self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
+        self.file: BinaryIO = self._temporary.open("wb")
+
+    def commit(self) -> None:
+        try:
+            if self._temporary is not self.path:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            self.file.close()
+            if self._temporary is not self.path:
+                os.replace(self._temporary, self.path)
+                _sync_folder(self.path.parent)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):
+            if hasattr(self.file, "discard"):  # a bucket's: closing would make the object
+                self.file.discard()  # type: ignore[attr-defined]
+            self.file.close()
+        if self._temporary is not self.path:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> BinaryIO:
+        return self.file
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path: Any, data: bytes) -> None:
+    """Write a file, in a folder that is made if missing, complete whenever it is there.
+
+    Raises `InputError` that names it if it cannot be written; what was there before stays.
+    """
+    made: list[Path] = []
+    try:
+        if not is_remote(path):
+            _make(Path(path).parent, made)
+        with WholeFile(path) as file:
+            file.write(data)
+    except OSError as error:
+        _remove_made(made)
+        raise disk_error(path, error) from error
+    except Exception as error:  # a bucket's clients raise types of their own
+        if not is_remote(path):
+            raise
+        raise InputError(f"{path}: cannot be written ({reason(error)})") from error
+
+
+def write_text(path: Any, text: str) -> None:
+    """`write_bytes` of a text as UTF-8; halves of characters, which names of files that are not
+    UTF-8 have, become escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Have `size` more bytes of zeros in an open file, on the disk: writing to a memory map of a
+    file with holes on a full disk kills the process. Lets `OSError` through."""
+    start = file.tell()
+    try:
+        file.flush()
+        os.posix_fallocate(file.fileno(), start, size)
+    except (AttributeError, OSError) as error:  # macOS, and file systems that cannot
+        if isinstance(error, OSError) and (no_space(error) or error.errno not in _CANNOT):
+            raise
+        for at in range(0, size, len(_ZEROS)):
+            file.write(_ZEROS[: size - at])
+        file.flush()
+
+
+def make_folder(path: Any) -> None:
+    """Make a folder, if missing, with those above it. Raises `InputError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+# -------------------------------------------------------------------------------------------------
+# Folders
+
+
+def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Create files in a folder (made if missing), each by its writer, and name them at the end.
+
+    They are written under temporary names and renamed, in the order given, when all are complete.
+    If anything fails the folder is what it was before; what the system refuses (a full disk, no
+    permission) and another process that holds the folder raise `InputError`. In a bucket, where a
+    file appears when it is complete, they are written one after the other.
+    """
+    if is_remote(folder):
+        _write_remote(epath.Path(folder), writers)
+        return
+    folder = Path(folder)
+    temporary = {name: folder / temporary_name(name) for name in writers}
+    with contextlib.nullcontext() if _is_held(folder) else only_writer(folder):
+        try:
+            for name, write in writers.items():
+                with open(temporary[name], "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _rename_all(folder, temporary)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+        finally:
+            for path in temporary.values():
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
+    """Give all files their names, or none: those that they replace are kept until all have."""
+    kept, done = {}, []
+    try:
+        for name in temporary:
+            old = folder / temporary_name(f"{name}.old")
+            with contextlib.suppress(OSError):  # there is none, or the system has no links
+                os.link(folder / name, old)
+                kept[name] = old
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+            done.append(name)
+        _sync_folder(folder)
+    except BaseException:
+        for name in done:
+            with contextlib.suppress(OSError):
+                if name in kept:
+                    os.replace(kept[name], folder / name)
+                else:
+                    os.unlink(folder / name)
+        raise
+    finally:
+        for path in kept.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    for name, write in writers.items():
+        try:
+            with WholeFile(folder / name) as file:
+                write(file)
+        except (TypeError, InputError):
+            raise
+        except Exception as error:  # the clients raise types of their own
+            raise InputError(f"{folder / name}: cannot be written ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
+    """A folder to write into that takes its name, over an old one, if the block ends well.
+
+    marks: glob patterns of files, one of which the old one has. Raises `InputError` if that is
+    another's, another process is writing the same, or the system refuses to write.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    try:
+        with only_writer(part, folder):
+            if old.is_dir() and not folder.exists():  # of a process killed between two renames
+                os.replace(old, folder)
+            is_ours = any(True for mark in marks for _ in folder.glob(mark))
+            if folder.exists() and not (is_ours or _is_empty(folder)):
+                raise InputError(
+                    f"{folder}: is in the way, and was not made here; move it, or choose another "
+                    "folder"
+                )
+            try:
+                for path in part.iterdir():
+                    _remove(path)
+                yield part
+                _swap(part, folder, old)
+            except BaseException as error:
+                _remove(part)
+                if isinstance(error, InputError):  # which may name a file, of the new folder
+                    said = str(error).replace(os.fspath(part), os.fspath(folder))
+                    raise InputError(said) from error
+                raise
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and next(folder.iterdir(), None) is None
+
+
+def _swap(part: Path, folder: Path, old: Path) -> None:
+    """Rename `part` to `folder`, which goes then, and comes back if that fails."""
+    _remove(old)
+    there = folder.exists()
+    if there:
+        os.replace(folder, old)
+    try:
+        os.replace(part, folder)
+    except BaseException:
+        if there:
+            os.replace(old, folder)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# One writer
+
+
+@contextlib.contextmanager
+def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
+    """Hold a local folder, made if missing, against other writers; one that stays empty goes.
+
+    The system lets go of it when the process ends, however that is. In a bucket, and on the file
+    systems without locks, nothing is held. name: what the folder is called in errors. Raises
+    `InputError` if somebody else holds it, or it cannot be made.
+    """
+    if is_remote(folder):
+        yield
+        return
+    path, made = Path(folder), []
+    name = path if name is None else name
+    try:
+        handle = _locked(path, name, made)
+    except OSError as error:
+        _remove_made(made)
+        raise disk_error(name, error) from error
+    except BaseException:
+        _remove_made(made)
+        raise
+    key = _key(handle)
+    _held.add(key)
+    try:
+        remove_leftovers(path)
+        yield
+    finally:
+        _held.discard(key)
+        _remove_made(made)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def in_turn(folder: Any) -> Iterator[None]:
+    """`only_writer` for what is short, in a folder that several processes share: it waits."""
+    if is_remote(folder):
+        yield
+        return
+    path, made = Path(folder), []
+    try:
+        handle = _locked(path, None, made)
+    except OSError as error:
+        _remove_made(made)
+        raise disk_error(path, error) from error
+    try:
+        remove_leftovers(path)
+        yield
+    finally:
+        _remove_made(made)
+        os.close(handle)
+
+
+def _locked(path: Path, name: Any, made: list[Path]) -> int:
+    """A handle of the folder, locked; `made` gets those that were made for it, the inner first.
+
+    name: what errors call a folder that somebody else holds; None: wait for it.
+    """
+    while True:
+        _make(path, made)
+        handle = None
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(handle, name)
+            if _key(handle) == _key(path):
+                return handle
+        except FileNotFoundError:  # it was removed, or replaced, in between
+            pass
+        except BaseException:
+            if handle is not None:
+                os.close(handle)
+            raise
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(handle: int, name: Any) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB * (name is not None))
+    except BlockingIOError:
+        raise InputError(
+            f"{name}: another process is writing here; wait for it, or choose another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _key(file: int | Path) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_dev, found.st_ino
+
+
+def _is_held(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return _key(folder) in _held
+    return False
+
+
+def _make(path: Path, made: list[Path]) -> None:
+    """Make a folder with those above it; those that were missing are put in front of `made`."""
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+
+
+def _remove_made(made: list[Path]) -> None:
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

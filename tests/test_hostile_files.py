@@ -1,0 +1,219 @@
+"""What others, or a broken disk, may have put into the files of our folders: one line, or it works.
+
+Every value of every manifest is replaced by all that JSON allows and we do not expect.
+"""
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_faults import F, make_cards
+
+from gemma_scope_jax.buckets import folder_path
+from gemma_scope_jax.cards.card_files import FeatureCards
+from gemma_scope_jax.data import activation_files as files
+from gemma_scope_jax.data.activation_store import ActivationStore
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.entries import Entries, expand, inflate, squeeze
+from gemma_scope_jax.extraction.manifest import read_features_manifest, read_index
+from gemma_scope_jax.extraction.shard_files import MAGIC, Shard, ShardWriter, shard_name
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
+from gemma_scope_jax.training.train import _check_folder
+
+HOSTILE = (
+    "NaN", "-Infinity", "1e400", "1" + "0" * 400, str(2**39), "-1", "1.5", "true", "null", '"x"',
+    '"../x"', r'"\ud800"', "[]", "{}", "[1]", '{"a": 1}', "[" * 3000 + "]" * 3000,
+)  # fmt: skip
+PLACE = "@place@"
+STEPS = {"run": 8, "features": 3, "activations": 2}  # of what has many places
+
+
+def activations(folder, rows=6):
+    """A store of two layers, written without a model."""
+    folder.mkdir()
+    zeros = {"sum": [[0.0] * 4] * 2, "squared_norm": [0.0] * 2}
+    manifest = files.FORMAT | {
+        "model": {"name": "m", "dtype": "float32", "weights": "0"}, "dtype": "int8", "first": 1,
+        "sites": {"resid_post": {"layers": [0, 2], "width": 4}}, "shard_rows": rows, "data": {},
+        "rows": 0, "shards": [], "position": {}, "skip": 0, "sums": {"resid_post": zeros},
+    }  # fmt: skip
+    buffers = files.shard_buffers(manifest, rows)
+    for tensors in buffers["resid_post"].values():
+        tensors[:] = 1
+    files.write_shard(folder, manifest, buffers, rows, {}, 0)
+
+
+def features(folder):
+    """A shard of features of 10 tokens, with the manifest and index of a store of it."""
+    folder.mkdir()
+    some = Entries(np.arange(11), np.zeros(10, np.int32), np.ones(10, np.float32))
+    pieces = np.array([[0, 0, 10]], np.int32)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ShardWriter(folder / shard_name(0), [4], "float16", pool) as writer,
+    ):
+        writer.add(np.zeros(10, np.int32), np.ones(10, bool), pieces, [some])
+        writer.close(shard=0, store="s", documents=[(0, "a, byte 0", 9)])
+    coder = {"name": "a", "kind": "sae", "layers": [0], "reads": "z", "writes": "z", "width": 4,
+             "first": 1, "l0": None, "weights": "0"}  # fmt: skip
+    manifest = {
+        "format": "gemma_scope_jax sparse features", "version": 1, "coders": [coder],
+        "model": {"name": "m", "dtype": "float32", "weights": "0"}, "values": "float16",
+        "data": {"text": "0", "files": ["a"], "rows": 1, "length": 16, "seed": 0, "roles": None},
+        "slots": 4, "precision": "highest", "tokens": None, "documents": 1, "per_shard": 1,
+        "mean": 10.0, "share": 1.0, "shuffled": None,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    index = {"shard": 0, "bytes": 9, "documents": 1, "segments": [[10, 9]], "entries": [10]}
+    (folder / "index.json").write_text(json.dumps({"shards": [index]}))
+
+
+def run_folder(folder):
+    folder.mkdir()
+    config = TrainConfig((CoderConfig(0),))
+    (folder / "config.json").write_text(json.dumps(as_json(config)))
+
+
+def read_activations(folder):
+    store = ActivationStore(folder)
+    store.read(np.arange(len(store)))
+    store.mean("resid_post")
+    store.verify()
+
+
+def read_cards(folder):
+    cards = FeatureCards(folder)
+    assert len(cards["density"]) == F
+    cards.window()
+
+
+def read_shard(folder):
+    shard = Shard(folder / shard_name(0))
+    shard.verify()
+    shard.fired(0, 4)
+
+
+def read_run(folder):
+    _check_folder(TrainConfig((CoderConfig(0),)), folder_path(folder))
+
+
+KINDS = {
+    "activations": (activations, "manifest.json", read_activations),
+    "features": (features, "manifest.json", read_features_manifest),
+    "index": (features, "index.json", lambda folder: read_index(folder, 1)),
+    "shard": (features, shard_name(0), read_shard),
+    "cards": (make_cards, "cards.json", read_cards),
+    "run": (run_folder, "config.json", read_run),
+}
+
+
+def places(value):
+    """`value` with each of its parts, and all of it, replaced by `PLACE` in turn."""
+    yield PLACE
+    keys = list(value) if isinstance(value, dict) else []
+    for key in range(len(value)) if isinstance(value, list) else keys:
+        copy = value.copy()
+        for part in places(value[key]):
+            copy[key] = part
+            yield copy
+
+
+def footer_of(data):
+    size = int.from_bytes(data[-16:-12], "little")
+    return data[: -16 - size], json.loads(zlib.decompress(data[-16 - size : -16]))
+
+
+def with_footer(blocks, text):
+    footer = zlib.compress(text.encode())
+    tail = len(footer).to_bytes(4, "little") + zlib.crc32(footer).to_bytes(4, "little")
+    return blocks + footer + tail + MAGIC
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_expected_in_a_manifest_is_one_line(tmp_path, kind):
+    make, name, read = KINDS[kind]
+    make(tmp_path / "s")
+    read(tmp_path / "s")
+    path = tmp_path / "s" / name
+    blocks, whole = (
+        footer_of(path.read_bytes()) if kind == "shard" else (b"", json.loads(path.read_text()))
+    )
+    refused = 0
+    for text in [json.dumps(spoiled) for spoiled in places(whole)][:: STEPS.get(kind, 1)]:
+        for token in HOSTILE:
+            new = text.replace(f'"{PLACE}"', token)
+            path.write_bytes(with_footer(blocks, new) if kind == "shard" else new.encode())
+            try:
+                read(tmp_path / "s")
+            except InputError as error:
+                assert "\n" not in str(error) and str(tmp_path) in str(error)
+                refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", ""])
+def test_names_of_sites_do_not_leave_the_folder(tmp_path, name):
+    activations(tmp_path / "s")
+    path = tmp_path / "s" / "manifest.json"
+    manifest = path.read_text().replace('"resid_post"', json.dumps(name))
+    path.write_text(manifest)
+    with pytest.raises(InputError, match="is no site"):
+        ActivationStore(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(values=dict(data_offsets=[40, 88])), "values lies at 40 to 88, not at 48 to 96"),
+        (dict(scale=dict(data_offsets=[0, 40])), "scale lies at 0 to 40"),
+        (dict(values=dict(shape=[2, 4, 6])), "values is I8"),
+        (dict(values=dict(dtype="F32")), "values is F32"),
+        (dict(more=dict(dtype="I8", shape=[0], data_offsets=[96, 96])), "it holds"),
+        (dict(scale=dict(shape=None)), "scale is F32 None"),
+    ],
+)
+def test_tensors_of_a_shard_lie_side_by_side(tmp_path, change, said):
+    activations(tmp_path / "s")
+    path = tmp_path / "s" / "00000.resid_post.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    for name, values in change.items():
+        header[name] = header.get(name, {}) | values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    manifest = tmp_path / "s" / "manifest.json"
+    new = json.loads(manifest.read_text())
+    new["shards"][0]["files"]["resid_post"]["bytes"] = path.stat().st_size
+    manifest.write_text(json.dumps(new))
+    with pytest.raises(InputError, match=f"not a complete shard of activations .{said}"):
+        ActivationStore(tmp_path / "s").read(np.arange(2))
+
+
+def test_little_that_expands_to_much_is_refused(tmp_path, monkeypatch):
+    assert inflate(zlib.compress(b"a" * 99), 99) == b"a" * 99
+    for data, most, said in ((zlib.compress(b"a" * 100), 99, "more than 99"),
+                             (zlib.compress(b"abc")[:-3], 99, "cut short")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            inflate(data, most)
+    features(tmp_path / "s")
+    monkeypatch.setattr("gemma_scope_jax.extraction.shard_files._FOOTER", 50)
+    with pytest.raises(InputError, match="damaged .its footer: it is more than 50 bytes"):
+        Shard(tmp_path / "s" / shard_name(0))
+    monkeypatch.setattr("gemma_scope_jax.extraction.entries._LONGEST", 8)
+    with pytest.raises(ValueError, match="more than 8 bytes"):
+        expand(b"".join(squeeze(np.zeros(9999, np.uint8))), "|u1")
+
+
+def test_activations_that_are_not_finite_are_refused(tmp_path):
+    activations(tmp_path / "s")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    buffers, before = files.shard_buffers(manifest, 6), set(Path(tmp_path / "s").iterdir())
+    buffers["resid_post"]["values"][:] = 1
+    buffers["resid_post"]["scale"][:] = [[1.0], [np.inf]]
+    with pytest.raises(InputError, match="resid_post of layer 2: the model's activations are not"):
+        files.write_shard(tmp_path / "s", manifest, buffers, 6, {}, 0)
+    assert set(Path(tmp_path / "s").iterdir()) == before

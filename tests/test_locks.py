@@ -1,0 +1,149 @@
+"""Folders that one process fills: the second is refused in one line, whoever was killed before."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from test_faults import coder, make_cards
+
+from gemma_scope_jax.cards.card_files import CardFiles
+from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import (
+    WholeFile,
+    in_turn,
+    new_folder,
+    only_writer,
+    temporary_name,
+    write_text,
+)
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gemma_scope_jax.storage.atomic import only_writer
+with only_writer(Path(sys.argv[1])):
+    Path(sys.argv[1], sys.argv[2]).write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder that another process holds, and that process."""
+    folder = tmp_path / "a" / "b"
+    name = temporary_name("x").replace(str(os.getpid()), "{pid}")
+    run = [sys.executable, "-c", HOLDER, str(folder), "mine"]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        yield folder, holder, name.format(pid=holder.pid)
+        holder.kill()
+
+
+WRITERS = {
+    "coder": lambda folder: save_coder(coder(0), folder),
+    "cards": lambda folder: CardFiles(folder),
+    "run": lambda folder: _enter(only_writer(folder)),
+}
+
+
+def _enter(context):
+    with context:
+        pass
+
+
+def test_the_second_is_refused_until_the_first_is_dead(held):
+    folder, holder, leftover = held
+    (folder / leftover).write_text("half")
+    for write in WRITERS.values():
+        with pytest.raises(InputError, match="another process is writing here") as error:
+            write(folder)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert {path.name for path in folder.iterdir()} == {"mine", leftover}
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    _enter(only_writer(folder))
+    assert {path.name for path in folder.iterdir()} == {"mine"}  # and no lock
+    for write in WRITERS.values():
+        write(folder)
+
+
+def test_a_folder_that_stays_empty_goes_and_another_in_its_place_is_locked(tmp_path):
+    folder = tmp_path / "deep" / "new"
+    with only_writer(folder):
+        assert folder.is_dir()
+        with pytest.raises(InputError, match="another process"), only_writer(folder):
+            raise AssertionError("held twice")
+    assert not (tmp_path / "deep").exists()
+    with pytest.raises(InputError, match="new: cannot be written .Not a directory"):
+        (tmp_path / "deep").mkdir()
+        folder.write_text("a file")
+        _enter(only_writer(folder))
+    _enter(only_writer("gs://bucket/folder"))  # where nothing is held
+
+
+def test_cards_of_two_runs_are_of_one(tmp_path):
+    with CardFiles(tmp_path, "same") as files, files.stage("examples", 1) as stage:
+        counts = stage.create("histogram", (4,), np.int64, 0)
+        with pytest.raises(InputError, match="another process"):
+            CardFiles(tmp_path, "same")
+        counts += 1
+    assert np.load(tmp_path / "histogram.npy").tolist() == [1] * 4
+    with CardFiles(tmp_path, "same") as files:
+        assert files.has("examples", 1)
+
+
+def test_what_a_stage_no_longer_makes_goes(tmp_path):
+    make_cards(tmp_path, 1)
+    (tmp_path / ".old.npy").write_bytes(b"of a killed run")
+    with CardFiles(tmp_path) as files:
+        with files.stage("more", 2) as stage:
+            stage.put("listed_2", np.zeros(4))
+        files.drop("examples")
+    assert {path.name for path in tmp_path.iterdir()} == {"cards.json", "listed_2.npy"}
+
+
+def test_two_exports_do_not_meet_and_a_killed_one_leaves_the_old(tmp_path):
+    folder = tmp_path / "site"
+    with new_folder(folder, "x") as new:
+        (new / "x").write_text("old")
+        with pytest.raises(InputError, match="site: another process"), new_folder(folder, "x"):
+            raise AssertionError("held twice")
+    folder.rename(tmp_path / ".site.old")  # killed between its two renames
+    (tmp_path / ".site.part").mkdir()
+    (tmp_path / ".site.part" / "half").write_text("new")
+    with pytest.raises(KeyError), new_folder(folder, "x"):
+        raise KeyError
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"x": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_shared_folders_are_taken_in_turn(tmp_path):
+    order, waits = [], threading.Event()
+
+    def second():
+        waits.set()
+        with in_turn(tmp_path):
+            order.append("second")
+
+    with in_turn(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(60)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    write_text(tmp_path / "x", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "x").read_bytes() == rb"caf\udce9"
+    with pytest.raises(KeyError), WholeFile(tmp_path / "y") as file:
+        file.write(b"half")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
