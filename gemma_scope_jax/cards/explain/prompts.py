@@ -95,7 +95,7 @@ def complaint(question: Question) -> str:
     """What to say to a model whose answer does not have the form."""
     n = question.expected
     return {
-        "explain": "That was empty. Answer with one phrase of at most 20 words.",
+        "explain": "That explains nothing. Answer with one phrase of at most 20 words.",
         "classify": f"Not a JSON list of {n} numbers, each 0 or 1. Answer with it alone.",
         "select": f'Answer with numbers from 1 to {n} separated by commas, or with "None", alone.',
         "intruder": f"Answer with a number from 1 to {len(question.examples)} in square brackets.",
