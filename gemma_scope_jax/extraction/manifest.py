@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_scope_jax.buckets import write_text
 from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
 
@@ -46,7 +46,7 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
         data = {
-            "text": self.text.fingerprint, "files": list(self.text.data.files),
+            "text": self.text.fingerprint, "files": [shown(f) for f in self.text.data.files],
             "tfds": self.text.data.tfds, "seed": self.text.seed, "rows": self.rows,
             "length": self.length,
             "roles": list(self.text.data.roles) if self.text.data.messages else None,
@@ -99,7 +99,8 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     if not (folder / MANIFEST).exists():
         if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
-        documents, mean, share = measure(job.text, tokens)
+        first = min(coder["first"] for coder in job.coders)
+        documents, mean, share = measure(job.text, tokens, first)
         size = {
             "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
             "mean": mean, "share": share, "shuffled": job.text.shuffled,
@@ -107,9 +108,12 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
     old = read_features_manifest(folder)
     for key, value in job.describe().items():
-        if old[key] != value:
+        there = old[key]
+        if key == "data":
+            there = _of_this_text(there, value, job, folder)
+        if there != value:
             raise InputError(
-                f"{folder}: holds features of another {key} ({_difference(old[key], value)}); "
+                f"{folder}: holds features of another {key} ({_difference(there, value)}); "
                 "choose another folder"
             )
     everything = old["tokens"] is None
@@ -119,6 +123,19 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     if documents <= old["documents"]:
         return old, old
     return old | {"tokens": tokens, "documents": documents}, old
+
+
+def _of_this_text(there: Mapping[str, Any], now: dict, job: Job, folder: Any) -> dict[str, Any]:
+    """What a manifest says of its text, which is known by its content: how it is called may differ.
+
+    Raises `InputError` for another text.
+    """
+    if not job.text.same_text(there.get("text")):
+        raise InputError(
+            f"{folder}: holds features of another data (text: what it holds, its order, its "
+            "settings or the tokenizer differ); choose another folder"
+        )
+    return {**there, **{key: now[key] for key in ("text", "files", "tfds")}}
 
 
 def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:
@@ -221,7 +238,7 @@ def finish(folder: Any, plan: Plan, job: Job) -> bool:
     """
     if missing(folder, plan):
         return False
-    wanted = digest(job.describe())
+    wanted = digest(read_features_manifest(folder))
     if _holds(folder, plan.documents):
         return True
     shards = []

@@ -13,11 +13,13 @@ CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead fea
 
 
 def write_card(
-    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int
-) -> None:
+    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int,
+    times: tuple[int, int] = (1, 1),
+) -> None:  # fmt: skip
     """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder.
 
-    `tokens`: how many were read in the end.
+    `tokens`: how many were read in the end. `times`: how often the data were begun, and how often a
+    store of activations held its text.
     """
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
@@ -25,10 +27,10 @@ def write_card(
     picture = _plot(rows)
     if picture:
         write_bytes(folder / "curves.png", picture)
-    write_text(folder / "README.md", _text(name, config, rows, tokens, bool(picture)))
+    write_text(folder / "README.md", _text(name, config, rows, tokens, times, bool(picture)))
 
 
-def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool) -> str:
+def _text(name: str, config: TrainConfig, rows: list, tokens: int, times, picture: bool) -> str:
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
@@ -38,8 +40,8 @@ def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool
         f"A sparse coder of `{config.model}`: reads `{coder.reads}` and writes `{coder.target}` of "
         f"layer {where}; {coder.width:,} features a layer, target L0 {coder.target_l0:g}.",
         "",
-        f"Trained with gemma_scope_jax on {tokens:,} tokens of {data}; the whole recipe is "
-        "in `train_config.json`. Read it with",
+        f"Trained with gemma_scope_jax on {tokens:,} tokens of {data}{_again(*times)}; the whole "
+        "recipe is in `train_config.json`. Read it with",
         "",
         "    gemma_scope_jax.load_coder(folder)",
         "",
@@ -53,6 +55,12 @@ def _text(name: str, config: TrainConfig, rows: list, tokens: int, picture: bool
     if picture:
         lines += ["", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _again(read: int, held: int) -> str:
+    """How often the same text came, if it did more than once."""
+    said = f", read {read} times over" if read > 1 else ""
+    return said + (f" (the store holds its text {held} times over)" if held > 1 else "")
 
 
 def _plot(rows: list) -> bytes | None:

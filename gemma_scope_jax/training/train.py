@@ -145,6 +145,7 @@ def _check_layers(config: TrainConfig, model: Model) -> None:
                 raise InputError(f"layer {layer}: the model has 0..{model.config.layers - 1}")
 
 
+WHERE = ("files", "tfds_folder")  # of its data, how the place of the text is spelled
 FREE = ("checkpoint_every", "keep", "track", "mesh")  # of a config, what does not decide results
 
 
@@ -152,6 +153,9 @@ def _differences(there: Any, here: dict) -> list[str]:
     """The fields in which two configs in JSON decide on other results; those added since the
     older was written count as their default."""
     default = json.loads(json.dumps(as_json(TrainConfig((CoderConfig(0),)))))
+    for config in (there, here):  # checkpoints know the text by its content
+        if isinstance(config.get("data"), dict):
+            config["data"] = {k: v for k, v in config["data"].items() if k not in WHERE}
 
     def whole(given: Any, default: Any) -> Any:
         if isinstance(default, dict) and isinstance(given, dict):
@@ -180,8 +184,8 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
         )
 
 
-def _remember_config(config: TrainConfig, out: epath.Path) -> None:
-    if jax.process_index() or (out / "config.json").exists():
+def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
+    if jax.process_index() or ((out / "config.json").exists() and not fresh):
         return
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
@@ -214,7 +218,7 @@ class _Run:
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
-        self.starts = load_starts(config)
+        self.starts, self.readings = load_starts(config), 1
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
 
     def loop(self) -> tuple[steps.TrainState, int]:
@@ -225,13 +229,15 @@ class _Run:
             steps.first_state(self.plan, self.model.config), 0, None
         )  # fmt: skip
         parts, self.saved, started = None, time.time(), int(state.total) > 0
+        self.said_again = position is not None and feed.readings(position, done) > 1
         with _signals(self._asked_to_stop), feed.batches(position, done) as data:
-            _remember_config(config, self.out)
+            _remember_config(config, self.out, fresh=found is None)
             progress = Progress(config, self.out, done)
             while done < config.passes:
                 if not started and feed.ready(state):
                     state, started = self.start(state, done), True
                 batch, position = next(data, (None, position))
+                self._say_again(done, position)
                 if batch is None:  # the text was given as an iterator, and has ended
                     self._ended(done)
                     break
@@ -256,7 +262,18 @@ class _Run:
             )
         self.checkpoints.save(done, state, position, wait=True)
         self.checkpoints.close()
+        self.readings = feed.readings(position, done)
         return state, done
+
+    def _say_again(self, done: int, position: Any) -> None:
+        """Say once that the data are read again: they are fewer than the run asks for."""
+        if self.said_again or self.feed.readings(position, done + 1) < 2:
+            return
+        self.said_again = True
+        if jax.process_index() == 0:
+            read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
+            print(f"{what} has been read once, at {read:,} tokens, and is read again",
+                  file=sys.stderr)  # fmt: skip
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
@@ -297,7 +314,8 @@ class _Run:
             found = {k: multihost_utils.process_allgather(c, tiled=True) for k, c in found.items()}
         for name, coder in found.items() if jax.process_index() == 0 else ():
             save_coder(coder, self.out / "coders" / name)
-            write_card(self.out / "coders" / name, name, self.config, log, tokens)
+            times = (self.readings, self.feed.repeats())
+            write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
             print(self.out / "coders" / name, flush=True)
         return found
 
