@@ -14,6 +14,7 @@ from pathlib import Path
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import legible
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 
@@ -45,8 +46,9 @@ def cache_folder() -> Path:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Write a file that is complete whenever it is there under its name."""
-    write_bytes(path, text.encode())
+    """Write a file that is complete whenever it is there under its name; names in the text that are
+    not UTF-8 are made legible."""
+    write_bytes(path, legible(text).encode())
 
 
 def temporary_name(name: str) -> str:

@@ -25,7 +25,7 @@ def shown(text: str, keep: str = "") -> str:
     line separators and halves of characters appear as escapes (``\x1b``); those in `keep` stay.
     What files, servers and models say goes through here before it is printed.
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
     return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
 

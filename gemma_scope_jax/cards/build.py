@@ -24,6 +24,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.storage.strict_json import legible
 
 
 def build_cards(
@@ -117,7 +118,7 @@ def _check_model(store: Any, model: Model) -> None:
 def public_name(coder: Coder) -> str:
     """The coder's address, or the name of its folder: no paths of this machine."""
     path = coder.info.path or coder.kind
-    return os.path.basename(path) if os.path.isabs(path) else path
+    return legible(os.path.basename(path) if os.path.isabs(path) else path)
 
 
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import sys
 
 from gemma_scope_jax.cards.inspect import Inspection
 from gemma_scope_jax.cards.labels import Label
+from gemma_scope_jax.progress import console as safe_console
 
 
 def visible(token: str) -> str:
@@ -45,12 +46,10 @@ def figure_lines(figures: dict) -> list[str]:
 
 def print_inspection(seen: Inspection) -> None:
     """Print the next tokens, each token with its features, and the figures."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    width = None if sys.stdout.isatty() else 120
-    console = Console(file=sys.stdout, highlight=False, width=width)
+    console = safe_console(width=None if sys.stdout.isatty() else 120)
     place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
     console.print(
         Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")

@@ -28,11 +28,12 @@ _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _RECORDS = (".array_record", ".arrayrecord")
 _COMPRESSED = (".gz", ".zst")
 _PLAIN = (".txt", ".text", ".md")  # whatever stands before them
-_OTHERS = frozenset(
-    ".7z .arrow .avro .br .bz2 .csv .db .doc .docx .feather .gguf .json .lz4 .npy .npz .orc .parquet"
-    " .pdf .pickle .pkl .pt .rar .safetensors .sqlite .tar .tfrecord .tfrecords .tgz .tsv .xls"
-    " .xlsx .xz .zip".split()
-)
+_OTHERS = (
+    ".7z", ".arrow", ".avro", ".br", ".bz2", ".csv", ".db", ".doc", ".docx", ".feather", ".gguf",
+    ".json", ".lz4", ".npy", ".npz", ".orc", ".parquet", ".pdf", ".pickle", ".pkl", ".pt", ".rar",
+    ".safetensors", ".sqlite", ".tar", ".tfrecord", ".tfrecords", ".tgz", ".tsv", ".xls", ".xlsx",
+    ".xz", ".zip",
+)  # fmt: skip
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _SPACE = re.compile(rb"\s*")
 
@@ -115,7 +116,9 @@ def decoded(value: bytes, where: str | os.PathLike) -> str:
     try:
         text = value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: cannot be read as UTF-8 text ({error})") from error
+        raise InputError(
+            f"{where}: cannot be read as UTF-8 text (byte {error.start} is not UTF-8)"
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -320,7 +320,7 @@ def _take(value: Any, where: str, data: TextData) -> str | Chat:
 
 
 def _message(message: Any, where: str) -> Any:
-    """A message of strings; its content may be a list of parts. What else it is, `chat` will say."""
+    """A message of strings, whose content may be a list of parts; what else it is `chat` says."""
     if not isinstance(message, Mapping):
         return message
     plain = {k: _string(v, where) for k, v in message.items()}

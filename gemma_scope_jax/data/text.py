@@ -242,8 +242,7 @@ def fingerprint(
 
 
 def same_text(there: Any, *about: Any) -> bool:
-    """Whether `there` is the `fingerprint` of `about`, or the one that older versions gave it, which
-    knew no content."""
+    """Whether `there` is the `fingerprint` of `about`, or what it was before it knew content."""
     return there == fingerprint(*about) or there == fingerprint(*about, named=True)
 
 

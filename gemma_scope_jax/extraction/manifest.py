@@ -19,6 +19,7 @@ from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
+from gemma_scope_jax.storage.strict_json import legible
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
@@ -64,7 +65,7 @@ def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Co
         found = {str(name): coder for name, coder in coders.items()}
     else:
         given = list(coders) if isinstance(coders, Iterable) else [coders]
-        names = [c.info.path or f"{c.reads}-{layers_of(c)[0]}" for c in given]
+        names = [legible(c.info.path) or f"{c.reads}-{layers_of(c)[0]}" for c in given]
         found = {
             name if names.count(name) == 1 else f"{name}-{i}": coder
             for i, (name, coder) in enumerate(zip(names, given))

@@ -3,8 +3,9 @@
 A feed gives batches with the position after each (JSON, for checkpoints), and a compiled step that
 takes one: `step(state, batch, started)` -> (state, parts of the loss, None before they started).
 `ready` tells whether the coders can start, from what `sample` gives; `readings`, how many times the
-data have been begun after `done` passes, and `repeats` how often a store holds its text. With several hosts each reads
-the same text and keeps its rows, so that their number changes neither results nor checkpoints.
+data have been begun after `done` passes, and `repeats`, how often a store holds its text. With
+several hosts each reads the same text and keeps its rows, so that their number changes neither
+results nor checkpoints.
 """
 
 from collections.abc import Iterator
