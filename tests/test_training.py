@@ -693,13 +693,19 @@ def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, 
     one_line(refused)
 
 
-def test_a_run_on_a_store_needs_no_weights_of_the_model(model, tmp_path, monkeypatch):
-    batches = TokenBatches(documents(), Letters(), 8, 32)
+def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
+    model, tmp_path, monkeypatch, capfd
+):
+    batches = TokenBatches(documents(6), Letters(), 8, 32)  # of 820 tokens
     write_activations(model, batches, {"resid_post": (3,)}, tmp_path / "store", 1000)
+    assert "the text has been read 2 times over" in capfd.readouterr().err
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     monkeypatch.setattr(training, "load_model", None)
-    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 2)
+    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 6)
     assert training.train(config, tmp_path / "run")
+    assert capfd.readouterr().err.count("store has been read once, at 768 tokens") == 1
+    card = (tmp_path / "run" / "coders" / coder(3).folder / "README.md").read_text()
+    assert "store, read 3 times over (the store holds its text 2 times over); the" in card
 
 
 def test_text_that_ends_early_is_said_and_carded(model, tmp_path, capfd):

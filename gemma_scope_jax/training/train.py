@@ -47,8 +47,9 @@ SAMPLE = 8192  # activations from which coders start and TopK is calibrated
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
-    """The `config` of a configs/*.py file. Raises `InputError` if there is none."""
-    path = Path(path)
+    """The `config` of a configs/*.py file, a program that is run. Raises `InputError` if there is
+    none."""
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
