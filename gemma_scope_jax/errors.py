@@ -30,6 +30,14 @@ def shown(text: str, keep: str = "") -> str:
     return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
 
 
+def in_markdown(text: str) -> str:
+    r"""A name in Markdown, on one line and no markup: ``a|b <i>`` becomes ``a\|b &lt;i>``.
+    Underscores stay, as they mean nothing inside a word.
+    """
+    plain = shown(text).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "|`*[]" else c for c in plain)
+
+
 def _is_control(c: str) -> bool:
     # Cf has the overrides that turn text around, but also the joiners that scripts and emoji need
     kind = unicodedata.category(c)

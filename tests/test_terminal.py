@@ -18,8 +18,13 @@ from gemma_scope_jax.cards.inspect import Inspection
 from gemma_scope_jax.cards.inspect_terminal import print_inspection
 from gemma_scope_jax.cards.page_data import inert_json
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.errors import in_markdown
+from gemma_scope_jax.evaluation.benchmark_report import markdown
 from gemma_scope_jax.evaluation.report import print_core
 from gemma_scope_jax.progress import Progress, console, shown_streams
+from gemma_scope_jax.training.card import _text as card_text
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 
 EVIL = "a\x1b]0;title\x07\x1b[2J\r\x9b31mb\x7f\u202ec\u2028d"
 SENT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")  # line breaks and tabs may be
@@ -138,6 +143,18 @@ def test_pages_hold_their_data_and_nothing_of_it_is_obeyed():
     text = inert_json({"</script>\u2028": "<!-- & \udce9"})
     assert not set("<>&\u2028") & set(text) and text.encode()
     assert json.loads(text) == {"</script>\u2028": "<!-- & \ufffd"}
+
+
+def test_names_in_markdown_are_no_markup():
+    name = "[run](x) `1` |2| <img onerror=x> **a_b** c&d"
+    wanted = r"\[run\](x) \`1\` \|2\| &lt;img onerror=x> \*\*a_b\*\* c&amp;d"
+    assert in_markdown(name) == wanted and in_markdown("layer_1_width_16k") == "layer_1_width_16k"
+    table = markdown([{"coder": name + EVIL, "auc": 0.5}])
+    assert wanted in table and not SENT.search(table) and len(table.splitlines()) == 3
+    data = TextData(files=(f"{name}.txt",))
+    config = TrainConfig((CoderConfig(0, name="a|b"),), data=data)
+    card = card_text("a|b", config, [], 9, (2, 1), False)
+    assert card.startswith("# a\\|b\n") and f"9 tokens of {wanted}.txt, read 2 times" in card
 
 
 def test_mistakes_on_the_command_line_quote_it_safely(monkeypatch):

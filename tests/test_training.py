@@ -863,3 +863,15 @@ def test_config_files_are_read_and_bad_ones_refused(tmp_path):
     )
     config = training.load_config(path)
     assert [c.layer_tuple for c in config.coders] == [(5,), (1, 2)] and config.tokens == 4_000_000
+
+
+def test_a_config_may_spell_the_place_of_its_text_otherwise(tmp_path):
+    """A checkpoint knows the text by its content."""
+    at = lambda files, **more: recipe(coder(3), data=TextData(files=(files,), **more))
+    training._remember_config(at("./a.txt"), epath.Path(tmp_path), fresh=True)
+    training._check_folder(at("/elsewhere/b.txt"), epath.Path(tmp_path))
+    with pytest.raises(InputError, match="data differ"):
+        training._check_folder(at("./a.txt", field="body"), epath.Path(tmp_path))
+    for fresh, name in ((False, "./a.txt"), (True, "caf\ufffd.txt")):
+        training._remember_config(at("caf\udce9.txt"), epath.Path(tmp_path), fresh=fresh)
+        assert json.loads((tmp_path / "config.json").read_text())["data"]["files"] == [name]

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from gemma_scope_jax.buckets import write_bytes, write_text
+from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
@@ -35,13 +36,13 @@ def _text(name: str, config: TrainConfig, rows: list, tokens: int, times, pictur
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
     lines = [
-        f"# {name}",
+        f"# {in_markdown(name)}",
         "",
         f"A sparse coder of `{config.model}`: reads `{coder.reads}` and writes `{coder.target}` of "
         f"layer {where}; {coder.width:,} features a layer, target L0 {coder.target_l0:g}.",
         "",
-        f"Trained with gemma_scope_jax on {tokens:,} tokens of {data}{_again(*times)}; the whole "
-        "recipe is in `train_config.json`. Read it with",
+        f"Trained with gemma_scope_jax on {tokens:,} tokens of {in_markdown(data)}"
+        f"{_again(*times)}; the whole recipe is in `train_config.json`. Read it with",
         "",
         "    gemma_scope_jax.load_coder(folder)",
         "",
