@@ -100,7 +100,8 @@ def test_a_name_that_is_not_utf8_is_legible_where_it_is_quoted(tmp_path):
     text = EvaluationText(data, Letters(), rows=1, length=32)
     [batch] = text
     sources = batch.labels["source"][batch.counts]
-    assert text.groups["source"] == (f"{tmp_path}/b.txt", rf"{tmp_path}/caf\udce9.txt")
+    names = [name.rpartition("/")[2] for name in text.groups["source"]]
+    assert names == ["b.txt", r"caf\udce9.txt"]
     assert sorted(sources.tolist()) == [0] * 5 + [1] * 6
 
 

@@ -68,7 +68,7 @@ def inspect(
         )
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(html, inspection_page(seen))
+        write_text(html, inspection_page(seen))  # type: ignore[arg-type]
     if json:
         print_json(seen.as_dict())
     else:

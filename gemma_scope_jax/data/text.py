@@ -279,7 +279,7 @@ def _counts(batch: TokenBatch, first: int) -> bool:
     starts = np.diff(batch.segments, axis=1, prepend=0) != 0
     columns = np.arange(batch.segments.shape[1])
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
-    counts = True if batch.counts is None else batch.counts
+    counts = True if batch.counts is None else np.asarray(batch.counts) != 0
     return bool(((batch.segments > 0) & (positions >= first) & counts).any())
 
 
