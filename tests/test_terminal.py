@@ -169,6 +169,16 @@ def test_mistakes_on_the_command_line_quote_it_safely(monkeypatch):
     assert said.count(r"\x1b]0;title") >= 4
 
 
+def test_a_bug_quotes_files_safely(monkeypatch):
+    terminal = a_terminal(monkeypatch)
+    try:
+        raise RuntimeError(EVIL)
+    except RuntimeError as error:
+        cli.traceback_of_a_bug(type(error), error, error.__traceback__)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", terminal())
+    assert r"RuntimeError: a\x1b]0;title" in said and not SENT.search(said)
+
+
 # -------------------------------------------------------------------------------------------------
 # Paths on the command line
 

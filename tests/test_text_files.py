@@ -86,6 +86,8 @@ def test_a_file_comes_once_however_it_is_named(tmp_path, monkeypatch):
     assert read_documents(["a.txt", "./a.txt", f"{tmp_path}/a.txt", "*.txt"]) == ["one"]
     with pytest.raises(InputError, match="is a folder; name its files"):
         read_documents([str(tmp_path)])
+    with pytest.raises(InputError, match="gs://b/~/a.txt: text is read from local files"):
+        read_documents(["gs://b/~/a.txt"])
 
 
 def test_a_name_that_is_not_utf8_is_legible_where_it_is_quoted(tmp_path):

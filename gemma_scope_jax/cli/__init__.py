@@ -32,7 +32,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's); returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv, sys.excepthook = sys.argv[1:], traceback_of_a_bug
     if argv and argv[0] in ("--version", "-V"):
         print(f"gemma-scope-jax {_version()}")
         return 0
@@ -71,6 +72,12 @@ def _later(command: Callable[..., Any]) -> Callable[..., Callable[[], int | None
         return functools.partial(command, *args, **kwargs)
 
     return understood
+
+
+def traceback_of_a_bug(*error: Any) -> None:
+    """Print it as Python does; its message may quote a file."""
+    with shown_streams(styled=True):
+        sys.__excepthook__(*error)
 
 
 def _fail(message: str) -> int:

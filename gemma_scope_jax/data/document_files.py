@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gemma_scope_jax.buckets import is_remote
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.globs import named_paths
 
@@ -69,6 +70,8 @@ def text_files(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[str, str] = {}
     for pattern in patterns:
+        if is_remote(pattern):
+            raise InputError(f"{pattern}: text is read from local files; copy it here first")
         paths = named_paths(pattern)
         files = [path for path in paths if os.path.isfile(path)]
         if not files and any(map(os.path.isdir, paths)):
