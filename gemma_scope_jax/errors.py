@@ -25,9 +25,17 @@ def shown(text: str, keep: str = "") -> str:
     line separators and halves of characters appear as escapes (``\x1b``); those in `keep` stay.
     What files, servers and models say goes through here before it is printed.
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
     return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
+
+
+def in_markdown(text: str) -> str:
+    r"""A name in Markdown, on one line and no markup: ``a|b <i>`` becomes ``a\|b &lt;i>``.
+    Underscores stay, as they mean nothing inside a word.
+    """
+    plain = shown(text).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{c}" if c in "|`*[]" else c for c in plain)
 
 
 def _is_control(c: str) -> bool:

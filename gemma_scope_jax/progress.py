@@ -1,7 +1,21 @@
-"""How far long work is, on stderr: share, rate and time left, a line every ten seconds."""
+"""What a command shows: how far long work is, and streams on which no text is ever obeyed.
 
+Names, keys, tokens, labels and explanations come from files, servers and models. What is printed
+goes through `shown_streams`, what rich draws through `console`: control characters of a text appear
+as escapes, and those that rich itself sends to a terminal pass.
+"""
+
+import contextlib
+import re
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
+
+from gemma_scope_jax.errors import shown
+
+_STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
+_MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm goes from bar to bar
 
 
 class Progress:
@@ -36,3 +50,69 @@ class Progress:
             f"{share}{done:,} {self.unit}  {rated} {self.unit}/s{after}{note}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+
+
+class Shown:
+    r"""A text stream on which control characters but line breaks and tabs appear as ``\x1b``.
+
+    So do characters that the stream's encoding lacks. In a terminal, progress bars of other
+    packages may go back to the start of the line; with `styled`, colours pass as well.
+    """
+
+    def __init__(self, stream: Any, styled: bool = False):
+        self.stream, self.styled = stream, styled and stream.isatty()
+
+    def write(self, text: str) -> int:
+        safe = self._safe(text)
+        try:
+            self.stream.write(safe)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding or "ascii"
+            self.stream.write(safe.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def _safe(self, text: str) -> str:
+        if text.isprintable() or text == "\n":
+            return text
+        back = ""
+        if text[0] in "\r\x1b\n" and self.stream.isatty():
+            if _MOVES.fullmatch(text):
+                return text
+            back = "\r" * (text[0] == "\r")
+        parts = _STYLE.split(text[len(back) :]) if self.styled else [text[len(back) :]]
+        parts[::2] = [shown(part, keep="\n\t") for part in parts[::2]]
+        return back + "".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def shown_streams(styled: bool = False) -> Iterator[None]:
+    """All that is printed meanwhile, on stdout and stderr, goes through `Shown`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Shown(stream, styled) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def console(*, stderr: bool = False, width: int | None = None) -> Any:
+    """A rich `Console` that obeys no text it is given. `width` None: the terminal's."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        def render(self, renderable, options=None):
+            for text, style, control in super().render(renderable, options):
+                yield Segment(text if control else shown(text, keep="\n"), style, control)
+
+    stream = sys.stderr if stderr else sys.stdout
+    while isinstance(stream, Shown):
+        stream = stream.stream
+    return SafeConsole(file=stream, width=width, highlight=False, emoji=False)

@@ -107,6 +107,15 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
     np.testing.assert_allclose(got, expected["resid_post"], rtol=2**-8, atol=1e-5)
 
 
+def test_a_text_of_which_nothing_counts_ends_and_is_said(model, tmp_path, capsys):
+    batches = TokenBatches(["abc", "defg"], make()._tokenizer, 4, 32)
+    with pytest.raises(InputError, match="no token counts.*position 5 or later"):
+        write_activations(model, batches, SITES, tmp_path / "a", 100, first=5)
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+    write_activations(model, batches, SITES, tmp_path / "b", 29, first=4)  # one a reading counts
+    assert "the text has been read" in capsys.readouterr().err
+
+
 def test_shards_are_safetensors_files(whole):
     path = whole[0].folder / "00002.resid_post.safetensors"
     with safe_open(path, framework="numpy") as file:

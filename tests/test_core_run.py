@@ -244,6 +244,11 @@ def test_finished_coders_are_read_and_new_ones_measured(
     more = evaluate_core(model, [coders[0], load_coder(folders / "sae_1")], data, plan, config, out)
     assert seen == [1] and more[0] == results[0]
     assert "measured before" in capsys.readouterr().err
+    monkeypatch.chdir(text)  # a text is known by its content, not by how its path is spelled
+    near, near_plan, spelled = setup(model, "../" + text.name)
+    spelled["dataset"] = "./" + text.name
+    assert evaluate_core(model, coders, near, near_plan, spelled, out) == results[:2]
+    assert seen == [1]
     with pytest.raises(InputError, match="another loss_tokens .*150, now 40.*another --out"):
         evaluate_core(model, coders, *setup(model, text, 40), out)
 

@@ -16,6 +16,7 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import work
@@ -596,6 +597,56 @@ def test_a_folder_keeps_to_its_settings(model, tmp_path, changes, said):
     source, coders = settings.pop("source", ["abcdef", "ghi"]), settings.pop("coders", one)
     with pytest.raises(InputError, match=f"holds features of {said}"):
         extract(model, coders, Letters(), source, tmp_path, **settings)
+
+
+def test_a_text_that_was_edited_is_noticed_and_one_that_was_moved_goes_on(
+    model, tmp_path, monkeypatch
+):
+    """Same name, same size: a store never holds half of one text and half of another."""
+    one, store, path = {"a": CODERS["a"]}, tmp_path / "s", tmp_path / "text.txt"
+    files = lambda name: TextData(files=(str(name),))
+    again = lambda name: extract(model, one, Letters(), files(name), store, **SETTINGS)
+    documents = [f"document {n}" for n in range(10, 70)]
+    path.write_text("\n\f\n".join(documents))
+    first = again(path)
+    read = lambda found: np.concatenate([s.tokens for s in found.segments()])
+    tokens, whole = read(first), (store / "manifest.json").read_bytes()
+    assert len(first.shards) >= 2
+    same = lambda found: found.complete and np.array_equal(read(found), tokens)
+
+    def unfinished():
+        (store / "index.json").unlink()
+        (store / shard_name(1)).unlink()
+
+    unfinished()
+    monkeypatch.chdir(tmp_path)
+    assert same(again("./text.txt"))
+    unfinished()
+    moved = path.rename(tmp_path / "other.txt")
+    assert same(again(moved)) and (store / "manifest.json").read_bytes() == whole
+    unfinished()
+    manifest = json.loads((store / "manifest.json").read_text())
+    text = work.open_text(files(moved.rename(path)), Letters(), 0)
+    manifest["data"]["text"] = fingerprint(
+        text.documents, text.data, text.tok, text.seed, named=True
+    )
+    (store / "manifest.json").write_text(json.dumps(manifest))  # as of an older version
+    for shard in store.glob("shard-*"):
+        shard.unlink()
+    assert same(again(path))
+    unfinished()
+    path.write_text("\n\f\n".join([*documents[:-1], "document 99"]))
+    (store / "manifest.json").write_bytes(whole)
+    with pytest.raises(InputError, match="another data .text: what it holds") as error:
+        again(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_of_which_nothing_counts_is_refused(model, tmp_path):
+    late = {"late": sae(0, 1, first=9)}
+    with pytest.raises(InputError, match="no token counts.*position 9 or later"):
+        extract(model, late, Letters(), ["abcdefgh"] * 9, tmp_path / "s", **SETTINGS)
+    assert not list((tmp_path / "s").iterdir())
 
 
 def test_bad_reading_is_one_line(store, tmp_path):

@@ -400,6 +400,10 @@ def test_a_glob_stands_for_what_it_matches(tmp_path):
     for layer in (2, 10):
         (tmp_path / f"layer_{layer}").mkdir()
     assert matching(f"{tmp_path}/layer_*") == [f"{tmp_path}/layer_2", f"{tmp_path}/layer_10"]
+    for name in ("run [1]", "run 1"):  # a name is a name before it is a glob
+        (tmp_path / name / "layer_3").mkdir(parents=True)
+    assert matching(f"{tmp_path}/run [1]") == [f"{tmp_path}/run [1]"]
+    assert matching(f"{tmp_path}/run [1]/layer_*") == [f"{tmp_path}/run [1]/layer_3"]
     packaged = matching("gemma-3-270m-transcoder-*")
     assert len(packaged) == 18 and "-transcoder-17-" in packaged[-1]
     assert len(matching("gemma-scope-2-270m-pt/transcoder_all/*_16k_l0_small")) == 18

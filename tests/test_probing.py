@@ -243,6 +243,9 @@ def test_a_table_reads_alike_plain_and_compressed(tmp_path):
     (tmp_path / "two.csv.gz").write_bytes(gzip.compress(text))
     (tmp_path / "ignored.txt").write_text("x")
     files = table_files([str(tmp_path)])
+    (bracketed := tmp_path / "tables [1]").mkdir()
+    (bracketed / "a[1].csv").write_text("prompt,target\nx,1\n")
+    assert table_files([f"{bracketed}/a[1].csv", f"{bracketed}/*"]) == [bracketed / "a[1].csv"]
     assert [f.name for f in files] == ["one.csv", "two.csv.gz"]
     one, two = map(read_table, files)
     assert (one.texts, one.columns) == (two.texts, two.columns)

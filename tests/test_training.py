@@ -693,13 +693,19 @@ def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, 
     one_line(refused)
 
 
-def test_a_run_on_a_store_needs_no_weights_of_the_model(model, tmp_path, monkeypatch):
-    batches = TokenBatches(documents(), Letters(), 8, 32)
+def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
+    model, tmp_path, monkeypatch, capfd
+):
+    batches = TokenBatches(documents(6), Letters(), 8, 32)  # of 820 tokens
     write_activations(model, batches, {"resid_post": (3,)}, tmp_path / "store", 1000)
+    assert "the text has been read 2 times over" in capfd.readouterr().err
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     monkeypatch.setattr(training, "load_model", None)
-    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 2)
+    config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 6)
     assert training.train(config, tmp_path / "run")
+    assert capfd.readouterr().err.count("store has been read once, at 768 tokens") == 1
+    card = (tmp_path / "run" / "coders" / coder(3).folder / "README.md").read_text()
+    assert "store, read 3 times over (the store holds its text 2 times over); the" in card
 
 
 def test_text_that_ends_early_is_said_and_carded(model, tmp_path, capfd):
@@ -857,3 +863,15 @@ def test_config_files_are_read_and_bad_ones_refused(tmp_path):
     )
     config = training.load_config(path)
     assert [c.layer_tuple for c in config.coders] == [(5,), (1, 2)] and config.tokens == 4_000_000
+
+
+def test_a_config_may_spell_the_place_of_its_text_otherwise(tmp_path):
+    """A checkpoint knows the text by its content."""
+    at = lambda files, **more: recipe(coder(3), data=TextData(files=(files,), **more))
+    training._remember_config(at("./a.txt"), epath.Path(tmp_path), fresh=True)
+    training._check_folder(at("/elsewhere/b.txt"), epath.Path(tmp_path))
+    with pytest.raises(InputError, match="data differ"):
+        training._check_folder(at("./a.txt", field="body"), epath.Path(tmp_path))
+    for fresh, name in ((False, "./a.txt"), (True, "caf\ufffd.txt")):
+        training._remember_config(at("caf\udce9.txt"), epath.Path(tmp_path), fresh=fresh)
+        assert json.loads((tmp_path / "config.json").read_text())["data"]["files"] == [name]

@@ -5,6 +5,7 @@ from typing import Any
 
 from gemma_scope_jax.cards.inspect import Inspection
 from gemma_scope_jax.cards.labels import Label
+from gemma_scope_jax.progress import console as safe_console
 
 PIPE_WIDTH = 300
 TOKEN_WIDTH = 24  # of the column of tokens, at most
@@ -53,13 +54,12 @@ def print_inspection(seen: Inspection, width: int | None = None) -> None:
 
     width: characters a line; default: the terminal's, and room for everything in files and pipes.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     if width is None and not sys.stdout.isatty():
         width = PIPE_WIDTH
-    console = Console(file=sys.stdout, highlight=False, width=width)
+    console = safe_console(width=width)
     place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
     console.print(
         Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")

@@ -4,6 +4,8 @@ import json
 from importlib import resources
 from typing import Any
 
+from gemma_scope_jax.storage.strict_json import legible
+
 
 def page_template(name: str) -> str:
     """A page of this folder, with the style that all of them begin with in place."""
@@ -17,6 +19,7 @@ def inert_json(value: Any) -> str:
     The two separators are line ends to old JavaScript. NaN raises `ValueError`.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = legible(text)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text

@@ -5,10 +5,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import PACKAGED_CODER, Coders, Dtype, Folder, Name, load_all
+from gemma_scope_jax.cli.shared import (
+    PACKAGED_CODER,
+    Coders,
+    Dtype,
+    Folder,
+    NameOrPlace,
+    Place,
+    load_all,
+)
 from gemma_scope_jax.errors import InputError
 
-Tables = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TABLE...", help_behavior_hint="")]
+Tables = Annotated[tuple[Place, ...], tyro.conf.arg(metavar="TABLE...", help_behavior_hint="")]
 
 
 def benchmark(
@@ -24,7 +32,7 @@ def benchmark(
     scr: Tables = (),
     limit: int | None = None,
     out: Folder = "out/benchmark",
-    model: Name = "",
+    model: NameOrPlace = "",
     dtype: Dtype = "auto",
 ) -> None:
     """Benchmarks of coders side by side: sparse probing, feature absorption, TPP, SCR.

@@ -1,19 +1,28 @@
 """Measuring coders: `evaluate`."""
 
-import json as json_format
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
+from gemma_scope_jax.cli.shared import (
+    Coders,
+    Dtype,
+    Files,
+    Folder,
+    Name,
+    NameOrPlace,
+    Roles,
+    load_all,
+    print_json,
+)
 from gemma_scope_jax.errors import InputError
 
 
 def evaluate(
     coders: Coders,
     *,
-    model: Name = "",
+    model: NameOrPlace = "",
     text: Files = (),
     tfds: Name = "",
     field: Name = "text",
@@ -86,7 +95,7 @@ def evaluate(
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:
         shown = [{**r, "eval_result_details": []} for r in results]
-        print(json_format.dumps(shown, ensure_ascii=False, allow_nan=False))
+        print_json(shown)
         say_doubts(results)
     else:
         print_core(results)

@@ -14,11 +14,13 @@ from gemma_scope_jax.cli.shared import (
     Dtype,
     Folder,
     Name,
+    NameOrPlace,
     bar,
     stage,
     use_compilation_cache,
 )
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.strict_json import legible
 
 ANSWERS = "explanations.answers.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -32,7 +34,7 @@ def explain(
     sample: int | None = None,
     judge: Literal["endpoint", "model", "statistics"] | None = None,
     endpoint: Annotated[str, tyro.conf.arg(metavar="URL")] = "",
-    judge_model: Name = "",
+    judge_model: NameOrPlace = "",
     scores: tuple[str, ...] = ("detection", "fuzzing"),
     out: Folder = "",
     plan: bool = False,
@@ -45,7 +47,7 @@ def explain(
     retries: int = 6,
     logprobs: bool = False,
     request_options: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}",
-    model: Name = "",
+    model: NameOrPlace = "",
     name: Name = "",
     layer: int | None = None,
     length: int = 32,
@@ -156,7 +158,7 @@ def _run(corpus: Any, judged: tuple, wanted, scores, folder, coder: str, loaded,
     made, status, held = judged
     try:
         report = explain_features(
-            corpus, made, wanted, scores, folder, coder=loaded.info.path or coder,
+            corpus, made, wanted, scores, folder, coder=legible(loaded.info.path or coder),
             width=loaded.width, neighbours=known, raises=_raises(loaded), status=status,
         )  # fmt: skip
     finally:

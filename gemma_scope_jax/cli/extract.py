@@ -1,11 +1,21 @@
 """Large-scale sparse features: `extract`, `verify`, `export`."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Coders, Dtype, Files, Folder, Name, Roles, load_all
+from gemma_scope_jax.cli.shared import (
+    Coders,
+    Dtype,
+    Files,
+    Folder,
+    LocalPlace,
+    Name,
+    NameOrPlace,
+    Place,
+    Roles,
+    load_all,
+)
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.processes import check_share, join_processes
 
@@ -21,7 +31,7 @@ def extract(
     field: Name = "text",
     skip_bad: bool = False,
     tokens: int | None = None,
-    model: Name = "",
+    model: NameOrPlace = "",
     dtype: Dtype = "auto",
     rows: int | None = None,
     length: int = 1024,
@@ -100,7 +110,7 @@ def extract(
         print_store(run_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
 
 
-Store = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+Store = Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 
 
 def verify(store: Store) -> None:
@@ -120,7 +130,7 @@ def verify(store: Store) -> None:
 def export(
     store: Store,
     *,
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
+    out: Annotated[LocalPlace, tyro.conf.arg(metavar="FOLDER")],
     format: Literal["parquet", "delphi"] = "parquet",
     splits: int | None = None,
     json: bool = False,

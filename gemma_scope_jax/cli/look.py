@@ -1,6 +1,5 @@
 """Looking at a text or a coder: `inspect`, `check`, `list`."""
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,10 @@ from gemma_scope_jax.cli.shared import (
     Dtype,
     File,
     Name,
+    NameOrPlace,
     given_text,
     load_all,
+    print_json,
     stage,
 )
 
@@ -24,8 +25,8 @@ Text = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT", help_b
 def inspect(
     text: Text = "",
     *,
-    model: Name = "",
-    coder: Name = PACKAGED_CODER,
+    model: NameOrPlace = "",
+    coder: NameOrPlace = PACKAGED_CODER,
     file: File = None,
     top_k: int = 5,
     json: bool = False,
@@ -68,7 +69,7 @@ def inspect(
     if html is not None:
         write_text(html, inspection_page(seen))
     if json:
-        print(json_format.dumps(seen.as_dict(), ensure_ascii=False))
+        print_json(seen.as_dict())
     else:
         print_inspection(seen)
         if html is not None:
@@ -78,7 +79,7 @@ def inspect(
 def check(
     coder: Coder,
     *,
-    model: Name = "",
+    model: NameOrPlace = "",
     text: File = None,
     json: bool = False,
     dtype: Dtype = "auto",
@@ -113,7 +114,7 @@ def check(
     with stage("compiling and running"):
         report = check(loaded_model, loaded_coder, batches)
     if json:
-        print(json_format.dumps(report.as_dict(), ensure_ascii=False))
+        print_json(report.as_dict())
     else:
         print_report(report, loaded_coder, loaded_model.config.name, source)
     return 1 if report.warnings else 0

@@ -1,6 +1,9 @@
 """What subcommands share: types of arguments, input, loading, progress on stderr."""
 
 import contextlib
+import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,37 +12,63 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import console, shown_streams
+from gemma_scope_jax.storage.strict_json import legible
 
+_UNPRINTED = re.compile(r"[^ -~]")
 PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
 DEFAULT_MODEL = "gemma-3-270m"
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def _of_place(kind: type) -> Any:
+    """How an option that names a place is read: `~` is the home folder, also in --option=~/file,
+    which no shell expands. Addresses in buckets and on the hub have none."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: kind(os.path.expanduser(words[0])),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [os.fspath(value)],
+    )
+
+
+Place = Annotated[str, _of_place(str)]
+LocalPlace = Annotated[Path, _of_place(Path)]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
-Coder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
+NameOrPlace = Annotated[Place, tyro.conf.arg(metavar="NAME")]  # of a model or a coder
+Coder = Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
 Coders = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CODER...", help_behavior_hint="")
+    tuple[Place, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="CODER...", help_behavior_hint=""),
 ]
-Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
+Files = Annotated[tuple[Place, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
 Roles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")]
-Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-BucketFile = Annotated[str, tyro.conf.arg(metavar="FILE")]  # local or gs://
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Folder = Annotated[Place, tyro.conf.arg(metavar="FOLDER")]
+BucketFile = Annotated[Place, tyro.conf.arg(metavar="FILE")]  # local or gs://
+File = Annotated[LocalPlace | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 
 
 def given_text(text: str, file: Path | None) -> str:
     """The text to look at; of standard input and files without the line break at the end."""
     if text and file is not None:
         raise InputError("give a text or --file FILE, not both")
-    try:
-        if file is not None:
-            text = file.read_text(encoding="utf-8").removesuffix("\n")
-        elif text == "-":
-            text = sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        where = file or "standard input"
-        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error
+    from gemma_scope_jax.data.document_files import decoded
+
+    if file is not None:
+        text = decoded(file.read_bytes(), file).removesuffix("\n")
+    elif text == "-":
+        text = decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
     if not text.strip():
         raise InputError('the text is empty: give one, "-" for standard input, or --file FILE')
     return text
+
+
+def print_json(value: Any) -> None:
+    """Print JSON whose texts stay legible; control characters in them are JSON's own escapes."""
+    text = legible(json.dumps(value, ensure_ascii=False))
+    print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
 def load_all(
@@ -116,10 +145,10 @@ def stage(message: str) -> Iterator[None]:
         print(f"{message} ...", file=sys.stderr, flush=True)
         yield
         return
-    from rich.console import Console
     from rich.markup import escape
 
-    with Console(stderr=True).status(escape(message)):
+    # what is printed meanwhile goes through rich, which keeps it clear of the spinner
+    with console(stderr=True).status(escape(message)), shown_streams():
         yield
 
 
@@ -130,11 +159,11 @@ def bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
         print(f"{message} ...", file=sys.stderr, flush=True)
         yield None
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(escape(message), total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, transient=True) as drawn, shown_streams():
+        task = drawn.add_task(escape(message), total=None)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)

@@ -1,14 +1,13 @@
 """Making coders: `train`, and `activations` to train from."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Folder, Name, use_compilation_cache
+from gemma_scope_jax.cli.shared import Folder, LocalPlace, Name, use_compilation_cache
 from gemma_scope_jax.model.processes import join_processes
 
-Config = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+Config = Annotated[LocalPlace, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
 
 
 def train(
@@ -22,10 +21,12 @@ def train(
 ) -> None:
     """Train coders as a configs/*.py file says; the same command continues an interrupted run.
 
-    On several hosts run it on each: TPU pods and SLURM are recognised, elsewhere number them.
+    A config is a Python program, and is run: train from none that you have not read, or do not
+    trust. On several hosts run it on each: TPU pods and SLURM are recognised, elsewhere number
+    them.
 
     Args:
-        config: A Python file that sets `config`.
+        config: A Python file that sets `config`; it is run.
         out: Folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
             published layout.
         coordinator: Address and port of the first of several processes.
@@ -51,7 +52,7 @@ def activations(
     """Store the activations that a training config reads, to train from with its `store`.
 
     Args:
-        config: A Python file that sets `config`.
+        config: A Python file that sets `config`; it is run, as by `train`.
         out: Folder of the store; the same command continues an interrupted one.
         tokens: How many to store; default: the config's.
         dtype: int8 has a scale for each token and halves the size.

@@ -10,6 +10,7 @@ from gemma_scope_jax.coders.parameter_files import row_chunks
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.identity import checksum
+from gemma_scope_jax.storage.strict_json import legible
 
 Coder = SparseCoder | MultiLayerCoder
 
@@ -51,4 +52,4 @@ def check_values(coder: Coder) -> None:
 def public_name(coder: Coder) -> str:
     """The coder's address, or the name of its folder: no paths of this machine."""
     path = coder.info.path or coder.kind
-    return os.path.basename(path) if os.path.isabs(path) else path
+    return legible(os.path.basename(path) if os.path.isabs(path) else path)

@@ -12,7 +12,6 @@ can be read without loading anything. Whatever cannot be used raises `InputError
 import dataclasses
 import fnmatch
 import functools
-import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +57,7 @@ from gemma_scope_jax.coders.parameter_files import (
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, check_coder
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.globs import named_paths
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 
@@ -205,9 +205,9 @@ def matching(pattern: str) -> list[str]:
     Anything without `*`, `?` or `[`, and an existing folder, stands for itself. Raises `InputError`
     if a glob matches nothing.
     """
-    if not set("*?[") & set(pattern) or os.path.isdir(pattern):
+    if not set("*?[") & set(pattern):
         return [pattern]
-    folders = [f for f in sorted(glob.glob(os.path.expanduser(pattern))) if os.path.isdir(f)]
+    folders = [path for path in named_paths(pattern) if os.path.isdir(path)]
     packaged = [n for n in _packaged() if fnmatch.fnmatchcase(n, pattern)]
     found = folders or packaged or [str(a) for a in catalog.addresses(pattern=pattern)]
     if not found:

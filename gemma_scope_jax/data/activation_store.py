@@ -24,7 +24,7 @@ import numpy as np
 
 from gemma_scope_jax.data import activation_files as files
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.text import TokenBatches, prefetch
+from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
@@ -72,7 +72,7 @@ def write_activations(
     manifest = _new_manifest(model, batches, sites, dtype, shard_rows, first)
     with only_writer(path):
         try:
-            manifest = _continued(path, manifest)
+            manifest = _continued(path, manifest, batches)
             if manifest["rows"] < tokens:
                 _write(model, batches, path, manifest, tokens)
         except OSError as error:
@@ -107,13 +107,16 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
     }  # fmt: skip
 
 
-def _continued(path: Path, new: dict) -> dict:
+def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
     """The manifest of the store begun in the folder, or `new`. `InputError` if it is another's."""
     if not (path / files.MANIFEST).exists():
         return new
     old = files.read_activations_manifest(path)
+    data = old["data"]  # whose text may have been known by names and sizes
+    if isinstance(data, dict) and batches.same_text(data.get("text")):
+        data = {**data, "text": batches.fingerprint}
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
-        if old[key] != new[key]:
+        if (data if key == "data" else old[key]) != new[key]:
             raise InputError(
                 f"{path}: holds activations of another {key} ({_short(old[key])}, now "
                 f"{_short(new[key])}); choose another folder"
@@ -177,6 +180,8 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
         files.write_shard(path, manifest, buffers, filled, after, 0)
     if rows < tokens:
         print(f"the text ended at {rows:,} of {tokens:,} tokens", file=sys.stderr)
+    if (times := readings(after)) > 1:
+        print(f"the text has been read {times} times over: the store repeats it", file=sys.stderr)
 
 
 def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:
@@ -199,7 +204,7 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
     put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
     before, waiting = batches.position, None
     with prefetch(batches) as ahead:
-        for batch, after in ahead:
+        for batch, after in counting(ahead, manifest["first"], before):
             out = run(put(batch.tokens), put(batch.segments), put(batch.counts))
             if waiting is not None:
                 yield _in_memory(*waiting)

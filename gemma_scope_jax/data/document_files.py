@@ -1,11 +1,12 @@
 """The formats text files come in: where the documents of a file lie, and how to read one of them.
 
 Plain files are scanned once, memory-mapped, for the byte offsets of their documents; ArrayRecord
-files bring their own index. Compressed files are read line after line.
+files bring their own index. Compressed files are read line after line. The suffix, in any case,
+says which it is; what would be read as something it is not is refused.
 """
 
+import codecs
 import dataclasses
-import glob
 import gzip
 import importlib
 import io
@@ -18,10 +19,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.buckets import is_remote
+from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.storage.globs import named_paths
 
 SEPARATOR = "\n\f\n"
-_ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
+LONGEST = 1 << 28  # bytes of a line of JSON: more is no document, but fills the memory
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_RECORDS = (".array_record", ".arrayrecord")
+_COMPRESSED = (".gz", ".zst")
+_PLAIN = (".txt", ".text", ".md")  # whatever stands before them
+_OTHERS = (
+    ".7z", ".arrow", ".avro", ".br", ".bz2", ".csv", ".db", ".doc", ".docx", ".feather", ".gguf",
+    ".json", ".lz4", ".npy", ".npz", ".orc", ".parquet", ".pdf", ".pickle", ".pkl", ".pt", ".rar",
+    ".safetensors", ".sqlite", ".tar", ".tfrecord", ".tfrecords", ".tgz", ".tsv", ".xls", ".xlsx",
+    ".xz", ".zip",
+)  # fmt: skip
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _SPACE = re.compile(rb"\s*")
 
 
@@ -29,8 +43,9 @@ _SPACE = re.compile(rb"\s*")
 class Record:
     """A document as it lies in its source, not yet parsed.
 
-    `where` names it in messages. `kind`: "text" (UTF-8 bytes), "json" (bytes), "either" of the two,
-    "string" (a str) or "mapping" (a record of a dataset).
+    `where` names it in messages and stores. `kind`: "text" (UTF-8 bytes), "json" (bytes), "either"
+    of the two, "string" (a str), "mapping" (a record of a dataset) or "long" (a line that is longer
+    than any document: it is not read).
     """
 
     where: str
@@ -49,41 +64,73 @@ class IndexedFile:
 
 
 def text_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that the glob patterns name (`~` is expanded), sorted, each once.
+    """The files that names and glob patterns name (`~` is expanded), sorted, each once.
 
-    Raises `InputError` if a pattern names none.
+    Raises `InputError` if a pattern names none, or a file of a format that cannot be read.
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for pattern in patterns:
-        names = [f for f in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        files = {f for f in names if os.path.isfile(f)}
+        if is_remote(pattern):
+            raise InputError(f"{pattern}: text is read from local files; copy it here first")
+        paths = named_paths(pattern)
+        files = [path for path in paths if os.path.isfile(path)]
+        if not files and any(map(os.path.isdir, paths)):
+            raise InputError(f"{pattern}: is a folder; name its files, such as {pattern}/*.jsonl")
         if not files:
             raise InputError(f"no text files match {pattern}")
-        found |= files
-    return [_known(Path(name)) for name in sorted(found)]
+        for path in files:  # however it is spelled, a file is one file
+            found.setdefault(os.path.abspath(path), path)
+    paths = [Path(found[place]) for place in sorted(found)]
+    for path in paths:
+        kind_of(path)
+    return paths
 
 
-def _known(path: Path) -> Path:
-    """Refuse formats that would be read as something they are not."""
-    if path.suffix in (".gz", ".zst") and not is_stream(path):
-        raise InputError(f"{path}: compressed text must be JSON Lines, named .jsonl{path.suffix}")
-    if path.suffix in (".json", ".parquet", ".arrow", ".tfrecord", ".zip", ".bz2", ".xz"):
+def kind_of(path: Path) -> str:
+    """What a file's name says it is: "text", "lines" (of JSON), "stream" (of lines, compressed) or
+    "records". Raises `InputError` for formats that would be read as something they are not."""
+    name = _SHARD.sub("", path.name.lower())
+    suffixes = Path(name).suffixes or [""]
+    last, before = suffixes[-1], suffixes[-2] if len(suffixes) > 1 else ""
+    if last in _RECORDS:
+        return "records"
+    if last in _LINES:
+        return "lines"
+    if last in _COMPRESSED:
+        if before in _LINES:
+            return "stream"
+        raise InputError(f"{path}: compressed text must be JSON Lines, named .jsonl{last}")
+    if last in _OTHERS:
         raise InputError(
             f"{path}: not a format that can be read; convert it to .jsonl (a JSON object a line)"
         )
-    return path
+    if last not in _PLAIN and {*_LINES, *_COMPRESSED, *_RECORDS} & set(suffixes):
+        raise InputError(f"{path}: rename it: its name should end in what it is, .txt or .jsonl")
+    return "text"
 
 
 def is_stream(path: Path) -> bool:
     """Whether a file can only be read from its beginning."""
-    return path.name.endswith((".jsonl.gz", ".jsonl.zst"))
+    return kind_of(path) == "stream"
+
+
+def decoded(value: bytes, where: str | os.PathLike) -> str:
+    """UTF-8 text without a byte order mark, its lines ended by line feeds. Raises `InputError`."""
+    try:
+        text = value.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: cannot be read as UTF-8 text (byte {error.start} is not UTF-8)"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def indexed_file(path: Path) -> IndexedFile:
     """Find the documents of a .txt, .jsonl or ArrayRecord file. Raises `InputError`."""
-    if _ARRAY_RECORD.search(path.name):
+    kind = kind_of(path)
+    if kind == "records":
         return _array_record(path)
-    json = path.suffix == ".jsonl"
+    json, name = kind == "lines", shown(str(path))
     try:
         size = path.stat().st_size
         starts, stops = _scan(path, _lines if json else _texts) if size else (array("Q"),) * 2
@@ -92,7 +139,9 @@ def indexed_file(path: Path) -> IndexedFile:
 
     def read(number: int) -> Record:
         start, stop = starts[number], stops[number]
-        where = f"{path}, byte {start}"
+        where = f"{name}, byte {start}"
+        if json and stop - start > LONGEST:
+            return Record(where, stop - start, "long")
         try:
             with open(path, "rb") as file:
                 file.seek(start)
@@ -107,10 +156,11 @@ def indexed_file(path: Path) -> IndexedFile:
 
 
 def _scan(path: Path, find: Callable) -> tuple[array, array]:
-    """Start and stop byte of each document that is not blank."""
+    """Start and stop byte of each document that is not blank; a byte order mark is none."""
     starts, stops = array("Q"), array("Q")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
-        for start, stop in find(bytes_):
+        mark = len(codecs.BOM_UTF8)
+        for start, stop in find(bytes_, mark if bytes_[:mark] == codecs.BOM_UTF8 else 0):
             blank = _SPACE.match(bytes_, start, stop)
             if blank is None or blank.end() < stop:
                 starts.append(start)
@@ -118,17 +168,16 @@ def _scan(path: Path, find: Callable) -> tuple[array, array]:
     return starts, stops
 
 
-def _lines(text: mmap.mmap) -> Iterator[tuple[int, int]]:
-    start = 0
+def _lines(text: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
     while (stop := text.find(b"\n", start)) >= 0:
         yield start, stop
         start = stop + 1
     yield start, len(text)
 
 
-def _texts(text: mmap.mmap) -> Iterator[tuple[int, int]]:
+def _texts(text: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
     """Documents between lines of a form feed; lines may end in either convention."""
-    start = at = 0
+    at = start
     while (at := text.find(b"\f", at)) >= 0:
         before = 2 if text[max(0, at - 2) : at] == b"\r\n" else 1
         after = 2 if text[at + 1 : at + 3] == b"\r\n" else 1
@@ -152,23 +201,35 @@ def _array_record(path: Path) -> IndexedFile:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a complete ArrayRecord file ({reason})") from error
 
+    name = shown(str(path))
+
     def read(number: int) -> Record:
-        return Record(f"{path}, record {number}", source[number], "either")
+        return Record(f"{name}, record {number}", source[number], "either")
 
     return IndexedFile(path, path.stat().st_size, count, read)
 
 
-def stream_records(path: Path) -> Iterator[Record]:
-    """The documents of any supported file in order. Raises `InputError` for broken files."""
+def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:
+    """The documents of any supported file in order. Raises `InputError` for broken files, and
+    unless `skip_long` for the first line that is too long: what is compressed may be endless.
+    """
     if not is_stream(path):
         file = indexed_file(path)
         yield from map(file.read, range(file.count))
         return
+    name = shown(str(path))
     try:
-        with decompressed(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.isspace():
-                    yield Record(f"{path}, line {number}", line, "json")
+        with decompressed(path) as file:
+            for number, line in enumerate(_bounded_lines(file), 1):
+                where = f"{name}, line {number}"
+                if number == 1 and line is not None:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line is None and not skip_long:
+                    raise too_long(where)
+                if line is None:
+                    yield Record(where, LONGEST, "long")
+                elif line and not line.isspace():
+                    yield Record(where, line, "json")
     except InputError:
         raise
     except Exception as error:
@@ -177,9 +238,27 @@ def stream_records(path: Path) -> Iterator[Record]:
         raise
 
 
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, which is then read over."""
+    while line := file.readline(LONGEST + 1):
+        if len(line) <= LONGEST or line.endswith(b"\n"):
+            yield line
+            continue
+        yield None
+        while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+            pass
+
+
+def too_long(where: str) -> InputError:
+    """What is wrong with a line that is longer than any document."""
+    return InputError(
+        f"{where}: a line of more than {LONGEST >> 20} MiB is no document; is this JSON Lines?"
+    )
+
+
 def decompressed(path: Path) -> BinaryIO:
     """A .gz or .zst file, opened to be read in binary. Raises `InputError` without zstandard."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     try:
         return importlib.import_module("compression.zstd").open(path, "rb")  # Python 3.14

@@ -6,25 +6,31 @@ beginning (compressed files, iterables) is shuffled within a window. Either way 
 function of (seed, epoch), so a run resumes by a document's number.
 """
 
+import codecs
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.data.document_files import (
     Record,
+    decoded,
     indexed_file,
     is_stream,
     stream_records,
     text_files,
+    too_long,
 )
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
+from gemma_scope_jax.data.text_identity import file_digest, strings_digest
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.tokenizer import ROLES
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 Shard = tuple[int, int]  # (index, count): which of `count` hosts this is
 _BLOCK = 1024  # positions shuffled at a time
 
@@ -33,13 +39,15 @@ _BLOCK = 1024  # positions shuffled at a time
 class TextData:
     """What to read: either `files` or `tfds`, and what of a record is text.
 
-    files           glob patterns; .txt (documents separated by a line holding one form feed),
-                    .jsonl, .jsonl.gz, .jsonl.zst, .array_record (UTF-8 text or JSON)
+    files           names or glob patterns; .txt (documents separated by a line holding one form
+                    feed), .jsonl (also .ndjson, .jsonlines), .jsonl.gz, .jsonl.zst, .array_record
+                    (UTF-8 text or JSON); suffixes in any case
     tfds            a TensorFlow Datasets name such as "name/config:1.0.0", prepared as ArrayRecord
     split           of the TFDS dataset
     tfds_folder     where TFDS datasets lie; default: TFDS's own
     field           the key that holds the text in JSON and TFDS records
-    messages        instead of `field`: the key that holds a chat, [{"role": ..., "content": ...}]
+    messages        instead of `field`: the key that holds a chat, [{"role": ..., "content": ...}],
+                    as `model.tokenizer.Tokenizer.chat` takes it
     roles           whose tokens count in chats ("assistant" is the same as "model")
     shuffle_window  documents held in memory to shuffle compressed files and iterables
     skip_bad        leave out records that cannot be used instead of stopping at the first
@@ -82,12 +90,14 @@ class TextData:
 class Indexed:
     """Documents that can be read in any order.
 
-    `identity` is JSON that tells these documents from others; `read` takes 0 .. count - 1.
+    `identity` is JSON that tells these documents from others, by content; `named` gives what older
+    versions took for it (names and sizes). `read` takes 0 .. count - 1.
     """
 
     identity: Any
     count: int
     read: Callable[[int], Record]
+    named: Callable[[], Any]
     once: bool = False
 
     def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
@@ -108,14 +118,15 @@ class Indexed:
 class Streamed:
     """Documents that can only be read from the beginning.
 
-    `read` takes the order of the parts (None: as they lie) and gives all records; `once`: it can
-    be called once only.
+    `identity` and `named` as of `Indexed`. `read` takes the order of the parts (None: as they lie)
+    and gives all records; `once`: it can be called once only.
     """
 
     identity: Any
     parts: int
     read: Callable[[Sequence[int] | None], Iterator[Record]]
     window: int
+    named: Callable[[], Any]
     once: bool = False
 
     def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
@@ -140,7 +151,8 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
     """The documents of `source`: a `TextData`, a list or other iterable of strings, or a function
     that returns a fresh iterable for each epoch (`window` is its shuffle window).
 
-    Scans the files once for where documents begin. Raises `InputError` for what cannot be read.
+    Reads the files once, for their identity and for where documents begin. Raises `InputError` for
+    what cannot be read.
     """
     if isinstance(source, TextData):
         if source.tfds:
@@ -151,11 +163,12 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
     if isinstance(source, str):
         raise InputError('text must be TextData(files=("...",)) or several strings, not one string')
     if isinstance(source, Sequence):
-        sizes = [len(s) if isinstance(s, str) else -1 for s in source]
-        if not sizes:
+        if not len(source):
             raise InputError("the list of documents is empty")
         get = lambda i: Record(f"document {i}", source[i], "string")
-        return Indexed(["list", sizes], len(source), get)
+        named = lambda: ["list", [len(s) if isinstance(s, str) else -1 for s in source]]
+        identity = ["list", len(source), strings_digest(source)]
+        return Indexed(identity, len(source), get, named)
     if not callable(source) and not isinstance(source, Iterable):
         raise InputError(f"cannot take text from a {type(source).__name__}")
 
@@ -163,19 +176,22 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
         strings = source() if callable(source) else source
         return (Record(f"document {i}", s, "string") for i, s in enumerate(strings))
 
-    return Streamed(["iterable"], 1, records, window, once=isinstance(source, Iterator))
+    identity = ["iterable"]  # of what comes nothing is known before it comes
+    once = isinstance(source, Iterator)
+    return Streamed(identity, 1, records, window, lambda: identity, once=once)
 
 
 def _files(data: TextData) -> Documents:
     paths = text_files(data.files)
+    identity = ["files", [file_digest(path) for path in paths]]
+    named = lambda: [[path.name, path.stat().st_size] for path in paths]
     if any(is_stream(path) for path in paths):
-        identity = [[path.name, path.stat().st_size] for path in paths]
 
         def records(order):
             for number in range(len(paths)) if order is None else order:
-                yield from stream_records(paths[number])
+                yield from stream_records(paths[number], skip_long=data.skip_bad)
 
-        return Streamed(identity, len(paths), records, data.shuffle_window)
+        return Streamed(identity, len(paths), records, data.shuffle_window, named)
     files = [indexed_file(path) for path in paths]
     ends = np.cumsum([file.count for file in files])
     if not ends[-1]:
@@ -185,8 +201,7 @@ def _files(data: TextData) -> Documents:
         which = int(np.searchsorted(ends, number, side="right"))
         return files[which].read(number - int(ends[which]) + files[which].count)
 
-    identity = [[file.path.name, file.size] for file in files]
-    return Indexed(identity, int(ends[-1]), read)
+    return Indexed(identity, int(ends[-1]), read, named)
 
 
 def _tfds(data: TextData) -> Indexed:
@@ -199,7 +214,9 @@ def _tfds(data: TextData) -> Indexed:
         ) from None
     try:
         builder = tfds.builder(
-            data.tfds, data_dir=data.tfds_folder or None, file_format="array_record"
+            data.tfds,
+            data_dir=os.path.expanduser(data.tfds_folder) or None,
+            file_format="array_record",
         )
         source = builder.as_data_source(split=data.split)
     except Exception as error:  # TFDS raises dozens of types
@@ -211,7 +228,8 @@ def _tfds(data: TextData) -> Indexed:
         raise InputError(f"TFDS dataset {data.tfds!r}, split {data.split!r} is empty")
     name = f"TFDS {data.tfds} {data.split}"
     get = lambda i: Record(f"{name}, record {i}", source[i], "mapping")
-    return Indexed([builder.info.full_name, data.split, len(source)], len(source), get)
+    identity = [builder.info.full_name, data.split, len(source)]  # a version's data never change
+    return Indexed(identity, len(source), get, lambda: identity)
 
 
 def read_documents(patterns: Sequence[str]) -> list[str]:
@@ -225,33 +243,61 @@ def read_documents(patterns: Sequence[str]) -> list[str]:
 
 def parse(record: Record, data: TextData) -> str | Chat:
     """The text of a record, or its chat if `data.messages`. Raises `InputError` saying where."""
-    value = record.value
-    if record.kind in ("text", "string") and data.messages:
+    value, kind = record.value, record.kind
+    if kind == "long":
+        raise too_long(record.where)
+    if kind in ("text", "string") and data.messages:
         raise InputError(f"{record.where}: plain text holds no chats; leave out `messages`")
-    if record.kind == "string":
+    if kind == "string":
         if not isinstance(value, str):
             raise InputError(f"{record.where}: must be a str, not {type(value).__name__}")
         return value
-    if record.kind == "text":
-        return _decoded(value, record.where)
-    if record.kind == "mapping":
+    if kind == "text":
+        return decoded(value, record.where)
+    if kind == "mapping":
         return _take(value, record.where, data)
-    if record.kind == "either" and not data.messages and value.lstrip()[:1] != b"{":
-        return _decoded(value, record.where)
+    plain = kind == "either" and not data.messages
+    if plain and value.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+        return decoded(value, record.where)
+    return _take_json(value, record.where, data, plain)
+
+
+def _take_json(value: bytes, where: str, data: TextData, plain: bool) -> str | Chat:
+    """`_take` of a line of JSON; with `plain` it may also be text that only looks like it.
+
+    Stricter than `json.loads` where the text is concerned and as fast: what other keys hold does
+    not matter, so not all that `strict_json` refuses is refused here.
+    """
+    watched = (data.messages, "role", "content") if data.messages else (data.field,)
     try:
-        value = json.loads(value)
+        text = value.decode("utf-8-sig")
+        quoted = json.dumps(data.field, ensure_ascii=False)
+        often = data.messages or text.count(quoted) > 1  # perhaps in one object
+        found = json.loads(text, object_pairs_hook=partial(_once, watched) if often else None)
+        taken = _take(found, where, data)
+        if "\\ud" in text or "\\uD" in text:  # an escape may write half a character
+            json.dumps(taken, ensure_ascii=False).encode()
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"{where}: not JSON (nested too deeply to be read)") from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: a lone surrogate in its text, half a character") from error
     except ValueError as error:
-        if record.kind == "either" and not data.messages:
-            return _decoded(value, record.where)
-        raise InputError(f"{record.where}: not JSON ({error})") from error
-    return _take(value, record.where, data)
+        if plain and isinstance(error, json.JSONDecodeError):
+            return decoded(value, where)
+        raise InputError(f"{where}: not JSON ({reason(error)})") from error
+    return taken
 
 
-def _decoded(value: bytes, where: str) -> str:
-    try:
-        return value.decode().replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: cannot be read as UTF-8 text ({error})") from error
+def _once(watched: Sequence[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which the keys that are read are there once: else which of them was meant?"""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        if twice := [name for name in watched if names.count(name) > 1]:
+            raise ValueError(f"the key {twice[0]!r} occurs twice in one object")
+    return found
 
 
 def _take(value: Any, where: str, data: TextData) -> str | Chat:
@@ -259,20 +305,46 @@ def _take(value: Any, where: str, data: TextData) -> str | Chat:
     key = data.messages or data.field
     if not isinstance(value, Mapping) or key not in value:
         keys = ", ".join(map(str, value)) if isinstance(value, Mapping) else "no object"
+        keys = keys if len(keys) <= 200 else f"{keys[:197]}..."
         raise InputError(f"{where}: no key {key!r} (it has {keys}); name it in the data's config")
     value = value[key]
     if not data.messages:
-        if isinstance(value, bytes):
-            value = value.decode(errors="replace")
+        value = _string(value, where)
         if not isinstance(value, str):
             raise InputError(f"{where}: {key!r} must be text, not {type(value).__name__}")
         return value
-    if isinstance(value, Mapping):  # TFDS keeps a sequence of records as a record of sequences
-        value = [dict(zip(value, row)) for row in zip(*value.values())]
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+    messages = _rows(value)
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
         raise InputError(f"{where}: {key!r} must be a list of messages")
-    text = lambda v: v.decode(errors="replace") if isinstance(v, bytes) else v
-    return [
-        {k: text(v) for k, v in message.items()} if isinstance(message, Mapping) else message
-        for message in value
-    ]
+    return [_message(message, where) for message in messages]
+
+
+def _message(message: Any, where: str) -> Any:
+    """A message of strings, whose content may be a list of parts; what else it is `chat` says."""
+    if not isinstance(message, Mapping):
+        return message
+    plain = {k: _string(v, where) for k, v in message.items()}
+    content = _rows(plain.get("content"))
+    if isinstance(content, Iterable) and not isinstance(content, str | Mapping):
+        strings = lambda p: {k: _string(v, where) for k, v in p.items()}
+        plain["content"] = [strings(p) if isinstance(p, Mapping) else p for p in content]
+    return plain
+
+
+def _rows(value: Any) -> Any:
+    """TFDS keeps a sequence of records as a record of sequences."""
+    columns = isinstance(value, Mapping) and all(
+        isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)
+        for v in value.values()
+    )
+    return [dict(zip(value, row)) for row in zip(*value.values())] if columns else value
+
+
+def _string(value: Any, where: str) -> Any:
+    """TFDS keeps strings as bytes."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error

@@ -36,7 +36,8 @@ from gemma_scope_jax.data.documents import (
 from gemma_scope_jax.errors import InputError
 
 __all__ = [
-    "SEPARATOR", "TextData", "TokenBatch", "TokenBatches", "pack", "prefetch", "read_documents",
+    "SEPARATOR", "TextData", "TokenBatch", "TokenBatches", "counting", "pack", "prefetch",
+    "read_documents", "readings",
 ]  # fmt: skip
 
 LABELS = ("turn", "system", "user", "model")  # what a chat's tokens may be of, see `Span`
@@ -154,7 +155,9 @@ class TokenBatches:
             raise InputError(f"workers must be at least 1, not {workers}")
         self._epochs = 1 if self._documents.once else epochs
         _check_shard(shard, self._documents)
-        self.fingerprint = fingerprint(self._documents, self.data, tokenizer, seed, shard)
+        about = (self._documents, self.data, tokenizer, seed, shard)
+        self.fingerprint = fingerprint(*about)
+        self._about = about
         beginning = {"data": self.fingerprint, **dict.fromkeys(_PLACE, 0)}
         self._go_to(beginning if position is None else position)
 
@@ -164,16 +167,20 @@ class TokenBatches:
         other._go_to(position)
         return other
 
+    def same_text(self, there: Any) -> bool:
+        """Whether `there` is the `fingerprint` of this text, also as older versions gave it."""
+        return there == self.fingerprint or same_text(there, *self._about)
+
     def _go_to(self, position: Mapping[str, Any]) -> None:
         numbers = [position.get(k) for k in _PLACE] if isinstance(position, Mapping) else [None]
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise InputError(f"not a position in a text: {position!r}")
-        if position.get("data") != self.fingerprint:
+        if not self.same_text(position.get("data")):
             raise InputError(
-                "the position to resume from belongs to other data: file names or sizes, settings, "
-                "seed, hosts or tokenizer have changed; restore them, or start again"
+                "the position to resume from belongs to other data: the text, its settings, seed, "
+                "hosts or tokenizer have changed; restore them, or start again"
             )
-        self.position: dict[str, Any] = dict(position)
+        self.position: dict[str, Any] = {**position, "data": self.fingerprint}
         self._batches = fill_rows(self._pieces(), self.rows, self.length, self._tokenizer.bos_id)
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -210,17 +217,70 @@ class TokenBatches:
 
 
 def fingerprint(
-    documents: Documents, data: TextData, tok: Any, seed: int | None, shard: Shard = (0, 1)
+    documents: Documents,
+    data: TextData,
+    tok: Any,
+    seed: int | None,
+    shard: Shard = (0, 1),
+    *,
+    named: bool = False,
 ) -> str:
-    """Tells data, order and tokenizer from others; 16 hexadecimal digits."""
+    """Tells data, order and tokenizer from others; 16 hexadecimal digits.
+
+    Where the text lies, and how that is spelled, does not matter: its content does. `named`: as
+    versions before did, which knew files by names and sizes.
+    """
     settings = dataclasses.asdict(data)
     for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
         del settings[name]
     if not isinstance(documents, Streamed):
         del settings["shuffle_window"]
     sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
-    parts = [documents.identity, settings, seed, list(shard), sample]
+    identity = documents.named() if named else documents.identity
+    parts = [identity, settings, seed, list(shard), sample]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def same_text(there: Any, *about: Any) -> bool:
+    """Whether `there` is the `fingerprint` of `about`, or what it was before it knew content."""
+    return there == fingerprint(*about) or there == fingerprint(*about, named=True)
+
+
+def readings(position: Mapping[str, Any]) -> int:
+    """How many times the text has been begun before a position: 2 where it is read again."""
+    epoch, *rest = (position[name] for name in _PLACE)
+    return epoch + any(rest)
+
+
+def counting(
+    batches: Iterable[tuple[TokenBatch, Any]], first: int, position: Mapping[str, Any]
+) -> Iterator[tuple[TokenBatch, Any]]:
+    """(batch, position after it) as they come, from `position` on, for those who wait for tokens
+    that count: not before position `first` of their piece.
+
+    Raises `InputError` once a whole pass over the text has had none.
+    """
+    place = lambda position: tuple(position[name] for name in _PLACE)
+    epoch, *rest = place(position)
+    waiting = True
+    for batch, after in batches:
+        if waiting:
+            waiting = not _counts(batch, first)
+            if waiting and place(after) >= (epoch + 1, *rest):
+                raise InputError(
+                    "in all of the text no token counts: none is of the roles and kinds that do, "
+                    f"or lies at position {first} or later of its piece of a document"
+                )
+        yield batch, after
+
+
+def _counts(batch: TokenBatch, first: int) -> bool:
+    """Whether any token counts that is not before position `first` of its segment."""
+    starts = np.diff(batch.segments, axis=1, prepend=0) != 0
+    columns = np.arange(batch.segments.shape[1])
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    counts = True if batch.counts is None else np.asarray(batch.counts) != 0
+    return bool(((batch.segments > 0) & (positions >= first) & counts).any())
 
 
 def encode_record(tok: Any, record: Record, data: TextData) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.evaluation.benchmark import Bench, Job, raw_name
 from gemma_scope_jax.evaluation.results import saebench_result
 
@@ -159,7 +160,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.3f}"
-    return str(value)
+    return in_markdown(str(value))
 
 
 def _probing_rows(bench: Bench, some: Results):

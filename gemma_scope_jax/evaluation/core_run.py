@@ -81,11 +81,12 @@ def _evaluate_core(
         raise InputError(f"{'/'.join(repeated[0])} is named twice: each coder once")
     name = replacement_name(coders)
     together = {**config, "coder_weights": [c["coder_weights"] for c in configs]}
-    found = [_finished(out, CORE, i, c) for i, c in zip(ids, configs)]
+    found = [_finished(out, CORE, i, c, data) for i, c in zip(ids, configs)]
     whole = None
     if replacement:
-        whole = _finished(out, REPLACEMENT, coder_id(None, name), together)
-    state = _Saved(out, [configs, ids], replacement, COLUMNS)
+        whole = _finished(out, REPLACEMENT, coder_id(None, name), together, data)
+    same = [{k: v for k, v in c.items() if k != "dataset"} for c in configs]  # a name, as spelled
+    state = _Saved(out, [same, ids], replacement, COLUMNS)
     if (saved := state.read()) is not None:
         work = _Work.of(saved)
     else:
@@ -157,12 +158,16 @@ def _kept(out: str, result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "eval_result_details": []}
 
 
-def _finished(out: str, kind: str, ident: tuple[str, str], config: Mapping) -> dict | None:
+def _finished(
+    out: str, kind: str, ident: tuple[str, str], config: Mapping, data: EvaluationText
+) -> dict | None:
     """The document that is there already. Raises `InputError` if it was made in another way."""
     if not out or not (path := result_path(out, kind, *ident)).exists():
         return None
     found = read_result(path)
     old, new = found["eval_config"], plain(config)
+    if data.same_text(old.get("text")):  # whatever it is called
+        old = {**old, "text": new["text"], "dataset": new["dataset"]}
     if different := [k for k in new if old.get(k) != new[k]]:
         key = different[-1]  # ours come last, and say more
         raise InputError(

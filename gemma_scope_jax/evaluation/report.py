@@ -13,6 +13,7 @@ from typing import Any
 from gemma_scope_jax.buckets import folder_path, write_bytes
 from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
+from gemma_scope_jax.progress import console as safe_console
 
 Result = Mapping[str, Any]
 
@@ -86,11 +87,11 @@ def figure(result: Result, category: str, metric: str) -> float | None:
 def print_core(results: Sequence[Result]) -> None:
     """The figures of one result, or of several beside each other; replacement models below, and
     last, on stderr, what is wrong with any of them."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     wide = None if sys.stdout.isatty() else 300  # in a file or a pipe nothing need be cut
-    console = Console(width=wide)
+    console = safe_console(width=wide)
     core = [r for r in results if r["eval_type_id"] == "core"]
     if len(core) == 1:
         console.print(core[0]["sae_lens_id"], style="bold", markup=False, highlight=False)
@@ -105,7 +106,7 @@ def print_core(results: Sequence[Result]) -> None:
         for (heading, *_), cells in zip(chosen, zip(*rows)):
             table.add_column(heading, justify="right", min_width=max(map(len, cells)))
         for result, cells in zip(core, rows):
-            table.add_row(short_name(result), *cells)
+            table.add_row(escape(shown(short_name(result))), *cells)
         _print_whole(console, table)
     for result in results:
         if result["eval_type_id"] == "replacement":
@@ -140,25 +141,26 @@ def _print_figures(console: Any, result: Result) -> None:
 
 
 def _print_groups(console: Any, result: Result) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     more = result["eval_result_unstructured"]
     tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
     if layers := more.get("layers"):
         tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
-    shown = {
+    forms = {
         "tokens": ",d", "l0": ".1f", "fvu": ".4f", "cosine": ".4f", "loss_tokens": ",d",
         "loss": ".4f", "delta_loss": "+.4f", "kl": ".4f", "agreement": ".4f",
     }  # fmt: skip
     for title, rows in tables.items():
-        names = [name for name in shown if any(row.get(name) is not None for row in rows)]
+        names = [name for name in forms if any(row.get(name) is not None for row in rows)]
         table = Table(box=None, pad_edge=False)
         table.add_column(title, no_wrap=True)
         for name in names:
             table.add_column(name.replace("_", " "), justify="right", min_width=7)
         for row in rows:
-            cells = ["" if row.get(n) is None else format(row[n], shown[n]) for n in names]
-            table.add_row(_brief(str(row["name"])), *cells)
+            cells = ["" if row.get(n) is None else format(row[n], forms[n]) for n in names]
+            table.add_row(escape(_brief(shown(str(row["name"])))), *cells)
         console.print()
         _print_whole(console, table)
 

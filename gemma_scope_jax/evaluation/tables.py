@@ -7,7 +7,6 @@ another class, but refused; rows of the same text are all drawn to the same side
 
 import csv
 import dataclasses
-import glob
 import gzip
 import io
 import os
@@ -20,6 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.data.document_files import decompressed
 from gemma_scope_jax.errors import InputError, reason, shown
+from gemma_scope_jax.storage.globs import named_paths
 
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a column of SAE-Probes' files that says nothing new
@@ -76,9 +76,11 @@ def table_files(patterns: Sequence[str]) -> list[Path]:
     """The tables that files, folders and globs name. Raises `InputError` where one names none."""
     found: list[Path] = []
     for pattern in patterns:
-        folder = Path(pattern).expanduser()
-        names = glob.glob(f"{glob.escape(str(folder))}/*" if folder.is_dir() else str(folder))
-        some = [Path(n) for n in sorted(names) if os.path.isfile(n)]
+        names = named_paths(pattern)
+        if len(names) == 1 and os.path.isdir(names[0]):
+            inside = sorted(name for name in os.listdir(names[0]) if name[0] != ".")
+            names = [os.path.join(names[0], name) for name in inside]
+        some = [Path(n) for n in names if os.path.isfile(n)]
         tables = [p for p in some if p.name.lower().endswith(SUFFIXES)]
         if not tables:
             what = f"{some[0].name} is not one" if some else "there is none"

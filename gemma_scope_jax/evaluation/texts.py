@@ -17,7 +17,7 @@ import numpy as np
 from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.data.documents import Documents, TextData, open_documents
 from gemma_scope_jax.data.text import LABELS, Piece, fill_rows, fingerprint, labelled_record
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.evaluation.evaluate import TextBatch
 
 OTHER = "other"
@@ -85,13 +85,19 @@ class EvaluationText:
         assert isinstance(self.data, TextData)
         paths = [str(path) for path in text_files(self.data.files)]
         above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        return {os.path.relpath(path, above): path for path in paths}
+        # paths as in `Record.where`
+        return {shown(os.path.relpath(path, above)): shown(path) for path in paths}
 
-    def fingerprint(self) -> str:
-        """Tells these batches from others; 16 hexadecimal digits."""
-        text = fingerprint(self.documents, self._settings, self.tokenizer, self.seed)
+    def fingerprint(self, *, named: bool = False) -> str:
+        """Tells these batches from others; 16 hexadecimal digits. `named`: see `data.text`."""
+        about = (self.documents, self._settings, self.tokenizer, self.seed)
+        text = fingerprint(*about, named=named)
         shape = [text, self.tokens, self.rows, self.length, self.document]
         return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+
+    def same_text(self, there: Any) -> bool:
+        """Whether `there` is the `fingerprint` of these batches, also as older versions gave it."""
+        return there == self.fingerprint() or there == self.fingerprint(named=True)
 
     @property
     def _settings(self) -> TextData:

@@ -20,7 +20,7 @@ from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.strict_json import field, legible, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
@@ -48,7 +48,7 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
         data = {
-            "text": self.text.fingerprint, "files": [shown(name) for name in self.text.data.files],
+            "text": self.text.fingerprint, "files": [shown(f) for f in self.text.data.files],
             "tfds": self.text.data.tfds, "seed": self.text.seed, "rows": self.rows,
             "length": self.length,
             "roles": list(self.text.data.roles) if self.text.data.messages else None,
@@ -66,7 +66,7 @@ def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Co
         found = {str(name): coder for name, coder in coders.items()}
     else:
         given = list(coders) if isinstance(coders, Iterable) else [coders]
-        names = [c.info.path or f"{c.reads}-{layers_of(c)[0]}" for c in given]
+        names = [legible(c.info.path) or f"{c.reads}-{layers_of(c)[0]}" for c in given]
         found = {
             name if names.count(name) == 1 else f"{name}-{i}": coder
             for i, (name, coder) in enumerate(zip(names, given))
@@ -101,7 +101,8 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     if not (folder / MANIFEST).exists():
         if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
-        documents, mean, share = measure(job.text, tokens)
+        first = min(coder["first"] for coder in job.coders)
+        documents, mean, share = measure(job.text, tokens, first)
         size = {
             "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
             "mean": mean, "share": share, "shuffled": job.text.shuffled,
@@ -109,9 +110,12 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
     old = read_features_manifest(folder)
     for key, value in job.describe().items():
-        if _content(old[key]) != _content(value):
+        there = old[key]
+        if key == "data":
+            there = _of_this_text(there, value, job, folder)
+        if _content(there) != _content(value):
             raise InputError(
-                f"{folder}: holds features of another {key} ({_difference(old[key], value)}); "
+                f"{folder}: holds features of another {key} ({_difference(there, value)}); "
                 "choose another folder"
             )
     everything = old["tokens"] is None
@@ -121,6 +125,19 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     if documents <= old["documents"]:
         return old, old
     return old | {"tokens": tokens, "documents": documents}, old
+
+
+def _of_this_text(there: Mapping[str, Any], now: dict, job: Job, folder: Any) -> dict[str, Any]:
+    """What a manifest says of its text, which is known by its content: how it is called may differ.
+
+    Raises `InputError` for another text.
+    """
+    if not job.text.same_text(there.get("text")):
+        raise InputError(
+            f"{folder}: holds features of another data (text: what it holds, its order, its "
+            "settings or the tokenizer differ); choose another folder"
+        )
+    return {**there, **{key: now[key] for key in ("text", "files", "tfds")}}
 
 
 def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:

@@ -25,6 +25,7 @@ from gemma_scope_jax.data.text import (
     fill_rows,
     fingerprint,
     map_ahead,
+    same_text,
 )
 from gemma_scope_jax.errors import InputError, shown
 
@@ -45,6 +46,10 @@ class Text:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.documents, self.data, self.tok, self.seed)
+
+    def same_text(self, there: Any) -> bool:
+        """Whether `there` is the `fingerprint` of this text, also as older versions gave it."""
+        return same_text(there, self.documents, self.data, self.tok, self.seed)
 
     @property
     def shuffled(self) -> int | None:
@@ -99,26 +104,34 @@ class Size(NamedTuple):
     share: float
 
 
-def measure(text: Text, tokens: int | None) -> Size:
+def measure(text: Text, tokens: int | None, first: int = 1) -> Size:
     """How much of the text holds `tokens` tokens, each document's `<bos>` included; None: all.
 
-    Reads the first tokens, at least to one that counts, and goes on from their mean.
+    Reads the first tokens, at least to one that counts and lies at position `first` of its document
+    or later, and goes on from their mean. Raises `InputError` if there is none.
     """
     read = counted = documents = 0
-    wanted = FEW if tokens is None else min(tokens, SAMPLE)
+    wanted, found = FEW if tokens is None else min(tokens, SAMPLE), False
 
-    def sizes(numbered: tuple[int, Record]) -> tuple[int, int]:
+    def sizes(numbered: tuple[int, Record]) -> tuple[int, int, bool]:
         ids, counts = text.encode(numbered[1])
-        return len(ids) + (len(ids) > 0), int(counts.sum())
+        late = bool(counts[max(first - 1, 0) :].any())  # <bos> is at position 0
+        return len(ids) + (len(ids) > 0), int(counts.sum()), late
 
     with ThreadPoolExecutor(_threads(), "tokenise") as pool:
-        for size, some in map_ahead(pool, sizes, text.records(0), 4 * _threads()):
+        for size, some, late in map_ahead(pool, sizes, text.records(0), 4 * _threads()):
             documents, read, counted = documents + 1, read + size, counted + some
-            if read >= wanted and counted:
+            found |= late
+            if read >= wanted and found:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-    if not counted:
+    if not read:
         raise InputError("no text: all documents are empty or unusable")
+    if not found:
+        raise InputError(
+            "in all of the text no token counts: none is of the roles and kinds that do, or lies "
+            f"at position {first} or later of its document"
+        )
     size = Size(documents, read / documents, counted / read)
     if tokens is not None and (read >= tokens or read < wanted):
         return size

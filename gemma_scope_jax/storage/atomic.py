@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _ZEROS = bytes(1 << 20)
@@ -146,9 +147,8 @@ def write_bytes(path: Any, data: bytes) -> None:
 
 
 def write_text(path: Any, text: str) -> None:
-    """`write_bytes` of a text as UTF-8; halves of characters, which names of files that are not
-    UTF-8 have, become escapes."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    """`write_bytes` of a text as UTF-8; names in it that are not UTF-8 are made legible."""
+    write_bytes(path, legible(text).encode())
 
 
 def reserve(file: BinaryIO, size: int) -> None:

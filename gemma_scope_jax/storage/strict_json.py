@@ -42,7 +42,7 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
         )
         # only an escape can write a surrogate: bytes that hold one are not UTF-8
         if "\\ud" in text or "\\uD" in text or (isinstance(data, str) and _LONE.search(text)):
-            value = _whole_text(value, mend_text)
+            value = legible(value) if mend_text else _whole(value)
     except UnicodeDecodeError as error:
         raise InputError(f"{os.fspath(where)}: not UTF-8 text (byte {error.start})") from error
     except RecursionError:
@@ -127,14 +127,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _whole_text(value: Any, mend: bool) -> Any:
-    """`value` with each lone surrogate replaced, or ValueError if there is one."""
+def legible(value: Any) -> Any:
+    """`value` with U+FFFD for each half of a surrogate pair in its texts, as Python has them in
+    names that are not UTF-8: so it can be written, and read again. Tuples become lists.
+    """
+    if isinstance(value, str):
+        return _LONE.sub("\ufffd", value)
     if isinstance(value, dict):
-        return {_whole_text(k, mend): _whole_text(v, mend) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_whole_text(v, mend) for v in value]
-    if not isinstance(value, str) or not _LONE.search(value):
-        return value
-    if not mend:
+        return {legible(k): legible(v) for k, v in value.items()}
+    return [legible(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _whole(value: Any) -> Any:
+    """`value`, or ValueError if half of a surrogate pair is in its texts."""
+    if value != legible(value):
         raise ValueError("a text holds half of a surrogate pair")
-    return _LONE.sub("\ufffd", value)
+    return value

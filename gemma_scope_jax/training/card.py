@@ -8,7 +8,9 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.strict_json import legible
 from gemma_scope_jax.training.measure import doubt
 from gemma_scope_jax.training.progress import read_log
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
@@ -17,11 +19,13 @@ CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead fea
 
 
 def write_card(
-    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int
-) -> None:
+    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int,
+    times: tuple[int, int] = (1, 1),
+) -> None:  # fmt: skip
     """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder.
 
-    `tokens`: how many were read in the end.
+    `tokens`: how many were read in the end. `times`: how often the data were begun, and how often a
+    store of activations held its text.
     """
     rows = [row for _, row in read_log(log)] if log.exists() else []
     saved = rows[-1].get("saved", {}).get(name) if rows else None
@@ -30,9 +34,8 @@ def write_card(
     files = {"train_config.json": (json.dumps(as_json(config), indent=1) + "\n").encode()}
     if picture:
         files["curves.png"] = picture
-    files["README.md"] = _text(name, config, rows, tokens, saved, bool(picture)).encode(
-        errors="backslashreplace"
-    )
+    text = _text(name, config, rows, tokens, times, saved, bool(picture))
+    files["README.md"] = legible(text).encode()
     write_folder(folder, {n: partial(_write, data) for n, data in files.items()})
     if not picture:  # of an earlier save
         (folder / "curves.png").unlink(missing_ok=True)
@@ -42,18 +45,21 @@ def _write(data: bytes, file: BinaryIO) -> None:
     file.write(data)
 
 
-def _text(name: str, config: TrainConfig, rows: list, tokens: int, saved, picture: bool) -> str:
+def _text(
+    name: str, config: TrainConfig, rows: list, tokens: int, times: tuple[int, int],
+    saved: dict | None, picture: bool,
+) -> str:  # fmt: skip
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
     lines = [
-        f"# {name}",
+        f"# {in_markdown(name)}",
         "",
         f"A sparse coder of `{config.model}`: reads `{coder.reads}` and writes `{coder.target}` of "
         f"layer {where}; {coder.width:,} features a layer, target L0 {coder.target_l0:g}.",
         "",
-        f"Trained with gemma_scope_jax on {tokens:,} tokens of {data}; the whole recipe is "
-        "in `train_config.json`. Read it with",
+        f"Trained with gemma_scope_jax on {tokens:,} tokens of {in_markdown(data)}"
+        f"{_again(*times)}; the whole recipe is in `train_config.json`. Read it with",
         "",
         "    gemma_scope_jax.load_coder(folder)",
         "",
@@ -99,6 +105,12 @@ def _table(figures: dict) -> list[str]:
     said = ("not finite" if v is None else f"{v:.4g}" for v in figures.values())
     head = ["| " + " | ".join(figures) + " |", "|" + " --- |" * len(figures)]
     return [*head, "| " + " | ".join(said) + " |"]
+
+
+def _again(read: int, held: int) -> str:
+    """How often the same text came, if it did more than once."""
+    said = f", read {read} times over" if read > 1 else ""
+    return said + (f" (the store holds its text {held} times over)" if held > 1 else "")
 
 
 def _plot(rows: list) -> bytes | None:

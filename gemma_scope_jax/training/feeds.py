@@ -3,8 +3,10 @@
 A feed gives batches with the position after each (JSON, for checkpoints), and a compiled step that
 takes one: `step(state, batch, started)` -> (state, parts of the loss, None before they started).
 `made_with` tells the model whose activations they are from others, by its weights.
-`ready` tells whether the coders can start, from what `sample` gives. With several hosts each reads
-the same text and keeps its rows, so that their number changes neither results nor checkpoints.
+`ready` tells whether the coders can start, from what `sample` gives; `readings`, how many times the
+data have been begun after `done` passes, and `repeats`, how often a store holds its text. With
+several hosts each reads the same text and keeps its rows, so that their number changes neither
+results nor checkpoints.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.data.activation_store import ActivationStore
-from gemma_scope_jax.data.text import TokenBatches, prefetch
+from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
@@ -101,14 +103,22 @@ class TextFeed:
         """Token batches from a position of the text on; `done` is not needed."""
         mesh, shape = self.plan.mesh, self.model.config
         source = token_batches(self.plan.config, shape, self.data, position, split=True)
+        position = source.position
         with prefetch(source) as batches:
             parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
-            yield ((parts(batch), after) for batch, after in batches)
+            checked = counting(batches, self.plan.config.first, position)
+            yield ((parts(batch), after) for batch, after in checked)
 
     def step(self, state: steps.TrainState, batch: Any, started: bool):
         if not started:
             return self.fill(state, self.model, *batch), None
         return self.train(state, self.model, *batch)
+
+    def readings(self, position: Any, done: int) -> int:
+        return readings(position) if position else 0
+
+    def repeats(self) -> int:
+        return 1
 
     def ready(self, state: steps.TrainState) -> bool:
         """Whether the buffer is full."""
@@ -158,6 +168,12 @@ class StoreFeed:
     def step(self, state: steps.TrainState, batch: Any, started: bool):
         return self.train(state, batch)
 
+    def readings(self, position: Any, done: int) -> int:
+        return -(-done * self.plan.config.tokens_a_pass // len(self.store))
+
+    def repeats(self) -> int:
+        return readings(self.store.manifest["position"])
+
     def ready(self, state: steps.TrainState) -> bool:
         return True
 
@@ -179,6 +195,8 @@ class StoreFeed:
 def _check_store(store: ActivationStore, config: TrainConfig, model: Model) -> None:
     """Raise `InputError` unless the store holds what the config says."""
     held = store.manifest
+    if not len(store):
+        raise InputError(f"{config.store}: holds no activations yet")
     if held["model"]["name"] != model.config.name:
         raise InputError(
             f"{config.store}: holds activations of {held['model']['name']}, not of {config.model}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.storage.strict_json import legible
 
 ACTIVATIONS = ("jumprelu", "topk", "batch_topk")
 SPARSITIES = ("quadratic", "step", "tanh")
@@ -293,5 +294,5 @@ class TrainConfig:
 
 
 def as_json(config: Any) -> dict:
-    """A config as plain JSON values (tuples become lists)."""
-    return dataclasses.asdict(config)
+    """A config as plain JSON values (tuples become lists), names that are not UTF-8 legible."""
+    return legible(dataclasses.asdict(config))

@@ -50,8 +50,9 @@ SAMPLE = 8192  # activations from which coders start and TopK is calibrated
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
-    """The `config` of a configs/*.py file. Raises `InputError` if there is none."""
-    path = Path(path)
+    """The `config` of a configs/*.py file, a program that is run. Raises `InputError` if there is
+    none."""
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -168,12 +169,16 @@ def _check_layers(config: TrainConfig, model: Model) -> None:
 
 # Of a config, what does not decide results, or is told by its content: see `_Run.check_same`.
 FREE = ("checkpoint_every", "keep", "track", "mesh", "model", "store")
+WHERE = ("files", "tfds_folder")  # of its data, how the place of the text is spelled
 
 
 def _differences(there: Any, here: dict) -> list[str]:
     """The fields in which two configs in JSON decide on other results; those added since the
     older was written count as their default."""
     default = json.loads(json.dumps(as_json(TrainConfig((CoderConfig(0),)))))
+    for config in (there, here):  # checkpoints know the text by its content
+        if isinstance(config.get("data"), dict):
+            config["data"] = {k: v for k, v in config["data"].items() if k not in WHERE}
 
     def whole(given: Any, default: Any) -> Any:
         if isinstance(default, dict) and isinstance(given, dict):
@@ -203,8 +208,8 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
         )
 
 
-def _remember_config(config: TrainConfig, out: epath.Path) -> None:
-    if jax.process_index() or (out / "config.json").exists():
+def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
+    if jax.process_index() or ((out / "config.json").exists() and not fresh):
         return
     make_folder(out)
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
@@ -237,7 +242,7 @@ class _Run:
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
-        self.starts = load_starts(config)
+        self.starts, self.readings = load_starts(config), 1
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.made_with = self.feed.made_with
 
@@ -267,13 +272,15 @@ class _Run:
         if found:
             self.check_same(made_with)
         parts, self.saved, started = None, time.monotonic(), int(state.total) > 0
+        self.said_again = position is not None and feed.readings(position, done) > 1
         with _signals(self._asked_to_stop), feed.batches(position, done) as data:
-            _remember_config(config, self.out)
+            _remember_config(config, self.out, fresh=found is None)
             progress = Progress(config, self.out, done)
             while done < config.passes:
                 if not started and feed.ready(state):
                     state, started = self.start(state, done), True
                 batch, position = next(data, (None, position))
+                self._say_again(done, position)
                 if batch is None:  # the text was given as an iterator, and has ended
                     self._ended(done)
                     break
@@ -298,7 +305,18 @@ class _Run:
             )
         self.checkpoints.save(done, state, position, self.made_with, wait=True)
         self.checkpoints.close()
+        self.readings = feed.readings(position, done)
         return state, done
+
+    def _say_again(self, done: int, position: Any) -> None:
+        """Say once that the data are read again: they are fewer than the run asks for."""
+        if self.said_again or self.feed.readings(position, done + 1) < 2:
+            return
+        self.said_again = True
+        if jax.process_index() == 0:
+            read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
+            print(f"{what} has been read once, at {read:,} tokens, and is read again",
+                  file=sys.stderr)  # fmt: skip
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
@@ -343,7 +361,8 @@ class _Run:
             saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
             log_saved(log, tokens, saved)
             for name in saved:
-                write_card(self.out / "coders" / name, name, self.config, log, tokens)
+                times = (self.readings, self.feed.repeats())
+                write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
                 print(self.out / "coders" / name, flush=True)
             if refused:
                 raise InputError(

@@ -1,0 +1,85 @@
+"""Which text this is: known by its bytes. What goes on from a text must notice that it was edited
+in place, which name and size do not tell; and it may go on where the text has another name.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gemma_scope_jax.buckets import cache_folder, write_bytes
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.strict_json import parse_json
+
+PART = 1 << 26  # bytes that a thread hashes by itself
+REMEMBERED = 1 << 26  # bytes from which on a file's digest is kept until the file changes
+_READ = 1 << 18  # bytes in memory, of each thread
+_SETTLED = 2.0  # seconds after which a change of a file shows in its times
+
+
+def file_digest(path: Path) -> str:
+    """32 hexadecimal digits of a file's bytes (BLAKE2b of the digests of its parts).
+
+    Those of large files are kept in the cache, by path, size, times and inode. Raises `InputError`
+    for files that cannot be read.
+    """
+    try:
+        stat = path.stat()
+        about = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+        if stat.st_size < REMEMBERED:
+            return _of_file(path, stat.st_size)
+        name = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
+        kept = cache_folder() / "texts" / f"{name}.json"
+        if (known := _remembered(kept, about)) is not None:
+            return known
+        digest = _of_file(path, stat.st_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
+        _remember(kept, {"file": about, "digest": digest})
+    return digest
+
+
+def _of_file(path: Path, size: int) -> str:
+    with open(path, "rb") as file, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+
+        def part(start: int) -> bytes:
+            found = hashlib.blake2b(digest_size=16)
+            for at in range(start, min(start + PART, size), _READ):
+                found.update(os.pread(file.fileno(), min(_READ, start + PART - at), at))
+            return found.digest()
+
+        parts = b"".join(pool.map(part, range(0, size, PART)))
+    return hashlib.blake2b(b"%d " % size + parts, digest_size=16).hexdigest()
+
+
+def _remembered(kept: Path, about: list[int]) -> str | None:
+    try:
+        found = parse_json(kept.read_bytes(), kept)
+        same = found["file"] == about and isinstance(found["digest"], str)
+        return found["digest"] if same else None
+    except (OSError, InputError, KeyError, TypeError):
+        return None
+
+
+def _remember(kept: Path, value: Any) -> None:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(kept, json.dumps(value).encode())  # type: ignore[arg-type]
+    except OSError:
+        pass  # a home that cannot be written to: the file is read again the next time
+
+
+def strings_digest(strings: Iterable[Any]) -> str:
+    """32 hexadecimal digits of strings in order; whatever is no string counts as its type."""
+    found = hashlib.blake2b(digest_size=16)
+    for string in strings:
+        text = string if isinstance(string, str) else f"\0{type(string).__name__}"
+        bytes_ = text.encode("utf-8", "surrogatepass")
+        found.update(len(bytes_).to_bytes(8, "little"))
+        found.update(bytes_)
+    return found.hexdigest()
