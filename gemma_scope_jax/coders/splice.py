@@ -22,6 +22,7 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, by_layer
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import (
+    MisfitError,
     at_positions,
     check_finite,
     is_abstract,
@@ -101,7 +102,7 @@ def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = Non
     if value.ndim > len(shape) or any(
         a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1])
     ):
-        raise InputError(
+        raise MisfitError(
             f"clamp: a value of shape {list(value.shape)} for {ids.size} features: give a number, "
             f"[{ids.size}] or {list(shape)}"
         )

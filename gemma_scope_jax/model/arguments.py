@@ -16,6 +16,10 @@ from jax.core import Tracer
 from gemma_scope_jax.errors import InputError
 
 
+class MisfitError(InputError):
+    """A value whose shape does not fit the activation it is for."""
+
+
 def whole_number(what: str, value: Any, least: int | None = None) -> int:
     """`value` as an int; true, 1.0 and "1" are none. Raises `InputError`."""
     try:

@@ -21,7 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
-from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.arguments import MisfitError, whole_number
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, check_ids, forward, init_cache
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
@@ -117,7 +117,7 @@ def generate(
     try:
         ids, lengths, tracks, chosen = program(model, tokens, segments, items, sampling)
     except (TypeError, ValueError) as error:
-        if not items or isinstance(error, InputError):
+        if not items or (isinstance(error, InputError) and not isinstance(error, MisfitError)):
             raise
         raise InputError(
             f"an intercept does not fit: it is given {tokens.shape[0]} x {tokens.shape[1]} tokens "

@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.arguments import (
+    MisfitError,
     Positions,
     at_positions,
     check_finite,
@@ -186,7 +187,7 @@ def _like(x: jax.Array, ctx: Context, value: Any, what: str) -> jax.Array:
     value = jnp.asarray(value).astype(x.dtype)
     sizes = zip(value.shape[::-1], x.shape[::-1])
     if value.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
-        raise InputError(
+        raise MisfitError(
             f"{what} at {ctx.site!r}: a value of shape {list(value.shape)} does not fit the "
             f"activation {list(x.shape)}, whose last axis is {x.shape[-1]}"
         )
