@@ -92,7 +92,7 @@ def explanations(folder, seed):
 
 
 def card(folder, seed):
-    config = TrainConfig((CoderConfig(0, width=8, target_l0=2.0),), tokens=100)
+    config = TrainConfig((CoderConfig(0, width=8, target_l0=2.0),))
     log = folder_path(folder) / "log.jsonl"
     write_card(folder_path(folder), config.coders[0].folder, config, log, seed)
 

@@ -153,7 +153,7 @@ def test_names_in_markdown_are_no_markup():
     assert wanted in table and not SENT.search(table) and len(table.splitlines()) == 3
     data = TextData(files=(f"{name}.txt",))
     config = TrainConfig((CoderConfig(0, name="a|b"),), data=data)
-    card = card_text("a|b", config, [], 9, (2, 1), False)
+    card = card_text("a|b", config, [], 9, (2, 1), None, False)
     assert card.startswith("# a\\|b\n") and f"9 tokens of {wanted}.txt, read 2 times" in card
 
 

@@ -166,14 +166,6 @@ def reserve(file: BinaryIO, size: int) -> None:
         file.flush()
 
 
-def make_folder(path: Any) -> None:
-    """Make a folder, if missing, with those above it. Raises `InputError`."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(path, error) from error
-
-
 # -------------------------------------------------------------------------------------------------
 # Folders
 

@@ -31,7 +31,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
-from gemma_scope_jax.storage.atomic import make_folder, only_writer
+from gemma_scope_jax.storage.atomic import only_writer
 from gemma_scope_jax.storage.strict_json import read_json
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
@@ -211,7 +211,6 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
 def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
     if jax.process_index() or ((out / "config.json").exists() and not fresh):
         return
-    make_folder(out)
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
 
 
