@@ -29,6 +29,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
 from gemma_scope_jax.model.generate import STOP_TOKENS, generate
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.tokenizer import fit_tokenizer
 
 SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
 PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
@@ -179,7 +180,8 @@ class ModelJudge:
     method, parallel, answered = "model", 1, True
 
     def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
-        self.model, self.tok, self.name, self.answers = model, tok, name, answers
+        self.model, self.tok = model, fit_tokenizer(tok, model.config)
+        self.name, self.answers = name, answers
         self.instructed = instruction_tuned(name)
 
     def close(self) -> None:
