@@ -23,6 +23,7 @@ from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.explanations import write_explanations
 from gemma_scope_jax.cards.export.anthropic import cantor
+from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
 from gemma_scope_jax.cards.published import PER_FEATURE
 from gemma_scope_jax.cards.site import shard_of
 from gemma_scope_jax.cli import shared
@@ -375,6 +376,18 @@ def test_neuronpedia(made):
         row = json.loads((source / f"{name}.jsonl").read_text())
         assert keys <= row.keys()
     assert row["id"] == source.name and row["num_tokens_in_prompt"] == 64
+
+
+@pytest.mark.parametrize("name, instruct", [
+    ("gemma-3-1b-it", True), ("acme/tiny-IT", True), ("acme/tiny_it", True),
+    ("gemma-3-4b-it-qat-q4_0", True), ("gemma-3-1b-pt", False), ("acme/kit", False),
+])  # fmt: skip
+def test_neuronpedia_is_told_of_instruction_tuned_models(made, tmp_path, name, instruct):
+    shutil.copytree(made / "one" / "cards", tmp_path / "one")
+    manifest = json.loads((tmp_path / "one" / FILE).read_text()) | {"model": name}
+    (tmp_path / "one" / FILE).write_text(json.dumps(manifest))
+    rows = neuronpedia_rows(FeatureCards(tmp_path / "one"), "source", "now")
+    assert rows["model"]["instruct"] is instruct
 
 
 def test_graph_viewers(made, cards):

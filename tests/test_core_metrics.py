@@ -373,6 +373,9 @@ def test_comparing_in_chunks_changes_nothing(model, monkeypatch):
         ("site", "reads 32 values at z, where .* has 64"),
         ("twice", "two coders write resid_post of layer 1"),
         ("shape", "tokens and segments of one shape"),
+        ("id beyond", r"token id 300 is outside 0\.\.299"),
+        ("id below", r"token id -1 is outside 0\.\.299"),
+        ("fractions", r"tokens must be integers"),
         ("empty", "nothing to evaluate on"),
         ("uncounted", "nothing to evaluate on"),
     ],
@@ -388,6 +391,12 @@ def test_what_cannot_be_measured_is_one_line(model, kind, message):
         coders, plan = [c, coder(7, layer=1)], Plan(replacement=True)
     elif kind == "shape":
         some = [(batch.tokens, batch.segments[:, 1:])]
+    elif kind in ("id beyond", "id below"):
+        tokens = np.array(batch.tokens)
+        tokens[0, 1] = 300 if kind == "id beyond" else -1
+        some = [(jnp.asarray(tokens), batch.segments)]  # of whatever kind of array
+    elif kind == "fractions":
+        some = [(np.asarray(batch.tokens, np.float32), batch.segments)]
     elif kind == "empty":
         some = []
     else:

@@ -70,7 +70,8 @@ def heard(behave, folder, key=KEY, scheme="http", **options):
             said.append(str(error))
         finally:
             answers.close()
-    return " ".join(said) + (folder / "a.jsonl").read_text() + repr(client.endpoint)
+    kept = "".join(file.read_text() for file in folder.glob("a.jsonl"))
+    return " ".join(said) + kept + repr(client.endpoint)
 
 
 # --- one deadline --------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_replies_without_an_end_are_cut(tmp_path, monkeypatch):
 def test_replies_that_are_cut_short_are_none(tmp_path):
     """However whole what came of them looks."""
     short = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(GOOD) + 9) + GOOD
-    assert "no answer after 1 tries" in heard(lambda c: c.sendall(short), tmp_path)
+    assert "failed: once: IncompleteRead" in heard(lambda c: c.sendall(short), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ def test_a_damaged_line_costs_that_line(tmp_path, bad):
     path.write_bytes(b"\n".join(lines))
     file = AnswerFile(path)
     assert (file.get("one"), file.get("two"), file.get("x"), len(file)) == (1, [2], None, 2)
-    assert file.damaged == bool(bad)
+    assert file.damaged == (bad not in (b"", b"{"))  # the last as a killed process leaves one
     file.put("x", "\ud83d")
     file.close()
     assert path.read_bytes().startswith(b"\n".join(lines))

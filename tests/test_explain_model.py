@@ -192,6 +192,14 @@ def test_an_instructed_model_is_asked_in_its_template(monkeypatch):
     assert tok.decode(seen[0].ids).endswith("model\n")
 
 
+@pytest.mark.parametrize("name, instructed", [
+    ("gemma-3-1b-IT", True), ("acme/gemma_3_1b_it", True), ("gemma-3-4b-it-qat-q4_0", True),
+    ("gemma-3-1b-pt", False), ("acme/kit-1b", False),
+])  # fmt: skip
+def test_a_name_says_whether_a_model_is_instructed(judge, name, instructed):
+    assert mj.ModelJudge(judge.model, judge.tok, name).instructed is instructed
+
+
 def test_a_prompt_beyond_the_context(judge):
     short = dataclasses.replace(judge.model.config, context=64)
     small = mj.ModelJudge(Model(judge.model.params, short), judge.tok, "x")
@@ -315,6 +323,8 @@ def test_the_command_with_statistics(planted, capsys):
     assert [f for f in range(8) if f not in entries] == [6]
     assert all(e["method"] == "statistics" for e in entries.values())
     assert f'"{PLANTED[2]}"' in entries[2]["text"]
+    content = json.loads((planted / "explanations.json").read_text())
+    assert content["coder"] == planted.name  # no path of this machine
     assert entries[2]["scores"]["detection"]["balanced_accuracy"] == 1
     assert main(planted, "--store", "s") == 0
     assert "7 finished before" in capsys.readouterr().out

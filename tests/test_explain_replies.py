@@ -105,17 +105,27 @@ def test_a_question_without_an_answer_costs_that_question(tmp_path, reply, statu
 
 
 def test_one_question_that_a_server_fails_at_costs_that_question(tmp_path):
-    """Of a server that answers others meanwhile; of one that answers nobody it ends the run."""
+    """Of a server that answers others, meanwhile or later; if it fails at several in a row, and at
+    whatever is asked, that ends the run."""
     fine = [f"fine {i}" for i in range(60)]
     with poisoned({"error": {"message": "out of memory"}}, 500) as server:
         answers, _, kept = asked(server, tmp_path, ["poison", *fine], concurrency=2, retries=2)
     assert answers[0].why == "failed" and "3 times: 500 out of memory" in answers[0].text
     assert all(a.values for a in answers[1:]) and kept == 60
-    with (
-        poisoned("{}", 500) as server,
-        pytest.raises(InputError, match="no answer after 2 tries .500"),
-    ):
-        asked(server, tmp_path, ["poison"])
+    words = ["poison 1", "poison 2", "fine again", "poison 3", "poison 4", "fine at last"]
+    with poisoned("{}", 500) as server:
+        answers, _, kept = asked(server, tmp_path, words)
+        assert [a.why for a in answers] == ["failed", "failed", "", "failed", "failed", ""]
+        assert kept == 62
+        with pytest.raises(InputError, match="no answer after 2 tries .500"):
+            asked(server, tmp_path, ["poison 1", "poison 2", "poison 3"])
+
+
+def test_a_run_without_answers_leaves_no_file_of_them(tmp_path):
+    with poisoned(CONTENT_POLICY, 400) as server:
+        _, _, kept = asked(server, tmp_path, ["poison"])
+        assert kept == 0 and not (tmp_path / "a.jsonl").exists()
+        assert asked(server, tmp_path, ["fine"])[2] == 1 and (tmp_path / "a.jsonl").exists()
 
 
 def test_what_was_answered_before_is_known_to_work(tmp_path):

@@ -1,9 +1,11 @@
 """The feature store against brute force: what is in it, resuming, sharing, damage, bad input."""
 
+import dataclasses
 import gzip
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -460,7 +462,7 @@ def test_delphi_files_are_those_of_the_whole_store_at_once(model, tmp_path, widt
     for segment in found.segments():
         offsets, some, held = segment.by_token()
         rows.append(np.repeat(np.arange(len(segment)), np.diff(offsets)) + segment.start)
-        ids, values = [*ids, some], [*values, np.minimum(held, 65504).astype(np.float16)]
+        ids, values = [*ids, some], [*values, held.astype(np.float16)]
         pieces.append(segment.pieces + (pieces[-1][-1] + 1 if pieces else 0))
         tokens.append(segment.tokens)
     assert len(tokens) > 1
@@ -478,6 +480,20 @@ def test_delphi_files_are_those_of_the_whole_store_at_once(model, tmp_path, widt
         kind = np.uint16 if last - start < 1 << 16 else np.uint32
         arrays = {"locations": where.astype(kind), "activations": values[here], "tokens": padded}
         assert file.read_bytes() == save(arrays)
+
+
+def test_what_delphis_float16_does_not_hold_is_refused(model, tmp_path):
+    loud = sae(9, 1, 8)
+    loud = dataclasses.replace(loud, w_enc=loud.w_enc * 1e6)
+    found = extract(model, {"loud": loud}, Letters(), ["abcd"], tmp_path / "s",
+                    **SETTINGS | {"values": "float32"})  # fmt: skip
+    (segment,) = found.segments()
+    assert segment.by_token()[2].max() > 65520
+    line = r"^loud: feature \d+ fires at [0-9.e+]+ in document 0; delphi's files are float16"
+    with pytest.raises(InputError, match=line):
+        export_store(found, tmp_path / "d", "delphi")
+    assert not (tmp_path / "d").exists()
+    export_store(found, tmp_path / "p", "parquet")
 
 
 def test_memory_of_a_delphi_export_does_not_grow_with_the_store(store, tmp_path):
@@ -597,6 +613,32 @@ def test_a_folder_keeps_to_its_settings(model, tmp_path, changes, said):
     source, coders = settings.pop("source", ["abcdef", "ghi"]), settings.pop("coders", one)
     with pytest.raises(InputError, match=f"holds features of {said}"):
         extract(model, coders, Letters(), source, tmp_path, **settings)
+
+
+def test_a_folder_of_a_coder_is_called_by_its_name_and_known_by_its_weights(model, tmp_path):
+    """Stores hold no paths of this machine; those of older versions do, and go on all the same."""
+    at = lambda coder, path: dataclasses.replace(coder, info=CoderInfo(path=str(path)))
+    places = (tmp_path / "sae", tmp_path / "x" / "one", tmp_path / "y" / "one", "x/two")
+    coders = [at(CODERS[name], path) for name, path in zip("abab", places)]
+    run = lambda coders, text=("abcd",) * 9: extract(
+        model, coders, Letters(), list(text), tmp_path / "s", **SETTINGS | {"shard_tokens": 9}
+    )
+    assert run(coders).coders == ("sae", "one-1", "one-2", "x/two")
+    file, last = tmp_path / "s" / "manifest.json", tmp_path / "s" / shard_name(1)
+    assert str(tmp_path) not in file.read_text()
+    manifest = json.loads(file.read_text())
+    for coder, path in zip(manifest["coders"], places):
+        coder["name"] = str(path)  # as of an older version
+    shutil.rmtree(tmp_path / "s")
+    file.parent.mkdir()
+    file.write_text(json.dumps(manifest))
+    run(coders)
+    last.unlink()
+    (tmp_path / "s" / "index.json").unlink()
+    again = run([at(coder, Path("/elsewhere") / coder.info.path) for coder in coders])
+    assert again.complete and again.coders == tuple(map(str, places))
+    with pytest.raises(InputError, match="another coders .weights"):
+        run([at(CODERS["b"], tmp_path / "sae"), *coders[1:]])
 
 
 def test_a_text_that_was_edited_is_noticed_and_one_that_was_moved_goes_on(

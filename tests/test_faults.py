@@ -10,6 +10,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ from gemma_scope_jax.evaluation.results import ENVELOPE, read_result, write_resu
 from gemma_scope_jax.extraction.export import export_store
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store import FeatureStore
-from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
+from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 
@@ -130,7 +132,15 @@ def exports(made):
     }
 
 
+def hf_folder(folder, seed):
+    """A model of one block."""
+    model = tiny_model(PRESETS["gemma-3-270m"], layers=1)
+    scale = lambda x: x * (1 + seed)
+    save_huggingface(Model(jax.tree.map(scale, model.params), model.config), folder)
+
+
 WRITERS = {
+    "model": hf_folder,
     "coder": lambda f, seed: save_coder(coder(seed), f),
     "saelens": lambda f, seed: save_saelens(coder(seed), f),
     "circuit-tracer": lambda f, seed: save_circuit_tracer([coder(seed)], f),

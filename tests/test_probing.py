@@ -226,6 +226,7 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
         ([np.array([2, 5])], -6, "fewer than 6"),
         ([np.arange(3, 80)], "mean", "context is 64"),
         ([np.array([], np.int32)], "mean", "0 tokens"),
+        ([np.array([2, 5]), np.array([2, 300])], "mean", "text 1: token id 300 is outside 0..299"),
     ],
 )
 def test_texts_that_cannot_be_pooled(model, texts, how, message):

@@ -20,7 +20,6 @@ from gemma_scope_jax.cli.shared import (
     use_compilation_cache,
 )
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.strict_json import legible
 
 ANSWERS = "explanations.answers.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -137,7 +136,7 @@ def explain(
     else:
         asked = None
     judged = _judge(kind, asked, judge_model or model, dtype, tok, path)
-    _run(corpus, judged, wanted, scores, folder, coder, loaded, known)
+    _run(corpus, judged, wanted, scores, folder, loaded, known)
 
 
 def _kind(judge: str | None, endpoint: str, judge_model: str, plan: bool) -> str:
@@ -150,15 +149,16 @@ def _kind(judge: str | None, endpoint: str, judge_model: str, plan: bool) -> str
     return judge
 
 
-def _run(corpus: Any, judged: tuple, wanted, scores, folder, coder: str, loaded, known) -> None:
+def _run(corpus: Any, judged: tuple, wanted, scores, folder, loaded, known) -> None:
     """Explain, write and print. judged: from `_judge`; known: neighbours of the features."""
     from gemma_scope_jax.cards.explain.explain import explain_features, explained_by
     from gemma_scope_jax.cards.explanations import read_explanations
+    from gemma_scope_jax.coders.coder import public_name
 
     made, status, held = judged
     try:
         report = explain_features(
-            corpus, made, wanted, scores, folder, coder=legible(loaded.info.path or coder),
+            corpus, made, wanted, scores, folder, coder=public_name(loaded),
             width=loaded.width, neighbours=known, raises=_raises(loaded), status=status,
         )  # fmt: skip
     finally:

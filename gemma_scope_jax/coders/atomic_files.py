@@ -1,79 +1,20 @@
-"""The files of a coder's folder, which `write_folder` writes all together or not at all.
+"""The files of a coder's folder, which `write_folder` writes all together or not at all."""
 
-safetensors files are streamed: a file needs no second copy of its tensors in memory, and tensors
-may be produced chunk by chunk. The bytes are those of the safetensors library.
-"""
-
-import dataclasses
 import json
-import math
-from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from gemma_scope_jax.storage.atomic import disk_error, write_folder
+from gemma_scope_jax.storage.safetensors_writing import (
+    Streamed,
+    lay_out,
+    write_array,
+    write_safetensors,
+)
 
 __all__ = [
     "Streamed", "disk_error", "lay_out", "write_array", "write_folder", "write_json",
     "write_safetensors",
 ]  # fmt: skip
-
-# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
-_CODES = {
-    "int64": ("I64", 8), "float32": ("F32", 4), "uint32": ("U32", 4), "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2), "uint16": ("U16", 2),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-    """A tensor to be written: its dtype's name, its shape, and its rows in order, in chunks."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: Iterable[np.ndarray]
-
-    @classmethod
-    def whole(cls, array: Any) -> "Streamed":
-        """An array in memory or on a device, from where it is brought when its turn comes."""
-        return cls(str(array.dtype), tuple(array.shape), (np.asarray(a) for a in (array,)))
-
-
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Streamed]) -> None:
-    """Write tensors to an open file in the safetensors format, widest dtype first, then by name."""
-    header, places = lay_out({name: (t.dtype, t.shape) for name, t in tensors.items()})
-    file.write(header)
-    for name in places:
-        for chunk in tensors[name].chunks:
-            write_array(file, chunk)
-
-
-def lay_out(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
-    where in the file it begins and ends. A file that can be sought may be written in any order.
-    """
-    kinds, header, end = list(_CODES), {}, 0
-    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
-        dtype, shape = tensors[name]
-        code, size = _CODES[dtype]
-        start, end = end, end + size * math.prod(shape)
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    places = {
-        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
-        for name, entry in header.items()
-    }
-    return len(text).to_bytes(8, "little") + text, places
-
-
-def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Write the bytes of an array, row after row."""
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_json(file: BinaryIO, value: Any) -> None:

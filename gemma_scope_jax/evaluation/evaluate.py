@@ -32,6 +32,7 @@ from gemma_scope_jax.evaluation.predictions import (
     predicts,
     replaced,
 )
+from gemma_scope_jax.model.batch import check_ids, check_tokens
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, default_positions, forward, site_width
 from gemma_scope_jax.model.intercept import capture
@@ -188,7 +189,7 @@ def measure(
             measured.restore(saved)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
-    ready = lambda batch: _rows(batch, plan, names)
+    ready = lambda batch: _rows(model.config, batch, plan, names)
     again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[_Rows] = []
     held = 0
@@ -247,13 +248,16 @@ class _Rows:
     size: int  # tokens that are not padding
 
 
-def _rows(batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
+def _rows(config: GemmaConfig, batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
     batch = batch if isinstance(batch, TextBatch) else TextBatch(*batch)
     if np.shape(batch.tokens) != np.shape(batch.segments) or len(np.shape(batch.tokens)) != 2:
         raise InputError(
             f"a batch is tokens and segments of one shape [B, T], got {np.shape(batch.tokens)} and "
             f"{np.shape(batch.segments)}"
         )
+    ids = np.asarray(batch.tokens)
+    check_tokens(config, ids, None, None, None)
+    check_ids(config, ids)
     segments = jnp.asarray(batch.segments, jnp.int32)
     positions = np.asarray(default_positions(segments))
     labels = dict(batch.labels)
@@ -269,7 +273,7 @@ def _rows(batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
     pieces = np.cumsum(starts.reshape(-1)).astype(np.int32)
     counts = np.ones(positions.shape, bool) if batch.counts is None else np.asarray(batch.counts)
     real = int((np.asarray(batch.segments) > 0).sum())
-    tokens = jnp.asarray(batch.tokens, jnp.int32)
+    tokens = jnp.asarray(ids, jnp.int32)
     return _Rows(tokens, segments, counts, groups, pieces, real)
 
 

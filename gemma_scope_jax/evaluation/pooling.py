@@ -19,6 +19,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32, matmul
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
+from gemma_scope_jax.model.batch import check_ids
 from gemma_scope_jax.model.config import Model
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
@@ -176,6 +177,7 @@ def _check(model: Model, texts: Sequence[np.ndarray], how: Any) -> None:
                 f"text {number} has {len(ids)} tokens: the model's context is "
                 f"{model.config.context}"
             )
+        check_ids(model.config, np.asarray(ids), f"text {number}: ")
 
 
 def _batches(

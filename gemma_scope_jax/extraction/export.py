@@ -106,8 +106,8 @@ def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
     [N, 3] (row of `tokens`, position in it, feature - start), `activations` float16 [N], `tokens`
     int64 [rows, length]; and config.json.
 
-    A piece of a document is a row, padded with 0 to the store's length; delphi takes activations
-    as they are, and float16 ends at 65504: larger ones are cut to it.
+    A piece of a document is a row, padded with 0 to the store's length. delphi takes activations
+    as they are: what float16 does not hold (it ends at 65504) raises `InputError`.
     """
     length = store.manifest["data"]["length"]
     shape = sum(_piece_count(segment) for segment in store.segments()), length
@@ -172,11 +172,16 @@ def _delphi_arrays(
     order = np.argsort(rows, kind="stable")  # by token
     rows, features, values = rows[order], features[order], values[order]
     places = (segment.pieces[rows] + before, segment.positions[rows], features)
-    return {
-        "locations": np.stack(places, 1),
-        "activations": np.minimum(values, np.finfo(np.float16).max).astype(np.float16),
-        "tokens": tokens,
-    }
+    with np.errstate(over="ignore"):
+        activations = values.astype(np.float16)
+    if not np.isfinite(activations).all():
+        i = int(np.argmax(~np.isfinite(activations)))
+        raise InputError(
+            f"{split.module}: feature {split.start + features[i]} fires at {values[i]:g} in "
+            f"document {segment.documents[rows[i]]}; delphi's files are float16, which ends at "
+            "65504: export the store as parquet"
+        )
+    return {"locations": np.stack(places, 1), "activations": activations, "tokens": tokens}
 
 
 def _piece_count(segment: Segment) -> int:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gemma_scope_jax.coders.coder import Coder, layers_of, weights_identity
+from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.shard_files import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
-from gemma_scope_jax.storage.strict_json import field, legible, read_json
+from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 _CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
@@ -61,13 +61,14 @@ class Job:
 
 
 def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Coder]:
-    """Coders by name; those without are called by their address, numbered where they share it."""
+    """Coders by name; those without are called by their address or the name of their folder,
+    numbered where they share it."""
     found: dict[str, Coder]
     if isinstance(coders, Mapping):
         found = {str(name): coder for name, coder in coders.items()}
     else:
         given = list(coders) if isinstance(coders, Iterable) else [coders]
-        names = [legible(c.info.path) or f"{c.reads}-{layers_of(c)[0]}" for c in given]
+        names = [public_name(c) if c.info.path else f"{c.reads}-{layers_of(c)[0]}" for c in given]
         found = {
             name if names.count(name) == 1 else f"{name}-{i}": coder
             for i, (name, coder) in enumerate(zip(names, given))
@@ -116,6 +117,8 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
             there = _of_this_text(old, value, job, folder)
             if old["data"]["text"] != value["text"]:  # of an older version: told by name and size
                 new = old | {_CONTENT: value["text"]}
+        if key == "coders":
+            value = _called_as(there, value)
         if _content(there) != _content(value):
             raise InputError(
                 f"{folder}: holds features of another {key} ({_difference(there, value)}); "
@@ -142,6 +145,18 @@ def _of_this_text(old: Mapping[str, Any], now: dict, job: Job, folder: Any) -> d
             "settings or the tokenizer differ); choose another folder"
         )
     return {**there, **{key: now[key] for key in ("text", "files", "tfds")}}
+
+
+def _called_as(there: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is said of coders now, under the names that a store has for them if those are paths:
+    coders are known by their weights, and folders by any of their paths."""
+    if len(there) != len(now):
+        return [dict(coder) for coder in now]
+    path = lambda old, new: os.path.isabs(old) or os.path.basename(old) == os.path.basename(new)
+    return [
+        {**coder, "name": old["name"] if path(old["name"], coder["name"]) else coder["name"]}
+        for old, coder in zip(there, now)
+    ]
 
 
 def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:

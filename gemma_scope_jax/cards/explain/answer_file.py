@@ -1,15 +1,16 @@
 """Answers kept on disk by what was asked, so that nothing is asked, or paid, twice.
 
 A file of JSON lines, `{"key": hash of the request, "answer": ...}`, only ever appended to, a line
-in one write: a process killed at any moment leaves at most one torn line, at the end, which is
-ignored. So is any other line that is damaged: it is asked again. In memory is only where each
-answer begins.
+in one write: a process killed at any moment leaves at most one torn line, which is ignored. So is
+any other line that is damaged: it is asked again. In memory is only where each answer begins. A
+file without answers is not made.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.strict_json import field, parse_json
 
 BEGINS = b'{"key": "'  # a line
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
 def request_key(request: Any) -> str:
@@ -31,15 +33,20 @@ class AnswerFile:
     """`get` and `put`, from any thread. Raises `InputError` for a file that cannot be written, and
     for one that holds something else, which is not added to.
 
-    damaged: lines, but for a torn last one, that were no answers.
+    damaged: lines that were no answers, but for those that a killed process left torn.
     """
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}  # of each line: where it begins, its bytes
+        self._file, self.damaged = -1, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            if not path.exists():
+                if not os.access(path.parent, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return
+            self._open()
             try:
                 self._read()
             except BaseException:
@@ -48,8 +55,11 @@ class AnswerFile:
         except OSError as error:
             raise disk_error(path, error) from error
 
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
     def _read(self) -> None:
-        end, at, self.damaged, first = b"\n", 0, 0, BEGINS
+        end, at, first = b"\n", 0, BEGINS
         with open(self.path, "rb") as file:
             for line in file:
                 end, start, at = line[-1:], at, at + len(line)
@@ -57,7 +67,7 @@ class AnswerFile:
                 try:
                     self._places[_entry(line, self.path)[0]] = start, len(line)
                 except InputError:
-                    self.damaged += end == b"\n" and line != b"\n"
+                    self.damaged += line != b"\n" and not _is_torn(line)
         if not self._places and not BEGINS.startswith(first.strip()[: len(BEGINS)]):
             raise InputError(f"{self.path}: holds something other than answers; name another file")
         if end != b"\n":
@@ -83,6 +93,8 @@ class AnswerFile:
         line = (json.dumps(entry, ensure_ascii=True, allow_nan=False) + "\n").encode()
         with self._lock:
             try:
+                if self._file < 0:
+                    self._open()
                 if os.write(self._file, line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 end = os.lseek(self._file, 0, os.SEEK_CUR)  # appending moves there
@@ -91,7 +103,9 @@ class AnswerFile:
             self._places[key] = end - len(line), len(line)
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _entry(line: bytes, where: str | os.PathLike) -> tuple[str, Any]:
@@ -101,3 +115,12 @@ def _entry(line: bytes, where: str | os.PathLike) -> tuple[str, Any]:
     if "answer" not in entry:
         raise InputError(f"{where}: lacks 'answer'")
     return key, entry["answer"]
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the beginning of one, as a process leaves it that is killed meanwhile: with
+    a string or a bracket that is open. Whoever appends to the file afterwards ends the line."""
+    text = line.rstrip(b"\n")
+    left = _STRING.sub(b"", text)
+    depth = sum(map(left.count, (b"{", b"["))) - sum(map(left.count, (b"}", b"]")))
+    return BEGINS.startswith(text[: len(BEGINS)]) and (depth > 0 or b'"' in left)

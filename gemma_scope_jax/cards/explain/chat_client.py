@@ -3,7 +3,8 @@ Ollama, llama.cpp, OpenRouter, ...).
 
 At most `concurrency` requests are under way; what passes (429, 5xx, time-outs, broken connections,
 replies that are none) is tried again after a growing, random pause, or the one the server names.
-What one question cannot have costs that question, what nothing mends is one `InputError`. Only
+What one question cannot have costs that question, what nothing mends is one `InputError`: so do
+`FAILURES` questions in a row that all fail, as one alone may be what the server fails at. Only
 answers that fit what was asked are kept. The API key goes into one header and nowhere else: not to
 other hosts, and not into messages, files or logs, whoever repeats it.
 """
@@ -14,6 +15,7 @@ import http.client
 import json
 import math
 import random
+import socket
 import ssl
 import threading
 import time
@@ -45,20 +47,13 @@ from gemma_scope_jax.cards.explain.replies import (
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
-"""A client for chat-completions endpoints: OpenAI's, and the many that speak the same (vLLM,
-Ollama, llama.cpp, OpenRouter, ...).
-
-Requests are plain HTTP by the standard library. At most `concurrency` are under way; what passes
-(429, 5xx, time-outs, broken connections, broken JSON) is tried again after a growing, random pause,
-or the one the server names; what does not is one `InputError`. The API key goes into one header and
-nowhere else: not to other hosts (redirects are refused), not into messages, files or logs.
-"""
-
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 LONGEST_WAIT = 600.0  # the longest pause that a server may name
 LARGEST_REPLY = 1 << 24  # bytes
 REFUSALS = 5  # questions without an answer, when none has ever been answered, before giving up
+FAILURES = 3  # different questions in a row that a server fails at, before giving up
 SECRET = 8  # letters that a key has at least; shorter ones ("EMPTY") are no secret
+_NOBODY = (ConnectionRefusedError, socket.gaierror)  # no server is there, whatever is asked
 SAID = 5  # questions without an answer that are said as they come
 
 
@@ -69,13 +64,13 @@ class Stopped(Exception):
 class _Again(Exception):
     """Something that passes.
 
-    wait: seconds that the server named. limits: how often it asks for less is its own affair, and
-    no question's. replies: of status 200 that is none.
+    wait: seconds that the server named. general: it is no question's affair, as that a server asks
+    for less, or that none is there. replies: of status 200 that is none.
     """
 
-    def __init__(self, message: str, wait: float | None = None, *, limits=False, replies=False):
+    def __init__(self, message: str, wait: float | None = None, *, general=False, replies=False):
         super().__init__(message)
-        self.wait, self.limits, self.replies = wait, limits, replies
+        self.wait, self.general, self.replies = wait, general, replies
 
 
 class ChatClient:
@@ -93,6 +88,7 @@ class ChatClient:
         self._slots = threading.Semaphore(endpoint.concurrency)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self.uncounted = 0  # replies that did not say how many tokens they took
+        self._failing: set[str] = set()  # questions that failed since the last answer, by key
         self._hold = 0.0  # until then (monotonic) nobody sends
         self._poster = Poster()
         self.answered = False  # whether an answer ever fitted
@@ -130,8 +126,8 @@ class ChatClient:
         fits: whether a reply can be used, without which it is not kept, nor if it was cut off.
         kept_as: the messages that it is kept under, if it answers others. Raises `NoAnswer` if
         this one question has none; `InputError` for what no repetition mends (a wrong key, URL or
-        model, no money left), after `retries` failures in a row, and if `REFUSALS` questions have
-        no answer and none ever had one; `Stopped` after `stop`.
+        model, no money left), after `retries` failures of each of `FAILURES` questions in a row,
+        and if `REFUSALS` questions have no answer and none ever had one; `Stopped` after `stop`.
         """
         body = self.body(messages, max_tokens)
         key = request_key([self.endpoint.address, self.body(kept_as or messages, max_tokens)])
@@ -140,7 +136,7 @@ class ChatClient:
             self.answered = True
             return kept
         try:
-            reply = self._send(body)
+            reply = self._send(body, key)
         except NoAnswer as error:
             self.lose(error)
             raise
@@ -167,7 +163,7 @@ class ChatClient:
     def _say(self, line: str) -> None:
         self.notify(shown(f"endpoint: {self._clean(line)}"))
 
-    def _send(self, body: dict[str, Any]) -> Reply:
+    def _send(self, body: dict[str, Any], key: str) -> Reply:
         e, tries, before = self.endpoint, 0, self.requests
         while True:
             try:
@@ -176,7 +172,7 @@ class ChatClient:
             except _Again as error:
                 tries += 1
                 if tries > e.retries:
-                    raise self._given_up(error, tries, before) from None
+                    raise self._given_up(error, tries, before, key) from None
                 wait = error.wait
                 if wait is None:
                     most = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (tries - 1))
@@ -189,13 +185,19 @@ class ChatClient:
                 if self._stop.wait(wait):
                     raise Stopped from None
 
-    def _given_up(self, error: _Again, tries: int, before: int) -> Exception:
+    def _given_up(self, error: _Again, tries: int, before: int, key: str) -> Exception:
         """What it means that a request failed `tries` times, of a server that had answered `before`
-        others when it was first sent."""
+        others when it was first sent: the question's loss, unless others fail, too."""
         if error.replies:
             return NoAnswer(UNUSABLE, str(error))
-        if self.requests > before and not error.limits:  # it answers, but not this
-            return NoAnswer(FAILED, f"{tries} times: {error}")
+        if not error.general:
+            with self._lock:
+                if self.requests == before:  # else it answers, but not this
+                    self._failing.add(key)
+                failing = len(self._failing)
+            if failing < FAILURES:
+                often = "once" if tries == 1 else f"{tries} times"
+                return NoAnswer(FAILED, f"{often}: {error}")
         return InputError(
             f"{self.endpoint.url}: no answer after {tries} tries ({error}); what is answered "
             "is kept, and the same command goes on"
@@ -242,7 +244,7 @@ class ChatClient:
                 raise InputError(f"{e.url}: {self._words(cause)}") from None
             if isinstance(cause, TimeoutError):
                 raise _Again(f"no answer within {e.timeout:g} s") from None
-            raise _Again(self._words(cause)) from None
+            raise _Again(self._words(cause), general=isinstance(cause, _NOBODY)) from None
         if not 200 <= response.status < 300:
             raise self._status(response)
         return self._read(response, body)
@@ -271,7 +273,7 @@ class ChatClient:
         if code in (429, 503) and "insufficient_quota" not in raw:
             if wait is not None and wait > LONGEST_WAIT:
                 return InputError(f"{where}: {said}: asks to wait {wait:.0f} s; later, then")
-            return _Again(said, wait, limits=code == 429)
+            return _Again(said, wait, general=code == 429)
         if code >= 500 or code in (408, 409, 425) or (code == 403 and self.requests):
             return _Again(said)  # 403: some gateways' word for one question
         hint = "; is the right key in the variable?" if code in (401, 403) else ""
@@ -303,6 +305,7 @@ class ChatClient:
             raise NoAnswer(CUT, self.cut_off(body))
         with self._lock:
             self.requests += 1
+            self._failing.clear()
         logprobs = found.logprobs if self.endpoint.logprobs else None
         return Reply(self._clean(found.text), logprobs, found.is_cut)
 

@@ -10,7 +10,6 @@ logits that are no numbers and an explanation without an end are no answers.
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,12 +22,14 @@ from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
 from gemma_scope_jax.cards.explain.prompts import explanation_in, is_marked, without_thoughts
 from gemma_scope_jax.cards.explain.questions import UNCLEAR, Answer, Question, Shown
 from gemma_scope_jax.cards.explain.replies import CUT
+from gemma_scope_jax.coders.gemma_scope_config import instruction_tuned
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
 from gemma_scope_jax.model.generate import STOP_TOKENS, generate
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.tokenizer import fit_tokenizer
 
 SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
 PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
@@ -173,14 +174,15 @@ class _Prompt:
 
 
 class ModelJudge:
-    """Answers by a model. It is instruction-tuned, and asked through its template, if its name has
-    "-it" in it, as the published ones' have."""
+    """Answers by a model. It is instruction-tuned, and asked through its template, if its name says
+    so, as the published ones' do."""
 
     method, parallel, answered = "model", 1, True
 
     def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
-        self.model, self.tok, self.name, self.answers = model, tok, name, answers
-        self.instructed = re.search(r"-it\b", name) is not None
+        self.model, self.tok = model, fit_tokenizer(tok, model.config)
+        self.name, self.answers = name, answers
+        self.instructed = instruction_tuned(name)
 
     def close(self) -> None:
         """Nothing is under way between two calls."""

@@ -26,6 +26,7 @@ from gemma_scope_jax.cards.export.saedashboard import (
     rounded,
     text_facts,
 )
+from gemma_scope_jax.coders.gemma_scope_config import instruction_tuned
 from gemma_scope_jax.coders.gemma_scope_files import Coder
 from gemma_scope_jax.storage.atomic import new_folder
 
@@ -91,7 +92,7 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "defaultSourceId": None, "defaultUmapSourceIds": [], **by,
         },
         "model": {
-            "id": model, "instruct": model.endswith("-it"), "displayNameShort": model,
+            "id": model, "instruct": instruction_tuned(model), "displayNameShort": model,
             "displayName": model, "tlensId": None, "dimension": None, "visibility": "PUBLIC",
             "defaultSourceSetName": None, "defaultSourceId": None, "inferenceEnabled": False,
             "layers": 0, "neuronsPerLayer": 0, "owner": "", "updatedAt": now, "website": None, **by,

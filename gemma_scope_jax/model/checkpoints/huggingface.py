@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -27,6 +27,8 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
 )
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
+from gemma_scope_jax.storage.atomic import disk_error, write_folder
+from gemma_scope_jax.storage.safetensors_writing import Streamed, write_safetensors
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 COMPARED = 4 << 20  # numbers of embedding and head that are compared at a time
@@ -116,31 +118,36 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     """Write `model` as config.json and model.safetensors, which transformers 4 and 5 load.
 
     The weights keep their dtype (norms are float32). All of the model passes through host memory.
-    Shards of a model that was saved there before, and their index, are removed.
+    Shards of a model that was saved there before, and their index, are removed. Raises `InputError`
+    if the folder cannot be written; then it is what it was before.
     """
-    from safetensors.numpy import save_file
-
-    folder, config = os.fspath(folder), model.config
-    os.makedirs(folder, exist_ok=True)
     tensors = {
-        "model.embed_tokens.weight": np.asarray(model.params.embed),
-        "model.norm.weight": np.asarray(model.params.final_norm),
+        "model.embed_tokens.weight": Streamed.whole(model.params.embed),
+        "model.norm.weight": Streamed.whole(model.params.final_norm),
     }
+    if model.params.head is not None:
+        tensors["lm_head.weight"] = Streamed.whole(model.params.head)
+    config = model.config
     for leaf in NAMES:
         stacked = np.asarray(getattr(model.params.blocks, leaf))
         shape = _file_shape(config, leaf)
         for layer in range(config.layers):
-            tensor = stacked[layer].reshape(shape[::-1]).T
             name = f"model.layers.{layer}.{NAMES[leaf]}.weight"
-            tensors[name] = np.ascontiguousarray(tensor)
-    if model.params.head is not None:
-        tensors["lm_head.weight"] = np.asarray(model.params.head)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config_json(config, model.dtype), file, indent=2)
-    for name in os.listdir(folder):
-        if _SUPERSEDED.fullmatch(name):
-            os.remove(os.path.join(folder, name))
+            tensors[name] = Streamed.whole(stacked[layer].reshape(shape[::-1]).T)
+
+    def write_config(file: BinaryIO) -> None:
+        file.write(json.dumps(config_json(config, model.dtype), indent=2).encode())
+
+    write_folder(folder, {
+        "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
+        "config.json": write_config,
+    })  # fmt: skip
+    try:
+        for name in os.listdir(folder):
+            if _SUPERSEDED.fullmatch(name):
+                os.remove(os.path.join(folder, name))
+    except OSError as error:
+        raise disk_error(folder, error) from error
 
 
 def _tensor_name(file: HuggingFaceFolder, leaf: str, layer: int | None = None) -> str:
