@@ -118,7 +118,7 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
             if old["data"]["text"] != value["text"]:  # of an older version: told by name and size
                 new = old | {_CONTENT: value["text"]}
         if key == "coders":
-            value = _called_as(there, value)
+            value = _called_as(list(there), list(value))
         if _content(there) != _content(value):
             raise InputError(
                 f"{folder}: holds features of another {key} ({_difference(there, value)}); "
