@@ -227,9 +227,8 @@ def test_contents_in_parts(content, text):
 def test_what_nobody_reads_costs_no_answer():
     """A seed of 64 bits without a sign, a key that comes twice, infinite log-probabilities."""
     head = '{"seed": 11633868395254070000, "seed": 1, "choices": [{"message": {"content": "[1]"}, '
-    token = (
-        '{"token": "1", "logprob": -0.1, "top_logprobs": [{"token": "0", "logprob": -Infinity}]}'
-    )
+    top = '[{"token": "1", "logprob": 0}, {"token": "0", "logprob": -Infinity}]'
+    token = f'{{"token": "1", "logprob": 0, "top_logprobs": {top}}}'
     found = read_reply(parsed(f'{head}"logprobs": {{"content": [{token}]}}}}]}}'.encode()))
     assert found.text == "[1]" and json.loads(json.dumps(found.logprobs, allow_nan=False))
     question = Question("classify", (Shown(("a",)),), "x")
@@ -290,7 +289,7 @@ def test_a_fault_of_ours_is_no_stop(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(chat_client, "parse_json", broken)
+    monkeypatch.setattr(chat_client, "parsed", broken)
     with ChatServer(know) as server, pytest.raises(RuntimeError, match="ours"):
         asked(server, tmp_path, ("fine",))
 
