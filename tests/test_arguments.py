@@ -236,3 +236,14 @@ def test_the_smallest_temperature_and_nucleus_are_greedy(model):
     cold = gs.generate(model, IDS, 2, temperature=2e-38, top_p=1e-50, stop_tokens=()).tokens
     np.testing.assert_array_equal(cold, greedy)
     refused(lambda: gs.generate(model, IDS, True), "max_new_tokens must be a whole number")
+
+
+def test_padding_stands_at_any_position(model):
+    """As `mask.cumsum(1) - 1` has it, which is -1 left of a text."""
+    segments = np.ones(IDS.shape, np.int32)
+    segments[:, :3] = 0
+    positions = segments.cumsum(1) - 1
+    got = gs.run(model, IDS, segments=segments, positions=positions).logits
+    want = gs.run(model, IDS, segments=segments).logits
+    np.testing.assert_array_equal(np.asarray(got)[:, 3:], np.asarray(want)[:, 3:])
+    refused(lambda: gs.run(model, IDS, positions=positions), "positions must not be negative")

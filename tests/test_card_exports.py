@@ -600,7 +600,7 @@ def bad(folder, tmp):
         (tmp / f"store{number}" / "manifest.json").write_text(json.dumps(manifest))
         yield (
             ("cards", one, "--store", tmp / f"store{number}"),
-            ("dtype" if model else "manifest.json"),
+            ("dtype", "lacks 'name'", "manifest.json")[number],
         )
     yield ("cards", tmp / "torn"), "not a complete safetensors file"
 

@@ -281,6 +281,9 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     assert np.abs(after - before).max() > 1e-3
     wanted = next(iter(extreme_logits(other, coder, tok, range(F), k=4, gain="exact", bins=8)))[1]
     np.testing.assert_allclose(after[: len(wanted), :4], wanted, rtol=1e-5, atol=1e-5)
+    strongest = np.array(build(model)["example_tokens"])
+    published(tmp_path, np.random.default_rng(1))  # other examples in a file of the same size
+    assert not np.array_equal(strongest, np.array(build(model)["example_tokens"]))
 
 
 @pytest.mark.parametrize("gain, added", [("exact", 1.0), ("notebook", 0.0)])

@@ -187,7 +187,7 @@ def test_mistakes_show_before_the_work(tiny, one, tmp_path, monkeypatch, capsys)
     for args, says in {
         (*text, "--compare", tmp_path / "small"): "cannot be compared",
         (*text, "--compare", tmp_path / "layers"): "layer 1: this coder has features of 2, 3",
-        (*text, "--explanations", tmp_path / "wrong.json"): "cannot be read",
+        (*text, "--explanations", tmp_path / "wrong.json"): "not usable as JSON",
     }.items():  # fmt: skip
         assert cards(one, *args, "--out", tmp_path / "out") == 2
         assert says in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_inspect_as_json_and_page(tiny, folder, tmp_path, capsys):
     assert command("inspect", TEXT, *options) == 0
     seen = json.loads(capsys.readouterr().out)
     assert "".join(seen["tokens"][1:]) == TEXT and seen["layer"] == 1 and seen["width"] == 48
-    assert len(seen["next"]) == 10 and seen["coder"] == str(folder)
+    assert len(seen["next"]) == 10 and seen["coder"] == folder.name
     assert "<title>plums &amp; &lt;b&gt; · " in page.read_text()
 
 

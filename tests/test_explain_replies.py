@@ -16,7 +16,14 @@ from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.explain.explain import Report
 from gemma_scope_jax.cards.explain.prompts import LONGEST, parse
 from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
-from gemma_scope_jax.cards.explain.replies import Reply, read_reply, usage_of
+from gemma_scope_jax.cards.explain.replies import (
+    BadReply,
+    Reply,
+    parsed,
+    read_reply,
+    takes_no_system,
+    usage_of,
+)
 from gemma_scope_jax.cards.explanations import read_explanations
 from gemma_scope_jax.errors import InputError
 
@@ -217,6 +224,31 @@ def test_contents_in_parts(content, text):
     assert read_reply(completion(content, reasoning_content="aloud")) == Reply(text)
 
 
+def test_what_nobody_reads_costs_no_answer():
+    """A seed of 64 bits without a sign, a key that comes twice, infinite log-probabilities."""
+    head = '{"seed": 11633868395254070000, "seed": 1, "choices": [{"message": {"content": "[1]"}, '
+    token = (
+        '{"token": "1", "logprob": -0.1, "top_logprobs": [{"token": "0", "logprob": -Infinity}]}'
+    )
+    found = read_reply(parsed(f'{head}"logprobs": {{"content": [{token}]}}}}]}}'.encode()))
+    assert found.text == "[1]" and json.loads(json.dumps(found.logprobs, allow_nan=False))
+    question = Question("classify", (Shown(("a",)),), "x")
+    assert parse(question, "[1]", found.logprobs).confidence == (1.0,)
+    for broken in (b"{", b"\xff", b"[" * 100_000):
+        with pytest.raises(BadReply):
+            parsed(broken)
+    assert usage_of({"usage": {"prompt_tokens": 10**400}}) is None
+
+
+@pytest.mark.parametrize(
+    "said", ["System role not supported", "Developer instruction is not enabled for gemma",
+             "Unexpected role 'system' after role 'user'", "does not support system messages"],
+)  # fmt: skip
+def test_errors_about_the_system_role(said):
+    assert takes_no_system(said)
+    assert not takes_no_system("Invalid prompt: system overloaded message")
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)), ({"prompt_tokens": 3}, (3, 0)),
@@ -274,6 +306,8 @@ THOUGHTS = [
     ("<think>\nOkay, it could be verbs, but then", None),
     ("  <think>", None),
     ("names of the <think> tag", "names of the <think> tag"),
+    ("HTML <thinking> and </thinking> tags", "HTML <thinking> and </thinking> tags"),
+    ("Well:\n<think>verbs?</think>\nnames", "names"),
     ('the closing tag "</think>" and others', 'the closing tag "</think>" and others'),
     ("```\nnames\n```", "names"),
     ('```json\n{"explanation": "names"}\n```', "names"),
@@ -282,6 +316,10 @@ THOUGHTS = [
     ("I'm sorry, but I can't assist with that request.", None),
     ("I cannot help with this.\nIt is harmful", None),
     ("apologies such as sorry, I can't", "apologies such as sorry, I can't"),
+    ('"I cannot assist with this."', None),
+    ("**I'm unable to help**", None),
+    ('"I can\'t help" and other refusals', "I can't help\" and other refusals"),
+    ("**I cannot assist** refusals", "I cannot assist** refusals"),
     ("names \ud83d", "names \ufffd"),
     ("names\x1b[2J \u202egnirts", "names\\x1b[2J \\u202egnirts"),
     ("names " * 2000, ("names " * 2000)[:LONGEST].strip()),

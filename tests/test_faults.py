@@ -73,8 +73,8 @@ def arrays(stage, seed):
     }  # fmt: skip
 
 
-def make_cards(folder, seed=0):
-    with CardFiles(folder) as files:
+def make_cards(folder, seed=0, belongs=None):
+    with CardFiles(folder, belongs) as files:
         with files.stage("examples", seed) as stage:
             arrays(stage, seed)
         with files.stage("more", seed) as stage:
@@ -84,6 +84,7 @@ def make_cards(folder, seed=0):
 def result(folder, seed):
     document = dict.fromkeys(ENVELOPE, seed) | {
         "eval_type_id": "core", "sae_lens_release_id": "a", "sae_lens_id": "b",
+        "eval_config": {}, "eval_result_metrics": {"a": {"b": seed}},
     }  # fmt: skip
     write_result(folder, document)
 
@@ -112,7 +113,7 @@ def made(tmp_path_factory, model):
     settings = dict(rows=2, length=32, slots=4)
     extract(model, {"one": coder(0)}, Letters(), texts, folder / "store", **settings)
     store_writer.write(folder / "activations", tokens=60)
-    make_cards(folder / "cards")
+    make_cards(folder / "cards", belongs=["0123abcd", 0, "store"])
     return folder
 
 

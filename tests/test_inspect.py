@@ -269,7 +269,6 @@ def broken(labels):
         "another coder's": gzip.compress(
             json.dumps({**labels, "features": labels["features"][:9]}).encode()
         ),
-        "nothing in an example": one(examples=[{"tokens": [], "values": [], "source": ""}]),
         "true for a density": one(density=True), "half a character": one(top_logits=["\ud800"]),
         "a bomb": gzip.compress(b" " * (4 << 20)),
         "deep": gzip.compress(b"[" * 100_000),
@@ -293,6 +292,15 @@ def test_broken_label_files_are_one_line(labels, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=str(tmp_path)) as error:
             read_labels(tmp_path, 48)
         assert "\n" not in str(error.value), name
+
+
+def test_examples_that_show_no_token_are_left_out(labels, tmp_path):
+    """As older versions wrote them, of special tokens alone."""
+    kept = labels["features"][0]["examples"]
+    empty = {"tokens": [], "values": [], "source": "a.txt"}
+    features = [labels["features"][0] | {"examples": [empty, *kept]}, *labels["features"][1:]]
+    write_labels(labels | {"features": features}, tmp_path)
+    assert read_labels(tmp_path, 48).features[0]["examples"] == kept
 
 
 def test_no_text_no_labels(model, coder):

@@ -1,10 +1,14 @@
 """Folders that one process fills: the second is refused in one line, whoever was killed before."""
 
+import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +127,7 @@ def test_two_exports_do_not_meet_and_a_killed_one_leaves_the_old(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 
-def test_shared_folders_are_taken_in_turn(tmp_path):
+def test_shared_folders_are_taken_in_turn(tmp_path, capsys):
     order, waits = [], threading.Event()
 
     def second():
@@ -138,11 +142,87 @@ def test_shared_folders_are_taken_in_turn(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+    said = capsys.readouterr().err
+    assert said in ("", f"{tmp_path}: waiting for another process, which writes here\n")
+
+
+def test_file_systems_that_do_not_lock_folders(tmp_path, monkeypatch, capsys):
+    """NFS: a file in the folder is locked, and goes; where nothing can be locked, that is said."""
+    real, none = fcntl.flock, False
+
+    def flock(handle, how):
+        if none or stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = tmp_path / "new"
+    with only_writer(folder):
+        with pytest.raises(InputError, match="new: another process"), only_writer(folder):
+            raise AssertionError("held twice")
+        (folder / "x").write_text("kept")
+    assert [path.name for path in folder.iterdir()] == ["x"]
+    _enter(only_writer(folder))
+    _enter(only_writer(tmp_path / "empty"))
+    assert not (tmp_path / "empty").exists() and not capsys.readouterr().err
+    none = True
+    with only_writer(folder), only_writer(folder):
+        pass
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"warning: {folder}: this file system has no locks; see that nobody else "
+                    "writes here"] * 2  # fmt: skip
+
+
+def test_links_to_nowhere_and_folders_that_are_there(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "purged")
+    with pytest.raises(InputError, match="link: is a link to a folder that is not there"):
+        _enter(only_writer(tmp_path / "link"))
+    (tmp_path / "disk" / ".part").mkdir(parents=True)  # a mount point, after a killed run
+    (tmp_path / "disk" / ".part" / "half").write_text("x")
+    monkeypatch.chdir(tmp_path / "disk")
+    with pytest.raises(KeyError), new_folder(Path(".")) as new:
+        (new / "a").write_text("new")
+        raise KeyError
+    assert not list(Path.cwd().iterdir())
+    before = os.stat(".").st_ino
+    with new_folder(Path(".")) as new:
+        (new / "a").write_text("new")
+        (new / "b").mkdir()
+    assert {path.name for path in Path.cwd().iterdir()} == {"a", "b"}
+    assert os.stat(tmp_path / "disk").st_ino == before
+
+
+def test_a_bucket_gets_no_half_of_a_file(monkeypatch):
+    """fsspec's files are made when they are closed, also by the garbage collection."""
+
+    class Half:
+        closed, made = False, False
+
+        def write(self, data):
+            pass
+
+        def discard(self):
+            pass  # nothing was sent yet
+
+        def close(self):
+            self.made = not self.closed
+
+    half = Half()
+
+    class Place:
+        __fspath__ = lambda self: "gs://bucket/x"
+        open = lambda self, mode: half
+
+    with pytest.raises(KeyError), WholeFile(Place()) as file:
+        file.write(b"half")
+        raise KeyError
+    half.close()
+    assert not half.made
 
 
 def test_names_that_are_not_utf8_are_written(tmp_path):
     write_text(tmp_path / "x", os.fsdecode(b"caf\xe9"))
-    assert (tmp_path / "x").read_bytes() == rb"caf\udce9"
+    assert (tmp_path / "x").read_text() == "caf\ufffd"
     with pytest.raises(KeyError), WholeFile(tmp_path / "y") as file:
         file.write(b"half")
         raise KeyError

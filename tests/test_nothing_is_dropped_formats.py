@@ -69,7 +69,10 @@ def test_only_padding_is_cut_from_a_vocabulary(tmp_path, rows, tokens, kept, kin
     added = [{"id": i, "content": text} for text, i in tokens.items()]
     content = {
         "added_tokens": tokens,
-        "tokenizer_config": {"added_tokens_decoder": {str(t["id"]): t for t in added}},
+        "tokenizer_config": {
+            "added_tokens_decoder": {str(t["id"]): t for t in added},
+            "model_max_length": int(1e30),  # as transformers writes it
+        },
         "tokenizer": {"added_tokens": added},
     }[kind]
     (tmp_path / f"{kind}.json").write_text(json.dumps(content))
@@ -228,6 +231,7 @@ def added_beside(kind: str, folder: Path) -> Path:
         content = {t["content"]: t["id"] for t in ADDED}
     elif kind == "tokenizer_config.json":
         content = {"added_tokens_decoder": {str(t["id"]): t for t in ADDED}}
+        content["model_max_length"] = int(1e30)  # as transformers writes it
     else:
         content = {"added_tokens": ADDED}
     write_json(folder / kind, content)

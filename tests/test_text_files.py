@@ -12,7 +12,7 @@ from letters import Letters
 from gemma_scope_jax.data import document_files, text_identity
 from gemma_scope_jax.data.documents import TextData, open_documents, parse
 from gemma_scope_jax.data.text import TokenBatches, counting, fingerprint, read_documents, readings
-from gemma_scope_jax.data.text_identity import file_digest
+from gemma_scope_jax.data.text_identity import file_digest, file_digests
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.storage.globs import named_paths
@@ -242,6 +242,10 @@ def test_the_digest_of_a_large_file_is_kept_until_it_changes(tmp_path, monkeypat
     for file in (tmp_path / "cache").rglob("*.json"):
         file.write_text("{")
     assert file_digest(path) == first
+    (small := tmp_path / "b.txt").write_bytes(data[:4000])
+    (tmp_path / "none").write_text("a file")  # a cache that cannot be written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    assert file_digests([small, path, small])[1:] == [first, file_digest(small)]
 
 
 def test_positions_go_on_in_the_same_text_and_in_no_other(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import feeds, init, measure
+from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.held_out import BLOCK, HELD_OUT, SplitBatches, held_out
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -175,6 +176,19 @@ def test_what_is_held_out_is_never_trained_on():
         while True:
             seen.append(next(stream).counts)
     assert 0.1 < (np.array(seen) == HELD_OUT).sum() / (np.array(seen) > 0).sum() < 0.4
+
+
+def test_a_pass_with_more_than_the_ring_holds_keeps_its_last_in_every_site():
+    """No slot is written twice, where devices may choose another of the two for each site."""
+    x = {site: jnp.arange(20.0)[None, :, None] + n for n, site in enumerate("ab")}
+    counts = jnp.arange(20) % 4 != 1  # 15 of 20
+    ring = {site: jnp.full((1, 6, 1), -1.0) for site in x}
+    ring, slot, filled = steps._write(ring, jnp.int32(4), jnp.int32(4), x, counts)
+    last = np.flatnonzero(counts)[-6:]
+    assert sorted(np.asarray(ring["a"]).ravel()) == last.tolist()
+    np.testing.assert_array_equal(ring["b"], ring["a"] + 1)
+    assert int(slot) == (4 + 15) % 6 and int(filled) == 6
+    assert float(ring["a"][0, int(slot) - 1, 0]) == last[-1]
 
 
 def test_a_store_holds_out_its_last_rows(model, tmp_path, monkeypatch):

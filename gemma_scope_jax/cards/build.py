@@ -20,6 +20,7 @@ from gemma_scope_jax.cards.decoders import Gain
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
+from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
@@ -69,8 +70,7 @@ def _make(
     as_published = from_file and model is None
     files.manifest |= _about(coder, layer, settings, "as published" if as_published else gain)
     if from_file:
-        size = os.path.getsize(source) if os.path.exists(source) else 0
-        origin: dict[str, Any] = {"examples": str(source), "bytes": size}
+        origin: dict[str, Any] = {"examples": file_digest(Path(source))}
         name = ""
     else:
         name = name_in_store(source, coder)

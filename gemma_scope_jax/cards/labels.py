@@ -138,6 +138,9 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
     content = parse_json(_read(path), path)
     features = field(content, "features", list, path)
     tokens = field(content, "tokens", int, path, least=0)
+    for label in features:  # older files may have examples of special tokens alone, which show none
+        if isinstance(label, dict) and isinstance(label.get("examples"), list):
+            label["examples"] = [e for e in label["examples"] if not _is_empty(e)]
     wrong = [i for i, label in enumerate(features) if not _is_label(label)]
     if wrong:
         raise InputError(
@@ -146,6 +149,10 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
     if len(features) != width:
         raise InputError(f"{path}: has {len(features)} features, the coder beside it {width}")
     return Labels(features, tokens)
+
+
+def _is_empty(example: Any) -> bool:
+    return isinstance(example, dict) and example.get("tokens") == example.get("values") == []
 
 
 def _read(path: Path) -> bytes:

@@ -26,7 +26,7 @@ from gemma_scope_jax.data.document_files import (
     too_long,
 )
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
-from gemma_scope_jax.data.text_identity import file_digest, strings_digest
+from gemma_scope_jax.data.text_identity import file_digests, strings_digest
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.tokenizer import ROLES
 
@@ -183,7 +183,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
 
 def _files(data: TextData) -> Documents:
     paths = text_files(data.files)
-    identity = ["files", [file_digest(path) for path in paths]]
+    identity = ["files", file_digests(paths)]
     named = lambda: [[path.name, path.stat().st_size] for path in paths]
     if any(is_stream(path) for path in paths):
 

@@ -23,6 +23,7 @@ from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
+_CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
 _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
@@ -109,13 +110,15 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
             "mean": mean, "share": share, "shuffled": job.text.shuffled,
         }  # fmt: skip
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
-    old = read_features_manifest(folder)
+    new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
         there = old[key]
         if key == "data":
-            there = _of_this_text(there, value, job, folder)
+            there = _of_this_text(old, value, job, folder)
+            if old["data"]["text"] != value["text"]:  # of an older version: told by name and size
+                new = old | {_CONTENT: value["text"]}
         if key == "coders":
-            value = _called_as(there, value)
+            value = _called_as(list(there), list(value))
         if _content(there) != _content(value):
             raise InputError(
                 f"{folder}: holds features of another {key} ({_difference(there, value)}); "
@@ -123,19 +126,20 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
             )
     everything = old["tokens"] is None
     if everything or (tokens is not None and tokens <= old["tokens"]):
-        return old, old
+        return new, old
     documents = measure(job.text, tokens).documents
     if documents <= old["documents"]:
-        return old, old
-    return old | {"tokens": tokens, "documents": documents}, old
+        return new, old
+    return new | {"tokens": tokens, "documents": documents}, old
 
 
-def _of_this_text(there: Mapping[str, Any], now: dict, job: Job, folder: Any) -> dict[str, Any]:
+def _of_this_text(old: Mapping[str, Any], now: dict, job: Job, folder: Any) -> dict[str, Any]:
     """What a manifest says of its text, which is known by its content: how it is called may differ.
 
     Raises `InputError` for another text.
     """
-    if not job.text.same_text(there.get("text")):
+    there = old["data"]
+    if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
         raise InputError(
             f"{folder}: holds features of another data (text: what it holds, its order, its "
             "settings or the tokenizer differ); choose another folder"
@@ -165,7 +169,7 @@ def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:
 def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
     """The plan of the store in the folder, begun or extended here if need be."""
     new, old = settle(folder, job, tokens)
-    if old is not None and new != old:
+    if old is not None and new["documents"] != old["documents"]:
         (folder / INDEX).unlink(missing_ok=True)
         if old["documents"] % old["per_shard"]:  # the last shard was cut short: made anew
             (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)

@@ -358,6 +358,22 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
 _run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
 
 
+def _check_places(positions: Any, segments: Any, room: int) -> None:
+    """Raise `InputError` for what is known on the host and cannot be; padding stands anywhere."""
+    if isinstance(segments, np.ndarray) and segments.min() < 0:
+        raise InputError(f"segments must not be negative, got {segments.min()}")
+    if not isinstance(positions, np.ndarray):
+        return
+    if segments is not None:
+        positions = positions[segments > 0] if isinstance(segments, np.ndarray) else positions[:0]
+    if not positions.size:
+        return
+    if positions.min() < 0:
+        raise InputError(f"positions must not be negative, got {positions.min()}")
+    if positions.max() >= room:
+        raise InputError(f"position {positions.max()} is beyond the model's context of {room}")
+
+
 @own_mesh
 def run(
     model: Model, tokens, intercepts=(), *, positions=None, segments=None, cache=None, **options
@@ -374,12 +390,7 @@ def run(
     check_tokens(model.config, tokens, cache, **given)
     if isinstance(tokens, np.ndarray):
         check_ids(model.config, tokens)
-    for what, array in given.items():
-        if isinstance(array, np.ndarray) and array.min() < 0:
-            raise InputError(f"{what} must not be negative, got {array.min()}")
-    if isinstance(given["positions"], np.ndarray) and given["positions"].max() >= room:
-        far = given["positions"].max()
-        raise InputError(f"position {far} is beyond the model's context of {room}")
+    _check_places(given["positions"], given["segments"], room)
     # where a text goes on from a cache or stands elsewhere, any position may be meant
     alone = positions is None and cache is None
     least, most = (tokens.shape[1],) * 2 if alone else (0, 2**31)

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 from gemma_scope_jax.errors import InputError, reason, shown
 
 WAIT = 60  # seconds
-ENDING = 300  # seconds that one that has ended waits for the others
 _HELLO, _TUNNEL = "gemma_scope_jax", b"gemma_scope_jax tunnel\n"
 _here: "_Process | None" = None
 
@@ -274,22 +273,22 @@ class _Process:
         os._exit(code)
 
     def leave(self) -> None:
-        """At the end of the program: wait until all have come to theirs."""
+        """At the end of the program: wait until all have come to theirs, however long one saves.
+
+        Of one that dies meanwhile the connection tells.
+        """
         failure = getattr(sys, "last_value", None)
         if failure is not None:  # printed already
             self.abandon(1, reason(failure))
         if not self.index:
             with self.changed:
-                done = self.changed.wait_for(lambda: len(self.left) == self.count - 1, ENDING)
-            if done:
-                for connection in self.others.values():
-                    _say(connection, "bye")
+                self.changed.wait_for(lambda: len(self.left) == self.count - 1)
+            for connection in self.others.values():
+                _say(connection, "bye")
         else:
             _say(self.others[0], "bye")
             with self.changed:
-                done = self.changed.wait_for(lambda: bool(self.left), ENDING)
-        if not done:
-            self._end(f"not all processes had ended {ENDING} s after process {self.index}")
+                self.changed.wait_for(lambda: bool(self.left))
 
     def watch_exceptions(self) -> None:
         """What a lost process makes JAX raise is left to the line that says which it was."""

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _ZEROS = bytes(1 << 20)
+PART, LOCK = ".part", ".lock"  # in a folder: what is to fill it; what is locked where it cannot be
 _held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds
 
 
@@ -98,13 +100,16 @@ class WholeFile:
             raise
 
     def discard(self) -> None:
+        file: Any = self.file
         with contextlib.suppress(Exception):
-            if hasattr(self.file, "discard"):  # a bucket's: closing would make the object
-                self.file.discard()  # type: ignore[attr-defined]
-            self.file.close()
-        if self._temporary is not self.path:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink(missing_ok=True)
+            if hasattr(
+                file, "discard"
+            ):  # a bucket's: closing would make the object of what is there
+                file.discard()
+                file.closed = True  # or it is made when the file is garbage
+                return
+            file.close()
+            self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> BinaryIO:
         return self.file
@@ -241,10 +246,14 @@ def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO],
 def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
     """A folder to write into that takes its name, over an old one, if the block ends well.
 
-    marks: glob patterns of files, one of which the old one has. Raises `InputError` if that is
-    another's, another process is writing the same, or the system refuses to write.
+    marks: glob patterns of files, one of which the old one has. A folder that is there and empty,
+    as one that a disk is mounted on, stays itself and is filled. Raises `InputError` if the old one
+    is another's, another process is writing the same, or the system refuses to write.
     """
+    folder = folder.absolute()
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    if filled := _is_empty(folder):
+        part = folder / PART
     try:
         with only_writer(part, folder):
             if old.is_dir() and not folder.exists():  # of a process killed between two renames
@@ -259,7 +268,10 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                 for path in part.iterdir():
                     _remove(path)
                 yield part
-                _swap(part, folder, old)
+                if filled:
+                    _fill(part, folder)
+                else:
+                    _swap(part, folder, old)
             except BaseException as error:
                 _remove(part)
                 if isinstance(error, InputError):  # which may name a file, of the new folder
@@ -271,7 +283,22 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
 
 
 def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and next(folder.iterdir(), None) is None
+    """Whether a folder is there, and nothing in it but what a killed process may have left."""
+    return folder.is_dir() and all(path.name == PART for path in folder.iterdir())
+
+
+def _fill(part: Path, folder: Path) -> None:
+    """Give the files of `part` their places in the folder around it, all or none."""
+    moved = []
+    try:
+        for path in sorted(part.iterdir()):
+            os.replace(path, folder / path.name)
+            moved.append(folder / path.name)
+        part.rmdir()
+    except BaseException:
+        for path in moved:
+            _remove(path)
+        raise
 
 
 def _swap(part: Path, folder: Path, old: Path) -> None:
@@ -315,7 +342,7 @@ def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
     path, made = Path(folder), []
     name = path if name is None else name
     try:
-        handle = _locked(path, name, made)
+        handle, release = _locked(path, name, made)
     except OSError as error:
         _remove_made(made)
         raise disk_error(name, error) from error
@@ -329,6 +356,7 @@ def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
         yield
     finally:
         _held.discard(key)
+        release()
         _remove_made(made)
         os.close(handle)
 
@@ -341,7 +369,7 @@ def in_turn(folder: Any) -> Iterator[None]:
         return
     path, made = Path(folder), []
     try:
-        handle = _locked(path, None, made)
+        handle, release = _locked(path, None, made)
     except OSError as error:
         _remove_made(made)
         raise disk_error(path, error) from error
@@ -349,12 +377,14 @@ def in_turn(folder: Any) -> Iterator[None]:
         remove_leftovers(path)
         yield
     finally:
+        release()
         _remove_made(made)
         os.close(handle)
 
 
-def _locked(path: Path, name: Any, made: list[Path]) -> int:
-    """A handle of the folder, locked; `made` gets those that were made for it, the inner first.
+def _locked(path: Path, name: Any, made: list[Path]) -> tuple[int, Callable[[], None]]:
+    """A handle of the folder, and what lets go of it; `made` gets those that were made for it, the
+    inner first.
 
     name: what errors call a folder that somebody else holds; None: wait for it.
     """
@@ -363,11 +393,16 @@ def _locked(path: Path, name: Any, made: list[Path]) -> int:
         handle = None
         try:
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            _lock(handle, name)
-            if _key(handle) == _key(path):
-                return handle
+            release = _lock(handle, path, name)
+            if release and _key(handle) == _key(path):
+                return handle, release
+            if release:
+                release()
         except FileNotFoundError:  # it was removed, or replaced, in between
-            pass
+            if path.is_symlink():
+                raise InputError(
+                    f"{path}: is a link to a folder that is not there; make it, or remove the link"
+                ) from None
         except BaseException:
             if handle is not None:
                 os.close(handle)
@@ -376,15 +411,56 @@ def _locked(path: Path, name: Any, made: list[Path]) -> int:
             os.close(handle)
 
 
-def _lock(handle: int, name: Any) -> None:
+def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
+    """Lock a folder, of which there is a handle; gives what lets go, besides closing the handle.
+
+    NFS locks files that are open for writing only, which a folder cannot be: there a file in it is
+    locked. None: that file was removed meanwhile, try again.
+    """
+    if _flock(handle, path, name):
+        return lambda: None
+    lock = path / LOCK
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB * (name is not None))
-    except BlockingIOError:
-        raise InputError(
-            f"{name}: another process is writing here; wait for it, or choose another folder"
-        ) from None
+        inner = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
-        pass  # a file system without locks
+        return lambda: None  # what is written next says why
+    try:
+        if not _flock(inner, path, name):
+            print(
+                f"warning: {path}: this file system has no locks; see that nobody else writes here",
+                file=sys.stderr,
+            )
+        if not lock.exists() or _key(inner) != _key(lock):
+            os.close(inner)
+            return None
+    except BaseException:
+        os.close(inner)
+        raise
+
+    def release() -> None:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(inner)
+
+    return release
+
+
+def _flock(handle: int, path: Path, name: Any) -> bool:
+    """Lock what is open; whether that is possible. Raises `InputError` if it is locked already."""
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if name is not None:
+                raise InputError(
+                    f"{name}: another process is writing here; wait for it, or choose another "
+                    "folder"
+                ) from None
+            print(f"{path}: waiting for another process, which writes here", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _key(file: int | Path) -> tuple[int, int]:

@@ -27,9 +27,10 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
     """The value of a JSON document, UTF-8 with or without a byte order mark.
 
     Refuses, with `InputError` that begins with `where`: what is not UTF-8 or not JSON; nesting of
-    about a thousand levels; NaN and infinities, spelled out or overflowing as 1e400 does; whole
-    numbers beyond 64 bits; a key that occurs twice in one object; half a surrogate pair in a text,
-    which no UTF-8 file can hold. With `mend_text` the last becomes U+FFFD instead.
+    about a thousand levels; NaN and infinities, spelled out or overflowing as 1e400 and 400 digits
+    do; a key that occurs twice in one object; half a surrogate pair in a text, which no UTF-8 file
+    can hold. With `mend_text` the last becomes U+FFFD instead. A whole number beyond 64 bits is
+    read as a float, so that it is none to `field`.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -37,7 +38,7 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
             text.removeprefix("\ufeff"),
             parse_constant=_no_constant,
             parse_float=_finite,
-            parse_int=_int64,
+            parse_int=_integer,
             object_pairs_hook=_object,
         )
         # only an escape can write a surrogate: bytes that hold one are not UTF-8
@@ -111,11 +112,10 @@ def _finite(text: str) -> float:
     return value
 
 
-def _int64(text: str) -> int:
+def _integer(text: str) -> int | float:
+    # transformers writes int(1e30) for "no limit", which nobody reads
     value = int(text) if len(text) <= 20 else _INT64
-    if not -_INT64 <= value < _INT64:
-        raise ValueError(f"the whole number {text[:24]} needs more than 64 bits")
-    return value
+    return value if -_INT64 <= value < _INT64 else _finite(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

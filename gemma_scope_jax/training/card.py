@@ -93,7 +93,9 @@ def _as_saved(saved: dict, config: TrainConfig) -> list[str]:
     """The figures of the coder in this folder, and a warning where they are bad."""
     what = f"not trained on (about {100 * config.held_share:.2g} % of the data are held out)"
     if not saved["held_out"]:
-        what = "trained on, as none of so little text could be held out"
+        what = (
+            "trained on, as none of so little text, or of one that the store repeats, is held out"
+        )
     lines = [f"As saved, loaded back and measured on {saved['tokens']:,} tokens that were {what}:"]
     lines += ["", *_table({k: v for k, v in saved.items() if k not in ("tokens", "held_out")})]
     if why := doubt(saved):

@@ -169,7 +169,7 @@ class StoreFeed:
         return self.train(state, batch)
 
     def readings(self, position: Any, done: int) -> int:
-        return -(-done * self.plan.config.tokens_a_pass // len(self.store))
+        return -(-done * self.plan.config.tokens_a_pass // self.rows)
 
     def repeats(self) -> int:
         return readings(self.store.manifest["position"])

@@ -7,6 +7,7 @@ mean; "typical" is without tokens of more than `OUTLIER` median norms. L0 is ove
 the recipe.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -85,12 +86,13 @@ def _run(coder: Coder, x, *, several: bool):
 def save_measured(
     found: dict[str, Coder], folder: Any, sites: dict[str, Any], layers: dict, apart: bool
 ) -> tuple[dict[str, dict], list[str]]:
-    """Save coders below a folder, by name, and measure each as loaded back.
+    """Save coders below a folder, by name, then measure each as loaded back, on the host: coders
+    may be spread over devices none of which holds one alone.
 
     sites, layers: as `measure` takes them; `apart`: whether those tokens were not trained on. Gives
     the figures by name, and of each whose weights are no numbers why it was not saved.
     """
-    saved, refused = {}, []
+    there, saved, refused = [], {}, []
     for name, coder in found.items():
         try:
             save_coder(coder, folder / name)
@@ -99,12 +101,22 @@ def save_measured(
                 raise
             refused.append(f"{name}: {error}")
             continue
-        loaded = load_coder(os.fspath(folder / name), decoder=True)
-        saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
+        there.append(name)
+    for name in there:
+        with _on_the_host():
+            loaded = load_coder(os.fspath(folder / name), decoder=True)
+            saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
         print(said(name, saved[name]), file=sys.stderr)
         if why := doubt(saved[name]):
             print(f"warning: {name}: {why}", file=sys.stderr)
     return saved, refused
+
+
+def _on_the_host() -> Any:
+    try:
+        return jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return contextlib.nullcontext()
 
 
 def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:

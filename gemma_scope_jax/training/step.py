@@ -234,10 +234,10 @@ def hold(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
 def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, counts: jax.Array):
     """(ring, slot to write next, slots ever written) with those of x that count written into it."""
     size = next(iter(ring.values())).shape[1]
-    places = (slot + jnp.cumsum(counts.astype(jnp.int32)) - 1) % size
-    places = jnp.where(counts, places, size)  # beyond the end: dropped
+    number, new = jnp.cumsum(counts.astype(jnp.int32)), jnp.sum(counts, dtype=jnp.int32)
+    last = counts & (number > new - size)  # no slot is written twice, or sites might choose apart
+    places = jnp.where(last, (slot + number - 1) % size, size)  # beyond the end: dropped
     write = lambda old, new: old.at[:, places].set(new.astype(old.dtype), mode="drop")
-    new = jnp.sum(counts, dtype=jnp.int32)
     ring = {site: write(old, x[site]) for site, old in ring.items()}
     return ring, (slot + new) % size, jnp.minimum(filled + new, size)
 

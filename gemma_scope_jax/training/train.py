@@ -352,6 +352,7 @@ class _Run:
         apart = next(iter(sample.values())).shape[1] > 1
         if not apart:  # hardly any text, and none of it fell on that side
             sample = some(self.feed.sample(state), SAMPLE)
+        apart &= self.feed.repeats() < 2  # the last rows of a store may be copies of the first
         # Thresholds are set on every other token, figures come from the rest.
         found = coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
         found, sample = _on_every_host((found, {s: rows[:, 1::2] for s, rows in sample.items()}))

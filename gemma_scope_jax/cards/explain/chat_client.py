@@ -39,6 +39,7 @@ from gemma_scope_jax.cards.explain.replies import (
     Reply,
     error_of,
     is_filtered,
+    parsed,
     read_reply,
     takes_no_system,
     usage_of,
@@ -285,7 +286,7 @@ class ChatClient:
         if form.lower() != "identity":
             raise _Again(f"a reply compressed by {self._words(form)}, unasked", replies=True)
         try:
-            reply = parse_json(response.body, "the reply", mend_text=True)
+            reply = parsed(response.body)
             self._count(usage_of(reply))
             found = read_reply(reply)
         except NoAnswer as error:

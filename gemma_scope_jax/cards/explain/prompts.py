@@ -150,9 +150,17 @@ _OPEN, _CLOSE = (
 
 
 def without_thoughts(text: str) -> str:
-    """What a model says once it has thought: nothing if it was cut off in its thoughts."""
-    ends = [end.end() for end in _CLOSE.finditer(text)]
-    text = text[ends[-1] :] if ends else text
+    """What a model says once it has thought: nothing if it was cut off in its thoughts.
+
+    A closing mark ends a thought if one began the text, or may have before it, or if a line ends
+    there; in a sentence about such marks it does not.
+    """
+    opening = _OPEN.search(text)
+    thought = opening is None or not text[: opening.start()].strip()
+    for end in [*_CLOSE.finditer(text)][::-1]:
+        if thought or text[end.end() : end.end() + 1] in ("\n", "\r"):
+            text = text[end.end() :]
+            break
     return "" if _OPEN.match(text.lstrip()) else text
 
 
@@ -163,11 +171,17 @@ def _unfenced(text: str) -> str:
 
 
 _EXCUSE = re.compile(
-    r"\W*((i am|i['’]m)? ?(very |so )?(sorry|afraid)\b.{0,40}?|i apologi[sz]e.{0,40}?)?"
+    r"\s*((i am|i['’]m)? ?(very |so )?(sorry|afraid)\b.{0,40}?|i apologi[sz]e.{0,40}?)?"
     r"\bi(['’]m unable to| am unable to| can(no|['’])t| can not| won['’]t| will not)( \w+)?"
     r" (assist|help|comply|provide|fulfil|discuss|engage|analy[sz]e)\b",
     re.IGNORECASE,
 )
+
+
+def _unquoted(line: str) -> str:
+    """A line without the quotes or stars that it stands in as a whole."""
+    found = re.fullmatch(r"([\"'“”‘’`*_]+)(.*?)[\"'“”‘’`*_.]+", line)
+    return found[2] if found and found[1][0] not in found[2] else line
 
 
 def explanation_in(text: str) -> str:
@@ -175,7 +189,7 @@ def explanation_in(text: str) -> str:
     print; "" if there is none, or an excuse."""
     text = _from_json(text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or _EXCUSE.match(lines[0]):
+    if not lines or _EXCUSE.match(_unquoted(lines[0])):
         return ""
     phrase = re.sub(r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", "",
                     lines[-1], flags=re.IGNORECASE)  # fmt: skip
@@ -241,13 +255,19 @@ def digits_only(logprobs: Sequence[Any]) -> list[Any]:
     """Of an answer's log-probabilities what `parse` reads: the tokens 0 and 1, and at each of them
     these two."""
     fits = lambda t: isinstance(t, dict) and str(t.get("token")).strip() in ("0", "1")
-    pair = lambda t: {"token": t["token"], "logprob": t.get("logprob")}
+    pair = lambda t: {"token": t["token"], "logprob": _logprob(t.get("logprob"))}
     tops = lambda t: v if isinstance(v := t.get("top_logprobs"), list) else []
     return [
         {**pair(t), "top_logprobs": [pair(o) for o in tops(t) if fits(o)]}
         for t in logprobs
         if fits(t)
     ]
+
+
+def _logprob(value: Any) -> float | None:
+    """A log-probability; one that is infinite is as good as very small."""
+    is_one = isinstance(value, (int, float)) and value <= 1e-3
+    return float(max(value, -1e4)) if is_one else None
 
 
 def _confidence(logprobs: Sequence[Any], count: int) -> tuple[float, ...] | None:

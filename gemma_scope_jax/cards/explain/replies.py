@@ -7,11 +7,13 @@ an answer.
 """
 
 import dataclasses
+import json
 import re
 from typing import Any
 
 from gemma_scope_jax.cards.explain.prompts import Messages, digits_only, without_thoughts
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import legible
 
 # Why a question has no answer: what runs count.
 REFUSED = "refused by the server"
@@ -21,14 +23,16 @@ CUT = "cut off"
 UNUSABLE = "replies that are none"
 FAILED = "failed"
 
+MOST_TOKENS = 1 << 32  # of one request
 _CUT_OFF = ("length", "max_tokens", "max_length", "model_length")
 _FILTER = ("content_filter", "safety", "recitation", "sensitive", "prohibited_content", "refusal")
 _BROKEN = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
 _FILTERS = re.compile(r"content.{0,20}(filter|policy)|moderat|flagged|prohibited|safety", re.I)
 _NO_SYSTEM = re.compile(
-    r"(system|developer).*(role|message|instruction|prompt)|(role|message).*(system|developer)"
-    r"|roles? (must|should) alternate|only user\b.*\broles?\b",
-    re.IGNORECASE | re.DOTALL,
+    r"\b(system|developer)\W{0,3}(role|message|instruction|prompt)s?\b"
+    r"|\b(role|message)s?\b.{0,40}\b(system|developer)\b"
+    r"|roles? (must|should) alternate|only user\b.{0,40}\broles?\b",
+    re.IGNORECASE,
 )
 
 
@@ -60,6 +64,16 @@ class Reply:
     text: str
     logprobs: list[Any] | None = None
     is_cut: bool = False
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a reply. Of what it holds beside the answer (seeds of 64 bits without a sign,
+    infinite log-probabilities, keys that come twice) nothing is asked. Raises `BadReply`.
+    """
+    try:
+        return legible(json.loads(body.decode("utf-8-sig")))
+    except (ValueError, RecursionError) as error:
+        raise BadReply(f"not usable as JSON ({reason(error)})") from None
 
 
 def read_reply(reply: Any) -> Reply:
@@ -114,7 +128,7 @@ def usage_of(reply: Any) -> tuple[int, int] | None:
     if not isinstance(usage, dict):
         return None
     counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts if n):
+    if not all(type(n) is int and 0 <= n < MOST_TOKENS for n in counts if n):
         return None
     return counts[0] or 0, counts[1] or 0
 
