@@ -6,7 +6,8 @@
 
 Counted are opening, writing, flushing and closing files, making, renaming and syncing them, and
 reserving room for them, of everything under the folder and nothing else: all that Python code does
-to files goes through the few functions patched here.
+to files goes through the few functions patched here. A write by the system's own call that fails
+has written half, as on a disk that fills up.
 """
 
 import builtins
@@ -52,7 +53,29 @@ class Faults:
         names = () if self.reading else ("mkdir", "replace", "rename", "fsync", "posix_fallocate")
         for name in names:
             self._patch.setattr(os, name, self._failing(getattr(os, name)))
+        if not self.reading:
+            self._patch_calls()
         return self
+
+    def _patch_calls(self):
+        """`os.open` of what is to be written, and `os.write`."""
+        real_open, real_write = os.open, os.write
+
+        def opened(path, flags, *args, **options):
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                self.tick(path)
+            return real_open(path, flags, *args, **options)
+
+        def written(file, data):
+            try:
+                self.tick(file)
+            except OSError:
+                real_write(file, data[: len(data) // 2])
+                raise
+            return real_write(file, data)
+
+        self._patch.setattr(os, "open", opened)
+        self._patch.setattr(os, "write", written)
 
     def __exit__(self, *_):
         self._patch.undo()

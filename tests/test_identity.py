@@ -1,5 +1,8 @@
 """Checksums of weights: what they must not see, and what they must."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +61,11 @@ def test_a_models_weights_are_read_once(monkeypatch):
     assert model_identity(tuned)["weights"] != one["weights"] and len(asked) == 2
     del tuned
     assert len(identity._read) == known  # nothing is kept of what is gone
+
+
+def test_a_name_that_is_not_utf8_is_the_same_when_read_again():
+    """As of a model's folder: what a manifest says of it is compared on going on."""
+    model = tiny_model(PRESETS["gemma-3-270m"], layers=3)
+    odd = model.replace(config=dataclasses.replace(model.config, name="caf\udce9"))
+    found = model_identity(odd)
+    assert found["name"] == "caf\ufffd" and json.loads(json.dumps(found).encode()) == found

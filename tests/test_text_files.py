@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from letters import Letters
+from test_data import write_records
 
 from gemma_scope_jax.data import document_files, text_identity
 from gemma_scope_jax.data.documents import TextData, open_documents, parse
@@ -160,6 +161,16 @@ def test_a_key_of_a_message_that_is_there_twice_is_refused(tmp_path):
         parse(next(open_documents(data).in_order()), data)
 
 
+def test_a_record_longer_than_any_document_is_a_bad_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(document_files, "LONGEST", 100)
+    path = tmp_path / "a.array_record"
+    write_records(path, [b"short", b"x" * 101, b"short, too"])
+    with pytest.raises(InputError, match="record 1: a line or record of more than"):
+        list(batches(path, epochs=1))
+    (batch,) = batches(path, epochs=1, skip_bad=True)
+    assert batch.segments.max() == 2
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_an_endless_line_is_one_bad_record_and_not_read_into_memory(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(document_files, "LONGEST", 100_000)
@@ -167,7 +178,9 @@ def test_an_endless_line_is_one_bad_record_and_not_read_into_memory(tmp_path, mo
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(data, 1) if suffix.endswith("gz") else data)
     tracemalloc.start()
-    with pytest.raises(InputError, match=rf"a\.{suffix}, (line 2|byte \d+): a line of more than"):
+    with pytest.raises(
+        InputError, match=rf"a\.{suffix}, (line 2|byte \d+): a line or record of more than"
+    ):
         list(batches(path, epochs=1))
     (batch,) = batches(path, epochs=1, skip_bad=True)
     peak = tracemalloc.get_traced_memory()[1]

@@ -24,7 +24,7 @@ from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.globs import named_paths
 
 SEPARATOR = "\n\f\n"
-LONGEST = 1 << 28  # bytes of a line of JSON: more is no document, but fills the memory
+LONGEST = 1 << 28  # bytes of a line of JSON or a record: more is no document, but fills the memory
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _RECORDS = (".array_record", ".arrayrecord")
 _COMPRESSED = (".gz", ".zst")
@@ -204,7 +204,10 @@ def _array_record(path: Path) -> IndexedFile:
     name = shown(str(path))
 
     def read(number: int) -> Record:
-        return Record(f"{name}, record {number}", source[number], "either")
+        content = source[number]  # a chunk of records is decompressed whole, whatever its size
+        if len(content) > LONGEST:
+            return Record(f"{name}, record {number}", LONGEST, "long")
+        return Record(f"{name}, record {number}", content, "either")
 
     return IndexedFile(path, path.stat().st_size, count, read)
 
@@ -250,9 +253,10 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def too_long(where: str) -> InputError:
-    """What is wrong with a line that is longer than any document."""
+    """What is wrong with a line, or a record, that is longer than any document."""
     return InputError(
-        f"{where}: a line of more than {LONGEST >> 20} MiB is no document; is this JSON Lines?"
+        f"{where}: a line or record of more than {LONGEST >> 20} MiB is no document; is this JSON "
+        "Lines?"
     )
 
 

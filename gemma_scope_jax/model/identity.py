@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.storage.strict_json import legible
 
 _read: dict[int, tuple[weakref.ref, str]] = {}  # by id: weights and their checksum
 CHUNK = 1 << 20  # numbers of an array in host memory that are taken at a time
@@ -68,5 +69,5 @@ def model_identity(model: Model) -> dict[str, str]:
         read = weakref.ref(params, lambda _: _read.pop(key, None)), checksum(params)
         _read[key] = read
     return {
-        "name": model.config.name, "dtype": str(params.embed.dtype), "weights": read[1]
+        "name": legible(model.config.name), "dtype": str(params.embed.dtype), "weights": read[1]
     }  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.atomic import disk_error
 from gemma_scope_jax.training.step import TrainState
 
 
@@ -25,8 +26,15 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.folder, self.args = folder, ocp.args
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(folder, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True,
+            # else, when a folder cannot be made, threads wait for it that nobody tells: 10 minutes
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )  # fmt: skip
+        try:
+            self.manager = ocp.CheckpointManager(folder, options=options)
+        except OSError as error:
+            raise disk_error(folder, error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, int, Any, Any] | None:
         """(state, passes done, position in the data, `made_with`): the newest that can be read;
