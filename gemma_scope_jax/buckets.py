@@ -14,7 +14,8 @@ from pathlib import Path
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.atomic import is_remote, write_bytes, write_text
+from gemma_scope_jax.storage.atomic import write_bytes, write_text
+from gemma_scope_jax.storage.disk import is_remote
 
 __all__ = [
     "cache_folder", "folder_path", "is_remote", "local_copy", "write_bytes", "write_text",

@@ -26,7 +26,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 
 
 @pytest.fixture(scope="module")

@@ -460,7 +460,7 @@ def test_bad_input_is_one_line(planted, capsys, args, says):
 
 
 def test_two_processes_do_not_write_one_file(planted, capsys):
-    from gemma_scope_jax.storage.atomic import only_writer
+    from gemma_scope_jax.storage.locks import only_writer
 
     with only_writer(planted):
         assert main(planted, "--store", "s") == 2

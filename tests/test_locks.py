@@ -17,19 +17,14 @@ from test_faults import coder, make_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.atomic import (
-    WholeFile,
-    in_turn,
-    new_folder,
-    only_writer,
-    temporary_name,
-    write_text,
-)
+from gemma_scope_jax.storage.atomic import WholeFile, new_folder, write_text
+from gemma_scope_jax.storage.disk import temporary_name
+from gemma_scope_jax.storage.locks import in_turn, only_writer
 
 HOLDER = """
 import sys
 from pathlib import Path
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 with only_writer(Path(sys.argv[1])):
     Path(sys.argv[1], sys.argv[2]).write_text("half")
     print("held", flush=True)

@@ -29,7 +29,7 @@ from gemma_scope_jax.data.activation_store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.training import checkpoints, feeds, progress, step, train
 
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends

@@ -38,7 +38,9 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.atomic import disk_error, is_remote, only_writer, reserve, write_text
+from gemma_scope_jax.storage.atomic import reserve, write_text
+from gemma_scope_jax.storage.disk import disk_error, is_remote
+from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 FILE = "cards.json"

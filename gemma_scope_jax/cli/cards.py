@@ -92,7 +92,7 @@ def cards(
     from gemma_scope_jax.cards.examples import CardSettings
     from gemma_scope_jax.data.document_files import text_files
     from gemma_scope_jax.data.documents import TextData
-    from gemma_scope_jax.storage.atomic import only_writer
+    from gemma_scope_jax.storage.locks import only_writer
 
     if is_remote(out):
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")

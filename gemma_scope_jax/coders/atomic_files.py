@@ -3,7 +3,8 @@
 import json
 from typing import Any, BinaryIO
 
-from gemma_scope_jax.storage.atomic import disk_error, write_folder
+from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.disk import disk_error
 from gemma_scope_jax.storage.safetensors_writing import (
     Streamed,
     lay_out,

@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.atomic import WholeFile, is_remote
+from gemma_scope_jax.storage.atomic import WholeFile
+from gemma_scope_jax.storage.disk import is_remote
 from gemma_scope_jax.storage.strict_json import field, parse_json, read_json
 
 MANIFEST = "manifest.json"

@@ -32,7 +32,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import disk_error, no_space, only_writer
+from gemma_scope_jax.storage.disk import disk_error, no_space
+from gemma_scope_jax.storage.locks import only_writer
 
 _OPEN_FILES = 128
 

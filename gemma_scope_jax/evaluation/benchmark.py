@@ -46,7 +46,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt

@@ -44,7 +44,7 @@ from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 

@@ -38,7 +38,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import in_turn, no_space
+from gemma_scope_jax.storage.disk import no_space
+from gemma_scope_jax.storage.locks import in_turn
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about

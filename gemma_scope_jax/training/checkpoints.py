@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.atomic import disk_error
+from gemma_scope_jax.storage.disk import disk_error
 from gemma_scope_jax.training.step import TrainState
 
 

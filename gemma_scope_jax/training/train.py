@@ -31,7 +31,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.strict_json import read_json
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps

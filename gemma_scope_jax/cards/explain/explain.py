@@ -37,7 +37,7 @@ from gemma_scope_jax.cards.explanations import (
 )
 from gemma_scope_jax.errors import InputError, nearest, shown
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import only_writer
+from gemma_scope_jax.storage.locks import only_writer
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress

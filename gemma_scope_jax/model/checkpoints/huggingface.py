@@ -27,7 +27,8 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
 )
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
-from gemma_scope_jax.storage.atomic import disk_error, write_folder
+from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.disk import disk_error
 from gemma_scope_jax.storage.safetensors_writing import Streamed, write_safetensors
 from gemma_scope_jax.storage.strict_json import field, read_json
 
