@@ -254,7 +254,7 @@ def test_explanations_are_written_and_read(tmp_path):
         ('{"format": true, "explanations": {}}', "format is True"),
         ('{"format": 1, "explanations": {"3": {"scores": {"x": {"n": NaN}}}}}', "NaN"),
         ('{"format": 1, "explanations": {"3": {"examples": 1e400}}}', "too large"),
-        ('{"format": 1, "explanations": {"3": {"examples": %s}}}' % ("9" * 400), "64 bits"),
+        ('{"format": 1, "explanations": {"3": {"examples": %s}}}' % ("9" * 400), "too large"),
         ('{"format": 1, "explanations": ' + "[" * 100_000, "nested too deeply"),
         ('{"format": 1, "explanations": {"3": {"text": "\\ud83d"}}}', "half of a surrogate pair"),
         ('{"format": 2, "explanations": {}}', "format 2 is not known"),
@@ -398,7 +398,7 @@ def test_a_run_in_which_all_failed_says_why_and_keeps_nothing(planted, capsys):
         assert f"error: nothing that was asked has an answer: {says}" in said.err.splitlines()[-1]
         assert "3 of which nothing that was asked has an answer" in said.out
         assert not (planted / "explanations.json").exists()
-        assert (planted / "explanations.answers.jsonl").read_text() == ""
+        assert not (planted / "explanations.answers.jsonl").exists()
 
 
 def test_a_run_counts_what_has_no_answer_by_its_reason(planted, capsys):

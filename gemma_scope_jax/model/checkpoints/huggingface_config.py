@@ -84,7 +84,7 @@ HARMLESS = {
         "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset",
         "attn_implementation", "chunk_size_feed_forward", "return_dict", "output_attentions",
         "output_hidden_states", "torchscript", "use_bfloat16", "is_decoder", "unsloth_fixed",
-        "unsloth_version", "transformers.js_config", "model_name", "auto_map", "processor_class",
+        "unsloth_version", "transformers.js_config", "model_name", "processor_class",
         "ignore_index", "model_max_length",
     ),
 }  # fmt: skip
