@@ -25,6 +25,7 @@ from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training.progress import finite, read_log
 
 OUTLIER = 3.0
 TOKENS = 256  # encoded at a time
@@ -124,13 +125,10 @@ def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:
 
     Figures that are not finite become null there.
     """
-    lines = log.read_text().splitlines() if log.exists() else []
-    row = json.loads(lines[-1]) if lines else {"tokens": tokens, "coders": {}}
-    row["saved"] = {
-        name: {k: v if math.isfinite(v) else None for k, v in figures.items()}
-        for name, figures in saved.items()
-    }  # fmt: skip
-    write_text(log, "\n".join([*lines[:-1], json.dumps(row)]) + "\n")
+    rows = read_log(log) if log.exists() else []
+    row = rows[-1][1] if rows else {"tokens": tokens, "coders": {}}
+    last = json.dumps(finite(row | {"saved": saved}), allow_nan=False) + "\n"
+    write_text(log, "".join(line for line, _ in rows[:-1]) + last)
 
 
 def said(name: str, figures: dict) -> str:

@@ -56,7 +56,7 @@ class Progress:
         row: dict[str, Any] = {"tokens": done * each, "update": update}
         row["tokens_per_s"] = round(rate, 1)
         row["coders"] = _by_coder(config, parts, groups) if parts else {}
-        self._write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._write(json.dumps(finite(row), allow_nan=False) + "\n")
         for track in self.trackers:
             track(row)
         left = (config.passes - done) * each / max(rate, 1e-9) / 60
@@ -84,10 +84,10 @@ class Progress:
             self.written = time.monotonic()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON's null for what is no number: a loss that has overflowed."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
