@@ -166,7 +166,7 @@ def test_a_loss_that_is_no_number_is_logged_and_read_again(cut):
     log.write_text("[]\n" + row % '"a"' + row % "1e400")
     with pytest.raises(InputError, match="log.jsonl, line 2"):  # the first is no line of ours
         progress.read_log(log)
-    assert progress._finite({"a": {"b": math.inf, "c": 1}}) == {"a": {"b": None, "c": 1}}
+    assert progress.finite({"a": {"b": math.inf, "c": 1}}) == {"a": {"b": None, "c": 1}}
 
 
 # -------------------------------------------------------------------------------------------------
