@@ -75,8 +75,8 @@ def ours(args) -> None:
     import jax.numpy as jnp
 
     import gemma_scope_jax as gs
-    from gemma_scope_jax.coders.interop import save_saelens
-    from gemma_scope_jax.extraction.active import slots_for
+    from gemma_scope_jax.coders.active_features import slots_for
+    from gemma_scope_jax.coders.interop.saelens import save_saelens
     from gemma_scope_jax.extraction.runner import Runner
     from gemma_scope_jax.extraction.work import Packed, Plan, open_text
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface

@@ -93,7 +93,7 @@ def runs(folder: Path, tokens: int) -> dict:
 
 def stores(folder: Path, tokens: int):
     """(activations to train on, held out), written if they are not there."""
-    from gemma_scope_jax.data.activation_store import ActivationStore
+    from gemma_scope_jax.data.activations.store import ActivationStore
     from gemma_scope_jax.data.documents import TextData
     from gemma_scope_jax.training.train import store_activations
 
@@ -135,7 +135,7 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from gemma_scope_jax.data.activation_store import ActivationStore
+    from gemma_scope_jax.data.activations.store import ActivationStore
     from gemma_scope_jax.training.held_out import held_rows
 
     torch.set_num_threads(threads)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.kernels import active
 from gemma_scope_jax.model.config import Model, abstract_params, preset
-from gemma_scope_jax.training import feeds, sparse
+from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
 from gemma_scope_jax.training.train import start
@@ -83,8 +84,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     model = random_model(args.model)
-    form = sparse.sparse_form()
-    sparse.FEATURES_A_SLOT[form] = 0  # the sparse step also where a dense one may be faster
+    form = active.sparse_form()
+    active.FEATURES_A_SLOT[form] = 0  # the sparse step also where a dense one may be faster
     peak, rows = None, []
     for width in args.width:
         loss = LossConfig(l0_warmup=0, dead_weight=1e-3)

@@ -98,8 +98,9 @@ def ours(args) -> None:
     import jax
     import jax.numpy as jnp
 
+    from gemma_scope_jax.kernels import active
     from gemma_scope_jax.model.config import preset
-    from gemma_scope_jax.training import init, objective, sparse
+    from gemma_scope_jax.training import init, objective
     from gemma_scope_jax.training import step as steps
     from gemma_scope_jax.training.recipe import (
         CoderConfig,
@@ -113,7 +114,7 @@ def ours(args) -> None:
     coder = CoderConfig(layers=0, width=width, target_l0=L0, threshold=None, loss=loss)
     config = TrainConfig((coder,), store="given below", batch=batch, precision=args.precision,
                          optimizer=OptimizerConfig(RATE, warmup=0))  # fmt: skip
-    sparse.FEATURES_A_SLOT[sparse.sparse_form()] = 0  # also where a dense step may be faster
+    active.FEATURES_A_SLOT[active.sparse_form()] = 0  # also where a dense step may be faster
     plan = {"sparse": steps.make_plan(config, preset("gemma-3-270m"))}
     plan["dense"] = dataclasses.replace(
         plan["sparse"], config=dataclasses.replace(config, sparse=0)
@@ -162,7 +163,7 @@ def ours(args) -> None:
         w, capacity = states["sparse"].groups[0].weights, plan["sparse"].capacity(group)
         low = w.threshold[0] - 0.5 * BANDWIDTH
         bias = encoder_bias(w, group.like.centred)[0]
-        counts = [sparse.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
+        counts = [active.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
                   for b in batches]  # fmt: skip
         return max(int((c > capacity).sum()) for c in counts)
 

@@ -10,10 +10,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint
-from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
-from gemma_scope_jax.cards.explain.explain import explain_features
+from gemma_scope_jax.autointerp.answers import AnswerFile
+from gemma_scope_jax.autointerp.explain import explain_features
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint
+from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 
 KEY = "sk-a-very-secret-key-0123456789"
 

@@ -12,7 +12,7 @@ import numpy as np
 from letters import Letters
 from tiny import tiny_model
 
-from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.model.config import PRESETS
 

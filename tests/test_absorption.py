@@ -7,8 +7,8 @@ from test_probing import reference_fit
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation import absorption as spelling
-from gemma_scope_jax.evaluation.absorption import (
+from gemma_scope_jax.probing import absorption as spelling
+from gemma_scope_jax.probing.absorption import (
     LETTERS,
     absorbed,
     absorption,
@@ -17,7 +17,7 @@ from gemma_scope_jax.evaluation.absorption import (
     main_features,
     spelling_prompts,
 )
-from gemma_scope_jax.evaluation.logistic import f1
+from gemma_scope_jax.probing.logistic import f1
 
 USED, EACH, D = 6, 30, 32  # letters, words of each, dimensions
 

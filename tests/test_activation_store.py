@@ -18,8 +18,8 @@ from safetensors import safe_open
 from store_writer import SITES, make, texts, write
 from tiny import tiny_model
 
-from gemma_scope_jax.data import activation_files
-from gemma_scope_jax.data.activation_store import ActivationStore, write_activations
+from gemma_scope_jax.data.activations import files
+from gemma_scope_jax.data.activations.store import ActivationStore, write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
@@ -126,7 +126,7 @@ def test_shards_are_safetensors_files(whole):
 
 def test_reading_gives_rows_in_the_order_asked_and_only_the_sites_asked(whole, monkeypatch):
     store = whole[0]
-    monkeypatch.setattr("gemma_scope_jax.data.activation_store._OPEN_FILES", 3)
+    monkeypatch.setattr("gemma_scope_jax.data.activations.store._OPEN_FILES", 3)
     rows = np.random.default_rng(0).integers(0, 1000, 200)  # some of them twice
     everything, got = store.read(np.arange(1000)), store.read(rows)
     for site in SITES:
@@ -248,7 +248,7 @@ def test_a_full_disk_is_said_and_the_same_call_goes_on(whole, tmp_path, monkeypa
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(activation_files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(InputError, match=r"tokens still to be stored need .* GB"):
         write(tmp_path / "store", tokens=1000)
     left = contents(tmp_path / "store") if (tmp_path / "store").exists() else {}

@@ -17,13 +17,13 @@ from tiny import tiny_model
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
-from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation import benchmark
-from gemma_scope_jax.evaluation.absorption import LETTERS
-from gemma_scope_jax.evaluation.probing import PROTOCOLS
 from gemma_scope_jax.evaluation.results import read_result
 from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.probing import jobs as benchmark
+from gemma_scope_jax.probing.absorption import LETTERS
+from gemma_scope_jax.probing.probing import PROTOCOLS
 
 
 def tiny_speller():

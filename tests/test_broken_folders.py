@@ -17,8 +17,8 @@ from huggingface_hub import errors as hub_errors
 from published import MULTI, REPO, SINGLE, publish, same_leaves, sparse_file, tensors
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.coders import gemma_scope_files as files
-from gemma_scope_jax.coders.gemma_scope_files import (
+from gemma_scope_jax.coders.release import files
+from gemma_scope_jax.coders.release.files import (
     decoder_rows,
     load_coder,
     load_decoder,

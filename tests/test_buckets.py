@@ -18,16 +18,17 @@ from feature_writer import write
 from gcp_storage_emulator import server
 from training_runner import PASSES, run, same_bits, stopped
 
-from gemma_scope_jax.buckets import folder_path, local_copy
-from gemma_scope_jax.cards.explanations import (
+from gemma_scope_jax.autointerp.explanations import (
     explained_folder,
     read_explanations,
     write_explanations,
 )
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.training import feeds, progress
+from gemma_scope_jax.storage.paths import folder_path, local_copy
+from gemma_scope_jax.training import feeds
+from gemma_scope_jax.training import log as progress
 
 
 def closed_properly(response, close=server.Response.close):

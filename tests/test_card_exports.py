@@ -18,17 +18,17 @@ from safetensors.numpy import save_file
 from tiny import tiny_model
 
 from gemma_scope_jax import cli
+from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
-from gemma_scope_jax.cards.explanations import write_explanations
 from gemma_scope_jax.cards.export.anthropic import cantor
 from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
 from gemma_scope_jax.cards.published import PER_FEATURE
 from gemma_scope_jax.cards.site import shard_of
 from gemma_scope_jax.cli import shared
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
@@ -529,7 +529,7 @@ def test_finished_stages_are_kept(made, cards, tiny, tmp_path, monkeypatch, caps
     assert before == after
     copy = tmp_path / "cards"
     shutil.copytree(made / "one" / "cards", copy)
-    from gemma_scope_jax.extraction.store import FeatureStore
+    from gemma_scope_jax.extraction.store.store import FeatureStore
 
     store, coder = FeatureStore(made / "store"), load_coder(made.parent / "one")
     with monkeypatch.context() as patch:

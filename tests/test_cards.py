@@ -9,17 +9,17 @@ from planted_store import Tok
 from test_card_exports import published
 from tiny import tiny_model
 
+from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
 from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
-from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 
 tok = Letters()

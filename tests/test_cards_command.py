@@ -10,10 +10,10 @@ import pytest
 from test_card_exports import F, command, data_of, give_tiny, random_coder
 from tiny import tiny_model
 
+from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
-from gemma_scope_jax.cards.explanations import write_explanations
-from gemma_scope_jax.coders.gemma_scope_files import save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.config import PRESETS

@@ -13,8 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from gemma_scope_jax.coders import catalog, listing
-from gemma_scope_jax.coders.catalog import addresses, exists, nearest_addresses, parse_address
+from gemma_scope_jax.coders import listing
+from gemma_scope_jax.coders.release import catalog
+from gemma_scope_jax.coders.release.catalog import (
+    addresses,
+    exists,
+    nearest_addresses,
+    parse_address,
+)
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 
@@ -278,7 +284,7 @@ def test_the_catalogue_needs_no_jax(module):
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     ours = {name for name in imported if name.startswith("gemma_scope_jax")}
-    assert ours <= {"gemma_scope_jax.errors", "gemma_scope_jax.coders.catalog"}
+    assert ours <= {"gemma_scope_jax.errors", "gemma_scope_jax.coders.release.catalog"}
     assert not {name.split(".")[0] for name in imported} & {"jax", "flax", "numpy"}
 
 

@@ -15,8 +15,8 @@ from tiny import tiny_model
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import LABELS

@@ -8,8 +8,8 @@ from letters import Letters
 from tiny import tiny_model
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.coders import gemma_scope_files as files
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.data.text import SEPARATOR

@@ -18,15 +18,15 @@ import pytest
 from chat_server import KEY, ChatServer, explained
 from planted_store import PLANTED, PlantedStore, Tok
 
-from gemma_scope_jax.cards.explain import chat_client
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile, request_key
-from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint, retry_after
-from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-from gemma_scope_jax.cards.explain.explain import fingerprint, plan
-from gemma_scope_jax.cards.explain.prompts import lengths, messages, parse
-from gemma_scope_jax.cards.explain.questions import Question, Shown
-from gemma_scope_jax.cards.explain.scores import SCORES
-from gemma_scope_jax.cards.explanations import read_explanations
+from gemma_scope_jax.autointerp.answers import AnswerFile, request_key
+from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
+from gemma_scope_jax.autointerp.explain import fingerprint, plan
+from gemma_scope_jax.autointerp.explanations import read_explanations
+from gemma_scope_jax.autointerp.judges import chat_client
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
+from gemma_scope_jax.autointerp.prompts import lengths, messages, parse
+from gemma_scope_jax.autointerp.questions import Question, Shown
+from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.errors import InputError
 
 ALL = tuple(SCORES)
@@ -396,7 +396,7 @@ def test_neighbours_count_only_where_they_are_drawn_from():
 
 
 def test_progress_says_how_far_it_is(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gemma_scope_jax.cards.explain.explain.SAY_EVERY", 0.0)
+    monkeypatch.setattr("gemma_scope_jax.autointerp.explain.SAY_EVERY", 0.0)
     with ChatServer(know) as server:
         explained(corpus, server, tmp_path, range(4))
     lines = capsys.readouterr().err.splitlines()
@@ -472,7 +472,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from chat_server import explained
 from planted_store import PlantedStore, Tok
-from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
+from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 import types
 server = types.SimpleNamespace(url={url!r})
 corpus = open_corpus(PlantedStore(), Tok(), Sampling())

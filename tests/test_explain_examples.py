@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from planted_store import AFTER_X, DEAD, DENSE, PLANTED, WIDTH, PlantedStore, Tok
 
-from gemma_scope_jax.cards.explain import examples as ex
-from gemma_scope_jax.cards.explain import metrics, statistics
-from gemma_scope_jax.cards.explain.neighbours import cooccurring, decoder_neighbours
-from gemma_scope_jax.cards.explain.questions import Shown, marks_of
-from gemma_scope_jax.cards.explain.scores import SCORES
-from gemma_scope_jax.cards.explain.statistics import RuleJudge, token_label
+from gemma_scope_jax.autointerp import examples as ex
+from gemma_scope_jax.autointerp import metrics
+from gemma_scope_jax.autointerp.judges import statistics
+from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
+from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
+from gemma_scope_jax.autointerp.questions import Shown, marks_of
+from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.errors import InputError
 
 

@@ -15,15 +15,15 @@ import pytest
 from chat_server import KEY, ChatServer
 from planted_store import PlantedStore, Tok
 
-from gemma_scope_jax.cards.explain import chat_client
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint, retry_after
-from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-from gemma_scope_jax.cards.explanations import (
+from gemma_scope_jax.autointerp.answers import AnswerFile
+from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
+from gemma_scope_jax.autointerp.explanations import (
     explanation_note,
     read_explanations,
     write_explanations,
 )
+from gemma_scope_jax.autointerp.judges import chat_client
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
 from gemma_scope_jax.errors import InputError
 
 LIMITS = {"timeout": 5.0, "retries": 0}

@@ -14,19 +14,19 @@ from tiny import tiny_model
 from tiny_tokenizer import tiny_proto, write_model
 
 from gemma_scope_jax import cli
-from gemma_scope_jax.cards.explain import model_judge as mj
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-from gemma_scope_jax.cards.explain.examples import Sampling, gather, open_corpus
-from gemma_scope_jax.cards.explain.explain import explain_features
-from gemma_scope_jax.cards.explain.questions import Question, Shown
-from gemma_scope_jax.cards.explain.scores import SCORES
-from gemma_scope_jax.cards.explain.statistics import RuleJudge
-from gemma_scope_jax.cards.explanations import (
+from gemma_scope_jax.autointerp.answers import AnswerFile
+from gemma_scope_jax.autointerp.examples import Sampling, gather, open_corpus
+from gemma_scope_jax.autointerp.explain import explain_features
+from gemma_scope_jax.autointerp.explanations import (
     explanation_note,
     layer_folder,
     read_explanations,
     write_explanations,
 )
+from gemma_scope_jax.autointerp.judges import model as mj
+from gemma_scope_jax.autointerp.judges.statistics import RuleJudge
+from gemma_scope_jax.autointerp.questions import Question, Shown
+from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.cli.explain import chosen_features, parse_features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
@@ -287,10 +287,10 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+    from gemma_scope_jax.coders.release.files import load_coder, save_coder
     from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
-    from gemma_scope_jax.extraction import store
     from gemma_scope_jax.extraction.manifest import describe
+    from gemma_scope_jax.extraction.store.store import store
     from gemma_scope_jax.model import tokenizer
 
     w = jax.random.normal(jax.random.key(0), (32, 8))
@@ -469,9 +469,9 @@ def test_two_processes_do_not_write_one_file(planted, capsys):
 
 def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder
-    from gemma_scope_jax.extraction import store
+    from gemma_scope_jax.coders.release.files import load_coder
     from gemma_scope_jax.extraction.manifest import describe
+    from gemma_scope_jax.extraction.store.store import store
 
     coder = load_coder(planted)
     other = describe("it", coder.replace(threshold=coder.threshold + 1))
@@ -487,7 +487,7 @@ def test_another_coders_store(planted, capsys, monkeypatch):
 
 def test_the_model_is_the_coders(planted, monkeypatch):
     """A store's name of a model has lost the -it."""
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
+    from gemma_scope_jax.coders.release.files import load_coder, save_coder
     from gemma_scope_jax.model import tokenizer
 
     asked = []

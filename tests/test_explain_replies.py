@@ -8,15 +8,14 @@ from chat_server import KEY, ChatServer, explained
 from planted_store import PlantedStore, Tok
 from test_explain_endpoint import know
 
-from gemma_scope_jax.cards.explain import chat_client
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-from gemma_scope_jax.cards.explain.chat_client import ChatClient, Endpoint
-from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
-from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-from gemma_scope_jax.cards.explain.explain import Report
-from gemma_scope_jax.cards.explain.prompts import LONGEST, parse
-from gemma_scope_jax.cards.explain.questions import Answer, Question, Shown
-from gemma_scope_jax.cards.explain.replies import (
+from gemma_scope_jax.autointerp.answers import AnswerFile
+from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
+from gemma_scope_jax.autointerp.explain import Report
+from gemma_scope_jax.autointerp.explanations import read_explanations
+from gemma_scope_jax.autointerp.judges import chat_client
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint
+from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
+from gemma_scope_jax.autointerp.judges.replies import (
     BadReply,
     Reply,
     parsed,
@@ -24,7 +23,8 @@ from gemma_scope_jax.cards.explain.replies import (
     takes_no_system,
     usage_of,
 )
-from gemma_scope_jax.cards.explanations import read_explanations
+from gemma_scope_jax.autointerp.prompts import LONGEST, parse
+from gemma_scope_jax.autointerp.questions import Answer, Question, Shown
 from gemma_scope_jax.errors import InputError
 
 

@@ -15,6 +15,7 @@ from letters import Letters
 from tiny import tiny_model
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
@@ -22,8 +23,10 @@ from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.active import grouped
-from gemma_scope_jax.extraction.entries import (
+from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.export import export_store
+from gemma_scope_jax.extraction.extract import extract, token_bytes
+from gemma_scope_jax.extraction.store.codec import (
     Entries,
     by_feature,
     differences,
@@ -33,11 +36,8 @@ from gemma_scope_jax.extraction.entries import (
     store_values,
     undo_differences,
 )
-from gemma_scope_jax.extraction.export import export_store
-from gemma_scope_jax.extraction.extract import extract, token_bytes
-from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
-from gemma_scope_jax.extraction.shard_files import shard_name
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.shards import shard_name
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.model.tokenizer import Chat, Span
@@ -369,7 +369,7 @@ def test_chats_count_what_the_roles_say(tmp_path):
 
 
 def test_one_program_whatever_the_shard(model, documents, tmp_path):
-    from gemma_scope_jax.extraction.active import active_features
+    from gemma_scope_jax.coders.active_features import active_features
 
     extract(model, CODERS, Letters(), documents, tmp_path / "s", **SETTINGS)
     before = active_features._cache_size()
@@ -779,13 +779,13 @@ def test_shards_without_text_are_whole(model, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):
-    from gemma_scope_jax.extraction import shard_files
+    from gemma_scope_jax.extraction.store.store import shards
 
     one = {"a": CODERS["a"]}
     extract(model, one, Letters(), documents, tmp_path / "t", **SETTINGS)
     whole = contents(tmp_path / "t")
     room = len(whole[shard_name(0)]) + len(whole[shard_name(1)]) - 200  # the second's end is not
-    real, left = shard_files.ShardWriter._write, [room]
+    real, left = shards.ShardWriter._write, [room]
 
     def write(self, data):
         left[0] -= len(data)
@@ -793,12 +793,12 @@ def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         real(self, data)
 
-    monkeypatch.setattr(shard_files.ShardWriter, "_write", write)
+    monkeypatch.setattr(shards.ShardWriter, "_write", write)
     with pytest.raises(InputError, match="no space left; free some and run the same again"):
         extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
     names = set(contents(tmp_path / "s"))
     assert names >= {"manifest.json", shard_name(0)} and not any(n.endswith("tmp") for n in names)
-    monkeypatch.setattr(shard_files.ShardWriter, "_write", real)
+    monkeypatch.setattr(shards.ShardWriter, "_write", real)
     extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
     assert contents(tmp_path / "s") == whole
 
@@ -857,7 +857,7 @@ CODER_INFO = CoderInfo(l0=12.0)
 
 
 def test_slots_follow_the_target_l0():
-    from gemma_scope_jax.extraction.active import slots_for
+    from gemma_scope_jax.coders.active_features import slots_for
 
     assert slots_for([sae(0, 1, info=CODER_INFO)]) == 64
     assert slots_for([sae(0, 1)]) == 256

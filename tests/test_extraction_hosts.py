@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 

@@ -13,8 +13,8 @@ import pytest
 from feature_writer import texts, write
 from letters import Letters
 
-from gemma_scope_jax.extraction.shard_files import shard_name
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.shards import shard_name
+from gemma_scope_jax.extraction.store.store import FeatureStore
 
 
 def contents(folder):

@@ -19,25 +19,26 @@ from faults import Faults
 from letters import Letters
 from tiny import tiny_model
 
-from gemma_scope_jax.buckets import folder_path, write_text
+from gemma_scope_jax.autointerp.explanations import read_explanations, write_explanations
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
-from gemma_scope_jax.cards.explanations import read_explanations, write_explanations
 from gemma_scope_jax.cards.export.anthropic import export_anthropic, export_anthropic_json
 from gemma_scope_jax.cards.export.neuronpedia import export_neuronpedia
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
 from gemma_scope_jax.cards.labels import write_labels
 from gemma_scope_jax.cards.site import build_site
-from gemma_scope_jax.coders.gemma_scope_files import load_coder, save_coder
-from gemma_scope_jax.coders.interop import load_saelens, save_circuit_tracer, save_saelens
+from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
+from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
+from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
-from gemma_scope_jax.data.activation_store import ActivationStore
+from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import ENVELOPE, read_result, write_result
 from gemma_scope_jax.extraction.export import export_store
 from gemma_scope_jax.extraction.extract import extract
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 from gemma_scope_jax.model.config import PRESETS, Model
+from gemma_scope_jax.storage.paths import folder_path, write_text
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 

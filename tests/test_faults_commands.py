@@ -15,8 +15,8 @@ from letters import Letters
 from test_card_exports import command, give_tiny, random_coder
 from tiny import tiny_model
 
-from gemma_scope_jax.cards.explain.answer_file import AnswerFile
-from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.autointerp.answers import AnswerFile
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import checkpoints

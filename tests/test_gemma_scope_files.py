@@ -15,24 +15,25 @@ import pytest
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.coders import gemma_scope_files as files
 from gemma_scope_jax.coders.atomic_files import Streamed, write_safetensors
-from gemma_scope_jax.coders.gemma_scope_config import (
+from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
+from gemma_scope_jax.coders.interop.saelens import save_saelens
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release import files
+from gemma_scope_jax.coders.release.config import (
     folder_config,
     hook_point,
     normalise_model_name,
     parse_hook_point,
 )
-from gemma_scope_jax.coders.gemma_scope_files import (
+from gemma_scope_jax.coders.release.files import (
     decoder_rows,
     load_coder,
     load_decoder,
     matching,
     save_coder,
 )
-from gemma_scope_jax.coders.interop import save_circuit_tracer, save_saelens
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.parameter_files import aligned_empty
+from gemma_scope_jax.coders.release.parameters import aligned_empty
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 
@@ -297,7 +298,7 @@ def test_a_saved_coder_has_the_published_size(tmp_path):
 
 ROWS = """
 import os, resource, sys
-from gemma_scope_jax.coders.gemma_scope_files import decoder_rows
+from gemma_scope_jax.coders.release.files import decoder_rows
 from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 
 def peak(run):  # bytes that resident memory, mapped files included, rises by at most

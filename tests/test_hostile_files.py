@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from test_faults import F, make_cards
 
-from gemma_scope_jax.buckets import folder_path
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.data import activation_files as files
-from gemma_scope_jax.data.activation_store import ActivationStore
+from gemma_scope_jax.data.activations import files
+from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.entries import Entries, expand, inflate, squeeze
 from gemma_scope_jax.extraction.manifest import read_features_manifest, read_index
-from gemma_scope_jax.extraction.shard_files import MAGIC, Shard, ShardWriter, shard_name
+from gemma_scope_jax.extraction.store.codec import Entries, expand, inflate, squeeze
+from gemma_scope_jax.extraction.store.shards import MAGIC, Shard, ShardWriter, shard_name
+from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 from gemma_scope_jax.training.train import _check_folder
 
@@ -200,10 +200,10 @@ def test_little_that_expands_to_much_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=said):
             inflate(data, most)
     features(tmp_path / "s")
-    monkeypatch.setattr("gemma_scope_jax.extraction.shard_files._FOOTER", 50)
+    monkeypatch.setattr("gemma_scope_jax.extraction.store.shards._FOOTER", 50)
     with pytest.raises(InputError, match="damaged .its footer: it is more than 50 bytes"):
         Shard(tmp_path / "s" / shard_name(0))
-    monkeypatch.setattr("gemma_scope_jax.extraction.entries._LONGEST", 8)
+    monkeypatch.setattr("gemma_scope_jax.extraction.store.codec._LONGEST", 8)
     with pytest.raises(ValueError, match="more than 8 bytes"):
         expand(b"".join(squeeze(np.zeros(9999, np.uint8))), "|u1")
 

@@ -12,9 +12,6 @@ from letters import Letters
 from tiny import tiny_model
 
 from gemma_scope_jax.cards.decoders import logit_tokens
-from gemma_scope_jax.cards.inspect import inspect_text, strongest_features
-from gemma_scope_jax.cards.inspect_page import inspection_page
-from gemma_scope_jax.cards.inspect_terminal import label_text, print_inspection, visible
 from gemma_scope_jax.cards.labels import (
     AFTER,
     BEFORE,
@@ -25,6 +22,9 @@ from gemma_scope_jax.cards.labels import (
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import features
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_features
+from gemma_scope_jax.inspection.page import inspection_page
+from gemma_scope_jax.inspection.terminal import label_text, print_inspection, visible
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 

@@ -15,14 +15,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.coders.interop import (
+from gemma_scope_jax.coders.interop.circuit_tracer import (
     is_circuit_tracer_folder,
-    is_saelens_folder,
     load_circuit_tracer,
-    load_saelens,
     save_circuit_tracer,
-    save_saelens,
 )
+from gemma_scope_jax.coders.interop.saelens import is_saelens_folder, load_saelens, save_saelens
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError

@@ -15,7 +15,7 @@ import pytest
 from test_faults import coder, make_cards
 
 from gemma_scope_jax.cards.card_files import CardFiles
-from gemma_scope_jax.coders.gemma_scope_files import save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile, new_folder, write_text
 from gemma_scope_jax.storage.disk import temporary_name

@@ -22,8 +22,8 @@ from checkpoint_files import (
 )  # fmt: skip
 from safetensors.numpy import load_file, save_file
 
+from gemma_scope_jax.autointerp.judges import model as model_judge
 from gemma_scope_jax.cards.decoders import _extreme_tokens, extreme_logits
-from gemma_scope_jax.cards.explain import model_judge
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load

@@ -11,8 +11,11 @@ from test_evaluate import random_coder
 from tiny import tiny_model
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation import pooling, probing
-from gemma_scope_jax.evaluation.logistic import (
+from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.probing import pooling, probing
+from gemma_scope_jax.probing.logistic import (
     accuracy,
     auc,
     f1,
@@ -20,8 +23,8 @@ from gemma_scope_jax.evaluation.logistic import (
     l1_logistic,
     weighted_f1,
 )
-from gemma_scope_jax.evaluation.probing import PROTOCOLS, folds, make_task, probe, probe_task, rank
-from gemma_scope_jax.evaluation.tables import (
+from gemma_scope_jax.probing.probing import PROTOCOLS, folds, make_task, probe, probe_task, rank
+from gemma_scope_jax.probing.tables import (
     Split,
     classes_of,
     first_of_each,
@@ -30,9 +33,6 @@ from gemma_scope_jax.evaluation.tables import (
     sae_probes_split,
     table_files,
 )
-from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
-from gemma_scope_jax.model.intercept import capture
 
 HERE = Path("table.csv")
 SAE_PROBES, SAEBENCH = PROTOCOLS["sae-probes"], PROTOCOLS["saebench"]

@@ -6,8 +6,8 @@ from test_probing import reference_fit, write_table
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation import scr_tpp
-from gemma_scope_jax.evaluation.scr_tpp import (
+from gemma_scope_jax.probing import scr_tpp
+from gemma_scope_jax.probing.scr_tpp import (
     effects,
     fit_probes,
     scr,

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.training import sparse, sparse_cpu, sparse_triton, sparse_xla
-from gemma_scope_jax.training.sparse import decode_active, encode_active, kth_largest
+from gemma_scope_jax.kernels import active, cpu, triton, xla
+from gemma_scope_jax.kernels.active import decode_active, encode_active, kth_largest
 
 B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
 
@@ -25,13 +25,13 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on thi
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    assert not CPU or sparse_cpu.available() == COMPILER
+    assert not CPU or cpu.available() == COMPILER
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    monkeypatch.setattr(sparse_xla, "CHUNK", 4 * K * E)  # the XLA form: chunks of four tokens
-    monkeypatch.setattr(sparse, "TOKENS", 8)
+    monkeypatch.setattr(xla, "CHUNK", 4 * K * E)  # the XLA form: chunks of four tokens
+    monkeypatch.setattr(active, "TOKENS", 8)
     return request.param
 
 
@@ -285,14 +285,14 @@ def test_the_gpu_kernels_become_triton_code(monkeypatch):
     """Lowered for an H100 without one. What they compute is checked above, interpreted (on a GPU
     this file runs them: JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=float32)."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-    call = sparse_triton.pl.pallas_call
+    call = triton.pl.pallas_call
     monkeypatch.setattr(
-        sparse_triton.pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": False})
+        triton.pl, "pallas_call", lambda *a, **k: call(*a, **k | {"interpret": False})
     )
 
     def loss(f, w, feature, count):
         y = decode_active(f, feature, count, w, TRIANGLE, ends=(256, 4096), form="triton")
-        return jnp.sum(y) + jnp.sum(sparse.per_feature(f, feature, count, 4096, "triton") ** 2)
+        return jnp.sum(y) + jnp.sum(active.per_feature(f, feature, count, 4096, "triton") ** 2)
 
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (
         ((2, 64, 48), jnp.float32), ((3, 4096, 640), jnp.float32),
@@ -309,9 +309,9 @@ def test_the_gpu_kernels_become_triton_code(monkeypatch):
 def fresh(tmp_path, monkeypatch):
     """An empty cache folder, and no memory of an earlier compile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    sparse_cpu.available.cache_clear()
+    cpu.available.cache_clear()
     yield tmp_path
-    sparse_cpu.available.cache_clear()
+    cpu.available.cache_clear()
 
 
 @on_cpu
@@ -322,10 +322,10 @@ def test_without_kernels_one_line_and_the_xla_form(why, fresh, monkeypatch, capf
     elif why == "fails":
         source = fresh / "broken.cc"
         source.write_text("int main( {")
-        monkeypatch.setattr(sparse_cpu, "SOURCE", source)
+        monkeypatch.setattr(cpu, "SOURCE", source)
     else:
         (fresh / "gemma_scope_jax").write_text("in the way of the folder")
-    assert sparse.sparse_form() == sparse.sparse_form() == "xla"
+    assert active.sparse_form() == active.sparse_form() == "xla"
     printed = capfd.readouterr().err
     assert printed.startswith("no CPU kernels") and printed.count("\n") == 1
     expected = {"missing": "no C++ compiler", "fails": "error", "readonly": "gemma_scope_jax"}
@@ -340,13 +340,13 @@ def test_compiled_once_and_found_again(fresh, monkeypatch):
     """A stand-in source: what counts here is the file, not what it does."""
     source = fresh / "small.cc"
     source.write_text('extern "C" int answer() { return 42; }')
-    monkeypatch.setattr(sparse_cpu, "SOURCE", source)
-    file = sparse_cpu._library()
+    monkeypatch.setattr(cpu, "SOURCE", source)
+    file = cpu._library()
     made = file.stat().st_mtime_ns
-    assert sparse_cpu._library() == file and file.stat().st_mtime_ns == made
+    assert cpu._library() == file and file.stat().st_mtime_ns == made
     assert list(file.parent.iterdir()) == [file]
     source.write_text('extern "C" int answer() { return 43; }')
-    assert sparse_cpu._library() != file
+    assert cpu._library() != file
 
 
 # ---- the compiled kernels on disk ----------------------------------------------------------------
@@ -367,30 +367,30 @@ def compiler(tmp_path, monkeypatch):
 
 
 def test_kernels_that_are_damaged_are_made_again(compiler):
-    file = sparse_cpu._library()
+    file = cpu._library()
     whole = file.read_bytes()
-    assert whole.startswith(b"program") and (sparse_cpu._library(), compiler()) == (file, 1)
+    assert whole.startswith(b"program") and (cpu._library(), compiler()) == (file, 1)
     damaged = (whole[:20], b"", whole[:3] + b"G" + whole[4:])
     for count, content in enumerate(damaged, 2):
         file.write_bytes(content)
-        assert sparse_cpu._library() == file and file.read_bytes() == whole
+        assert cpu._library() == file and file.read_bytes() == whole
         assert compiler() == count
     file.unlink()
     file.symlink_to(file.parent.parent / "c++")
-    assert sparse_cpu._library().read_bytes() == whole and not file.is_symlink()
+    assert cpu._library().read_bytes() == whole and not file.is_symlink()
 
 
 def test_kernels_are_the_users_own(compiler, monkeypatch, capsys):
-    folder = sparse_cpu._library().parent
+    folder = cpu._library().parent
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
-    assert sparse_cpu._library() and folder.stat().st_mode & 0o777 == 0o700
+    assert cpu._library() and folder.stat().st_mode & 0o777 == 0o700
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    sparse_cpu.available.cache_clear()
+    cpu.available.cache_clear()
     try:
-        assert not sparse_cpu.available()
+        assert not cpu.available()
     finally:
-        sparse_cpu.available.cache_clear()
+        cpu.available.cache_clear()
     said = capsys.readouterr().err
     assert "belongs to another user" in said and "set XDG_CACHE_HOME" in said

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation import tables
-from gemma_scope_jax.evaluation.absorption import alphabetic_tokens
-from gemma_scope_jax.evaluation.probing import PROTOCOLS, make_task
-from gemma_scope_jax.evaluation.scr_tpp import scr_task, tpp_task
-from gemma_scope_jax.evaluation.tables import MISSING, classes_of, held_out, read_table, table_files
+from gemma_scope_jax.probing import tables
+from gemma_scope_jax.probing.absorption import alphabetic_tokens
+from gemma_scope_jax.probing.probing import PROTOCOLS, make_task
+from gemma_scope_jax.probing.scr_tpp import scr_task, tpp_task
+from gemma_scope_jax.probing.tables import MISSING, classes_of, held_out, read_table, table_files
 
 
 def table(path, rows, header="prompt,target"):

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from gemma_scope_jax import cli
-from gemma_scope_jax.cards.inspect import Inspection
-from gemma_scope_jax.cards.inspect_terminal import print_inspection
-from gemma_scope_jax.cards.page_data import inert_json
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import in_markdown
-from gemma_scope_jax.evaluation.benchmark_report import markdown
 from gemma_scope_jax.evaluation.report import print_core
+from gemma_scope_jax.inspection.inspect_text import Inspection
+from gemma_scope_jax.inspection.terminal import print_inspection
+from gemma_scope_jax.probing.report import markdown
 from gemma_scope_jax.progress import Progress, console, shown_streams
 from gemma_scope_jax.training.card import _text as card_text
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.web.pages import inert_json
 
 EVIL = "a\x1b]0;title\x07\x1b[2J\r\x9b31mb\x7f\u202ec\u2028d"
 SENT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")  # line breaks and tabs may be

@@ -11,14 +11,15 @@ from safetensors.numpy import load_file
 from tiny import tiny_model
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.cards.inspect import _heat
+from gemma_scope_jax.coders import active_features
 from gemma_scope_jax.coders.coder import weights_identity
-from gemma_scope_jax.coders.interop import load_saelens, save_circuit_tracer, save_saelens
+from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
+from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
 from gemma_scope_jax.coders.jump_relu import as_jump_relu
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, largest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
-from gemma_scope_jax.extraction import active
+from gemma_scope_jax.inspection.inspect_text import _heat
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh
 
@@ -76,7 +77,7 @@ def test_several_layers_share_their_k_and_are_not_encoded_alone():
     np.testing.assert_array_equal(f, by_hand(z, K))
     for use in (lambda: coder.encode_layer(0, X), lambda: gs.splice(coder),
                 lambda: gs.features(coder), lambda: gs.edit(coder, gs.clamp, 0, 0.0),
-                lambda: active.grouped({"a": coder})):  # fmt: skip
+                lambda: active_features.grouped({"a": coder})):  # fmt: skip
         with pytest.raises(InputError, match="5 largest .*over all of its layers.*as_jump_relu"):
             use()
 
@@ -193,22 +194,24 @@ def test_features_and_splices_inside_the_model_are_those_of_encode(model):
 @pytest.mark.parametrize("form, mesh", [("cpu", None), ("xla", None), ("xla", (2, 4))])
 def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkeypatch):
     if form == "cpu":
-        form = active.compaction()  # "xla" where there is no compiler
+        form = active_features.compaction()  # "xla" where there is no compiler
     grid = None if mesh is None else make_mesh(*mesh)
     coders = {"a": topk(), "b": topk(k=None, layer=1)}
-    groups = active.grouped(coders)
+    groups = active_features.grouped(coders)
     assert [g.k for g in groups] == [K, None]
-    assert active.slots_for([topk(k=70)]) == 96
+    assert active_features.slots_for([topk(k=70)]) == 96
     x = jnp.asarray(X[:64]).reshape(8, 8, D)
     segments = jnp.ones((8, 8), jnp.int32)
     group = groups[0]
-    weights = active.encoders(group, coders, grid)
+    weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
-    run = jax.jit(lambda x, w: active._active(
+    run = jax.jit(lambda x, w: active_features._active(
         x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, form=form,
         precision="highest", mesh=grid,
     ))  # fmt: skip
-    monkeypatch.setattr(active, "token_mask", lambda ctx, x, first: jnp.ones((8, 8, 1), bool))
+    monkeypatch.setattr(
+        active_features, "token_mask", lambda ctx, x, first: jnp.ones((8, 8, 1), bool)
+    )
     found = run(x, w)
     [(name, _)] = group.members
     want = np.asarray(coders[name].encode(X[:64]))

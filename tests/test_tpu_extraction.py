@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
-from gemma_scope_jax.extraction.active import Encoders, Group, active_features
+from gemma_scope_jax.coders.active_features import Encoders, Group, active_features
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 

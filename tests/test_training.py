@@ -11,13 +11,14 @@ from etils import epath
 from letters import Letters
 from tiny import tiny_model
 
-from gemma_scope_jax.coders.gemma_scope_files import load_coder
+from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TextData, TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, init, progress
+from gemma_scope_jax.training import feeds, init
+from gemma_scope_jax.training import log as progress
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.training import losses, objective, sparse, sparse_cpu
+from gemma_scope_jax.kernels import active, cpu
+from gemma_scope_jax.training import losses, objective
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 from gemma_scope_jax.training.objective import calibrated, gradients
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig
@@ -342,7 +343,7 @@ def test_topk_keeps_the_largest_and_trains_no_threshold(name):
 # The sparse step
 
 
-FORMS = (*(("cpu",) if sparse_cpu.available() else ()), "xla", "triton")
+FORMS = (*(("cpu",) if cpu.available() else ()), "xla", "triton")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +351,7 @@ FORMS = (*(("cpu",) if sparse_cpu.available() else ()), "xla", "triton")
     [(n, f) for n in JUMPRELU for f in FORMS if f == FORMS[0] or n in ("sae", "clt", "matryoshka")],
 )
 def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
-    monkeypatch.setattr(sparse, "sparse_form", lambda: form)
+    monkeypatch.setattr(active, "sparse_form", lambda: form)
     p = problem(name)
     low = p.arrays["threshold"] - 2.0  # nearly all are active then, more than there are slots
     z = np.stack([reference(p, p.arrays, n)[1]["z"] for n in range(len(p.group.coders))])
@@ -371,7 +372,7 @@ def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
 def test_too_few_slots_change_nothing():
     """One slot a token, of which most need more: the dense step, bit for bit."""
     p = problem("sae")
-    form = sparse.sparse_form()
+    form = active.sparse_form()
     got, wanted = compiled("sae", 1, form)(p.weights()), compiled("sae", 0, "")(p.weights())
     assert np.all(np.asarray(got[1].pop("dense")) == 1)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):

@@ -13,7 +13,7 @@ import pytest
 import training_runner
 from tiny import tiny_model
 
-from gemma_scope_jax.coders.gemma_scope_files import load_coder
+from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds, train

@@ -24,13 +24,14 @@ from letters import Letters
 from tiny import tiny_model
 from training_runner import PASSES, documents, run, same_bits, stopped
 
-from gemma_scope_jax.coders.gemma_scope_files import load_coder
-from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.training import checkpoints, feeds, progress, step, train
+from gemma_scope_jax.training import checkpoints, feeds, step, train
+from gemma_scope_jax.training import log as progress
 
 RARELY = dict(checkpoint_every=1e9)  # only when it stops or ends
 

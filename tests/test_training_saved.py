@@ -11,9 +11,9 @@ import pytest
 from letters import Letters
 from tiny import tiny_model
 
-from gemma_scope_jax.coders.gemma_scope_files import load_coder
 from gemma_scope_jax.coders.jump_relu import as_jump_relu
-from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS

@@ -20,8 +20,8 @@ import numpy as np
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.coders.coder import layers_of
-from gemma_scope_jax.coders.gemma_scope_files import Coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.coders.sparse_coder import float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model

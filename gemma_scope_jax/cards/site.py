@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.buckets import write_text
+from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import Progress
-from gemma_scope_jax.cards.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.page_data import inert_json, page_template
 from gemma_scope_jax.storage.atomic import new_folder
+from gemma_scope_jax.storage.paths import write_text
+from gemma_scope_jax.web.pages import inert_json, page_template
 
 CHUNK = 32  # features a file
 SHARDS = 128  # files of words
@@ -64,7 +64,7 @@ def build_site(
                 postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
         postings.finish(len(cards))
         _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
-    text = page_template("site.html").replace(TITLE, html.escape(name))
+    text = page_template(__package__, "site.html").replace(TITLE, html.escape(name))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]
 
 
@@ -256,5 +256,5 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
             f'<li><a href="{html.escape(name)}/index.html">{html.escape(str(m["coder"]))}</a>'
             f"<br><small>{html.escape(about)}</small></li>"
         )
-    text = page_template("sites.html").replace("{{coders}}", "\n".join(items))
+    text = page_template(__package__, "sites.html").replace("{{coders}}", "\n".join(items))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]

@@ -60,8 +60,8 @@ def benchmark(
         raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: 1 or more")
-    from gemma_scope_jax.buckets import folder_path
-    from gemma_scope_jax.evaluation.tables import table_files
+    from gemma_scope_jax.probing.tables import table_files
+    from gemma_scope_jax.storage.paths import folder_path
 
     folder = folder_path(out)
     files = {name: table_files(some) for name, some in
@@ -70,15 +70,15 @@ def benchmark(
         files["probing"] = _left(files["probing"], without)
     _check(files, limit)
     loaded_model, loaded, tok = load_all(model, coders, dtype, one_layer=True)
-    from gemma_scope_jax.evaluation.benchmark import (
+    from gemma_scope_jax.probing.jobs import (
         Bench,
         absorption_job,
         by_name,
         concept_job,
         probing_jobs,
     )
-    from gemma_scope_jax.evaluation.probing import PROTOCOLS
-    from gemma_scope_jax.evaluation.scr_tpp import ABLATED
+    from gemma_scope_jax.probing.probing import PROTOCOLS
+    from gemma_scope_jax.probing.scr_tpp import ABLATED
 
     bench = Bench(loaded_model, tok, by_name(loaded), folder)
     jobs = []
@@ -96,10 +96,10 @@ def benchmark(
 
 def _run(bench: Any, jobs: list[Any]) -> None:
     """Measure, write and print."""
-    from gemma_scope_jax.buckets import write_text
-    from gemma_scope_jax.evaluation.benchmark import run_jobs
-    from gemma_scope_jax.evaluation.benchmark_report import by_task, compared, documents
     from gemma_scope_jax.evaluation.results import write_result
+    from gemma_scope_jax.probing.jobs import run_jobs
+    from gemma_scope_jax.probing.report import by_task, compared, documents
+    from gemma_scope_jax.storage.paths import write_text
 
     results = list(zip(jobs, run_jobs(bench, jobs)))
     for document in documents(bench, results):
@@ -112,8 +112,8 @@ def _run(bench: Any, jobs: list[Any]) -> None:
 
 def _check(files: dict[str, list[Path]], limit: int | None) -> None:
     """What is wrong with tables of concepts shows before anything is loaded."""
-    from gemma_scope_jax.evaluation.scr_tpp import scr_task, tpp_task
-    from gemma_scope_jax.evaluation.tables import read_table
+    from gemma_scope_jax.probing.scr_tpp import scr_task, tpp_task
+    from gemma_scope_jax.probing.tables import read_table
 
     for name, task in (("tpp", tpp_task), ("scr", scr_task)):
         for path in files.get(name, []):
@@ -123,7 +123,7 @@ def _check(files: dict[str, list[Path]], limit: int | None) -> None:
 def _left(files: list[Path], without: tuple[str, ...]) -> list[Path]:
     from fnmatch import fnmatch
 
-    from gemma_scope_jax.evaluation.tables import table_name
+    from gemma_scope_jax.probing.tables import table_name
 
     left = [f for f in files if not any(fnmatch(table_name(f), w) for w in without)]
     if not left:

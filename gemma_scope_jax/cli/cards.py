@@ -88,11 +88,11 @@ def cards(
         raise InputError("name at least one coder")
     if text and store:
         raise InputError("give --text or --store, not both")
-    from gemma_scope_jax.buckets import is_remote
     from gemma_scope_jax.cards.examples import CardSettings
     from gemma_scope_jax.data.document_files import text_files
     from gemma_scope_jax.data.documents import TextData
     from gemma_scope_jax.storage.locks import only_writer
+    from gemma_scope_jax.storage.paths import is_remote
 
     if is_remote(out):
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")
@@ -135,8 +135,8 @@ class _Wanted:
 
 
 def _load_others(compare: tuple[str, ...]) -> list[Any]:
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder, load_decoder, matching
     from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+    from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
 
     others = [load_coder(name) for given in compare for name in matching(given)]
     return [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in others]
@@ -185,7 +185,7 @@ def _check_free(folder: Path, coder: Any) -> None:
 
 def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
     """The explanations of a layer's features, beside the coder or where they are `given`."""
-    from gemma_scope_jax.cards.explanations import (
+    from gemma_scope_jax.autointerp.explanations import (
         explained_folder,
         layer_folder,
         read_explanations,
@@ -212,7 +212,7 @@ def _examples(coder: Any) -> Path:
 
 
 def _opened(store: str) -> Any:
-    from gemma_scope_jax.extraction.store import FeatureStore
+    from gemma_scope_jax.extraction.store.store import FeatureStore
 
     given = FeatureStore(store)
     if not given.complete:

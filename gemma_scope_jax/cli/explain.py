@@ -101,13 +101,13 @@ def explain(
         answers: File that keeps every answer; default: beside explanations.json.
         dtype: Of the model of --judge model.
     """
+    from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
+    from gemma_scope_jax.autointerp.explain import check_scores
+    from gemma_scope_jax.autointerp.explanations import explained_folder, layer_folder
     from gemma_scope_jax.cards.build import name_in_store
-    from gemma_scope_jax.cards.explain.examples import Sampling, open_corpus
-    from gemma_scope_jax.cards.explain.explain import check_scores
-    from gemma_scope_jax.cards.explanations import explained_folder, layer_folder
     from gemma_scope_jax.coders.coder import layers_of
-    from gemma_scope_jax.coders.gemma_scope_files import load_coder
-    from gemma_scope_jax.extraction.store import FeatureStore
+    from gemma_scope_jax.coders.release.files import load_coder
+    from gemma_scope_jax.extraction.store.store import FeatureStore
     from gemma_scope_jax.model.tokenizer import load_tokenizer
 
     kind = _kind(judge, endpoint, judge_model, plan)
@@ -151,8 +151,8 @@ def _kind(judge: str | None, endpoint: str, judge_model: str, plan: bool) -> str
 
 def _run(corpus: Any, judged: tuple, wanted, scores, folder, loaded, known) -> None:
     """Explain, write and print. judged: from `_judge`; known: neighbours of the features."""
-    from gemma_scope_jax.cards.explain.explain import explain_features, explained_by
-    from gemma_scope_jax.cards.explanations import read_explanations
+    from gemma_scope_jax.autointerp.explain import explain_features, explained_by
+    from gemma_scope_jax.autointerp.explanations import read_explanations
     from gemma_scope_jax.coders.coder import public_name
 
     made, status, held = judged
@@ -219,7 +219,7 @@ def _model_of(store: Any, coder: Any) -> str:
 def _neighbours(
     corpus: Any, coder: Any, features: Sequence[int], kind: str
 ) -> dict[int, list[int]]:
-    from gemma_scope_jax.cards.explain.neighbours import cooccurring, decoder_neighbours
+    from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
     from gemma_scope_jax.coders.sparse_coder import SparseCoder
 
     with stage("looking for neighbours of the features"):
@@ -241,7 +241,7 @@ def _raises(coder: Any) -> Callable[[int], Sequence[str]]:
 def _endpoint(
     url, model, variable, options, concurrency, timeout, retries, logprobs, *prices
 ) -> Any:
-    from gemma_scope_jax.cards.explain.chat_client import Endpoint
+    from gemma_scope_jax.autointerp.judges.chat_client import Endpoint
     from gemma_scope_jax.storage.strict_json import parse_json
 
     more = parse_json(options, "--request-options")
@@ -257,8 +257,8 @@ def _agreed(
     corpus: Any, features, scores, endpoint: Any, plan_only: bool, yes: bool, folder: Any
 ) -> bool:
     """Show what is going to be asked; whether to send it. Nothing is sent for nothing to do."""
-    from gemma_scope_jax.cards.explain.explain import plan, unfinished
-    from gemma_scope_jax.cards.explanations import read_explanations
+    from gemma_scope_jax.autointerp.explain import plan, unfinished
+    from gemma_scope_jax.autointerp.explanations import read_explanations
 
     prices = (endpoint.price_in, endpoint.price_out)
     entries = read_explanations(folder)
@@ -282,7 +282,7 @@ def _agreed(
 
 
 def _answer_file(given: str, folder: str) -> Path:
-    from gemma_scope_jax.buckets import cache_folder, is_remote
+    from gemma_scope_jax.storage.paths import cache_folder, is_remote
 
     if is_remote(given):
         raise InputError(f"--answers {given}: they are appended to a file of this machine")
@@ -296,13 +296,13 @@ def _answer_file(given: str, folder: str) -> Path:
 def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: Path) -> Any:
     """The judge, a function that says what it has cost, and the file of answers to close."""
     if kind == "statistics":
-        from gemma_scope_jax.cards.explain.statistics import RuleJudge
+        from gemma_scope_jax.autointerp.judges.statistics import RuleJudge
 
         return RuleJudge(), lambda: "", None
     if kind == "model":
         import jax
 
-        from gemma_scope_jax.cards.explain.model_judge import ModelJudge
+        from gemma_scope_jax.autointerp.judges.model import ModelJudge
         from gemma_scope_jax.model.checkpoints.load import load_model
 
         if dtype == "auto":
@@ -311,8 +311,8 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
             loaded = load_model(model, dtype=dtype, progress=progress)
         held = _open_answers(path)
         return ModelJudge(loaded, tok, model, held), lambda: "", held
-    from gemma_scope_jax.cards.explain.chat_client import ChatClient
-    from gemma_scope_jax.cards.explain.endpoint_judge import EndpointJudge
+    from gemma_scope_jax.autointerp.judges.chat_client import ChatClient
+    from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 
     held = _open_answers(path)
     client = ChatClient(endpoint, held, lambda line: print(line, file=sys.stderr, flush=True))
@@ -329,7 +329,7 @@ def _judge(kind: str, endpoint: Any, model: str, dtype: Dtype, tok: Any, path: P
 
 
 def _open_answers(path: Path) -> Any:
-    from gemma_scope_jax.cards.explain.answer_file import AnswerFile
+    from gemma_scope_jax.autointerp.answers import AnswerFile
 
     held = AnswerFile(path)
     if held.damaged:
@@ -341,7 +341,7 @@ def _print_report(report: Any, file: str, ours: Sequence[dict], scores: Sequence
     """ours: the explanations that figures are averaged over."""
     import numpy as np
 
-    from gemma_scope_jax.cards.explanations import FIGURES, is_number
+    from gemma_scope_jax.autointerp.explanations import FIGURES, is_number
 
     print(f"{file} features explained")
     for what, count in (("finished before", report.kept), ("explained now", report.done),

@@ -97,8 +97,8 @@ def extract(
             raise InputError(f"of {processes} processes, which is this? give --process, from 0")
         share = (process, processes)
     loaded_model, loaded, tok = load_all(model, coders, dtype, mesh=mesh, decoders=False)
+    from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
     from gemma_scope_jax.extraction.extract import extract as run_extraction
-    from gemma_scope_jax.extraction.plan import plan_extraction, print_plan, print_store
 
     settings: dict[str, Any] = dict(
         tokens=tokens, rows=rows, length=length, seed=None if in_order else seed, values=values,
@@ -119,8 +119,8 @@ def verify(store: Store) -> None:
     Args:
         store: The folder that `extract` filled.
     """
-    from gemma_scope_jax.extraction.plan import print_store
-    from gemma_scope_jax.extraction.store import FeatureStore
+    from gemma_scope_jax.extraction.estimate import print_store
+    from gemma_scope_jax.extraction.store.store import FeatureStore
 
     found = FeatureStore(store)
     found.verify()
@@ -145,7 +145,7 @@ def export(
         json: Print JSON.
     """
     from gemma_scope_jax.extraction.export import export_store, print_export
-    from gemma_scope_jax.extraction.store import FeatureStore
+    from gemma_scope_jax.extraction.store.store import FeatureStore
 
     found = FeatureStore(store)
     print_export(found, export_store(found, out, format, splits=splits), json_output=json)

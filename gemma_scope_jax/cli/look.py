@@ -51,11 +51,11 @@ def inspect(
     """
     text = given_text(text, file)
     loaded_model, (loaded_coder,), tok = load_all(model, [coder], dtype, one_layer=True)
-    from gemma_scope_jax.cards.explanations import explained_folder, read_explanations
-    from gemma_scope_jax.cards.inspect import inspect_text
-    from gemma_scope_jax.cards.inspect_page import inspection_page
-    from gemma_scope_jax.cards.inspect_terminal import print_inspection
+    from gemma_scope_jax.autointerp.explanations import explained_folder, read_explanations
     from gemma_scope_jax.cards.labels import read_labels
+    from gemma_scope_jax.inspection.inspect_text import inspect_text
+    from gemma_scope_jax.inspection.page import inspection_page
+    from gemma_scope_jax.inspection.terminal import print_inspection
     from gemma_scope_jax.storage.atomic import write_text
 
     labels = read_labels(loaded_coder.info.folder, loaded_coder.width)

@@ -92,8 +92,8 @@ def load_all(
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
         import jax
 
-        from gemma_scope_jax.coders.gemma_scope_files import load_coder, load_decoder, matching
         from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+        from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
         from gemma_scope_jax.evaluation.evaluate import check_fits
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
         from gemma_scope_jax.model.sharding import make_mesh
@@ -126,7 +126,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second run has nothing to compile."""
     import jax
 
-    from gemma_scope_jax.buckets import private_cache
+    from gemma_scope_jax.storage.paths import private_cache
 
     if jax.config.jax_compilation_cache_dir is None:
         try:

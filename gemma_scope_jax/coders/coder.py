@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.parameter_files import row_chunks
+from gemma_scope_jax.coders.release.parameters import row_chunks
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.identity import checksum

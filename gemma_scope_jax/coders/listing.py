@@ -4,7 +4,7 @@ import json as json_format
 from collections.abc import Iterable
 from typing import Any
 
-from gemma_scope_jax.coders.catalog import Address, addresses, nearest_addresses
+from gemma_scope_jax.coders.release.catalog import Address, addresses, nearest_addresses
 from gemma_scope_jax.errors import InputError
 
 COLUMNS = ("address", "kind", "layer", "sites", "features", "L0", "size")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.buckets import folder_path, write_bytes
 from gemma_scope_jax.coders.coder import Coder, weights_identity
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.core import (
@@ -45,6 +44,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.paths import folder_path, write_bytes
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.buckets import folder_path, write_text
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.paths import folder_path, write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 ENVELOPE = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.atomic_files import lay_out, write_array, write_folder, write_json
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.store import FeatureStore, Segment
+from gemma_scope_jax.extraction.store.store import FeatureStore, Segment
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder, write_text
 

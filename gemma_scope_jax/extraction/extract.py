@@ -19,19 +19,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma_scope_jax.buckets import folder_path, is_remote
+from gemma_scope_jax.coders import active_features as on_device
+from gemma_scope_jax.coders.active_features import Coder
 from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.evaluate import check_fits
-from gemma_scope_jax.extraction import active as on_device
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.active import Coder
-from gemma_scope_jax.extraction.entries import VALUES
 from gemma_scope_jax.extraction.runner import Runner
-from gemma_scope_jax.extraction.shard_files import ShardWriter, shard_name
-from gemma_scope_jax.extraction.store import FeatureStore
+from gemma_scope_jax.extraction.store.codec import VALUES
+from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
@@ -40,6 +39,7 @@ from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.disk import no_space
 from gemma_scope_jax.storage.locks import in_turn
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_scope_jax.coders.active_features import Active, specs
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.active import Active, specs
 from gemma_scope_jax.model import sharding
 from gemma_scope_jax.model.config import Model
 

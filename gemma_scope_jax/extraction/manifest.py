@@ -16,8 +16,8 @@ from typing import Any
 
 from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.extraction.entries import VALUES
-from gemma_scope_jax.extraction.shard_files import Shard, shard_name
+from gemma_scope_jax.extraction.store.codec import VALUES
+from gemma_scope_jax.extraction.store.shards import Shard, shard_name
 from gemma_scope_jax.extraction.work import Plan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.strict_json import field, read_json

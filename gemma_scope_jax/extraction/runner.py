@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders import active_features as on_device
+from gemma_scope_jax.coders.active_features import Active, Coder, Group
 from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction import active as on_device
 from gemma_scope_jax.extraction import hosts
-from gemma_scope_jax.extraction.active import Active, Coder, Group
-from gemma_scope_jax.extraction.entries import Entries, offsets_of
+from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
 from gemma_scope_jax.model.config import Model
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet

@@ -11,8 +11,8 @@ from etils import epath
 from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.strict_json import legible
+from gemma_scope_jax.training.log import read_log
 from gemma_scope_jax.training.measure import doubt
-from gemma_scope_jax.training.progress import read_log
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))

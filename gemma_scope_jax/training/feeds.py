@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.data.activation_store import ActivationStore
+from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig, Model

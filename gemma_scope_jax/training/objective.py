@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.coders.sparse_coder import largest
+from gemma_scope_jax.kernels import active as sparse
 from gemma_scope_jax.model.sharding import mesh_of, place
-from gemma_scope_jax.training import losses, sparse
+from gemma_scope_jax.training import losses
 from gemma_scope_jax.training.weights import Group, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot

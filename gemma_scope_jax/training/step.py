@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_scope_jax.kernels import active
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import place
-from gemma_scope_jax.training import sparse
 from gemma_scope_jax.training.held_out import KEPT
 from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.objective import gradients
@@ -79,7 +79,7 @@ class Plan:
             return 0
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
         slots = 16 * int(-(-self.config.sparse * target // 16))
-        least = sparse.FEATURES_A_SLOT[sparse.sparse_form()]
+        least = active.FEATURES_A_SLOT[active.sparse_form()]
         return slots if least * slots < group.like.width else 0
 
 

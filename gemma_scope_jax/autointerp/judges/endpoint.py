@@ -1,0 +1,97 @@
+"""Where and how a chat endpoint is asked: what can be known to be wrong is refused before."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from gemma_scope_jax.autointerp.answers import request_key
+from gemma_scope_jax.errors import InputError, reason, shown
+
+LONGEST_TIMEOUT = 86400.0  # seconds
+OURS = ("messages", "model", "stream", "n")  # of a request: no option replaces them
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. Prices in dollars a million tokens; `options` go into every request as
+    they are (None takes one out: {"temperature": None, "max_tokens": None, ...})."""
+
+    url: str
+    model: str
+    key: str = dataclasses.field(default="", repr=False)
+    concurrency: int = 8
+    timeout: float = 120.0  # seconds, for one request
+    retries: int = 6
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    logprobs: bool = False
+    price_in: float = 0.0
+    price_out: float = 0.0
+
+    def __post_init__(self):
+        _check_url(self.url)
+        if not self.model or shown(self.model) != self.model:
+            raise InputError("an endpoint needs the name of a model, without control characters")
+        if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
+            raise InputError("the API key has letters that no key has (spaces, line breaks?)")
+        if self.concurrency < 1 or self.retries < 0 or not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise InputError(
+                "concurrency and timeout must be above 0 (at most a day), retries at least 0"
+            )
+        if not all(0 <= price < math.inf for price in (self.price_in, self.price_out)):
+            raise InputError("prices must be numbers, and not negative")
+        theirs = [key for key in OURS if self.options.get(key) not in (None, False)]
+        if theirs or "messages" in self.options:
+            raise InputError(f"request options: {(theirs or OURS)[0]} is not yours to set")
+        try:
+            json.dumps(dict(self.options), allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"request options: no JSON ({reason(error)})") from None
+
+    @property
+    def name(self) -> str:
+        """What explanations and scores are kept under: the model and, as a checksum, what changes
+        its answers."""
+        more = {"options": dict(self.options)} if self.options else {}
+        more |= {"logprobs": True} if self.logprobs else {}
+        return f"{self.model} (options {request_key(more)[:8]})" if more else self.model
+
+    @property
+    def address(self) -> str:
+        """Where requests go."""
+        url, mark, version = self.url.partition("?")
+        url = url.rstrip("/")
+        url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+        return url + mark + version
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that holds the key: Azure, which a version in the URL tells, has its own."""
+        if not self.key:
+            return {}
+        is_azure = "?" in self.url
+        return {"api-key": self.key} if is_azure else {"Authorization": f"Bearer {self.key}"}
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no base URL; what may be secret in it is not repeated."""
+    try:
+        parts = urlsplit(url)
+        where, _ = parts.hostname, parts.port  # which is read only now
+        (where or "").encode("idna")
+    except ValueError:  # a port that is no number, half a [...], two dots
+        raise InputError("endpoint: the URL has no such port or host") from None
+    if parts.scheme not in ("http", "https") or not where:
+        raise InputError("endpoint: give a URL such as https://api.openai.com/v1")
+    if parts.username or parts.password:
+        raise InputError("endpoint: no user or password in the URL; the key comes from a variable")
+    version = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    if "#" in url or ("?" in url and version != ["api-version"]):
+        raise InputError(
+            "endpoint: no ? or # in the URL, but for Azure's ?api-version=; the key comes from a "
+            "variable"
+        )
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise InputError(f"endpoint {ascii(url)}: write letters that no URL has as %XX")

@@ -1,0 +1,66 @@
+"""A chat endpoint as a judge: a request a question, in parallel, asked again if not understood."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Stopped
+from gemma_scope_jax.autointerp.judges.replies import CUT, NoAnswer
+from gemma_scope_jax.autointerp.prompts import complaint, lengths, messages, parse
+from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question
+
+ASKED = 3  # times, before an answer counts as not understood
+REPEATED = 2000  # letters of an answer that was not understood, when asked again
+
+
+class EndpointJudge:
+    """Answers questions by chat. Close it when done."""
+
+    method = "endpoint"
+
+    def __init__(self, client: ChatClient):
+        self.client, self.name = client, client.endpoint.name
+        self.parallel = client.endpoint.concurrency
+        self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
+
+    @property
+    def answered(self) -> bool:
+        return self.client.answered
+
+    @answered.setter
+    def answered(self, value: bool) -> None:
+        self.client.answered = value
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """In order; a question without an answer that has the form has `values` None."""
+        try:
+            answers = self._pool.map(self._ask, questions)
+        except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
+            raise Stopped from None
+        return list(answers)
+
+    def _ask(self, question: Question) -> Answer:
+        """Asked again, told what was wrong, if the answer does not have the form."""
+        first = conversation = messages(question)
+        most = lengths(question)[1]
+        read = lambda reply: parse(question, reply.text, reply.logprobs)
+        fits = lambda reply: read(reply) is not None
+        try:
+            for _ in range(ASKED):
+                reply = self.client.ask(conversation, most, fits, first)
+                if not reply.is_cut and (answer := read(reply)) is not None:
+                    return answer
+                said = {"role": "assistant", "content": reply.text[:REPEATED] or "(nothing)"}
+                complain = {"role": "user", "content": complaint(question)}
+                conversation = [*conversation, said, complain]
+            body = self.client.body(conversation, most)
+            lost = NoAnswer(CUT, self.client.cut_off(body)) if reply.is_cut else None
+            lost = lost or NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
+            self.client.lose(lost)
+        except NoAnswer as error:
+            lost = error
+        return Answer(lost.words, why=lost.why)
+
+    def close(self) -> None:
+        """Wait for what is under way; what has not been sent is not."""
+        self.client.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)

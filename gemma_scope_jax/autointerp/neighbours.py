@@ -1,0 +1,52 @@
+"""Features that are easily mistaken for another: whose windows make hard negatives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.autointerp.examples import Corpus
+from gemma_scope_jax.cards.decoders import most_similar
+from gemma_scope_jax.coders.sparse_coder import float32
+from gemma_scope_jax.errors import InputError
+
+LARGEST = 1 << 29  # bytes of co-occurrence counts
+ENTRIES = 1 << 16  # firings looked at together
+
+
+def decoder_neighbours(w_dec: Any, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
+    """For each of `features` the k others whose rows of w_dec [F, D] point most the same way."""
+    rows, silent = float32(jnp.asarray(w_dec)), lambda *_: None
+    ids, _ = most_similar(rows, None, min(k, len(rows) - 1), silent, "", features)
+    return dict(zip(features, ids.tolist()))
+
+
+def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
+    """For each of `features` the k others active on most of the same tokens, by the cosine of
+    their indicators: n(both) / sqrt(n(one) n(other)). One pass over the store."""
+    fired = corpus.store.fired(coder=corpus.coder, layer=corpus.layer).astype(np.float64)
+    if len(features) * len(fired) * 8 > LARGEST:
+        raise InputError(
+            f"neighbours of {len(features)} features: take fewer, or --neighbours decoder"
+        )
+    number = np.full(len(fired), -1, np.int64)
+    number[np.asarray(features, np.int64)] = np.arange(len(features))
+    both = np.zeros((len(features), len(fired)), np.int64)
+    for segment in corpus.store.segments():
+        offsets, ids, _ = segment.by_token(coder=corpus.coder, layer=corpus.layer)
+        counts = np.diff(offsets)
+        token = np.repeat(np.arange(len(counts)), counts)
+        entries = np.flatnonzero(number[ids] >= 0)
+        for start in range(0, len(entries), ENTRIES):
+            some = entries[start : start + ENTRIES]
+            beside = counts[token[some]]  # features on the same token
+            before = np.cumsum(beside) - beside
+            step = np.arange(beside.sum()) - np.repeat(before, beside)
+            others = ids[np.repeat(offsets[token[some]], beside) + step]
+            np.add.at(both, (np.repeat(number[ids[some]], beside), others), 1)
+    cosines = both / np.sqrt(np.maximum(fired[None, :] * fired[np.asarray(features)][:, None], 1))
+    cosines[np.arange(len(features)), np.asarray(features)] = -1
+    best = np.argsort(-cosines, axis=-1, kind="stable")[:, :k]
+    return {f: [g for g in some if both[i, g] > 0]
+            for i, (f, some) in enumerate(zip(features, best.tolist()))}  # fmt: skip

@@ -1,0 +1,174 @@
+"""Scores of an explanation: the questions each asks, and the figures made of the answers.
+
+    detection   is the feature active somewhere in this text?             Paulo et al. 2024, delphi
+    fuzzing     is it active on the marked tokens? (random ones elsewhere)                   delphi
+    intruder    which text is the one where it is silent? (needs no explanation)             delphi
+    simulation  Pearson's correlation of simulated and true activations, test windows joined up:
+                Bills et al. 2023
+    saebench    which of 14 texts make it fire? the share that is right               SAEBench
+
+Where these differ from the originals: silent windows are ones where the feature is known to be
+silent (SAEBench takes random ones for silent), and random marks are as many as the mean of those
+they stand beside (delphi counts all active tokens, of which it marks only some).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.autointerp.examples import Material, Sampling
+from gemma_scope_jax.autointerp.metrics import binary_metrics, pearson
+from gemma_scope_jax.autointerp.questions import (
+    Answer,
+    Question,
+    Shown,
+    marks_of,
+    random_marks,
+)
+
+SHOWN = 5  # texts in one question (delphi)
+INTRUDERS = 20  # intruder questions
+SIMULATED = 10  # windows of each kind to simulate on
+BUFFER, FAINT, RANDOM = (
+    10,
+    0.01,
+    10,
+)  # SAEBench: tokens each side, share of the maximum, random ones
+
+Score = dict[str, Any]
+
+
+def _numbers(material: Material, sampling: Sampling, salt: int) -> Any:
+    return np.random.default_rng([sampling.seed, material.feature, salt])
+
+
+def _marks(material: Material) -> tuple[list[tuple[bool, ...]], int]:
+    """Marks of the test windows, and how many to make up for a silent one."""
+    marks = [marks_of(e.values) for e in material.test]
+    return marks, max(1, -(-sum(map(sum, marks)) // max(1, len(marks))))
+
+
+def _classify(texts: list[tuple[Shown, float]], explanation: str, rng: Any) -> list[Question]:
+    texts = [texts[i] for i in rng.permutation(len(texts))]
+    groups = [texts[i : i + SHOWN] for i in range(0, len(texts), SHOWN)]
+    return [
+        Question("classify", tuple(s for s, _ in g), explanation, tuple(t for _, t in g))
+        for g in groups
+    ]
+
+
+def ask_detection(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
+    texts = [(Shown(e.tokens), 1.0) for e in material.test]
+    texts += [(Shown(e.tokens), 0.0) for e in material.silent]
+    return _classify(texts, explanation, _numbers(material, sampling, 1))
+
+
+def ask_fuzzing(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
+    rng = _numbers(material, sampling, 2)
+    marks, count = _marks(material)
+    texts = [(Shown(e.tokens, m), 1.0) for e, m in zip(material.test, marks)]
+    texts += [(Shown(e.tokens, random_marks(e, count, rng)), 0.0) for e in material.silent]
+    return _classify(texts, explanation, rng)
+
+
+def ask_intruder(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
+    """One silent window among `SHOWN` - 1 of one quantile; the quantiles take turns."""
+    rng = _numbers(material, sampling, 3)
+    _, count = _marks(material)
+    quantiles = [
+        some
+        for q in sorted({e.quantile for e in material.test})
+        if len(some := [e for e in material.test if e.quantile == q]) >= 2
+    ]
+    questions = []
+    for turn, intruder in enumerate(material.silent[:INTRUDERS] if quantiles else []):
+        some = quantiles[turn % len(quantiles)]
+        chosen = rng.choice(len(some), min(SHOWN - 1, len(some)), replace=False)
+        texts = [Shown(some[i].tokens, marks_of(some[i].values)) for i in chosen]
+        place = int(rng.integers(len(texts) + 1))
+        texts.insert(place, Shown(intruder.tokens, random_marks(intruder, count, rng)))
+        questions.append(Question("intruder", tuple(texts), truth=(float(place),)))
+    return questions
+
+
+def ask_simulation(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
+    step = max(1, len(material.test) // SIMULATED)
+    some = [*material.test[::step][:SIMULATED], *material.silent[:SIMULATED]]
+    return [
+        Question("simulate", (Shown(e.tokens),), explanation, tuple(e.values.tolist()))
+        for e in some
+    ]
+
+
+def ask_saebench(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
+    rng = _numbers(material, sampling, 4)
+    strong = [e.cut(BUFFER) for e in material.strong]
+    texts = [*strong, *(e.cut(BUFFER) for e in material.silent[-RANDOM:])]
+    least = FAINT * max((e.peak for e in [*material.train, *strong]), default=0.0)
+    texts = [texts[i] for i in rng.permutation(len(texts))]
+    truth = tuple(float(e.peak > least) for e in texts)
+    return [Question("select", tuple(Shown(e.tokens) for e in texts), explanation, truth)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Answers
+
+
+def _understood(questions: Sequence[Question], answers: Sequence[Answer]):
+    """Pairs of questions and answers whose values could be read, and how many could not."""
+    pairs = [(q, a) for q, a in zip(questions, answers, strict=True) if a.values is not None]
+    return pairs, len(questions) - len(pairs)
+
+
+def _flat(parts: Any) -> list[float]:
+    return [value for part in parts for value in part]
+
+
+def grade_classes(questions: Sequence[Question], answers: Sequence[Answer]) -> Score:
+    """`binary_metrics` over all examples; `unparsed` counts the examples without an answer."""
+    pairs, _ = _understood(questions, answers)
+    confident = bool(pairs) and all(a.confidence is not None for _, a in pairs)
+    found = binary_metrics(
+        _flat(q.truth for q, _ in pairs),
+        _flat(a.values for _, a in pairs),
+        _flat(a.confidence for _, a in pairs) if confident else None,
+    )
+    total = sum(q.expected for q in questions)
+    return {**found, "unparsed": total - int(found["n"] or 0)}
+
+
+def grade_intruder(questions: Sequence[Question], answers: Sequence[Answer]) -> Score:
+    """The share of intruders found, beside what guessing finds."""
+    pairs, unparsed = _understood(questions, answers)
+    right = [a.values[0] == q.truth[0] for q, a in pairs if a.values]
+    chance = [1 / len(q.examples) for q, _ in pairs]
+    mean = lambda values: float(np.mean(values)) if values else None
+    return {"accuracy": mean(right), "chance": mean(chance), "n": len(right), "unparsed": unparsed}
+
+
+def grade_simulation(questions: Sequence[Question], answers: Sequence[Answer]) -> Score:
+    pairs, unparsed = _understood(questions, answers)
+    true, said = _flat(q.truth for q, _ in pairs), _flat(a.values for _, a in pairs)
+    return {"correlation": pearson(true, said), "n": len(pairs), "unparsed": unparsed}
+
+
+def grade_saebench(questions: Sequence[Question], answers: Sequence[Answer]) -> Score:
+    pairs, unparsed = _understood(questions, answers)
+    right = [t == s for q, a in pairs for t, s in zip(q.truth, a.values or ())]
+    score = float(np.mean(right)) if right else None
+    return {"score": score, "n": len(right), "unparsed": unparsed}
+
+
+SCORES: dict[str, tuple[Callable[..., list[Question]], Callable[..., Score]]] = {
+    "detection": (ask_detection, grade_classes),
+    "fuzzing": (ask_fuzzing, grade_classes),
+    "intruder": (ask_intruder, grade_intruder),
+    "simulation": (ask_simulation, grade_simulation),
+    "saebench": (ask_saebench, grade_saebench),
+}
+
+
+def short_score(score: Score) -> Score:
+    """For the file: figures to four digits."""
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in score.items()}

@@ -1,0 +1,129 @@
+"""What the folders of other libraries share: hook names, texts of a config, tensors of a file.
+
+Hook names are the trap of this trade. TransformerLens' `hook_mlp_in` is the residual stream before
+the norm, its `ln2.hook_normalized` is the norm without the (1 + w) gain; neither is what the
+transcoders of Gemma Scope 2 read, though SAELens' configs for them say `hook_mlp_in`. A coder on
+the wrong tensor still runs and explains nothing, so a name that does not say which is refused.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.coders.release.config import normalise_model_name, parse_hook_point
+from gemma_scope_jax.coders.release.parameters import check_finite
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+
+# TransformerLens name without `blocks.L.` -> site. `hook_*_out` come after the post-norm.
+TRANSFORMER_LENS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "attn.hook_z": "z",
+    "hook_attn_out": "attn_out",
+    "mlp.hook_in": "mlp_in",
+    "mlp.hook_post": "mlp_act",
+    "hook_mlp_out": "mlp_out",
+}
+AMBIGUOUS = {
+    "hook_mlp_in": "is the residual stream before the norm in TransformerLens, the normed input of "
+    "the MLP in some configs",
+    "ln2.hook_normalized": "is the norm without its (1 + w) gain, which is no site",
+    "ln1.hook_normalized": "is the norm without its (1 + w) gain, which is no site",
+    "mlp.hook_out": "is the output of the MLP before the post-norm, which is no site",
+}
+
+
+def site_of_hook(name: str) -> str:
+    """The site of a TransformerLens hook name without `blocks.L.`, or `InputError`."""
+    if name in TRANSFORMER_LENS:
+        return TRANSFORMER_LENS[name]
+    if name in AMBIGUOUS:
+        raise InputError(f"hook {name} {AMBIGUOUS[name]}")
+    raise InputError(f"unknown hook {name!r}{nearest(name, TRANSFORMER_LENS)}")
+
+
+def hook_of_site(site: str) -> str:
+    """The TransformerLens hook name, without `blocks.L.`, of a site, or `InputError`."""
+    names = {site: name for name, site in TRANSFORMER_LENS.items()}
+    if site not in names:
+        raise InputError(
+            f"TransformerLens has no hook for site {site!r}; it has {', '.join(names)}"
+        )
+    return names[site]
+
+
+def site_and_layer(name: str) -> tuple[str, int]:
+    """`blocks.3.hook_resid_post` or `model.layers.3.output` -> ("resid_post", 3)."""
+    if match := re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", name):
+        return site_of_hook(match[2]), int(match[1])
+    site, layers = parse_hook_point(name)
+    if layers is None or len(layers) != 1:
+        raise InputError(f"hook point {name!r} is not of one layer")
+    return site, layers[0]
+
+
+def model_named(config: dict[str, Any]) -> str:
+    """The normalised `model_name` of a config, "" if there is none."""
+    return normalise_model_name(text_of(config, "model_name"))
+
+
+def text_of(config: dict[str, Any], key: str) -> str:
+    """A text of a config, "" if it is absent or null, `InputError` if it is something else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{key} is a {type(value).__name__}, not a text")
+    return value or ""
+
+
+@contextmanager
+def errors_name(path: str | os.PathLike) -> Iterator[None]:
+    """Put `path` in front of the `InputError`s that do not name it yet."""
+    try:
+        yield
+    except InputError as error:
+        known = os.fspath(path) in str(error)
+        raise (error if known else InputError(f"{os.fspath(path)}: {error}")) from error
+
+
+def read_tensors(
+    path: str | os.PathLike, shapes: dict[str, int], optional: dict[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """The named tensors (name -> rank) of a safetensors file, as float32 or bfloat16.
+
+    Raises `InputError` for a tensor that is missing, has another rank, is empty or not a float, for
+    NaN and values that float32 does not hold, and for a tensor that is neither in `shapes` nor in
+    `optional`: ignoring it would change the coder.
+    """
+    ranks, found = {**shapes, **(optional or {})}, {}
+    with open_safetensors(path) as file:
+        names = list(file.keys())
+        if missing := [name for name in shapes if name not in names]:
+            raise InputError(f"{path}: no tensor {missing[0]!r}{nearest(missing[0], names)}")
+        if unknown := [name for name in names if name not in ranks]:
+            raise InputError(f"{path}: tensor {unknown[0]!r} is not one of {', '.join(ranks)}")
+        for name in names:
+            part = file.get_slice(name)
+            shape, dtype = tuple(part.get_shape()), part.get_dtype()
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise InputError(f"{path}: {name} is {dtype}, expected a float")
+            if len(shape) != ranks[name] or 0 in shape:
+                raise InputError(f"{path}: {name} has shape {list(shape)}, not {ranks[name]} axes")
+            with np.errstate(over="ignore"):
+                tensor = file.get_tensor(name)
+                tensor = tensor if dtype == "BF16" else tensor.astype(np.float32, copy=False)
+            check_finite(tensor, path, name)
+            found[name] = tensor
+    return found
+
+
+def config_from(info: CoderInfo, library: str) -> dict[str, Any]:
+    """The config a coder had when it was read from that library's folder; {} otherwise."""
+    config = info.config.get(library)
+    return dict(config) if isinstance(config, dict) else {}

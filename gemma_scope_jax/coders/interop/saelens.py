@@ -1,0 +1,338 @@
+"""Coders in SAELens' folders (`cfg.json` and `sae_weights.safetensors`), read and written.
+
+SAELens computes relu(z) * (z > threshold), relu(z) or the k largest of relu(z) of
+z = (x - b_dec) @ W_enc + b_enc, where b_dec is subtracted only with `apply_b_dec_to_input`. All are
+a `SparseCoder`: relu is threshold 0, and the subtraction folds into b_enc. What cannot be folded
+exactly is refused, and so is every tensor and every key of cfg.json that is neither consulted nor
+known to change nothing (`saelens_keys`).
+
+Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_sae_loaders.py`,
+`training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.atomic_files import (
+    Streamed,
+    write_folder,
+    write_json,
+    write_safetensors,
+)
+from gemma_scope_jax.coders.coder import check_values
+from gemma_scope_jax.coders.interop.hooks import (
+    config_from,
+    errors_name,
+    hook_of_site,
+    model_named,
+    read_tensors,
+    site_and_layer,
+    text_of,
+)
+from gemma_scope_jax.coders.interop.saelens_keys import check_keys
+from gemma_scope_jax.coders.release.config import hook_point, read_json, untrained_positions
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder, float32
+from gemma_scope_jax.errors import InputError
+
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+TOPK = "topk"
+ARCHITECTURES = (
+    "standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)  # fmt: skip
+KEPT = ("neuronpedia_id", "dataset_path", "context_size", "prepend_bos", "exclude_special_tokens")
+
+
+def is_saelens_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder with SAELens' two files."""
+    return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS))
+
+
+def load_saelens(path: str | os.PathLike) -> SparseCoder:
+    """The coder of a SAELens folder, its input transformations folded into the weights.
+
+    Raises `InputError`, one line, for damaged files, architectures other than `ARCHITECTURES`,
+    normalisations that are not linear, and hook names that do not say which tensor is meant.
+    """
+    folder = Path(path)
+    config = read_json(folder / CONFIG)
+    with errors_name(folder / CONFIG):
+        metadata = config.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise InputError(f"metadata is a {type(metadata).__name__}, not an object")
+        check_keys(config, metadata)
+        flat = {**metadata, **config}
+        architecture = _supported(flat)
+        k = _kept(flat) if architecture == TOPK else None
+        model_name = model_named(flat)
+        reads, writes, layer = _place(flat, architecture)
+        first = _first(flat, model_name)
+    with errors_name(folder):
+        tensors = _weights(folder / WEIGHTS, architecture, flat)
+        _fold(tensors, flat, folder)
+        if (skip := tensors.pop("W_skip", None)) is not None:
+            skip = jnp.asarray(skip.T)
+        weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
+        kind = "transcoder" if "transcoder" in architecture else "sae"
+        width = weights["w_enc"].shape[1]
+        coder = SparseCoder(
+            **weights, w_skip=skip, layer=layer, reads=reads, writes=writes,
+            first=first, k=k,
+            info=CoderInfo(
+                model_name, kind, width=width, path=str(path), folder=os.path.abspath(folder),
+                config={"sae_lens": config},
+            ),
+        )  # fmt: skip
+        check_coder(coder)
+        for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
+            if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
+                raise InputError(f"{CONFIG} says {key} {flat[key]!r}, {WEIGHTS} has {size}")
+    return coder
+
+
+def _supported(config: dict[str, Any]) -> str:
+    """The architecture, or an `InputError` for anything whose encoding is another function."""
+    activation = text_of(config, "activation_fn") or text_of(config, "activation_fn_str") or "relu"
+    architecture = text_of(config, "architecture") or "standard"
+    if activation == TOPK and architecture == "standard" and _k(config) is not None:
+        architecture = TOPK  # as it was written before version 6
+    if architecture == TOPK and activation in ("relu", TOPK):
+        activation = "relu"
+    if architecture not in (*ARCHITECTURES, TOPK) or activation != "relu":
+        what = architecture if activation == "relu" else f"{architecture} with {activation}"
+        raise InputError(f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, "
+                         "and topk with its k")  # fmt: skip
+    if architecture != TOPK and config.get("rescale_acts_by_decoder_norm") not in (None, False):
+        raise InputError(f"rescale_acts_by_decoder_norm of a {architecture} is not supported")
+    if any(config.get(key) is not None for key in ("hook_head_index", "hook_point_head_index")):
+        raise InputError("a coder of a single head (hook_head_index) is not supported")
+    return architecture
+
+
+def _k(config: dict[str, Any]) -> Any:
+    """The k of a TopK coder as the config has it, None if it is nowhere."""
+    arguments = config.get("activation_fn_kwargs")
+    inner = arguments.get("k") if isinstance(arguments, dict) else None
+    return inner if config.get("k") is None else config["k"]
+
+
+def _kept(config: dict[str, Any]) -> int:
+    """The k of a topk coder; `check_coder` looks at how large it is."""
+    k = _k(config)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise InputError(
+            f"architecture topk is not supported, only {', '.join(ARCHITECTURES)}, unless its k is "
+            f"a whole number, not {k!r:.40}"
+        )
+    return k
+
+
+def _first(config: dict[str, Any], model_name: str) -> int:
+    """How many leading positions it was not trained on: by the model, or by `seqpos_slice`."""
+    where = config.get("seqpos_slice")
+    if where in (None, [], [None], [None, None], [0, None]):
+        return untrained_positions(model_name)
+    whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
+    start = where[0] if whole else None
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 1 << 17:
+        raise InputError(f"seqpos_slice is {where!r:.60}, expected [start, end] or null")
+    return max(start, untrained_positions(model_name))
+
+
+def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
+    """Sites and layer, by the Hugging Face names; TransformerLens' only where they are absent."""
+    hook = text_of(config, "hook_name") or text_of(config, "hook_point")
+    names = {"hf_hook_name": text_of(config, "hf_hook_name") or hook}
+    if "transcoder" in architecture:
+        out = text_of(config, "hf_hook_name_out") or text_of(config, "hook_name_out")
+        names["hf_hook_name_out"] = out
+    places = []
+    for key, name in names.items():
+        if not name:
+            raise InputError(f"neither {key} nor {key.removeprefix('hf_')} says where the coder is")
+        try:
+            places.append(site_and_layer(name))
+        except InputError as error:
+            example = "model.layers.12.pre_feedforward_layernorm.output"
+            raise InputError(f"{error}; set {key} to the module meant, as {example}") from error
+    (reads, layer), (writes, out_layer) = places[0], places[-1]
+    if layer != out_layer:
+        raise InputError(f"it reads layer {layer} and writes layer {out_layer}: not supported")
+    reshape = config.get("reshape_activations")  # hook_z: heads side by side, as our z is
+    if reshape not in (None, "none") and (reshape, reads, writes) != ("hook_z", "z", "z"):
+        raise InputError(f"reshape_activations is {reshape!r:.40}, but it reads {reads}")
+    return reads, writes, layer
+
+
+def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
+    if "jumprelu" in architecture:
+        ranks["threshold"] = 1
+    if "skip" in architecture:
+        ranks["W_skip"] = 2
+    tensors = read_tensors(path, ranks, {"scaling_factor": 1})
+    finetuned = config.get("finetuning_scaling_factor")
+    if finetuned not in (None, False) and "scaling_factor" not in tensors:
+        raise InputError(
+            f"finetuning_scaling_factor is {finetuned!r:.40}, but {path.name} has no scaling_factor"
+        )
+    scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
+    if (scale != 1).any():
+        raise InputError("a finetuned scaling_factor other than 1 is not supported")
+    F = tensors["b_enc"].shape[0]
+    tensors.setdefault("threshold", np.zeros(F, tensors["b_enc"].dtype))
+    tensors["threshold"] = np.maximum(tensors["threshold"], 0)  # relu(z) is 0 below 0 anyway
+    if tensors["W_enc"].shape != (tensors["W_enc"].shape[0], F):
+        raise InputError(f"W_enc has shape {list(tensors['W_enc'].shape)}, b_enc {F} features")
+    return tensors
+
+
+def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> None:
+    """Fold what SAELens does to the input into the weights, in place.
+
+    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. Features that are
+    rescaled by the norms n of their decoder rows: W_enc n, b_enc n, W_dec / n. A fixed scale s of
+    all activations (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the others.
+    """
+    transcoder = "transcoder" in str(config.get("architecture"))
+    subtract = config.get("apply_b_dec_to_input")
+    subtract = not transcoder if subtract is None else subtract
+    normalise = config.get("normalize_activations") or "none"
+    scale = _input_scale(normalise, folder)
+    if subtract and transcoder:
+        raise InputError(f"{CONFIG} says apply_b_dec_to_input, which no transcoder can do")
+    with np.errstate(all="ignore"):  # damaged weights hold anything
+        if subtract:
+            tensors["b_enc"] = _without_b_dec(tensors)
+        if config.get("rescale_acts_by_decoder_norm"):
+            w_dec = tensors["W_dec"].astype(np.float32)
+            norms = np.linalg.norm(w_dec.astype(np.float64), axis=1).astype(np.float32)
+            for name in ("W_enc", "b_enc"):
+                tensors[name] = tensors[name].astype(np.float32) * norms
+            tensors["W_dec"] = w_dec / np.where(norms > 0, norms, 1)[:, None]
+        if scale != 1:
+            if transcoder:
+                raise InputError(
+                    f"normalize_activations {normalise!r} of a transcoder is undefined"
+                )
+            for name, factor in (("W_enc", scale), ("W_dec", 1 / scale), ("b_dec", 1 / scale)):
+                tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
+
+
+def _without_b_dec(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """b_enc - b_dec @ W_enc, summed in float64, for a few features at a time."""
+    w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
+    if w_enc.shape[0] != b_dec.shape[0]:
+        raise InputError(f"b_dec has {b_dec.shape[0]} values, W_enc {w_enc.shape[0]} inputs")
+    parts = (
+        b_dec.astype(np.float64) @ w_enc[:, start : start + 4096].astype(np.float64)
+        for start in range(0, w_enc.shape[1], 4096)
+    )
+    return (b_enc.astype(np.float64) - np.concatenate([*parts])).astype(np.float32)
+
+
+def _input_scale(normalise: Any, folder: Path) -> float:
+    """The factor SAELens scales activations with, 1 for none, `InputError` if there is no such."""
+    if normalise in ("none", False):
+        return 1.0
+    if normalise not in ("expected_average_only_in", True):
+        raise InputError(
+            f"normalize_activations {normalise!r} depends on the input and does not fold into the "
+            "weights; supported are none and expected_average_only_in"
+        )
+    if not (folder / SCALER).is_file():
+        raise InputError(
+            "normalize_activations is expected_average_only_in, but its factor is nowhere: "
+            f"{SCALER} is missing; fold it in SAELens (fold_activation_norm_scaling_factor) first"
+        )
+    try:
+        scaler = read_json(folder / SCALER)
+    except InputError as error:
+        raise InputError(f"{error}: it holds no scaling_factor that can be read") from error
+    if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
+        raise InputError(f"{folder / SCALER}: key {other[0]!r:.60} is not known")
+    scale = scaler.get("scaling_factor")
+    number = scale if isinstance(scale, int | float) else 0.0
+    if scale is True or not 1e-30 < number < 1e30 or scaler.get("has_whitening"):
+        raise InputError(f"{folder / SCALER}: scaling_factor {scale!r} is not a sensible factor")
+    return float(number)
+
+
+def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
+    """Write `folder` so that SAELens 6 loads it with the same encodings; float32. A TopK SAE is
+    its "topk".
+
+    Hook names are those that SAELens' own Gemma Scope 2 loader writes, `hook_mlp_in` for
+    transcoders included: use `hf_hook_name`, which is right for every site. Both files appear
+    together or not at all. Raises `InputError` for a site that SAELens has no name for.
+    """
+    if not isinstance(coder, SparseCoder):
+        raise InputError("SAELens holds coders of one layer: save_saelens takes a SparseCoder")
+    check_coder(coder)
+    check_values(coder)
+    config = _config(coder)
+    weights = {
+        "W_enc": coder.w_enc, "b_enc": coder.b_enc, "threshold": coder.threshold,
+        "W_dec": coder.w_dec, "b_dec": coder.b_dec,
+    }  # fmt: skip
+    if coder.k is not None:
+        del weights["threshold"]
+    if coder.w_skip is not None:
+        weights["W_skip"] = coder.w_skip.T
+    tensors = {name: Streamed.whole(float32(weight)) for name, weight in weights.items()}
+    write_folder(
+        Path(folder),
+        {
+            WEIGHTS: lambda file: write_safetensors(file, tensors),
+            CONFIG: lambda file: write_json(file, config),
+        },
+    )
+
+
+def _config(coder: SparseCoder) -> dict[str, Any]:
+    """cfg.json as SAELens 6.54 writes it."""
+    kind = {"sae": "jumprelu"}.get(coder.kind, f"jumprelu_{coder.kind}")
+    if coder.k is not None:
+        if coder.kind != "sae":
+            raise InputError(
+                f"SAELens has no TopK {coder.kind}: make it a JumpReLU one with as_jump_relu"
+            )
+        kind = TOPK
+    before = config_from(coder.info, "sae_lens")
+    before = {**before, **(before.get("metadata") or {})}
+    metadata = {
+        "sae_lens_version": "6.54.0",  # of the format; below 6 means the old, flat one
+        "sae_lens_training_version": None,
+        "model_name": coder.info.model_name or None,
+        "hook_name": _saelens_hook(coder.reads, coder.layer),
+        "hook_head_index": None,
+        "hf_hook_name": hook_point(coder.reads, (coder.layer,), False),
+        "prepend_bos": True,
+        **{key: before[key] for key in KEPT if key in before},
+    }
+    config = {
+        "architecture": kind,
+        "d_in": coder.d_in,
+        "d_sae": coder.width,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }
+    if coder.k is not None:
+        config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
+    if coder.kind != "sae":
+        config["d_out"] = coder.d_out
+        metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layer)
+        metadata["hf_hook_name_out"] = hook_point(coder.writes, (coder.layer,), False)
+    return config
+
+
+def _saelens_hook(site: str, layer: int) -> str:
+    return f"blocks.{layer}.{'hook_mlp_in' if site == 'mlp_in' else hook_of_site(site)}"

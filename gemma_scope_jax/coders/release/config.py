@@ -1,0 +1,340 @@
+"""What a published folder holds: told by its config.json, and by its path where that is silent.
+
+Some folders of the release have no config.json, some lack keys, and models are spelled in four
+ways. Here all of that becomes one `FolderConfig`, and a coder becomes a config.json again.
+
+Source: the eight keys of the release's config.json files (`hf_hook_point_in, hf_hook_point_out,
+width, model_name, architecture, l0, affine_connection, type`). Hook points are names of Hugging
+Face modules and decide the sites; other libraries' hook names are never consulted.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.release import catalog
+from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
+from gemma_scope_jax.storage.strict_json import parse_json
+
+# Hugging Face module and end of it -> site. The release uses the first four.
+SITES = {
+    "output": "resid_post",
+    "self_attn.o_proj.input": "z",
+    "post_attention_layernorm.output": "attn_out",
+    "post_feedforward_layernorm.output": "mlp_out",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "input": "resid_pre",
+    "pre_feedforward_layernorm.input": "resid_mid",
+    "mlp.down_proj.input": "mlp_act",
+}
+ARCHITECTURES = ("jump_relu", "jumprelu")  # as published; ours besides: TOPK, with its `k`
+TOPK = "topk"
+Layers = tuple[int, ...] | None  # None: "{all}", every layer of the model
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderConfig:
+    """What config.json and path say; None where neither does."""
+
+    type: str  # sae, transcoder, crosscoder or clt
+    layers: tuple[int, ...]
+    reads: str
+    writes: str
+    first: int  # leading token positions the coder was not trained on
+    affine: bool | None
+    k: int | None  # of a TopK coder
+    info: CoderInfo
+
+    @property
+    def multi_layer(self) -> bool:
+        return self.type in ("crosscoder", "clt")
+
+    @property
+    def architecture(self) -> GemmaConfig | None:
+        """The model's, None for a model that is not Gemma 3."""
+        return architecture(self.info.model_name)
+
+
+def normalise_model_name(name: str) -> str:
+    """The Hugging Face id of a Gemma 3 in any published spelling; other names come back as given.
+
+    `gemma-v3-1b-pt`, `gemma-3-1b-pt` -> `google/gemma-3-1b-pt`; `google/gemma-3-270m-pt` ->
+    `google/gemma-3-270m`. Raises `InputError` for a size that does not exist (`gemma-3-9b`).
+    """
+    short = name.strip().lower().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
+    if not (match := re.fullmatch(r"(gemma-3-\d+[mb])(-pt|-it)?", short)):
+        return name.strip()
+    base, variant = match[1], match[2] or "-pt"
+    if base not in PRESETS:
+        raise InputError(f"there is no model {name!r}{nearest(base, PRESETS)}")
+    return f"google/{base}" + ("" if (base, variant) == ("gemma-3-270m", "-pt") else variant)
+
+
+def architecture(model_name: str) -> GemmaConfig | None:
+    """The preset of a normalised model name, None if it is not a Gemma 3."""
+    base = re.sub("-(pt|it)$", "", model_name.removeprefix("google/"))
+    return preset(base) if base in PRESETS else None
+
+
+def untrained_positions(model_name: str) -> int:
+    """How many leading positions the release's coders of this model were not trained on."""
+    return 4 if instruction_tuned(model_name) else 1
+
+
+def instruction_tuned(model_name: str) -> bool:
+    """Whether a model's name says so, however it is spelled: -it, -IT, _it, -it-qat-q4_0."""
+    return re.search(r"[-_]it(?![a-z0-9])", model_name.lower()) is not None
+
+
+def parse_hook_point(text: str) -> tuple[str, Layers]:
+    """`model.layers.{5,9}.output` -> ("resid_post", (5, 9)); None for the layers of `{all}`."""
+    match = re.fullmatch(
+        r"(?:model\.|language_model\.)*layers\.(\d{1,4}|\{\d{1,4}(?:, ?\d{1,4})*\}|\{all\})\.(.+)",
+        text,
+    )
+    if not match:
+        raise InputError(f"hook point {text!r} is not of the form model.layers.12.output")
+    layers, module = match.groups()
+    if module not in SITES:
+        raise InputError(f"unknown hook point {text!r}{nearest(module, SITES)}")
+    if layers == "{all}":
+        return SITES[module], None
+    return SITES[module], tuple(int(layer) for layer in layers.strip("{}").split(","))
+
+
+def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
+    """The inverse of `parse_hook_point`."""
+    modules = {site: module for module, site in SITES.items()}
+    if site not in modules:
+        raise InputError(f"the published format has no hook point for site {site!r}; "
+                         f"it has {', '.join(modules)}")  # fmt: skip
+    where = "all" if layers is None else ",".join(map(str, layers))
+    return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
+
+
+_FOLDER = re.compile(
+    r"(?:layer_(?P<layers>\d{1,4}(?:_\d{1,4})*)_)?width_(?P<width>\d+[km])_l0_(?P<label>[a-z]+)"
+    r"(?P<affine>_affine)?(?:_seed_\d+)?"
+)
+
+
+def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
+    """What the end of a path, `{repository}/{category}/{folder}`, says, in the keys of config.json.
+
+    `kind`, a config's `type`, stands in for a category that the path does not have.
+    Knows `gemma-scope-2-1b-pt/...` and the hub cache's `models--google--gemma-scope-2-1b-pt/
+    snapshots/.../...`. {} for a folder whose name follows no grammar.
+    """
+    parts = [part for part in path.replace(os.sep, "/").split("/") if part]
+    match = _FOLDER.fullmatch(parts[-1]) if parts else None
+    if not match:
+        return {}
+    config: dict[str, Any] = {"affine_connection": True} if match["affine"] else {}
+    layers: Layers = None
+    if match["layers"]:
+        layers = tuple(int(layer) for layer in match["layers"].split("_"))
+    repository = re.findall(r"gemma-scope-2-(\d+[mb])-(pt|it)(?=/)", "/".join(parts))
+    size, variant = repository[-1] if repository else (None, "pt")
+    if size in catalog.SIZES:
+        config["model_name"] = normalise_model_name(f"gemma-3-{size}-{variant}")
+    category = parts[-2] if len(parts) > 1 else ""
+    if category.removesuffix("_all") not in catalog.SITES:
+        category = kind
+    if category.removesuffix("_all") not in catalog.SITES:
+        return config
+    every = tuple(range(catalog.SIZES[size][0])) if size in catalog.SIZES else (0,)
+    address = catalog.Address(
+        size or "270m", variant, category, layers or every, match["width"], match["label"]
+    )
+    multi_layer = address.kind in ("crosscoder", "clt")
+    if address.kind == "clt" or (layers and (multi_layer or len(layers) == 1)):
+        config["hf_hook_point_in"] = hook_point(address.reads, layers, multi_layer)
+        config["hf_hook_point_out"] = hook_point(address.writes, layers, multi_layer)
+    config["type"] = address.kind
+    if match["width"] in (catalog.CLT_WIDTHS if address.kind == "clt" else catalog.WIDTHS):
+        config["width"] = address.width_exact
+    if size in catalog.SIZES and match["label"] in catalog.LABELS:
+        config["l0"] = address.l0
+    return config
+
+
+_TYPES = {
+    "hf_hook_point_in": str, "hf_hook_point_out": str, "width": int, "model_name": str,
+    "architecture": str, "l0": (int, float), "affine_connection": bool, "type": str, "first": int,
+    "k": int,
+}  # fmt: skip
+LONGEST, MOST = 1 << 17, 1 << 31  # positions that a text of Gemma 3 can have; features
+
+# Keys of a config.json that are ours or published, all of them consulted, stand in `_TYPES`. Any
+# other is a note that its writer left (`config_extra`) and is kept, never consulted. But one that
+# speaks of what a coder computes, in its whole or in a part of its name, is no note: who wrote it
+# has another function in mind.
+_COMPUTED = {
+    "act", "activation", "activations", "apply", "bias", "center", "centre", "centred", "centered",
+    "clip", "fold", "fn", "gate", "gated", "head", "jump", "noise", "norm", "normalise",
+    "normalize", "normalised", "normalized", "normalisation", "normalization", "relu", "rescale",
+    "reshape", "scale", "scaler", "scaling", "shift", "subtract", "subtraction", "temperature",
+    "threshold", "tied", "topk", "transpose", "transposed", "whiten", "whitening",
+}  # fmt: skip
+HARMLESS = {  # values of SAELens' keys with which nothing is done; a coder may come from there
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "apply_b_dec_to_input": False,
+    "finetuning_scaling_factor": False,
+    "rescale_acts_by_decoder_norm": False,
+}
+
+
+def read_json(file: str | os.PathLike) -> dict[str, Any]:
+    """A config.json as a dict, or `InputError`."""
+    try:
+        with open(file, "rb") as opened:
+            config = parse_json(opened.read(), "it")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # what is not JSON, and a NUL in the path
+        if not isinstance(error, InputError):
+            raise InputError(f"{file}: cannot be read ({error})") from error
+        why = str(error).removeprefix("it: ").removeprefix("not usable as JSON ").strip("()")
+        raise InputError(f"{file}: not JSON ({why}); download it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> FolderConfig:
+    """The meaning of a config.json ({} if there is none) found at `path`, an address or a folder.
+
+    What the config does not say is inferred from the path. "All layers" are the model's or, if the
+    model is not known, as many as there are parameter `files`. Raises `InputError`, not naming the
+    file, for unknown hook points, values of the wrong type and contradictions.
+    """
+    given = {key: value for key, value in config.items() if value is not None and value != ""}
+    for key, expected in _TYPES.items():
+        value = given.get(key)
+        wrong_bool = isinstance(value, bool) and expected is not bool
+        if key in given and (not isinstance(value, expected) or wrong_bool):
+            raise InputError(f"{key} is {value!r}, not a {_name(expected)}")
+    for key in sorted(set(given) - set(_TYPES)):
+        words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
+        if not _COMPUTED.isdisjoint(words) and given[key] != HARMLESS.get(key, ...):
+            raise InputError(f"key {key!r} ({given[key]!r:.40}) speaks of what the coder computes, "
+                             "and nothing is known of it: it cannot be left out")  # fmt: skip
+    merged = {**config_from_path(path, given.get("type", "")), **given}
+    for key, least, most in (("width", 1, MOST), ("first", 0, LONGEST), ("l0", 0, MOST)):
+        if merged.get(key) is not None and not least <= merged[key] <= most:
+            raise InputError(f"{key} is {merged[key]}, expected {least} to {most}")
+    k = _kept(merged)
+
+    model_name = normalise_model_name(merged.get("model_name", ""))
+    kind, layers, reads, writes = _sites(merged)
+    model = architecture(model_name)
+    if model and layers and max(layers) >= model.layers:
+        raise InputError(f"layer {max(layers)} is not in {model_name}: it has {model.layers}")
+    if layers is None:
+        layers = tuple(range(model.layers if model else files))
+    info = CoderInfo(model_name, kind, merged.get("l0"), merged.get("width"), path, config=config)
+    first = merged.get("first", untrained_positions(model_name))
+    affine = merged.get("affine_connection")
+    return FolderConfig(kind, layers, reads, writes, first, affine, k, info)
+
+
+def _kept(config: Mapping[str, Any]) -> int | None:
+    """The k of a TopK coder's config, None for a JumpReLU coder's, `InputError` for others."""
+    name, k = config.get("architecture", "jump_relu"), config.get("k")
+    if name not in (*ARCHITECTURES, TOPK):
+        raise InputError(f"architecture {name!r} is not jump_relu or {TOPK}")
+    if (name == TOPK) != (k is not None):
+        raise InputError(f"architecture {name!r} and k {k!r}: only {TOPK} has a k, and needs it")
+    return k
+
+
+def _name(expected: Any) -> str:
+    return {str: "text", int: "whole number", bool: "true or false"}.get(expected, "number")
+
+
+def _sites(config: Mapping[str, Any]) -> tuple[str, Layers, str, str]:
+    """Type, layers and sites of a merged config, or `InputError` where they contradict."""
+    missing = [key for key in ("hf_hook_point_in", "hf_hook_point_out") if key not in config]
+    if missing:
+        raise InputError(
+            f"{missing[0]} is in no config.json, and the path is not of the form "
+            "resid_post/layer_12_width_16k_l0_medium that would tell"
+        )
+    (reads, layers), (writes, out_layers) = (
+        parse_hook_point(config[f"hf_hook_point_{end}"]) for end in ("in", "out")
+    )
+    if layers != out_layers:
+        raise InputError(
+            f"{config['hf_hook_point_in']} and {config['hf_hook_point_out']} differ in their layers"
+        )
+    if layers and list(layers) != sorted(set(layers)):
+        raise InputError(f"layers {layers} of {config['hf_hook_point_in']} are not increasing")
+    multi_layer = "{" in config["hf_hook_point_in"]
+    names = ("crosscoder", "clt") if multi_layer else ("sae", "transcoder")
+    expected = names[reads != writes]
+    kind = config.get("type", expected)
+    if kind not in catalog.KINDS:
+        raise InputError(f"type {kind!r} is unknown{nearest(kind, catalog.KINDS)}")
+    if kind != expected:
+        raise InputError(
+            f"type {kind!r} contradicts the hook points {config['hf_hook_point_in']} -> "
+            f"{config['hf_hook_point_out']} of a {expected}"
+        )
+    return kind, layers, reads, writes
+
+
+def config_of(coder: SparseCoder | MultiLayerCoder, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a coder: the eight published keys, those it came with, and `extra`.
+
+    A TopK coder's architecture is "topk", which no reader of published folders takes for its own,
+    beside the `k`.
+    A key it came with keeps its spelling where it still means the same; `extra` goes over all.
+    """
+    info, multi_layer = coder.info, isinstance(coder, MultiLayerCoder)
+    own_layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
+    layers: Layers = own_layers
+    model = architecture(info.model_name)
+    if coder.kind == "clt" and layers == tuple(range(model.layers if model else len(layers))):
+        layers = None
+    config = {
+        "hf_hook_point_in": hook_point(coder.reads, layers, multi_layer),
+        "hf_hook_point_out": hook_point(coder.writes, layers, multi_layer),
+        "width": coder.width * len(own_layers),
+        "model_name": info.model_name,
+        "architecture": "jump_relu" if coder.k is None else TOPK,
+        "l0": info.l0,
+        "affine_connection": coder.w_skip is not None,
+        "type": coder.kind.removeprefix("skip_"),
+    }
+    if coder.first != untrained_positions(info.model_name):
+        config["first"] = coder.first
+    if coder.k is not None:
+        config["k"] = coder.k
+    kept = dict(info.config)
+    for key, value in config.items():
+        if key not in kept or _meaning(key, kept[key]) != _meaning(key, value):
+            kept[key] = value
+    for key in ("first", "k"):
+        if key not in config:
+            kept.pop(key, None)
+    return {**kept, **extra}
+
+
+def _meaning(key: str, value: Any) -> Any:
+    """A config value in one spelling, for comparison; itself if it cannot be understood."""
+    try:
+        if key.startswith("hf_hook_point"):
+            return parse_hook_point(value)
+        if key == "model_name":
+            return normalise_model_name(value)
+        if key == "architecture":
+            return "jump_relu" if value in ARCHITECTURES else value
+    except (InputError, TypeError, AttributeError):
+        pass
+    return value

@@ -1,0 +1,389 @@
+"""Activations on disk: written once, in shards, by a writer that may be killed at any moment; read
+in any order, memory-mapped, in a global shuffle that rewrites nothing.
+
+A model's pass costs far more than reading its activations again: many coders, epochs and sweeps
+then share one pass. The manifest is replaced after each shard and says where in the text the next
+one begins, so the same call continues to the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.data.activations import files
+from gemma_scope_jax.data.order import shuffled_positions
+from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
+from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
+from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.disk import disk_error, no_space
+from gemma_scope_jax.storage.locks import only_writer
+
+_OPEN_FILES = 128
+
+Layers = Mapping[str, Sequence[int]]
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+@own_mesh
+def write_activations(
+    model: Model,
+    batches: TokenBatches,
+    sites: Layers,
+    folder: str | os.PathLike,
+    tokens: int,
+    *,
+    dtype: str = "bfloat16",
+    shard_rows: int = 65536,
+    first: int = 1,
+) -> "ActivationStore":
+    """Store the activations of `tokens` tokens that count, at some layers of some sites.
+
+    `sites` maps a site to its layers. Tokens before position `first` of their document's piece
+    don't count, nor do those the data excludes. `dtype`: "bfloat16", or "int8" with a float32 scale
+    a token and layer. Two shards of `shard_rows` tokens are held in memory. The same call continues
+    what was begun, more `tokens` extend it; killing it loses at most the shard being filled. The
+    bytes are then the same, as far as the device gives the same results in two processes (CPUs do).
+    Raises `InputError` for what does not fit: sites, another store in the folder, a full disk.
+    """
+    if dtype not in files.DTYPES:
+        raise InputError(f"activations are stored as {' or '.join(files.DTYPES)}, not {dtype!r}")
+    if tokens < 1 or shard_rows < 1:
+        raise InputError(f"tokens {tokens} and shard_rows {shard_rows} must be at least 1")
+    path = files.local_folder(folder)
+    manifest = _new_manifest(model, batches, sites, dtype, shard_rows, first)
+    with only_writer(path):
+        try:
+            manifest = _continued(path, manifest, batches)
+            if manifest["rows"] < tokens:
+                _write(model, batches, path, manifest, tokens)
+        except OSError as error:
+            if not no_space(error):
+                raise disk_error(path, error) from error
+            raise _full(path, manifest, tokens) from error
+    return ActivationStore(path)
+
+
+def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first) -> dict:
+    """The manifest of an empty store: what it will hold, and no shards."""
+    if not sites:
+        raise InputError("no sites to store")
+    if not model.params.final_norm.is_fully_addressable:
+        raise InputError("the model is spread over several hosts: store activations with one each")
+    held, sums = {}, {}
+    for site, given in sites.items():
+        layers = [int(layer) for layer in given]
+        width = site_width(model.config, site)
+        if not layers or len(set(layers)) < len(layers):
+            raise InputError(f"layers of {site} must be distinct and not empty, got {given!r}")
+        if not 0 <= min(layers) <= max(layers) < model.config.layers:
+            raise InputError(f"layers of {site}: the model has 0..{model.config.layers - 1}")
+        held[site] = {"layers": layers, "width": width}
+        zeros = [[0.0] * width for _ in layers]
+        sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
+    data = {"text": batches.fingerprint, "rows": batches.rows, "length": batches.length}
+    return files.FORMAT | {
+        "model": model_identity(model), "sites": held, "dtype": dtype, "first": first,
+        "shard_rows": shard_rows, "data": data, "rows": 0, "shards": [],
+        "position": batches.position, "skip": 0, "sums": sums,
+    }  # fmt: skip
+
+
+def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
+    """The manifest of the store begun in the folder, or `new`. `InputError` if it is another's."""
+    if not (path / files.MANIFEST).exists():
+        return new
+    old = files.read_activations_manifest(path)
+    data = old["data"]  # whose text may have been known by names and sizes
+    if isinstance(data, dict) and batches.same_text(data.get("text")):
+        data = {**data, "text": batches.fingerprint}
+    for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
+        if (data if key == "data" else old[key]) != new[key]:
+            raise InputError(
+                f"{path}: holds activations of another {key} ({_short(old[key])}, now "
+                f"{_short(new[key])}); choose another folder"
+            )
+    files.check_sizes(path, old)
+    return old
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 100 else text[:97] + "..."
+
+
+def _full(path: Path, manifest: dict, tokens: int) -> InputError:
+    left = tokens - manifest["rows"]
+    needed = left * files.row_bytes(manifest["sites"], manifest["dtype"]) / 1e9
+    free = shutil.disk_usage(path).free / 1e9
+    return InputError(
+        f"{path}: no space left: the {left:,} tokens still to be stored need {needed:.3g} GB and "
+        f"{free:.3g} GB are free; free some, store fewer or as int8, and run the same again"
+    )
+
+
+def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, tokens: int) -> None:
+    """Fill shard after shard; each is written while the next fills.
+
+    `manifest` follows what has been written, here and in the folder.
+    """
+    left = (tokens - manifest["rows"]) * files.row_bytes(manifest["sites"], manifest["dtype"])
+    if left > shutil.disk_usage(path).free:
+        raise _full(path, manifest, tokens)
+    rows, shard_rows, skip = manifest["rows"], manifest["shard_rows"], manifest["skip"]
+    progress = Progress(tokens, begun=rows)
+    buffers, spare = (
+        files.shard_buffers(manifest, min(shard_rows, tokens - rows)) for _ in range(2)
+    )
+    filled, after = 0, manifest["position"]
+    rest = batches.at(after)
+    with ThreadPoolExecutor(1) as disk:
+        writing = None
+        for before, after, values, keep in _passes(model, rest, manifest):
+            at, skip = skip, 0
+            while at < len(keep) and rows < tokens:
+                count = min(len(keep) - at, shard_rows - filled, tokens - rows)
+                _copy(values, keep[at : at + count], buffers, filled)
+                filled, at, rows = filled + count, at + count, rows + count
+                if filled == shard_rows or rows == tokens:
+                    if writing is not None:
+                        writing.result()
+                    place = (after, 0) if at == len(keep) else (before, at)
+                    writing = disk.submit(
+                        files.write_shard, path, manifest, buffers, filled, *place
+                    )
+                    buffers, spare, filled = spare, buffers, 0
+            progress.at(rows)
+            if rows == tokens:
+                break
+        if writing is not None:
+            writing.result()
+    if filled:
+        files.write_shard(path, manifest, buffers, filled, after, 0)
+    if rows < tokens:
+        print(f"the text ended at {rows:,} of {tokens:,} tokens", file=sys.stderr)
+    if (times := readings(after)) > 1:
+        print(f"the text has been read {times} times over: the store repeats it", file=sys.stderr)
+
+
+def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:
+    """Put the tokens `keep` of a pass into the buffers from row `start` on."""
+    for site, tensors in buffers.items():
+        for name, buffer in tensors.items():
+            for into, x in zip(buffer, values[site][name]):
+                np.take(x, keep, axis=0, out=into[start : start + len(keep)], mode="clip")
+
+
+def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tuple]:
+    """(position before, position after, {site: {tensor: [layers, B*T, ...]}}, the tokens that
+    count) of each batch.
+
+    The device computes a batch while the one before is stored.
+    """
+    sites = tuple((site, tuple(held["layers"])) for site, held in manifest["sites"].items())
+    run = partial(_pass, model, sites=sites, dtype=manifest["dtype"], first=manifest["first"])
+    mesh = mesh_under(model.params.embed)
+    put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
+    before, waiting = batches.position, None
+    with prefetch(batches) as ahead:
+        for batch, after in counting(ahead, manifest["first"], before):
+            out = run(put(batch.tokens), put(batch.segments), put(batch.counts))
+            if waiting is not None:
+                yield _in_memory(*waiting)
+            waiting = (before, after, *out)
+            before = after
+        if waiting is not None:
+            yield _in_memory(*waiting)
+
+
+def _in_memory(before, after, values: dict, keep: jax.Array) -> tuple:
+    return before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
+
+
+@partial(jax.jit, static_argnames=("sites", "dtype", "first"))
+def _pass(model: Model, tokens, segments, counts, *, sites, dtype: str, first: int):
+    """Activations as they are stored, {site: {tensor: [layers, B*T, ...]}}, and which count."""
+    out = forward(
+        model, tokens, [capture(site, layers) for site, layers in sites], segments=segments,
+        stop_at_layer=1 + max(max(layers) for _, layers in sites), logits="none", remat=None,
+    )  # fmt: skip
+    flat = {site: x.reshape(x.shape[0], -1, x.shape[-1]) for site, x in out.reads.items()}
+    store = _as_int8 if dtype == "int8" else lambda x: {"values": x.astype(jnp.bfloat16)}
+    keep = counted(segments, first) & counts
+    return {site: store(x) for site, x in flat.items()}, keep.reshape(-1)
+
+
+def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), -1) / 127.0
+    steps = x / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return {"values": jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), "scale": scale}
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
+class ActivationStore:
+    """Activations written by `write_activations`, memory-mapped.
+
+    folder     a local folder
+    sites      {site: layers} to read; default: all that is stored
+
+    `len(store)` is the number of tokens. Opening checks that every file is there with its size;
+    `verify` reads them all. Raises `InputError` for folders that are no store, or not whole.
+    """
+
+    def __init__(self, folder: str | os.PathLike, sites: Layers | None = None):
+        self.folder = files.local_folder(folder)
+        self.manifest = files.read_activations_manifest(self.folder)
+        files.check_sizes(self.folder, self.manifest)
+        stored = {site: tuple(s["layers"]) for site, s in self.manifest["sites"].items()}
+        wanted = stored if sites is None else {site: tuple(l) for site, l in sites.items()}
+        for site, layers in wanted.items():
+            if site not in stored:
+                raise InputError(f"{self.folder}: no site {site!r}{nearest(site, stored)}")
+            if missing := set(layers) - set(stored[site]):
+                raise InputError(
+                    f"{self.folder}: no layer {min(missing)} of {site}; it has {stored[site]}"
+                )
+        self.sites: dict[str, tuple[int, ...]] = wanted
+        self._index = {s: [stored[s].index(l) for l in layers] for s, layers in wanted.items()}
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
+        self._maps: OrderedDict[tuple[int, str], dict[str, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with anything stored."""
+        text = json.dumps(self.manifest["shards"], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def width(self, site: str) -> int:
+        """Values a token and layer."""
+        return self.manifest["sites"][site]["width"]
+
+    def mean(self, site: str) -> np.ndarray:
+        """The mean activation, float64 [layers, D]."""
+        return np.array(self.manifest["sums"][site]["sum"])[self._index[site]] / len(self)
+
+    def mean_squared_norm(self, site: str) -> np.ndarray:
+        """float64 [layers]."""
+        sums = self.manifest["sums"][site]["squared_norm"]
+        return np.array(sums)[self._index[site]] / len(self)
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum. `InputError` names the first bad one."""
+        for number, shard in enumerate(self.manifest["shards"]):
+            for site, entry in shard["files"].items():
+                path = self.folder / files.shard_name(number, site)
+                if files.checksum(path) != entry["crc32"]:
+                    raise InputError(
+                        f"{path}: its bytes have changed since it was written; copy it again, or "
+                        "write the store again"
+                    )
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """{site: [layers, n, D]} of tokens `rows`, integers [n] in any order.
+
+        bfloat16, or float32 for a store in int8. Raises `InputError` for rows not in the store.
+        """
+        rows = np.asarray(rows, np.int64)
+        if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
+            raise InputError(f"rows must be integers [n] in 0..{len(self) - 1}")
+        order = np.argsort(rows, kind="stable")
+        cuts = np.searchsorted(rows[order], self._starts)
+        kind = np.float32 if self.manifest["dtype"] == "int8" else files.DTYPES["bfloat16"]
+        out = {
+            site: np.empty((len(layers), len(rows), self.width(site)), kind)
+            for site, layers in self.sites.items()
+        }
+        for shard in np.flatnonzero(np.diff(cuts)).tolist():
+            places = order[cuts[shard] : cuts[shard + 1]]
+            local = rows[places] - self._starts[shard]
+            for site, into in out.items():
+                tensors = self._map(shard, site)
+                for i, layer in enumerate(self._index[site]):
+                    x = tensors["values"][layer][local]
+                    if "scale" in tensors:
+                        x = x * tensors["scale"][layer][local][:, None]
+                    into[i, places] = x
+        return out
+
+    def _map(self, shard: int, site: str) -> dict[str, np.ndarray]:
+        """A shard's tensors; the files used last stay open."""
+        key = (shard, site)
+        if key not in self._maps:
+            path, rows = (
+                self.folder / files.shard_name(*key),
+                self.manifest["shards"][shard]["rows"],
+            )
+            self._maps[key] = files.map_tensors(path, self.manifest, site, rows)
+            if len(self._maps) > _OPEN_FILES:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(key)
+        return self._maps[key]
+
+    def batch_rows(
+        self,
+        batch: int,
+        n: int,
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        rows: int | None = None,
+    ) -> np.ndarray:
+        """The rows, int64 [batch], of batch `n` of a shuffle without end; every epoch another.
+
+        Host `shard` = (index, count) takes its part of a global batch of `batch` x count rows.
+        `rows`: only of the first so many of the store.
+        """
+        size = len(self) if rows is None else rows
+        index, count = shard
+        if batch < 1 or n < 0 or not 0 <= index < count:
+            raise InputError(f"batch {batch}, number {n}, shard {shard}: not a batch")
+        if not len(self):
+            raise InputError(f"{self.folder}: holds no activations yet")
+        epochs, places = np.divmod((n * count + index) * batch + np.arange(batch), size)
+        found = np.empty(batch, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            found[now] = shuffled_positions(places[now], size, seed, epoch)
+        return found
+
+    def batches(
+        self,
+        batch: int,
+        seed: int = 0,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        rows: int | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
+
+        A batch depends on (seed, number) alone: to resume, start where you stopped.
+        `data.text.prefetch` reads ahead.
+        """
+        while True:
+            yield self.read(self.batch_rows(batch, start, seed, shard, rows))
+            start += 1

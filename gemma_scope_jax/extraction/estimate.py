@@ -1,0 +1,155 @@
+"""What an extraction would take, before it is begun: tokens, bytes on disk, memory, time."""
+
+import dataclasses
+import json as json_format
+import shutil
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction import hosts
+from gemma_scope_jax.extraction import manifest as manifests
+from gemma_scope_jax.extraction.extract import job_of, token_bytes
+from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
+from gemma_scope_jax.extraction.store.store import FeatureStore
+from gemma_scope_jax.extraction.work import Packed, Plan
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.storage.paths import folder_path, is_remote
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What `plan_extraction` found; bytes and seconds are estimates, `memory` is the compiler's."""
+
+    documents: int
+    tokens: int
+    shards: int
+    shards_done: int
+    batch: tuple[int, int]  # rows, length
+    bytes_per_token: float
+    bytes: int
+    bytes_free: int | None  # None: a bucket
+    memory: int  # of a device: weights, one batch, temporaries
+    memory_limit: int | None  # None: not known, as on CPUs
+    tokens_per_second: float | None  # measured on one batch; None where the memory does not suffice
+    seconds: float | None
+
+
+def plan_extraction(
+    model: Model, coders: Any, tok: Any, source: Any, folder: Any, **settings: Any
+) -> Estimate:
+    """An `Estimate` for `extract` with the same arguments. Compiles the program, runs one batch.
+
+    Nothing is written. Raises `InputError` as `extract` does.
+    """
+    named, path = manifests.named(coders), folder_path(folder)
+    share, tokens = settings.get("share", (0, 1)), settings.pop("tokens", None)
+    if hosts.count_of(model) > 1:
+        raise InputError("a plan is made by one process: leave out --coordinator")
+    job = job_of(model, named, tok, source, **settings)
+    plan = manifests.plan_of(manifests.settle(path, job, tokens)[0], job)
+    documents, mean, there = plan.documents, plan.mean, set(manifests.shards_there(path))
+    mine = [s for s in range(plan.shards) if s % share[1] == share[0]]
+    left = [s for s in mine if s not in there]
+    ahead = sum(map(plan.in_shard, left)) * mean
+    size = token_bytes(named, job.values) * plan.share
+    runner = Runner(model, named, job.slots, job.precision)
+    memory, limit = _memory(runner, job.rows, job.length)
+    rate = None if limit is not None and memory > limit else _rate(runner, plan)
+    return Estimate(
+        documents=documents,
+        tokens=int(sum(map(plan.in_shard, mine)) * mean),
+        shards=len(mine),
+        shards_done=len(mine) - len(left),
+        batch=(job.rows, job.length),
+        bytes_per_token=size,
+        bytes=int(size * ahead),
+        bytes_free=None if is_remote(path) else shutil.disk_usage(_existing(path)).free,
+        memory=memory,
+        memory_limit=limit,
+        tokens_per_second=rate,
+        seconds=None if rate is None else ahead / rate,
+    )
+
+
+def _existing(path: Any) -> Any:
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
+    """Bytes of a device that the compiled program takes, and how many there are, if known."""
+    ids = np.zeros((rows, length), np.int32)
+    compiled = runner.compiled(ids, ids, ids > 0)
+    found = compiled.memory_analysis()
+    names = ("argument", "output", "temp", "generated_code")
+    sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in names}
+    size = sum(sizes.values()) + (IN_FLIGHT - 1) * sizes["output"]
+    device = jax.tree.leaves(runner.weights)[0].devices().pop()
+    return int(size), (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _rate(runner: Runner, plan: Plan) -> float:
+    """Tokens a second of the first batch, the second time it runs."""
+    shards = range(plan.shards)
+    packed: Any = next(p for p in plan.batches(shards) if isinstance(p, Packed))
+    batch, kept = packed.batch, np.flatnonzero(packed.batch.segments)
+    for _ in range(2):
+        start = time.perf_counter()
+        runner.finish(runner.start(batch.tokens, batch.segments, batch.counts), kept)
+    return len(kept) / (time.perf_counter() - start)
+
+
+def print_plan(found: Estimate, *, json: bool = False) -> None:
+    """The estimate as a few lines, or as JSON."""
+    if json:
+        print(json_format.dumps(dataclasses.asdict(found)))
+        return
+    rows, length = found.batch
+    done = f", {found.shards_done} of them there" if found.shards_done else ""
+    free = "" if found.bytes_free is None else f" ({_bytes(found.bytes_free)} free)"
+    limit = "" if found.memory_limit is None else f" of {_bytes(found.memory_limit)}"
+    print(f"text     {found.tokens:,} tokens in {found.documents:,} documents, {found.shards} "
+          f"shards{done}; batches of {rows} x {length}")  # fmt: skip
+    print(f"disk     about {_bytes(found.bytes)}{free}, {found.bytes_per_token:.0f} bytes a token")
+    print(f"memory   {_bytes(found.memory)}{limit} on a device")
+    if found.tokens_per_second is None or found.seconds is None:
+        print("time     unknown: the memory does not suffice; take fewer --rows, or a mesh")
+    else:
+        size, unit = next(
+            (size, unit)
+            for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+            if found.seconds >= 1.5 * size or size == 1
+        )
+        left = f"{found.seconds / size:.3g} {unit}"
+        print(f"time     about {left}, at {found.tokens_per_second:,.0f} tokens/s on one batch")
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} TB"
+
+
+def print_store(store: FeatureStore, *, json: bool = False) -> None:
+    """What a store holds, and where it is."""
+    entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
+    lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
+    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
+    if json:
+        sparsity = [{"coder": n, "layer": l, "l0": v} for (n, l), v in zip(lists, l0)]
+        found = {"folder": str(store.folder), "complete": store.complete, "tokens": len(store),
+                 "counted": store.counted, "bytes": store.bytes, "l0": sparsity}  # fmt: skip
+        print(json_format.dumps(found))
+        return
+    for (name, layer), value in zip(lists, l0):
+        print(f"{name}  layer {layer}  L0 {value:.1f}")
+    each = store.bytes / max(len(store), 1)
+    print(f"{store.counted:,} tokens with features, {len(store):,} in all, {_bytes(store.bytes)}, "
+          f"{each:.0f} bytes a token")  # fmt: skip
+    rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
+    print(f"store: {store.folder}{rest}")

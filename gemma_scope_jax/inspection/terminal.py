@@ -1,0 +1,115 @@
+"""An `Inspection` as text in a terminal; plain where the output is a pipe."""
+
+import sys
+from typing import Any
+
+from gemma_scope_jax.cards.labels import Label
+from gemma_scope_jax.inspection.inspect_text import Inspection
+from gemma_scope_jax.progress import console as safe_console
+
+PIPE_WIDTH = 300
+TOKEN_WIDTH = 24  # of the column of tokens, at most
+GAP = 2  # between columns
+
+
+def visible(token: str) -> str:
+    """A token on one line: line breaks and tabs as signs, other control characters escaped."""
+    signs = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(signs.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in token)
+
+
+def label_text(label: Label, width: int = 60) -> str:
+    """One line of label material: its explanation if there is one, what the feature makes likely,
+    and where it was strongest."""
+    words = ", ".join(visible(t).strip() or visible(t) for t in label["top_logits"][:4])
+    if "explanation" in label:
+        text = visible(label["explanation"])
+        return f"{text if len(text) < width else text[: width - 1] + '…'} · {words}"
+    if not label["examples"]:
+        return words
+    example = label["examples"][0]
+    peak = max(range(len(example["values"])), key=example["values"].__getitem__)
+    tokens = [visible(t) for t in example["tokens"]]
+    before, after = "".join(tokens[:peak]), "".join(tokens[peak + 1 :])
+    room = max(10, width - len(words) - len(tokens[peak]) - 8)
+    snippet = f"{before[-room * 2 // 3 :]}[{tokens[peak]}]{after[: room // 3]}".strip()
+    return f"{words} · {snippet}"
+
+
+def figure_lines(figures: dict) -> list[str]:
+    """L0, FVU and delta loss as sentences; undefined figures (one token has no variance) as n/a."""
+    number = lambda value, form: "n/a" if value is None else format(value, form)
+    losses = figures["loss"] or {}
+    return [
+        f"L0 {number(figures['l0'], '.1f')} active features a token",
+        f"FVU {number(figures['fvu'], '.3f')} of the variance unexplained "
+        f"({number(figures['typical']['fvu'], '.3f')} without tokens of enormous norm)",
+        f"delta loss {number(figures['delta_loss'], '+.3f')} nats a token on reconstructions "
+        f"({number(losses.get('clean'), '.3f')} -> {number(losses.get('spliced'), '.3f')})",
+    ]
+
+
+def print_inspection(seen: Inspection, width: int | None = None) -> None:
+    """Print the next tokens, each token with its features, and the figures.
+
+    width: characters a line; default: the terminal's, and room for everything in files and pipes.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    if width is None and not sys.stdout.isatty():
+        width = PIPE_WIDTH
+    console = safe_console(width=width)
+    place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
+    console.print(
+        Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")
+    )
+    console.print(Text(seen.coder, "dim"))
+    console.print(Text("\nNext token", "bold"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in ("left", "right", "right"):
+        table.add_column(justify=column)  # type: ignore[arg-type]
+    for n in seen.next[:5]:
+        table.add_row(
+            Text(repr(n.token)), Text(f"{100 * n.probability:.1f} %"), Text(f"logit {n.logit:.2f}")
+        )
+    console.print(table)
+
+    console.print(Text("\nFeatures, token by token", "bold"))
+    console.print(_features_table(seen, console.width))
+    console.print()
+    for line in figure_lines(seen.figures):
+        console.print(Text(line))
+
+
+def _features_table(seen: Inspection, width: int) -> Any:
+    """A row a token and feature. Labels have the room that the others leave: where lines are too
+    long, rich would take from all columns alike, until numbers and tokens are gone."""
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    rows: list[tuple[str, str, str, str]] = []
+    for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
+        name = visible(token)
+        if not features:
+            reason = "not seen by the coder" if position < seen.first else "no feature is active"
+            rows.append((name, "", "", reason))
+        for feature, activation in features:
+            label = label_text(seen.labels[feature], 76)
+            rows.append((name, str(feature), f"{activation:,.0f}", label))
+            name = ""
+    columns = ("token", "feature", "activation", "raises · strongest in")
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
+    left = width - GAP
+    for title, cells in zip(columns[:3], zip(*rows)):
+        needed = max(map(cell_len, (title, *cells)))
+        table.add_column(
+            title, no_wrap=True, max_width=min(needed, TOKEN_WIDTH),
+            justify="left" if title == "token" else "right",
+        )  # fmt: skip
+        left -= min(needed, TOKEN_WIDTH) + GAP
+    table.add_column(columns[3], no_wrap=True, overflow="ellipsis", max_width=max(left, 8))
+    for token, feature, activation, label in rows:
+        table.add_row(Text(token, "bold"), feature, activation, Text(label, "dim"))
+    return table

@@ -1,0 +1,148 @@
+"""The active entries' products in C++ for CPUs: `active.cc`, where the axes are `sparse`'s.
+
+Compiled at the first use with the machine's own compiler, kept in a cache folder that only this
+user can write to, called by XLA. What is kept ends in its own digest: damaged, it is made again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.paths import private_cache
+
+SOURCE = Path(__file__).with_name("active.cc")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the CPU kernels are there; compiles and registers them at the first call.
+
+    Where that fails, one line on standard error says why. $CXX chooses the compiler.
+    """
+    try:
+        file = _library()
+        try:
+            _register(file)
+        except (OSError, AttributeError):  # whole, and yet of another system
+            file.unlink(missing_ok=True)
+            _register(_library())
+    except (InputError, OSError, subprocess.SubprocessError, AttributeError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+        reason = " ".join((lines or ["unknown error"])[0].split())
+        print(f"no CPU kernels, training runs slower: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
+def _library() -> Path:
+    """The compiled kernels for this machine, compiler and jaxlib; compiled if not there yet."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, wanted)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler ({', '.join(wanted)}) found; set CXX to one")
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, timeout=600)
+    version = run([compiler, "--version"]).stdout
+    key = (SOURCE.read_text(), FLAGS, version, jaxlib.__version__, _cpu())
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    file = private_cache("kernels") / f"{name}.so"
+    if _is_whole(file):
+        return file
+    # Another process may compile the same: each writes its own file, and the last rename wins.
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
+        made.write_bytes(_with_digest(made.read_bytes()))
+        os.replace(made, file)
+    return file
+
+
+def _with_digest(program: bytes) -> bytes:
+    return program + hashlib.sha256(program).digest()  # the loader ignores what follows the program
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether `file` is there, this user's, and as it was written: a cut one kills who loads it."""
+    try:
+        content, mine = file.read_bytes(), file.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+    return mine and not file.is_symlink() and content == _with_digest(content[:-32])
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    kinds = ("model name", "flags", "features")
+    return platform.machine() + str(sorted({x for x in lines if x.lower().startswith(kinds)}))
+
+
+@functools.cache
+def _register(library: Path) -> None:
+    handlers = ctypes.CDLL(str(library))
+    for name in NAMES:
+        handler = jax.ffi.pycapsule(getattr(handlers, f"gemma_scope_{name}"))
+        jax.ffi.register_ffi_target(f"gemma_scope_{name}", handler, platform="cpu")
+
+
+def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as `Active`."""
+    slots = (*z.shape[:2], capacity)
+    call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
+    values, feature, count = call(z, b_enc, low)
+    return values, feature, count
+
+
+def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
+    """y [T,M,B,E]: what the entries of each group of features write to each target."""
+    call = _call("decode", (jnp.float32, targets, len(ends), f.shape[1], w_dec.shape[2]))
+    return call(f, feature, count, w_dec, **_static(pairs, ends))[0]
+
+
+def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
+    """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
+    call = _call("decode_values", (jnp.float32, *feature.shape))
+    return call(feature, count, w_dec, g, **_static(pairs, ends))[0]
+
+
+def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
+    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
+    p, width = len(pairs), ends[-1]
+    call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
+    dw, total = call(f, feature, count, g, **_static(pairs, ends))
+    return dw, total
+
+
+def kth_largest(z: jax.Array, k: int) -> jax.Array:
+    """The k-th largest of all values of z."""
+    return _call("kth_largest", (jnp.float32,))(z, k=np.int64(k))[0]
+
+
+def _static(pairs, ends: tuple[int, ...]) -> dict:
+    return {
+        "pairs": np.asarray(pairs, np.int64).reshape(-1),
+        "ends": np.asarray(ends, np.int64),
+    }
+
+
+def _call(name: str, *shapes):
+    """A kernel as a function; each shape is (dtype, *sizes)."""
+    results = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in shapes]
+    return jax.ffi.ffi_call(f"gemma_scope_{name}", results, vmap_method="sequential")

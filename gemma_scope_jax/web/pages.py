@@ -1,0 +1,25 @@
+"""What web pages are made of: their templates, and data in them that no text can end."""
+
+import json
+from importlib import resources
+from typing import Any
+
+from gemma_scope_jax.storage.strict_json import legible
+
+
+def page_template(room: str, name: str) -> str:
+    """The page `name` in the folder of the package `room`, with the shared palette in place."""
+    read = lambda package, file: resources.files(package).joinpath(file).read_text(encoding="utf-8")
+    return read(room, name).replace("{{palette}}", read(__package__, "palette.css").rstrip())
+
+
+def inert_json(value: Any) -> str:
+    """Compact JSON without the signs that mean something in HTML, as escapes: still valid JSON.
+
+    The two separators are line ends to old JavaScript. NaN raises `ValueError`.
+    """
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = legible(text)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
