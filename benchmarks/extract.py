@@ -96,15 +96,30 @@ def ours(args) -> None:
     @jax.jit
     def bare(model, tokens, segments):
         reads = [gs.capture(site, last)]
-        out = gs.forward(model, tokens, reads, segments=segments, stop_at_layer=last + 1,
-                         logits="none", remat=None)  # fmt: skip
+        out = gs.forward(
+            model,
+            tokens,
+            reads,
+            segments=segments,
+            stop_at_layer=last + 1,
+            logits="none",
+            remat=None,
+        )
         return out.reads[site]
 
     def run() -> float:
         shutil.rmtree(folder / "store", ignore_errors=True)
         start = time.perf_counter()
-        store = gs.extract(model, coders, tok, texts, folder / "store", rows=args.rows,
-                           length=args.length, precision=args.precision)  # fmt: skip
+        store = gs.extract(
+            model,
+            coders,
+            tok,
+            texts,
+            folder / "store",
+            rows=args.rows,
+            length=args.length,
+            precision=args.precision,
+        )
         return len(store) / (time.perf_counter() - start)
 
     def prepare() -> float:
@@ -112,8 +127,14 @@ def ours(args) -> None:
         run()
         store = gs.FeatureStore(folder / "store")
         held = store.manifest
-        plan = Plan(open_text(texts, tok, 0), held["documents"], held["per_shard"], args.rows,
-                    args.length, held["mean"])  # fmt: skip
+        plan = Plan(
+            open_text(texts, tok, 0),
+            held["documents"],
+            held["per_shard"],
+            args.rows,
+            args.length,
+            held["mean"],
+        )
         packed = [p.batch for p in plan.batches(range(plan.shards)) if isinstance(p, Packed)]
         batches = np.stack([[p.tokens for p in packed], [p.segments for p in packed]])
         assert int((batches[1] > 0).sum()) == len(store)
@@ -158,9 +179,13 @@ def peer(args) -> None:
     config = AutoConfig.from_pretrained(folder / "model")
     config.num_hidden_layers = max(layers) + 1
     config.layer_types = config.layer_types[: config.num_hidden_layers]
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", config=config, dtype=getattr(torch, args.dtype)
-    ).model.eval().to(device)  # fmt: skip
+    model = (
+        AutoModelForCausalLM.from_pretrained(
+            folder / "model", config=config, dtype=getattr(torch, args.dtype)
+        )
+        .model.eval()
+        .to(device)
+    )
     saes = [SAE.load_from_disk(str(folder / name), device=device) for name in names]
     seen: dict[int, torch.Tensor] = {}
 
@@ -191,9 +216,11 @@ def peer(args) -> None:
                     f = f.reshape(-1, f.shape[-1])
                     where = torch.nonzero(f)
                     values = f[where[:, 0], where[:, 1]]
-                    np.savez(out / f"{number}.{layer}.npz", where=where.to(torch.int32).cpu(),
-                             values=values.half().cpu() if args.dtype != "float32"
-                             else values.cpu())  # fmt: skip
+                    np.savez(
+                        out / f"{number}.{layer}.npz",
+                        where=where.to(torch.int32).cpu(),
+                        values=values.half().cpu() if args.dtype != "float32" else values.cpu(),
+                    )
         return int((segments > 0).sum()) / (time.perf_counter() - start)
 
     a = torch.ones(2048, D, dtype=getattr(torch, args.dtype), device=device)
@@ -257,8 +284,11 @@ def compare_features(coders: str, folder: str) -> tuple[float, float, float, int
             worst = max(worst, float(apart[alone].max(initial=0.0)))
         far = np.abs(mine_values[i] - their_values[j]) / largest[both // width]
         furthest = max(furthest, float(far.max()))
-        print(f"  {name}: {len(mine)} entries, largest difference {far.max():.1e} of the token's "
-              f"largest", file=sys.stderr)  # fmt: skip
+        print(
+            f"  {name}: {len(mine)} entries, largest difference {far.max():.1e} of the token's "
+            f"largest",
+            file=sys.stderr,
+        )
     return shared / max(total, 1), worst, furthest, total
 
 
@@ -283,20 +313,25 @@ def compare(coders: str, args, folder: str) -> dict:
         side.close()
     rate = {name: statistics.median(some) for name, some in rates.items()}
     floor = product / flops(coders, args.length)
-    print(f"{coders}, {args.dtype}: ours {rate['ours']:.0f}, of which the program alone "
-          f"{rate['device']:.0f}, bare forward {rate['forward']:.0f}, "
-          f"transformers + SAELens {rate['peer']:.0f} tokens/s; ours / forward "
-          f"{rate['ours'] / rate['forward']:.2f}; {size:.0f} bytes a token; {entries} entries, "
-          f"{share:.6f} shared, the others within {worst:.1e} of the threshold; matmul "
-          f"{product / 1e9:.0f} GFLOP/s, so the floor is {floor:.0f} tokens/s")  # fmt: skip
+    print(
+        f"{coders}, {args.dtype}: ours {rate['ours']:.0f}, of which the program alone "
+        f"{rate['device']:.0f}, bare forward {rate['forward']:.0f}, "
+        f"transformers + SAELens {rate['peer']:.0f} tokens/s; ours / forward "
+        f"{rate['ours'] / rate['forward']:.2f}; {size:.0f} bytes a token; {entries} entries, "
+        f"{share:.6f} shared, the others within {worst:.1e} of the threshold; matmul "
+        f"{product / 1e9:.0f} GFLOP/s, so the floor is {floor:.0f} tokens/s"
+    )
     return {
-        "name": f"extract-{coders}-{args.dtype}", "ours": rate["ours"], "peer": rate["peer"],
-        "ratio": rate["ours"] / rate["peer"], "of_forward": rate["ours"] / rate["forward"],
-        "floor_share": rate["ours"] / floor, "bytes_per_token": size,
-        "agree": entries > 0 and (
-            worst < TIE and furthest < HALF if args.dtype == "float32" else share > 0.95
-        ),
-    }  # fmt: skip
+        "name": f"extract-{coders}-{args.dtype}",
+        "ours": rate["ours"],
+        "peer": rate["peer"],
+        "ratio": rate["ours"] / rate["peer"],
+        "of_forward": rate["ours"] / rate["forward"],
+        "floor_share": rate["ours"] / floor,
+        "bytes_per_token": size,
+        "agree": entries > 0
+        and (worst < TIE and furthest < HALF if args.dtype == "float32" else share > 0.95),
+    }
 
 
 def main() -> None:

@@ -99,8 +99,10 @@ def peer(dtype: str, folder: str) -> None:
 
 def compare(dtype: str, rounds: int, folder: str, peers: Path) -> dict:
     given = ("--dtype", dtype, "--folder", folder)
-    sides = {role: Side(python, __file__, role, *given)
-             for role, python in (("ours", sys.executable), ("peer", peers))}  # fmt: skip
+    sides = {
+        role: Side(python, __file__, role, *given)
+        for role, python in (("ours", sys.executable), ("peer", peers))
+    }
     files = {name: f"{folder}/{name}-{dtype}.npy" for name in sides}
     for name, side in sides.items():
         side.ask("run", files[name])
@@ -115,14 +117,19 @@ def compare(dtype: str, rounds: int, folder: str, peers: Path) -> dict:
         side.close()
     rate = {name: BATCH * LENGTH / statistics.median(t) for name, t in times.items()}
     floor = product / flops_per_token()
-    print(f"{dtype}: ours {rate['ours']:.0f}, transformers {rate['peer']:.0f} tokens/s; matmul "
-          f"{product / 1e9:.0f} GFLOP/s, so the floor is {floor:.0f} tokens/s; largest difference "
-          f"{difference:.1e} of the largest value")  # fmt: skip
+    print(
+        f"{dtype}: ours {rate['ours']:.0f}, transformers {rate['peer']:.0f} tokens/s; matmul "
+        f"{product / 1e9:.0f} GFLOP/s, so the floor is {floor:.0f} tokens/s; largest difference "
+        f"{difference:.1e} of the largest value"
+    )
     return {
-        "name": f"forward-{dtype}", "ours": rate["ours"], "peer": rate["peer"],
-        "ratio": rate["ours"] / rate["peer"], "floor_share": rate["ours"] / floor,
+        "name": f"forward-{dtype}",
+        "ours": rate["ours"],
+        "peer": rate["peer"],
+        "ratio": rate["ours"] / rate["peer"],
+        "floor_share": rate["ours"] / floor,
         "agree": difference < AGREE[dtype],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -58,15 +58,19 @@ def main() -> None:
     model = gs.load_model(config.model, dtype=config.model_dtype)
     sample = Path(gs.__file__).parent / "packaged" / "sample.txt"
     documents = sample.read_text(encoding="utf-8").split(SEPARATOR) * 40
-    runs = [Run(dataclasses.replace(config, coders=cs), model, documents)
-            for cs in (config.coders, *((c,) for c in config.coders))]  # fmt: skip
+    runs = [
+        Run(dataclasses.replace(config, coders=cs), model, documents)
+        for cs in (config.coders, *((c,) for c in config.coders))
+    ]
     compiled, losses = zip(*(run.step() for run in runs))
     same = all(abs(one[0] / both - 1) < 1e-3 for both, one in zip(losses[0], losses[1:]))
     times = [[run.step()[0] for run in runs] for _ in range(args.rounds)]
     seconds = [statistics.median(column) for column in zip(*times)]
     tokens, ratio = config.rows * config.length, seconds[0] / sum(seconds[1:])
-    print(f"{len(config.coders)} coders, {tokens} tokens through the model and {config.updates} "
-          f"updates of {config.batch} a pass")  # fmt: skip
+    print(
+        f"{len(config.coders)} coders, {tokens} tokens through the model and {config.updates} "
+        f"updates of {config.batch} a pass"
+    )
     print(
         f"  one run {seconds[0]:.2f} s a pass; single runs "
         + ", ".join(f"{s:.2f}" for s in seconds[1:])

@@ -31,9 +31,13 @@ class Side:
     ) -> None:
         self.role = role
         self.process = subprocess.Popen(
-            [str(python), script, "--role", role, *map(str, given)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | variables,
-        )  # fmt: skip
+            [str(python), script, "--role", role, *map(str, given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | variables,
+        )
         for line in self.process.stdout:
             if line.strip() == "ready":
                 return

@@ -64,17 +64,24 @@ def runs(folder: Path, tokens: int) -> dict:
     )
 
     loss = LossConfig(
-        l0_weight=PENALTY, l0_warmup=PENALTY_WARMUP, per_token=False, bandwidth=BANDWIDTH,
+        l0_weight=PENALTY,
+        l0_warmup=PENALTY_WARMUP,
+        per_token=False,
+        bandwidth=BANDWIDTH,
         dead_after=200,
-    )  # fmt: skip
+    )
     often = dataclasses.replace(loss, frequency_weight=FREQUENCY)
     falling = dataclasses.replace(often, l0_start=L0_START, l0_warmup=tokens // BATCH // 2)
 
     def run(*coders):
         return TrainConfig(
-            coders, store=str(folder / "store"), tokens=tokens,
-            batch=BATCH, updates=UPDATES, optimizer=OptimizerConfig(RATE, WARMUP, DECAY),
-        )  # fmt: skip
+            coders,
+            store=str(folder / "store"),
+            tokens=tokens,
+            batch=BATCH,
+            updates=UPDATES,
+            optimizer=OptimizerConfig(RATE, WARMUP, DECAY),
+        )
 
     def sae(target=TARGET, loss=loss, prefixes=()):
         return CoderConfig(
@@ -100,14 +107,19 @@ def stores(folder: Path, tokens: int):
     corpus = os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")
     found = []
     for name, text, count in (
-        ("store", "train/*.txt", tokens), ("held-out", "eval/heldout_mix.txt", HELD_OUT)
-    ):  # fmt: skip
+        ("store", "train/*.txt", tokens),
+        ("held-out", "eval/heldout_mix.txt", HELD_OUT),
+    ):
         path = folder / name
         if not (path / "manifest.json").exists() or len(ActivationStore(path)) < count:
             config = dataclasses.replace(
-                runs(folder, tokens)["plain"], store="", tokens=count, length=512, buffer=8192,
+                runs(folder, tokens)["plain"],
+                store="",
+                tokens=count,
+                length=512,
+                buffer=8192,
                 data=TextData(files=(f"{corpus}/{text}",)),
-            )  # fmt: skip
+            )
             store_activations(config, path, count)
         found.append(ActivationStore(path))
     return found
@@ -143,18 +155,29 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
     store, passes = ActivationStore(folder / "store"), tokens // (UPDATES * BATCH)
     rate, warmup, b1, bandwidth, dead_after, norm = PEERS[name]
     steps, scale = passes * UPDATES, float(np.load(folder / "scale.npy")) / norm
-    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
-        d_in=store.width("resid_post"), d_sae=WIDTH, jumprelu_sparsity_loss_mode="quadratic",
-        target_l0=float(TARGET), l0_coefficient=PENALTY * norm**2,
-        l0_warm_up_steps=PENALTY_WARMUP, jumprelu_bandwidth=bandwidth,
-        pre_act_loss_coefficient=PEER_REVIVAL * norm,
-        normalize_activations="none",
-    ))  # fmt: skip
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=store.width("resid_post"),
+            d_sae=WIDTH,
+            jumprelu_sparsity_loss_mode="quadratic",
+            target_l0=float(TARGET),
+            l0_coefficient=PENALTY * norm**2,
+            l0_warm_up_steps=PENALTY_WARMUP,
+            jumprelu_bandwidth=bandwidth,
+            pre_act_loss_coefficient=PEER_REVIVAL * norm,
+            normalize_activations="none",
+        )
+    )
     config = SAETrainerConfig(
-        total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, lr=rate, lr_end=0.0,
-        lr_warm_up_steps=warmup, lr_decay_steps=int(DECAY * steps), adam_beta1=b1,
+        total_training_samples=steps * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=rate,
+        lr_end=0.0,
+        lr_warm_up_steps=warmup,
+        lr_decay_steps=int(DECAY * steps),
+        adam_beta1=b1,
         dead_feature_window=dead_after,
-    )  # fmt: skip
+    )
     trainer = SAETrainer(config, sae, iter(()))
     state, saved, seconds = folder / name, time.time(), 0.0
     if (state / "done.json").exists():
@@ -180,9 +203,13 @@ def peer(name: str, folder: Path, tokens: int, threads: int) -> None:
             (state / "done.json").write_text(json.dumps({"steps": done, "seconds": seconds}))
             l0 = out.feature_acts.count_nonzero().item() / BATCH
             left = (steps - done) * seconds / done / 60
-            print(f"{name}: {100 * done / steps:.1f} %  {done * BATCH / seconds:,.0f} tokens/s  "
-                  f"{left:.0f} min left  squared error {out.losses['mse_loss'].item():.4f}  "
-                  f"L0 {l0:.1f}", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{name}: {100 * done / steps:.1f} %  {done * BATCH / seconds:,.0f} tokens/s  "
+                f"{left:.0f} min left  squared error {out.losses['mse_loss'].item():.4f}  "
+                f"L0 {l0:.1f}",
+                file=sys.stderr,
+                flush=True,
+            )
     w = dict(zip(NAMES, (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)))
     w = {k: v.detach().double().numpy() for k, v in w.items()}
     if sae.cfg.apply_b_dec_to_input:
@@ -256,8 +283,9 @@ def main() -> None:
             f"{name:12s} target {target:4g}  L0 {row['l0']:6.1f}  FVU {row['fvu']:.4f}  typical "
             f"{row['typical']:.4f}  never {100 * row['never']:.1f} %  below {SELDOM}: "
             f"{100 * row['seldom']:.1f} %  above {OFTEN:.0%}: {100 * row['dense']:.1f} %  "
-            f"{rate:,.0f} tokens/s", flush=True,
-        )  # fmt: skip
+            f"{rate:,.0f} tokens/s",
+            flush=True,
+        )
 
     for name in wanted:
         if name not in PEERS:

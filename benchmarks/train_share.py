@@ -39,17 +39,19 @@ def random_model(name: str, seed: int = 0) -> Model:
         scale = 0.02 if leaf.ndim > 2 or max(leaf.shape) > 10_000 else 0.0
         return (scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
-    return Model(jax.tree.unflatten(tree, list(map(jax.jit(one, static_argnums=1), keys, leaves))),
-                 config)  # fmt: skip
+    return Model(
+        jax.tree.unflatten(tree, list(map(jax.jit(one, static_argnums=1), keys, leaves))), config
+    )
 
 
 def model_flops(model: Model, plan: steps.Plan, length: int) -> float:
     """Of a token through the layers that run: weights and (half of) attention's square."""
     c = model.config
     weights = sum(
-        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
         if "embed" not in jax.tree_util.keystr(path)
-    )  # fmt: skip
+    )
     attention = 2 * c.heads * c.head_dim * length  # two products, causal: half of them
     return plan.stop * (2 * weights / c.layers + attention)
 
@@ -92,9 +94,13 @@ def main() -> None:
         coder = CoderConfig(args.layer, width=width, target_l0=50, threshold=None, loss=loss)
         size = args.rows * args.length
         config = TrainConfig(
-            (coder,), rows=args.rows, length=args.length, buffer=8 * size, batch=size,
+            (coder,),
+            rows=args.rows,
+            length=args.length,
+            buffer=8 * size,
+            batch=size,
             precision=args.precision,
-        )  # fmt: skip
+        )
         peak = peak or measured_peak(config)
         batches = [random_batch(model, args, seed) for seed in range(4)]
 
@@ -117,13 +123,17 @@ def main() -> None:
             d = preset(args.model).d_model
             flops = model_flops(model, plan, args.length) + 10 * d * width
             row = {
-                "name": f"train_share_{width // 1024}k", "model": args.model,
-                "step": f"sparse, {form}" if sparsity else "dense", "ms": 1e3 * seconds,
-                "tokens/s": size / seconds, "share": flops * size / seconds / peak,
-                "peak": peak, "l0": float(parts[0]["l0"][0]),
+                "name": f"train_share_{width // 1024}k",
+                "model": args.model,
+                "step": f"sparse, {form}" if sparsity else "dense",
+                "ms": 1e3 * seconds,
+                "tokens/s": size / seconds,
+                "share": flops * size / seconds / peak,
+                "peak": peak,
+                "l0": float(parts[0]["l0"][0]),
                 "dense": float(parts[0].get("dense", jnp.ones(1))[0]),
                 "device": jax.devices()[0].device_kind,
-            }  # fmt: skip
+            }
             rows.append(row)
             print(
                 f"{args.model}, width {width:,}, {row['step']:15s} {row['ms']:8.1f} ms  "

@@ -112,8 +112,13 @@ def ours(args) -> None:
 
     loss = LossConfig(l0_weight=PENALTY, l0_warmup=0, bandwidth=BANDWIDTH, dead_weight=REVIVAL)
     coder = CoderConfig(layers=0, width=width, target_l0=L0, threshold=None, loss=loss)
-    config = TrainConfig((coder,), store="given below", batch=batch, precision=args.precision,
-                         optimizer=OptimizerConfig(RATE, warmup=0))  # fmt: skip
+    config = TrainConfig(
+        (coder,),
+        store="given below",
+        batch=batch,
+        precision=args.precision,
+        optimizer=OptimizerConfig(RATE, warmup=0),
+    )
     active.FEATURES_A_SLOT[active.sparse_form()] = 0  # also where a dense step may be faster
     plan = {"sparse": steps.make_plan(config, preset("gemma-3-270m"))}
     plan["dense"] = dataclasses.replace(
@@ -136,8 +141,9 @@ def ours(args) -> None:
 
     np.save(folder / "x.npy", x)
     np.savez(folder / "weights.npz", **flat(weights))
-    step = {name: jax.jit(partial(steps.update, plan=p), donate_argnums=0)
-            for name, p in plan.items()}  # fmt: skip
+    step = {
+        name: jax.jit(partial(steps.update, plan=p), donate_argnums=0) for name, p in plan.items()
+    }
     states = {"sparse": state}
     del state, weights
 
@@ -163,8 +169,10 @@ def ours(args) -> None:
         w, capacity = states["sparse"].groups[0].weights, plan["sparse"].capacity(group)
         low = w.threshold[0] - 0.5 * BANDWIDTH
         bias = encoder_bias(w, group.like.centred)[0]
-        counts = [active.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
-                  for b in batches]  # fmt: skip
+        counts = [
+            active.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
+            for b in batches
+        ]
         return max(int((c > capacity).sum()) for c in counts)
 
     def peak():
@@ -176,11 +184,18 @@ def ours(args) -> None:
     a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((n, D), (D, n))))
     with steps.precision(config):
         product = jax.jit(jnp.matmul).lower(a, b).compile()
-    serve({
-        "compare": compare, "update": update, "overflow": overflow, "memory": peak,
-        "weights": lambda file: np.save(file, flat(states["sparse"].groups[0].weights)["w_enc"]),
-        "matmul": lambda: best(lambda: product(a, b).block_until_ready()),
-    })  # fmt: skip
+    serve(
+        {
+            "compare": compare,
+            "update": update,
+            "overflow": overflow,
+            "memory": peak,
+            "weights": lambda file: np.save(
+                file, flat(states["sparse"].groups[0].weights)["w_enc"]
+            ),
+            "matmul": lambda: best(lambda: product(a, b).block_until_ready()),
+        }
+    )
 
 
 # ---- SAELens ---------------------------------------------------------------------------------
@@ -198,11 +213,19 @@ def peer(args) -> None:
     device = {"cpu": "cpu", "gpu": "cuda"}[args.device]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     x = torch.from_numpy(np.load(folder / "x.npy")).to(device)
-    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
-        d_in=D, d_sae=width, decoder_init_norm=None, jumprelu_sparsity_loss_mode="quadratic",
-        target_l0=float(L0), l0_coefficient=PENALTY, jumprelu_bandwidth=BANDWIDTH,
-        pre_act_loss_coefficient=REVIVAL, device=device,
-    )).to(device)  # fmt: skip
+    sae = JumpReLUTrainingSAE(
+        JumpReLUTrainingSAEConfig(
+            d_in=D,
+            d_sae=width,
+            decoder_init_norm=None,
+            jumprelu_sparsity_loss_mode="quadratic",
+            target_l0=float(L0),
+            l0_coefficient=PENALTY,
+            jumprelu_bandwidth=BANDWIDTH,
+            pre_act_loss_coefficient=REVIVAL,
+            device=device,
+        )
+    ).to(device)
     own = dict(zip(NAMES, (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)))
     turn = lambda name, a: a.T if name == "w_enc" else a  # theirs is [D, F]
     with np.load(folder / "weights.npz") as file, torch.no_grad():
@@ -244,11 +267,15 @@ def peer(args) -> None:
     n = side(args)
     a, b = (torch.randn(s, device=device, dtype=kind) for s in ((n, D), (D, n)))
     peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else memory()
-    serve({
-        "compare": compare, "update": update, "memory": peak,
-        "weights": lambda file: np.save(file, own["w_enc"].detach().T.cpu().numpy()),
-        "matmul": lambda: best(lambda: (a @ b, wait())),
-    })  # fmt: skip
+    serve(
+        {
+            "compare": compare,
+            "update": update,
+            "memory": peak,
+            "weights": lambda file: np.save(file, own["w_enc"].detach().T.cpu().numpy()),
+            "matmul": lambda: best(lambda: (a @ b, wait())),
+        }
+    )
 
 
 # ---- the comparison --------------------------------------------------------------------------
@@ -260,12 +287,17 @@ def agree(sides: dict, folder: str) -> bool:
     parts = {name: side.ask("compare", files[name]) for name, side in sides.items()}
     off = {k: abs(parts["ours"][k] / parts["peer"][k] - 1) for k in AGREE}
     with np.load(files["ours"]) as mine, np.load(files["peer"]) as theirs:
-        gradient = {k: float(np.linalg.norm(mine[k] - theirs[k]) / np.linalg.norm(theirs[k]))
-                    for k in NAMES}  # fmt: skip
+        gradient = {
+            k: float(np.linalg.norm(mine[k] - theirs[k]) / np.linalg.norm(theirs[k])) for k in NAMES
+        }
     p = parts["ours"]
-    print(f"  before: loss {p['loss']:.4f}, squared error {p['mse']:.4f}, L0 {p['l0']:.2f}; "
-          "differences " + ", ".join(f"{k} {v:.0e}" for k, v in off.items()) + "; of gradients "
-          + ", ".join(f"{k} {v:.0e}" for k, v in gradient.items()))  # fmt: skip
+    print(
+        f"  before: loss {p['loss']:.4f}, squared error {p['mse']:.4f}, L0 {p['l0']:.2f}; "
+        "differences "
+        + ", ".join(f"{k} {v:.0e}" for k, v in off.items())
+        + "; of gradients "
+        + ", ".join(f"{k} {v:.0e}" for k, v in gradient.items())
+    )
     return all(off[k] < AGREE[k] for k in AGREE) and max(gradient.values()) < AGREE_GRADIENT
 
 

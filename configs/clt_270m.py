@@ -11,10 +11,16 @@ from gemma_scope_jax.training.short_run import LOSS, RUN
 config = TrainConfig(
     coders=tuple(
         CoderConfig(
-            layers=tuple(range(18)), reads="mlp_in", writes="mlp_out", width=256, target_l0=150,
-            skip=skip, threshold=None, loss=LOSS,
+            layers=tuple(range(18)),
+            reads="mlp_in",
+            writes="mlp_out",
+            width=256,
+            target_l0=150,
+            skip=skip,
+            threshold=None,
+            loss=LOSS,
         )
         for skip in (False, True)
     ),
     **RUN,
-)  # fmt: skip
+)

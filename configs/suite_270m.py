@@ -15,11 +15,17 @@ from gemma_scope_jax.training.short_run import LOSS, RUN, SAE, falling
 TOKENS, BATCH = int(os.environ.get("TOKENS", 40_000_000)), 2048
 transcoders = tuple(
     CoderConfig(
-        layers=layer, reads="mlp_in", writes="mlp_out", skip=True, width=384, target_l0=20,
-        threshold=None, loss=LOSS,
+        layers=layer,
+        reads="mlp_in",
+        writes="mlp_out",
+        skip=True,
+        width=384,
+        target_l0=20,
+        threshold=None,
+        loss=LOSS,
     )
     for layer in range(18)
-)  # fmt: skip
+)
 
 larger = dict(
     tokens=TOKENS,

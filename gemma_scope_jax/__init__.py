@@ -12,7 +12,15 @@ _PUBLIC = {
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
     "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
     "model.intercept": [
-        "Intercept", "SITES", "capture", "fold", "freeze", "patch", "per_layer", "read", "steer",
+        "Intercept",
+        "SITES",
+        "capture",
+        "fold",
+        "freeze",
+        "patch",
+        "per_layer",
+        "read",
+        "steer",
         "write",
     ],
     "model.generate": ["generate"],
@@ -29,7 +37,7 @@ _PUBLIC = {
     "evaluation.evaluate": ["evaluate"],
     "extraction.extract": ["extract"],
     "extraction.store": ["FeatureStore"],
-}  # fmt: skip
+}
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)
 

@@ -48,8 +48,9 @@ class Progress:
             after = after if done < self.total else ""
         print(
             f"{share}{done:,} {self.unit}  {rated} {self.unit}/s{after}{note}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Shown:

@@ -81,11 +81,16 @@ def card_section(found: list[dict]) -> str:
     for f in found:
         tokens = "" if f["loss"] is None else f" on {f['loss']['tokens']:,}"
         cells = [
-            f["text"], f"{f['tokens']:,}", f"{f['l0']:.1f}", f"{f['fvu']:.3f}",
-            f"{f['typical']['fvu']:.3f}", f"{f['dead']:,} of {f['features']:,}",
-            number(f["delta_loss"], "+.2f") + tokens, number(f.get("loss_recovered"), ".3f"),
+            f["text"],
+            f"{f['tokens']:,}",
+            f"{f['l0']:.1f}",
+            f"{f['fvu']:.3f}",
+            f"{f['typical']['fvu']:.3f}",
+            f"{f['dead']:,} of {f['features']:,}",
+            number(f["delta_loss"], "+.2f") + tokens,
+            number(f.get("loss_recovered"), ".3f"),
             number(f.get("loss_recovered_saelens"), ".3f"),
-        ]  # fmt: skip
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return (
         "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without the "

@@ -36,8 +36,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        for name, low in (("length", 8), ("quantiles", 1), ("top", 1), ("test", 2), ("silent", 1),
-                          ("least", 2), ("weighted", 0), ("hard", 0), ("seed", 0)):  # fmt: skip
+        for name, low in (
+            ("length", 8),
+            ("quantiles", 1),
+            ("top", 1),
+            ("test", 2),
+            ("silent", 1),
+            ("least", 2),
+            ("weighted", 0),
+            ("hard", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {low}")
         if self.hard > self.silent:
@@ -65,9 +74,12 @@ class Example:
         a, b = max(0, self.centre - around), self.centre + around + 1
         other = None if self.other is None else self.other[a:b]
         return dataclasses.replace(
-            self, tokens=self.tokens[a:b], values=self.values[a:b], centre=self.centre - a,
+            self,
+            tokens=self.tokens[a:b],
+            values=self.values[a:b],
+            centre=self.centre - a,
             other=other,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,9 +172,12 @@ def in_test(pieces: np.ndarray, seed: int) -> np.ndarray:
 
 
 def open_corpus(
-    store: Any, tok: Any, sampling: Sampling = Sampling(), coder: str | None = None,
+    store: Any,
+    tok: Any,
+    sampling: Sampling = Sampling(),
+    coder: str | None = None,
     layer: int | None = None,
-) -> Corpus:  # fmt: skip
+) -> Corpus:
     """One pass over the store's tokens. Raises `InputError` if there are too few pieces."""
     counts, starts = np.zeros(tok.vocab_size, np.int64), []
     pool, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)

@@ -26,13 +26,7 @@ from gemma_scope_jax.autointerp.explanations import (
 from gemma_scope_jax.autointerp.judges.chat_client import Stopped
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.prompts import lengths, messages
-from gemma_scope_jax.autointerp.questions import (
-    UNCLEAR,
-    Answer,
-    Judge,
-    Question,
-    explain_question,
-)
+from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, Question, explain_question
 from gemma_scope_jax.autointerp.scores import SCORES, short_score
 from gemma_scope_jax.errors import InputError, nearest, shown
 from gemma_scope_jax.progress import Progress
@@ -140,9 +134,12 @@ def explain_features(
 
 
 def explained_by(
-    corpus: Corpus, method: str, model: str, features: Sequence[int],
+    corpus: Corpus,
+    method: str,
+    model: str,
+    features: Sequence[int],
     entries: Mapping[int, Explanation],
-) -> list[Explanation]:  # fmt: skip
+) -> list[Explanation]:
     """The entries of `features` that are a judge's (`method` and `name`) from these examples."""
     drawn = fingerprint(corpus)
     some = (entries[f] for f in dict.fromkeys(features) if f in entries)
@@ -150,9 +147,13 @@ def explained_by(
 
 
 def unfinished(
-    corpus: Corpus, method: str, model: str, features: Sequence[int], scores: Sequence[str],
+    corpus: Corpus,
+    method: str,
+    model: str,
+    features: Sequence[int],
+    scores: Sequence[str],
     entries: Mapping[int, Explanation],
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Those of `features` that a judge (its `method` and `name`) has yet to explain or score."""
     drawn = fingerprint(corpus)
 
@@ -235,10 +236,13 @@ class _Run:
 
     def entry(self, text: str, material: Material | None, scores: Mapping) -> Explanation:
         return {
-            "text": text, "method": self.judge.method, "model": self.judge.name,
-            "scores": scores, "examples": len(material.train) if material else 0,
+            "text": text,
+            "method": self.judge.method,
+            "model": self.judge.name,
+            "scores": scores,
+            "examples": len(material.train) if material else 0,
             "drawn": self.drawn,
-        }  # fmt: skip
+        }
 
     def keep(self, feature: int, entry: Explanation) -> None:
         self.entries[feature], self.changed = entry, True
@@ -305,9 +309,13 @@ class Plan:
 
 
 def plan(
-    corpus: Corpus, features: Sequence[int], scores: Sequence[str], prices: tuple[float, float],
-    *, looked_at: int = 8,
-) -> Plan:  # fmt: skip
+    corpus: Corpus,
+    features: Sequence[int],
+    scores: Sequence[str],
+    prices: tuple[float, float],
+    *,
+    looked_at: int = 8,
+) -> Plan:
     """Count what explaining `features` will ask; prices in dollars a million tokens in and out.
 
     Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again after an

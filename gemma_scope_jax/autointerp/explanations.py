@@ -25,9 +25,12 @@ FILE = "explanations.json"
 FORMAT = 1
 # The one figure of each score that stands for it where there is little room.
 FIGURES = {
-    "detection": "balanced_accuracy", "fuzzing": "balanced_accuracy", "intruder": "accuracy",
-    "simulation": "correlation", "saebench": "score",
-}  # fmt: skip
+    "detection": "balanced_accuracy",
+    "fuzzing": "balanced_accuracy",
+    "intruder": "accuracy",
+    "simulation": "correlation",
+    "saebench": "score",
+}
 
 Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples: int; more allowed
 

@@ -48,5 +48,7 @@ def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int
     cosines = both / np.sqrt(np.maximum(fired[None, :] * fired[np.asarray(features)][:, None], 1))
     cosines[np.arange(len(features)), np.asarray(features)] = -1
     best = np.argsort(-cosines, axis=-1, kind="stable")[:, :k]
-    return {f: [g for g in some if both[i, g] > 0]
-            for i, (f, some) in enumerate(zip(features, best.tolist()))}  # fmt: skip
+    return {
+        f: [g for g in some if both[i, g] > 0]
+        for i, (f, some) in enumerate(zip(features, best.tolist()))
+    }

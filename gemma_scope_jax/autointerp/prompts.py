@@ -53,8 +53,13 @@ SYSTEM = {
     "Answer with a JSON list that has one number for each token, in order. Nothing else.",
 }
 # Tokens of an answer: what is usual, and what is allowed.
-LENGTHS = {"explain": (25, 100), "classify": (3, 6), "select": (12, 60), "intruder": (4, 10),
-           "simulate": (3, 5)}  # fmt: skip
+LENGTHS = {
+    "explain": (25, 100),
+    "classify": (3, 6),
+    "select": (12, 60),
+    "intruder": (4, 10),
+    "simulate": (3, 5),
+}
 
 
 def is_marked(question: Question) -> bool:
@@ -71,10 +76,7 @@ def messages(question: Question) -> Messages:
     else:
         texts = enumerate(question.examples, 1)
         body = "\n".join(f"{i}. {s.text()}{_strengths(s)}" for i, s in texts)
-    return [
-        {"role": "system", "content": SYSTEM[kind]},
-        {"role": "user", "content": about + body},
-    ]
+    return [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": about + body}]
 
 
 def _strengths(shown: Shown) -> str:
@@ -191,8 +193,12 @@ def explanation_in(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or _EXCUSE.match(_unquoted(lines[0])):
         return ""
-    phrase = re.sub(r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", "",
-                    lines[-1], flags=re.IGNORECASE)  # fmt: skip
+    phrase = re.sub(
+        r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+",
+        "",
+        lines[-1],
+        flags=re.IGNORECASE,
+    )
     phrase = _LONE.sub("\ufffd", phrase.strip(" \"'*`.")[:LONGEST])
     return shown(phrase)[:LONGEST].strip()
 

@@ -19,13 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Material, Sampling
 from gemma_scope_jax.autointerp.metrics import binary_metrics, pearson
-from gemma_scope_jax.autointerp.questions import (
-    Answer,
-    Question,
-    Shown,
-    marks_of,
-    random_marks,
-)
+from gemma_scope_jax.autointerp.questions import Answer, Question, Shown, marks_of, random_marks
 
 SHOWN = 5  # texts in one question (delphi)
 INTRUDERS = 20  # intruder questions

@@ -62,9 +62,18 @@ def build_cards(
 
 
 def _make(
-    files: CardFiles, source: Any, coder: Coder, weights: str, layer: int, model: Model | None,
-    tok: Any, settings: CardSettings, gain: Gain, others: Mapping[str, Coder], progress: Progress,
-) -> None:  # fmt: skip
+    files: CardFiles,
+    source: Any,
+    coder: Coder,
+    weights: str,
+    layer: int,
+    model: Model | None,
+    tok: Any,
+    settings: CardSettings,
+    gain: Gain,
+    others: Mapping[str, Coder],
+    progress: Progress,
+) -> None:
     """Make the stages that are not there."""
     from_file = isinstance(source, str | os.PathLike)
     as_published = from_file and model is None
@@ -131,10 +140,17 @@ def _check_model(store: Any, model: Model) -> None:
 
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:
     return {
-        "coder": public_name(coder), "model": coder.info.model_name, "kind": coder.kind,
-        "layer": layer, "reads": coder.reads, "writes": coder.writes, "width": coder.width,
-        "first": coder.first, "settings": dataclasses.asdict(settings), "gain": gain,
-    }  # fmt: skip
+        "coder": public_name(coder),
+        "model": coder.info.model_name,
+        "kind": coder.kind,
+        "layer": layer,
+        "reads": coder.reads,
+        "writes": coder.writes,
+        "width": coder.width,
+        "first": coder.first,
+        "settings": dataclasses.asdict(settings),
+        "gain": gain,
+    }
 
 
 def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -176,8 +176,10 @@ class Stage:
         path, kind = self.folder / f".{name}.npy", np.dtype(dtype)
         size = math.prod(shape) * kind.itemsize
         header = {
-            "descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape,
-        }  # fmt: skip
+            "descr": np.lib.format.dtype_to_descr(kind),
+            "fortran_order": False,
+            "shape": shape,
+        }
         try:
             with open(path, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
@@ -324,13 +326,14 @@ class FeatureCards:
             kept = np.flatnonzero(ids[slot] >= 0)
             found.append(
                 Example(
-                    ids[slot][kept].tolist(), values[slot][kept].tolist(),
+                    ids[slot][kept].tolist(),
+                    values[slot][kept].tolist(),
                     int(np.searchsorted(kept, before)),
                     int(self["example_documents"][feature, slot]),
                     int(self["example_positions"][feature, slot]),
                     files[self["example_sources"][feature, slot]] if files else "",
                 )
-            )  # fmt: skip
+            )
         return found
 
     def listed(self, name: str, feature: int, *facts: str) -> list[tuple[Any, ...]]:

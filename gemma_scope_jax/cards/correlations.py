@@ -20,9 +20,14 @@ PAIRS = 1 << 21  # pairs of features in a block, if all are active together
 
 
 def correlate(
-    store: Any, coder: str, layer: int, k: int, stage: Stage, progress: Progress,
+    store: Any,
+    coder: str,
+    layer: int,
+    k: int,
+    stage: Stage,
+    progress: Progress,
     entries: int = ENTRIES,
-) -> None:  # fmt: skip
+) -> None:
     """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest from `LEAST` on.
 
     The cosine is that of the uncentred activations. A store with more than `entries` active

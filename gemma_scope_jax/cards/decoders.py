@@ -110,9 +110,16 @@ def _extreme_tokens(model: Model, rows, allowed, *, k: int, gain: Gain, bins: in
 
 
 def extreme_logits(
-    model: Model, coder: Coder, tok: Any, features: Any, *,
-    k: int = 10, gain: Gain = "exact", bins: int = 0, layer: int | None = None,
-) -> Iterator[tuple[np.ndarray, ...]]:  # fmt: skip
+    model: Model,
+    coder: Coder,
+    tok: Any,
+    features: Any,
+    *,
+    k: int = 10,
+    gain: Gain = "exact",
+    bins: int = 0,
+    layer: int | None = None,
+) -> Iterator[tuple[np.ndarray, ...]]:
     """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
     smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
 
@@ -153,18 +160,28 @@ def logit_tokens(
 
 
 def write_logits(
-    model: Model, coder: Coder, tok: Any, layer: int | None, k: int, bins: int, gain: Gain,
-    stage: Stage, progress: Progress,
-) -> None:  # fmt: skip
+    model: Model,
+    coder: Coder,
+    tok: Any,
+    layer: int | None,
+    k: int,
+    bins: int,
+    gain: Gain,
+    stage: Stage,
+    progress: Progress,
+) -> None:
     """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
     if coder.writes not in TO_LOGITS:
         return
     F, done = coder.width, 0
     shapes = {
-        "top_ids": (k, np.int32), "top_logits": (k, np.float32), "bottom_ids": (k, np.int32),
-        "bottom_logits": (k, np.float32), "logit_range": (2, np.float32),
+        "top_ids": (k, np.int32),
+        "top_logits": (k, np.float32),
+        "bottom_ids": (k, np.int32),
+        "bottom_logits": (k, np.float32),
+        "logit_range": (2, np.float32),
         "logit_histogram": (bins, np.int32),
-    }  # fmt: skip
+    }
     arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
     every = np.arange(F)
     for chunk in extreme_logits(model, coder, tok, every, k=k, gain=gain, bins=bins, layer=layer):
@@ -233,9 +250,15 @@ def write_neighbours(coder: Coder, layer: int | None, k: int, stage: Stage, prog
 
 
 def write_comparison(
-    coder: Coder, layer: int | None, other: Coder, other_layer: int | None, number: int, k: int,
-    stage: Stage, progress: Progress,
-) -> None:  # fmt: skip
+    coder: Coder,
+    layer: int | None,
+    other: Coder,
+    other_layer: int | None,
+    number: int,
+    k: int,
+    stage: Stage,
+    progress: Progress,
+) -> None:
     """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder.
 
     Raises `InputError` for coders that do not write vectors of one size.

@@ -47,8 +47,15 @@ class CardSettings:
     listed: int = 10
 
     def __post_init__(self):
-        for name, least in {"top": 1, "groups": 1, "each": 0, "before": 0, "after": 0,
-                            "bins": 1, "listed": 1}.items():  # fmt: skip
+        for name, least in {
+            "top": 1,
+            "groups": 1,
+            "each": 0,
+            "before": 0,
+            "after": 0,
+            "bins": 1,
+            "listed": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {least}")
         if self.bins % self.groups:

@@ -61,9 +61,14 @@ def build_labels(
     )
     with tempfile.TemporaryDirectory() as folder:
         store = extract(
-            model, {"coder": coder}, tok, [text for _, text in named], f"{folder}/store", seed=None,
+            model,
+            {"coder": coder},
+            tok,
+            [text for _, text in named],
+            f"{folder}/store",
+            seed=None,
             length=length,
-        )  # fmt: skip
+        )
         cards = build_cards(
             store, coder, f"{folder}/cards", model=model, tok=tok, settings=settings
         )
@@ -71,9 +76,11 @@ def build_labels(
 
 
 def labels_of(
-    cards: FeatureCards, tok: Any, examples: int = 3,
+    cards: FeatureCards,
+    tok: Any,
+    examples: int = 3,
     source: Callable[[Example], str] = lambda example: example.source,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The label material of cards: their `examples` strongest examples, control tokens left out."""
 
     def words(name: str, feature: int) -> list[str]:

@@ -49,9 +49,13 @@ def find_examples(coder: Coder) -> Path | None:
 
 
 def read_published(
-    path: Path, width: int, settings: CardSettings, stage: Stage, progress: Progress,
+    path: Path,
+    width: int,
+    settings: CardSettings,
+    stage: Stage,
+    progress: Progress,
     vocab: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
 
     vocab: tokens of the tokenizer that is to show them, if it is known. Raises `InputError` for a
@@ -79,10 +83,12 @@ def read_published(
         _gather(path, tokens, blocks, width, settings, stage, progress)
         stage.put("density", frequency)
         stage.facts |= {
-            "tokens": None, "strongest_only": shapes["activations"][1],
-            "text": "the published examples", "prompts": len(tokens),
+            "tokens": None,
+            "strongest_only": shapes["activations"][1],
+            "text": "the published examples",
+            "prompts": len(tokens),
             "prompt_tokens": tokens.shape[1],
-        }  # fmt: skip
+        }
         if set(LOGITS) <= shapes.keys():
             for name, source in zip(
                 ("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS
@@ -105,9 +111,14 @@ def _check(path: Path, shapes: dict[str, tuple[int, ...]], width: int) -> None:
 
 
 def _gather(
-    path: Path, tokens: np.ndarray, blocks: Iterator[tuple[int, list[np.ndarray]]], width: int,
-    s: CardSettings, stage: Stage, progress: Progress,
-) -> None:  # fmt: skip
+    path: Path,
+    tokens: np.ndarray,
+    blocks: Iterator[tuple[int, list[np.ndarray]]],
+    width: int,
+    s: CardSettings,
+    stage: Stage,
+    progress: Progress,
+) -> None:
     create = stage.create
     largest, mean = (create(name, (width,), np.float32, 0) for name in ("largest", "mean"))
     histogram = create("histogram", (width, s.bins), np.int64, 0)

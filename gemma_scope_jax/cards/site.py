@@ -150,15 +150,20 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
     for f, explanation in explanations.items():
         labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))
     return {
-        "name": name, "about": about, "chunk": CHUNK, "shards": SHARDS,
+        "name": name,
+        "about": about,
+        "chunk": CHUNK,
+        "shards": SHARDS,
         "density": [float(f"{v:.6g}") for v in cards["density"].tolist()],
         "largest": [_short(v) for v in cards["largest"].tolist()],
         "mean": [_short(v) for v in cards["mean"].tolist()],
-        "words": tok.decode_tokens(ids), "raises": np.searchsorted(ids, some).tolist(),
-        "labels": labels, "notes": notes,
+        "words": tok.decode_tokens(ids),
+        "raises": np.searchsorted(ids, some).tolist(),
+        "labels": labels,
+        "notes": notes,
         "explained": any(labels),
         "compared": [[other, sites.get(other, ""), n] for other, n in m.get("compared", [])],
-    }  # fmt: skip
+    }
 
 
 # -------------------------------------------------------------------------------------------------

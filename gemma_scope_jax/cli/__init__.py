@@ -25,10 +25,19 @@ from gemma_scope_jax.model.processes import abandon
 from gemma_scope_jax.progress import shown_streams
 
 COMMANDS = {
-    "inspect": inspect, "list": list_, "check": check, "train": train, "activations": activations,
-    "extract": extract, "verify": verify, "export": export, "cards": cards,
-    "evaluate": evaluate, "benchmark": benchmark, "explain": explain,
-}  # fmt: skip
+    "inspect": inspect,
+    "list": list_,
+    "check": check,
+    "train": train,
+    "activations": activations,
+    "extract": extract,
+    "verify": verify,
+    "export": export,
+    "cards": cards,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "explain": explain,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,8 +64,11 @@ def benchmark(
     from gemma_scope_jax.storage.paths import folder_path
 
     folder = folder_path(out)
-    files = {name: table_files(some) for name, some in
-             (("probing", probing), ("tpp", tpp), ("scr", scr)) if some}  # fmt: skip
+    files = {
+        name: table_files(some)
+        for name, some in (("probing", probing), ("tpp", tpp), ("scr", scr))
+        if some
+    }
     if probing:
         files["probing"] = _left(files["probing"], without)
     _check(files, limit)
@@ -89,8 +92,10 @@ def benchmark(
     if absorption:
         jobs.append(absorption_job(bench, per_letter=words))
     for family in ("tpp", "scr"):
-        jobs += [concept_job(bench, family, path, limit=limit, ns=ABLATED)
-                 for path in files.get(family, [])]  # fmt: skip
+        jobs += [
+            concept_job(bench, family, path, limit=limit, ns=ABLATED)
+            for path in files.get(family, [])
+        ]
     _run(bench, jobs)
 
 

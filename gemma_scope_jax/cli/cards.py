@@ -98,9 +98,15 @@ def cards(
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")
     folder = Path(out).expanduser()
     settings = CardSettings(
-        top=top, groups=groups, each=each, before=before, after=after, bins=8 * groups,
-        seed=seed, listed=listed,
-    )  # fmt: skip
+        top=top,
+        groups=groups,
+        each=each,
+        before=before,
+        after=after,
+        bins=8 * groups,
+        seed=seed,
+        listed=listed,
+    )
     data = TextData(files=text, messages=messages, roles=roles, field=field, skip_bad=skip_bad)
     text_files(text)
     others = _load_others(compare)
@@ -243,9 +249,17 @@ def _make(model, tok, wanted: list[_Wanted], sources, settings, logits, export, 
         name, folder = one.name, out / one.name
         print(f"cards of {name}", file=sys.stderr)
         made[name] = build_cards(
-            source, one.coder, folder / "cards", layer=one.layer, model=model, tok=tok,
-            settings=settings, gain=logits, compare=one.compared, progress=progress,
-        )  # fmt: skip
+            source,
+            one.coder,
+            folder / "cards",
+            layer=one.layer,
+            model=model,
+            tok=tok,
+            settings=settings,
+            gain=logits,
+            compare=one.compared,
+            progress=progress,
+        )
         build_site(
             made[name], folder, tok, explanations=one.explained, sites=one.sites, progress=progress
         )
@@ -294,9 +308,11 @@ def _export_layers(made: dict[str, Any], tok, out: Path, export, progress) -> No
     from gemma_scope_jax.cards.export.anthropic import export_anthropic, export_anthropic_json
 
     layers = {cards.manifest["layer"]: cards for cards in made.values()}
-    sets = {out: layers} if len(layers) == len(made) else {
-        out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()
-    }  # fmt: skip
+    sets = (
+        {out: layers}
+        if len(layers) == len(made)
+        else {out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()}
+    )
     for folder, some in sets.items():
         if "anthropic" in export:
             export_anthropic(some, tok, folder / "anthropic", progress)

@@ -112,8 +112,15 @@ def explain(
 
     kind = _kind(judge, endpoint, judge_model, plan)
     check_scores(scores)
-    sampling = Sampling(length=length, test=test, silent=silent, hard=hard_negatives,
-                        neighbours=neighbours, least=least, seed=seed)  # fmt: skip
+    sampling = Sampling(
+        length=length,
+        test=test,
+        silent=silent,
+        hard=hard_negatives,
+        neighbours=neighbours,
+        least=least,
+        seed=seed,
+    )
     use_compilation_cache()
     with stage(f"opening {store}"):
         opened = FeatureStore(store)

@@ -101,9 +101,15 @@ def extract(
     from gemma_scope_jax.extraction.extract import extract as run_extraction
 
     settings: dict[str, Any] = dict(
-        tokens=tokens, rows=rows, length=length, seed=None if in_order else seed, values=values,
-        slots=slots, precision=precision, share=share,
-    )  # fmt: skip
+        tokens=tokens,
+        rows=rows,
+        length=length,
+        seed=None if in_order else seed,
+        values=values,
+        slots=slots,
+        precision=precision,
+        share=share,
+    )
     if plan:
         print_plan(plan_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
     else:

@@ -163,15 +163,25 @@ def active_features(
     mesh = mesh_of(model.params.embed)
     reads = [
         read(
-            group.site, group.layers, _active, per_layer(w), counts, name=str(i),
-            first=group.first, slots=min(slots, group.width), k=group.k, form=form,
-            precision=precision, mesh=mesh,
+            group.site,
+            group.layers,
+            _active,
+            per_layer(w),
+            counts,
+            name=str(i),
+            first=group.first,
+            slots=min(slots, group.width),
+            k=group.k,
+            form=form,
+            precision=precision,
+            mesh=mesh,
         )
         for i, (group, w) in enumerate(zip(groups, weights))
-    ]  # fmt: skip
+    ]
     stop = 1 + max(max(group.layers) for group in groups)
-    out = forward(model, tokens, reads, segments=segments, stop_at_layer=stop, logits="none",
-                  remat=None)  # fmt: skip
+    out = forward(
+        model, tokens, reads, segments=segments, stop_at_layer=stop, logits="none", remat=None
+    )
     return [out.reads[str(i)] for i in range(len(groups))]
 
 
@@ -206,10 +216,12 @@ def _find(x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=Non
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
     size = min(ON_CPU if form == "cpu" else ELSEWHERE, x.shape[0])
-    chosen = None if k is None else partial(_topk, w=w, low=low, k=k, precision=precision,
-                                            split=split)  # fmt: skip
-    chunk = partial(_compact, w=w, low=low, slots=slots, form=form, precision=precision,
-                    chosen=chosen)  # fmt: skip
+    chosen = (
+        None if k is None else partial(_topk, w=w, low=low, k=k, precision=precision, split=split)
+    )
+    chunk = partial(
+        _compact, w=w, low=low, slots=slots, form=form, precision=precision, chosen=chosen
+    )
     parts = jax.lax.map(chunk, xla.split(x, 0, size))
     values, features, count = (xla.join(a, 0, x.shape[0]) for a in parts)
     count = jnp.where(keep, count, 0)
@@ -225,9 +237,14 @@ def _find(x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=Non
         overflow = jax.lax.psum(overflow.astype(jnp.int32), axes) > 0
         finite = jax.lax.psum((~finite).astype(jnp.int32), axes) == 0
     return Active(
-        values, features, count[:, None], spilled_tokens[None, None], spilled[None], overflow,
+        values,
+        features,
+        count[:, None],
+        spilled_tokens[None, None],
+        spilled[None],
+        overflow,
         finite,
-    )  # fmt: skip
+    )
 
 
 def _product(x, w: Encoders, precision: str):

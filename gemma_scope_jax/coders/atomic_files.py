@@ -13,9 +13,14 @@ from gemma_scope_jax.storage.safetensors_writing import (
 )
 
 __all__ = [
-    "Streamed", "disk_error", "lay_out", "write_array", "write_folder", "write_json",
+    "Streamed",
+    "disk_error",
+    "lay_out",
+    "write_array",
+    "write_folder",
+    "write_json",
     "write_safetensors",
-]  # fmt: skip
+]
 
 
 def write_json(file: BinaryIO, value: Any) -> None:

@@ -43,6 +43,8 @@ def as_jump_relu(coder: Coder, x: Any) -> Coder:
     edge = found.min(initial=np.inf) if found.size == wanted else 0.0
     threshold = max(float(np.nextafter(np.float32(edge), np.float32(-1))), 0.0)  # it is strict
     return dataclasses.replace(
-        coder, k=None, threshold=jnp.full_like(jnp.asarray(coder.threshold), threshold),
+        coder,
+        k=None,
+        threshold=jnp.full_like(jnp.asarray(coder.threshold), threshold),
         info=dataclasses.replace(coder.info, l0=coder.info.l0 or coder.k),
-    )  # fmt: skip
+    )

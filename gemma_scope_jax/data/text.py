@@ -36,9 +36,16 @@ from gemma_scope_jax.data.documents import (
 from gemma_scope_jax.errors import InputError
 
 __all__ = [
-    "SEPARATOR", "TextData", "TokenBatch", "TokenBatches", "counting", "pack", "prefetch",
-    "read_documents", "readings",
-]  # fmt: skip
+    "SEPARATOR",
+    "TextData",
+    "TokenBatch",
+    "TokenBatches",
+    "counting",
+    "pack",
+    "prefetch",
+    "read_documents",
+    "readings",
+]
 
 LABELS = ("turn", "system", "user", "model")  # what a chat's tokens may be of, see `Span`
 _PLACE = ("epoch", "document", "offset")

@@ -38,11 +38,14 @@ from gemma_scope_jax.storage.strict_json import field
 CORE, REPLACEMENT = "core", "replacement"
 LOSS_TOKENS = "total_tokens_eval_reconstruction"
 WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our own
-    "encoder_bias": "encoder_bias", "encoder_norm": "encoder_norm",
+    "encoder_bias": "encoder_bias",
+    "encoder_norm": "encoder_norm",
     "encoder_decoder_cosine_sim": "encoder_decoder_cosine",
-    "max_decoder_cosine_sim": "max_decoder_cosine", "max_encoder_cosine_sim": "max_encoder_cosine",
-    "decoder_norm": "decoder_norm", "threshold": "threshold",
-}  # fmt: skip
+    "max_decoder_cosine_sim": "max_decoder_cosine",
+    "max_encoder_cosine_sim": "max_encoder_cosine",
+    "decoder_norm": "decoder_norm",
+    "threshold": "threshold",
+}
 
 
 def core_config(

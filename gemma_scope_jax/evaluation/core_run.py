@@ -72,9 +72,14 @@ def evaluate_core(
 
 
 def _evaluate_core(
-    model: Model, coders: Sequence[Coder], data: EvaluationText, plan: Plan,
-    config: dict[str, Any], out: str, replacement: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: Model,
+    coders: Sequence[Coder],
+    data: EvaluationText,
+    plan: Plan,
+    config: dict[str, Any],
+    out: str,
+    replacement: bool,
+) -> list[dict[str, Any]]:
     configs = [{**config, "coder_weights": weights_identity(c)} for c in coders]
     ids = [coder_id(c) for c in coders]
     if repeated := [i for i in ids if ids.count(i) > 1]:

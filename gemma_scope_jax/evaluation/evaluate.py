@@ -324,9 +324,13 @@ def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
 def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segments):
     """Activations {site: [X, B*T, D]} at the `layers` of each site. The model stops at the last."""
     out = forward(
-        model, tokens, [capture(site, some) for site, some in layers.items()],
-        segments=segments, stop_at_layer=1 + max(map(max, layers.values())), logits="none",
-    )  # fmt: skip
+        model,
+        tokens,
+        [capture(site, some) for site, some in layers.items()],
+        segments=segments,
+        stop_at_layer=1 + max(map(max, layers.values())),
+        logits="none",
+    )
     return {s: a.reshape(a.shape[0], -1, *a.shape[3:]) for s, a in out.reads.items()}
 
 

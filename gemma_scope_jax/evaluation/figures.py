@@ -207,11 +207,18 @@ class Tally:
         of = lambda run, what: float(mean[run][what]) if run in mean else None
         spliced = of(SPLICED, 0)
         return Losses(
-            n, self.clean[group] / n if n else math.nan,
+            n,
+            self.clean[group] / n if n else math.nan,
             math.nan if spliced is None else spliced,
-            of("zero", 0), of("mean", 0), of(SPLICED, 1), of("zero", 1), of("mean", 1),
-            of(SPLICED, 2), of("zero everywhere", 0), of("zero everywhere", 1),
-        )  # fmt: skip
+            of("zero", 0),
+            of("mean", 0),
+            of(SPLICED, 1),
+            of("zero", 1),
+            of("mean", 1),
+            of(SPLICED, 2),
+            of("zero everywhere", 0),
+            of("zero everywhere", 1),
+        )
 
     def metrics(self) -> Metrics:
         """The figures of what was added. Raises `InputError` if that is nothing."""
@@ -229,9 +236,14 @@ class Tally:
             if sums.tokens[2 + i].max():
                 groups.setdefault(kind, []).append(_row(name, fit(sums, 2 + i), self.losses(1 + i)))
         return Metrics(
-            fit(sums), fit(sums, 1), fits(sums), density, consistency, self.losses(),
+            fit(sums),
+            fit(sums, 1),
+            fits(sums),
+            density,
+            consistency,
+            self.losses(),
             {kind: tuple(rows) for kind, rows in groups.items()},
-        )  # fmt: skip
+        )
 
     def loss_rows(self) -> dict[str, tuple[dict[str, Any], ...]]:
         """The losses by group alone, for several coders spliced together."""

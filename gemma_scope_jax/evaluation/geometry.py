@@ -40,13 +40,15 @@ class Geometry:
     def averages(self) -> dict[str, Any]:
         """The means, under SAEBench's names where it has them."""
         mean = lambda a: float(np.mean(a, dtype=np.float64))
-        return plain({
-            "average_max_encoder_cosine_sim": mean(self.max_encoder_cosine),
-            "average_max_decoder_cosine_sim": mean(self.max_decoder_cosine),
-            "average_encoder_decoder_cosine_sim": mean(self.encoder_decoder_cosine),
-            "average_encoder_norm": mean(self.encoder_norm),
-            "average_decoder_norm": mean(self.decoder_norm),
-        })  # fmt: skip
+        return plain(
+            {
+                "average_max_encoder_cosine_sim": mean(self.max_encoder_cosine),
+                "average_max_decoder_cosine_sim": mean(self.max_decoder_cosine),
+                "average_encoder_decoder_cosine_sim": mean(self.encoder_decoder_cosine),
+                "average_encoder_norm": mean(self.encoder_norm),
+                "average_decoder_norm": mean(self.decoder_norm),
+            }
+        )
 
 
 def geometry(coder: Coder) -> Geometry:

@@ -118,15 +118,22 @@ def fits(sums: Sums, group: int = 0) -> tuple[Fit, ...]:
         error = s["error"] / n
         fvu = s["error"] / s["spread"]
         values = {
-            "l0": s["active"] / n, "fvu": fvu, "mse": error, "mse_per_element": error / D,
-            "l1": s["l1"] / n, "cosine": s["cosine"] / n, "l2_norm_in": s["norm_in"] / n,
-            "l2_norm_out": s["norm_out"] / n, "l2_ratio": s["ratio"] / n,
+            "l0": s["active"] / n,
+            "fvu": fvu,
+            "mse": error,
+            "mse_per_element": error / D,
+            "l1": s["l1"] / n,
+            "cosine": s["cosine"] / n,
+            "l2_norm_in": s["norm_in"] / n,
+            "l2_norm_out": s["norm_out"] / n,
+            "l2_ratio": s["ratio"] / n,
             "relative_reconstruction_bias": s["energy_out"] / s["dot"],
-            "explained_variance": 1 - fvu, "explained_variance_per_token": s["legacy"] / n,
+            "explained_variance": 1 - fvu,
+            "explained_variance_per_token": s["legacy"] / n,
             "explained_variance_scalar_mean": 1 - error / (energy - (energy / D) ** 2),
             "explained_variance_about_zero": 1 - error / energy,
             "explained_variance_of_the_rest": 1 - s["noise"] / s["spread"],
-        }  # fmt: skip
+        }
     return tuple(
         Fit(tokens=int(n[i]), **{name: float(v[i]) for name, v in values.items()})
         for i in range(len(n))
@@ -166,12 +173,7 @@ class BatchSums(NamedTuple):
 
 
 def coder_sums(
-    coder: Coder,
-    x: jax.Array,
-    y: jax.Array,
-    mask: jax.Array,
-    groups: jax.Array,
-    pieces: jax.Array,
+    coder: Coder, x: jax.Array, y: jax.Array, mask: jax.Array, groups: jax.Array, pieces: jax.Array
 ) -> BatchSums:
     """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out]; X is 1 for a `SparseCoder`.
 

@@ -63,10 +63,19 @@ FIGURES = (
     ("tokens of the losses", "token_stats", LOSS_TOKENS, ",d"),
 )
 COMPARED = (
-    "L0", "FVU", "FVU of typical tokens", "cosine", "delta loss, nats", "CE score, zeros",
-    "CE score, SAELens", "CE score, mean", "KL, nats", "top-1 agreement", "never fired",
+    "L0",
+    "FVU",
+    "FVU of typical tokens",
+    "cosine",
+    "delta loss, nats",
+    "CE score, zeros",
+    "CE score, SAELens",
+    "CE score, mean",
+    "KL, nats",
+    "top-1 agreement",
+    "never fired",
     "on over 10 % of tokens",
-)  # fmt: skip
+)
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
     ("model_performance_preservation", "delta_loss", "delta loss, nats", False),
@@ -149,9 +158,16 @@ def _print_groups(console: Any, result: Result) -> None:
     if layers := more.get("layers"):
         tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
     forms = {
-        "tokens": ",d", "l0": ".1f", "fvu": ".4f", "cosine": ".4f", "loss_tokens": ",d",
-        "loss": ".4f", "delta_loss": "+.4f", "kl": ".4f", "agreement": ".4f",
-    }  # fmt: skip
+        "tokens": ",d",
+        "l0": ".1f",
+        "fvu": ".4f",
+        "cosine": ".4f",
+        "loss_tokens": ",d",
+        "loss": ".4f",
+        "delta_loss": "+.4f",
+        "kl": ".4f",
+        "agreement": ".4f",
+    }
     for title, rows in tables.items():
         names = [name for name in forms if any(row.get(name) is not None for row in rows)]
         table = Table(box=None, pad_edge=False)
@@ -221,8 +237,9 @@ def plot_pareto(results: Sequence[Result], path: str | os.PathLike) -> None:
         known = [(x, y, name) for x, y, name in points if x is not None and y is not None]
         for x, y, name in known:
             axis.plot(x, y, "o")
-            axis.annotate(_brief(name), (x, y), fontsize=6, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
+            axis.annotate(
+                _brief(name), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
         best = frontier([(x, y) for x, y, _ in known], higher)
         axis.plot([x for x, _ in best], [y for _, y in best], "-", color="0.6", zorder=0)
         axis.set(xlabel="L0", ylabel=label, xscale="log")

@@ -31,10 +31,19 @@ from gemma_scope_jax.storage.paths import folder_path, write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 ENVELOPE = (
-    "eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics",
-    "eval_result_details", "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id",
-    "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured",
-)  # fmt: skip
+    "eval_type_id",
+    "eval_config",
+    "eval_id",
+    "datetime_epoch_millis",
+    "eval_result_metrics",
+    "eval_result_details",
+    "sae_bench_commit_hash",
+    "sae_lens_id",
+    "sae_lens_release_id",
+    "sae_lens_version",
+    "sae_cfg_dict",
+    "eval_result_unstructured",
+)
 UNDEFINED = -1  # SAEBench's number for "no number"
 
 
@@ -93,8 +102,13 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     missing = [k for k in ENVELOPE if not isinstance(result, dict) or k not in result]
     if missing:
         raise InputError(f"{path}: not an evaluation's result: it has no {missing[0]!r}")
-    for key, kind in (("eval_type_id", str), ("sae_lens_id", str), ("sae_lens_release_id", str),
-                      ("eval_config", dict), ("eval_result_metrics", dict)):  # fmt: skip
+    for key, kind in (
+        ("eval_type_id", str),
+        ("sae_lens_id", str),
+        ("sae_lens_release_id", str),
+        ("eval_config", dict),
+        ("eval_result_metrics", dict),
+    ):
         field(result, key, kind, path)
     for group in result["eval_result_metrics"]:
         for name in (numbers := field(result["eval_result_metrics"], group, dict, path)):

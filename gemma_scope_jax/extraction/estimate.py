@@ -111,8 +111,10 @@ def print_plan(found: Estimate, *, json: bool = False) -> None:
     done = f", {found.shards_done} of them there" if found.shards_done else ""
     free = "" if found.bytes_free is None else f" ({_bytes(found.bytes_free)} free)"
     limit = "" if found.memory_limit is None else f" of {_bytes(found.memory_limit)}"
-    print(f"text     {found.tokens:,} tokens in {found.documents:,} documents, {found.shards} "
-          f"shards{done}; batches of {rows} x {length}")  # fmt: skip
+    print(
+        f"text     {found.tokens:,} tokens in {found.documents:,} documents, {found.shards} "
+        f"shards{done}; batches of {rows} x {length}"
+    )
     print(f"disk     about {_bytes(found.bytes)}{free}, {found.bytes_per_token:.0f} bytes a token")
     print(f"memory   {_bytes(found.memory)}{limit} on a device")
     if found.tokens_per_second is None or found.seconds is None:
@@ -142,14 +144,22 @@ def print_store(store: FeatureStore, *, json: bool = False) -> None:
     l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
     if json:
         sparsity = [{"coder": n, "layer": l, "l0": v} for (n, l), v in zip(lists, l0)]
-        found = {"folder": str(store.folder), "complete": store.complete, "tokens": len(store),
-                 "counted": store.counted, "bytes": store.bytes, "l0": sparsity}  # fmt: skip
+        found = {
+            "folder": str(store.folder),
+            "complete": store.complete,
+            "tokens": len(store),
+            "counted": store.counted,
+            "bytes": store.bytes,
+            "l0": sparsity,
+        }
         print(json_format.dumps(found))
         return
     for (name, layer), value in zip(lists, l0):
         print(f"{name}  layer {layer}  L0 {value:.1f}")
     each = store.bytes / max(len(store), 1)
-    print(f"{store.counted:,} tokens with features, {len(store):,} in all, {_bytes(store.bytes)}, "
-          f"{each:.0f} bytes a token")  # fmt: skip
+    print(
+        f"{store.counted:,} tokens with features, {len(store):,} in all, {_bytes(store.bytes)}, "
+        f"{each:.0f} bytes a token"
+    )
     rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
     print(f"store: {store.folder}{rest}")

@@ -81,9 +81,12 @@ def _parquet(store: FeatureStore, folder: Any) -> None:
     progress, done = Progress(len(store)), 0
     for number, segment in enumerate(store.segments()):
         columns: dict[str, Any] = {
-            "document": segment.documents, "position": segment.positions,
-            "offset": segment.offsets, "token": segment.tokens, "counted": segment.counted,
-        }  # fmt: skip
+            "document": segment.documents,
+            "position": segment.positions,
+            "offset": segment.offsets,
+            "token": segment.tokens,
+            "counted": segment.counted,
+        }
         columns = {name: pa.array(values) for name, values in columns.items()}
         for coder, layer, _, name in lists(store):
             offsets, ids, values = segment.by_token(coder, layer)
@@ -137,15 +140,22 @@ class _Split(NamedTuple):
 
 
 def _write_split(
-    store: FeatureStore, split: _Split, shape: tuple[int, int], progress: Progress, done: int,
+    store: FeatureStore,
+    split: _Split,
+    shape: tuple[int, int],
+    progress: Progress,
+    done: int,
     file: BinaryIO,
-) -> None:  # fmt: skip
+) -> None:
     """Fill a file's tensors side by side, a segment at a time. shape: of `tokens`."""
     small = max(*shape, split.stop - split.start) <= 1 << 16
-    header, places = lay_out({
-        "locations": ("uint16" if small else "uint32", (split.count, 3)),
-        "activations": ("float16", (split.count,)), "tokens": ("int64", shape),
-    })  # fmt: skip
+    header, places = lay_out(
+        {
+            "locations": ("uint16" if small else "uint32", (split.count, 3)),
+            "activations": ("float16", (split.count,)),
+            "tokens": ("int64", shape),
+        }
+    )
     file.write(header)
     at, before = {name: begin for name, (begin, _) in places.items()}, 0
     for i, segment in enumerate(store.segments(), 1):
@@ -192,10 +202,15 @@ def _delphi_config(store: FeatureStore, rows: int, length: int) -> dict[str, Any
     """What delphi's `CacheConfig` says, and the model's name."""
     data = store.manifest["data"]
     return {
-        "model_name": store.manifest["model"]["name"], "dataset_repo": " ".join(data["files"]),
-        "dataset_split": "", "dataset_name": "", "dataset_column": "text",
-        "batch_size": data["rows"], "ctx_len": length, "n_tokens": rows * length,
-    }  # fmt: skip
+        "model_name": store.manifest["model"]["name"],
+        "dataset_repo": " ".join(data["files"]),
+        "dataset_split": "",
+        "dataset_name": "",
+        "dataset_column": "text",
+        "batch_size": data["rows"],
+        "ctx_len": length,
+        "n_tokens": rows * length,
+    }
 
 
 def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int, int, int]]:

@@ -55,8 +55,9 @@ def own_part(mesh: Any, active: Active, width: int) -> Any:
     split = "model" if width % mesh.shape["model"] == 0 else None
     layered = jax.tree.map(
         lambda spec: PartitionSpec(None, *spec),
-        specs("data", split), is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )  # fmt: skip
+        specs("data", split),
+        is_leaf=lambda s: isinstance(s, PartitionSpec),
+    )
     return multihost_utils.global_array_to_host_local_array(active, mesh, layered)
 
 

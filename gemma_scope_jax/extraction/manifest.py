@@ -49,15 +49,22 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
         data = {
-            "text": self.text.fingerprint, "files": [shown(f) for f in self.text.data.files],
-            "tfds": self.text.data.tfds, "seed": self.text.seed, "rows": self.rows,
+            "text": self.text.fingerprint,
+            "files": [shown(f) for f in self.text.data.files],
+            "tfds": self.text.data.tfds,
+            "seed": self.text.seed,
+            "rows": self.rows,
             "length": self.length,
             "roles": list(self.text.data.roles) if self.text.data.messages else None,
-        }  # fmt: skip
+        }
         return {
-            "model": dict(self.model), "coders": [dict(c) for c in self.coders], "data": data,
-            "values": self.values, "slots": self.slots, "precision": self.precision,
-        }  # fmt: skip
+            "model": dict(self.model),
+            "coders": [dict(c) for c in self.coders],
+            "data": data,
+            "values": self.values,
+            "slots": self.slots,
+            "precision": self.precision,
+        }
 
 
 def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Coder]:
@@ -81,10 +88,16 @@ def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Co
 def describe(name: str, coder: Coder) -> dict[str, Any]:
     """What a manifest says of a coder."""
     return {
-        "name": name, "kind": coder.kind, "layers": list(layers_of(coder)), "reads": coder.reads,
-        "writes": coder.writes, "width": coder.width, "first": coder.first,
-        "l0": coder.info.l0, "weights": weights_identity(coder),
-    }  # fmt: skip
+        "name": name,
+        "kind": coder.kind,
+        "layers": list(layers_of(coder)),
+        "reads": coder.reads,
+        "writes": coder.writes,
+        "width": coder.width,
+        "first": coder.first,
+        "l0": coder.info.l0,
+        "weights": weights_identity(coder),
+    }
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -106,9 +119,13 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
         first = min(coder["first"] for coder in job.coders)
         documents, mean, share = measure(job.text, tokens, first)
         size = {
-            "tokens": tokens, "documents": documents, "per_shard": job.per_shard(mean),
-            "mean": mean, "share": share, "shuffled": job.text.shuffled,
-        }  # fmt: skip
+            "tokens": tokens,
+            "documents": documents,
+            "per_shard": job.per_shard(mean),
+            "mean": mean,
+            "share": share,
+            "shuffled": job.text.shuffled,
+        }
         return FORMAT | job.describe() | size | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
@@ -247,9 +264,7 @@ def _check_manifest(m: dict[str, Any], path: Any) -> None:
     field(data, "text", str, path)
     if field(m, "values", str, path) not in VALUES:
         raise InputError(f"values {m['values']!r}")
-    for key, default in (
-        ("documents", None), ("per_shard", None), ("tokens", 1), ("shuffled", 1)
-    ):  # fmt: skip
+    for key, default in (("documents", None), ("per_shard", None), ("tokens", 1), ("shuffled", 1)):
         given = {} if default is None else {"default": default}
         field(m, key, int, path, least=1, most=1 << 40, **given)
     for key in ("mean", "share"):
@@ -262,8 +277,11 @@ def shards_there(folder: Any) -> list[int]:
         names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
     except FileNotFoundError:  # a bucket's folder is there when something is in it
         return []
-    found = [n.removeprefix("shard-").removesuffix(".features") for n in names
-             if n.startswith("shard-") and n.endswith(".features")]  # fmt: skip
+    found = [
+        n.removeprefix("shard-").removesuffix(".features")
+        for n in names
+        if n.startswith("shard-") and n.endswith(".features")
+    ]
     return sorted(int(n) for n in found if n.isdigit())
 
 
@@ -310,9 +328,12 @@ def summary(shard: Shard, store: str) -> dict[str, Any]:
     for segment in segments:
         entries = [n + coder["entries"] for n, coder in zip(entries, segment["coders"])]
     return {
-        "shard": footer["shard"], "bytes": shard.size, "documents": len(footer["documents"]),
-        "segments": [[s["tokens"], s["counted"]] for s in segments], "entries": entries,
-    }  # fmt: skip
+        "shard": footer["shard"],
+        "bytes": shard.size,
+        "documents": len(footer["documents"]),
+        "segments": [[s["tokens"], s["counted"]] for s in segments],
+        "entries": entries,
+    }
 
 
 def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:

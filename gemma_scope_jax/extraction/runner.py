@@ -30,9 +30,11 @@ class Runner:
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
         self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
         self._run = partial(
-            on_device.active_features, groups=self.groups, form=on_device.compaction(),
+            on_device.active_features,
+            groups=self.groups,
+            form=on_device.compaction(),
             precision=precision,
-        )  # fmt: skip
+        )
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 
@@ -40,8 +42,9 @@ class Runner:
         """The program for batches of this shape."""
         batch = (self._put(a) for a in (tokens, segments, counts))
         jitted = on_device.active_features
-        return jitted.lower(self.model, self.weights, *batch, slots=self.slots,
-                            **self._run.keywords).compile()  # fmt: skip
+        return jitted.lower(
+            self.model, self.weights, *batch, slots=self.slots, **self._run.keywords
+        ).compile()
 
     def launch(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
         """(the batch [B, T] on the device, what is found in it, which is under way)."""
@@ -64,8 +67,11 @@ class Runner:
             _check_finite(group, active)
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
-        order = [(name, own) for name, coder in self.coders.items()
-                 for own in range(len(layers_of(coder)))]  # fmt: skip
+        order = [
+            (name, own)
+            for name, coder in self.coders.items()
+            for own in range(len(layers_of(coder)))
+        ]
         return [entries[member] for member in order]
 
     def _on_host(self, started: tuple) -> list[Active]:
@@ -83,8 +89,10 @@ class Runner:
             spilled = active.spilled
             host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
             size = host.count.shape[1] // host.spilled_tokens.shape[1]
-            some = [np.asarray(spilled[i]) if (which < size).any() else None
-                    for i, which in enumerate(host.spilled_tokens)]  # fmt: skip
+            some = [
+                np.asarray(spilled[i]) if (which < size).any() else None
+                for i, which in enumerate(host.spilled_tokens)
+            ]
             held.append(host.replace(spilled=some))
         return held
 

@@ -242,5 +242,6 @@ def _explained(
 ) -> dict[int, Label]:
     """The labels, with `explanation` (the text) and `explained` (by what, how good) where known."""
     more = lambda e: {"explanation": e["text"], "explained": explanation_note(e)}
-    return {f: {**a, **more(explanations[f])} if f in explanations else a
-            for f, a in labels.items()}  # fmt: skip
+    return {
+        f: {**a, **more(explanations[f])} if f in explanations else a for f, a in labels.items()
+    }

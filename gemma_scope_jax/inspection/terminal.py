@@ -105,9 +105,11 @@ def _features_table(seen: Inspection, width: int) -> Any:
     for title, cells in zip(columns[:3], zip(*rows)):
         needed = max(map(cell_len, (title, *cells)))
         table.add_column(
-            title, no_wrap=True, max_width=min(needed, TOKEN_WIDTH),
+            title,
+            no_wrap=True,
+            max_width=min(needed, TOKEN_WIDTH),
             justify="left" if title == "token" else "right",
-        )  # fmt: skip
+        )
         left -= min(needed, TOKEN_WIDTH) + GAP
     table.add_column(columns[3], no_wrap=True, overflow="ellipsis", max_width=max(left, 8))
     for token, feature, activation, label in rows:

@@ -136,10 +136,7 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
 
 
 def _static(pairs, ends: tuple[int, ...]) -> dict:
-    return {
-        "pairs": np.asarray(pairs, np.int64).reshape(-1),
-        "ends": np.asarray(ends, np.int64),
-    }
+    return {"pairs": np.asarray(pairs, np.int64).reshape(-1), "ends": np.asarray(ends, np.int64)}
 
 
 def _call(name: str, *shapes):

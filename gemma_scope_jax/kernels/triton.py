@@ -41,8 +41,9 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
                 values = plgpu.load(f.at[s, token, slot], mask=used, other=0.0)
                 rows = plgpu.load(
                     w_dec.at[p, ids[:, None], column[None, :]],
-                    mask=used[:, None] & inside[None, :], other=0.0,
-                )  # fmt: skip
+                    mask=used[:, None] & inside[None, :],
+                    other=0.0,
+                )
                 group = _group(ids, ends)
                 mine = (jnp.where(group == m, values, 0.0) for m in range(groups))
                 return tuple(a + jnp.sum(v[:, None] * rows, 0) for a, v in zip(sums, mine))
@@ -81,8 +82,9 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
                 inside = column < e
                 rows = plgpu.load(
                     w_dec.at[p, ids[:, None], column[None, :]],
-                    mask=used[:, None] & inside[None, :], other=0.0,
-                )  # fmt: skip
+                    mask=used[:, None] & inside[None, :],
+                    other=0.0,
+                )
                 for m in range(len(ends)):
                     row = plgpu.load(g.at[t, m, token, column], mask=inside, other=0.0)
                     product = jnp.sum(rows * row[None, :], 1)
@@ -124,8 +126,9 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
             values = plgpu.load(f.at[s, token, slot % k], mask=used, other=0.0)
             rows = plgpu.load(
                 g.at[t, group, token[:, None], column[None, :]],
-                mask=used[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
+                mask=used[:, None] & inside[None, :],
+                other=0.0,
+            )
             return sums[0] + jnp.sum(values[:, None] * rows, 0), sums[1] + jnp.sum(values)
 
         zeros = jnp.zeros(columns, jnp.float32), jnp.float32(0.0)

@@ -102,9 +102,15 @@ def mix(probs: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float,
-    queries: Tokens, keys: Tokens, window: jax.Array, causal: bool,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    queries: Tokens,
+    keys: Tokens,
+    window: jax.Array,
+    causal: bool,
+) -> jax.Array:
     """z [B, T, N, H] of q [B, T, N, H] over k, v [B, S, K, H]; the pattern is never kept whole.
 
     `causal` says that queries and keys are the same tokens in the same order, so that a chunk of

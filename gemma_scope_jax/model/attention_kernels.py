@@ -20,9 +20,16 @@ BLOCK = 512  # queries and keys a tile of the splash kernel; shorter where it do
 
 
 def attend_in_order(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, tokens: Tokens, packed: bool,
-    window: int, is_global: jax.Array | bool, mesh: Any = None,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    tokens: Tokens,
+    packed: bool,
+    window: int,
+    is_global: jax.Array | bool,
+    mesh: Any = None,
+) -> jax.Array:
     """z [B, T, N, H] as `attend` gives it, of tokens that stand in order of position.
 
     packed     whether there are other segments than a single one without padding
@@ -111,9 +118,15 @@ def over_mesh(kernel: Callable, mesh: Any, q: jax.Array, k: jax.Array) -> Callab
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None,
-    *, scale: float, window: int | None, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    interpret: bool = False,
+) -> jax.Array:
     """z [B, T, N, H] by the Pallas splash kernel, T a multiple of 128; `window=None` for all.
 
     `segments` int [B, T] or None: equal ids, side by side, see each other, padding (0) too.
@@ -139,12 +152,17 @@ def splash(
 
 
 def flash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: None,
-    *, scale: float, window: int | None, implementation: Any = "cudnn",
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: None,
+    *,
+    scale: float,
+    window: int | None,
+    implementation: Any = "cudnn",
+) -> jax.Array:
     """z [B, T, N, H] by cuDNN's flash attention, of one segment; `window=None` for all."""
     reach = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v,
-        scale=scale, is_causal=True, local_window_size=reach, implementation=implementation,
-    )  # fmt: skip
+        q, k, v, scale=scale, is_causal=True, local_window_size=reach, implementation=implementation
+    )

@@ -61,11 +61,19 @@ PRESETS: dict[str, GemmaConfig] = {
         _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, global_rope_divisor=8.0),
         _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, global_rope_divisor=8.0),
         _preset(
-            "gemma-3-27b", 62, 5376, 21504, 32, 16, 128, 1024,
-            global_rope_divisor=8.0, query_scale=(5376 // 32) ** -0.5,
+            "gemma-3-27b",
+            62,
+            5376,
+            21504,
+            32,
+            16,
+            128,
+            1024,
+            global_rope_divisor=8.0,
+            query_scale=(5376 // 32) ** -0.5,
         ),
     )
-}  # fmt: skip
+}
 
 
 def preset(name: str) -> GemmaConfig:
@@ -164,10 +172,17 @@ def init_params(config: GemmaConfig, key: jax.Array, dtype: Any = jnp.float32) -
     shapes = abstract_params(config, dtype)
     leaves, treedef = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
-    fan_in = {"w_q": config.d_model, "w_k": config.d_model, "w_v": config.d_model,
-              "w_o": config.heads * config.head_dim, "w_gate": config.d_model,
-              "w_up": config.d_model, "w_down": config.d_mlp, "embed": config.d_model,
-              "head": config.d_model}  # fmt: skip
+    fan_in = {
+        "w_q": config.d_model,
+        "w_k": config.d_model,
+        "w_v": config.d_model,
+        "w_o": config.heads * config.head_dim,
+        "w_gate": config.d_model,
+        "w_up": config.d_model,
+        "w_down": config.d_mlp,
+        "embed": config.d_model,
+        "head": config.d_model,
+    }
     names = [path[-1].name for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     out = []
     for name, leaf, k in zip(names, leaves, keys):

@@ -209,8 +209,11 @@ def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
         jnp.array([c.is_global(l) for l in range(c.layers)]),
         rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0),
         rope_tables(queries.positions, c.head_dim, c.global_rope_base, c.global_rope_divisor),
-        queries, keys, slot, **static,
-    )  # fmt: skip
+        queries,
+        keys,
+        slot,
+        **static,
+    )
 
 
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:

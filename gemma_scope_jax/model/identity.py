@@ -36,8 +36,11 @@ def checksum(weights: Any) -> str:
 def _on_device(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     index = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
-    flat = reduce(lambda at, axis: at * np.uint32(x.shape[axis]) + index[axis], range(x.ndim),
-                  jnp.zeros(x.shape, jnp.uint32))  # fmt: skip
+    flat = reduce(
+        lambda at, axis: at * np.uint32(x.shape[axis]) + index[axis],
+        range(x.ndim),
+        jnp.zeros(x.shape, jnp.uint32),
+    )
     return jnp.sum(_mixed(bits, flat), dtype=jnp.uint32)
 
 
@@ -69,5 +72,7 @@ def model_identity(model: Model) -> dict[str, str]:
         read = weakref.ref(params, lambda _: _read.pop(key, None)), checksum(params)
         _read[key] = read
     return {
-        "name": legible(model.config.name), "dtype": str(params.embed.dtype), "weights": read[1]
-    }  # fmt: skip
+        "name": legible(model.config.name),
+        "dtype": str(params.embed.dtype),
+        "weights": read[1],
+    }

@@ -17,11 +17,7 @@ import sentencepiece
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig
-from gemma_scope_jax.model.tokenizer_files import (
-    SPACE,
-    find_tokenizer,
-    read_tokenizer,
-)
+from gemma_scope_jax.model.tokenizer_files import SPACE, find_tokenizer, read_tokenizer
 
 ROLES = {"system": "system", "user": "user", "model": "model", "assistant": "model"}
 

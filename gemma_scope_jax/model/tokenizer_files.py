@@ -168,17 +168,25 @@ def _from_json(path: epath.Path) -> Pieces:
 
 # What a tokenizer.json says beside its vocabulary, and the values that mean what Gemma does. Of the
 # rest: `encode` places <bos> itself, and neither cuts nor pads.
-_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
-          "invert": False}  # fmt: skip
+_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 _PIPELINE: dict[str, tuple] = {
     "normalizer": ({"type": "Replace", "pattern": {"String": " "}, "content": SPACE},),
     "pre_tokenizer": (None, _SPLIT),  # no space is left when it looks for them
 }
 _MODEL: dict[str, tuple] = {
-    "type": ("BPE",), "byte_fallback": (True,), "dropout": (None, 0.0), "ignore_merges":
-    (None, False), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, ""),
+    "type": ("BPE",),
+    "byte_fallback": (True,),
+    "dropout": (None, 0.0),
+    "ignore_merges": (None, False),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
     "unk_token": (None, "<unk>"),
-}  # fmt: skip
+}
 _DECODERS = {"Replace", "ByteFallback", "Fuse"}
 _READ = {"version", "truncation", "padding", "post_processor", "added_tokens", "model", "decoder"}
 _READ_OF_MODEL = {"vocab", "merges", "fuse_unk"}  # no unknown piece is left to fuse: bytes are

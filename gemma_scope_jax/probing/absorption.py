@@ -161,9 +161,12 @@ def leading_features(f: np.ndarray, letters: np.ndarray, most: int = MOST_FEATUR
 
 
 def main_features(
-    leading: np.ndarray, train: np.ndarray, train_y: np.ndarray, test: np.ndarray,
+    leading: np.ndarray,
+    train: np.ndarray,
+    train_y: np.ndarray,
+    test: np.ndarray,
     test_y: np.ndarray,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """The first of one letter's `leading` features: as many as raise the F1 of a balanced probe on
     them, on test words [N, F], by more than `JUMP` each."""
     most = len(leading)
@@ -241,11 +244,17 @@ def absorption(
         cosine = products[:, letter] / np.maximum(norms * length, 1e-30)
         projection = np.asarray(x[right], np.float64) @ probes.w[letter] / length * probes.scale
         fraction, full = absorbed(f[right], projection, cosine, main)
-        rows.append({
-            "letter": name, "fraction": float(fraction.mean()), "full": float(full.mean()),
-            "full_count": int(full.sum()), "words": len(right), "features": main,
-            "probe_f1": float(probes.f1[letter]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "letter": name,
+                "fraction": float(fraction.mean()),
+                "full": float(full.mean()),
+                "full_count": int(full.sum()),
+                "words": len(right),
+                "features": main,
+                "probe_f1": float(probes.f1[letter]),
+            }
+        )
     if not rows:
         best = np.nanmax(probes.f1) if np.isfinite(probes.f1).any() else 0.0
         raise InputError(
@@ -253,8 +262,11 @@ def absorption(
             "not spell here, or there are too few words"
         )
     return {
-        **_means(rows), "letters": rows, "used": len(rows), "enough": len(rows) >= ENOUGH_LETTERS,
-    }  # fmt: skip
+        **_means(rows),
+        "letters": rows,
+        "used": len(rows),
+        "enough": len(rows) >= ENOUGH_LETTERS,
+    }
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -193,9 +193,10 @@ def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
 
 
 _PARTS = {  # of a result, what tables are made of
-    "absorption_first_letter": ("letters",), "tpp": ("clean", "by_n", "by_class"),
+    "absorption_first_letter": ("letters",),
+    "tpp": ("clean", "by_n", "by_class"),
     "scr": ("direction", "by_n", "directions"),
-}  # fmt: skip
+}
 
 
 def _checked(job: Job, result: Any) -> Any:
@@ -237,9 +238,12 @@ def probing_jobs(
             skipped.append(str(error))
             continue
         settings = {
-            "protocol": protocol.name, "limit": limit, "ks": ks, "context": protocol.context,
+            "protocol": protocol.name,
+            "limit": limit,
+            "ks": ks,
+            "context": protocol.context,
             "table": _digest(path),
-        }  # fmt: skip
+        }
         if protocol.name != "sae-probes":
             settings["split"] = "by text"
         if protocol.how == "mean":
@@ -281,9 +285,14 @@ def _numbered(result: Any, columns: np.ndarray) -> Any:
 
 
 def _pooled(
-    bench: Bench, missing: Sequence[str], texts: Sequence[str], context: int,
-    how: Literal["mean"] | int, report: Report, keep: Literal["first", "last"] = "first",
-) -> tuple[list[str], Pooled]:  # fmt: skip
+    bench: Bench,
+    missing: Sequence[str],
+    texts: Sequence[str],
+    context: int,
+    how: Literal["mean"] | int,
+    report: Report,
+    keep: Literal["first", "last"] = "first",
+) -> tuple[list[str], Pooled]:
     """The names of the coders among `missing`, and what they and the activations need."""
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}

@@ -134,9 +134,12 @@ def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
     """The coder with these features alone, for their decoder rows: what is left of a TopK coder
     encodes another function."""
     return dataclasses.replace(
-        coder, w_enc=coder.w_enc[:, columns], b_enc=coder.b_enc[columns],
-        threshold=coder.threshold[columns], w_dec=coder.w_dec[columns],
-    )  # fmt: skip
+        coder,
+        w_enc=coder.w_enc[:, columns],
+        b_enc=coder.b_enc[columns],
+        threshold=coder.threshold[columns],
+        w_dec=coder.w_dec[columns],
+    )
 
 
 def largest_first(coders: Iterable[SparseCoder]) -> int:
@@ -181,9 +184,13 @@ def _check(model: Model, texts: Sequence[np.ndarray], how: Any) -> None:
 
 
 def _batches(
-    texts: Sequence[np.ndarray], how: Any, first: int, tokens: int, lengths: Sequence[int],
+    texts: Sequence[np.ndarray],
+    how: Any,
+    first: int,
+    tokens: int,
+    lengths: Sequence[int],
     context: int,
-) -> Iterator[tuple[list[int], tuple[np.ndarray, ...]]]:  # fmt: skip
+) -> Iterator[tuple[list[int], tuple[np.ndarray, ...]]]:
     """Which texts, and their batch: tokens, segments and owner, int32 [B, T]; picked, int32 [S].
 
     `owner` is the number in the batch of the text that a token counts for, S if it counts for none;

@@ -80,29 +80,34 @@ def _absorption_figures(some: Results, name: str, raw: str):
     ((_, found),) = some
     r = found[name]
     mean = {
-        "mean_absorption_fraction_score": r["fraction"], "mean_full_absorption_score": r["full"],
+        "mean_absorption_fraction_score": r["fraction"],
+        "mean_full_absorption_score": r["full"],
         "mean_num_split_features": r["split"],
         "std_dev_absorption_fraction_score": r["fraction_std"],
         "std_dev_full_absorption_score": r["full_std"],
         "std_dev_num_split_features": r["split_std"],
-    }  # fmt: skip
+    }
     details = [
         {
-            "first_letter": row["letter"], "mean_absorption_fraction": row["fraction"],
-            "full_absorption_rate": row["full"], "num_full_absorption": row["full_count"],
-            "num_probe_true_positives": row["words"], "num_split_features": len(row["features"]),
+            "first_letter": row["letter"],
+            "mean_absorption_fraction": row["fraction"],
+            "full_absorption_rate": row["full"],
+            "num_full_absorption": row["full_count"],
+            "num_probe_true_positives": row["words"],
+            "num_split_features": len(row["features"]),
         }
         for row in r["letters"]
-    ]  # fmt: skip
+    ]
     return {"mean": mean}, details
 
 
 def _tpp_figures(some: Results, name: str, raw: str):
     del raw
     words = {
-        "tpp": "total_metric", "intended": "intended_diff_only",
+        "tpp": "total_metric",
+        "intended": "intended_diff_only",
         "unintended": "unintended_diff_only",
-    }  # fmt: skip
+    }
     rows = [
         {
             f"tpp_threshold_{n}_{word}": scores[key]
@@ -130,9 +135,12 @@ def _scr_figures(some: Results, name: str, raw: str):
 
 
 _FIGURES = {
-    "sparse_probing": _probing_figures, "sparse_probing_sae_probes": _probing_figures,
-    "absorption_first_letter": _absorption_figures, "tpp": _tpp_figures, "scr": _scr_figures,
-}  # fmt: skip
+    "sparse_probing": _probing_figures,
+    "sparse_probing_sae_probes": _probing_figures,
+    "absorption_first_letter": _absorption_figures,
+    "tpp": _tpp_figures,
+    "scr": _scr_figures,
+}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -185,11 +193,15 @@ def _absorption_rows(bench: Bench, some: Results):
         if "why" in r:
             rows.append({"coder": name, "letters": f"0: {r['why']}"})
             continue
-        rows.append({
-            "coder": name, "absorption": r["fraction"], "full": r["full"],
-            "main features": r["split"],
-            "letters": f"{r['used']}" + ("" if r["enough"] else ": too few, give more words"),
-        })  # fmt: skip
+        rows.append(
+            {
+                "coder": name,
+                "absorption": r["fraction"],
+                "full": r["full"],
+                "main features": r["split"],
+                "letters": f"{r['used']}" + ("" if r["enough"] else ": too few, give more words"),
+            }
+        )
     words = job.settings["per_letter"]
     return f"Feature absorption, first letter, {words or 'all'} words a letter", rows
 
@@ -211,9 +223,12 @@ def _scr_rows(bench: Bench, some: Results):
 
 
 _ROWS = {
-    "sparse_probing": _probing_rows, "sparse_probing_sae_probes": _probing_rows,
-    "absorption_first_letter": _absorption_rows, "tpp": _tpp_rows, "scr": _scr_rows,
-}  # fmt: skip
+    "sparse_probing": _probing_rows,
+    "sparse_probing_sae_probes": _probing_rows,
+    "absorption_first_letter": _absorption_rows,
+    "tpp": _tpp_rows,
+    "scr": _scr_rows,
+}
 
 
 def by_task(bench: Bench, results: Results) -> str:
@@ -246,14 +261,24 @@ def _parts(bench: Bench, family: str, some: Results, name: str) -> list[dict[str
         ]
     if family == "tpp":
         return [
-            {"task": job.name, "class": c, "probe": found[name]["clean"][c],
-             **{f"n={n}": s["tpp"] for n, s in by_n.items()}}
+            {
+                "task": job.name,
+                "class": c,
+                "probe": found[name]["clean"][c],
+                **{f"n={n}": s["tpp"] for n, s in by_n.items()},
+            }
             for job, found in some
             for c, by_n in found[name]["by_class"].items()
-        ]  # fmt: skip
+        ]
     return [
-        {"task": job.name, "keeps": d["kept"], "removes": d["removed"], "clean": d["clean"],
-         "biased": d["biased"], **{f"n={n}": s for n, s in d["by_n"].items()}}
+        {
+            "task": job.name,
+            "keeps": d["kept"],
+            "removes": d["removed"],
+            "clean": d["clean"],
+            "biased": d["biased"],
+            **{f"n={n}": s for n, s in d["by_n"].items()},
+        }
         for job, found in some
         for d in found[name]["directions"].values()
-    ]  # fmt: skip
+    ]

@@ -154,8 +154,10 @@ def tpp(
                 drops.append(clean[other] - accuracy(truth[other], scores))
             unintended = float(np.mean([d for i, d in enumerate(drops) if i != c]))
             by_class[name][str(n)] = {
-                "tpp": drops[c] - unintended, "intended": drops[c], "unintended": unintended,
-            }  # fmt: skip
+                "tpp": drops[c] - unintended,
+                "intended": drops[c],
+                "unintended": unintended,
+            }
     by_n = {
         str(n): {
             k: float(np.mean([by_class[name][str(n)][k] for name in names]))
@@ -251,16 +253,19 @@ def scr(
         original = accuracy(split.test_y, before)
         after = {
             str(n): accuracy(
-                split.test_y,
-                ablated(before, f[split.test], products[:, 0], strongest(effect, n)),
+                split.test_y, ablated(before, f[split.test], products[:, 0], strongest(effect, n))
             )
             for n in ns
         }
         room = clean - original
         share = lambda a: (a - original) / room if room >= SMALLEST else 0.0  # noqa: B023
         directions[direction] = {
-            "kept": kept, "removed": removed, "clean": clean, "biased": original, "ablated": after,
+            "kept": kept,
+            "removed": removed,
+            "clean": clean,
+            "biased": original,
+            "ablated": after,
             "by_n": {n: share(a) for n, a in after.items()},
-        }  # fmt: skip
+        }
     worse = min(directions, key=lambda d: directions[d]["biased"])
     return {"direction": worse, "by_n": directions[worse]["by_n"], "directions": directions}

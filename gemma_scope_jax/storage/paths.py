@@ -17,9 +17,7 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.disk import is_remote
 
-__all__ = [
-    "cache_folder", "folder_path", "is_remote", "local_copy", "write_bytes", "write_text",
-]  # fmt: skip
+__all__ = ["cache_folder", "folder_path", "is_remote", "local_copy", "write_bytes", "write_text"]
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 

@@ -14,9 +14,13 @@ import numpy as np
 
 # Each dtype's name and bytes in the format, in the order in which the library writes tensors.
 _CODES = {
-    "int64": ("I64", 8), "float32": ("F32", 4), "uint32": ("U32", 4), "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2), "uint16": ("U16", 2),
-}  # fmt: skip
+    "int64": ("I64", 8),
+    "float32": ("F32", 4),
+    "uint32": ("U32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint16": ("U16", 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,7 @@ def write_safetensors(
 
 
 def lay_out(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None = None,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
     where in the file it begins and ends. A file that can be sought may be written in any order.

@@ -17,9 +17,13 @@ from gemma_scope_jax.errors import InputError, reason
 _INT64 = 1 << 63
 _LONE = re.compile("[\ud800-\udfff]")
 _KINDS = {
-    str: "text", int: "a whole number", float: "a number", bool: "true or false",
-    list: "a list", dict: "an object",
-}  # fmt: skip
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 REQUIRED = object()
 
 

@@ -19,9 +19,13 @@ CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead fea
 
 
 def write_card(
-    folder: epath.Path, name: str, config: TrainConfig, log: epath.Path, tokens: int,
+    folder: epath.Path,
+    name: str,
+    config: TrainConfig,
+    log: epath.Path,
+    tokens: int,
     times: tuple[int, int] = (1, 1),
-) -> None:  # fmt: skip
+) -> None:
     """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder.
 
     `tokens`: how many were read in the end. `times`: how often the data were begun, and how often a
@@ -46,9 +50,14 @@ def _write(data: bytes, file: BinaryIO) -> None:
 
 
 def _text(
-    name: str, config: TrainConfig, rows: list, tokens: int, times: tuple[int, int],
-    saved: dict | None, picture: bool,
-) -> str:  # fmt: skip
+    name: str,
+    config: TrainConfig,
+    rows: list,
+    tokens: int,
+    times: tuple[int, int],
+    saved: dict | None,
+    picture: bool,
+) -> str:
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
     data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"

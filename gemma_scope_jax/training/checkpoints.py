@@ -27,10 +27,11 @@ class Checkpoints:
 
         self.folder, self.args = folder, ocp.args
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True,
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
             # else, when a folder cannot be made, threads wait for it that nobody tells: 10 minutes
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )  # fmt: skip
+        )
         try:
             self.manager = ocp.CheckpointManager(folder, options=options)
         except OSError as error:
@@ -117,8 +118,13 @@ class Checkpoints:
 def _is_no_damage(error: BaseException) -> bool:
     """Whether the trouble lies elsewhere than in the files: the same may be read another time."""
     kinds = (MemoryError, PermissionError, ConnectionError, TimeoutError)
-    words = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED",
-             "UNAUTHENTICATED")  # fmt: skip
+    words = (
+        "RESOURCE_EXHAUSTED",
+        "UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "PERMISSION_DENIED",
+        "UNAUTHENTICATED",
+    )
     return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 

@@ -81,9 +81,13 @@ def token_batches(
     """
     kind = partial(SplitBatches, share=config.held_share) if split else TokenBatches
     return kind(
-        config.data if data is None else data, fit_tokenizer(load_tokenizer(config.model), model),
-        rows=config.rows, length=config.length, seed=config.seed, position=position,
-    )  # fmt: skip
+        config.data if data is None else data,
+        fit_tokenizer(load_tokenizer(config.model), model),
+        rows=config.rows,
+        length=config.length,
+        seed=config.seed,
+        position=position,
+    )
 
 
 class TextFeed:

@@ -83,8 +83,10 @@ def from_data(w: Weights, group: Group, x: jax.Array, y: jax.Array) -> Weights:
     starts = [c.loss.l0_start or c.target_l0 for c in group.coders]
     share = [l0 / (group.X * group.like.width) for l0 in starts]
     bias = encoder_bias(w, group.like.centred)
-    rows = [[_exceeded(w.w_enc[n, i] @ x[n, i].T, share[n]) for i in range(group.X)]
-            for n in range(len(group.coders))]  # fmt: skip
+    rows = [
+        [_exceeded(w.w_enc[n, i] @ x[n, i].T, share[n]) for i in range(group.X)]
+        for n in range(len(group.coders))
+    ]
     threshold = jnp.stack([jnp.stack(r) for r in rows]) + bias
     return dataclasses.replace(w, threshold=jnp.maximum(threshold, 0.001))
 
@@ -169,9 +171,14 @@ def check_coders(coders: Sequence[Any], config: CoderConfig) -> None:
 def _alone(coder: SparseCoder, config: CoderConfig, i: int, scales: Mapping[str, Any]) -> Weights:
     """Coder of layer `i` in training units."""
     one = dataclasses.replace(
-        config, layers=config.layer_tuple[i], width=coder.width, skip=coder.w_skip is not None,
-        init_layers=(), prefixes=(), target_l0=min(config.target_l0, coder.width - 1),
-    )  # fmt: skip
+        config,
+        layers=config.layer_tuple[i],
+        width=coder.width,
+        skip=coder.w_skip is not None,
+        init_layers=(),
+        prefixes=(),
+        target_l0=min(config.target_l0, coder.width - 1),
+    )
     return unfold(coder, one, {k: v[i : i + 1] for k, v in scales.items()})
 
 

@@ -126,9 +126,11 @@ def _summary(coders: dict[str, dict[str, float]]) -> str:
     """ "  FVU 0.21  L0 50.3  dead 0.0 %", of many coders the range."""
     text = ""
     for name, key, scale, form in (
-        ("loss", "loss", 1, ".4f"), ("FVU", "fvu", 1, ".3f"),
-        ("L0", "l0", 1, ".1f"), ("dead %", "dead", 100, ".1f"),
-    ):  # fmt: skip
+        ("loss", "loss", 1, ".4f"),
+        ("FVU", "fvu", 1, ".3f"),
+        ("L0", "l0", 1, ".1f"),
+        ("dead %", "dead", 100, ".1f"),
+    ):
         values = [scale * c[key] for c in coders.values() if math.isfinite(c[key])]
         if len(values) < len(coders):
             text += f"  {name} NOT FINITE"

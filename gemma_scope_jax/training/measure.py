@@ -58,9 +58,11 @@ def measure(coder: Coder, sites: dict[str, Any], layers: dict[str, tuple[int, ..
         fvu = [error[i].sum() / spread(wide[i]) for i in range(len(y))]
         typical = [error[i][u].sum() / spread(wide[i][u]) for i, u in enumerate(usual)]
     figures = {
-        "l0": float(active.mean()), "l0_largest": float(active.max()),
-        "fvu": float(np.mean(fvu)), "fvu_typical": float(np.mean(typical)),
-    }  # fmt: skip
+        "l0": float(active.mean()),
+        "l0_largest": float(active.max()),
+        "fvu": float(np.mean(fvu)),
+        "fvu_typical": float(np.mean(typical)),
+    }
     return {"tokens": n} | {k: float(f"{v:.6g}") for k, v in figures.items()}
 
 

@@ -162,9 +162,15 @@ def decode(w: Weights, f: jax.Array, codes: Codes, x: jax.Array, group: Group) -
             pairs = tuple((n * group.X + i, n) for n in range(N) for i in range(j + 1))
             flat = lambda a: a.reshape(-1, *a.shape[2:])
             parts = sparse.decode_active(
-                flat(f), flat(codes.feature), flat(codes.count), flat(w_dec), pairs, N, group.ends,
+                flat(f),
+                flat(codes.feature),
+                flat(codes.count),
+                flat(w_dec),
+                pairs,
+                N,
+                group.ends,
                 form=sparse.sparse_form(),
-            )  # fmt: skip
+            )
         constant = w.b_dec[:, j, None, None, :]
         if w.w_skip is not None:
             constant = constant + jnp.einsum("nbd,nde->nbe", x[:, j], w.w_skip[:, j])[:, None]
@@ -192,9 +198,8 @@ def per_feature(codes: Codes, values: jax.Array, group: Group) -> jax.Array:
     N, X = values.shape[:2]
     flat = lambda a: a.reshape(N * X, *a.shape[2:])
     sums = sparse.per_feature(
-        flat(values), flat(codes.feature), flat(codes.count), group.like.width,
-        sparse.sparse_form(),
-    )  # fmt: skip
+        flat(values), flat(codes.feature), flat(codes.count), group.like.width, sparse.sparse_form()
+    )
     return sums.reshape(N, X, -1)
 
 

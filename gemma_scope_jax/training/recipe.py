@@ -35,8 +35,12 @@ def _not_negative(config: Any, *names: str) -> None:
 
 
 def _whole(config: Any, least: int, *names: str) -> None:
-    _check(config, f"a whole number from {least} on",
-           lambda v: isinstance(v, int) and v >= least, *names)  # fmt: skip
+    _check(
+        config,
+        f"a whole number from {least} on",
+        lambda v: isinstance(v, int) and v >= least,
+        *names,
+    )
 
 
 def _share(config: Any, *names: str) -> None:

@@ -123,8 +123,9 @@ def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
     buffer = 0 if config.store else config.buffer
     rows = lambda count: {
         s: jnp.zeros((len(ls), count, site_width(model, s)), jnp.bfloat16)
-        for s, ls in plan.sites if buffer
-    }  # fmt: skip
+        for s, ls in plan.sites
+        if buffer
+    }
     return TrainState(
         tuple(_group_state(plan, group, model) for group in plan.groups),
         rows(buffer),
@@ -139,7 +140,7 @@ def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
         rows(min(KEPT, buffer)),
         jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
-    )  # fmt: skip
+    )
 
 
 def _group_state(plan: Plan, group: Group, model: GemmaConfig) -> GroupState:
@@ -212,9 +213,14 @@ def placement(plan: Plan, model: GemmaConfig) -> Any:
 def model_activations(model: Model, tokens, segments, counts, plan: Plan):
     """Activations {site: [L, B*T, D]}, and which count (data's `counts`, no padding, no <bos>)."""
     out = forward(
-        model, tokens, [capture(site, layers) for site, layers in plan.sites],
-        segments=segments, stop_at_layer=plan.stop, logits="none", remat=None,
-    )  # fmt: skip
+        model,
+        tokens,
+        [capture(site, layers) for site, layers in plan.sites],
+        segments=segments,
+        stop_at_layer=plan.stop,
+        logits="none",
+        remat=None,
+    )
     x = {s: out.reads[s].reshape(len(ls), -1, out.reads[s].shape[-1]) for s, ls in plan.sites}
     return x, (counted(segments, plan.config.first) & counts).reshape(-1)
 

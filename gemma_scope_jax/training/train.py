@@ -128,9 +128,13 @@ def _model(config: TrainConfig, mesh: Any) -> Model:
 
 @own_mesh
 def store_activations(
-    config: TrainConfig, folder: str | os.PathLike, tokens: int | None = None,
-    dtype: str = "bfloat16", model: Model | None = None, data: Any = None,
-) -> None:  # fmt: skip
+    config: TrainConfig,
+    folder: str | os.PathLike,
+    tokens: int | None = None,
+    dtype: str = "bfloat16",
+    model: Model | None = None,
+    data: Any = None,
+) -> None:
     """Write what the coders of `config` read and write to an activation store; resumable.
 
     `tokens` counts activations; default: the config's. See `data.activation_store`.
@@ -266,8 +270,11 @@ class _Run:
         config, feed = self.config, self.feed
         found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
         state, done, position, made_with = found or (
-            steps.first_state(self.plan, self.model.config), 0, None, None
-        )  # fmt: skip
+            steps.first_state(self.plan, self.model.config),
+            0,
+            None,
+            None,
+        )
         if found:
             self.check_same(made_with)
         parts, self.saved, started = None, time.monotonic(), int(state.total) > 0
@@ -314,8 +321,9 @@ class _Run:
         self.said_again = True
         if jax.process_index() == 0:
             read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
-            print(f"{what} has been read once, at {read:,} tokens, and is read again",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{what} has been read once, at {read:,} tokens, and is read again", file=sys.stderr
+            )
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
@@ -431,12 +439,18 @@ def coders(plan: steps.Plan, state: steps.TrainState, sample: steps.Sites) -> di
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
             width = c.width * len(c.layer_tuple)
-            kind = {(False, False): "sae", (False, True): "transcoder",
-                    (True, False): "crosscoder", (True, True): "clt"}  # fmt: skip
+            kind = {
+                (False, False): "sae",
+                (False, True): "transcoder",
+                (True, False): "crosscoder",
+                (True, True): "clt",
+            }
             info = CoderInfo(
-                model_name=name, type=kind[c.several, c.target != c.reads], l0=c.target_l0,
+                model_name=name,
+                type=kind[c.several, c.target != c.reads],
+                l0=c.target_l0,
                 width=width,
-            )  # fmt: skip
+            )
             scales = steps.scales_of(plan, c, state.scale)
             found[c.folder] = fold(weights, n, c, scales, config.first, info)
     return {c.folder: found[c.folder] for c in config.coders}

@@ -80,10 +80,7 @@ class Weights:
 def decoder_norms(w_dec: tuple[jax.Array, ...]) -> jax.Array:
     """The norm of each feature's decoder over all output layers: [N, X, F]."""
     X = len(w_dec)
-    squares = [
-        sum(jnp.sum(w_dec[j][:, i] ** 2, -1) for j in range(i, X))
-        for i in range(X)
-    ]  # fmt: skip
+    squares = [sum(jnp.sum(w_dec[j][:, i] ** 2, -1) for j in range(i, X)) for i in range(X)]
     return jnp.sqrt(jnp.stack(squares, 1))
 
 
@@ -113,9 +110,13 @@ def encoder_bias(w: Weights, centred: bool) -> jax.Array:
 
 
 def fold(
-    w: Weights, n: int, config: CoderConfig, scales: Mapping[str, jax.Array],
-    first: int = 1, info: CoderInfo | None = None,
-) -> SparseCoder | MultiLayerCoder:  # fmt: skip
+    w: Weights,
+    n: int,
+    config: CoderConfig,
+    scales: Mapping[str, jax.Array],
+    first: int = 1,
+    info: CoderInfo | None = None,
+) -> SparseCoder | MultiLayerCoder:
     """Coder `n` of a group in the published form: for raw inputs, with nothing subtracted.
 
     `scales` maps "in" and "out" to root-mean-square norms C, D of raw activations [X] each. Decoder
@@ -140,15 +141,27 @@ def fold(
     places["info"] = info or CoderInfo()
     if not config.several:
         return SparseCoder(
-            w_enc[0], b_enc[0], threshold[0], w.w_dec[0][n, 0], b_dec[0],
-            None if w_skip is None else w_skip[0], layer=config.layer_tuple[0], **places,
-        )  # fmt: skip
+            w_enc[0],
+            b_enc[0],
+            threshold[0],
+            w.w_dec[0][n, 0],
+            b_dec[0],
+            None if w_skip is None else w_skip[0],
+            layer=config.layer_tuple[0],
+            **places,
+        )
     X = len(config.layer_tuple)
     blocks = [w.w_dec[j][n, i] * (c_out[j] / units[i]) for i in range(X) for j in range(i, X)]
     return MultiLayerCoder(
-        w_enc, b_enc, threshold, jnp.stack(blocks), b_dec, w_skip,
-        layers=config.layer_tuple, **places,
-    )  # fmt: skip
+        w_enc,
+        b_enc,
+        threshold,
+        jnp.stack(blocks),
+        b_dec,
+        w_skip,
+        layers=config.layer_tuple,
+        **places,
+    )
 
 
 def _feature_units(k: int | None, c_out: jax.Array) -> jax.Array:

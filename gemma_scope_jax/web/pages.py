@@ -7,8 +7,9 @@ from typing import Any
 from gemma_scope_jax.storage.strict_json import legible
 
 
-def page_template(room: str, name: str) -> str:
-    """The page `name` in the folder of the package `room`, with the shared palette in place."""
+def page_template(room: str | None, name: str) -> str:
+    """The page `name` beside the modules of `room` (their `__package__`), the palette in place."""
+    assert room is not None  # a script has none
     read = lambda package, file: resources.files(package).joinpath(file).read_text(encoding="utf-8")
     return read(room, name).replace("{{palette}}", read(__package__, "palette.css").rstrip())
 

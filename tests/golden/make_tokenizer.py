@@ -86,8 +86,12 @@ def texts() -> list[str]:
         for count in (2, 3, 7, 30, 31, 32, 33, 62, 65):
             out += [char * count, f"a{char * count}b"]
     for _ in range(60):  # all of Unicode but surrogates, in short random texts
-        points = [rng.choice([rng.randrange(0x250), rng.randrange(0xD800),
-                              rng.randrange(0xE000, 0x110000)]) for _ in range(12)]  # fmt: skip
+        points = [
+            rng.choice(
+                [rng.randrange(0x250), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]
+            )
+            for _ in range(12)
+        ]
         out.append("".join(map(chr, points)))
     words = " ".join(SENTENCES.split("\n")).split(" ")
     for _ in range(60):  # words of every script, glued with every kind of white space

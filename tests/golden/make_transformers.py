@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
-
-from golden.peer import peer_forward, peer_generate, peer_model  # noqa: E402
-from golden.weights import SITES, checksum, random_ids, random_params  # noqa: E402
-from tiny import tiny  # noqa: E402
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support")]
 
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model  # noqa: E402
 from gemma_scope_jax.model.config import PRESETS  # noqa: E402
+from golden.peer import peer_forward, peer_generate, peer_model  # noqa: E402
+from golden.weights import SITES, checksum, random_ids, random_params  # noqa: E402
+from tiny import tiny  # noqa: E402
 
 # "The capital of France is" and on: <bos> first.
 PROMPT = [2, 818, 5279, 529, 7001, 563]

@@ -4,9 +4,9 @@ from functools import partial
 
 import jax
 import numpy as np
-from golden.weights import SITES
 
 import gemma_scope_jax as gs
+from golden.weights import SITES
 
 # conftest.py has tests compiled with little optimisation; parity is claimed for what users run.
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}

@@ -5,10 +5,10 @@ Needs torch and transformers, so only the peers' environment (`make peers`) can 
 
 import numpy as np
 import torch
-from golden.weights import huggingface_state
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from gemma_scope_jax.model.config import GemmaConfig, Params
+from golden.weights import huggingface_state
 
 
 def peer_config(config: GemmaConfig) -> Gemma3TextConfig:

@@ -53,9 +53,12 @@ def sae(coder):
         return z * (z > weights["threshold"])
 
     return SimpleNamespace(
-        encode=encode, decode=lambda f: f @ weights["w_dec"] + weights["b_dec"],
-        W_dec=torch.nn.Parameter(weights["w_dec"]), device="cpu", dtype=torch.float32,
-    )  # fmt: skip
+        encode=encode,
+        decode=lambda f: f @ weights["w_dec"] + weights["b_dec"],
+        W_dec=torch.nn.Parameter(weights["w_dec"]),
+        device="cpu",
+        dtype=torch.float32,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +93,12 @@ def test_absorption_of_each_word_is_saebenchs(coder, sae):
         run_with_cache=run_with_cache, to_tokens=lambda text: torch.zeros((1, 20))
     )
     calculator = module.FeatureAbsorptionCalculator(
-        model, icl_word_list=[f"other{i}" for i in range(20)], max_icl_examples=3,
-        base_template="{word} has the first letter:", word_token_pos=-6,
-    )  # fmt: skip
+        model,
+        icl_word_list=[f"other{i}" for i in range(20)],
+        max_icl_examples=3,
+        base_template="{word} has the first letter:",
+        word_token_pos=-6,
+    )
     w_dec = np.asarray(coder.w_dec, np.float64)
     cosine = w_dec @ direction / np.linalg.norm(w_dec, axis=1) / np.linalg.norm(direction)
     f = np.asarray(coder.encode(x))
@@ -143,9 +149,7 @@ def test_tpp_is_saebenchs(coder, sae, tokens, monkeypatch):
         y = (classes == c).astype(int)
         questions[str(c)] = Split(rows[:80], y[:80], rows[80:], y[80:])
     task = scr_tpp.TppTask("four", [""] * N, questions)
-    probes = {
-        n: concept_probe(mean[:80], s.train_y, int(n)) for n, s in questions.items()
-    }  # fmt: skip
+    probes = {n: concept_probe(mean[:80], s.train_y, int(n)) for n, s in questions.items()}
     theirs = {n: theirs_probe(training, p) for n, p in probes.items()}
 
     def prepare(acts, name, perform_scr=False):
@@ -156,9 +160,7 @@ def test_tpp_is_saebenchs(coder, sae, tokens, monkeypatch):
     monkeypatch.setattr(training, "prepare_probe_data", prepare)
     train, test = torch.tensor(x[:80]), torch.tensor(x[80:])
     with torch.no_grad():
-        effects = main.get_all_node_effects_for_one_sae(
-            sae, theirs, names, False, {"x": train}, 7
-        )  # fmt: skip
+        effects = main.get_all_node_effects_for_one_sae(sae, theirs, names, False, {"x": train}, 7)
         clean = main.get_probe_test_accuracy(theirs, names, {"x": test.mean(1)}, 7, False)
         ablated = main.perform_feature_ablations(
             theirs, sae, 7, {"x": test}, effects, list(ns), names, 7, False
@@ -168,8 +170,9 @@ def test_tpp_is_saebenchs(coder, sae, tokens, monkeypatch):
         products = np.asarray(coder.w_dec, np.float64) @ probes[name].w
         np.testing.assert_allclose(
             scr_tpp.effects(f, questions[name], products, both_ways=False),
-            effects[name].numpy(), atol=1e-5,
-        )  # fmt: skip
+            effects[name].numpy(),
+            atol=1e-5,
+        )
     got = scr_tpp.tpp(task, probes, coder, mean, f, ns)
     assert got["clean"] == pytest.approx(clean)
     for n in ns:
@@ -193,9 +196,10 @@ def test_scr_is_saebenchs(coder, sae, tokens, monkeypatch):
     probes = {k: concept_probe(mean[:80], v[:80], 3) for k, v in y.items()}
     probes["biased"] = concept_probe(mean[agree], job[agree], 4)
     named = {
-        "professor / nurse": "job", "male / female": "sex",
+        "professor / nurse": "job",
+        "male / female": "sex",
         "male_professor / female_nurse": "biased",
-    }  # fmt: skip
+    }
     theirs = {name: theirs_probe(training, probes[ours]) for name, ours in named.items()}
 
     def prepare(acts, name, perform_scr=False):

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from letters import Letters
-from tiny import tiny_model
 
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.examples import CardSettings
@@ -18,6 +16,8 @@ from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS
+from letters import Letters
+from tiny import tiny_model
 
 pytestmark = [
     pytest.mark.peers,
@@ -32,9 +32,14 @@ def coder():
     keys = jax.random.split(jax.random.key(1), 2)
     normal = lambda key, *shape: jax.random.normal(key, shape) / 32**0.5
     return SparseCoder(
-        normal(keys[0], 32, F), jnp.zeros(F), jnp.full(F, 1.0).at[5].set(1e9),
-        normal(keys[1], F, 32), jnp.zeros(32), layer=1, info=CoderInfo(model_name="acme/tiny"),
-    )  # fmt: skip
+        normal(keys[0], 32, F),
+        jnp.zeros(F),
+        jnp.full(F, 1.0).at[5].set(1e9),
+        normal(keys[1], F, 32),
+        jnp.zeros(32),
+        layer=1,
+        info=CoderInfo(model_name="acme/tiny"),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ the same numbers. Where their convention is another, the test says which, and th
 """
 
 import importlib
-import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -21,10 +20,8 @@ from gemma_scope_jax.evaluation.figures import frequencies
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import PRESETS
-
-sys.path.append(str(__import__("pathlib").Path(__file__).parents[1]))
-from letters import Letters  # noqa: E402
-from tiny import tiny_model  # noqa: E402
+from letters import Letters
+from tiny import tiny_model
 
 pytestmark = [
     pytest.mark.peers,
@@ -46,9 +43,15 @@ def coder():
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / D**0.5, jnp.float32)
     return gs.SparseCoder(
-        normal(D, F), normal(F), jnp.abs(normal(F)), normal(F, D), normal(D),
-        layer=LAYER, first=0, info=CoderInfo("google/gemma-3-270m", "sae"),
-    )  # fmt: skip
+        normal(D, F),
+        normal(F),
+        jnp.abs(normal(F)),
+        normal(F, D),
+        normal(D),
+        layer=LAYER,
+        first=0,
+        info=CoderInfo("google/gemma-3-270m", "sae"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +78,14 @@ def for_saebench(sae):
         hook_name=HOOK, hook_head_index=None, hook_layer=LAYER, d_sae=F, architecture_str="jumprelu"
     )
     return SimpleNamespace(
-        cfg=cfg, device=sae.device, encode=sae.encode, decode=sae.decode,
-        W_enc=sae.W_enc, W_dec=sae.W_dec, b_enc=sae.b_enc,
-    )  # fmt: skip
+        cfg=cfg,
+        device=sae.device,
+        encode=sae.encode,
+        decode=sae.decode,
+        W_enc=sae.W_enc,
+        W_dec=sae.W_dec,
+        b_enc=sae.b_enc,
+    )
 
 
 class OurModel:
@@ -127,10 +135,14 @@ def sparsity(name, sae, model, batches):
     """The peer's metrics over the batches, and its records of features."""
     module = peer(name)
     options = dict(
-        n_batches=len(batches), compute_l2_norms=True, compute_sparsity_metrics=True,
-        compute_variance_metrics=True, compute_featurewise_density_statistics=True,
-        eval_batch_size_prompts=B, model_kwargs={},
-    )  # fmt: skip
+        n_batches=len(batches),
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        eval_batch_size_prompts=B,
+        model_kwargs={},
+    )
     if name == SAELENS:
         from sae_lens.training.activation_scaler import ActivationScaler
 
@@ -151,10 +163,14 @@ def close(got, want, rtol=1e-4):
 
 
 SHARED = {  # the peers' name: ours
-    "l0": "l0", "l1": "l1", "cossim": "cosine", "l2_norm_in": "l2_norm_in",
-    "l2_norm_out": "l2_norm_out", "l2_ratio": "l2_ratio",
+    "l0": "l0",
+    "l1": "l1",
+    "cossim": "cosine",
+    "l2_norm_in": "l2_norm_in",
+    "l2_norm_out": "l2_norm_out",
+    "l2_ratio": "l2_ratio",
     "explained_variance_legacy": "explained_variance_per_token",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [SAELENS, SAEBENCH])
@@ -218,9 +234,16 @@ def test_saelens_keeps_bos_in_the_reconstruction_and_zeroes_it_in_the_ablation(
     tokens = batches[0].copy()
     tokens[:, 0] = 2
     theirs = peer(SAELENS).get_downstream_reconstruction_metrics(
-        sae, OurModel(model), store_of([tokens]), ActivationScaler(), compute_kl=True,
-        compute_ce_loss=True, n_batches=1, eval_batch_size_prompts=B, ignore_tokens=[2],
-    )  # fmt: skip
+        sae,
+        OurModel(model),
+        store_of([tokens]),
+        ActivationScaler(),
+        compute_kl=True,
+        compute_ce_loss=True,
+        n_batches=1,
+        eval_batch_size_prompts=B,
+        ignore_tokens=[2],
+    )
     got = ours(model, coder.replace(first=1), [tokens], ablations=("zero", "zero everywhere"))
     close(got.losses.spliced, theirs["ce_loss_with_sae"])
     close(got.losses.everywhere_ablated, theirs["ce_loss_with_ablation"])
@@ -246,9 +269,10 @@ def test_frequencies(model, coder, sae, batches):
     module = peer(SAEBENCH)
     got = ours(model, coder, batches, loss_tokens=0)
     features = {
-        "feature_density": got.density.tolist(), "max_encoder_cosine_sim": [0.1, 0.2],
+        "feature_density": got.density.tolist(),
+        "max_encoder_cosine_sim": [0.1, 0.2],
         "max_decoder_cosine_sim": [0.1, 0.3],
-    }  # fmt: skip
+    }
     theirs = module.calculate_misc_metrics(features)
     for name, value in frequencies(got.density).items():
         close(value, theirs[name])

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.parity import assert_sites_agree, our_forward
-from golden.weights import random_ids, random_params
-from tiny import tiny
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
+from golden.parity import assert_sites_agree, our_forward
+from golden.weights import random_ids, random_params
+from tiny import tiny
 
 pytestmark = [
     pytest.mark.peers,

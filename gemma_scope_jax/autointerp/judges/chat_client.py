@@ -233,9 +233,13 @@ class ChatClient:
 
     def _posted(self, body: dict[str, Any]) -> Reply:
         e = self.endpoint
-        headers = {"Content-Type": "application/json", "Accept": "application/json",
-                   "Accept-Encoding": "identity", "User-Agent": "gemma-scope-jax",
-                   **e.headers}  # fmt: skip
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": "gemma-scope-jax",
+            **e.headers,
+        }
         data = json.dumps(body, allow_nan=False).encode()
         try:
             response = self._poster.post(e.address, data, headers, e.timeout, LARGEST_REPLY)

@@ -20,12 +20,7 @@ from typing import Any
 from gemma_scope_jax.autointerp.explanations import FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import Progress
-from gemma_scope_jax.cards.export.saedashboard import (
-    batch_facts,
-    batches,
-    rounded,
-    text_facts,
-)
+from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.storage.atomic import new_folder
@@ -38,18 +33,27 @@ SAME = tuple(
         "neuron_alignment": ("indices", "values", "l1"),
         "correlated_neurons": ("indices", "pearson", "l1"),
         "correlated_features": ("indices", "pearson", "l1"),
-        "neg": ("str", "values"), "pos": ("str", "values"), "frac": ("nonzero",),
+        "neg": ("str", "values"),
+        "pos": ("str", "values"),
+        "frac": ("nonzero",),
         "freq_hist_data": ("bar_heights", "bar_values"),
-        "logits_hist_data": ("bar_heights", "bar_values"), "decoder_weights": ("dist",),
+        "logits_hist_data": ("bar_heights", "bar_values"),
+        "decoder_weights": ("dist",),
     }.items()
     for column in columns
-)  # fmt: skip
+)
 
 
 def export_neuronpedia(
-    cards: FeatureCards, coder: Coder, tok: Any, folder: Path, progress: Progress, *,
-    heads: int | None = None, explanations: Mapping[int, Explanation] | None = None,
-) -> None:  # fmt: skip
+    cards: FeatureCards,
+    coder: Coder,
+    tok: Any,
+    folder: Path,
+    progress: Progress,
+    *,
+    heads: int | None = None,
+    explanations: Mapping[int, Explanation] | None = None,
+) -> None:
     """Write `folder`/MODEL/LAYER-SET; see `export_saedashboard` for `heads`."""
     explanations = explanations or {}
     facts, now = batch_facts(cards), datetime.datetime.now(datetime.UTC).isoformat()

@@ -33,9 +33,14 @@ LONGEST = 120  # letters of a name that becomes a folder's
 
 
 def export_saedashboard(
-    cards: FeatureCards, coder: Coder, tok: Any, folder: Path, progress: Progress, *,
+    cards: FeatureCards,
+    coder: Coder,
+    tok: Any,
+    folder: Path,
+    progress: Progress,
+    *,
     heads: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write the batches of `cards`; heads: of the model, for coders that read attention heads."""
     with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)

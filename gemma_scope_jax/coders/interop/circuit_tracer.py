@@ -48,15 +48,29 @@ from gemma_scope_jax.storage.strict_json import parse_json
 
 CONFIG = "config.yaml"
 CONSULTED = (
-    "model_kind", "model_name", "feature_input_hook", "feature_output_hook", "scan", "transcoders",
-    "activation", "k",
-)  # fmt: skip
+    "model_kind",
+    "model_name",
+    "feature_input_hook",
+    "feature_output_hook",
+    "scan",
+    "transcoders",
+    "activation",
+    "k",
+)
 HARMLESS = {  # key -> why it changes nothing
-    "repo_id": "where the folder is published", "revision": "likewise", "subfolder": "likewise",
-    "name": "for people", "description": "for people", "license": "for people",
-    "tags": "for people", "library_name": "for people", "lazy_encoder": "when weights are read",
-    "lazy_decoder": "likewise", "dtype": "the weights have theirs", "device": "where it ran",
-}  # fmt: skip
+    "repo_id": "where the folder is published",
+    "revision": "likewise",
+    "subfolder": "likewise",
+    "name": "for people",
+    "description": "for people",
+    "license": "for people",
+    "tags": "for people",
+    "library_name": "for people",
+    "lazy_encoder": "when weights are read",
+    "lazy_decoder": "likewise",
+    "dtype": "the weights have theirs",
+    "device": "where it ran",
+}
 LARGEST = 1 << 20  # bytes of a config.yaml
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 THRESHOLD = "activation_function.threshold"
@@ -347,8 +361,13 @@ def _check_writable(coder: Coder) -> None:
 
 
 def _layer_tensors(coder: SparseCoder) -> dict[str, Any]:
-    tensors = {"W_enc": coder.w_enc.T, "b_enc": coder.b_enc, THRESHOLD: coder.threshold,
-               "W_dec": coder.w_dec, "b_dec": coder.b_dec}  # fmt: skip
+    tensors = {
+        "W_enc": coder.w_enc.T,
+        "b_enc": coder.b_enc,
+        THRESHOLD: coder.threshold,
+        "W_dec": coder.w_dec,
+        "b_dec": coder.b_dec,
+    }
     return tensors if coder.w_skip is None else {**tensors, "W_skip": coder.w_skip.T}
 
 
@@ -364,8 +383,12 @@ def _clt_files(clt: MultiLayerCoder) -> dict[str, Callable[[], dict[str, Any]]]:
     _check_writable(clt)
 
     def encoder(i: int) -> dict[str, Any]:
-        tensors = {f"W_enc_{i}": clt.w_enc[i].T, f"b_enc_{i}": clt.b_enc[i],
-                   f"b_dec_{i}": clt.b_dec[i], f"threshold_{i}": clt.threshold[i]}  # fmt: skip
+        tensors = {
+            f"W_enc_{i}": clt.w_enc[i].T,
+            f"b_enc_{i}": clt.b_enc[i],
+            f"b_dec_{i}": clt.b_dec[i],
+            f"threshold_{i}": clt.threshold[i],
+        }
         return tensors if clt.w_skip is None else {**tensors, f"W_skip_{i}": clt.w_skip[i]}
 
     def decoder(i: int) -> dict[str, Any]:

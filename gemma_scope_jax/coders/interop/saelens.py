@@ -41,9 +41,13 @@ from gemma_scope_jax.errors import InputError
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TOPK = "topk"
 ARCHITECTURES = (
-    "standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder",
+    "standard",
+    "jumprelu",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
-)  # fmt: skip
+)
 KEPT = ("neuronpedia_id", "dataset_path", "context_size", "prepend_bos", "exclude_special_tokens")
 
 
@@ -80,13 +84,22 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
         kind = "transcoder" if "transcoder" in architecture else "sae"
         width = weights["w_enc"].shape[1]
         coder = SparseCoder(
-            **weights, w_skip=skip, layer=layer, reads=reads, writes=writes,
-            first=first, k=k,
+            **weights,
+            w_skip=skip,
+            layer=layer,
+            reads=reads,
+            writes=writes,
+            first=first,
+            k=k,
             info=CoderInfo(
-                model_name, kind, width=width, path=str(path), folder=os.path.abspath(folder),
+                model_name,
+                kind,
+                width=width,
+                path=str(path),
+                folder=os.path.abspath(folder),
                 config={"sae_lens": config},
             ),
-        )  # fmt: skip
+        )
         check_coder(coder)
         for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
             if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
@@ -104,8 +117,10 @@ def _supported(config: dict[str, Any]) -> str:
         activation = "relu"
     if architecture not in (*ARCHITECTURES, TOPK) or activation != "relu":
         what = architecture if activation == "relu" else f"{architecture} with {activation}"
-        raise InputError(f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, "
-                         "and topk with its k")  # fmt: skip
+        raise InputError(
+            f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, "
+            "and topk with its k"
+        )
     if architecture != TOPK and config.get("rescale_acts_by_decoder_norm") not in (None, False):
         raise InputError(f"rescale_acts_by_decoder_norm of a {architecture} is not supported")
     if any(config.get(key) is not None for key in ("hook_head_index", "hook_point_head_index")):
@@ -276,9 +291,12 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
     check_values(coder)
     config = _config(coder)
     weights = {
-        "W_enc": coder.w_enc, "b_enc": coder.b_enc, "threshold": coder.threshold,
-        "W_dec": coder.w_dec, "b_dec": coder.b_dec,
-    }  # fmt: skip
+        "W_enc": coder.w_enc,
+        "b_enc": coder.b_enc,
+        "threshold": coder.threshold,
+        "W_dec": coder.w_dec,
+        "b_dec": coder.b_dec,
+    }
     if coder.k is not None:
         del weights["threshold"]
     if coder.w_skip is not None:

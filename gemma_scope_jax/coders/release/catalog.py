@@ -282,8 +282,15 @@ def addresses(
         pattern = pattern.removeprefix("google/")
         if not set(pattern) & set("*?["):
             pattern = f"*{pattern}*"
-    wanted = dict(size=size, variant=variant, kind=kind, category=category, width=width,
-                  label=l0, affine=affine)  # fmt: skip
+    wanted = dict(
+        size=size,
+        variant=variant,
+        kind=kind,
+        category=category,
+        width=width,
+        label=l0,
+        affine=affine,
+    )
     wanted = {name: value for name, value in wanted.items() if value is not None}
     return (
         a

@@ -111,8 +111,9 @@ def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
     """The inverse of `parse_hook_point`."""
     modules = {site: module for module, site in SITES.items()}
     if site not in modules:
-        raise InputError(f"the published format has no hook point for site {site!r}; "
-                         f"it has {', '.join(modules)}")  # fmt: skip
+        raise InputError(
+            f"the published format has no hook point for site {site!r}; it has {', '.join(modules)}"
+        )
     where = "all" if layers is None else ",".join(map(str, layers))
     return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
 
@@ -164,10 +165,17 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
 
 
 _TYPES = {
-    "hf_hook_point_in": str, "hf_hook_point_out": str, "width": int, "model_name": str,
-    "architecture": str, "l0": (int, float), "affine_connection": bool, "type": str, "first": int,
+    "hf_hook_point_in": str,
+    "hf_hook_point_out": str,
+    "width": int,
+    "model_name": str,
+    "architecture": str,
+    "l0": (int, float),
+    "affine_connection": bool,
+    "type": str,
+    "first": int,
     "k": int,
-}  # fmt: skip
+}
 LONGEST, MOST = 1 << 17, 1 << 31  # positions that a text of Gemma 3 can have; features
 
 # Keys of a config.json that are ours or published, all of them consulted, stand in `_TYPES`. Any

@@ -35,12 +35,7 @@ from gemma_scope_jax.coders.multi_layer_coder import (
     check_multi_layer_coder,
 )
 from gemma_scope_jax.coders.release import catalog, hub
-from gemma_scope_jax.coders.release.config import (
-    FolderConfig,
-    config_of,
-    folder_config,
-    read_json,
-)
+from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
 from gemma_scope_jax.coders.release.parameters import (
     DTYPES,
     TENSORS,
@@ -244,8 +239,9 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str]
     if isinstance(source, os.PathLike) or text[0] in "/.~":
         raise InputError(f"{text}: no such folder")
     if "/" not in text.strip("/"):
-        raise InputError(f"{text!r} is no folder, address or packaged coder"
-                         f"{nearest(text, packaged)}")  # fmt: skip
+        raise InputError(
+            f"{text!r} is no folder, address or packaged coder{nearest(text, packaged)}"
+        )
     address = catalog.parse_address(text)
     return hub.fetch_folder(address, revision), str(address)
 
@@ -334,9 +330,13 @@ def _coder(config: FolderConfig, arrays: Mapping[str, Any]) -> Coder:
     else:
         coder = SparseCoder(**arrays, layer=config.layers[0])
     return dataclasses.replace(
-        coder, reads=config.reads, writes=config.writes, first=config.first, k=config.k,
+        coder,
+        reads=config.reads,
+        writes=config.writes,
+        first=config.first,
+        k=config.k,
         info=config.info,
-    )  # fmt: skip
+    )
 
 
 def _abstract(config: FolderConfig, header: Header) -> Coder:

@@ -37,8 +37,10 @@ def read_header(file: Any, path: Path) -> Header:
     """
     header, present = {}, set(file.keys())
     if others := sorted(present - set(TENSORS.values())):
-        raise InputError(f"{path}: tensor {others[0]!r:.60} is not one of "
-                         f"{', '.join(TENSORS.values())}: what it is for is not known")  # fmt: skip
+        raise InputError(
+            f"{path}: tensor {others[0]!r:.60} is not one of "
+            f"{', '.join(TENSORS.values())}: what it is for is not known"
+        )
     for field, name in TENSORS.items():
         if name not in present:
             if field in ("w_skip", "threshold"):

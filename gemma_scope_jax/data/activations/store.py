@@ -102,10 +102,18 @@ def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first
         sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
     data = {"text": batches.fingerprint, "rows": batches.rows, "length": batches.length}
     return files.FORMAT | {
-        "model": model_identity(model), "sites": held, "dtype": dtype, "first": first,
-        "shard_rows": shard_rows, "data": data, "rows": 0, "shards": [],
-        "position": batches.position, "skip": 0, "sums": sums,
-    }  # fmt: skip
+        "model": model_identity(model),
+        "sites": held,
+        "dtype": dtype,
+        "first": first,
+        "shard_rows": shard_rows,
+        "data": data,
+        "rows": 0,
+        "shards": [],
+        "position": batches.position,
+        "skip": 0,
+        "sums": sums,
+    }
 
 
 def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
@@ -223,9 +231,14 @@ def _in_memory(before, after, values: dict, keep: jax.Array) -> tuple:
 def _pass(model: Model, tokens, segments, counts, *, sites, dtype: str, first: int):
     """Activations as they are stored, {site: {tensor: [layers, B*T, ...]}}, and which count."""
     out = forward(
-        model, tokens, [capture(site, layers) for site, layers in sites], segments=segments,
-        stop_at_layer=1 + max(max(layers) for _, layers in sites), logits="none", remat=None,
-    )  # fmt: skip
+        model,
+        tokens,
+        [capture(site, layers) for site, layers in sites],
+        segments=segments,
+        stop_at_layer=1 + max(max(layers) for _, layers in sites),
+        logits="none",
+        remat=None,
+    )
     flat = {site: x.reshape(x.shape[0], -1, x.shape[-1]) for site, x in out.reads.items()}
     store = _as_int8 if dtype == "int8" else lambda x: {"values": x.astype(jnp.bfloat16)}
     keep = counted(segments, first) & counts

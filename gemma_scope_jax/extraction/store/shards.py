@@ -279,9 +279,13 @@ class Shard:
         field(footer, "shard", int, path, least=0, most=_MOST)
         documents = field(footer, "documents", list, path)
         if not all(
-            isinstance(d, list) and len(d) == 3 and whole(d[0]) and isinstance(d[1], str)
-            and whole(d[2]) for d in documents
-        ):  # fmt: skip
+            isinstance(d, list)
+            and len(d) == 3
+            and whole(d[0])
+            and isinstance(d[1], str)
+            and whole(d[2])
+            for d in documents
+        ):
             raise InputError("documents are not [number, place, tokens]")
         for segment in field(footer, "segments", list, path):
             tokens = field(segment, "tokens", int, path, least=1, most=_MOST)

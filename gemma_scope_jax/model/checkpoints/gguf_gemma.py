@@ -40,10 +40,13 @@ _ALSO = {"rope.global.freq_base": "global_rope_base", "rope.local.freq_base": "l
 _ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 # Keys of gemma3 that must say what Gemma 3 does anyway, and the field that tells it.
 _EQUAL = {
-    "attention.value_length": "head_dim", "attention.key_length_swa": "head_dim",
-    "attention.value_length_swa": "head_dim", "rope.dimension_count": "head_dim",
-    "rope.dimension_count_swa": "head_dim", "attention.scale": "query_scale",
-}  # fmt: skip
+    "attention.value_length": "head_dim",
+    "attention.key_length_swa": "head_dim",
+    "attention.value_length_swa": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "rope.dimension_count_swa": "head_dim",
+    "attention.scale": "query_scale",
+}
 # Keys that the text model's function does not depend on, and why. Those outside of gemma3. tell of
 # the file, its author and the tokenizer, which `tokenizer_files` reads.
 HARMLESS_KEYS = {
@@ -223,11 +226,7 @@ _LEAVES = {
 
 
 def gguf_leaf(
-    file: GGUFFile,
-    config: GemmaConfig,
-    leaf: str,
-    layer: int | None,
-    rows: slice = slice(None),
+    file: GGUFFile, config: GemmaConfig, leaf: str, layer: int | None, rows: slice = slice(None)
 ) -> np.ndarray:
     """One weight as `Block` or `Params` names it, float32, in our layout without the layer axis.
 
@@ -241,11 +240,18 @@ def gguf_leaf(
     stem = _LEAVES[leaf]
     name = f"{stem}.weight" if layer is None else f"blk.{layer}.{stem}.weight"
     wanted = {
-        "embed": (c.vocab, D), "head": (c.vocab, D),
-        "w_q": (N * H, D), "w_k": (K * H, D), "w_v": (K * H, D), "w_o": (D, N * H),
-        "w_gate": (M, D), "w_up": (M, D), "w_down": (D, M),
-        "q_norm": (H,), "k_norm": (H,),
-    }.get(leaf, (D,))  # fmt: skip
+        "embed": (c.vocab, D),
+        "head": (c.vocab, D),
+        "w_q": (N * H, D),
+        "w_k": (K * H, D),
+        "w_v": (K * H, D),
+        "w_o": (D, N * H),
+        "w_gate": (M, D),
+        "w_up": (M, D),
+        "w_down": (D, M),
+        "q_norm": (H,),
+        "k_norm": (H,),
+    }.get(leaf, (D,))
     found = file._info(name).shape
     padded = leaf in ("embed", "head") and len(found) == 2 and found[0] >= c.vocab and found[1] == D
     if found != wanted and not padded:

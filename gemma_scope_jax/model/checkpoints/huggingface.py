@@ -139,10 +139,13 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     def write_config(file: BinaryIO) -> None:
         file.write(json.dumps(config_json(config, model.dtype), indent=2).encode())
 
-    write_folder(folder, {
-        "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
-        "config.json": write_config,
-    })  # fmt: skip
+    write_folder(
+        folder,
+        {
+            "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
+            "config.json": write_config,
+        },
+    )
     try:
         for name in os.listdir(folder):
             if _SUPERSEDED.fullmatch(name):

@@ -50,11 +50,19 @@ FIXED = {
 }
 # The same, in keys that older or other libraries write; null means that they say nothing.
 FIXED_IF_SAID = {
-    "hidden_act": "gelu_pytorch_tanh", "partial_rotary_factor": 1.0, "mlp_bias": False,
-    "is_encoder_decoder": False, "add_cross_attention": False,
-}  # fmt: skip
-READ = {"rope_scaling", "rope_parameters", "layer_types", "_sliding_window_pattern",
-        "tie_word_embeddings"}  # fmt: skip
+    "hidden_act": "gelu_pytorch_tanh",
+    "partial_rotary_factor": 1.0,
+    "mlp_bias": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+READ = {
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "_sliding_window_pattern",
+    "tie_word_embeddings",
+}
 # Keys that do not change what the text model computes, by the reason why.
 HARMLESS = {
     "images, which the text model never sees": (

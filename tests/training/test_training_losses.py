@@ -1,0 +1,409 @@
+"""The trainer's losses and gradients, dense and sparse, against float64 numpy and differences."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_scope_jax.kernels import active, cpu
+from gemma_scope_jax.training import losses, objective
+from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
+from gemma_scope_jax.training.objective import calibrated, gradients
+from gemma_scope_jax.training.recipe import CoderConfig, LossConfig
+from gemma_scope_jax.training.weights import Group, Weights
+
+B, D, E, F, K = 9, 5, 4, 16, 12
+
+
+# -------------------------------------------------------------------------------------------------
+# Single terms
+
+
+def test_jumprelu_and_step_are_strict_and_their_gradients_are_the_published_ones():
+    bandwidth = 0.5
+    z = jnp.array([[0.2, 0.5, 0.6, 0.9, -1.0], [0.5001, 0.1, 2.0, 0.3, 0.74]])
+    threshold = jnp.full((2, 5), 0.5)
+    assert jumprelu(z, threshold, bandwidth)[0, 1] == 0 and step(z, threshold, bandwidth)[0, 1] == 0
+    np.testing.assert_array_equal(jumprelu(z, threshold, bandwidth), np.where(z > 0.5, z, 0))
+    g = jnp.asarray(np.random.default_rng(0).standard_normal(z.shape), jnp.float32)
+    near = np.abs(np.asarray(z) - 0.5) / bandwidth < 0.5
+    dz, dt = jax.vjp(lambda z, t: jumprelu(z, t, bandwidth), z, threshold)[1](g)
+    np.testing.assert_allclose(dz, np.asarray(g) * (np.asarray(z) > 0.5), rtol=1e-6)
+    np.testing.assert_allclose(dt, -0.5 / bandwidth * np.asarray(g) * near, rtol=1e-6)
+    dz, dt = jax.vjp(lambda z, t: step(z, t, bandwidth), z, threshold)[1](g)
+    assert not np.any(dz)
+    np.testing.assert_allclose(dt, -np.asarray(g) * near / bandwidth, rtol=1e-6)
+
+
+def test_an_active_jumprelu_below_zero_is_silent():
+    """Thresholds stay at or above 0, but nothing negative may come out should one not."""
+    z, threshold = jnp.array([-0.5, 0.5]), jnp.array([-1.0, -1.0])
+    assert jumprelu(z, threshold, 0.1).tolist() == [0, 0.5]
+    assert jax.grad(lambda z: jumprelu(z, threshold, 0.1).sum())(z).tolist() == [0, 1]
+
+
+def test_penalties_are_their_formulas():
+    rng = np.random.default_rng(0)
+    l0, f = rng.uniform(0, 40, 7).astype(np.float32), rng.uniform(0, 2, (3, 6)).astype(np.float32)
+    got = quadratic_l0(jnp.asarray(l0), jnp.float32(20.0))
+    np.testing.assert_allclose(got, [2 / 20 * (v - 20) ** 2 for v in l0], rtol=1e-5)
+    got = losses.tanh_l0(jnp.asarray(f), 4.0)
+    np.testing.assert_allclose(got, [sum(np.tanh(4 * v) for v in row) for row in f], rtol=1e-6)
+    p = np.array([0.0, 0.1, 0.05, 0.2, 0.35], np.float32)
+    wanted = sum(0.1 * (v / 0.1 - 1) ** 2 for v in p if v > 0.1)
+    assert losses.frequency_penalty(jnp.asarray(p), 0.1) == pytest.approx(wanted, rel=1e-5)
+    y = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], np.float32)
+    np.testing.assert_allclose(losses.token_weight(jnp.asarray(y), 2.0), [4 / 25, 1, 1], rtol=1e-6)
+
+
+def test_a_feature_over_the_frequency_limit_pays_and_one_below_does_not():
+    slope = jax.grad(lambda p: losses.frequency_penalty(p, 0.1))(jnp.array([0.05, 0.1, 0.2, 0.3]))
+    np.testing.assert_allclose(slope, [0, 0, 2, 4], rtol=1e-5, atol=1e-6)
+
+
+def test_end_to_end_is_equation_6_and_alpha_is_a_constant():
+    mse, kl, beta = 0.3, 0.02, 1.5
+    value, (dm, dk) = jax.value_and_grad(losses.end_to_end, (0, 1))(
+        jnp.float32(mse), jnp.float32(kl), beta
+    )
+    alpha = mse / (kl + 1e-8)
+    assert value == pytest.approx((mse + alpha * beta * kl) / (1 + beta), rel=1e-6)
+    assert dm == pytest.approx(1 / (1 + beta), rel=1e-6)
+    assert dk == pytest.approx(alpha * beta / (1 + beta), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# Whole losses: an independent forward pass in float64, differenced
+
+LOSS = LossConfig(bandwidth=0.2, l0_weight=0.3, outlier=1.5, dead_weight=0.4, frequency_limit=0.15)
+TRANSCODER = dict(reads="mlp_in", writes="mlp_out", width=F, target_l0=3)
+SAE = dict(width=F, target_l0=3)
+
+
+def two(loss=LOSS, **options):
+    """Two coders of a group that differ in layer and weights."""
+    other = dataclasses.replace(
+        loss, l0_weight=0.2, dead_weight=0.7, frequency_weight=2 * loss.frequency_weight
+    )
+    return CoderConfig(3, loss=loss, **options), CoderConfig(4, loss=other, seed=1, **options)
+
+
+def loss(**changes):
+    return dataclasses.replace(LOSS, **changes)
+
+
+CASES = {
+    "sae": two(**SAE),
+    "transcoder": (CoderConfig(2, loss=loss(sparsity="step", dead_weight=0.0), **TRANSCODER),),
+    "skip": (CoderConfig(2, skip=True, loss=loss(per_token=False), **TRANSCODER),),
+    "crosscoder": (CoderConfig((1, 3, 5), loss=loss(frequency_weight=0.5), **SAE),),
+    "clt": tuple(
+        dataclasses.replace(c, layers=(i, i + 1), skip=True)
+        for i, c in enumerate(two(loss(per_token=False), **TRANSCODER))
+    ),
+    "matryoshka": two(
+        loss(sparsity="tanh", frequency_weight=0.5), prefixes=(3, 8), input_bias=False, **SAE
+    ),
+    "topk": two(activation="topk", **SAE),
+    "batch_topk": (CoderConfig((1, 2), activation="batch_topk", loss=LOSS, **SAE),),
+}
+JUMPRELU = [name for name in CASES if "topk" not in name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A group, its weights as float64 arrays, and a batch."""
+
+    group: Group
+    arrays: dict  # w_dec: a list
+    x: np.ndarray
+    y: np.ndarray
+    dead: np.ndarray
+    target: np.ndarray
+
+    def weights(self, **changes):
+        a = {
+            k: jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), v)
+            for k, v in (self.arrays | changes).items()
+        }
+        return Weights(**(a | {"w_dec": tuple(a["w_dec"])}))
+
+
+@functools.cache
+def problem(name):
+    group, rng = Group(tuple(range(len(CASES[name]))), CASES[name]), np.random.default_rng(7)
+    same = group.like.target == group.like.reads
+    N, X, d, e = len(group.coders), group.X, D, D if same else E
+    draw = lambda *s: rng.standard_normal(s).astype(np.float32).astype(np.float64)
+    x = draw(N, X, B, d) / 2
+    x[:, :, 2] *= 4  # beyond `outlier`
+    y = x if same else draw(N, X, B, e)
+    arrays: dict = {
+        "w_enc": draw(N, X, F, d),
+        "b_enc": draw(N, X, F) / 8,
+        "w_dec": [draw(N, j + 1, F, e) / 2 for j in range(X)],
+        "b_dec": draw(N, X, e) / 4,
+        "w_skip": draw(N, X, d, e) / 4 if group.like.skip else None,
+    }
+    # Each threshold midway between two of the feature's values: 2 of 9 tokens are active.
+    z = np.stack([pre_activations(arrays, x, n, group.like) for n in range(N)])
+    order = np.sort(z, 2)
+    arrays["threshold"] = np.maximum((order[:, :, -3] + order[:, :, -2]) / 2, 0.05)
+    dead = np.maximum(1 - 3 * rng.random((N, X, F)), 0)
+    made = Problem(group, arrays, x, y, dead, np.array([3.0, 4.0])[:N])
+    if group.like.activation == "jumprelu":
+        gap = np.abs(z - arrays["threshold"][:, :, None])
+        assert gap.min() > 1e-4 and np.sum(gap < LOSS.bandwidth / 2) > 5
+    return made
+
+
+def pre_activations(a, x, n, config):
+    """[X, B, F] of coder n."""
+    z = []
+    for i in range(x.shape[1]):
+        rows = x[n, i] - a["b_dec"][n, i] if config.centred else x[n, i]
+        z.append(rows @ a["w_enc"][n, i].T + a["b_enc"][n, i])
+    return np.stack(z)
+
+
+def kept(z, config):
+    """Bool [X, B, F] that TopK or BatchTopK keep, and the mean cut-off."""
+    k, tokens = int(config.target_l0), z.shape[1]
+    if config.activation == "batch_topk":
+        edge = np.sort(z.ravel())[-k * tokens]
+        return (z >= edge) & (z > 0), edge
+    edges = np.array([np.sort(z[:, b].ravel())[-k] for b in range(tokens)])
+    return (z >= edges[None, :, None]) & (z > 0), edges.mean()
+
+
+def reference(p, a, n, edge=None, held=None):
+    """Coder n in plain float64: its loss, the other parts, and the pieces they are made of.
+
+    The revival of dead features sees `held` for z, where given: it has no gradient to it.
+    """
+    c, X, ends = p.group.coders[n], p.group.X, p.group.ends
+    q, x, y = c.loss, p.x[n], p.y[n]
+    z = pre_activations(a, p.x, n, c)
+    t, on = np.broadcast_to(a["threshold"][n][:, None], z.shape), None
+    if c.activation == "jumprelu":
+        on = z > t
+    else:
+        on, mean_edge = kept(z, c)
+        t = np.full(z.shape, mean_edge if edge is None else edge)
+    f = z * on
+    weight = np.minimum(1, q.outlier**2 / np.sum(y**2, -1))
+    residual = np.zeros((X, len(ends), B, y.shape[-1]))
+    for j in range(X):
+        for m, end in enumerate(ends):
+            out = sum(f[i, :, :end] @ a["w_dec"][j][n, i, :end] for i in range(j + 1))
+            out = out + a["b_dec"][n, j]
+            if a["w_skip"] is not None:
+                out = out + x[j] @ a["w_skip"][n, j]
+            residual[j, m] = y[j] - out
+    errors = np.array(
+        [[np.mean(weight[j] * np.sum(r**2, -1)) for r in residual[j]] for j in range(X)]
+    )
+    total, l0 = errors.mean(1).sum(), on.sum((0, 2))
+    if c.activation == "jumprelu":
+        target = p.target[n]
+        if q.sparsity == "tanh":
+            sparsity = np.tanh(q.tanh_scale * f).sum((0, 2)).mean()
+        elif q.sparsity == "step":
+            sparsity = l0.mean()
+        elif q.per_token:
+            sparsity = np.mean([2 / target * (v - target) ** 2 for v in l0])
+        else:
+            sparsity = 2 / target * (l0.mean() - target) ** 2
+        over = np.maximum(on.mean(1) / q.frequency_limit - 1, 0)
+        total += q.l0_weight * sparsity + q.frequency_weight * q.frequency_limit * np.sum(over**2)
+    far = np.maximum(t - (z if held is None else held), 0)
+    total += q.dead_weight * np.sum(p.dead[n] * far.mean(1))
+    centre = np.sum((y - y.mean(1, keepdims=True)) ** 2, -1)
+    return total, {
+        "z": z,
+        "t": t,
+        "on": on,
+        "f": f,
+        "l0": l0,
+        "residual": residual,
+        "weight": weight,
+        "mse": errors[:, -1].sum(),
+        "fvu": errors[:, -1].sum() / np.mean(weight * centre, 1).sum(),
+    }
+
+
+@functools.cache
+def differences(name):
+    """Central differences of the summed loss in every weight but the thresholds."""
+    p = problem(name)
+    a = jax.tree.map(np.copy, p.arrays)
+    N = len(p.group.coders)
+    topk = p.group.like.activation != "jumprelu"
+    start = [pre_activations(a, p.x, n, p.group.like) for n in range(N)]
+    fixed = [(kept(z, p.group.like)[1], None) if topk else (None, z) for z in start]
+
+    def slopes(v):
+        out = np.zeros_like(v)
+        for index in np.ndindex(v.shape):
+            n, old = index[0], v[index]  # coder n's weights are in its own loss only
+            values = []
+            for h in (1e-5, -1e-5):
+                v[index] = old + h
+                values.append(reference(p, a, n, *fixed[n])[0])
+            v[index] = old
+            out[index] = (values[0] - values[1]) / 2e-5
+        return out
+
+    return {k: jax.tree.map(slopes, v) for k, v in a.items() if k != "threshold"}
+
+
+def threshold_gradients(name):
+    """The straight-through estimator, an activation at a time: float64 [N, X, F].
+
+    dL/dt = sum_b -(t/e) K((z-t)/e) dL/df - (1/e) K((z-t)/e) dL/d1[z>t], for a dead feature the
+    share of tokens with z < t, and the frequency penalty's own estimate.
+    """
+    p = problem(name)
+    out = np.zeros_like(p.arrays["threshold"])
+    for n, c in enumerate(p.group.coders):
+        q, r = c.loss, reference(p, p.arrays, n)[1]
+        ends, target = p.group.ends, p.target[n]
+        for i, b, k in np.ndindex(*r["z"].shape):
+            z, t = r["z"][i, b, k], r["t"][i, b, k]
+            if z < t:
+                out[n, i, k] += q.dead_weight * p.dead[n, i, k] / B
+            if abs(z - t) >= q.bandwidth / 2:
+                continue
+            df = 0.0
+            for j in range(i, p.group.X):
+                for m, end in enumerate(ends):
+                    if k < end:
+                        pull = r["residual"][j, m, b] @ p.arrays["w_dec"][j][n, i, k]
+                        df -= 2 * r["weight"][j, b] * pull / (B * len(ends))
+            mean_l0 = r["l0"].mean()
+            slope = {
+                "step": 1.0,
+                "tanh": 0.0,
+                "quadratic": 4 / target * ((r["l0"][b] if q.per_token else mean_l0) - target),
+            }
+            don = q.l0_weight * slope[q.sparsity] / B
+            if q.sparsity == "tanh":
+                df += q.l0_weight * q.tanh_scale / np.cosh(q.tanh_scale * r["f"][i, b, k]) ** 2 / B
+            out[n, i, k] -= t / q.bandwidth * df + don / q.bandwidth
+        for i, k in np.ndindex(*r["z"].shape[::2]):
+            on, t = r["on"][i, :, k], r["t"][i, 0, k]
+            if on.any() and q.frequency_weight:
+                mean = max(np.mean(r["z"][i, on, k] - t), q.bandwidth)
+                over = max(0, on.mean() / q.frequency_limit - 1)
+                out[n, i, k] -= q.frequency_weight * 2 * over * on.mean() / mean
+    return out
+
+
+@functools.cache
+def compiled(name, capacity, form):
+    """`gradients` of a group as one program of weights (the form is only part of the key)."""
+    p = problem(name)
+    x, y, dead, target = (jnp.asarray(v, jnp.float32) for v in (p.x, p.y, p.dead, p.target))
+    weight = p.group.of("l0_weight")
+    return jax.jit(lambda w: gradients(w, x, y, weight, target, dead, p.group, capacity))
+
+
+def close(got, wanted, rtol):
+    """Equal within a share of the largest entry."""
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_a_float64_forward_pass(name):
+    p = problem(name)
+    grads, parts = compiled(name, 0, "")(p.weights())
+    for n in range(len(p.group.coders)):
+        total, r = reference(p, p.arrays, n)
+        wanted = {"loss": total, "mse": r["mse"], "fvu": r["fvu"], "l0": r["l0"].mean()}
+        for key, value in wanted.items():
+            assert float(parts[key][n]) == pytest.approx(value, rel=1e-5), key
+        np.testing.assert_allclose(parts["frequency"][n], r["on"].mean(1), rtol=1e-6)
+    for key, wanted in differences(name).items():
+        if wanted is None:
+            assert getattr(grads, key) is None
+        for a, b in zip(jax.tree.leaves(getattr(grads, key)), jax.tree.leaves(wanted)):
+            assert np.any(b), key
+            close(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("name", JUMPRELU)
+def test_threshold_gradients_are_the_straight_through_estimator(name):
+    p = problem(name)
+    grads, _ = compiled(name, 0, "")(p.weights())
+    close(grads.threshold, threshold_gradients(name), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_topk_keeps_the_largest_and_trains_no_threshold(name):
+    p = problem(name)
+    grads, parts = compiled(name, 0, "")(p.weights())
+    assert not np.any(grads.threshold)
+    np.testing.assert_allclose(parts["l0"], 3.0, rtol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# The sparse step
+
+
+FORMS = (*(("cpu",) if cpu.available() else ()), "xla", "triton")
+
+
+@pytest.mark.parametrize(
+    "name,form",
+    [(n, f) for n in JUMPRELU for f in FORMS if f == FORMS[0] or n in ("sae", "clt", "matryoshka")],
+)
+def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
+    monkeypatch.setattr(active, "sparse_form", lambda: form)
+    p = problem(name)
+    low = p.arrays["threshold"] - 2.0  # nearly all are active then, more than there are slots
+    z = np.stack([reference(p, p.arrays, n)[1]["z"] for n in range(len(p.group.coders))])
+    slots = lambda t: np.sum(z > t[:, :, None] - LOSS.bandwidth / 2, -1).max((0, 1))  # [B]
+    assert 0 < slots(p.arrays["threshold"]).max() <= K < np.sort(slots(low))[-5]
+    # So few slots that one to four tokens, of nine, need more: their rows are dense.
+    monkeypatch.setattr(objective, "ROWS", 2)
+    *_, few, _, _, _, most = np.sort(slots(p.arrays["threshold"])).tolist()
+    assert 0 < few < most
+    usual, lower = p.weights(), p.weights(threshold=low)
+    for w, slots, dense in ((usual, K, 0), (lower, K, 1), (usual, few, 0)):
+        got, wanted = compiled(name, slots, form)(w), compiled(name, 0, "")(w)
+        assert np.all(np.asarray(got[1].pop("dense")) == dense)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            close(a, b, 1e-5)
+
+
+def test_too_few_slots_change_nothing():
+    """One slot a token, of which most need more: the dense step, bit for bit."""
+    p = problem("sae")
+    form = active.sparse_form()
+    got, wanted = compiled("sae", 1, form)(p.weights()), compiled("sae", 0, "")(p.weights())
+    assert np.all(np.asarray(got[1].pop("dense")) == 1)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_array_equal(a, b)
+
+
+# -------------------------------------------------------------------------------------------------
+# TopK as JumpReLU
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_calibrated_thresholds_give_the_target_l0(name):
+    p = problem(name)
+    x = jnp.asarray(p.x, jnp.float32)
+    w = calibrated(p.weights(), x, p.group)
+    assert w.threshold.shape == p.arrays["threshold"].shape
+    for n, c in enumerate(p.group.coders):
+        assert len(np.unique(w.threshold[n])) == 1
+        z = pre_activations(p.arrays, p.x, n, c)
+        on = z > float(w.threshold[n, 0, 0])
+        assert on.sum() == 3 * B
+        if name == "batch_topk":  # the very features of training
+            np.testing.assert_array_equal(on, kept(z, c)[0])
