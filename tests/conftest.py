@@ -10,8 +10,10 @@ FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
 # What tests share is in support/, also for the programs that they start.
-SUPPORT = os.pathsep.join(str(Path(__file__).parent / name) for name in ("", "support", "model", "training"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SUPPORT, os.environ.get("PYTHONPATH"))))
+SHARED = (Path(__file__).parent / name for name in ("", "support", "model", "training"))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (*map(str, SHARED), os.environ.get("PYTHONPATH")))
+)
 
 import jax  # noqa: E402
 import jax.experimental.compilation_cache.compilation_cache as cache  # noqa: E402
