@@ -78,7 +78,7 @@ def ours(args) -> None:
     from gemma_scope_jax.coders.active_features import slots_for
     from gemma_scope_jax.coders.interop.saelens import save_saelens
     from gemma_scope_jax.extraction.runner import Runner
-    from gemma_scope_jax.extraction.work import Packed, Plan, open_text
+    from gemma_scope_jax.extraction.work import Packed, ShardPlan, open_text
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 
     folder = Path(args.folder)
@@ -127,7 +127,7 @@ def ours(args) -> None:
         run()
         store = gs.FeatureStore(folder / "store")
         held = store.manifest
-        plan = Plan(
+        plan = ShardPlan(
             open_text(texts, tok, 0),
             held["documents"],
             held["per_shard"],

@@ -44,7 +44,7 @@ def random_model(name: str, seed: int = 0) -> Model:
     )
 
 
-def model_flops(model: Model, plan: steps.Plan, length: int) -> float:
+def model_flops(model: Model, plan: steps.TrainPlan, length: int) -> float:
     """Of a token through the layers that run: weights and (half of) attention's square."""
     c = model.config
     weights = sum(

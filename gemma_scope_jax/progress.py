@@ -53,7 +53,7 @@ class Progress:
         )
 
 
-class Shown:
+class EscapedStream:
     r"""A text stream on which control characters but line breaks and tabs appear as ``\x1b``.
 
     So do characters that the stream's encoding lacks. In a terminal, progress bars of other
@@ -94,9 +94,9 @@ class Shown:
 
 @contextlib.contextmanager
 def shown_streams(styled: bool = False) -> Iterator[None]:
-    """All that is printed meanwhile, on stdout and stderr, goes through `Shown`."""
+    """All that is printed meanwhile, on stdout and stderr, goes through `EscapedStream`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Shown(stream, styled) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (EscapedStream(stream, styled) for stream in before)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -114,6 +114,6 @@ def console(*, stderr: bool = False, width: int | None = None) -> Any:
                 yield Segment(text if control else shown(text, keep="\n"), style, control)
 
     stream = sys.stderr if stderr else sys.stdout
-    while isinstance(stream, Shown):
+    while isinstance(stream, EscapedStream):
         stream = stream.stream
     return SafeConsole(file=stream, width=width, highlight=False, emoji=False)

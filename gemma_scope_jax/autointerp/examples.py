@@ -54,7 +54,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Example:
+class Window:
     """A window of n tokens, `<bos>` left out."""
 
     tokens: tuple[str, ...]
@@ -69,7 +69,7 @@ class Example:
     def peak(self) -> float:
         return float(self.values.max(initial=0.0))
 
-    def cut(self, around: int) -> "Example":
+    def cut(self, around: int) -> "Window":
         """The part of at most `around` tokens on either side of the centre."""
         a, b = max(0, self.centre - around), self.centre + around + 1
         other = None if self.other is None else self.other[a:b]
@@ -87,10 +87,10 @@ class Material:
     """The examples of one feature, each list strongest first where there is an order."""
 
     feature: int
-    train: list[Example]  # the top and the weighted ones, for explaining
-    test: list[Example]  # over the quantiles
-    silent: list[Example]  # hard ones first
-    strong: list[Example]  # two top and two weighted ones of the test half (SAEBench's score)
+    train: list[Window]  # the top and the weighted ones, for explaining
+    test: list[Window]  # over the quantiles
+    silent: list[Window]  # hard ones first
+    strong: list[Window]  # two top and two weighted ones of the test half (SAEBench's score)
     fired: int  # tokens, in the whole store
 
 
@@ -283,7 +283,7 @@ def spread(quantile: np.ndarray, count: int, rng: Any) -> np.ndarray:
     return np.sort(order[np.argsort(turn, kind="stable")[:count]])
 
 
-def _examples(corpus: Corpus, rows, values, centres, quantile) -> list[Example]:
+def _examples(corpus: Corpus, rows, values, centres, quantile) -> list[Window]:
     order = np.argsort(centres)
     tokens = np.zeros((len(centres), corpus.sampling.length), np.int32)
     tokens[order] = corpus.windows(centres[order])
@@ -300,13 +300,13 @@ def _values_around(corpus: Corpus, rows, values, centres) -> np.ndarray:
     return values_at(rows, values, centres[:, None] + np.arange(-before, after + 1)[None, :])
 
 
-def _example(tok, tokens, values, row, piece, quantile=-1, other=None) -> Example:
+def _example(tok, tokens, values, row, piece, quantile=-1, other=None) -> Window:
     """Cut a window to its own piece and take `<bos>` out of it."""
     kept = (tokens >= 0) & (tokens != tok.bos_id)
     centre = int(kept[: sides(len(tokens))[0]].sum())
     text = tuple(tok.decode_tokens(tokens[kept]))
     other = None if other is None else other[kept]
-    return Example(text, values[kept], centre, row, piece, quantile, other)
+    return Window(text, values[kept], centre, row, piece, quantile, other)
 
 
 def _apart(rows: np.ndarray, length: int, count: int) -> list[int]:
@@ -329,7 +329,7 @@ def _is_silent(corpus: Corpus, rows: np.ndarray, centres: np.ndarray) -> np.ndar
     return first == last
 
 
-def _silent(corpus: Corpus, rows: np.ndarray, count: int) -> list[Example]:
+def _silent(corpus: Corpus, rows: np.ndarray, count: int) -> list[Window]:
     if count <= 0:
         return []
     free = np.flatnonzero(_is_silent(corpus, rows, corpus.pool))
@@ -342,7 +342,7 @@ def _silent(corpus: Corpus, rows: np.ndarray, count: int) -> list[Example]:
     ]
 
 
-def _hard_negatives(corpus: Corpus, rows: np.ndarray, neighbours: Sequence[int]) -> list[Example]:
+def _hard_negatives(corpus: Corpus, rows: np.ndarray, neighbours: Sequence[int]) -> list[Window]:
     """Windows of the test half around the strongest tokens of neighbours, this feature silent."""
     s, found = corpus.sampling, []
     if not s.hard or not len(neighbours):

@@ -41,7 +41,7 @@ PLACEHOLDER = (
 
 
 @dataclasses.dataclass
-class Report:
+class ExplainReport:
     """What a run did."""
 
     done: int = 0  # features explained or scored
@@ -98,7 +98,7 @@ def explain_features(
     neighbours: Mapping[int, Sequence[int]] | None = None,
     raises: Callable[[int], Sequence[str]] = lambda _: (),
     status: Callable[[], str] = lambda: "",
-) -> Report:
+) -> ExplainReport:
     """Explain and score `features`, into explanations.json in `folder` (local or gs://).
 
     What is there by the same judge from the same examples is kept, and only what it lacks is asked;
@@ -110,7 +110,7 @@ def explain_features(
     check_scores(scores)
     with only_writer(folder_path(folder)):
         entries = read_explanations(folder, width)
-        run = _Run(corpus, judge, tuple(scores), folder, coder, entries)
+        run = _ExplainRun(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
         ours = (judge.method, judge.name)
@@ -173,7 +173,7 @@ def _is_of(entry: Explanation, method: str, model: str, drawn: str) -> bool:
 
 
 @dataclasses.dataclass
-class _Run:
+class _ExplainRun:
     """Features being worked on, and the file."""
 
     corpus: Corpus
@@ -184,7 +184,7 @@ class _Run:
     entries: dict[int, Explanation]
 
     def __post_init__(self):
-        self.drawn, self.report = fingerprint(self.corpus), Report()
+        self.drawn, self.report = fingerprint(self.corpus), ExplainReport()
         self.pool = ThreadPoolExecutor(self.judge.parallel, thread_name_prefix="feature")
         self.running: dict[Future, int] = {}
         self.saved, self.changed = time.monotonic(), False
@@ -296,7 +296,7 @@ class _Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class JudgeEstimate:
     """What a run through an endpoint is going to take, from the questions of a few features."""
 
     features: int
@@ -315,7 +315,7 @@ def plan(
     prices: tuple[float, float],
     *,
     looked_at: int = 8,
-) -> Plan:
+) -> JudgeEstimate:
     """Count what explaining `features` will ask; prices in dollars a million tokens in and out.
 
     Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again after an
@@ -334,7 +334,7 @@ def plan(
     looked = max(1, len(features[::step][:looked_at]))
     requests, into, usual, most = (round(t / looked * len(features)) for t in totals)
     price = lambda out: (into * prices[0] + out * prices[1]) / 1e6
-    return Plan(len(features), requests, into, usual, most, price(usual), price(most))
+    return JudgeEstimate(len(features), requests, into, usual, most, price(usual), price(most))
 
 
 def _size(tok: Any, question: Question) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_scope_jax.autointerp.questions import Answer, Question, Shown
+from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
@@ -79,7 +79,7 @@ def messages(question: Question) -> Messages:
     return [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": about + body}]
 
 
-def _strengths(shown: Shown) -> str:
+def _strengths(shown: ShownText) -> str:
     """The marked tokens of a text and how strong they are, at most ten of them."""
     pairs = zip(shown.tokens, shown.marks, shown.strengths)
     named = [f"{json.dumps(t, ensure_ascii=False)} {s}" for t, m, s in pairs if m]

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gemma_scope_jax.autointerp.examples import Example
+from gemma_scope_jax.autointerp.examples import Window
 
 MARKED = (
     0.3  # tokens with at least this share of the window's largest activation are marked (delphi)
@@ -26,7 +26,7 @@ Task = Literal["explain", "classify", "select", "intruder", "simulate"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shown:
+class ShownText:
     """A text as a judge sees it."""
 
     tokens: tuple[str, ...]
@@ -64,7 +64,7 @@ class Question:
     """
 
     task: Task
-    examples: tuple[Shown, ...]
+    examples: tuple[ShownText, ...]
     explanation: str = ""
     truth: tuple[float, ...] = ()
 
@@ -105,7 +105,7 @@ def marks_of(values: np.ndarray) -> tuple[bool, ...]:
     return tuple(peak > 0 and v >= MARKED * peak for v in values.tolist())
 
 
-def random_marks(example: Example, count: int, rng: Any) -> tuple[bool, ...]:
+def random_marks(example: Window, count: int, rng: Any) -> tuple[bool, ...]:
     """`count` tokens at random; of a hard negative those on which its neighbour fires."""
     if example.other is not None:
         return marks_of(example.other)
@@ -114,11 +114,11 @@ def random_marks(example: Example, count: int, rng: Any) -> tuple[bool, ...]:
     return tuple(i in chosen for i in range(n))
 
 
-def explain_question(train: Sequence[Example]) -> Question:
+def explain_question(train: Sequence[Window]) -> Question:
     """Ask what the marked tokens have in common; strengths are tenths of the largest activation."""
     top = max((e.peak for e in train), default=0.0) or 1.0
     shown = tuple(
-        Shown(e.tokens, marks_of(e.values), tuple(int(10 * v / top) for v in e.values.tolist()))
+        ShownText(e.tokens, marks_of(e.values), tuple(int(10 * v / top) for v in e.values.tolist()))
         for e in train
     )
     return Question("explain", shown)

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Material, Sampling
 from gemma_scope_jax.autointerp.metrics import binary_metrics, pearson
-from gemma_scope_jax.autointerp.questions import Answer, Question, Shown, marks_of, random_marks
+from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText, marks_of, random_marks
 
 SHOWN = 5  # texts in one question (delphi)
 INTRUDERS = 20  # intruder questions
@@ -43,7 +43,7 @@ def _marks(material: Material) -> tuple[list[tuple[bool, ...]], int]:
     return marks, max(1, -(-sum(map(sum, marks)) // max(1, len(marks))))
 
 
-def _classify(texts: list[tuple[Shown, float]], explanation: str, rng: Any) -> list[Question]:
+def _classify(texts: list[tuple[ShownText, float]], explanation: str, rng: Any) -> list[Question]:
     texts = [texts[i] for i in rng.permutation(len(texts))]
     groups = [texts[i : i + SHOWN] for i in range(0, len(texts), SHOWN)]
     return [
@@ -53,16 +53,16 @@ def _classify(texts: list[tuple[Shown, float]], explanation: str, rng: Any) -> l
 
 
 def ask_detection(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
-    texts = [(Shown(e.tokens), 1.0) for e in material.test]
-    texts += [(Shown(e.tokens), 0.0) for e in material.silent]
+    texts = [(ShownText(e.tokens), 1.0) for e in material.test]
+    texts += [(ShownText(e.tokens), 0.0) for e in material.silent]
     return _classify(texts, explanation, _numbers(material, sampling, 1))
 
 
 def ask_fuzzing(material: Material, explanation: str, sampling: Sampling) -> list[Question]:
     rng = _numbers(material, sampling, 2)
     marks, count = _marks(material)
-    texts = [(Shown(e.tokens, m), 1.0) for e, m in zip(material.test, marks)]
-    texts += [(Shown(e.tokens, random_marks(e, count, rng)), 0.0) for e in material.silent]
+    texts = [(ShownText(e.tokens, m), 1.0) for e, m in zip(material.test, marks)]
+    texts += [(ShownText(e.tokens, random_marks(e, count, rng)), 0.0) for e in material.silent]
     return _classify(texts, explanation, rng)
 
 
@@ -79,9 +79,9 @@ def ask_intruder(material: Material, explanation: str, sampling: Sampling) -> li
     for turn, intruder in enumerate(material.silent[:INTRUDERS] if quantiles else []):
         some = quantiles[turn % len(quantiles)]
         chosen = rng.choice(len(some), min(SHOWN - 1, len(some)), replace=False)
-        texts = [Shown(some[i].tokens, marks_of(some[i].values)) for i in chosen]
+        texts = [ShownText(some[i].tokens, marks_of(some[i].values)) for i in chosen]
         place = int(rng.integers(len(texts) + 1))
-        texts.insert(place, Shown(intruder.tokens, random_marks(intruder, count, rng)))
+        texts.insert(place, ShownText(intruder.tokens, random_marks(intruder, count, rng)))
         questions.append(Question("intruder", tuple(texts), truth=(float(place),)))
     return questions
 
@@ -90,7 +90,7 @@ def ask_simulation(material: Material, explanation: str, sampling: Sampling) -> 
     step = max(1, len(material.test) // SIMULATED)
     some = [*material.test[::step][:SIMULATED], *material.silent[:SIMULATED]]
     return [
-        Question("simulate", (Shown(e.tokens),), explanation, tuple(e.values.tolist()))
+        Question("simulate", (ShownText(e.tokens),), explanation, tuple(e.values.tolist()))
         for e in some
     ]
 
@@ -102,7 +102,7 @@ def ask_saebench(material: Material, explanation: str, sampling: Sampling) -> li
     least = FAINT * max((e.peak for e in [*material.train, *strong]), default=0.0)
     texts = [texts[i] for i in rng.permutation(len(texts))]
     truth = tuple(float(e.peak > least) for e in texts)
-    return [Question("select", tuple(Shown(e.tokens) for e in texts), explanation, truth)]
+    return [Question("select", tuple(ShownText(e.tokens) for e in texts), explanation, truth)]
 
 
 # -------------------------------------------------------------------------------------------------

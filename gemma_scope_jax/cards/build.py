@@ -17,7 +17,7 @@ from gemma_scope_jax.cards import decoders
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.decoders import Gain
-from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, Progress, gather_examples
+from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, ReportProgress, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.data.text_identity import file_digest
@@ -39,7 +39,7 @@ def build_cards(
     settings: CardSettings | None = None,
     gain: Gain = "exact",
     compare: Mapping[str, Coder] | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: ReportProgress = lambda what, done, total: None,
 ) -> FeatureCards:
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
 
@@ -72,7 +72,7 @@ def _make(
     settings: CardSettings,
     gain: Gain,
     others: Mapping[str, Coder],
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """Make the stages that are not there."""
     from_file = isinstance(source, str | os.PathLike)

@@ -60,7 +60,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ExampleGroup:
     """Examples of activations in (low, high]; `count` activations lie there. Top: the strongest."""
 
     name: str
@@ -303,17 +303,19 @@ class FeatureCards:
         """How many tokens are before and after the one that an example is around."""
         return self.settings["before"], self.settings["after"]
 
-    def groups(self, feature: int) -> list[Group]:
+    def groups(self, feature: int) -> list[ExampleGroup]:
         """The examples of a feature: the top ones, then the parts of its range from the top."""
         s, largest = self.settings, float(self["largest"][feature])
         counts = self["histogram"][feature].reshape(s["groups"], -1).sum(-1)
         width = largest / s["groups"]
-        found = [Group("top", 0.0, largest, int(counts.sum()), self._some(feature, 0, s["top"]))]
+        found = [
+            ExampleGroup("top", 0.0, largest, int(counts.sum()), self._some(feature, 0, s["top"]))
+        ]
         for g in reversed(range(s["groups"])):
             start = s["top"] + (s["groups"] - 1 - g) * s["each"]
             some = self._some(feature, start, start + s["each"])
             name = f"{g / s['groups']:.0%} to {(g + 1) / s['groups']:.0%}"
-            found.append(Group(name, g * width, (g + 1) * width, int(counts[g]), some))
+            found.append(ExampleGroup(name, g * width, (g + 1) * width, int(counts[g]), some))
         return found
 
     def _some(self, feature: int, start: int, stop: int) -> list[Example]:

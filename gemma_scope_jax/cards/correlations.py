@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import Progress, typical_tokens
+from gemma_scope_jax.cards.examples import ReportProgress, typical_tokens
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
 LEAST = 0.01  # correlations below this are not listed: most pairs, and they say nothing
@@ -25,7 +25,7 @@ def correlate(
     layer: int,
     k: int,
     stage: Stage,
-    progress: Progress,
+    progress: ReportProgress,
     entries: int = ENTRIES,
 ) -> None:
     """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest from `LEAST` on.
@@ -79,7 +79,7 @@ def _sampled(store, coder: str, layer: int, entries: int) -> list[int]:
     return np.linspace(0, store.segment_count - 1, count).round().astype(int).tolist()
 
 
-def _matrix(store, coder: str, layer: int, some: list[int], width: int, progress: Progress):
+def _matrix(store, coder: str, layer: int, some: list[int], width: int, progress: ReportProgress):
     """The activations [typical tokens, F] of segments, float64, sparse."""
     from scipy import sparse
 

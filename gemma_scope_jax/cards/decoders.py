@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.examples import ReportProgress
 from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import Coder
@@ -168,7 +168,7 @@ def write_logits(
     bins: int,
     gain: Gain,
     stage: Stage,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
     if coder.writes not in TO_LOGITS:
@@ -214,7 +214,7 @@ def most_similar(
     rows: jax.Array,
     others: jax.Array | None,
     k: int,
-    progress: Progress,
+    progress: ReportProgress,
     what: str,
     features: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +242,9 @@ def most_similar(
     return ids, cosines
 
 
-def write_neighbours(coder: Coder, layer: int | None, k: int, stage: Stage, progress: Progress):
+def write_neighbours(
+    coder: Coder, layer: int | None, k: int, stage: Stage, progress: ReportProgress
+):
     """Make `neighbour_ids` and `neighbour_cosines`."""
     ids, cosines = most_similar(written(coder, layer), None, k, progress, "decoder neighbours")
     stage.put("neighbour_ids", ids)
@@ -257,7 +259,7 @@ def write_comparison(
     number: int,
     k: int,
     stage: Stage,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder.
 

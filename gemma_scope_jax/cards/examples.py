@@ -22,7 +22,7 @@ from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
 
 ENORMOUS = 5.0
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+ReportProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CardSettings:
         return self.before + 1 + self.after
 
 
-class Active(NamedTuple):
+class SegmentActivations(NamedTuple):
     """Active features of one segment, ordered by feature, then token."""
 
     features: np.ndarray  # int32 [e]
@@ -78,11 +78,11 @@ class Active(NamedTuple):
     values: np.ndarray  # float32 [e]
 
 
-def by_feature(segment: Any, coder: str, layer: int) -> Active:
+def by_feature(segment: Any, coder: str, layer: int) -> SegmentActivations:
     """All active features of a segment."""
     offsets, rows, values = segment.by_feature(coder, layer)
     features = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
-    return Active(features, rows, values)
+    return SegmentActivations(features, rows, values)
 
 
 def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
@@ -95,11 +95,11 @@ def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) ->
     return counted & (sums <= ENORMOUS * (np.median(some) if some.size else 0.0))
 
 
-def typical(segment: Any, coder: str, layer: int) -> Active:
+def typical(segment: Any, coder: str, layer: int) -> SegmentActivations:
     """The active features of a segment on its typical tokens."""
     active = by_feature(segment, coder, layer)
     kept = typical_tokens(active.rows, active.values, segment.counted_by(coder))[active.rows]
-    return Active(*(a[kept] for a in active))
+    return SegmentActivations(*(a[kept] for a in active))
 
 
 class Best:
@@ -160,7 +160,12 @@ def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def gather_examples(
-    store: Any, coder: str, layer: int, settings: CardSettings, stage: Stage, progress: Progress
+    store: Any,
+    coder: str,
+    layer: int,
+    settings: CardSettings,
+    stage: Stage,
+    progress: ReportProgress,
 ) -> None:
     """Make the arrays `density` to `example_values` from a feature store.
 
@@ -190,13 +195,13 @@ def gather_examples(
     stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
 
 
-def activation_bin(active: Active, largest: np.ndarray, bins: int) -> np.ndarray:
+def activation_bin(active: SegmentActivations, largest: np.ndarray, bins: int) -> np.ndarray:
     """Which of `bins` equal parts of (0, largest] each activation lies in: int64 [e]."""
     share = active.values.astype(np.float64) / np.maximum(largest, 1e-30)[active.features]
     return np.clip(np.ceil(share * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def _strongest(store, coder: str, layer: int, s: CardSettings, progress: Progress):
+def _strongest(store, coder: str, layer: int, s: CardSettings, progress: ReportProgress):
     """fired, sums and counts of typical activations, the largest: [F] each; the top examples."""
     fired = np.asarray(store.fired(coder, layer), np.int64)
     width = len(fired)

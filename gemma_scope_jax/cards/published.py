@@ -19,10 +19,10 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import (
-    Active,
     Best,
     CardSettings,
-    Progress,
+    ReportProgress,
+    SegmentActivations,
     activation_bin,
     chance,
 )
@@ -30,7 +30,7 @@ from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 FILE = "examples.safetensors"
 BLOCK = 2048  # features at a time
@@ -53,7 +53,7 @@ def read_published(
     width: int,
     settings: CardSettings,
     stage: Stage,
-    progress: Progress,
+    progress: ReportProgress,
     vocab: int | None = None,
 ) -> None:
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
@@ -117,7 +117,7 @@ def _gather(
     width: int,
     s: CardSettings,
     stage: Stage,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     create = stage.create
     largest, mean = (create(name, (width,), np.float32, 0) for name in ("largest", "mean"))
@@ -155,15 +155,15 @@ def _gather(
         ids[here], values[here] = _windows(tokens, active, chosen, s)
 
 
-def _entries(activations: np.ndarray, at: np.ndarray) -> Active:
+def _entries(activations: np.ndarray, at: np.ndarray) -> SegmentActivations:
     """The examples of a block of features, ordered by feature and place."""
     features, slots = np.nonzero(activations > 0)
     rows, found = at[features, slots], activations[features, slots].astype(np.float32)
     order = np.lexsort((rows, features))
-    return Active(features[order].astype(np.int32), rows[order], found[order])
+    return SegmentActivations(features[order].astype(np.int32), rows[order], found[order])
 
 
-def _windows(tokens: np.ndarray, active: Active, chosen: np.ndarray, s: CardSettings):
+def _windows(tokens: np.ndarray, active: SegmentActivations, chosen: np.ndarray, s: CardSettings):
     """Ids and known activations [n, E, W] around the places `chosen` int64 [n, E]."""
     flat, length = tokens.reshape(-1), tokens.shape[1]
     index = chosen[..., None] + np.arange(-s.before, s.after + 1, dtype=np.int64)

@@ -21,9 +21,8 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.examples import Progress
-from gemma_scope_jax.storage.atomic import new_folder
-from gemma_scope_jax.storage.paths import write_text
+from gemma_scope_jax.cards.examples import ReportProgress
+from gemma_scope_jax.storage.atomic import new_folder, write_text
 from gemma_scope_jax.web.pages import inert_json, page_template
 
 CHUNK = 32  # features a file
@@ -42,7 +41,7 @@ def build_site(
     *,
     explanations: Mapping[int, Explanation] | None = None,
     sites: Mapping[str, str] | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: ReportProgress = lambda what, done, total: None,
 ) -> None:
     """Write the site of `cards` into `folder`; index.html comes last.
 
@@ -82,10 +81,10 @@ def _vocabulary(cards: FeatureCards, features: range, tok: Any) -> tuple[list[st
     return tok.decode_tokens(ids), ids
 
 
-Place = Callable[[Any], np.ndarray]
+Locate = Callable[[Any], np.ndarray]
 
 
-def _card(cards: FeatureCards, f: int, place: Place) -> dict[str, Any]:
+def _card(cards: FeatureCards, f: int, place: Locate) -> dict[str, Any]:
     """What the page calls h g l t c n x: histogram, examples, logits, neighbours."""
     largest = max(float(cards["largest"][f]), 1e-30)
     card: dict[str, Any] = {"h": cards["histogram"][f].tolist(), "l": None, "t": None}
@@ -111,7 +110,7 @@ def _card(cards: FeatureCards, f: int, place: Place) -> dict[str, Any]:
     return card
 
 
-def _logits(cards: FeatureCards, f: int, end: str, place: Place) -> list[list[Any]]:
+def _logits(cards: FeatureCards, f: int, end: str, place: Locate) -> list[list[Any]]:
     ids, values = cards[f"{end}_ids"][f], cards[f"{end}_logits"][f]
     return [[i, _short(v)] for i, v in zip(place(ids).tolist(), values.tolist())]
 
@@ -120,7 +119,7 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _example(example: Any, largest: float, place: Place) -> list[Any]:
+def _example(example: Any, largest: float, place: Locate) -> list[Any]:
     """Where it is from, the place of the token, words, and activations in thousandths of the
     largest: sparse, [place, value, place, value, ...]."""
     strength = np.round(1000 * np.asarray(example.values) / largest).astype(int)

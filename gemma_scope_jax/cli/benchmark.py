@@ -104,7 +104,7 @@ def _run(bench: Any, jobs: list[Any]) -> None:
     from gemma_scope_jax.evaluation.results import write_result
     from gemma_scope_jax.probing.jobs import run_jobs
     from gemma_scope_jax.probing.report import by_task, compared, documents
-    from gemma_scope_jax.storage.paths import write_text
+    from gemma_scope_jax.storage.atomic import write_text
 
     results = list(zip(jobs, run_jobs(bench, jobs)))
     for document in documents(bench, results):

@@ -84,13 +84,15 @@ def evaluate(
         raise InputError(f"--length {length} is more than the model's context of {context}")
     from gemma_scope_jax.evaluation.core import core_config
     from gemma_scope_jax.evaluation.core_run import evaluate_core
-    from gemma_scope_jax.evaluation.evaluate import Plan
+    from gemma_scope_jax.evaluation.evaluate import EvaluationPlan
     from gemma_scope_jax.evaluation.figures import ABLATIONS
     from gemma_scope_jax.evaluation.report import print_core, say_doubts
     from gemma_scope_jax.evaluation.texts import EvaluationText
 
     data = EvaluationText(source, tok, tokens=tokens, rows=rows, length=length, seed=seed)
-    plan = Plan(loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups)
+    plan = EvaluationPlan(
+        loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups
+    )
     config = core_config(data, plan, loaded_model, dataset, not skip_geometry)
     results = evaluate_core(loaded_model, loaded, data, plan, config, out, replacement)
     if json:

@@ -47,7 +47,7 @@ class Encoders(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class CoderStack:
     """Coders' layers that run as one read: of one site and shape, a layer of the model each.
 
     members: (name of the coder, which of its own layers), in the order of `layers`.
@@ -63,7 +63,7 @@ class Group:
 
 
 @flax.struct.dataclass
-class Active:
+class ActiveFeatures:
     """The active features of a group's X layers. With m parts of the features, of F / m each.
 
     values   float32 [X, N, m K], of each part the first `count`, in order of feature
@@ -84,7 +84,7 @@ class Active:
     finite: Any
 
 
-def grouped(coders: Mapping[str, Coder]) -> tuple[Group, ...]:
+def grouped(coders: Mapping[str, Coder]) -> tuple[CoderStack, ...]:
     """How to run `coders` in as few reads as possible, each with every layer at most once.
 
     Raises `InputError` for TopK coders of several layers, see `by_layer`.
@@ -105,11 +105,11 @@ def grouped(coders: Mapping[str, Coder]) -> tuple[Group, ...]:
         for members in rounds:
             layers = tuple(sorted(members))
             own = tuple(members[layer] for layer in layers)
-            groups.append(Group(site, layers, first, own, width, k))
+            groups.append(CoderStack(site, layers, first, own, width, k))
     return tuple(groups)
 
 
-def encoders(group: Group, coders: Mapping[str, Coder], mesh: Any = None) -> Encoders:
+def encoders(group: CoderStack, coders: Mapping[str, Coder], mesh: Any = None) -> Encoders:
     """The weights of a group, stacked; on a mesh split by feature over its axis "model"."""
 
     def of(name: str, axes: int) -> jax.Array:
@@ -150,11 +150,11 @@ def active_features(
     segments: jax.Array,
     counts: jax.Array,
     *,
-    groups: tuple[Group, ...],
+    groups: tuple[CoderStack, ...],
     slots: int,
     form: str,
     precision: str = "highest",
-) -> list[Active]:
+) -> list[ActiveFeatures]:
     """The active features of every group.
 
     tokens, segments int [B, T] (0: padding), counts bool [B, T]: the tokens that the data lets
@@ -185,13 +185,15 @@ def active_features(
     return [out.reads[str(i)] for i in range(len(groups))]
 
 
-def specs(rows: str | None, split: str | None) -> Active:
+def specs(rows: str | None, split: str | None) -> ActiveFeatures:
     """Where one layer's results lie: rows over the mesh's axis `rows`, features over `split`."""
     each = P(rows, split)
-    return Active(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
+    return ActiveFeatures(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
 
 
-def _active(x, ctx, w: Encoders, counts, *, first, slots, k, form, precision, mesh) -> Active:
+def _active(
+    x, ctx, w: Encoders, counts, *, first, slots, k, form, precision, mesh
+) -> ActiveFeatures:
     """One layer: x [B, T, D]."""
     keep = token_mask(ctx, x, first)[..., 0] & counts
     find = partial(_find, slots=slots, k=k, form=form, precision=precision)
@@ -211,7 +213,9 @@ def _active(x, ctx, w: Encoders, counts, *, first, slots, k, form, precision, me
     )(x, keep, w)
 
 
-def _find(x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=None) -> Active:
+def _find(
+    x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=None
+) -> ActiveFeatures:
     """x [b, T, D], w of f features, as they lie on one device."""
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
@@ -236,7 +240,7 @@ def _find(x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=Non
     if axes:
         overflow = jax.lax.psum(overflow.astype(jnp.int32), axes) > 0
         finite = jax.lax.psum((~finite).astype(jnp.int32), axes) == 0
-    return Active(
+    return ActiveFeatures(
         values,
         features,
         count[:, None],

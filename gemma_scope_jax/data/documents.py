@@ -31,7 +31,7 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.tokenizer import ROLES
 
 Chat = Sequence[Mapping[str, Any]]
-Shard = tuple[int, int]  # (index, count): which of `count` hosts this is
+HostShard = tuple[int, int]  # (index, count): which of `count` hosts this is
 _BLOCK = 1024  # positions shuffled at a time
 
 
@@ -100,7 +100,7 @@ class Indexed:
     named: Callable[[], Any]
     once: bool = False
 
-    def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
+    def ordered(self, seed: int, epoch: int, shard: HostShard, start: int = 0) -> Iterator[Record]:
         """This host's documents of an epoch, from its `start`th on."""
         index, hosts = shard
         for first in range(index + start * hosts, self.count, hosts * _BLOCK):
@@ -115,7 +115,7 @@ class Indexed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
+class StreamedDocuments:
     """Documents that can only be read from the beginning.
 
     `identity` and `named` as of `Indexed`. `read` takes the order of the parts (None: as they lie)
@@ -129,7 +129,7 @@ class Streamed:
     named: Callable[[], Any]
     once: bool = False
 
-    def ordered(self, seed: int, epoch: int, shard: Shard, start: int = 0) -> Iterator[Record]:
+    def ordered(self, seed: int, epoch: int, shard: HostShard, start: int = 0) -> Iterator[Record]:
         """This host's documents of an epoch, from its `start`th on; all are read, to skip them."""
         index, hosts = shard
         order = shuffled_positions(np.arange(self.parts), self.parts, seed, epoch).tolist()
@@ -143,7 +143,7 @@ class Streamed:
         return self.read(None)
 
 
-Documents = Indexed | Streamed
+Documents = Indexed | StreamedDocuments
 Source = TextData | Iterable[str] | Callable[[], Iterable[str]]
 
 
@@ -178,7 +178,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
 
     identity = ["iterable"]  # of what comes nothing is known before it comes
     once = isinstance(source, Iterator)
-    return Streamed(identity, 1, records, window, lambda: identity, once=once)
+    return StreamedDocuments(identity, 1, records, window, lambda: identity, once=once)
 
 
 def _files(data: TextData) -> Documents:
@@ -191,7 +191,7 @@ def _files(data: TextData) -> Documents:
             for number in range(len(paths)) if order is None else order:
                 yield from stream_records(paths[number], skip_long=data.skip_bad)
 
-        return Streamed(identity, len(paths), records, data.shuffle_window, named)
+        return StreamedDocuments(identity, len(paths), records, data.shuffle_window, named)
     files = [indexed_file(path) for path in paths]
     ends = np.cumsum([file.count for file in files])
     if not ends[-1]:

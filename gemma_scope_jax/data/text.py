@@ -25,9 +25,9 @@ import numpy as np
 from gemma_scope_jax.data.document_files import SEPARATOR, Record
 from gemma_scope_jax.data.documents import (
     Documents,
-    Shard,
+    HostShard,
     Source,
-    Streamed,
+    StreamedDocuments,
     TextData,
     open_documents,
     parse,
@@ -148,7 +148,7 @@ class TokenBatches:
         length: int,
         *,
         seed: int = 0,
-        shard: Shard = (0, 1),
+        shard: HostShard = (0, 1),
         epochs: int | None = None,
         position: Mapping[str, Any] | None = None,
         workers: int | None = None,
@@ -228,7 +228,7 @@ def fingerprint(
     data: TextData,
     tok: Any,
     seed: int | None,
-    shard: Shard = (0, 1),
+    shard: HostShard = (0, 1),
     *,
     named: bool = False,
 ) -> str:
@@ -240,7 +240,7 @@ def fingerprint(
     settings = dataclasses.asdict(data)
     for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
         del settings[name]
-    if not isinstance(documents, Streamed):
+    if not isinstance(documents, StreamedDocuments):
         del settings["shuffle_window"]
     sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
@@ -318,11 +318,11 @@ def labelled_record(
     return ids, said & ~tok.special[ids], roles
 
 
-def _check_shard(shard: Shard, documents: Documents) -> None:
+def _check_shard(shard: HostShard, documents: Documents) -> None:
     index, count = shard
     if not 0 <= index < count:
         raise InputError(f"shard {shard}: must be (index, count) with 0 <= index < count")
-    if not isinstance(documents, Streamed) and documents.count < count:
+    if not isinstance(documents, StreamedDocuments) and documents.count < count:
         raise InputError(f"{documents.count} documents are too few to split over {count} hosts")
 
 

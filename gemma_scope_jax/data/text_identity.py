@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.paths import cache_folder, write_bytes
+from gemma_scope_jax.storage.atomic import write_bytes
+from gemma_scope_jax.storage.paths import cache_folder
 from gemma_scope_jax.storage.strict_json import parse_json
 
 PART = 1 << 26  # bytes that a thread hashes by itself

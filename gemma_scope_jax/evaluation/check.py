@@ -39,7 +39,7 @@ POST_NORM = {"attn_out": "post_attn_scale", "mlp_out": "post_mlp_scale"}
 SAE_SITES = ("z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 
 # What to read or write instead: (site, shift of the layer, "" or "ungained" or "unnormed").
-Place = tuple[str, int, str]
+Reading = tuple[str, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Alternative:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CheckReport:
     """The result of `check`; `warnings` is empty for a coder that looks right."""
 
     metrics: Metrics
@@ -77,13 +77,13 @@ class Report:
 class _Way:
     name: str
     verdict: str
-    reads: Place
-    writes: Place
+    reads: Reading
+    writes: Reading
     transposed: bool = False
 
 
 @own_mesh
-def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> Report:
+def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> CheckReport:
     """Measure `coder` on batches of (tokens, segments) [B, T], and every alternative to its place.
 
     Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
@@ -105,7 +105,7 @@ def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> Rep
     stated, *others = (Alternative(w.name, w.verdict, fit(s, TYPICAL)) for w, s in zip(ways, sums))
     single = not isinstance(coder, MultiLayerCoder)
     target = coder.info.l0 if single else None  # of several layers: per layer or in all, unknown
-    return Report(metrics, target, stated, others, _warnings(metrics, target, stated, others))
+    return CheckReport(metrics, target, stated, others, _warnings(metrics, target, stated, others))
 
 
 _sums = jax.jit(coder_sums)
@@ -149,7 +149,7 @@ def _warnings(
 # The alternatives
 
 
-def _name(coder: Coder, place: Place) -> str:
+def _name(coder: Coder, place: Reading) -> str:
     site, shift, change = place
     layers = [layer + shift for layer in layers_of(coder)]
     several = (
@@ -166,7 +166,7 @@ def _ways(config: GemmaConfig, coder: Coder) -> Iterator[_Way]:
     reads, writes = (coder.reads, 0, ""), (coder.writes, 0, "")
     is_sae = coder.reads == coder.writes
 
-    def way(r: Place, w: Place, verdict: str, transposed: bool = False) -> _Way:
+    def way(r: Reading, w: Reading, verdict: str, transposed: bool = False) -> _Way:
         name = _name(coder, r)
         if not is_sae:
             name += f" -> {_name(coder, w)}"
@@ -203,7 +203,7 @@ def _ways(config: GemmaConfig, coder: Coder) -> Iterator[_Way]:
 
 
 @partial(jax.jit, static_argnames=("layers", "places"))
-def _activations(model: Model, tokens, segments, layers, places) -> dict[Place, jax.Array]:
+def _activations(model: Model, tokens, segments, layers, places) -> dict[Reading, jax.Array]:
     """The activation at every place, float32 [X, B*T, D], from one pass."""
     reads, stop = [], 0
     for site, shift, change in places:
@@ -227,7 +227,7 @@ def _activations(model: Model, tokens, segments, layers, places) -> dict[Place, 
     return seen
 
 
-def print_report(report: Report, coder: Coder, model: str, source: str) -> None:
+def print_report(report: CheckReport, coder: Coder, model: str, source: str) -> None:
     """Print a report for people: the figures, the places by how well they fit, the verdict."""
     metrics, losses = report.metrics, report.metrics.losses
     assert losses is not None

@@ -19,7 +19,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.evaluation.evaluate import Plan
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan
 from gemma_scope_jax.evaluation.figures import (
     Losses,
     Metrics,
@@ -49,7 +49,7 @@ WEIGHTS = {  # of a feature's record: SAEBench's name, then ours, and two of our
 
 
 def core_config(
-    text: EvaluationText, plan: Plan, model: Model, dataset: str, geometry: bool
+    text: EvaluationText, plan: EvaluationPlan, model: Model, dataset: str, geometry: bool
 ) -> dict[str, Any]:
     """How it is measured (SAEBench's `CoreEvalConfig` and what we have beyond): equal configs on
     the same coder give the same figures."""

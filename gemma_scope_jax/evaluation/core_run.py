@@ -28,7 +28,7 @@ from gemma_scope_jax.evaluation.core import (
     replacement_name,
     replacement_result,
 )
-from gemma_scope_jax.evaluation.evaluate import Measured, Plan, measure
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, Measured, measure
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.metrics import COLUMNS
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
@@ -43,8 +43,9 @@ from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.storage.paths import folder_path, write_bytes
+from gemma_scope_jax.storage.paths import folder_path
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 
@@ -54,7 +55,7 @@ def evaluate_core(
     model: Model,
     coders: Sequence[Coder],
     data: EvaluationText,
-    plan: Plan,
+    plan: EvaluationPlan,
     config: dict[str, Any],
     out: str = "",
     replacement: bool = False,
@@ -75,7 +76,7 @@ def _evaluate_core(
     model: Model,
     coders: Sequence[Coder],
     data: EvaluationText,
-    plan: Plan,
+    plan: EvaluationPlan,
     config: dict[str, Any],
     out: str,
     replacement: bool,
@@ -150,7 +151,7 @@ class _Work:
         values = dataclasses.asdict(self).items()
         return {f"work/{name}": np.asarray(value, np.int64) for name, value in values}
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: EvaluationPlan) -> EvaluationPlan:
         return dataclasses.replace(plan, replacement=self.replacement, settled=self.settled)
 
 

@@ -38,7 +38,15 @@ from gemma_scope_jax.model.gemma import counted, default_positions, forward, sit
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 
-__all__ = ["Losses", "Metrics", "Plan", "TextBatch", "evaluate", "evaluate_all", "measure"]
+__all__ = [
+    "Losses",
+    "Metrics",
+    "EvaluationPlan",
+    "TextBatch",
+    "evaluate",
+    "evaluate_all",
+    "measure",
+]
 
 RUNS_AT_ONCE = 8  # changed runs whose predictions are compared in one go
 
@@ -62,7 +70,7 @@ Batch = TextBatch | tuple[Any, Any]  # (tokens, segments)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
     loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
@@ -121,7 +129,9 @@ def evaluate_all(
 ) -> list[Metrics]:
     """`evaluate` of any coders on the same batches: the model's own passes are shared."""
     tokens = None if delta_loss or ablation else 0
-    plan = Plan(loss_tokens=tokens, ablations=("zero", "zero everywhere") if ablation else ())
+    plan = EvaluationPlan(
+        loss_tokens=tokens, ablations=("zero", "zero everywhere") if ablation else ()
+    )
     return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
 
 
@@ -161,7 +171,7 @@ def measure(
     model: Model,
     coders: Sequence[Coder],
     batches: Iterable[Batch],
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     saved: Mapping[str, np.ndarray] | None = None,
     saved_in: str = "what was saved",
@@ -212,7 +222,7 @@ def _measure_losses(
     model: Model,
     measured: Measured,
     batches: Iterable["_Rows"],
-    plan: Plan,
+    plan: EvaluationPlan,
     after: Callable[[Measured, str, int], None] | None,
 ) -> None:
     """The second pass, from where `measured` is."""
@@ -248,7 +258,7 @@ class _Rows:
     size: int  # tokens that are not padding
 
 
-def _rows(config: GemmaConfig, batch: Batch, plan: Plan, names: Sequence[Any]) -> _Rows:
+def _rows(config: GemmaConfig, batch: Batch, plan: EvaluationPlan, names: Sequence[Any]) -> _Rows:
     batch = batch if isinstance(batch, TextBatch) else TextBatch(*batch)
     if np.shape(batch.tokens) != np.shape(batch.segments) or len(np.shape(batch.tokens)) != 2:
         raise InputError(
@@ -343,24 +353,24 @@ def _read(model: Model, tokens, segments, *, layers):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class _ChangedRun:
     """One changed run of the model, and whose figures it is: (tally, run name)."""
 
     intercepts: tuple[Any, ...]
     users: list[tuple[Tally, str]]
 
 
-def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
+def _runs(model: Model, measured: Measured, plan: EvaluationPlan) -> list[_ChangedRun]:
     """Coders of the same place share what does not depend on them: the ablations."""
-    runs: list[_Run] = []
-    shared: dict[Any, _Run] = {}
+    runs: list[_ChangedRun] = []
+    shared: dict[Any, _ChangedRun] = {}
     means = {}
     for tally in measured.tallies:
         assert tally.sums is not None
         means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
     costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
     for tally in costly + [t for t in (measured.replacement,) if t is not None]:
-        runs.append(_Run(replaced(tally.coders), [(tally, SPLICED)]))
+        runs.append(_ChangedRun(replaced(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
             some = tally.coders
             if name == "zero everywhere":
@@ -368,13 +378,13 @@ def _runs(model: Model, measured: Measured, plan: Plan) -> list[_Run]:
             key = (name, tuple((c.writes, layers_of(c), c.first) for c in some))
             if key not in shared:
                 value = tuple(means[id(c)] for c in some) if name == "mean" else None
-                shared[key] = _Run(ablated(model.config, some, value), [])
+                shared[key] = _ChangedRun(ablated(model.config, some, value), [])
                 runs.append(shared[key])
             shared[key].users.append((tally, name))
     return runs
 
 
-def _add_losses(model: Model, clean: Any, runs: Sequence[_Run], rows: _Rows) -> None:
+def _add_losses(model: Model, clean: Any, runs: Sequence[_ChangedRun], rows: _Rows) -> None:
     states = [final_residual(model, rows.tokens, rows.segments, run.intercepts) for run in runs]
     found = compare(model, clean, jnp.stack(states), rows.tokens)
     own = np.asarray(found.clean).reshape(-1)

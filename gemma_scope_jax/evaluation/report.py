@@ -13,7 +13,8 @@ from typing import Any
 from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
 from gemma_scope_jax.progress import console as safe_console
-from gemma_scope_jax.storage.paths import folder_path, write_bytes
+from gemma_scope_jax.storage.atomic import write_bytes
+from gemma_scope_jax.storage.paths import folder_path
 
 Result = Mapping[str, Any]
 

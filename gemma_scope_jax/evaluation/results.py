@@ -27,7 +27,8 @@ from etils import epath
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.paths import folder_path, write_text
+from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 ENVELOPE = (

@@ -15,9 +15,10 @@ from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.extract import job_of, token_bytes
 from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.store.store import FeatureStore
-from gemma_scope_jax.extraction.work import Packed, Plan
+from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.disk import is_remote
+from gemma_scope_jax.storage.paths import folder_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
     return int(size), (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _rate(runner: Runner, plan: Plan) -> float:
+def _rate(runner: Runner, plan: ShardPlan) -> float:
     """Tokens a second of the first batch, the second time it runs."""
     shards = range(plan.shards)
     packed: Any = next(p for p in plan.batches(shards) if isinstance(p, Packed))

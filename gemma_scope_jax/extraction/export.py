@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gemma_scope_jax.coders.atomic_files import lay_out, write_array, write_folder, write_json
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.store.store import FeatureStore, Segment
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import new_folder, write_text
+from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json, write_text
+from gemma_scope_jax.storage.safetensors_files import lay_out, write_array
 
 FORMATS = ("parquet", "delphi")
 _HELD = 50_000_000  # entries of a delphi file, which delphi reads whole

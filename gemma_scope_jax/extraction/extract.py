@@ -31,15 +31,15 @@ from gemma_scope_jax.extraction.runner import Runner
 from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
 from gemma_scope_jax.extraction.store.store import FeatureStore
-from gemma_scope_jax.extraction.work import Ended, Packed, Plan, open_text
+from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import no_space
+from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.paths import folder_path
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
@@ -136,7 +136,7 @@ def job_of(
     precision: str = "highest",
     shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
-) -> manifests.Job:
+) -> manifests.ExtractionJob:
     """The settings of an extraction, checked."""
     index, count = share
     for name, coder in named.items():
@@ -158,7 +158,7 @@ def job_of(
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
     if rows < 1 or slots < 1:
         raise InputError(f"rows {rows} and slots {slots} must be at least 1")
-    return manifests.Job(
+    return manifests.ExtractionJob(
         text=open_text(source, fit_tokenizer(tok, model.config), seed),
         rows=rows, length=length, values=values,
         slots=min(slots, widest), precision=precision,
@@ -175,7 +175,7 @@ def _rows_for(model: Model, length: int) -> int:
     return -(-rows // own) * own
 
 
-def _check_room(path: Any, named: Mapping[str, Coder], plan: Plan, shards: int, values: str):
+def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: int, values: str):
     if is_remote(path):
         return
     free, needed = (
@@ -202,7 +202,9 @@ def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
 # Running
 
 
-def _write(model, coders, path, plan: Plan, shards: list[int], job: "manifests.Job") -> None:
+def _write(
+    model, coders, path, plan: ShardPlan, shards: list[int], job: "manifests.ExtractionJob"
+) -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
     widths = [c.width for c in coders.values() for _ in layers_of(c)]
@@ -272,7 +274,7 @@ def _results(
 
 
 def _results_in_step(
-    runner: Runner, batches: Any, job: "manifests.Job"
+    runner: Runner, batches: Any, job: "manifests.ExtractionJob"
 ) -> Iterator[tuple[Packed | Ended, Any]]:
     """`_results` where all hosts run one program: each runs as many batches as the one with most.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.coders.active_features import Active, specs
+from gemma_scope_jax.coders.active_features import ActiveFeatures, specs
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import sharding
 from gemma_scope_jax.model.config import Model
@@ -50,7 +50,7 @@ def put_rows(mesh: Any, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(place, array)
 
 
-def own_part(mesh: Any, active: Active, width: int) -> Any:
+def own_part(mesh: Any, active: ActiveFeatures, width: int) -> Any:
     """What a group's results hold of this process's rows."""
     split = "model" if width % mesh.shape["model"] == 0 else None
     layered = jax.tree.map(

@@ -18,7 +18,7 @@ from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import Shard, shard_name
-from gemma_scope_jax.extraction.work import Plan, Text, measure
+from gemma_scope_jax.extraction.work import ShardPlan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
@@ -29,7 +29,7 @@ _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ExtractionJob:
     """The settings of an extraction."""
 
     text: Text
@@ -106,7 +106,9 @@ def digest(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(same.encode(), digest_size=8).hexdigest()
 
 
-def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], dict | None]:
+def settle(
+    folder: Any, job: ExtractionJob, tokens: int | None
+) -> tuple[dict[str, Any], dict | None]:
     """(the manifest that the store is to have, the one that is there). Writes nothing.
 
     Raises `InputError` if what is there is something else.
@@ -150,7 +152,9 @@ def settle(folder: Any, job: Job, tokens: int | None) -> tuple[dict[str, Any], d
     return new | {"tokens": tokens, "documents": documents}, old
 
 
-def _of_this_text(old: Mapping[str, Any], now: dict, job: Job, folder: Any) -> dict[str, Any]:
+def _of_this_text(
+    old: Mapping[str, Any], now: dict, job: ExtractionJob, folder: Any
+) -> dict[str, Any]:
     """What a manifest says of its text, which is known by its content: how it is called may differ.
 
     Raises `InputError` for another text.
@@ -176,14 +180,16 @@ def _called_as(there: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> list[d
     ]
 
 
-def plan_of(manifest: Mapping[str, Any], job: Job) -> Plan:
+def plan_of(manifest: Mapping[str, Any], job: ExtractionJob) -> ShardPlan:
     """The work that a manifest describes."""
     m = manifest
     share = m.get("share", 1.0)  # of older stores the mean is of tokens that count
-    return Plan(job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"], share)
+    return ShardPlan(
+        job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"], share
+    )
 
 
-def agree(folder: Any, job: Job, tokens: int | None) -> Plan:
+def agree(folder: Any, job: ExtractionJob, tokens: int | None) -> ShardPlan:
     """The plan of the store in the folder, begun or extended here if need be."""
     new, old = settle(folder, job, tokens)
     if old is not None and new["documents"] != old["documents"]:
@@ -285,13 +291,13 @@ def shards_there(folder: Any) -> list[int]:
     return sorted(int(n) for n in found if n.isdigit())
 
 
-def missing(folder: Any, plan: Plan) -> list[int]:
+def missing(folder: Any, plan: ShardPlan) -> list[int]:
     """The shards still to be made."""
     there = set(shards_there(folder))
     return [shard for shard in range(plan.shards) if shard not in there]
 
 
-def finish(folder: Any, plan: Plan) -> bool:
+def finish(folder: Any, plan: ShardPlan) -> bool:
     """Write the index if every shard is there, and whole; returns whether it is.
 
     A shard that was made for fewer documents is removed, to be made anew.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
-from gemma_scope_jax.coders.active_features import Active, Coder, Group
+from gemma_scope_jax.coders.active_features import ActiveFeatures, Coder, CoderStack
 from gemma_scope_jax.coders.coder import layers_of
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
@@ -74,7 +74,7 @@ class Runner:
         ]
         return [entries[member] for member in order]
 
-    def _on_host(self, started: tuple) -> list[Active]:
+    def _on_host(self, started: tuple) -> list[ActiveFeatures]:
         """What was found of this process's rows, as numpy; spilled rows only if there are any."""
         batch, found = started
         slots, widest = self.slots, max(group.width for group in self.groups)
@@ -97,7 +97,7 @@ class Runner:
         return held
 
 
-def _check_finite(group: Group, active: Active) -> None:
+def _check_finite(group: CoderStack, active: ActiveFeatures) -> None:
     if not active.finite.all():
         layer = group.layers[int(np.argmin(active.finite))]
         raise InputError(
@@ -106,7 +106,7 @@ def _check_finite(group: Group, active: Active) -> None:
         )
 
 
-def layer_entries(group: Group, active: Active, i: int, kept: np.ndarray) -> Entries:
+def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.ndarray) -> Entries:
     """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
     count, parts = active.count[i][kept], active.count.shape[-1]  # [n, m]
     slots, part = active.values.shape[-1] // parts, group.width // parts

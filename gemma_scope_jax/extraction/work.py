@@ -165,7 +165,7 @@ class Ended:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """`documents` of the text's order, `per_shard` in each shard, in batches [rows, length]."""
 
     text: Text

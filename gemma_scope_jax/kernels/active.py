@@ -35,7 +35,7 @@ Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
 
 
 @flax.struct.dataclass
-class Active:
+class ActiveEntries:
     """The entries of z above `low`: of each token the first K, in order of feature."""
 
     z: jax.Array  # float32 [S, B, K]; 0 in slots that are not used
@@ -86,7 +86,7 @@ def encode_active(
     low: jax.Array,
     capacity: int,
     form: str | None = None,
-) -> Active:
+) -> ActiveEntries:
     """The entries of z = x w_enc^T + b_enc above `low`, `capacity` of them a token.
 
     x [S,B,D]; w_enc [S,F,D], a row a feature; b_enc, low [S,F]. Gradients go from the entries' z to
@@ -104,7 +104,7 @@ def encode_active(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
+def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> ActiveEntries:
     some = lambda x: _encode_some(x, w_enc, b_enc, low, capacity, form)
     b = x.shape[1]
     if form == "xla":
@@ -115,15 +115,15 @@ def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
     return jax.tree.map(lambda a: xla.join(a, 1, b), active)
 
 
-def _encode_some(x, w_enc, b_enc, low, capacity: int, form: str) -> Active:
+def _encode_some(x, w_enc, b_enc, low, capacity: int, form: str) -> ActiveEntries:
     z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
     if form == "cpu":
-        return Active(*cpu.compact(z, b_enc, low, capacity))
+        return ActiveEntries(*cpu.compact(z, b_enc, low, capacity))
     z = z + b_enc[:, None, :]
     feature, count = xla.first_above(z, low, capacity)
     used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
     feature = jnp.where(used, feature, 0)
-    return Active(jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count)
+    return ActiveEntries(jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count)
 
 
 def _encode_fwd(x, w_enc, b_enc, low, capacity, form):

@@ -32,9 +32,9 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.probing import absorption as spelling
 from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.pooling import (
-    Place,
     Pooled,
-    Report,
+    ReportTokens,
+    SiteLayer,
     encode_rows,
     encode_texts,
     largest_first,
@@ -45,14 +45,14 @@ from gemma_scope_jax.probing.pooling import (
 from gemma_scope_jax.probing.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.probing.tables import read_table
 from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.storage.paths import write_bytes, write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
 BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)  # what reading such a file may raise
-Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
+Measure = Callable[["Bench", Sequence[str], ReportTokens], dict[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Bench:
         """The position from which on tokens count in means: the same for all coders."""
         return largest_first(self.coders.values())
 
-    def raw(self) -> dict[str, Place]:
+    def raw(self) -> dict[str, SiteLayer]:
         """The activations that the coders read, by a name for each."""
         places = {(c.reads, c.layer) for c in self.coders.values()}
         return {raw_name(place): place for place in sorted(places)}
@@ -90,13 +90,13 @@ def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
     return found
 
 
-def raw_name(place: Place) -> str:
+def raw_name(place: SiteLayer) -> str:
     """What the activation at a place is called among the subjects."""
     return f"activation {place[0]} {place[1]}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class BenchmarkJob:
     """A task, for every subject (a coder, or an activation) that it is measured on."""
 
     family: str  # SAEBench's name of the evaluation
@@ -114,7 +114,7 @@ class Job:
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
 
 
-def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Any]]:
     """Measure what has not been measured; the results of each job, {subject: result}.
 
     Raises `InputError` for a result file that is not one, and while another process measures into
@@ -124,7 +124,7 @@ def run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         return _run_jobs(bench, jobs)
 
 
-def _run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def _run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Any]]:
     keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
     stored = [_stored(job, bench, keys) for job in jobs]
     found = [{subject: r["result"] for subject, r in had.items()} for had in stored]
@@ -150,7 +150,7 @@ def _run_jobs(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return found
 
 
-def _report(progress: Progress, job: Job, before: int) -> Report:
+def _report(progress: Progress, job: BenchmarkJob, before: int) -> ReportTokens:
     """What tells how far a job is, `before` tokens of others being done."""
 
     def report(done: int, of: int) -> None:
@@ -160,7 +160,7 @@ def _report(progress: Progress, job: Job, before: int) -> Report:
     return report
 
 
-def _stages(report: Report, subjects: int) -> tuple[Report, Report]:
+def _stages(report: ReportTokens, subjects: int) -> tuple[ReportTokens, ReportTokens]:
     """What the model's pass and what comes after it, a subject at a time, report to; a subject's
     probes are taken to be a tenth of the pass, which is of the right order."""
     parts = 10 + subjects
@@ -174,7 +174,7 @@ def _stages(report: Report, subjects: int) -> tuple[Report, Report]:
     return passed, probed
 
 
-def _stored(job: Job, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
+def _stored(job: BenchmarkJob, bench: Bench, keys: Mapping[str, str]) -> dict[str, Any]:
     """{subject: {"key", "result"}} of what was measured, also of coders that are not asked for."""
     path = job.path(bench)
     if not path.exists():
@@ -199,7 +199,7 @@ _PARTS = {  # of a result, what tables are made of
 }
 
 
-def _checked(job: Job, result: Any) -> Any:
+def _checked(job: BenchmarkJob, result: Any) -> Any:
     """A result that was read. Raises KeyError or `InputError` if parts of it are missing."""
     for part in _PARTS.get(job.family, ()):
         result[part]
@@ -221,7 +221,7 @@ def probing_jobs(
     *,
     limit: int | None = None,
     ks: Sequence[int] = (),
-) -> tuple[list[Job], list[str]]:
+) -> tuple[list[BenchmarkJob], list[str]]:
     """A job for each table that fits the protocol, and why others do not, a line each.
 
     Raises `InputError` if a file is no table, or none of them fits.
@@ -252,14 +252,18 @@ def probing_jobs(
         family = "sparse_probing" + ("_sae_probes" if protocol.name == "sae-probes" else "")
         work = _work(task.texts, protocol.context)
         measure = _probing(path, protocol, limit, ks)
-        jobs.append(Job(family, task.name, settings, subjects, work, measure, task.repeated))
+        jobs.append(
+            BenchmarkJob(family, task.name, settings, subjects, work, measure, task.repeated)
+        )
     if not jobs:
         raise InputError(f"no table to probe; the first: {skipped[0]}")
     return jobs, skipped
 
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
-    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+    def measure(
+        bench: Bench, missing: Sequence[str], report: ReportTokens
+    ) -> dict[str, dict[str, Any]]:
         task = make_task(read_table(path), protocol, limit, quiet=True)  # it was said before
         how, keep = protocol.how, protocol.keep
         passed, probed = _stages(report, len(missing))
@@ -290,7 +294,7 @@ def _pooled(
     texts: Sequence[str],
     context: int,
     how: Literal["mean"] | int,
-    report: Report,
+    report: ReportTokens,
     keep: Literal["first", "last"] = "first",
 ) -> tuple[list[str], Pooled]:
     """The names of the coders among `missing`, and what they and the activations need."""
@@ -317,7 +321,7 @@ def _pooled(
 
 def concept_job(
     bench: Bench, family: str, path: Path, *, limit: int | None, ns: Sequence[int]
-) -> Job:
+) -> BenchmarkJob:
     """A job of family "tpp" or "scr" on a table."""
     if min(ns) < 1:
         raise InputError(f"{min(ns)} features to ablate: 1 or more")
@@ -327,18 +331,20 @@ def concept_job(
     settings |= {"table": _digest(path), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     measure = _concepts(family, path, limit, ns)
-    return Job(family, task.name, settings, tuple(bench.coders), work, measure)
+    return BenchmarkJob(family, task.name, settings, tuple(bench.coders), work, measure)
 
 
 def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> Measure:
-    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+    def measure(
+        bench: Bench, missing: Sequence[str], report: ReportTokens
+    ) -> dict[str, dict[str, Any]]:
         table = read_table(path)
         make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
         task: Any = make(table, limit, quiet=True)
         score = scr_tpp.tpp if family == "tpp" else scr_tpp.scr
         passed, scored = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, "mean", passed)
-        probes: dict[Place, Any] = {}
+        probes: dict[SiteLayer, Any] = {}
         results = {}
         for name, f in zip(names, pooled.features):
             coder = bench.coders[name]
@@ -354,7 +360,7 @@ def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> 
     return measure
 
 
-def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
+def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
     """The job of feature absorption, on up to `per_letter` words of the vocabulary a letter."""
     if per_letter is not None and per_letter < 5:
         raise InputError(f"{per_letter} words a letter are too few: 5 at least")
@@ -362,13 +368,15 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
     settings = {"per_letter": per_letter, "question": spelling.QUESTION, "seed": spelling.SEED}
     family, names = "absorption_first_letter", tuple(bench.coders)
 
-    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
+    def measure(
+        bench: Bench, missing: Sequence[str], report: ReportTokens
+    ) -> dict[str, dict[str, Any]]:
         task = spelling.spelling_prompts(bench.tok, per_letter)
         coders = {name: bench.coders[name] for name in names if name in missing}
         places = sorted(places_of(list(coders.values())))
         passed, scored = _stages(report, len(coders))
         x = _word_activations(bench, job, task, places, passed)
-        probes: dict[Place, spelling.LetterProbes] = {}
+        probes: dict[SiteLayer, spelling.LetterProbes] = {}
         results = {}
         for name, coder in coders.items():
             place = (coder.writes, coder.layer)
@@ -386,13 +394,17 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> Job:
             raise InputError(results[names[0]]["why"])
         return results
 
-    job = Job(family, "vocabulary", settings, names, work, measure)
+    job = BenchmarkJob(family, "vocabulary", settings, names, work, measure)
     return job
 
 
 def _word_activations(
-    bench: Bench, job: Job, task: spelling.Spelling, places: Sequence[Place], report: Report
-) -> dict[Place, np.ndarray]:
+    bench: Bench,
+    job: BenchmarkJob,
+    task: spelling.Spelling,
+    places: Sequence[SiteLayer],
+    report: ReportTokens,
+) -> dict[SiteLayer, np.ndarray]:
     """Activations [W, D] at each of `places` at the words of the prompts.
 
     Kept in files of `CHUNK` words beside the results: the whole vocabulary is hours of work, which

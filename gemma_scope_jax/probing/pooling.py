@@ -26,8 +26,8 @@ LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
 FEWEST = 16  # columns are kept, silent ones if need be: what chooses ten has ten to choose from
 SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
 
-Place = tuple[str, int]  # a site and a layer
-Report = Callable[[int, int], None]  # called with tokens done and tokens in all
+SiteLayer = tuple[str, int]  # a site and a layer
+ReportTokens = Callable[[int, int], None]  # called with tokens done and tokens in all
 
 
 class ActiveFeatures(NamedTuple):
@@ -40,7 +40,7 @@ class ActiveFeatures(NamedTuple):
 class Pooled(NamedTuple):
     """Of N texts: activations, and each coder's features."""
 
-    raw: dict[Place, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
+    raw: dict[SiteLayer, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
     features: list[ActiveFeatures]
 
 
@@ -66,10 +66,10 @@ def pool(
     *,
     how: Literal["mean"] | int = "mean",
     first: int | None = None,
-    places: Sequence[Place] = (),
+    places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
-    report: Report | None = None,
+    report: ReportTokens | None = None,
 ) -> Pooled:
     """Pooled activations and features of `texts`, int [n] each with its <bos>.
 
@@ -88,7 +88,7 @@ def pool(
     first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
-    raw: dict[Place, np.ndarray] = {}
+    raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
     for which, batch in _batches(texts, how, first, tokens, lengths, model.config.context):
@@ -147,7 +147,7 @@ def largest_first(coders: Iterable[SparseCoder]) -> int:
     return max((coder.first for coder in coders), default=1)
 
 
-def places_of(coders: Sequence[SparseCoder]) -> set[Place]:
+def places_of(coders: Sequence[SparseCoder]) -> set[SiteLayer]:
     """Where the coders read and write."""
     return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.evaluation.results import saebench_result
-from gemma_scope_jax.probing.jobs import Bench, Job, raw_name
+from gemma_scope_jax.probing.jobs import Bench, BenchmarkJob, raw_name
 
 PROBING = {"sparse_probing": "accuracy", "sparse_probing_sae_probes": "auc"}
-Results = Sequence[tuple[Job, Mapping[str, Any]]]  # each job, and its results by subject
+Results = Sequence[tuple[BenchmarkJob, Mapping[str, Any]]]  # each job, and its results by subject
 
 
 def by_family(results: Results) -> dict[str, Results]:

@@ -7,6 +7,7 @@ so that nothing needs a temporary name, and nothing can be locked.
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -284,3 +285,8 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def write_json(file: BinaryIO, value: Any) -> None:
+    """Write a JSON document to an open file."""
+    file.write(json.dumps(value).encode())

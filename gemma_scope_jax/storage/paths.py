@@ -14,10 +14,7 @@ from pathlib import Path
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.disk import is_remote
-
-__all__ = ["cache_folder", "folder_path", "is_remote", "local_copy", "write_bytes", "write_text"]
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 

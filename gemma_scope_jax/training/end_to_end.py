@@ -21,10 +21,10 @@ from gemma_scope_jax.model.gemma import counted, forward
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, write
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.objective import activate, cutoff, decode, encode, loss
-from gemma_scope_jax.training.weights import Group, Weights
+from gemma_scope_jax.training.weights import CoderGroup, Weights
 
 
-def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
+def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan):
     """One update of the groups with a `kl_weight` on one model pass: (state, parts of each).
 
     A pass of which no token counts changes nothing.
@@ -57,7 +57,7 @@ def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan
     return dataclasses.replace(state, groups=tuple(done)), parts
 
 
-def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
+def _update_group(old, group: CoderGroup, x, y, counts, shape, run, state, plan):
     weight, target, dead = steps.dials(old, group, state.update)
     # As many rows as there are tokens, going round those that count: the rest is left out.
     order = jnp.argsort(~counts, stable=True)
@@ -73,7 +73,9 @@ def _update_group(old, group: Group, x, y, counts, shape, run, state, plan):
     return steps.apply(old, grads, parts, dead, state, plan, group)
 
 
-def _divergences(w: Weights, group: Group, x, rows, counts, shape, run, scale, plan) -> jax.Array:
+def _divergences(
+    w: Weights, group: CoderGroup, x, rows, counts, shape, run, scale, plan
+) -> jax.Array:
     """KL(model, model with the reconstruction of coder n) for each n: [N].
 
     BatchTopK keeps its share of the tokens that count, `rows`, not of <bos> and padding, too.

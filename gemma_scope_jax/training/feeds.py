@@ -32,7 +32,7 @@ from gemma_scope_jax.training.recipe import TrainConfig
 
 
 def fill_step(
-    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan
+    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan
 ) -> steps.TrainState:
     """A model pass that only fills the buffer, and what is held out; `counts` of `SplitBatches`,
     or bool."""
@@ -42,7 +42,9 @@ def fill_step(
     return steps.hold(state, x, used & (side == HELD_OUT).reshape(-1))
 
 
-def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.Plan):
+def train_step(
+    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan
+):
     """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
     state = fill_step(state, model, tokens, segments, counts, plan)
     by_effect = None
@@ -60,7 +62,7 @@ def train_step(state: steps.TrainState, model: Model, tokens, segments, counts, 
     return state, [a or b for a, b in zip(parts, by_effect)] if by_effect else parts
 
 
-def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.Plan):
+def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.TrainPlan):
     """`updates` updates on stored activations x {site: [L, updates * batch, D]}."""
     cut = lambda a: jnp.moveaxis(a.reshape(a.shape[0], plan.config.updates, -1, a.shape[-1]), 1, 0)
     state, parts = jax.lax.scan(lambda s, x: steps.update(s, x, plan), state, jax.tree.map(cut, x))
@@ -93,7 +95,7 @@ def token_batches(
 class TextFeed:
     """Text through the model into the buffer on the device; `data` replaces the config's text."""
 
-    def __init__(self, plan: steps.Plan, model: Model, data: Any = None):
+    def __init__(self, plan: steps.TrainPlan, model: Model, data: Any = None):
         self.plan, self.model, self.data = plan, model, data
         self.made_with = model_identity(model)
         places = steps.placement(plan, model.config)
@@ -140,7 +142,7 @@ class TextFeed:
 class StoreFeed:
     """Stored activations in a global random order; the model does not run."""
 
-    def __init__(self, plan: steps.Plan, model: Model):
+    def __init__(self, plan: steps.TrainPlan, model: Model):
         self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
         _check_store(self.store, plan.config, model)
         self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)

@@ -15,7 +15,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import CoderConfig
 from gemma_scope_jax.training.weights import (
-    Group,
+    CoderGroup,
     Weights,
     encoder_bias,
     unfold,
@@ -24,7 +24,7 @@ from gemma_scope_jax.training.weights import (
 )
 
 
-def random_weights(group: Group, d_in: int, d_out: int, seed: int) -> Weights:
+def random_weights(group: CoderGroup, d_in: int, d_out: int, seed: int) -> Weights:
     """The published start, each coder from its own seed, so that grouping changes nothing."""
     one = [_random(c, d_in, d_out, jax.random.key(seed)) for c in group.coders]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
@@ -55,7 +55,7 @@ def _unit(w: jax.Array) -> jax.Array:
     return w / jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-20)
 
 
-def from_data(w: Weights, group: Group, x: jax.Array, y: jax.Array) -> Weights:
+def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weights:
     """Biases, skip and thresholds from a sample x [N, X, B, D], y [N, X, B, E], where asked for.
 
     With `threshold=None` the decoder bias starts at the mean, the affine skip at the ridge
@@ -182,7 +182,7 @@ def _alone(coder: SparseCoder, config: CoderConfig, i: int, scales: Mapping[str,
     return unfold(coder, one, {k: v[i : i + 1] for k, v in scales.items()})
 
 
-def expected_l0(w: Weights, group: Group, n: int, x: jax.Array) -> jax.Array:
+def expected_l0(w: Weights, group: CoderGroup, n: int, x: jax.Array) -> jax.Array:
     """The mean L0 of coder `n` of a group on x [X, B, D] of unit mean squared norm."""
     z = jnp.einsum("xbd,xfd->xbf", float32(x), w.w_enc[n])
     z = z + encoder_bias(w, group.like.centred)[n][:, None, :]

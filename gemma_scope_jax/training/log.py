@@ -21,7 +21,7 @@ _NOT_FINITE = re.compile(r"(?<=: )-?(NaN|Infinity)(?=[,}])")
 FIRST, EVERY = 2.0, 10.0  # seconds between reports, at the start and after 1,000 seconds
 
 
-class Progress:
+class TrainLog:
     """Reports at most every few seconds; reading a number waits for the device."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, done: int):

@@ -24,7 +24,7 @@ from gemma_scope_jax.coders.coder import Coder, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.paths import write_text
+from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.training.log import finite, read_log
 
 OUTLIER = 3.0

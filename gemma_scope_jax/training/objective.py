@@ -19,7 +19,7 @@ from gemma_scope_jax.coders.sparse_coder import largest
 from gemma_scope_jax.kernels import active as sparse
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses
-from gemma_scope_jax.training.weights import Group, Weights, encoder_bias
+from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
 ROWS = 64  # one token in so many may need more slots than there are
@@ -45,7 +45,7 @@ class Rows:
     used: jax.Array  # bool [R]: others are there to make up the number
 
 
-def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: Group, capacity: int):
+def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: CoderGroup, capacity: int):
     """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
 
     `l0_weight` and `l0_target` are [N], `dead` float32 [N, X, F], from 0 to 1; `capacity` is K, 0
@@ -100,7 +100,7 @@ def _dense_gradients(w, x, y, l0_weight, l0_target, dead, group):
     return jax.grad(total, has_aux=True)(w)
 
 
-def encode(w: Weights, x: jax.Array, group: Group) -> Codes:
+def encode(w: Weights, x: jax.Array, group: CoderGroup) -> Codes:
     """Pre-activations of all features, x [N, X, B, D]."""
     if x.shape[0] * x.shape[1] == 1:  # a plain product is faster than a batch of one
         z = (x[0, 0] @ w.w_enc[0, 0].T)[None, None]
@@ -111,7 +111,7 @@ def encode(w: Weights, x: jax.Array, group: Group) -> Codes:
     return Codes(z, w.threshold[:, :, None, :])
 
 
-def activate(codes: Codes, group: Group, edge: Any = None) -> tuple[jax.Array, jax.Array]:
+def activate(codes: Codes, group: CoderGroup, edge: Any = None) -> tuple[jax.Array, jax.Array]:
     """Feature activations and 1 where active, both like `codes.z`, with their gradients.
 
     `edge`: what TopK and BatchTopK keep, if not the `cutoff` of these very codes.
@@ -138,7 +138,7 @@ def _topk(z: jax.Array, k: int) -> jax.Array:
     return jnp.moveaxis(largest(together, k).reshape(N, B, X, F), 1, 2)
 
 
-def cutoff(z: jax.Array, group: Group) -> jax.Array:
+def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
     """The smallest z [N, X, B, F] that TopK or BatchTopK keeps, with axes that broadcast.
 
     TopK takes the k largest of a token over all layers, BatchTopK the k B largest of the batch.
@@ -152,7 +152,9 @@ def cutoff(z: jax.Array, group: Group) -> jax.Array:
     return jnp.stack(kth)[:, None, None, None]
 
 
-def decode(w: Weights, f: jax.Array, codes: Codes, x: jax.Array, group: Group) -> list[jax.Array]:
+def decode(
+    w: Weights, f: jax.Array, codes: Codes, x: jax.Array, group: CoderGroup
+) -> list[jax.Array]:
     """The nested reconstructions of each output layer j: [N, M, B, E] in a list of X."""
     outputs, N = [], x.shape[0]
     for j, w_dec in enumerate(w.w_dec):
@@ -191,7 +193,7 @@ def _dense_parts(f, w_dec, ends):
     return jnp.stack(parts, 1)
 
 
-def per_feature(codes: Codes, values: jax.Array, group: Group) -> jax.Array:
+def per_feature(codes: Codes, values: jax.Array, group: CoderGroup) -> jax.Array:
     """Sums over the batch: values like `codes.z` -> [N, X, F]."""
     if codes.feature is None:
         return jnp.sum(values, 2)
@@ -203,7 +205,7 @@ def per_feature(codes: Codes, values: jax.Array, group: Group) -> jax.Array:
     return sums.reshape(N, X, -1)
 
 
-def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Group, kl=None):
+def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: CoderGroup, kl=None):
     """The sum of the group's losses, and their parts: [N] each, `frequency` [N, X, F].
 
     `kl` [N], where given, joins the reconstruction as equation (6) says.
@@ -277,7 +279,7 @@ def _penalty(sparsity, target, config):
     return losses.quadratic_l0(jnp.mean(sparsity, -1), target)
 
 
-def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Group):
+def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: CoderGroup):
     """Mean over tokens of the sum over features of dead * relu(threshold - z): [N].
 
     Of JumpReLU its gradient goes to the thresholds alone: a dead feature comes to fire on the
@@ -306,7 +308,7 @@ def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: Grou
     return jnp.sum(dead * below, (1, 2))
 
 
-def calibrated(w: Weights, x: jax.Array, group: Group) -> Weights:
+def calibrated(w: Weights, x: jax.Array, group: CoderGroup) -> Weights:
     """Thresholds for a TopK or BatchTopK group: one a coder, where a sample has the target L0.
 
     x is [N, X, B, D] of unit mean squared norm, of tokens that were not trained on: on those that
@@ -314,7 +316,7 @@ def calibrated(w: Weights, x: jax.Array, group: Group) -> Weights:
     larger batch; TopK's fixed count a token becomes a mean. None is below 0.
     """
     batch = dataclasses.replace(group.like, activation="batch_topk")
-    batch = Group(group.members, (batch, *group.coders[1:]))
+    batch = CoderGroup(group.members, (batch, *group.coders[1:]))
     edge = jnp.squeeze(cutoff(encode(w, x, group).z, batch), -1)
     edge = jnp.maximum(jnp.nextafter(edge, -jnp.inf), 0.0)  # JumpReLU is strict, and a ReLU
     return dataclasses.replace(w, threshold=jnp.broadcast_to(edge, w.threshold.shape))

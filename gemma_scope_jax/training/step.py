@@ -25,7 +25,7 @@ from gemma_scope_jax.training.held_out import KEPT
 from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.objective import gradients
 from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
-from gemma_scope_jax.training.weights import Group, Weights, groups, unit_decoder
+from gemma_scope_jax.training.weights import CoderGroup, Weights, groups, unit_decoder
 
 Sites = dict[str, jax.Array]  # site -> activations of its layers [L, ..., D]
 
@@ -60,11 +60,11 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainPlan:
     """What decides the program of a run: static, and the same for every step."""
 
     config: TrainConfig
-    groups: tuple[Group, ...]
+    groups: tuple[CoderGroup, ...]
     sites: tuple[tuple[str, tuple[int, ...]], ...]  # each site with the layers somebody reads
     mesh: Any = None
 
@@ -73,7 +73,7 @@ class Plan:
         """The model's layers that have to run."""
         return 1 + max(layer for _, layers in self.sites for layer in layers)
 
-    def capacity(self, group: Group) -> int:
+    def capacity(self, group: CoderGroup) -> int:
         """Slots a token (of one layer) in the sparse step, 0 for dense products."""
         if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
             return 0
@@ -83,7 +83,7 @@ class Plan:
         return slots if least * slots < group.like.width else 0
 
 
-def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> Plan:
+def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> TrainPlan:
     """The plan of a run. Raises `InputError` for layers and sites that the model does not have."""
     wanted: dict[str, set[int]] = {}
     for coder in config.coders:
@@ -91,7 +91,7 @@ def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> Plan
             site_width(model, site)
             wanted.setdefault(site, set()).update(coder.layer_tuple)
     sites = tuple((site, tuple(sorted(layers))) for site, layers in sorted(wanted.items()))
-    return Plan(config, groups(config), sites, mesh)
+    return TrainPlan(config, groups(config), sites, mesh)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def optimizer(config: TrainConfig) -> Any:  # optax's types know arrays, not dat
     return optax.scale_by_adam(o.b1, o.b2, o.epsilon)
 
 
-def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
+def init_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
     """Coders at random, an empty buffer."""
     config = plan.config
     buffer = 0 if config.store else config.buffer
@@ -143,7 +143,7 @@ def init_state(plan: Plan, model: GemmaConfig) -> TrainState:
     )
 
 
-def _group_state(plan: Plan, group: Group, model: GemmaConfig) -> GroupState:
+def _group_state(plan: TrainPlan, group: CoderGroup, model: GemmaConfig) -> GroupState:
     d_in, d_out = (site_width(model, s) for s in (group.like.reads, group.like.target))
     weights = random_weights(group, d_in, d_out, plan.config.seed)
     start = [c.loss.l0_start or c.target_l0 for c in group.coders]
@@ -178,7 +178,7 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def first_state(plan: Plan, model: GemmaConfig) -> TrainState:
+def first_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
     """`init_state`, made in place on the plan's mesh."""
     if plan.mesh is None:
         return init_state(plan, model)
@@ -186,7 +186,7 @@ def first_state(plan: Plan, model: GemmaConfig) -> TrainState:
     return jax.jit(lambda: init_state(plan, model), out_shardings=places)()
 
 
-def abstract_state(plan: Plan, model: GemmaConfig) -> TrainState:
+def abstract_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
     """Shapes, dtypes and places of `first_state`."""
     shapes = jax.eval_shape(lambda: init_state(plan, model))
     if plan.mesh is None:
@@ -199,7 +199,7 @@ def abstract_state(plan: Plan, model: GemmaConfig) -> TrainState:
     )
 
 
-def placement(plan: Plan, model: GemmaConfig) -> Any:
+def placement(plan: TrainPlan, model: GemmaConfig) -> Any:
     """`state_shardings` of a run, None for one device."""
     if plan.mesh is None:
         return None
@@ -210,7 +210,7 @@ def placement(plan: Plan, model: GemmaConfig) -> Any:
 # Activations
 
 
-def model_activations(model: Model, tokens, segments, counts, plan: Plan):
+def model_activations(model: Model, tokens, segments, counts, plan: TrainPlan):
     """Activations {site: [L, B*T, D]}, and which count (data's `counts`, no padding, no <bos>)."""
     out = forward(
         model,
@@ -248,7 +248,7 @@ def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, counts: ja
     return ring, (slot + new) % size, jnp.minimum(filled + new, size)
 
 
-def draw(state: TrainState, plan: Plan) -> tuple[TrainState, Sites]:
+def draw(state: TrainState, plan: TrainPlan) -> tuple[TrainState, Sites]:
     """A batch from the buffer: each slot at most once in a sweep, in another order each time.
 
     What a sweep leaves over, where the batch does not divide the buffer, waits for the next.
@@ -265,7 +265,9 @@ def draw(state: TrainState, plan: Plan) -> tuple[TrainState, Sites]:
     return state, {site: rows[:, slots] for site, rows in state.buffer.items()}
 
 
-def pairs(plan: Plan, group: Group, x: Sites, scale: Sites) -> tuple[jax.Array, jax.Array]:
+def pairs(
+    plan: TrainPlan, group: CoderGroup, x: Sites, scale: Sites
+) -> tuple[jax.Array, jax.Array]:
     """What a group reads and what it should write: [N, X, B, D] each, unit mean squared norm."""
     mesh, layers_of = plan.mesh, dict(plan.sites)
 
@@ -284,7 +286,7 @@ def pairs(plan: Plan, group: Group, x: Sites, scale: Sites) -> tuple[jax.Array, 
 
 
 def dials(
-    state: GroupState, group: Group, update: jax.Array
+    state: GroupState, group: CoderGroup, update: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What moves during a run: weight [N] and target [N] of the L0 penalty, dead features.
 
@@ -297,13 +299,13 @@ def dials(
     return group.of("l0_weight") * ramp, target, dead
 
 
-def dead_limit(group: Group) -> jax.Array:
+def dead_limit(group: CoderGroup) -> jax.Array:
     """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
     mean = group.of("target_l0") / (group.X * group.like.width)
     return (group.like.loss.dead_below * mean)[:, None, None]
 
 
-def activities(old: jax.Array, share: jax.Array, group: Group) -> jax.Array:
+def activities(old: jax.Array, share: jax.Array, group: CoderGroup) -> jax.Array:
     """The running mean of each feature's `share` of a batch's tokens, over `dead_after` updates.
 
     It is cut at e times the limit, where all features in use are, so that one that falls silent is
@@ -395,7 +397,7 @@ def precision(config: TrainConfig) -> Any:
     return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 
-def update(state: TrainState, x: Sites, plan: Plan) -> tuple[TrainState, list]:
+def update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, list]:
     """One update on activations x {site: [L, batch, D]} of every coder that learns from them."""
     with precision(plan.config):
         return _update(state, x, plan)
@@ -415,7 +417,7 @@ def _update(state, x, plan):
     return dataclasses.replace(state, groups=tuple(done), update=state.update + 1), parts
 
 
-def scales(x: Sites, plan: Plan) -> Sites:
+def scales(x: Sites, plan: TrainPlan) -> Sites:
     """Root-mean-square norms of a sample {site: [L, B, D]}: [L] each.
 
     Rare tokens of enormous norm count as if at `outlier` median norms, or they would decide it.
@@ -430,7 +432,7 @@ def scales(x: Sites, plan: Plan) -> Sites:
     return {site: one(rows) for site, rows in x.items()}
 
 
-def scales_of(plan: Plan, coder: CoderConfig, scale: Sites) -> Sites:
+def scales_of(plan: TrainPlan, coder: CoderConfig, scale: Sites) -> Sites:
     """The scales of a coder's layers where it reads, "in", and where it writes, "out": [X] each."""
     layers = dict(plan.sites)
 

@@ -30,19 +30,20 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
+from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.storage.paths import folder_path, write_text
+from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import read_json
 from gemma_scope_jax.training import init
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints, everywhere
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
-from gemma_scope_jax.training.log import Progress
+from gemma_scope_jax.training.log import TrainLog
 from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
-from gemma_scope_jax.training.weights import Group, fold, unfold
+from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
 AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
@@ -91,7 +92,7 @@ def train(
         mesh = _mesh(config)
         model = model or _model(config, mesh)
         _check_layers(config, model)
-        run = _Run(config, out, model, mesh, data)
+        run = _TrainRun(config, out, model, mesh, data)
         try:
             return run.finish(*run.loop())
         except OSError as error:
@@ -236,7 +237,7 @@ def load_starts(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-class _Run:
+class _TrainRun:
     """One run: what the loop needs beside the state."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
@@ -281,7 +282,7 @@ class _Run:
         self.said_again = position is not None and feed.readings(position, done) > 1
         with _signals(self._asked_to_stop), feed.batches(position, done) as data:
             _remember_config(config, self.out, fresh=found is None)
-            progress = Progress(config, self.out, done)
+            progress = TrainLog(config, self.out, done)
             while done < config.passes:
                 if not started and feed.ready(state):
                     state, started = self.start(state, done), True
@@ -395,7 +396,7 @@ def some(sample: steps.Sites, count: int) -> steps.Sites:
 
 
 def start(
-    plan: steps.Plan, state: steps.TrainState, sample: steps.Sites, starts: dict[str, Any]
+    plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites, starts: dict[str, Any]
 ) -> steps.TrainState:
     """What a sample {site: [L, B, D]} decides before the first update: scales, first weights.
 
@@ -413,7 +414,7 @@ def start(
                 own = unfold(starts[c.folder], c, scales)
             elif c.init_layers:
                 own, _ = init.from_coders(starts[c.folder], c, scales)
-                l0 = init.expected_l0(own, Group((0,), (c,)), 0, x[n])
+                l0 = init.expected_l0(own, CoderGroup((0,), (c,)), 0, x[n])
                 targets = targets.at[n].set(jnp.maximum(l0, c.target_l0))
             else:
                 continue
@@ -423,7 +424,7 @@ def start(
     return dataclasses.replace(state, groups=tuple(new))
 
 
-def coders(plan: steps.Plan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
+def coders(plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
     """All coders of a state in the published form, by folder, in the config's order.
 
     BatchTopK becomes JumpReLU with the threshold at which `sample`, of tokens that were not trained

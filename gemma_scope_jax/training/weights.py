@@ -21,7 +21,7 @@ from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class CoderGroup:
     """Coders of a run that differ in layers, targets, weights of losses and seeds only."""
 
     members: tuple[int, ...]  # positions in `TrainConfig.coders`
@@ -52,7 +52,7 @@ class Group:
         return jnp.asarray(values, jnp.float32)
 
 
-def groups(config: TrainConfig) -> tuple[Group, ...]:
+def groups(config: TrainConfig) -> tuple[CoderGroup, ...]:
     """The coders of a run, those of the same shape and program together."""
     found: dict[Any, list[int]] = {}
     for i, c in enumerate(config.coders):
@@ -62,7 +62,7 @@ def groups(config: TrainConfig) -> tuple[Group, ...]:
         key = (len(c.layer_tuple), c.several, c.reads, c.target, c.width, c.activation, c.skip)
         key += (c.centred, c.prefixes, loss, k, uses, c.threshold is None)
         found.setdefault(key, []).append(i)
-    return tuple(Group(tuple(m), tuple(config.coders[i] for i in m)) for m in found.values())
+    return tuple(CoderGroup(tuple(m), tuple(config.coders[i] for i in m)) for m in found.values())
 
 
 @flax.struct.dataclass

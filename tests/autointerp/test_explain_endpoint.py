@@ -23,7 +23,7 @@ from gemma_scope_jax.autointerp.explanations import read_explanations
 from gemma_scope_jax.autointerp.judges import chat_client
 from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
 from gemma_scope_jax.autointerp.prompts import lengths, messages, parse
-from gemma_scope_jax.autointerp.questions import Question, Shown
+from gemma_scope_jax.autointerp.questions import Question, ShownText
 from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.errors import InputError
 from planted_store import PLANTED, PlantedStore, Tok
@@ -582,7 +582,7 @@ def test_log_probabilities_make_confidences(corpus, tmp_path):
 
 
 def question(task, n=3):
-    shown = [Shown(("a", "\n", "b"), (False, False, True) if task != "select" else ())] * n
+    shown = [ShownText(("a", "\n", "b"), (False, False, True) if task != "select" else ())] * n
     return Question(task, tuple(shown), "letters")
 
 

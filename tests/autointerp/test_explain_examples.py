@@ -12,7 +12,7 @@ from gemma_scope_jax.autointerp import metrics
 from gemma_scope_jax.autointerp.judges import statistics
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
-from gemma_scope_jax.autointerp.questions import Shown, marks_of
+from gemma_scope_jax.autointerp.questions import ShownText, marks_of
 from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.errors import InputError
 from planted_store import AFTER_X, DEAD, DENSE, PLANTED, WIDTH, PlantedStore, Tok
@@ -169,7 +169,7 @@ def test_features_that_fire_too_seldom_or_everywhere(corpus):
 
 
 def test_cut_keeps_the_centre():
-    e = ex.Example(tuple("abcdefgh"), np.arange(8, dtype=np.float32), 5, 105, 100)
+    e = ex.Window(tuple("abcdefgh"), np.arange(8, dtype=np.float32), 5, 105, 100)
     cut = e.cut(2)
     assert cut.tokens == tuple("defgh") and cut.values.tolist() == [3, 4, 5, 6, 7]
     assert cut.tokens[cut.centre] == "f" and e.cut(10).tokens == e.tokens
@@ -178,8 +178,8 @@ def test_cut_keeps_the_centre():
 def test_marks_are_tokens_of_three_tenths_of_the_peak():
     assert marks_of(np.array([0, 2.9, 3.0, 10.0], np.float32)) == (False, False, True, True)
     assert marks_of(np.zeros(3, np.float32)) == (False,) * 3
-    shown = Shown(("a", "b", "\n", "c"), (False, True, True, False))
-    assert shown.text() == "a<<b↵>>c" and Shown(("x", "y"), (False, True)).text() == "x<<y>>"
+    shown = ShownText(("a", "b", "\n", "c"), (False, True, True, False))
+    assert shown.text() == "a<<b↵>>c" and ShownText(("x", "y"), (False, True)).text() == "x<<y>>"
 
 
 def test_fuzzing_marks_as_many_tokens_on_both_sides(corpus, material):

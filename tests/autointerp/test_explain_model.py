@@ -22,7 +22,7 @@ from gemma_scope_jax.autointerp.explanations import (
 )
 from gemma_scope_jax.autointerp.judges import model as mj
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge
-from gemma_scope_jax.autointerp.questions import Question, Shown
+from gemma_scope_jax.autointerp.questions import Question, ShownText
 from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.cli.explain import chosen_features, parse_features
 from gemma_scope_jax.errors import InputError
@@ -52,7 +52,7 @@ def judge():
 
 
 def shown(text, marks=()):
-    return Shown(tuple(text.split("|")), marks)
+    return ShownText(tuple(text.split("|")), marks)
 
 
 TEXTS = [
@@ -143,7 +143,7 @@ def test_explanations_are_greedy_and_kept(tmp_path, monkeypatch):
     answers = AnswerFile(tmp_path / "a.jsonl")
     monkeypatch.setattr(mj, "NEW", 6)
     judge = judge_of("gemma-3-270m", answers)
-    texts = Shown(("the", " start", " of"), (False, True, False), (0, 10, 1))
+    texts = ShownText(("the", " start", " of"), (False, True, False), (0, 10, 1))
     (cut,) = judge.answer([Question("explain", (texts,))])
     assert (cut.values, cut.why, len(answers)) == (None, "cut off", 0)  # it says no end
     monkeypatch.setattr(mj, "STOP_TOKENS", tuple(range(0, 300, 3)))
@@ -221,7 +221,7 @@ def test_a_prompt_beyond_the_context(judge):
     small = mj.ModelJudge(Model(judge.model.params, short), judge.tok, "x")
     tasks = ("classify", "intruder", "simulate", "select")
     asked = [Question(task, (TEXTS[0], TEXTS[1]), "x") for task in tasks]
-    asked.append(Question("explain", (Shown(("a",), (True,), (9,)),)))
+    asked.append(Question("explain", (ShownText(("a",), (True,), (9,)),)))
     for answer in small.answer(asked):
         assert (answer.values, answer.why) == (None, "longer than the context")
 

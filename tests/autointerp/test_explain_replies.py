@@ -9,7 +9,7 @@ from test_explain_endpoint import know
 from chat_server import KEY, ChatServer, explained
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
-from gemma_scope_jax.autointerp.explain import Report
+from gemma_scope_jax.autointerp.explain import ExplainReport
 from gemma_scope_jax.autointerp.explanations import read_explanations
 from gemma_scope_jax.autointerp.judges import chat_client
 from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint
@@ -23,7 +23,7 @@ from gemma_scope_jax.autointerp.judges.replies import (
     usage_of,
 )
 from gemma_scope_jax.autointerp.prompts import LONGEST, parse
-from gemma_scope_jax.autointerp.questions import Answer, Question, Shown
+from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
 from gemma_scope_jax.errors import InputError
 from planted_store import PlantedStore, Tok
 
@@ -34,7 +34,7 @@ def quick(monkeypatch):
 
 
 def classify(word):
-    return Question("classify", (Shown((word,)),) * 3, "words", (1.0, 0.0, 1.0))
+    return Question("classify", (ShownText((word,)),) * 3, "words", (1.0, 0.0, 1.0))
 
 
 def poisoned(server_says, status=200):
@@ -204,7 +204,7 @@ def test_a_score_without_answers_is_asked_for_again(tmp_path):
 
 
 def test_losses_are_counted_by_their_reason():
-    report = Report()
+    report = ExplainReport()
     report.lose([Answer("400 no\x1b[2J", why="filtered"), Answer("", why="cut off")])
     report.lose([Answer("400 never", why="filtered"), Answer("dunno")])
     said = "2 filtered (400 no\\x1b[2J), 1 cut off, 1 not understood (dunno)"
@@ -243,7 +243,7 @@ def test_what_nobody_reads_costs_no_answer():
     token = f'{{"token": "1", "logprob": 0, "top_logprobs": {top}}}'
     found = read_reply(parsed(f'{head}"logprobs": {{"content": [{token}]}}}}]}}'.encode()))
     assert found.text == "[1]" and json.loads(json.dumps(found.logprobs, allow_nan=False))
-    question = Question("classify", (Shown(("a",)),), "x")
+    question = Question("classify", (ShownText(("a",)),), "x")
     assert parse(question, "[1]", found.logprobs).confidence == (1.0,)
     for broken in (b"{", b"\xff", b"[" * 100_000):
         with pytest.raises(BadReply):
@@ -358,7 +358,7 @@ THOUGHTS = [
 
 @pytest.mark.parametrize(("text", "phrase"), THOUGHTS)
 def test_explanations_are_the_phrase_that_is_meant(text, phrase):
-    answer = parse(Question("explain", (Shown(("a",), (True,), (9,)),)), text)
+    answer = parse(Question("explain", (ShownText(("a",), (True,), (9,)),)), text)
     assert (answer and answer.text) == phrase
 
 
@@ -380,7 +380,7 @@ def test_numbers_that_are_none(text):
 
 
 def test_selections_and_lists_behind_thoughts_and_fences():
-    select = Question("select", (Shown(("a",)),) * 3, "letters")
+    select = Question("select", (ShownText(("a",)),) * 3, "letters")
     assert parse(select, "<think>\nhm, 2?\n</think>\n\n1, 3").values == (1, 0, 1)
     assert parse(select, "Here:\n```\n1, 3\n```").values == (1, 0, 1)
     assert parse(classify("a"), '```json\n{"answer": [1, 0, 1]}\n```').values == (1, 0, 1)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gemma_scope_jax.coders.atomic_files import Streamed, write_safetensors
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
@@ -35,6 +34,7 @@ from gemma_scope_jax.coders.release.files import (
 from gemma_scope_jax.coders.release.parameters import aligned_empty
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file
 
 
@@ -276,7 +276,8 @@ def streamed_size(shapes):
 
     counter = Counter()
     write_safetensors(
-        counter, {k: Streamed("float32", s, chunks(int(np.prod(s)))) for k, s in shapes.items()}
+        counter,
+        {k: StreamedTensor("float32", s, chunks(int(np.prod(s)))) for k, s in shapes.items()},
     )
     return counter.size
 
@@ -289,7 +290,7 @@ def test_the_bytes_are_those_of_the_safetensors_library():
                for i, kind in enumerate(kinds)}  # fmt: skip
     tensors |= {"a": tensors["0.float16"][:1], "b": tensors["1.uint16"][:0]}
     file = io.BytesIO()
-    write_safetensors(file, {name: Streamed.whole(array) for name, array in tensors.items()})
+    write_safetensors(file, {name: StreamedTensor.whole(array) for name, array in tensors.items()})
     assert file.getvalue() == save(tensors)
 
 
@@ -315,7 +316,7 @@ def test_a_saved_coder_has_the_published_size(tmp_path):
 ROWS = """
 import os, resource, sys
 from gemma_scope_jax.coders.release.files import decoder_rows
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 def peak(run):  # bytes that resident memory, mapped files included, rises by at most
     if not os.path.exists("/proc/self/clear_refs"):  # macOS

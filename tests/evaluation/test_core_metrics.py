@@ -10,7 +10,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
-from gemma_scope_jax.evaluation.evaluate import Plan, TextBatch, measure, position_names
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, TextBatch, measure, position_names
 from gemma_scope_jax.evaluation.figures import ABLATIONS, density_histogram, frequencies
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
@@ -188,7 +188,7 @@ CODERS = {
 @pytest.mark.parametrize("kind", CODERS)
 def test_every_figure_equals_float64_numpy(model, kind):
     c = CODERS[kind]
-    plan = Plan(ablations=ABLATIONS, positions=True, groups={"source": SOURCES})
+    plan = EvaluationPlan(ablations=ABLATIONS, positions=True, groups={"source": SOURCES})
     tally = measure(model, [c], batches(), plan).tallies[0]
     got, want = tally.metrics(), Reference(model, c)
 
@@ -409,14 +409,14 @@ def test_comparing_in_chunks_changes_nothing(model, monkeypatch):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(model, kind, message):
-    batch, c, plan = next(iter(batches())), CODERS["sae"], Plan(loss_tokens=0)
+    batch, c, plan = next(iter(batches())), CODERS["sae"], EvaluationPlan(loss_tokens=0)
     coders, some = [c], [batch]
     if kind == "layer":
         coders = [c.replace(layer=9)]
     elif kind == "site":
         coders = [c.replace(reads="z", writes="z")]
     elif kind == "twice":
-        coders, plan = [c, coder(7, layer=1)], Plan(replacement=True)
+        coders, plan = [c, coder(7, layer=1)], EvaluationPlan(replacement=True)
     elif kind == "shape":
         some = [(batch.tokens, batch.segments[:, 1:])]
     elif kind in ("id beyond", "id below"):

@@ -22,7 +22,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
-from gemma_scope_jax.evaluation.evaluate import Plan, measure
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.report import frontier, print_core
 from gemma_scope_jax.evaluation.results import (
     ENVELOPE,
@@ -138,7 +138,7 @@ def setup(model, text, loss_tokens=150):
     data = EvaluationText(
         TextData(files=(f"{text}/*.txt",)), Letters(), tokens=400, rows=2, length=32
     )
-    plan = Plan(
+    plan = EvaluationPlan(
         loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups
     )
     return data, plan, core_config(data, plan, model, "fruit", True)
@@ -198,7 +198,7 @@ def test_figures_by_role(model, tmp_path):
     path.write_text(json.dumps({"m": chat}) + "\n")
     data = TextData(files=(str(path),), messages="m", roles=("user", "model"))
     some = EvaluationText(data, ChattyLetters(), rows=2, length=32)
-    plan = Plan(loss_tokens=0, groups=some.groups)
+    plan = EvaluationPlan(loss_tokens=0, groups=some.groups)
     found = measure(model, [coder()], some, plan).tallies[0].metrics()
     rows = {row["name"]: row["tokens"] for row in found.groups["role"]}
     assert rows == {"user": 2 * len("plums?"), "model": 2 * len("yes, two")}
@@ -352,8 +352,8 @@ def goes_on(measured, model, text, folder):
 def test_all_of_the_text(model, text, capsys):
     """Without a number of tokens: the text's own, which nobody knows before."""
     data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
-    config = core_config(data, Plan(), model, "fruit", False)
-    (result,) = evaluate_core(model, [coder()], data, Plan(), config)
+    config = core_config(data, EvaluationPlan(), model, "fruit", False)
+    (result,) = evaluate_core(model, [coder()], data, EvaluationPlan(), config)
     stats = result["eval_result_metrics"]["token_stats"]
     counted = sum(int(batch.counts.sum()) for batch in data)
     assert stats["total_tokens_eval_sparsity_variance"] == counted
@@ -371,7 +371,7 @@ def test_batches_that_can_be_read_again_are_not_kept(model, text):
                 assert sum(ref() is not None for ref in alive) < 4
                 yield batch
 
-    plan = Plan(ablations=("zero",))
+    plan = EvaluationPlan(ablations=("zero",))
     found = measure(model, [coder()], Batches(), plan).tallies[0].metrics()
     kept = measure(model, [coder()], iter(list(data)), plan).tallies[0].metrics()
     assert len(alive) == 2 * len(list(data)) > 8

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
-from gemma_scope_jax.coders.active_features import Encoders, Group, active_features
+from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 
@@ -63,7 +63,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
         array(x, width, axes=(None, "model")),
     )
     members = tuple((f"layer_{layer}", 0) for layer in layers)
-    group = Group("resid_post", layers, 1, members, width)
+    group = CoderStack("resid_post", layers, 1, members, width)
     batch = [array(rows, LENGTH, axes=("data",), dtype=t) for t in (jnp.int32,) * 2 + (jnp.bool_,)]
     lowered = active_features.lower(
         Model(params, config),

@@ -28,8 +28,8 @@ from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config
 from gemma_scope_jax.model.checkpoints.huggingface import open_huggingface, save_huggingface
 from gemma_scope_jax.model.checkpoints.official import open_official
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 from gemma_scope_jax.model.tokenizer import load_tokenizer
+from gemma_scope_jax.storage.safetensors_files import open_safetensors
 from tiny_tokenizer import hugging_face, tiny_proto, write_json, write_model
 
 # What no file may hold: refused wherever it stands, also where nobody looks.

@@ -15,7 +15,7 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.evaluation.core import core_config, core_result, replacement_result
-from gemma_scope_jax.evaluation.evaluate import Plan, measure
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.figures import frequencies
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.texts import EvaluationText
@@ -155,7 +155,7 @@ def sparsity(name, sae, model, batches):
 
 def ours(model, coder, batches, **plan):
     rows = [(tokens, np.ones_like(tokens)) for tokens in batches]
-    return measure(model, [coder], rows, Plan(**plan)).tallies[0].metrics()
+    return measure(model, [coder], rows, EvaluationPlan(**plan)).tallies[0].metrics()
 
 
 def close(got, want, rtol=1e-4):
@@ -283,7 +283,9 @@ def test_saebench_reads_our_documents(model, coder):
     pydantic = peer("pydantic")
     coder = coder.replace(first=1)
     data = EvaluationText(["plums and pears " * 20] * 6, Letters(), rows=2, length=32)
-    plan = Plan(loss_tokens=60, ablations=("zero", "mean"), positions=True, replacement=True)
+    plan = EvaluationPlan(
+        loss_tokens=60, ablations=("zero", "mean"), positions=True, replacement=True
+    )
     config = core_config(data, plan, model, "fruit", True)
     measured = measure(model, [coder], data, plan)
     metrics = measured.tallies[0].metrics()

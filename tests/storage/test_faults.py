@@ -36,7 +36,8 @@ from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 from gemma_scope_jax.model.config import PRESETS, Model
-from gemma_scope_jax.storage.paths import folder_path, write_text
+from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 from letters import Letters

@@ -20,7 +20,7 @@ from gemma_scope_jax.training import log as progress
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
-from gemma_scope_jax.training.weights import Group, Weights, fold, groups, unfold, unit_decoder
+from gemma_scope_jax.training.weights import CoderGroup, Weights, fold, groups, unfold, unit_decoder
 from letters import Letters
 from tiny import tiny_model
 
@@ -209,7 +209,7 @@ def test_coders_that_differ_in_data_only_share_a_group():
 
 
 def test_random_coders_are_of_unit_norm_and_differ_by_seed_alone():
-    pair = Group((0, 1), (coder((1, 2)), coder((4, 5), seed=1)))
+    pair = CoderGroup((0, 1), (coder((1, 2)), coder((4, 5), seed=1)))
     w = init.random_weights(pair, 6, 6, seed=3)
     squares = np.stack([np.sum(np.square(w.w_dec[0][:, 0]), -1), 0 * w.b_enc[:, 0]], 1)
     squares += np.stack([np.sum(np.square(w.w_dec[1][:, i]), -1) for i in range(2)], 1)
@@ -217,14 +217,16 @@ def test_random_coders_are_of_unit_norm_and_differ_by_seed_alone():
     np.testing.assert_allclose(np.linalg.norm(w.w_enc, axis=-1), 1.0, rtol=1e-5)
     assert not np.any(w.b_enc) and not np.any(w.b_dec)
     for n, c in enumerate(pair.coders):
-        alone = init.random_weights(Group((0,), (dataclasses.replace(c, layers=(0, 7)),)), 6, 6, 3)
+        alone = init.random_weights(
+            CoderGroup((0,), (dataclasses.replace(c, layers=(0, 7)),)), 6, 6, 3
+        )
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(w)):
             np.testing.assert_array_equal(a[0], b[n])
     assert not np.array_equal(w.w_enc[0], w.w_enc[1])
 
 
 def test_coders_started_from_data_are_at_their_target_l0():
-    pair = Group(
+    pair = CoderGroup(
         (0, 1),
         (
             coder((1, 2), **TRANSCODER, skip=True),
@@ -792,7 +794,7 @@ def test_a_run_is_continued_by_a_version_that_has_more_options(finished, model):
 def test_reports_are_dense_at_first_and_rare_later(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    shown = progress.Progress(recipe(coder(3)), epath.Path(tmp_path), 0)
+    shown = progress.TrainLog(recipe(coder(3)), epath.Path(tmp_path), 0)
     gaps = []
     for _ in range(4000):
         now[0] += 0.5

@@ -13,7 +13,7 @@ from gemma_scope_jax.training import losses, objective
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 from gemma_scope_jax.training.objective import calibrated, gradients
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig
-from gemma_scope_jax.training.weights import Group, Weights
+from gemma_scope_jax.training.weights import CoderGroup, Weights
 
 B, D, E, F, K = 9, 5, 4, 16, 12
 
@@ -117,7 +117,7 @@ JUMPRELU = [name for name in CASES if "topk" not in name]
 class Problem:
     """A group, its weights as float64 arrays, and a batch."""
 
-    group: Group
+    group: CoderGroup
     arrays: dict  # w_dec: a list
     x: np.ndarray
     y: np.ndarray
@@ -134,7 +134,7 @@ class Problem:
 
 @functools.cache
 def problem(name):
-    group, rng = Group(tuple(range(len(CASES[name]))), CASES[name]), np.random.default_rng(7)
+    group, rng = CoderGroup(tuple(range(len(CASES[name]))), CASES[name]), np.random.default_rng(7)
     same = group.like.target == group.like.reads
     N, X, d, e = len(group.coders), group.X, D, D if same else E
     draw = lambda *s: rng.standard_normal(s).astype(np.float32).astype(np.float64)

@@ -20,7 +20,7 @@ from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.held_out import BLOCK, HELD_OUT, SplitBatches, held_out
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
-from gemma_scope_jax.training.weights import Group, fold, unfold
+from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 from letters import Letters
 from tiny import tiny_model
 
@@ -290,7 +290,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
     """Of several layers, too, whose activations have other norms; and unfolding undoes it."""
     config = coder(layers, width=16, target_l0=5)
     X = len(config.layer_tuple)
-    w = init.random_weights(Group((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
     scale = jnp.asarray([3.0, 400.0][:X])
     folded = fold(w, 0, config, {"in": scale, "out": scale}, 1)
     assert folded.k == 5
@@ -312,7 +312,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
 
 def test_a_topk_coder_is_not_taken_for_another_to_train_on():
     config = coder(width=16, target_l0=5)
-    w = init.random_weights(Group((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
     scales = {"in": jnp.ones(1), "out": jnp.ones(1)}
     folded = fold(w, 0, config, scales)
     for activation in ("jumprelu", "batch_topk"):

@@ -21,7 +21,7 @@ import numpy as np
 from gemma_scope_jax.autointerp.answers import AnswerFile, request_key
 from gemma_scope_jax.autointerp.judges.replies import CUT
 from gemma_scope_jax.autointerp.prompts import explanation_in, is_marked, without_thoughts
-from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question, Shown
+from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question, ShownText
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens
@@ -396,8 +396,8 @@ _TASKS = {
 }
 
 
-def _snippet(shown: Shown) -> str:
+def _snippet(shown: ShownText) -> str:
     """The surroundings of the strongest token, marked."""
     peak = max(range(len(shown.tokens)), key=shown.strengths.__getitem__)
     a, b = max(0, peak - AROUND), peak + AROUND // 2 + 1
-    return Shown(shown.tokens[a:b], shown.marks[a:b]).text().strip()
+    return ShownText(shown.tokens[a:b], shown.marks[a:b]).text().strip()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Corpus, in_test
-from gemma_scope_jax.autointerp.questions import Answer, Question, Shown
+from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
 from gemma_scope_jax.errors import shown
 
 NAMED = 10  # tokens in a label
@@ -22,7 +22,7 @@ BETA = 0.5  # of F: below 1 precision counts more than recall
 SEEN = 2  # times that a token must have fired to be named, if any has so often
 MOST = 20_000  # firings looked at
 
-Place = Literal["this", "previous", "next"]
+TokenOffset = Literal["this", "previous", "next"]
 WORDS = {"this": "on", "previous": "after", "next": "before"}
 NAME = "token statistics"
 
@@ -32,7 +32,7 @@ class Rule:
     """Which tokens, where, say that the feature fires: token -> (share of its occurrences on which
     the feature fires, mean activation over all its occurrences)."""
 
-    place: Place
+    place: TokenOffset
     tokens: Mapping[str, tuple[float, float]]
 
     def strengths(self, tokens: Sequence[str]) -> list[tuple[float, float]]:
@@ -62,7 +62,7 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
     some = np.unique(np.linspace(0, max(fired - 1, 0), min(MOST, fired)).astype(np.int64))
     around = corpus.store.windows(rows[some], 1, 1)
     each = fired / max(1, len(some))
-    columns: dict[Place, int] = {"this": 1, "previous": 0, "next": 2}
+    columns: dict[TokenOffset, int] = {"this": 1, "previous": 0, "next": 2}
     found = {
         place: _best_tokens(corpus, around[:, column], values[some], each)
         for place, column in columns.items()
@@ -159,7 +159,7 @@ class RuleJudge:
         return Answer("", said, tuple(share for _, share in shares))
 
 
-def _odd_one_out(examples: Sequence[Shown]) -> int:
+def _odd_one_out(examples: Sequence[ShownText]) -> int:
     """The text with the fewest others that share one of its marked tokens, or of the tokens right
     before its marks: intruders are found without an explanation."""
     plain = lambda t: t.strip().lower() or t
@@ -170,7 +170,7 @@ def _odd_one_out(examples: Sequence[Shown]) -> int:
     return min(range(len(examples)), key=lambda i: (clear[i], vague[i]))
 
 
-def _at_marks(rule: Rule, shown: Shown) -> tuple[bool, float]:
+def _at_marks(rule: Rule, shown: ShownText) -> tuple[bool, float]:
     """Whether the rule names a token (of marked ones: at least half), and the chance that one of
     them fires (of marked ones: the mean share)."""
     shares = [share for share, _ in rule.strengths(shown.tokens)]

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.examples import ReportProgress
 from gemma_scope_jax.cards.export.saedashboard import rounded
-from gemma_scope_jax.storage.atomic import new_folder
-from gemma_scope_jax.storage.paths import write_bytes
+from gemma_scope_jax.storage.atomic import new_folder, write_bytes
 
 BLOCK = 256  # features at a time
 TOP = 10  # logits listed
@@ -89,7 +88,7 @@ def _text(value: Any) -> bytes:
 
 
 def export_anthropic(
-    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: Progress
+    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: ReportProgress
 ) -> None:
     """Write the packed form of the cards of one or several layers: `folder`/features."""
     index = {}
@@ -108,7 +107,7 @@ def export_anthropic(
 
 
 def export_anthropic_json(
-    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: Progress
+    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: ReportProgress
 ) -> None:
     """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
     with new_folder(folder, "[0-9]*.json") as new:

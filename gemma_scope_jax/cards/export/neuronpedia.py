@@ -19,7 +19,7 @@ from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.examples import ReportProgress
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.coders.release.files import Coder
@@ -49,7 +49,7 @@ def export_neuronpedia(
     coder: Coder,
     tok: Any,
     folder: Path,
-    progress: Progress,
+    progress: ReportProgress,
     *,
     heads: int | None = None,
     explanations: Mapping[int, Explanation] | None = None,

@@ -21,7 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.decoders import written
-from gemma_scope_jax.cards.examples import Progress
+from gemma_scope_jax.cards.examples import ReportProgress
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.errors import InputError
@@ -37,7 +37,7 @@ def export_saedashboard(
     coder: Coder,
     tok: Any,
     folder: Path,
-    progress: Progress,
+    progress: ReportProgress,
     *,
     heads: int | None = None,
 ) -> None:

@@ -25,7 +25,6 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.atomic_files import Streamed, write_folder, write_safetensors
 from gemma_scope_jax.coders.coder import Coder, check_values
 from gemma_scope_jax.coders.interop.hooks import (
     config_from,
@@ -44,6 +43,8 @@ from gemma_scope_jax.coders.multi_layer_coder import (
 from gemma_scope_jax.coders.release.config import untrained_positions
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder
 from gemma_scope_jax.errors import InputError, nearest, reason
+from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 from gemma_scope_jax.storage.strict_json import parse_json
 
 CONFIG = "config.yaml"
@@ -310,7 +311,7 @@ def save_circuit_tracer(
 
 def _write_tensors(file: BinaryIO, tensors: Callable[[], dict[str, Any]]) -> None:
     """Tensors are made when their file's turn comes: two copies of a CLT need not fit in memory."""
-    streamed = {name: Streamed.whole(_stored(tensor)) for name, tensor in tensors().items()}
+    streamed = {name: StreamedTensor.whole(_stored(tensor)) for name, tensor in tensors().items()}
     write_safetensors(file, streamed)
 
 

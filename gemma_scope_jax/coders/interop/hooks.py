@@ -18,7 +18,7 @@ from gemma_scope_jax.coders.release.config import normalise_model_name, parse_ho
 from gemma_scope_jax.coders.release.parameters import check_finite
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 # TransformerLens name without `blocks.L.` -> site. `hook_*_out` come after the post-norm.
 TRANSFORMER_LENS = {

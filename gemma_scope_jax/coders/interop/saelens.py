@@ -17,12 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.atomic_files import (
-    Streamed,
-    write_folder,
-    write_json,
-    write_safetensors,
-)
 from gemma_scope_jax.coders.coder import check_values
 from gemma_scope_jax.coders.interop.hooks import (
     config_from,
@@ -37,6 +31,8 @@ from gemma_scope_jax.coders.interop.saelens_keys import check_keys
 from gemma_scope_jax.coders.release.config import hook_point, read_json, untrained_positions
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder, float32
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import write_folder, write_json
+from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TOPK = "topk"
@@ -301,7 +297,7 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
         del weights["threshold"]
     if coder.w_skip is not None:
         weights["W_skip"] = coder.w_skip.T
-    tensors = {name: Streamed.whole(float32(weight)) for name, weight in weights.items()}
+    tensors = {name: StreamedTensor.whole(float32(weight)) for name, weight in weights.items()}
     write_folder(
         Path(folder),
         {

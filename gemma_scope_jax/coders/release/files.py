@@ -22,12 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.atomic_files import (
-    Streamed,
-    write_folder,
-    write_json,
-    write_safetensors,
-)
 from gemma_scope_jax.coders.coder import Coder, check_values
 from gemma_scope_jax.coders.multi_layer_coder import (
     MultiLayerCoder,
@@ -50,9 +44,15 @@ from gemma_scope_jax.coders.release.parameters import (
 )
 from gemma_scope_jax.coders.sparse_coder import SparseCoder, check_coder
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.atomic import write_folder, write_json
+from gemma_scope_jax.storage.disk import is_remote
 from gemma_scope_jax.storage.globs import named_paths
-from gemma_scope_jax.storage.paths import folder_path, is_remote, local_copy
+from gemma_scope_jax.storage.paths import folder_path, local_copy
+from gemma_scope_jax.storage.safetensors_files import (
+    StreamedTensor,
+    open_safetensors,
+    write_safetensors,
+)
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 
@@ -407,13 +407,13 @@ def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO)
         arrays = {field: None if array is None else array[i] for field, array in arrays.items()}
         dtype = str((coder.w_enc if w_dec is None else w_dec).dtype)
         shape = (coder.width, len(coder.layers), coder.d_out)
-        decoder = Streamed(dtype, shape, _decoder_chunks(w_dec, i, source, shape, dtype))
+        decoder = StreamedTensor(dtype, shape, _decoder_chunks(w_dec, i, source, shape, dtype))
         tensors = {"w_dec": decoder}
     else:
         tensors = {}
     for field, array in arrays.items():
         if array is not None:
-            tensors[TENSORS[field]] = Streamed.whole(array)
+            tensors[TENSORS[field]] = StreamedTensor.whole(array)
     write_safetensors(file, tensors)
 
 

@@ -6,9 +6,9 @@ Many folders also hold an examples.safetensors larger than the weights: it is fe
 import contextlib
 from pathlib import Path
 
-from gemma_scope_jax.coders.atomic_files import disk_error
 from gemma_scope_jax.coders.release.catalog import Address, nearest_addresses
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.disk import disk_error
 
 
 def fetch_folder(address: Address, revision: str | None = None) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.multi_layer_coder import block_index
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
+from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TENSORS = {  # field of the coder -> tensor in the file

@@ -37,7 +37,7 @@ from gemma_scope_jax.storage.locks import only_writer
 
 _OPEN_FILES = 128
 
-Layers = Mapping[str, Sequence[int]]
+SiteLayers = Mapping[str, Sequence[int]]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ Layers = Mapping[str, Sequence[int]]
 def write_activations(
     model: Model,
     batches: TokenBatches,
-    sites: Layers,
+    sites: SiteLayers,
     folder: str | os.PathLike,
     tokens: int,
     *,
@@ -83,7 +83,7 @@ def write_activations(
     return ActivationStore(path)
 
 
-def _new_manifest(model: Model, batches, sites: Layers, dtype, shard_rows, first) -> dict:
+def _new_manifest(model: Model, batches, sites: SiteLayers, dtype, shard_rows, first) -> dict:
     """The manifest of an empty store: what it will hold, and no shards."""
     if not sites:
         raise InputError("no sites to store")
@@ -266,7 +266,7 @@ class ActivationStore:
     `verify` reads them all. Raises `InputError` for folders that are no store, or not whole.
     """
 
-    def __init__(self, folder: str | os.PathLike, sites: Layers | None = None):
+    def __init__(self, folder: str | os.PathLike, sites: SiteLayers | None = None):
         self.folder = files.local_folder(folder)
         self.manifest = files.read_activations_manifest(self.folder)
         files.check_sizes(self.folder, self.manifest)

@@ -163,10 +163,10 @@ class ShardWriter:
             self._segments.append({**about[0], "blocks": blocks, "coders": about[1:]})
 
 
-Block = tuple[str, str, list[Any], int]  # name, dtype, buffers, their crc32
+CodedBlock = tuple[str, str, list[Any], int]  # name, dtype, buffers, their crc32
 
 
-def _tokens_coded(held: list[tuple]) -> tuple[dict, list[Block]]:
+def _tokens_coded(held: list[tuple]) -> tuple[dict, list[CodedBlock]]:
     """What the footer says of a segment, and the blocks of its tokens."""
     tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
     arrays = {
@@ -179,7 +179,7 @@ def _tokens_coded(held: list[tuple]) -> tuple[dict, list[Block]]:
     return {"tokens": len(tokens), "counted": int(counted.sum())}, _blocks("", arrays)
 
 
-def _coded(held: list[tuple], c: int, width: int, kind: str) -> tuple[dict, list[Block]]:
+def _coded(held: list[tuple], c: int, width: int, kind: str) -> tuple[dict, list[CodedBlock]]:
     """What the footer says of a coder's layer in a segment, and its blocks."""
     entries = joined([h[3][c] for h in held])
     values, exponent = store_values(entries.values, kind)
@@ -209,7 +209,7 @@ def _in_parts(entries: Entries, ends: list[int], ids: str, values: str) -> dict[
     return arrays
 
 
-def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[Block]:
+def _blocks(prefix: str, arrays: dict[str, np.ndarray]) -> list[CodedBlock]:
     squeezed = ((name, array.dtype.str, squeeze(array)) for name, array in arrays.items())
     crc = lambda parts: functools.reduce(lambda before, part: zlib.crc32(part, before), parts, 0)
     return [(prefix + name, dtype, parts, crc(parts)) for name, dtype, parts in squeezed]

@@ -25,11 +25,14 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
     config_json,
     huggingface_config,
 )
-from gemma_scope_jax.model.checkpoints.safetensors_file import open_safetensors
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.disk import disk_error
-from gemma_scope_jax.storage.safetensors_writing import Streamed, write_safetensors
+from gemma_scope_jax.storage.safetensors_files import (
+    StreamedTensor,
+    open_safetensors,
+    write_safetensors,
+)
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 COMPARED = 4 << 20  # numbers of embedding and head that are compared at a time
@@ -123,18 +126,18 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     if the folder cannot be written; then it is what it was before.
     """
     tensors = {
-        "model.embed_tokens.weight": Streamed.whole(model.params.embed),
-        "model.norm.weight": Streamed.whole(model.params.final_norm),
+        "model.embed_tokens.weight": StreamedTensor.whole(model.params.embed),
+        "model.norm.weight": StreamedTensor.whole(model.params.final_norm),
     }
     if model.params.head is not None:
-        tensors["lm_head.weight"] = Streamed.whole(model.params.head)
+        tensors["lm_head.weight"] = StreamedTensor.whole(model.params.head)
     config = model.config
     for leaf in NAMES:
         stacked = np.asarray(getattr(model.params.blocks, leaf))
         shape = _file_shape(config, leaf)
         for layer in range(config.layers):
             name = f"model.layers.{layer}.{NAMES[leaf]}.weight"
-            tensors[name] = Streamed.whole(stacked[layer].reshape(shape[::-1]).T)
+            tensors[name] = StreamedTensor.whole(stacked[layer].reshape(shape[::-1]).T)
 
     def write_config(file: BinaryIO) -> None:
         file.write(json.dumps(config_json(config, model.dtype), indent=2).encode())

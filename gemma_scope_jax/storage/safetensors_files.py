@@ -1,0 +1,129 @@
+"""safetensors files: read lazily, written as a stream.
+
+Reading touches nothing before it is asked for, and errors are one line. Writing needs no second
+copy of the tensors in memory, and tensors may be produced chunk by chunk; the bytes are those of
+the safetensors library.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.strict_json import parse_json
+
+MOST_HEADER = 100_000_000  # bytes; the library's own limit
+# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
+_CODES = {
+    "int64": ("I64", 8),
+    "float32": ("F32", 4),
+    "uint32": ("U32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint16": ("U16", 2),
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
+    """Yield `safe_open(path)` for numpy (bfloat16 through ml_dtypes); the file is memory-mapped.
+
+    `f.keys()`, `f.get_slice(name).get_shape() / .get_dtype()` read the header only, and
+    `f.get_slice(name)[a:b]` touches only the pages of those rows.
+    Raises `InputError` for a missing, truncated or foreign file. The library refuses tensors that
+    overlap, leave gaps, end before the file does, or whose shape and bytes disagree; of a name that
+    occurs twice it would take the last.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        file = safe_open(os.fspath(path), framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a complete safetensors file ({reason(error)}); download it again"
+        ) from error
+    with file as opened:
+        status = os.stat(path)
+        _check_header(os.fspath(path), status.st_size, status.st_mtime_ns)
+        try:
+            yield opened
+        except SafetensorError as error:
+            raise InputError(f"{path}: {reason(error)}; download it again") from error
+
+
+@functools.lru_cache(maxsize=256)  # a model's file is opened for each of its tensors
+def _check_header(path: str, size: int, changed: int) -> None:
+    """Refuse a header that says something twice; the library has checked all else."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(min(length, MOST_HEADER)), f"{path}: header")
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor to be written: its dtype's name, its shape, and its rows in order, in chunks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Iterable[np.ndarray]
+
+    @classmethod
+    def whole(cls, array: Any) -> "StreamedTensor":
+        """An array in memory or on a device, from where it is brought when its turn comes."""
+        return cls(str(array.dtype), tuple(array.shape), (np.asarray(a) for a in (array,)))
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, StreamedTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to an open file in the safetensors format, widest dtype first, then by name."""
+    shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
+    header, places = lay_out(shapes, metadata)
+    file.write(header)
+    for name in places:
+        for chunk in tensors[name].chunks:
+            write_array(file, chunk)
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
+    where in the file it begins and ends. A file that can be sought may be written in any order.
+    """
+    kinds, header, end = list(_CODES), {}, 0
+    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
+        dtype, shape = tensors[name]
+        code, size = _CODES[dtype]
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    about = {"__metadata__": dict(metadata)} if metadata else {}
+    text = json.dumps(about | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    places = {
+        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Write the bytes of an array, row after row."""
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
