@@ -9,11 +9,12 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gemma_scope_jax.errors import shown
 
+ReportProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 _MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm goes from bar to bar
 

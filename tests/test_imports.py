@@ -1,6 +1,7 @@
 """Who may import whom: arrows go down only, and heavy packages wait until they are needed."""
 
 import ast
+import collections
 import importlib.util
 import subprocess
 import sys
@@ -11,10 +12,29 @@ import pytest
 import gemma_scope_jax as gs
 
 ROOT = Path(gs.__file__).parent
-# A room may import itself and those before it; the last three are the top.
-ROOMS = ("errors", "storage", "buckets", "progress", "model", "coders", "data", "training",
-         "evaluation", "extraction", "cards", "circuits", "behaviour", "explorer", "cli",
-         "__main__")  # fmt: skip
+# Who may import whom, also what stands below the rooms named; a room imports itself as it likes.
+ROOMS = {
+    "errors": (),
+    "progress": ("errors",),
+    "storage": ("progress",),
+    "kernels": ("storage",),
+    "web": ("storage",),
+    "model": ("storage",),
+    "coders": ("model", "kernels"),
+    "data": ("model",),
+    "training": ("coders", "data"),
+    "extraction": ("coders", "data"),
+    "evaluation": ("coders", "data"),
+    "circuits": ("coders", "data"),
+    "probing": ("evaluation",),
+    "autointerp": ("extraction", "probing"),
+    "cards": ("extraction", "autointerp", "web"),
+    "inspection": ("evaluation", "cards"),
+    "behaviour": ("circuits", "probing", "web"),
+    "explorer": ("training", "inspection", "behaviour"),
+    "cli": ("explorer",),
+    "__main__": ("cli",),
+}
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
          "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow")  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
@@ -57,11 +77,15 @@ def room(name):
     return parts[1] if parts[0] == ROOT.name and len(parts) > 1 else None
 
 
+def below(name):
+    """All rooms that the room `name` may import."""
+    return {name}.union(*map(below, ROOMS[name]))
+
+
 def forbidden(source, name):
-    """The imports in `source` that the module `name` may not have."""
-    allowed = ROOMS[: ROOMS.index(room(name)) + 1]
+    """The rooms that `source` imports and the module `name` may not."""
     rooms = {r for m in imported(ast.parse(source), name) if (r := room(m)) is not None}
-    return sorted(rooms.difference(allowed))
+    return sorted(rooms - below(room(name)))
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f != ROOT / "__init__.py"], ids=module_name)
@@ -91,12 +115,27 @@ def test_heavy_packages_are_imported_where_they_are_needed(path):
         ("def f():\n    import gemma_scope_jax.cli", "gemma_scope_jax.data.text", ["cli"]),
         ("from ..training.train import train", "gemma_scope_jax.model.gemma", ["training"]),
         ("from gemma_scope_jax import explorer", "gemma_scope_jax.circuits.graph", ["explorer"]),
+        (
+            "from gemma_scope_jax.extraction import x",
+            "gemma_scope_jax.training.step",
+            ["extraction"],
+        ),
         ("from gemma_scope_jax.errors import InputError", "gemma_scope_jax.model.gemma", []),
         ("import gemma_scope_jax.cards", "gemma_scope_jax.cli", []),
     ],
 )
 def test_a_forbidden_import_is_found(source, name, found):
     assert forbidden(source, name) == found
+
+
+def test_a_class_name_is_unique_in_the_package():
+    """One word, one thing: what is imported by name is known wherever it is met."""
+    places = collections.defaultdict(list)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{module_name(path)}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_import_brings_nothing_but_the_package_itself():

@@ -16,15 +16,16 @@ from typing import Any
 from gemma_scope_jax.cards import decoders
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
 from gemma_scope_jax.cards.correlations import correlate
-from gemma_scope_jax.cards.decoders import Gain
-from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, ReportProgress, gather_examples
+from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
+from gemma_scope_jax.coders.directions import Gain, source_layer
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.strict_json import field
 
 
@@ -51,7 +52,7 @@ def build_cards(
     cannot be compared.
     """
     settings = settings or CardSettings()
-    layer = layers_of(coder)[decoders.source_layer(coder, layer)]
+    layer = layers_of(coder)[source_layer(coder, layer)]
     others = compare or {}
     for other in others.values():
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))

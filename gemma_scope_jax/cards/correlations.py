@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import ReportProgress, typical_tokens
+from gemma_scope_jax.cards.examples import typical_tokens
+from gemma_scope_jax.progress import ReportProgress
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
 LEAST = 0.01  # correlations below this are not listed: most pairs, and they say nothing

@@ -13,16 +13,15 @@ is 4 times.
 
 import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import ReportProgress
 
 ENORMOUS = 5.0
-ReportProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclasses.dataclass(frozen=True)

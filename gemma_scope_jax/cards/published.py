@@ -21,7 +21,6 @@ from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import (
     Best,
     CardSettings,
-    ReportProgress,
     SegmentActivations,
     activation_bin,
     chance,
@@ -30,6 +29,7 @@ from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 FILE = "examples.safetensors"

@@ -21,7 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.examples import ReportProgress
+from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.atomic import new_folder, write_text
 from gemma_scope_jax.web.pages import inert_json, page_template
 

@@ -151,8 +151,8 @@ def _load_others(compare: tuple[str, ...]) -> list[Any]:
 def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_Wanted]:
     """What is to be made. Raises `InputError` for what cannot be, before anything is."""
     from gemma_scope_jax.cards.build import same_layer
-    from gemma_scope_jax.cards.decoders import check_comparable, source_layer
     from gemma_scope_jax.coders.coder import layers_of, public_name
+    from gemma_scope_jax.coders.directions import check_comparable, source_layer
 
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")

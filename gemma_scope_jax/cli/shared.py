@@ -92,9 +92,9 @@ def load_all(
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
         import jax
 
+        from gemma_scope_jax.coders.coder import check_fits
         from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
         from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
-        from gemma_scope_jax.evaluation.evaluate import check_fits
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
         from gemma_scope_jax.model.sharding import make_mesh
         from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer

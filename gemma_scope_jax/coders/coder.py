@@ -9,6 +9,8 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.parameters import row_chunks
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import GemmaConfig
+from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import checksum
 from gemma_scope_jax.storage.strict_json import legible
 
@@ -53,3 +55,22 @@ def public_name(coder: Coder) -> str:
     """The coder's address, or the name of its folder: no paths of this machine."""
     path = coder.info.path or coder.kind
     return legible(os.path.basename(path) if os.path.isabs(path) else path)
+
+
+def check_fits(config: GemmaConfig, coder: Coder) -> None:
+    """Raise `InputError` unless the model has the coder's layers and its sites the right widths."""
+    last = max(layers_of(coder))
+    if last >= config.layers:
+        raise InputError(
+            f"the coder is for layer {last}, but {config.name} has layers 0 to {config.layers - 1}"
+        )
+    for site, size, verb in (
+        (coder.reads, coder.d_in, "reads"),
+        (coder.writes, coder.d_out, "writes"),
+    ):
+        width = site_width(config, site)
+        if size != width:
+            raise InputError(
+                f"the coder {verb} {size} values at {site}, where {config.name} has {width}: "
+                "it is for another model"
+            )

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import layers_of
+from gemma_scope_jax.coders.coder import check_fits, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import float32
-from gemma_scope_jax.evaluation.evaluate import Metrics, check_fits, evaluate, without_place
+from gemma_scope_jax.evaluation.evaluate import Metrics, evaluate, without_place
 from gemma_scope_jax.evaluation.metrics import Coder, Fit, coder_sums, fit, merge, on_host
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
+from gemma_scope_jax.coders.coder import Coder, check_fits, layers_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError, reason
@@ -34,7 +34,7 @@ from gemma_scope_jax.evaluation.predictions import (
 )
 from gemma_scope_jax.model.batch import check_ids, check_tokens
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, default_positions, forward, site_width
+from gemma_scope_jax.model.gemma import counted, default_positions, forward
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 
@@ -393,25 +393,6 @@ def _add_losses(model: Model, clean: Any, runs: Sequence[_ChangedRun], rows: _Ro
         for tally, name in run.users:
             mask = np.asarray(predicts(rows.segments, tally.first)) & rows.counts
             tally.add_run(name, mask.reshape(-1), rows.groups, own, value)
-
-
-def check_fits(config: GemmaConfig, coder: Coder) -> None:
-    """Raise `InputError` unless the model has the coder's layers and its sites the right widths."""
-    last = max(layers_of(coder))
-    if last >= config.layers:
-        raise InputError(
-            f"the coder is for layer {last}, but {config.name} has layers 0 to {config.layers - 1}"
-        )
-    for site, size, verb in (
-        (coder.reads, coder.d_in, "reads"),
-        (coder.writes, coder.d_out, "writes"),
-    ):
-        width = site_width(config, site)
-        if size != width:
-            raise InputError(
-                f"the coder {verb} {size} values at {site}, where {config.name} has {width}: "
-                "it is for another model"
-            )
 
 
 def text_batches(

@@ -21,10 +21,9 @@ import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.active_features import Coder
-from gemma_scope_jax.coders.coder import layers_of
+from gemma_scope_jax.coders.coder import check_fits, layers_of
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.evaluation.evaluate import check_fits
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.decoders import logit_tokens
 from gemma_scope_jax.cards.labels import Label, Labels
 from gemma_scope_jax.coders.coder import public_name
+from gemma_scope_jax.coders.directions import logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate

@@ -30,7 +30,7 @@ SiteLayer = tuple[str, int]  # a site and a layer
 ReportTokens = Callable[[int, int], None]  # called with tokens done and tokens in all
 
 
-class ActiveFeatures(NamedTuple):
+class PooledFeatures(NamedTuple):
     """The features of N rows without those that are active nowhere: of a wide coder, most."""
 
     values: np.ndarray  # float32 [N, A]
@@ -41,7 +41,7 @@ class Pooled(NamedTuple):
     """Of N texts: activations, and each coder's features."""
 
     raw: dict[SiteLayer, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
-    features: list[ActiveFeatures]
+    features: list[PooledFeatures]
 
 
 def encode_texts(
@@ -116,7 +116,7 @@ class _Columns:
         active = np.flatnonzero(f.any(0))
         self.parts.append((which, active, f[:, active]))
 
-    def joined(self) -> ActiveFeatures:
+    def joined(self) -> PooledFeatures:
         active = np.zeros(self.width, bool)
         for _, some, _ in self.parts:
             active[some] = True
@@ -127,7 +127,7 @@ class _Columns:
         while self.parts:  # each is let go once it is copied
             which, some, f = self.parts.pop()
             values[np.asarray(which)[:, None], np.searchsorted(columns, some)] = f
-        return ActiveFeatures(values, columns)
+        return PooledFeatures(values, columns)
 
 
 def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
@@ -152,7 +152,7 @@ def places_of(coders: Sequence[SparseCoder]) -> set[SiteLayer]:
     return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
 
 
-def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> ActiveFeatures:
+def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> PooledFeatures:
     """encode(x [N, D]), `batch` rows at a time."""
     found = _Columns(len(x), coder.width)
     for start in range(0, len(x), batch):

@@ -10,8 +10,8 @@ from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
-from gemma_scope_jax.cards.decoders import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
+from gemma_scope_jax.coders.directions import extreme_logits, most_similar, to_residual, written
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
@@ -354,7 +354,7 @@ def test_neighbours_in_blocks_are_the_same(monkeypatch):
     nothing = lambda *_: None
     whole = most_similar(rows, None, 5, nothing, "")
     few = most_similar(rows, rows[:3], 5, nothing, "")
-    monkeypatch.setattr("gemma_scope_jax.cards.decoders.BLOCK", 10)
+    monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 10)
     for a, b in zip(whole, most_similar(rows, None, 5, nothing, "")):
         np.testing.assert_array_equal(a, b)
     assert (few[0][:, 3:] == -1).all() and sorted(few[0][0, :3].tolist()) == [0, 1, 2]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.cards.decoders import logit_tokens
 from gemma_scope_jax.cards.labels import AFTER, BEFORE, build_labels, read_labels, write_labels
+from gemma_scope_jax.coders.directions import logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import features
 from gemma_scope_jax.errors import InputError

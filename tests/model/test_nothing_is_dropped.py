@@ -23,7 +23,7 @@ from checkpoint_files import (
     write_gguf,
 )
 from gemma_scope_jax.autointerp.judges import model as model_judge
-from gemma_scope_jax.cards.decoders import _extreme_tokens, extreme_logits
+from gemma_scope_jax.coders.directions import _extreme_tokens, extreme_logits
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load

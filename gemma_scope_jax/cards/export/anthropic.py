@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.examples import ReportProgress
 from gemma_scope_jax.cards.export.saedashboard import rounded
+from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.atomic import new_folder, write_bytes
 
 BLOCK = 256  # features at a time

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.decoders import written
-from gemma_scope_jax.cards.examples import ReportProgress
+from gemma_scope_jax.coders.directions import written
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.atomic import new_folder
 
 BATCH = 128  # features a file

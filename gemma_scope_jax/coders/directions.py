@@ -1,0 +1,207 @@
+"""What features write, from the weights alone: the tokens they push, and which write alike.
+
+    logits  = unembedding @ (gain * row)      gain = 1 + w of the final norm
+    similar = rows whose cosine with a row is largest, within a coder or in another one
+
+The official notebook multiplies by w, without the 1, which the norm itself does not do: the ranking
+differs. `gain="notebook"` gives that one.
+
+Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.gemma.rms_norm`.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.coder import Coder, layers_of
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.sparse_coder import float32
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import ReportProgress
+
+ROWS = 128  # decoder rows through the unembedding at a time: logits [128, V] are 134 MB
+BLOCK = 1024  # rows compared with all others at a time
+TO_LOGITS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+Gain = Literal["exact", "notebook"]
+
+
+def source_layer(coder: Coder, layer: int | None) -> int:
+    """Which of the coder's source layers, from 0, the model's `layer` is. Raises `InputError`."""
+    layers = layers_of(coder)
+    if layer is None and len(layers) == 1:
+        return 0
+    if layer not in layers:
+        raise InputError(f"layer {layer}: this coder has features of {', '.join(map(str, layers))}")
+    return layers.index(layer)
+
+
+def written(coder: Coder, layer: int | None = None) -> jax.Array:
+    """All that the features of a layer write [F, D]; of several outputs, one after the other."""
+    i = source_layer(coder, layer)
+    if not isinstance(coder, MultiLayerCoder):
+        return float32(coder.w_dec)
+    blocks = [float32(coder.decoder(i, j)) for j in range(i, len(coder.layers))]
+    return jnp.concatenate(blocks, -1)
+
+
+def check_comparable(
+    coder: Coder, layer: int | None, other: Coder, other_layer: int | None
+) -> None:
+    """Raises `InputError` for coders whose features of a layer do not write as many values."""
+
+    def size(of: Coder, of_layer: int | None) -> int:
+        i = source_layer(of, of_layer)
+        return of.d_out * (len(layers_of(of)) - i if isinstance(of, MultiLayerCoder) else 1)
+
+    mine, theirs = size(coder, layer), size(other, other_layer)
+    if mine != theirs:
+        raise InputError(
+            f"{other.info.path or other.kind}: its features write {theirs} values, those of "
+            f"{coder.info.path or coder.kind} {mine}: they cannot be compared"
+        )
+
+
+def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Array) -> jax.Array:
+    """The directions [n, D] that features write to the final residual stream, by themselves.
+
+    A CLT's features write at every layer from theirs on, and those add up; a crosscoder's write the
+    same stream at several layers, and the last is the one that counts. Of rows at `z`, which pass
+    a norm after the output projection, only the direction is right.
+    """
+    i = source_layer(coder, layer)
+    if isinstance(coder, MultiLayerCoder):
+        last = len(coder.layers) - 1
+        outputs = range(i, last + 1) if coder.kind == "clt" else [last]
+        rows = [float32(coder.decoder(i, j)[features]) for j in outputs]
+        return jnp.stack(rows).sum(0)
+    rows = float32(jnp.asarray(coder.w_dec)[features])
+    if coder.writes == "z":
+        blocks = jax.tree.map(lambda w: w[coder.layer], model.params.blocks)
+        out = float32(blocks.w_o).reshape(-1, model.config.d_model)
+        rows = (rows @ out) * (1.0 + blocks.post_attn_norm)[None, :]
+    return rows
+
+
+@partial(jax.jit, static_argnames=("k", "gain", "bins"))
+def _extreme_tokens(model: Model, rows, allowed, *, k: int, gain: Gain, bins: int):
+    """The k largest and smallest logits of rows [n, D], their ids; range and histogram of all."""
+    factor = float32(model.params.final_norm) + (1.0 if gain == "exact" else 0.0)
+    directions = (rows * factor[None, :]).astype(model.dtype)
+    logits = jnp.einsum(
+        "nd,vd->nv", directions, model.params.unembedding, preferred_element_type=jnp.float32
+    )
+    top = jax.lax.top_k(jnp.where(allowed[None, :], logits, -jnp.inf), k)
+    bottom = jax.lax.top_k(jnp.where(allowed[None, :], -logits, -jnp.inf), k)
+    low = jnp.where(allowed[None, :], logits, jnp.inf).min(-1)
+    high = jnp.where(allowed[None, :], logits, -jnp.inf).max(-1)
+    if not bins:
+        return top, bottom, (low, high), None
+    share = (logits - low[:, None]) / jnp.maximum(high - low, 1e-30)[:, None]
+    bin_of = jnp.clip((share * bins).astype(jnp.int32), 0, bins - 1)
+    count = lambda b: jnp.zeros(bins, jnp.int32).at[b].add(allowed.astype(jnp.int32))
+    return top, bottom, (low, high), jax.lax.map(count, bin_of)
+
+
+def extreme_logits(
+    model: Model,
+    coder: Coder,
+    tok: Any,
+    features: Any,
+    *,
+    k: int = 10,
+    gain: Gain = "exact",
+    bins: int = 0,
+    layer: int | None = None,
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
+    smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
+
+    The direct path only; control tokens are left out. Raises `InputError` for a coder that does not
+    write to the residual stream.
+    """
+    if coder.writes not in TO_LOGITS:
+        raise InputError(f"features at {coder.writes} do not write to the residual stream")
+    special = np.ones(model.config.vocab, bool)  # as are rows of the embedding that no token has
+    special[: len(tok.special)] = tok.special[: len(special)]
+    features, allowed = np.asarray(features, np.int32), jnp.asarray(~special)
+    chunk = min(ROWS, 1 << max(0, len(features) - 1).bit_length())
+    for start in range(0, len(features), chunk):
+        some = features[start : start + chunk]
+        padded = jnp.asarray(np.pad(some, (0, chunk - len(some))))
+        rows = to_residual(model, coder, layer, padded)
+        top, bottom, ends, counts = _extreme_tokens(model, rows, allowed, k=k, gain=gain, bins=bins)
+        found = (top[1], top[0], bottom[1], -bottom[0], jnp.stack(ends, -1))
+        found += () if counts is None else (counts,)
+        yield tuple(np.asarray(a)[: len(some)] for a in found)
+
+
+def logit_tokens(
+    model: Model, coder: Coder, tok: Any, features: Any, *, k: int = 10, gain: Gain = "exact"
+) -> list[tuple[list[str], list[str]]]:
+    """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
+
+    Empty lists for coders that do not write to the residual stream.
+    """
+    if coder.writes not in TO_LOGITS or not len(features):
+        return [([], []) for _ in features]
+    chunks = extreme_logits(model, coder, tok, features, k=k, gain=gain)
+    return [
+        (tok.decode_tokens(top), tok.decode_tokens(bottom))
+        for chunk in chunks
+        for top, bottom in zip(chunk[0], chunk[2])
+    ]
+
+
+# -------------------------------------------------------------------------------------------------
+# Similar rows
+
+
+@partial(jax.jit, static_argnames="k")
+def _most_similar(rows: jax.Array, others: jax.Array, own: jax.Array, *, k: int):
+    """The k largest cosines of unit rows [n, D] with `others` [G, D], but for number `own` [n]."""
+    cosines = jnp.einsum("nd,gd->ng", rows, others, precision=jax.lax.Precision.HIGHEST)
+    same = own[:, None] == jnp.arange(others.shape[0], dtype=jnp.int32)[None, :]
+    return jax.lax.top_k(jnp.where(same, -jnp.inf, cosines), k)
+
+
+def unit_rows(rows: jax.Array) -> jax.Array:
+    """Rows [F, D] at length 1; zeros stay zeros."""
+    norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / jnp.maximum(norms, 1e-30)
+
+
+def most_similar(
+    rows: jax.Array,
+    others: jax.Array | None,
+    k: int,
+    progress: ReportProgress,
+    what: str,
+    features: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers and cosines [F, k] of the rows among `others` [G, D] most like each of rows
+    [F, D]; None: among the rows themselves, each but itself. -1 where there are fewer than k.
+
+    features: only of these of the rows, [len(features), k].
+    """
+    itself = others is None
+    some = np.arange(len(rows)) if features is None else np.asarray(features, np.int64)
+    some = some.astype(np.int32)
+    rows = unit_rows(rows)
+    others = rows if others is None else unit_rows(others)
+    F, G = len(some), len(others) - itself
+    ids, cosines = np.full((F, k), -1, np.int32), np.zeros((F, k), np.float32)
+    block = min(BLOCK, F)
+    for start in range(0, F, max(block, 1)):
+        progress(what, start, F)
+        begin = min(start, F - block)  # the last block overlaps: one shape to compile
+        here = some[begin : begin + block]
+        own = here if itself else np.full_like(here, -1)
+        found, numbers = _most_similar(rows[here], others, own, k=min(k, G))
+        ids[begin : begin + block, : min(k, G)] = numbers
+        cosines[begin : begin + block, : min(k, G)] = found
+    return ids, cosines
