@@ -31,12 +31,12 @@ _PUBLIC = {
     "coders.multi_layer_coder": ["MultiLayerCoder"],
     "coders.jump_relu": ["as_jump_relu"],
     "coders.splice": ["clamp", "edit", "features", "splice"],
-    "coders.gemma_scope_files": ["decoder_rows", "load_coder", "load_decoder", "save_coder"],
-    "coders.catalog": ["addresses"],
+    "coders.release.files": ["decoder_rows", "load_coder", "load_decoder", "save_coder"],
+    "coders.release.catalog": ["addresses"],
     "training.train": ["train"],
     "evaluation.evaluate": ["evaluate"],
     "extraction.extract": ["extract"],
-    "extraction.store": ["FeatureStore"],
+    "extraction.store.store": ["FeatureStore"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)
