@@ -137,16 +137,16 @@ def export(
     store: Store,
     *,
     out: Annotated[LocalPlace, tyro.conf.arg(metavar="FOLDER")],
-    format: Literal["parquet", "delphi"] = "parquet",
+    format: Literal["delphi"] = "delphi",
     splits: int | None = None,
     json: bool = False,
 ) -> None:
-    """Write a feature store as Parquet tables or as delphi's cache of latents.
+    """Write a feature store as delphi's cache of latents; Parquet it is already.
 
     Args:
         store: The folder that `extract` filled.
         out: A new folder.
-        format: parquet needs extra `parquet`; delphi reads safetensors.
+        format: Of the files: delphi's are safetensors.
         splits: Files that delphi's features are split into.
         json: Print JSON.
     """

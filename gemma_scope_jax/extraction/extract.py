@@ -21,14 +21,14 @@ import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.active_features import Coder
-from gemma_scope_jax.coders.coder import check_fits, layers_of
+from gemma_scope_jax.coders.coder import check_fits
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner
 from gemma_scope_jax.extraction.store.codec import VALUES
-from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
+from gemma_scope_jax.extraction.store.shards import ShardWriter
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
 from gemma_scope_jax.model.config import Model
@@ -71,7 +71,7 @@ def extract(
                million; None: all
     rows, length  of a process's batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
     seed       of the documents' order; None: as they lie
-    values     "float16", scaled by a power of two for each coder and segment, or "float32"
+    values     "float16", as many bits of a float32 as float16 has, or "float32"
     slots      features a token has room for; more are right, too, but slower
     precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
                TPUs and TF32 on GPUs, "default" one pass and TF32
@@ -190,9 +190,8 @@ def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: 
 
 def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
     """About how many bytes of the store a token that counts takes: its id, and of each active
-    feature the id, the activation twice and its place in the index.
-    """
-    entry = {"float16": 5.8, "float32": 9.4}[values]
+    feature the token and the activation."""
+    entry = {"float16": 3.2, "float32": 4.8}[values]
     l0 = sum(c.info.l0 or 64.0 for c in coders.values())
     return 3.0 + entry * l0
 
@@ -206,13 +205,13 @@ def _write(
 ) -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
-    widths = [c.width for c in coders.values() for _ in layers_of(c)]
     first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
-    ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
+    manifest = manifests.read_features_manifest(path)
+    store, lists, closing = manifests.digest(manifest), manifests.lists(manifest), None
+    ahead = max(1, min(4, threads // len(lists)))
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,
@@ -224,8 +223,7 @@ def _write(
         else:
             results = _results(runner, batches, workers, behind)
         for shard in shards:
-            file = path / shard_name(shard)
-            with ShardWriter(file, widths, job.values, pool, ahead) as writer:
+            with ShardWriter(path, shard, lists, job.values, pool, ahead) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         break
@@ -237,7 +235,7 @@ def _write(
                     raise InputError(f"the text has changed: shard {shard} has no documents now")
                 if closing is not None:
                     closing.result()
-                about = {"shard": shard, "store": store, "documents": packed.documents}
+                about = {"store": store, "documents": packed.documents}
                 closing = disk.submit(writer.close, **about)
         for _ in results:  # other hosts' batches, which all run
             pass

@@ -17,14 +17,14 @@ from typing import Any
 from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
-from gemma_scope_jax.extraction.store.shards import Shard, shard_name
+from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, shard_name
 from gemma_scope_jax.extraction.work import ShardPlan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 _CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
-FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
+FORMAT = {"format": "gemma_scope_jax sparse features", "version": 2}
 _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 
@@ -235,8 +235,15 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)")
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
-        raise InputError(f"{path}: not the manifest of sparse features, version 1")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT["format"]:
+        raise InputError(f"{path}: not the manifest of sparse features")
+    if manifest.get("version") == 1:
+        raise InputError(
+            f"{folder}: is a feature store of an older format; `python packaging/convert_store.py "
+            "OLD NEW` makes a new one of it"
+        )
+    if manifest.get("version") != FORMAT["version"]:
+        raise InputError(f"{path}: version {manifest.get('version')!r} is not known, 2 is")
     wanted = {*_SAME, "tokens", "documents", "per_shard", "mean"}
     if lacking := wanted - set(manifest):
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}; extract again")
@@ -246,6 +253,15 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
         why = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: is damaged ({why}); extract into another folder") from error
     return manifest
+
+
+def lists(manifest: Mapping[str, Any]) -> list[FeatureList]:
+    """What a store holds of every coder's layer, in order."""
+    return [
+        FeatureList(coder["name"], layer, coder["width"])
+        for coder in manifest["coders"]
+        for layer in coder["layers"]
+    ]
 
 
 def _check_manifest(m: dict[str, Any], path: Any) -> None:
@@ -284,9 +300,9 @@ def shards_there(folder: Any) -> list[int]:
     except FileNotFoundError:  # a bucket's folder is there when something is in it
         return []
     found = [
-        n.removeprefix("shard-").removesuffix(".features")
+        n.removeprefix("shard-").removesuffix(".json")
         for n in names
-        if n.startswith("shard-") and n.endswith(".features")
+        if n.startswith("shard-") and n.endswith(".json")
     ]
     return sorted(int(n) for n in found if n.isdigit())
 
@@ -309,7 +325,7 @@ def finish(folder: Any, plan: ShardPlan) -> bool:
         return True
     shards = []
     for number in range(plan.shards):
-        shards.append(summary(Shard(folder / shard_name(number)), wanted))
+        shards.append(summary(Shard(folder, number), wanted))
         if shards[-1]["documents"] != plan.in_shard(number):
             (folder / shard_name(number)).unlink()
             return False
@@ -328,17 +344,15 @@ def _holds(folder: Any, documents: int) -> bool:
 def summary(shard: Shard, store: str) -> dict[str, Any]:
     """What the index holds of a shard. Raises `InputError` if it is another store's."""
     footer = shard.footer
-    if footer.get("store") != store:
+    if footer["store"] != store:
         raise InputError(f"{shard.path}: belongs to another store; delete it and extract again")
-    segments, entries = footer["segments"], [0] * footer["lists"]
-    for segment in segments:
-        entries = [n + coder["entries"] for n, coder in zip(entries, segment["coders"])]
+    segments, none = footer["segments"], [0] * footer["lists"]
     return {
         "shard": footer["shard"],
-        "bytes": shard.size,
+        "bytes": shard.bytes,
         "documents": len(footer["documents"]),
         "segments": [[s["tokens"], s["counted"]] for s in segments],
-        "entries": entries,
+        "entries": [sum(of) for of in zip(none, *(s["entries"] for s in segments))],
     }
 
 
