@@ -34,7 +34,7 @@ class OldShard:
         self.footer = json.loads(zlib.decompress(footer))
 
     def block(self, segment: dict, name: str) -> np.ndarray:
-        """An array: all first bytes before all second ones, each of these planes deflated or not."""
+        """An array: all first bytes before all second ones, each plane deflated or not."""
         at, length, crc, dtype = segment["blocks"][name]
         data = self.data[at : at + length]
         if zlib.crc32(data) != crc:

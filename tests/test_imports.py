@@ -27,7 +27,7 @@ ROOMS = {
     "evaluation": ("coders", "data"),
     "circuits": ("coders", "data"),
     "probing": ("evaluation",),
-    "autointerp": ("extraction", "probing"),
+    "autointerp": ("extraction",),
     "cards": ("extraction", "autointerp", "web"),
     "inspection": ("evaluation", "cards"),
     "behaviour": ("circuits", "probing", "web"),
@@ -36,7 +36,8 @@ ROOMS = {
     "__main__": ("cli",),
 }
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
-         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow")  # fmt: skip
+         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow",
+         "gguf", "array_record")  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -191,9 +191,9 @@ def _texts(text: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
 
 def _array_record(path: Path) -> IndexedFile:
     try:
-        from grain.sources import ArrayRecordDataSource
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError:
-        raise InputError(f"{path}: needs `pip install grain array_record`") from None
+        raise InputError(f"{path}: needs `pip install array-record`") from None
     try:
         source: Any = ArrayRecordDataSource([os.fspath(path)])
         count = len(source)

@@ -40,9 +40,6 @@ from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
 from gemma_scope_jax.storage.paths import folder_path
 
-SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
-BATCHES = 32  # of a shard, at least about
-
 
 @own_mesh
 def extract(
@@ -73,6 +70,7 @@ def extract(
     seed       of the documents' order; None: as they lie
     values     "float16", as many bits of a float32 as float16 has, or "float32"
     slots      features a token has room for; more are right, too, but slower
+    shard_tokens  of a shard, about; default: a 32nd of the job, between limits (`per_shard`)
     precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
                TPUs and TF32 on GPUs, "default" one pass and TF32
     share      (i, n): this process makes every n-th shard, from the i-th on
@@ -161,7 +159,7 @@ def job_of(
         text=open_text(source, fit_tokenizer(tok, model.config), seed),
         rows=rows, length=length, values=values,
         slots=min(slots, widest), precision=precision,
-        shard_tokens=shard_tokens or max(SHARD, BATCHES * rows * length),
+        shard_tokens=shard_tokens,
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
     )  # fmt: skip
 

@@ -18,13 +18,16 @@ from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, shard_name
-from gemma_scope_jax.extraction.work import ShardPlan, Text, measure
+from gemma_scope_jax.extraction.work import ShardPlan, Size, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 _CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 2}
+SHARDS = 32  # of a job, about
+FEWEST, MOST = 16, 32  # batches of a shard
+LONGEST = 1 << 17  # tokens of a shard, if `MOST` small batches are less
 _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 
@@ -38,13 +41,20 @@ class ExtractionJob:
     values: str
     slots: int
     precision: str
-    shard_tokens: int
+    shard_tokens: int | None
     model: Mapping[str, str]
     coders: Sequence[Mapping[str, Any]]
 
-    def per_shard(self, mean: float) -> int:
-        """Documents of a shard, at `mean` tokens each."""
-        return max(1, round(self.shard_tokens / max(mean, 1.0)))
+    def per_shard(self, size: Size) -> int:
+        """Documents of a shard of a text of this size, which `shard_tokens` decides, or the job:
+        a kill loses a shard at the most, processes share shards, and the last batch of each is
+        half empty. So there are about `SHARDS`, but none has less than `FEWEST` batches or more
+        than `MOST`.
+        """
+        batch = self.rows * self.length
+        fitting = max(size.documents * size.mean / SHARDS, FEWEST * batch)
+        tokens = self.shard_tokens or min(fitting, max(LONGEST, MOST * batch))
+        return max(1, round(tokens / max(size.mean, 1.0)))
 
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
@@ -119,16 +129,16 @@ def settle(
         if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
         first = min(coder["first"] for coder in job.coders)
-        documents, mean, share = measure(job.text, tokens, first)
-        size = {
+        size = measure(job.text, tokens, first)
+        work = {
             "tokens": tokens,
-            "documents": documents,
-            "per_shard": job.per_shard(mean),
-            "mean": mean,
-            "share": share,
+            "documents": size.documents,
+            "per_shard": job.per_shard(size),
+            "mean": size.mean,
+            "share": size.share,
             "shuffled": job.text.shuffled,
         }
-        return FORMAT | job.describe() | size | {"versions": _versions()}, None
+        return FORMAT | job.describe() | work | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
         there = old[key]

@@ -20,6 +20,7 @@ from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
+from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction import work
 from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
 from gemma_scope_jax.extraction.export import export_store
@@ -385,6 +386,27 @@ def test_one_program_whatever_the_shard(model, documents, tmp_path):
         ("mlp_in", (0,)),
         ("resid_post", (0, 2, 3)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("documents", "mean", "batch", "wanted"),
+    [
+        (12, 9_000, 2048, 3),  # a dozen files: a kill costs a third of two minutes, not all
+        (12, 50_000, 2048, 12),  # a document is not cut
+        (3000, 350, 2048, 32),
+        (30_000, 350, 2048, 80),  # no longer than 131,072 tokens
+        (10, 300, 2048, 1),  # less than 16 batches are not worth cutting
+        (300_000, 350, 32_768, 100),  # on an accelerator a million
+    ],
+)
+def test_shards_fit_the_job(documents, mean, batch, wanted):
+    job = manifests.ExtractionJob(
+        None, 2, batch // 2, "float16", 9, "high", None, {}, [])  # fmt: skip
+    size = work.Size(documents, float(mean), 1.0)
+    shards = -(-documents // job.per_shard(size))
+    assert wanted <= shards <= 1.1 * wanted
+    by_hand = dataclasses.replace(job, shard_tokens=mean)
+    assert by_hand.per_shard(size) == 1
 
 
 def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
