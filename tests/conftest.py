@@ -10,7 +10,7 @@ FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
 # What tests share is in support/, also for the programs that they start.
-SHARED = (Path(__file__).parent / name for name in ("", "support", "model", "training"))
+SHARED = (Path(__file__).parent / name for name in ("", "support"))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (*map(str, SHARED), os.environ.get("PYTHONPATH")))
 )
@@ -19,9 +19,27 @@ import jax  # noqa: E402
 import jax.experimental.compilation_cache.compilation_cache as cache  # noqa: E402
 import pytest  # noqa: E402
 
+from gemma_scope_jax.model.config import PRESETS  # noqa: E402
+from tiny import tiny_model  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The 270M shrunk to 4 layers of width 32, float32, random."""
+    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch, model):
+    """For commands: the name "tiny" is the tiny model with a tokenizer of letters."""
+    from commands import give_tiny
+
+    give_tiny(monkeypatch, model)
+
 
 MAPS = Path("/proc/self/maps")
 MANY = 15_000

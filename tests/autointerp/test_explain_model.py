@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coders import random_coder
 from gemma_scope_jax import cli
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.examples import Sampling, gather, open_corpus
@@ -30,6 +31,7 @@ from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.tokenizer import load_tokenizer
+from letters import Letters
 from planted_store import PLANTED, PlantedStore, Tok
 from tiny import tiny_model
 from tiny_tokenizer import tiny_proto, write_model
@@ -369,9 +371,8 @@ def test_figures_are_of_one_judge(planted, capsys):
 
 
 def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
-    from test_explain_endpoint import know
-
     from chat_server import KEY, ChatServer
+    from judges import know
 
     monkeypatch.setenv("MY_KEY", KEY)
     with ChatServer(know) as server:
@@ -422,9 +423,8 @@ def test_a_run_in_which_all_failed_says_why_and_keeps_nothing(planted, capsys):
 
 
 def test_a_run_counts_what_has_no_answer_by_its_reason(planted, capsys):
-    from test_explain_endpoint import know
-
     from chat_server import ChatServer
+    from judges import know
 
     refuse = lambda number, body: {50: 400, 60: (200, {}, '{"choices": []}')}.get(number)
     with ChatServer(know, refuse, usage=False) as server:
@@ -556,17 +556,14 @@ def test_features_by_name_and_by_chance():
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory):
+def extracted(tmp_path_factory, model):
     """Two coders of the tiny model, one of several layers, over random letters."""
-    from test_extraction import crosscoder, sae
-
-    from letters import Letters
 
     rng = np.random.default_rng(0)
     texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(160)]
-    model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
+    coders = {"a": random_coder(threshold=1.0), "x": random_coder(16, layers=(0, 2), threshold=0.8)}
     return extract(
-        model, {"a": sae(0, 1), "x": crosscoder(4, (0, 2))}, Letters(), texts,
+        model, coders, Letters(), texts,
         tmp_path_factory.mktemp("s"), rows=8, length=64, slots=32, shard_tokens=3000,
         values="float32",
     )  # fmt: skip

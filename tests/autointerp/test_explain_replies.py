@@ -4,7 +4,6 @@ its reason, and nothing but answers is kept; forms of answers; servers with ways
 import json
 
 import pytest
-from test_explain_endpoint import know
 
 from chat_server import KEY, ChatServer, explained
 from gemma_scope_jax.autointerp.answers import AnswerFile
@@ -25,6 +24,7 @@ from gemma_scope_jax.autointerp.judges.replies import (
 from gemma_scope_jax.autointerp.prompts import LONGEST, parse
 from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
 from gemma_scope_jax.errors import InputError
+from judges import know
 from planted_store import PlantedStore, Tok
 
 

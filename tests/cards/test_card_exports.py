@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_scope_jax import cli
+from card_folders import card_coder, data_of, publish_examples
+from commands import command, give_tiny
 from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
@@ -24,14 +25,10 @@ from gemma_scope_jax.cards.export.anthropic import cantor
 from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
 from gemma_scope_jax.cards.published import PER_FEATURE
 from gemma_scope_jax.cards.site import shard_of
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import PRESETS
 from letters import Letters
-from tiny import tiny_model
 
 F, LAYER = 48, 1
 HOSTILE = '</script><script>alert("x")</script><!--&amp;\u2028 plums and pears'
@@ -45,52 +42,12 @@ EXPLAINED = {
 }
 
 
-def random_coder(d=32, width=F, seed=1, **place):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    normal = lambda key, *shape: jax.random.normal(key, shape) / d**0.5
-    return SparseCoder(
-        normal(keys[0], d, width),
-        jnp.zeros(width),
-        jnp.full(width, 1.0).at[5].set(1e9),
-        normal(keys[1], width, d),
-        jnp.zeros(d),
-        **{"layer": LAYER, **place},
-        info=CoderInfo(l0=10.0),
-    )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture
-def tiny(monkeypatch, model):
-    """The name "tiny" is a tiny model with a tokenizer of letters; no cache is written."""
-    give_tiny(monkeypatch, model)
-
-
-def give_tiny(monkeypatch, model):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
-    real = load.model_config
-    monkeypatch.setattr(load, "model_config", lambda n: model.config if n == "tiny" else real(n))
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
-
-
-def command(*argv):
-    return cli.main([str(a) for a in argv])
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, model):
     """One command over two coders, compared with each other, with all exports."""
     tmp = tmp_path_factory.mktemp("made")
     for name, place in {"one": {}, "two": {"layer": 2, "seed": 2}}.items():
-        save_coder(random_coder(**place), tmp / name, config_extra={"model_name": "acme/tiny"})
+        save_coder(card_coder(**place), tmp / name, config_extra={"model_name": "acme/tiny"})
     write_explanations(tmp / "one", "one", EXPLAINED)
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, n))) for n in rng.integers(2, 9, 150)]
@@ -114,14 +71,6 @@ def cards(made):
 
 # -------------------------------------------------------------------------------------------------
 # The site
-
-
-def data_of(path):
-    """The call in a data file: its name and its value."""
-    text = path.read_text(encoding="utf-8")
-    name, value = re.fullmatch(r'cards\("([a-z0-9-]+)",(.*)\)\n', text, re.S).groups()
-    assert name == path.stem and not set("<>&\u2028\u2029") & set(text)
-    return json.loads(value)
 
 
 class Links(html.parser.HTMLParser):
@@ -436,34 +385,11 @@ def test_cantor():
 # Published examples
 
 
-def published(folder, rng, width=F, examples=12, sequences=9, length=20):
-    """A file of the release's layout, and the dense activations that it was made from."""
-    dense = np.round(rng.random((width, sequences, length)) ** 4 * 1000, 1).astype(np.float32)
-    dense[rng.random(dense.shape) < 0.9] = 0
-    dense[5] = 0
-    flat = dense.reshape(width, -1)
-    order = np.argsort(-flat, axis=-1, kind="stable")[:, :examples]
-    found = np.take_along_axis(flat, order, -1)
-    seq, pos = np.where(found > 0, order // length, 0), np.where(found > 0, order % length, 0)
-    tensors = {
-        "tokens": rng.integers(3, 300, (sequences, length)).astype(np.int32),
-        "activations": found, "seq_ids": seq.astype(np.int32), "positions": pos.astype(np.int32),
-        "logit_effects": np.zeros_like(found),
-        "feature_frequencies": (flat > 0).mean(-1).astype(np.float32),
-        "top_tokens": rng.integers(3, 300, (width, 10)).astype(np.int32),
-        "top_logits": rng.random((width, 10)).astype(np.float32),
-        "bottom_tokens": rng.integers(3, 300, (width, 10)).astype(np.int32),
-        "bottom_logits": -rng.random((width, 10)).astype(np.float32),
-    }  # fmt: skip
-    save_file(tensors, folder / "examples.safetensors")
-    return tensors
-
-
 def test_published_examples(tmp_path):
-    tensors = published(tmp_path, np.random.default_rng(0))
+    tensors = publish_examples(tmp_path, np.random.default_rng(0))
     settings = CardSettings(top=3, groups=5, each=2, before=4, after=3, bins=10)
     cards = build_cards(
-        tmp_path / "examples.safetensors", random_coder(), tmp_path / "cards", settings=settings
+        tmp_path / "examples.safetensors", card_coder(), tmp_path / "cards", settings=settings
     )
     assert "correlated_ids" not in cards and cards.manifest["strongest_only"] == 12
     for f in range(F):
@@ -496,8 +422,8 @@ def test_published_examples(tmp_path):
 
 def test_the_command_on_published_examples(tiny, tmp_path):
     """Neither model nor text is needed."""
-    save_coder(random_coder(), tmp_path / "sae", config_extra={"model_name": "acme/tiny"})
-    published(tmp_path / "sae", np.random.default_rng(1))
+    save_coder(card_coder(), tmp_path / "sae", config_extra={"model_name": "acme/tiny"})
+    publish_examples(tmp_path / "sae", np.random.default_rng(1))
     options = ("--out", tmp_path / "out", "--model", "tiny", "--export", "saedashboard")
     assert command("cards", tmp_path / "sae", *options) == 0
     assert "published examples" in data_of(tmp_path / "out" / "sae" / "data" / "list.js")["about"]
@@ -550,7 +476,7 @@ def test_finished_stages_are_kept(made, cards, tiny, tmp_path, monkeypatch, caps
         FeatureCards(copy)
     again = build_cards(store, coder, copy, settings=CardSettings(top=7))
     assert again["example_rows"].shape == (F, 7 + 25) and "top_ids" in again
-    published(tmp_path, np.random.default_rng(0))
+    publish_examples(tmp_path, np.random.default_rng(0))
     other = build_cards(tmp_path / "examples.safetensors", coder, copy)
     assert "correlated_ids" not in other and "logit_range" not in other  # nothing stale is left
 
@@ -558,9 +484,9 @@ def test_finished_stages_are_kept(made, cards, tiny, tmp_path, monkeypatch, caps
 def bad(folder, tmp):
     """Command lines that cannot work, and a part of the line that says why."""
     (tmp / "text.txt").write_text("a quick brown fox")
-    other = random_coder(seed=9).replace(threshold=jnp.full(F, 0.9))
+    other = card_coder(seed=9).replace(threshold=jnp.full(F, 0.9))
     save_coder(other, tmp / "other", config_extra={"model_name": "acme/tiny"})
-    save_coder(random_coder(d=16), tmp / "small", config_extra={"model_name": "acme/tiny"})
+    save_coder(card_coder(d=16), tmp / "small", config_extra={"model_name": "acme/tiny"})
     (tmp / "garbled").mkdir()
     shutil.copytree(folder.parent / "one", tmp / "labelled")
     (tmp / "labelled" / "explanations.json").write_text('{"format": 9, "explanations": {}}')
@@ -574,11 +500,11 @@ def bad(folder, tmp):
         "alien": lambda t: t["tokens"].__setitem__((0, 0), 9999),
         "nowhere": lambda t: t["feature_frequencies"].__setitem__(3, np.nan),
     }.items():  # fmt: skip
-        save_coder(random_coder(), tmp / name, config_extra={"model_name": "acme/tiny"})
-        tensors = published(tmp / name, np.random.default_rng(0))
+        save_coder(card_coder(), tmp / name, config_extra={"model_name": "acme/tiny"})
+        tensors = publish_examples(tmp / name, np.random.default_rng(0))
         change(tensors)
         save_file(tensors, tmp / name / "examples.safetensors")
-    save_coder(random_coder(), tmp / "torn", config_extra={"model_name": "acme/tiny"})
+    save_coder(card_coder(), tmp / "torn", config_extra={"model_name": "acme/tiny"})
     (tmp / "torn" / "examples.safetensors").write_bytes(b"\x10")
     one, store = folder.parent / "one", ("--store", folder / "store")
     yield ("cards", one, "--text", tmp / "text.txt", *store), "not both"
@@ -623,7 +549,7 @@ def test_what_cannot_work_is_one_line(made, tiny, tmp_path, capsys):
 
 def test_cards_need_a_folder_of_this_machine(tmp_path):
     with pytest.raises(InputError, match="a local folder"):
-        build_cards(tmp_path / "x.safetensors", random_coder(), "gs://bucket/cards")
+        build_cards(tmp_path / "x.safetensors", card_coder(), "gs://bucket/cards")
     with pytest.raises(InputError, match="no feature cards"):
         FeatureCards(tmp_path)
     with pytest.raises(InputError, match="multiple of groups"):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_card_exports import published
 
+from card_folders import publish_examples
 from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
@@ -295,7 +295,7 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     with pytest.raises(InputError, match="features of another model .tiny-gemma-3-270m"):
         build_cards(store, coder, tmp_path / "a", model=other, tok=tok, settings=SETTINGS)
     assert not (tmp_path / "a" / "density.npy").exists()
-    published(tmp_path, np.random.default_rng(0))
+    publish_examples(tmp_path, np.random.default_rng(0))
     examples = tmp_path / "examples.safetensors"
     build = lambda m: build_cards(examples, coder, tmp_path / "b", model=m, tok=tok)
     before = np.array(build(model)["top_logits"])
@@ -304,7 +304,7 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     wanted = next(iter(extreme_logits(other, coder, tok, range(F), k=4, gain="exact", bins=8)))[1]
     np.testing.assert_allclose(after[: len(wanted), :4], wanted, rtol=1e-5, atol=1e-5)
     strongest = np.array(build(model)["example_tokens"])
-    published(tmp_path, np.random.default_rng(1))  # other examples in a file of the same size
+    publish_examples(tmp_path, np.random.default_rng(1))  # others, of the same size
     assert not np.array_equal(strongest, np.array(build(model)["example_tokens"]))
 
 

@@ -19,9 +19,7 @@ from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, largest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
 from gemma_scope_jax.inspection.inspect_text import _heat
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh
-from tiny import tiny_model
 
 D, F, K = 32, 48, 5
 X = np.random.default_rng(1).standard_normal((70, D)).astype(np.float32)
@@ -184,11 +182,6 @@ def test_identities_and_results_tell_topk_from_jumprelu():
 
 
 # Inside the model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
 
 
 TOKENS = np.random.default_rng(0).integers(5, 290, (2, 16)).astype(np.int32)

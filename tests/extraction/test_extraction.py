@@ -84,11 +84,6 @@ LISTS = [("a", 1), ("b", 1), ("c", 2), ("t", 0), ("x", 0), ("x", 2), ("x", 3)]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture(scope="module")
 def documents():
     rng = np.random.default_rng(0)
     texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, n)) for n in rng.integers(0, 90, 40)]

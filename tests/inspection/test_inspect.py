@@ -17,18 +17,11 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_features
 from gemma_scope_jax.inspection.page import inspection_page
 from gemma_scope_jax.inspection.terminal import label_text, print_inspection, visible
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from letters import Letters
-from tiny import tiny_model
 
 tok = Letters()
 HOSTILE = '</script><script>alert("x")</script>{{data}}<!--&amp;'
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.optimize
-from test_evaluate import random_coder
 
+from coders import random_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.probing import pooling, probing
@@ -32,7 +31,7 @@ from gemma_scope_jax.probing.tables import (
     sae_probes_split,
     table_files,
 )
-from tiny import tiny_model
+from probing_data import reference_fit, write_table
 
 HERE = Path("table.csv")
 SAE_PROBES, SAEBENCH = PROTOCOLS["sae-probes"], PROTOCOLS["saebench"]
@@ -40,27 +39,6 @@ SAE_PROBES, SAEBENCH = PROTOCOLS["sae-probes"], PROTOCOLS["saebench"]
 
 # -------------------------------------------------------------------------------------------------
 # Logistic regression
-
-
-def reference_fit(x, y, c, weight):
-    """scikit-learn's objective, minimised by scipy from zero."""
-    center = x.mean(0)  # moves the optimal intercept, nothing else
-
-    def loss(theta):
-        margin = (x - center) @ theta[:-1] + theta[-1]
-        value = 0.5 * theta[:-1] @ theta[:-1] + c * weight @ (np.logaddexp(0, margin) - y * margin)
-        error = c * weight * (1 / (1 + np.exp(-margin)) - y)
-        return value, np.append(theta[:-1] + (x - center).T @ error, error.sum())
-
-    start = np.zeros(x.shape[1] + 1)
-    found = scipy.optimize.minimize(
-        loss,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 20000, "maxfun": 40000, "ftol": 1e-16, "gtol": 1e-9},
-    )
-    return found.x[:-1], found.x[-1] - center @ found.x[:-1]
 
 
 def problem(n=90, k=6, seed=0):
@@ -154,11 +132,6 @@ def test_measures_equal_loops():
 # Pooling
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
 def some_texts(count=40, seed=0):
     rng = np.random.default_rng(seed)
     sizes = [1, 2, 5, 64, *rng.integers(3, 60, count - 4)]
@@ -168,7 +141,8 @@ def some_texts(count=40, seed=0):
 @pytest.mark.parametrize("how", ["mean", -1])
 def test_pooled_texts_are_those_of_each_text_alone(model, how):
     """The transcoder of an instruction-tuned model has `first` 4, so nobody counts less."""
-    coders = [random_coder("sae"), random_coder("skip")]
+    transcoder = random_coder(reads="mlp_in", writes="mlp_out", skip=True, first=4)
+    coders = [random_coder(layer=2), transcoder]
     texts = some_texts()
     done = []
     pooled = pooling.pool(
@@ -200,7 +174,7 @@ def test_pooled_texts_are_those_of_each_text_alone(model, how):
 
 def test_only_columns_that_are_active_somewhere_are_kept(model):
     """None of the others but where fewer than 16 are left; numbers are the features' own."""
-    coder, x = random_coder("sae"), np.random.default_rng(3).standard_normal((50, 32))
+    coder, x = random_coder(layer=2), np.random.default_rng(3).standard_normal((50, 32))
     alive = np.arange(coder.width) % 2 == 1
     few = coder.replace(threshold=np.where(alive, coder.threshold, 1e9).astype(np.float32))
     found = pooling.encode_rows(few, x.astype(np.float32), batch=16)
@@ -215,7 +189,7 @@ def test_only_columns_that_are_active_somewhere_are_kept(model):
 
 
 def test_other_texts_compile_nothing_new_and_rows_are_full(model):
-    coders, texts = [random_coder("sae")], some_texts(60, 5)
+    coders, texts = [random_coder(layer=2)], some_texts(60, 5)
     options = {"lengths": (16, 64), "tokens": 128}
     pooling.pool(model, coders, texts, **options)
     before = pooling._pool_step._cache_size()
@@ -237,7 +211,7 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
 )
 def test_texts_that_cannot_be_pooled(model, texts, how, message):
     with pytest.raises(InputError, match=message):
-        pooling.pool(model, [random_coder("sae")], texts, how=how)
+        pooling.pool(model, [random_coder(layer=2)], texts, how=how)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -431,11 +405,6 @@ def test_what_is_held_out_to_choose_a_penalty(count, parts, size):
     else:
         assert sorted(np.concatenate(held).tolist()) == list(range(count))
         assert all(y[h].mean() == 0.5 for h in held)
-
-
-def write_table(path, rows, header="prompt,target"):
-    path.write_text("\n".join([header, *(",".join(map(str, r)) for r in rows)]) + "\n")
-    return read_table(path)
 
 
 def test_a_task_of_three_classes_asks_three_questions(tmp_path):
