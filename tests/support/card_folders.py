@@ -72,3 +72,19 @@ def publish_examples(folder, rng, width=48, examples=12, sequences=9, length=20)
     }  # fmt: skip
     save_file(tensors, folder / "examples.safetensors")
     return tensors
+
+
+F, LAYER = 48, 1
+
+
+HOSTILE = '</script><script>alert("x")</script><!--&amp;\u2028 plums and pears'
+
+
+EXPLAINED = {
+    3: {
+        "text": "zebra <b>crossings</b>",
+        "method": "endpoint",
+        "model": "m",
+        "scores": {"detection": {"balanced_accuracy": 0.875}},
+    }
+}
