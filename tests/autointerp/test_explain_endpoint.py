@@ -1,5 +1,5 @@
 """Explaining through a chat endpoint, over real HTTP against a local server: who is right scores 1,
-who guesses 0.5, whatever fails is tried again or said, and nothing is asked twice."""
+who guesses 0.5, and whatever fails is tried again or said."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A Gemma as a judge, against plain passes over single prompts; the command from end to end."""
+"""A Gemma as a judge, against plain passes over single prompts."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
 """Endpoints as they really answer: a question without an answer costs that question, is counted by
-its reason, and nothing but answers is kept; forms of answers; servers with ways of their own."""
+its reason, and nothing but answers is kept; servers with ways of their own."""
 
 import json
 

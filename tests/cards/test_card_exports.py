@@ -1,4 +1,4 @@
-"""What cards are written as: the site, files for other programs; the command; published files."""
+"""What other programs read of cards, against their own fields' names and types."""
 
 import gzip
 import json

@@ -1,6 +1,6 @@
-"""Other libraries' folders: the same function as theirs, in and out, and no silent misreading.
+"""circuit-tracer's sets and CLTs: its own function, in and out, and no silent misreading.
 
-The references are the equations of sae-lens 6.54 and circuit-tracer, written out in numpy.
+The references are its equations, written out in numpy.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Text to packed batches: every format, the global shuffle, exact positions, what tokens count."""
+"""Text to packed batches: every format, exact positions, what tokens count."""
 
 import gc
 import itertools

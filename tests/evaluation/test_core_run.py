@@ -1,4 +1,4 @@
-"""The core evaluation as a job: labelled text, documents, resuming, tables, plots, the command."""
+"""The core evaluation as a job: documents, resuming, tables, plots."""
 
 import shutil
 import weakref
@@ -32,16 +32,9 @@ from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.report import print_core
 from gemma_scope_jax.evaluation.results import ENVELOPE
 from gemma_scope_jax.evaluation.texts import EvaluationText
-from gemma_scope_jax.model.config import PRESETS
 from letters import Letters
-from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("runs_at_once")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=3)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The feature store against brute force: what is in it, resuming, sharing, damage, bad input."""
+"""The feature store against brute force: what is in it, resuming, sharing."""
 
 import gzip
 import json

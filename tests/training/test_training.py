@@ -1,4 +1,4 @@
-"""The trainer: weights and their folding, grouping, initialisation, the buffer, and whole runs."""
+"""Whole runs: what they learn, save, continue and say."""
 
 import dataclasses
 import json
