@@ -1,12 +1,10 @@
 """What tests cost, in CPU seconds, and which of them are left out of `make quick`.
 
-As a plugin (`pytest -p durations`) it measures every test together with the fixtures that it needs,
-made for it or before, and writes those that took longer than `LIMIT` into `tests/long_tests.txt`
-(`make durations`). CPU seconds, of processes that tests start as well, do not depend on what else
-the machine does.
+As a plugin (`make durations`) it measures every test and fixture, and writes the names of the tests
+that took longer than LIMIT, their parts of what they share included, into tests/long_tests.txt.
+CPU seconds, also of programs that tests start, do not depend on what else the machine does.
 """
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -18,29 +16,33 @@ LONG = Path(__file__).parent.parent / "long_tests.txt"
 
 
 def long_tests() -> set[str]:
-    """Names of the functions, without their files and parameters."""
-    return set(LONG.read_text().split())
+    """Functions as FILE::NAME, without their folders and parameters."""
+    return set(LONG.read_text().split()) if LONG.exists() else set()
+
+
+def name_of(item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+
+
+fixtures: dict = defaultdict(float)  # all that each fixture took
+users: dict = defaultdict(set)  # tests by fixture
+tests: dict = defaultdict(float)  # all that each function took, with all its parameters
+inside: list[float] = []  # seconds of the fixtures that the running ones asked for
 
 
 def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-fixtures: dict = defaultdict(float)  # what each took at most
-tests: dict = defaultdict(float)
-inside: list[float] = []  # seconds of the fixtures that the running one asked for
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
+def pytest_fixture_setup(fixturedef):
     start = cpu_seconds()
     inside.append(0.0)
     try:
         return (yield)
     finally:
         whole = cpu_seconds() - start
-        key = str(fixturedef.func)
-        fixtures[key] = max(fixtures[key], whole - inside.pop())
+        fixtures[fixturedef.func] += whole - inside.pop()
         if inside:
             inside[-1] += whole
 
@@ -51,11 +53,18 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     finally:
-        made = {d[-1].func for d in item._fixtureinfo.name2fixturedefs.values()}
-        needs = sum(fixtures[str(func)] for func in made)
-        tests[item.nodeid] = (cpu_seconds() - start, needs)
+        tests[name_of(item)] += cpu_seconds() - start
+        for defs in item._fixtureinfo.name2fixturedefs.values():
+            users[defs[-1].func].add(name_of(item))
 
 
 def pytest_sessionfinish(session):
+    cost = dict(tests)
+    for fixture, names in users.items():
+        for name in names:
+            cost[name] += fixtures[fixture] / len(names)
+    report = sorted(((seconds, name) for name, seconds in cost.items()), reverse=True)
     if where := os.environ.get("DURATIONS"):
-        Path(where).write_text(json.dumps({"tests": tests, "fixtures": fixtures}))
+        Path(where).write_text("".join(f"{seconds:.2f} {name}\n" for seconds, name in report))
+    else:
+        LONG.write_text("".join(sorted(f"{n}\n" for seconds, n in report if seconds > LIMIT)))
