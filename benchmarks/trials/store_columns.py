@@ -17,19 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.extraction.store.codec import (
-    by_feature,
-    differences,
-    expand,
-    squeeze,
-    store_values,
-)
-
-
-def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 values of 11 significant bits, as many as float16 has."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x0FFF + (bits >> 13 & 1)) & 0xFFFFE000).view(np.float32)
+from gemma_scope_jax.extraction.store.codec import kept_values
 
 
 def parquet(array: np.ndarray, encoding: str, codec: str, level: int | None):
@@ -60,22 +48,21 @@ def parquet(array: np.ndarray, encoding: str, codec: str, level: int | None):
 def main() -> None:
     store = gs.FeatureStore(sys.argv[1])
     segment = store.segment(0)
-    n, entries = len(segment), segment.by_token()
+    n, entries, index = len(segment), segment.by_token(), segment.by_feature()
     width = store.width()
-    index = by_feature(entries, width)
-    halves, exponent = store_values(entries.values, "float16")
-    index_halves = by_feature(entries._replace(values=halves), width).values
+    scale = np.float32(2.0 ** (15 - np.frexp(entries.values.max())[1]))
+    halves, index_halves = ((x.values * scale).astype(np.float16) for x in (entries, index))
     print(f"{n:,} tokens, {len(entries.ids) / n:.1f} features each, width {width}\n")
     small = np.uint16 if width <= 1 << 16 else np.int32
     columns = {
         "features by token": {"int32": entries.ids, "uint16": entries.ids.astype(small)},
         "values by token": {
-            "float32 of 11 bits": rounded(entries.values),
+            "float32 of 11 bits": kept_values(entries.values, "float16"),
             "float16, scaled": halves,
         },
         "tokens by feature": {"int32": index.ids},
         "values by feature": {
-            "float32 of 11 bits": rounded(index.values),
+            "float32 of 11 bits": kept_values(index.values, "float16"),
             "float16, scaled": index_halves,
         },
         "token of each entry": {
@@ -93,22 +80,10 @@ def main() -> None:
         ("zstd", 1),
         ("zstd", 3),
     ]
-    ours = {
-        "features by token": differences(entries.ids, entries.offsets),
-        "values by token": halves,
-        "tokens by feature": differences(index.ids, index.offsets),
-        "values by feature": index_halves,
-    }
     print("| column | kept as | encoding | compression | bytes a token | write | read |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, kinds in columns.items():
         work = {}
-        if name in ours:
-            array = ours[name]
-            work["ours", array.dtype.name, "planes", "zlib"] = (
-                lambda a=array: b"".join(squeeze(a)),
-                lambda data, a=array: expand(data, a.dtype.str),
-            )
         for (kind, array), (codec, level) in itertools.product(kinds.items(), codecs):
             whole = array.dtype.kind in "iu"
             encodings = ["PLAIN", "DICTIONARY", "BYTE_STREAM_SPLIT"]
@@ -121,7 +96,7 @@ def main() -> None:
                 if not whole and encoding in ("DICTIONARY", "PLAIN") and codec != "zstd":
                     continue
                 label = codec if level is None else f"{codec} {level}"
-                work["parquet", kind, encoding, label] = parquet(array, encoding, codec, level)
+                work[kind, encoding, label] = parquet(array, encoding, codec, level)
         times = {key: ([], []) for key in work}
         sizes = {}
         for _ in range(3):
@@ -133,12 +108,10 @@ def main() -> None:
                 times[key][0].append(middle - start)
                 times[key][1].append(time.process_time() - middle)
                 sizes[key] = len(data)
-        rows = sorted(work, key=lambda key: (key[0] != "ours", sizes[key]))
-        for key in rows:
+        for key in sorted(work, key=sizes.get):
             writing, reading = (1e6 / n * statistics.median(t) for t in times[key])
-            by, kind, encoding, codec = key
-            who = f"{name}{' (ours)' * (by == 'ours')}"
-            print(
+            what = " | ".join([name, *key])
+            print(f"| {what} | {sizes[key] / n:.1f} | {writing:.2f} | {reading:.2f} |")
                 f"| {who} | {kind} | {encoding} | {codec} | {sizes[key] / n:.1f} | {writing:.2f} | {reading:.2f} |"
             )
 

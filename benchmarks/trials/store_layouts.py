@@ -11,27 +11,20 @@ import io
 import statistics
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse
-from store_columns import rounded
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.extraction.store.codec import Entries, by_feature, size_of
-from gemma_scope_jax.extraction.store.shards import _coded
+from gemma_scope_jax.extraction.store.codec import Entries, kept_values, turned
 
 WIDTH, FEATURES = 4096, (7, 1234, 3000, 4000)
 DELTA, SPLIT = "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT"
 
 
-def by_token(index: Entries, tokens: int) -> Entries:
-    bits = index.values.view(np.uint32)
-    shape = (tokens, len(index.offsets) - 1)
-    found = scipy.sparse.csc_array((bits, index.ids, index.offsets), shape).tocsr()
-    return Entries(found.indptr, found.indices, found.data.view(np.float32))
+def kept(entries: Entries) -> Entries:
+    return entries._replace(values=kept_values(entries.values, "float16"))
 
 
 def save(columns: dict, encodings: dict, rows: int, level: int) -> bytes:
@@ -54,20 +47,6 @@ def opened(data: bytes) -> pq.ParquetFile:
     return pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
 
 
-class Ours:
-    def write(self, entries: Entries):
-        return [_coded([(None, None, None, [entries])], 0, WIDTH, "float16")]
-
-    def size(self, data):
-        return sum(size_of(parts) for _, _, parts, _ in data[0][1])
-
-    def tokens(self, store):
-        return [segment.by_token() for segment in store]
-
-    def feature(self, store, feature: int):
-        return [segment.feature(feature) for segment in store]
-
-
 class LongByFeature:
     """feature, token, value, sorted by feature."""
 
@@ -75,7 +54,7 @@ class LongByFeature:
         self.rows, self.level = rows, level
 
     def write(self, entries: Entries):
-        index = by_feature(entries._replace(values=rounded(entries.values)), WIDTH)
+        index = turned(kept(entries), WIDTH)
         counts = np.diff(index.offsets)
         features = np.repeat(np.arange(WIDTH, dtype=np.int32), counts)
         columns = {"feature": features, "row": index.ids, "value": index.values}
@@ -90,7 +69,7 @@ class LongByFeature:
         return Entries(np.searchsorted(feature, np.arange(WIDTH + 1)), row, value)
 
     def tokens(self, data, n):
-        return by_token(self.entries(data), n)
+        return turned(self.entries(data), n)
 
     def feature(self, data, feature: int):
         meta, groups = opened(data).metadata, []
@@ -107,9 +86,11 @@ class LongByToken(LongByFeature):
     """row, feature, value, sorted by token: one copy; a feature is a scan."""
 
     def write(self, entries: Entries):
-        rows = np.repeat(np.arange(len(entries.offsets) - 1, dtype=np.int32), np.diff(entries.offsets))
-        columns = {"row": rows, "feature": entries.ids, "value": rounded(entries.values)}
-        return save(columns, {"row": DELTA, "feature": SPLIT, "value": SPLIT}, self.rows, self.level)
+        tokens = np.arange(len(entries.offsets) - 1, dtype=np.int32)
+        rows = np.repeat(tokens, np.diff(entries.offsets))
+        columns = {"row": rows, "feature": entries.ids, "value": kept(entries).values}
+        encodings = {"row": DELTA, "feature": SPLIT, "value": SPLIT}
+        return save(columns, encodings, self.rows, self.level)
 
     def tokens(self, data, n):
         table = opened(data).read(use_threads=False)
@@ -127,10 +108,10 @@ class Lists(LongByFeature):
     and values: two copies."""
 
     def write(self, entries: Entries):
-        entries = entries._replace(values=rounded(entries.values))
+        entries = kept(entries)
         return [
             self._lists(entries, SPLIT, self.rows),
-            self._lists(by_feature(entries, WIDTH), DELTA, 512),
+            self._lists(turned(entries, WIDTH), DELTA, 512),
         ]
 
     def _lists(self, entries: Entries, encoding: str, rows: int) -> bytes:
@@ -169,43 +150,29 @@ def main() -> None:
         "lists by token and by feature": Lists(1 << 12, 1),
         "lists by token and by feature, level 3": Lists(1 << 12, 3),
     }
-    work = {"ours, by token and by feature": (Ours(), segments)} | {
-        name: (layout, [layout.write(t) for t in texts]) for name, layout in parquet.items()
-    }
+    work = {name: (x, [x.write(t) for t in texts]) for name, x in parquet.items()}
     times = {name: ([], [], []) for name in work}
     sizes = {}
-    for name, (layout, data) in work.items():
+    for layout, data in work.values():
         for segment, some, t in zip(segments, data, texts):
-            if name in parquet:
-                back = layout.tokens(some, len(segment))
-                assert all(np.array_equal(a, b) for a, b in zip(back[:2], t))
-                np.testing.assert_allclose(back.values, t.values, rtol=2**-11)
-                for f in FEATURES:
-                    rows, values = layout.feature(some, f)
-                    theirs = segment.feature(f)
-                    assert np.array_equal(rows, theirs[0])
-                    np.testing.assert_allclose(values, theirs[1], rtol=2**-11)
+            assert all(map(np.array_equal, layout.tokens(some, len(segment)), t))
+            for f in FEATURES:
+                assert all(map(np.array_equal, layout.feature(some, f), segment.feature(f)))
     for _ in range(5):
         for name, (layout, data) in work.items():
             start = time.process_time()
             written = [layout.write(t) for t in texts]
             times[name][0].append(1e6 / n * (time.process_time() - start))
-            if name in parquet:
-                parts = [p for w in written for p in (w if isinstance(w, list) else [w])]
-                sizes[name] = sum(map(len, parts)) / n
-                read = [partial(layout.tokens, d, len(s)) for d, s in zip(data, segments)]
-                one = lambda f, x=layout, d=data: [x.feature(some, f) for some in d]
-            else:
-                sizes[name] = sum(layout.size(w) for w in written) / n
-                read = [partial(layout.tokens, data)]
-                one = partial(layout.feature, data)
+            parts = [p for w in written for p in (w if isinstance(w, list) else [w])]
+            sizes[name] = sum(map(len, parts)) / n
             start = time.process_time()
-            for work_ in read:
-                work_()
+            for some, segment in zip(data, segments):
+                layout.tokens(some, len(segment))
             times[name][1].append(1e6 / n * (time.process_time() - start))
             start = time.process_time()
             for f in FEATURES:
-                one(f)
+                for some in data:
+                    layout.feature(some, f)
             each = (time.process_time() - start) / len(FEATURES) / len(segments)
             times[name][2].append(1e3 * each)
     print("| layout | bytes a token | write, s | read by token, s | one feature, ms a segment |")

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
-from gemma_scope_jax.coders.active_features import Coder
-from gemma_scope_jax.coders.coder import check_fits
+from gemma_scope_jax.coders.coder import Coder, check_fits
+from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction import hosts
@@ -79,7 +79,7 @@ def extract(
     exclude. Raises `InputError` for what does not fit: a coder, another store in the folder, a full
     disk, activations that are not finite.
     """
-    named = manifests.named(coders)
+    named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
     job = job_of(model, named, tok, source, rows=rows, length=length, seed=seed, values=values,

@@ -91,9 +91,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(whole, tmp_path, k
             if ended == 0:
                 break
     assert killed >= kills
-    write(
-        folder, shard_tokens=None
-    )  # removes what the killed left; changes nothing else
+    write(folder, shard_tokens=None)  # removes what the killed left; changes nothing else
     assert contents(folder) == final
     FeatureStore(folder).verify()
 
