@@ -112,8 +112,6 @@ def main() -> None:
             writing, reading = (1e6 / n * statistics.median(t) for t in times[key])
             what = " | ".join([name, *key])
             print(f"| {what} | {sizes[key] / n:.1f} | {writing:.2f} | {reading:.2f} |")
-                f"| {who} | {kind} | {encoding} | {codec} | {sizes[key] / n:.1f} | {writing:.2f} | {reading:.2f} |"
-            )
 
 
 if __name__ == "__main__":
