@@ -1,10 +1,11 @@
-"""The benchmarks' JSON lines as Markdown tables, and docs/benchmarks.md brought up to date with them.
+"""The benchmarks' JSON lines as Markdown tables, and a page brought up to date with them.
 
-    .venv/bin/python benchmarks/table.py benchmarks/results/cpu.jsonl      prints the table
-    .venv/bin/python benchmarks/table.py --write docs/benchmarks.md        renews the tables in a page
+    .venv/bin/python benchmarks/table.py benchmarks/results/forward_cpu.jsonl
+    .venv/bin/python benchmarks/table.py --write docs/benchmarks.md
 
-A script prints one JSON line for each comparison; append it to a file of benchmarks/results/, one file
-a machine and kind. In a page a table stands between `<!-- table: FILE -->` and `<!-- end -->`.
+A script prints one JSON line for each comparison; append it to a file in benchmarks/results/, one
+for each machine and kind. In a page a table stands between `<!-- table: FILE -->` and
+`<!-- end -->`.
 """
 
 import argparse

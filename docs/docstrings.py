@@ -6,10 +6,16 @@ The package's docstrings are plain text. A paragraph whose lines begin with name
     sites      {site: layers} to read; default: all that is stored
 
 or `folder: a local folder`, with further lines indented, is rendered as a list of those names;
-everything else is Markdown already.
+everything else is Markdown already. Fields of a class are documented by the comments beside them,
+
+    width: int = 4096  # features, of each layer
+
+which become a list below the class's docstring.
 """
 
+import io
 import re
+import tokenize
 from typing import Any
 
 import griffe
@@ -19,19 +25,28 @@ _SECTION = re.compile(r"Args:\n")
 
 
 def as_list(paragraph: str) -> str:
-    """The paragraph, as a list if all of it is entries "name: text" or "name   text"."""
+    """The paragraph with its run of entries, "name: text" or "name   text", as a list.
+
+    Prose before and after them stays; a single entry among prose is prose, too.
+    """
     lines = _SECTION.sub("", paragraph).split("\n")
     base = min(len(line) - len(line.lstrip()) for line in lines)
+    before: list[str] = []
     entries: list[list[str]] = []
+    after: list[str] = []
     for line in (line[base:] for line in lines):
-        if found := _ENTRY.match(line):
+        found = _ENTRY.match(line)
+        if found and not after:
             names = ", ".join(f"`{name.strip('`')}`" for name in found[1].split(", "))
             entries.append([names, found[2]])
-        elif entries and line[:2].isspace():
+        elif entries and not after and line[:2].isspace():
             entries[-1].append(line.strip())
         else:
-            return paragraph
-    return "\n".join(f"- {names}: {' '.join(text)}" for names, *text in entries)
+            (after if entries else before).append(line)
+    if not entries or (len(entries) == 1 and (before or after)):
+        return paragraph
+    made = "\n".join(f"- {names}: {' '.join(text)}" for names, *text in entries)
+    return "\n\n".join(part for part in ("\n".join(before), made, "\n".join(after)) if part)
 
 
 def as_markdown(docstring: str) -> str:
@@ -39,9 +54,52 @@ def as_markdown(docstring: str) -> str:
     return "\n\n".join(as_list(p) for p in docstring.split("\n\n"))
 
 
+def comments(lines: list[str]) -> dict[int, str]:
+    """The comment that each line of code has, with the lines of comment that continue it."""
+    found: dict[int, str] = {}
+    last = 0  # the line of code whose comment goes on
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+        if token.type == tokenize.COMMENT:
+            line, text = token.start[0], token.string.lstrip("#").strip()
+            if token.line.lstrip().startswith("#"):
+                if last and token.string.startswith("#   "):
+                    found[last] += f" {text}"
+            else:
+                found[line], last = text, line
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE):
+            last = 0
+    return {line: re.sub(r"(?<!`)<(\w+)>", r"`<\1>`", text) for line, text in found.items()}
+
+
 class Columns(griffe.Extension):
     """Rewrites every docstring that mkdocstrings is going to show."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
+        if obj.docstring and not obj.is_class:  # of classes below, when their fields are known
             obj.docstring.value = as_markdown(obj.docstring.value)
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        if not cls.docstring:
+            return
+        cls.docstring.value = as_markdown(cls.docstring.value)
+        fields = [
+            m
+            for m in cls.attributes.values()
+            if m.annotation and not m.docstring and "property" not in m.labels
+        ]
+        said = comments(cls.lines) if fields else {}
+        entries = []
+        for field in fields:
+            if field.name.startswith("_"):
+                continue
+            at = [
+                n + 1 - (cls.lineno or 0)
+                for n in range(field.lineno or 0, (field.endlineno or 0) + 1)
+            ]
+            text = " ".join(said[n] for n in at if n in said)
+            value = f" = {field.value}" if field.value is not None else ""
+            entries.append(
+                f"- `{field.name}: {field.annotation}{value}`" + (f": {text}" if text else "")
+            )
+        if entries:
+            cls.docstring.value += "\n\n" + "\n".join(entries)

@@ -1,7 +1,7 @@
 """What the site takes from the code when it is built: the public list, and the commands' help.
 
-`api.md` gets an entry for every public name, by room; `commands.md` what each command's `--help` prints.
-Links to files of the repository outside of docs/ work where the repository is; the site names them only.
+`api.md` gets an entry for every public name, by room; `commands.md` what each command's `--help`
+prints. Links that lead out of docs/ work in the repository; the site shows their text only.
 """
 
 import os
@@ -40,7 +40,7 @@ def public() -> str:
 def printed(command: str) -> str:
     """What `gemma-scope COMMAND --help` prints."""
     words = [sys.executable, "-m", "gemma_scope_jax", command, "--help"]
-    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "96", "NO_COLOR": "1"}
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "84", "NO_COLOR": "1"}
     done = subprocess.run(words, env=settings, capture_output=True, text=True, check=True)
     return f"## {command}\n\n```text\n{done.stdout.rstrip()}\n```\n"
 
