@@ -10,7 +10,7 @@ everything else is Markdown already. Fields of a class are documented by the com
 
     width: int = 4096  # features, of each layer
 
-which become a list below the class's docstring.
+or by a string below them; both become a list below the class's docstring.
 """
 
 import io
@@ -85,21 +85,18 @@ class Columns(griffe.Extension):
         fields = [
             m
             for m in cls.attributes.values()
-            if m.annotation and not m.docstring and "property" not in m.labels
+            if m.annotation and m.name[0] != "_" and "property" not in m.labels
         ]
         said = comments(cls.lines) if fields else {}
         entries = []
         for field in fields:
-            if field.name.startswith("_"):
-                continue
-            at = [
-                n + 1 - (cls.lineno or 0)
-                for n in range(field.lineno or 0, (field.endlineno or 0) + 1)
-            ]
+            lines = range(field.lineno or 0, (field.endlineno or 0) + 1)
+            at = [line + 1 - (cls.lineno or 0) for line in lines]
             text = " ".join(said[n] for n in at if n in said)
+            if field.docstring:
+                text, field.docstring = " ".join(field.docstring.value.split()), None
             value = f" = {field.value}" if field.value is not None else ""
-            entries.append(
-                f"- `{field.name}: {field.annotation}{value}`" + (f": {text}" if text else "")
-            )
+            entry = f"- `{field.name}: {field.annotation}{value}`"
+            entries.append(entry + (f": {text}" if text else ""))
         if entries:
             cls.docstring.value += "\n\n" + "\n".join(entries)

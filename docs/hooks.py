@@ -11,19 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-TITLES = {
-    "errors": "Errors",
-    "model": "Model",
-    "coders": "Coders",
-    "data": "Data",
-    "training": "Training",
-    "extraction": "Extraction",
-    "evaluation": "Evaluation",
-    "probing": "Probing",
-    "autointerp": "Explanations",
-    "cards": "Cards",
-    "inspection": "Inspection",
-}
+TITLES = {"autointerp": "Explanations", "storage": "Files"}  # where a room's name says too little
 
 
 def public() -> str:
@@ -34,7 +22,9 @@ def public() -> str:
     for module, names in _PUBLIC.items():
         entries = [f"::: gemma_scope_jax.{module}.{name}\n" for name in names]
         rooms.setdefault(module.partition(".")[0], []).extend(entries)
-    return "\n".join(f"## {TITLES.get(r, r)}\n\n" + "\n".join(e) for r, e in rooms.items())
+    return "\n".join(
+        f"## {TITLES.get(r, r.capitalize())}\n\n" + "\n".join(e) for r, e in rooms.items()
+    )
 
 
 def printed(command: str) -> str:
