@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+WIDTH = 84  # characters of a block
 TITLES = {"autointerp": "Explanations", "storage": "Files"}  # where a room's name says too little
 
 
@@ -30,9 +32,15 @@ def public() -> str:
 def printed(command: str) -> str:
     """What `gemma-scope COMMAND --help` prints."""
     words = [sys.executable, "-m", "gemma_scope_jax", command, "--help"]
-    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "84", "NO_COLOR": "1"}
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": str(WIDTH), "NO_COLOR": "1"}
     done = subprocess.run(words, env=settings, capture_output=True, text=True, check=True)
-    return f"## {command}\n\n```text\n{done.stdout.rstrip()}\n```\n"
+    lines = "\n".join(map(wrapped, done.stdout.rstrip().splitlines()))
+    return f"## {command}\n\n```text\n{lines}\n```\n"
+
+
+def wrapped(line: str) -> str:
+    """A line of prose cut to the width of a block; boxes stay as they are."""
+    return line if line[:1] in ("", "│", "╭", "╰") else textwrap.fill(line, WIDTH)
 
 
 def commands() -> str:
