@@ -246,7 +246,7 @@ def _raises(coder: Any) -> Callable[[int], Sequence[str]]:
 def _endpoint(
     url, model, variable, options, concurrency, timeout, retries, logprobs, *prices
 ) -> Any:
-    from gemma_scope_jax.autointerp.judges.chat_client import Endpoint
+    from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
     from gemma_scope_jax.storage.strict_json import parse_json
 
     more = parse_json(options, "--request-options")

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.release.files import decoder_rows, load_coder, save_coder
+from gemma_scope_jax.coders.load import decoder_rows, load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.release.parameters import aligned_empty
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
