@@ -25,9 +25,11 @@ from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
 from gemma_scope_jax.cards.published import PER_FEATURE
 from gemma_scope_jax.cards.site import shard_of
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.release.files import save_coder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from letters import Letters

@@ -13,9 +13,10 @@ import pytest
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.model.config import PRESETS
 from letters import Letters

@@ -7,13 +7,13 @@ import pytest
 
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.coders.splice import splice
+from gemma_scope_jax.coders.splice import replacement, splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, TextBatch, measure, position_names
 from gemma_scope_jax.evaluation.figures import ABLATIONS, density_histogram, frequencies
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
+from gemma_scope_jax.evaluation.predictions import compare, final_residual
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
@@ -326,7 +326,7 @@ def test_density_summaries():
 
 
 def test_geometry_equals_numpy(monkeypatch):
-    monkeypatch.setattr("gemma_scope_jax.evaluation.geometry.BLOCK", 24)  # F is no multiple of it
+    monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 24)  # F is no multiple of it
     c = CODERS["skip_transcoder"]
     got = geometry(c)
     enc, dec = np.asarray(c.w_enc, np.float64).T, np.asarray(c.w_dec, np.float64)
@@ -374,7 +374,7 @@ def test_a_replacement_model_is_every_splice_at_once(model, kind):
         "several": (crosscoder(reads="mlp_in", writes="mlp_out"),),
     }[kind]
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-    got = final_residual(model, tokens, segments, replaced(coders))
+    got = final_residual(model, tokens, segments, replacement(coders))
     reads = [*(splice(c, error=False) for c in coders), capture("resid_final")]
     want = run(model, batch.tokens, reads, segments=batch.segments).reads["resid_final"]
     np.testing.assert_allclose(got, want, atol=1e-5)

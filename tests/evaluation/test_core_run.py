@@ -12,10 +12,11 @@ import pytest
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
-from gemma_scope_jax.coders.coder import weights_identity
+from gemma_scope_jax.coders.coder import CoderInfo, weights_identity
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.release.files import save_coder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError

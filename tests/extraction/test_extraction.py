@@ -14,8 +14,9 @@ import pytest
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.coders.active_features import grouped
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError

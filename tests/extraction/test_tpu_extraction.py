@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
-from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
+from gemma_scope_jax.coders.active_features import CoderStack, active_features
+from gemma_scope_jax.coders.coder import Encoder
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 
@@ -57,7 +58,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
     place = lambda w, sharding: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)
     params = jax.tree.map(place, abstract_params(config), param_shardings(config, mesh))
     x, d = len(layers), config.d_model
-    weights = Encoders(
+    weights = Encoder(
         array(x, d, width, axes=(None, None, "model")),
         array(x, width, axes=(None, "model")),
         array(x, width, axes=(None, "model")),

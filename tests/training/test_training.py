@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TextData, TokenBatches
