@@ -1,4 +1,4 @@
-"""The active entries' products in C++ for CPUs: `active.cc`, where the axes are `sparse`'s.
+"""The active entries' products in C++ for CPUs: `active.cc`; the axes are those of `active`.
 
 Compiled at the first use with the machine's own compiler, kept in a cache folder that only this
 user can write to, called by XLA. What is kept ends in its own digest: damaged, it is made again.
@@ -26,6 +26,7 @@ from gemma_scope_jax.storage.paths import private_cache
 
 SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FEATURES_A_SLOT: int = 2
 NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
 
 
@@ -103,7 +104,8 @@ def _register(library: Path) -> None:
 
 
 def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as `Active`."""
+    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as
+    `ActiveEntries`."""
     slots = (*z.shape[:2], capacity)
     call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
     values, feature, count = call(z, b_enc, low)
@@ -128,6 +130,13 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
     call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
     dw, total = call(f, feature, count, g, **_static(pairs, ends))
     return dw, total
+
+
+def per_feature(values, feature, count, width: int) -> jax.Array:
+    """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
+    pairs = tuple((i, i) for i in range(values.shape[0]))
+    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
+    return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
 
 
 def kth_largest(z: jax.Array, k: int) -> jax.Array:

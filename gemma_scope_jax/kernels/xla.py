@@ -1,7 +1,7 @@
 """The active entries' products in plain jax.numpy, where neither C++ nor GPU kernels are to be had.
 
-The same sums as in `sparse`, where the axes are explained. XLA writes gathered rows to memory
-before it multiplies them, so tokens are taken some at a time.
+The axes are those of `active`. XLA writes gathered rows to memory before it multiplies them, so
+tokens are taken some at a time.
 """
 
 from functools import partial
@@ -10,6 +10,18 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 2**24  # floats gathered at a time
+# By arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte.
+FEATURES_A_SLOT: int = 512
+
+
+def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as
+    `ActiveEntries`."""
+    z = z + b_enc[:, None, :]
+    feature, count = first_above(z, low, capacity)
+    used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
+    feature = jnp.where(used, feature, 0)
+    return jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count
 
 
 def first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -70,7 +82,9 @@ def _members(feature, count, ends) -> jax.Array:
     return jax.nn.one_hot(jnp.where(used, group, -1), len(ends), dtype=jnp.float32)
 
 
-def decode(f, feature, count, w_dec, pairs, targets: int, ends):
+def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
+    """y [T,M,B,E]: what the entries of each group of features write to each target."""
+
     def some(tokens):
         f, feature, count = tokens
         scale = f[..., None] * _members(feature, count, ends)
@@ -85,7 +99,9 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends):
     return join(y, 2, f.shape[1])
 
 
-def decode_values(feature, count, w_dec, g, pairs, ends):
+def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
+    """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
+
     def some(tokens):
         feature, count, g = tokens
         members = _members(feature, count, ends)
@@ -100,7 +116,9 @@ def decode_values(feature, count, w_dec, g, pairs, ends):
     return join(jax.lax.map(some, tokens), 1, feature.shape[1])
 
 
-def decode_rows(f, feature, count, g, pairs, ends):
+def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
+    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
+
     def some(sums, tokens):
         f, feature, count, g = tokens
         dw, total = sums
@@ -115,6 +133,13 @@ def decode_rows(f, feature, count, g, pairs, ends):
     width = (len(pairs), ends[-1])
     zeros = jnp.zeros((*width, g.shape[-1]), f.dtype), jnp.zeros(width, f.dtype)
     return jax.lax.scan(some, zeros, tokens)[0]
+
+
+def per_feature(values, feature, count, width: int) -> jax.Array:
+    """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
+    pairs = tuple((i, i) for i in range(values.shape[0]))
+    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
+    return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
 
 
 def kth_largest(z: jax.Array, k: int) -> jax.Array:

@@ -16,7 +16,7 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.disk import disk_error
-from gemma_scope_jax.training.step import TrainState
+from gemma_scope_jax.training.state import TrainState
 
 
 class Checkpoints:

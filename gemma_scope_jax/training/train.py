@@ -34,8 +34,7 @@ from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import read_json
-from gemma_scope_jax.training import init
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training import buffer, init
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints, everywhere
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
@@ -43,6 +42,14 @@ from gemma_scope_jax.training.log import TrainLog
 from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
+from gemma_scope_jax.training.state import (
+    Sites,
+    TrainPlan,
+    TrainState,
+    abstract_state,
+    first_state,
+    make_plan,
+)
 from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
@@ -142,7 +149,7 @@ def store_activations(
     """
     model = model or load_model(config.model, dtype=config.model_dtype)
     _check_layers(config, model)
-    sites = dict(steps.make_plan(config, model.config).sites)
+    sites = dict(make_plan(config, model.config).sites)
     batches = token_batches(config, model.config, data)
     count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
@@ -242,7 +249,7 @@ class _TrainRun:
 
     def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
         self.config, self.out, self.model, self.stop = config, out, model, False
-        self.plan = steps.make_plan(config, model.config, mesh)
+        self.plan = make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
@@ -266,12 +273,12 @@ class _TrainRun:
                 f"{next(said)}); give it that one, or train into another folder"
             )
 
-    def loop(self) -> tuple[steps.TrainState, int]:
+    def loop(self) -> tuple[TrainState, int]:
         """(the last state, passes done)."""
         config, feed = self.config, self.feed
-        found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
+        found = self.checkpoints.restore(abstract_state(self.plan, self.model.config))
         state, done, position, made_with = found or (
-            steps.first_state(self.plan, self.model.config),
+            first_state(self.plan, self.model.config),
             0,
             None,
             None,
@@ -331,7 +338,7 @@ class _TrainRun:
         more = "; the learning rate had not come down" if o.decay else ""
         print(f"the text ended at {read:,} of {self.config.tokens:,} tokens{more}", file=sys.stderr)
 
-    def start(self, state: steps.TrainState, done: int) -> steps.TrainState:
+    def start(self, state: TrainState, done: int) -> TrainState:
         state = start(self.plan, state, self.feed.sample(state), self.starts)
         self.starts = {}
         total = (self.config.passes - done) * self.config.updates
@@ -354,7 +361,7 @@ class _TrainRun:
     def _asked_to_stop(self, *_) -> None:
         self.stop = True
 
-    def finish(self, state: steps.TrainState, done: int) -> dict[str, Coder]:
+    def finish(self, state: TrainState, done: int) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
         tokens, log = done * self.config.tokens_a_pass, self.out / "log.jsonl"
         sample = self.feed.held_out(state)
@@ -390,26 +397,24 @@ def _on_every_host(tree: Any) -> Any:
     return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
 
 
-def some(sample: steps.Sites, count: int) -> steps.Sites:
+def some(sample: Sites, count: int) -> Sites:
     """About `count` of the activations {site: [L, B, D]}, evenly spaced."""
     return {site: rows[:, :: max(1, rows.shape[1] // count)] for site, rows in sample.items()}
 
 
-def start(
-    plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites, starts: dict[str, Any]
-) -> steps.TrainState:
+def start(plan: TrainPlan, state: TrainState, sample: Sites, starts: dict[str, Any]) -> TrainState:
     """What a sample {site: [L, B, D]} decides before the first update: scales, first weights.
 
     `starts` is what `load_starts` gives.
     """
-    state = dataclasses.replace(state, scale=steps.scales(some(sample, 2 * SAMPLE), plan))
+    state = dataclasses.replace(state, scale=buffer.scales(some(sample, 2 * SAMPLE), plan))
     few = some(sample, SAMPLE)
     new = []
     for group, old in zip(plan.groups, state.groups):
-        x, y = steps.pairs(plan, group, few, state.scale)
+        x, y = buffer.pairs(plan, group, few, state.scale)
         weights, targets = init.from_data(old.weights, group, x, y), old.l0_start
         for n, c in enumerate(group.coders):
-            scales = steps.scales_of(plan, c, state.scale)
+            scales = buffer.scales_of(plan, c, state.scale)
             if c.init_from:
                 own = unfold(starts[c.folder], c, scales)
             elif c.init_layers:
@@ -424,7 +429,7 @@ def start(
     return dataclasses.replace(state, groups=tuple(new))
 
 
-def coders(plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
+def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder]:
     """All coders of a state in the published form, by folder, in the config's order.
 
     BatchTopK becomes JumpReLU with the threshold at which `sample`, of tokens that were not trained
@@ -436,7 +441,7 @@ def coders(plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites) 
     for group, own in zip(plan.groups, state.groups):
         weights = own.weights
         if any(c.activation == "batch_topk" or c.as_jump_relu for c in group.coders):
-            x, _ = steps.pairs(plan, group, some(sample, SAMPLE), state.scale)
+            x, _ = buffer.pairs(plan, group, some(sample, SAMPLE), state.scale)
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
             width = c.width * len(c.layer_tuple)
@@ -452,7 +457,7 @@ def coders(plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites) 
                 l0=c.target_l0,
                 width=width,
             )
-            scales = steps.scales_of(plan, c, state.scale)
+            scales = buffer.scales_of(plan, c, state.scale)
             found[c.folder] = fold(weights, n, c, scales, config.first, info)
     return {c.folder: found[c.folder] for c in config.coders}
 

@@ -16,6 +16,7 @@ from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
 from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
+from gemma_scope_jax.kernels import xla
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 
@@ -71,7 +72,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
         *batch,
         groups=(group,),
         slots=slots,
-        form="xla",
+        using=xla,
         precision=precision,
     )
     return lowered.compile()

@@ -14,12 +14,15 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TextData, TokenBatches
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.kernels import active, cpu, xla
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, init
+from gemma_scope_jax.training import buffer, feeds, init
 from gemma_scope_jax.training import log as progress
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training.optimizer import adam, clipped, limited
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.state import init_state, make_plan
 from gemma_scope_jax.training.weights import CoderGroup, Weights, fold, groups, unfold, unit_decoder
 from letters import Letters
 from tiny import tiny_model
@@ -296,12 +299,12 @@ def test_coders_of_several_layers_take_each_feature_once():
 
 def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
     config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=8, batch=8)
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=3))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=3))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=3))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=3))
     x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
     counts = jnp.array([True, False, True, True, True, False])
     for scale in (1, 10, 100):
-        state = steps.fill(state, {"resid_post": scale * x}, counts)
+        state = buffer.fill(state, {"resid_post": scale * x}, counts)
     got = sorted(np.asarray(state.buffer["resid_post"][0, :, 0], np.float32))
     assert got == [10, 30, 40, 50, 100, 300, 400, 500]
 
@@ -309,15 +312,15 @@ def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
 def test_every_activation_is_drawn_once_in_a_sweep():
     config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=12, batch=4)
     small = dataclasses.replace(MODEL, d_model=3)
-    plan = steps.make_plan(config, small)
-    state = steps.init_state(plan, small)
+    plan = make_plan(config, small)
+    state = init_state(plan, small)
     x = jnp.arange(12.0)[None, :, None] * jnp.ones((1, 12, 3))
-    state = steps.fill(state, {"resid_post": x}, jnp.ones(12, bool))
+    state = buffer.fill(state, {"resid_post": x}, jnp.ones(12, bool))
     sweeps = []
     for _ in range(2):
         seen = []
         for _ in range(3):
-            state, batch = steps.draw(state, plan)
+            state, batch = buffer.draw(state, plan)
             seen += np.asarray(batch["resid_post"][0, :, 0], np.float32).tolist()
         assert sorted(seen) == list(range(12))
         sweeps.append(seen)
@@ -325,9 +328,9 @@ def test_every_activation_is_drawn_once_in_a_sweep():
 
 
 def test_model_activations_leave_out_bos_of_every_piece_padding_and_what_the_data_says(model):
-    plan = steps.make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
+    plan = make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
     segments, counts = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
-    x, kept = steps.model_activations(
+    x, kept = buffer.model_activations(
         model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, counts, plan
     )
     assert kept.tolist() == [False, True, False, False, True, False]
@@ -339,9 +342,9 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
         coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), batch=64
     )
     small = dataclasses.replace(MODEL, d_model=6)
-    plan = steps.make_plan(config, small)
+    plan = make_plan(config, small)
     x = {"resid_post": 30 * jax.random.normal(jax.random.key(1), (2, 64, 6))}
-    state = training.start(plan, steps.init_state(plan, small), x, {})
+    state = training.start(plan, init_state(plan, small), x, {})
     norms = jnp.sqrt(jnp.mean(jnp.sum(x["resid_post"] ** 2, -1), 1))
     np.testing.assert_allclose(state.scale["resid_post"], norms, rtol=0.2)
     update = jax.jit(lambda s: steps.update(s, x, plan)[0])
@@ -356,8 +359,8 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
 
 
 def test_products_have_the_precision_asked_for():
-    plan = steps.make_plan(recipe(coder(2, width=16)), dataclasses.replace(MODEL, d_model=6))
-    state = jax.eval_shape(lambda: steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)))
+    plan = make_plan(recipe(coder(2, width=16)), dataclasses.replace(MODEL, d_model=6))
+    state = jax.eval_shape(lambda: init_state(plan, dataclasses.replace(MODEL, d_model=6)))
     x = {"resid_post": jax.ShapeDtypeStruct((1, 128, 6), jnp.float32)}
 
     def products(precision):
@@ -375,10 +378,10 @@ def test_products_have_the_precision_asked_for():
 def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alone():
     config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    [group] = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    [group] = init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
     rng, moments, squares = np.random.default_rng(0), group.optimizer, []
-    optimizer = steps.optimizer(config)
+    optimizer = adam(config.optimizer)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     for _ in range(4):
         grads = jax.tree.map(normal, group.weights)
@@ -386,18 +389,18 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
             jax.tree.map(
                 jnp.array_equal,
                 grads,
-                steps.clipped(grads, moments, dataclasses.replace(config.optimizer, clip=0.0)),
+                clipped(grads, moments, dataclasses.replace(config.optimizer, clip=0.0)),
             )
         )
         if not squares:  # nothing is usual yet
-            first = steps.clipped(grads, moments, config.optimizer)
+            first = clipped(grads, moments, config.optimizer)
             assert jax.tree.all(jax.tree.map(jnp.array_equal, grads, first))
         squares.append(np.sum(np.asarray(grads.w_enc) ** 2, (1, 2, 3)))
         with jax.numpy_dtype_promotion("standard"):
             _, moments = optimizer.update(grads, moments)
     grads = jax.tree.map(normal, group.weights)
     wild = dataclasses.replace(grads, w_enc=grads.w_enc.at[1].multiply(1000.0))
-    cut = steps.clipped(wild, moments, config.optimizer)
+    cut = clipped(wild, moments, config.optimizer)
     shares = 0.1 * 0.9 ** np.arange(3, -1, -1)
     usual = np.sqrt(shares @ np.array(squares) / shares.sum())
     np.testing.assert_allclose(np.linalg.norm(cut.w_enc[1]), 1.5 * usual[1], rtol=1e-5)
@@ -406,22 +409,22 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
         grads.w_enc[1] / np.linalg.norm(grads.w_enc[1]),
         rtol=1e-4,
     )
-    usually = steps.clipped(grads, moments, config.optimizer)
+    usually = clipped(grads, moments, config.optimizer)
     assert jnp.array_equal(cut.w_enc[0], usually.w_enc[0])
     assert jnp.array_equal(cut.b_dec, usually.b_dec)
     wild = dataclasses.replace(grads, threshold=1000.0 * grads.threshold)
-    cut = steps.clipped(wild, moments, config.optimizer)
+    cut = clipped(wild, moments, config.optimizer)
     assert jnp.array_equal(cut.threshold, wild.threshold)
 
 
 def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     config = recipe(coder(2, width=16))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(1e-2, 0, step_limit=2e-2))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     [group] = state.groups
-    moments = steps.optimizer(config).init(group.weights)
-    optimizer, rng = steps.optimizer(config), np.random.default_rng(0)
+    moments = adam(config.optimizer).init(group.weights)
+    optimizer, rng = adam(config.optimizer), np.random.default_rng(0)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     seldom = lambda g: dataclasses.replace(
         g, w_enc=g.w_enc.at[:, :, 3].set(0.0), b_enc=g.b_enc.at[:, :, 3].set(0.0)
@@ -430,7 +433,7 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
         for _ in range(2000):
             _, moments = optimizer.update(seldom(jax.tree.map(normal, group.weights)), moments)
         changes, _ = optimizer.update(jax.tree.map(normal, group.weights), moments)
-    cut = steps.limited(changes, config.optimizer)
+    cut = limited(changes, config.optimizer)
     size = lambda a: np.sqrt(np.mean(np.asarray(a[0, 0, 3]) ** 2))
     assert size(changes.w_enc) > 20 and abs(changes.b_enc[0, 0, 3]) > 2
     np.testing.assert_allclose(size(cut.w_enc), 2.0, rtol=1e-5)  # 2e-2 over the rate of 1e-2
@@ -438,20 +441,20 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     others = np.delete(np.arange(16), 3)
     assert jnp.array_equal(cut.w_enc[:, :, others], changes.w_enc[:, :, others])
     assert jnp.array_equal(cut.threshold, changes.threshold)
-    off = steps.limited(changes, OptimizerConfig(step_limit=0.0))
+    off = limited(changes, OptimizerConfig(step_limit=0.0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, off, changes))
 
 
 def test_features_are_dead_by_how_seldom_they_are_active():
     """Silent, once in a while, half the limit, four times the limit; all were frequent before."""
     loss = LossConfig(dead_after=50, dead_below=0.02, l0_warmup=0)
-    of_two_layers = steps.make_plan(recipe(coder((3, 4), loss=loss)), MODEL)
-    assert float(steps.dead_limit(of_two_layers.groups[0])[0, 0, 0]) == pytest.approx(0.02 * 4 / 64)
+    of_two_layers = make_plan(recipe(coder((3, 4), loss=loss)), MODEL)
+    assert float(of_two_layers.groups[0].dead_limit[0, 0, 0]) == pytest.approx(0.02 * 4 / 64)
     config = recipe(coder(3, loss=loss), coder(4, loss=loss, target_l0=16.0))
-    plan = steps.make_plan(config, MODEL)
-    [group], [state] = plan.groups, steps.init_state(plan, MODEL).groups
+    plan = make_plan(config, MODEL)
+    [group], [state] = plan.groups, init_state(plan, MODEL).groups
     limit = np.array([0.02 * 8 / 64, 0.02 * 16 / 64])[:, None, None]
-    dead = lambda f: steps.dials(dataclasses.replace(state, activity=f), group, jnp.array(0))[2]
+    dead = lambda f: steps.dials(dataclasses.replace(state, activity=f), group, jnp.array(0)).dead
     assert not dead(state.activity).any()  # nobody knows yet
     f = steps.activities(state.activity, jnp.full((2, 1, 64), 0.3), group)
     when = np.zeros((2, 1, 64))
@@ -471,8 +474,8 @@ def test_a_coder_that_starts_silent_learns():
     """Its first gradients are 0, and so is their usual norm: that is no reason to cut the next."""
     config = recipe(coder(2, width=16, threshold=0.5, loss=LossConfig(l0_warmup=0, dead_after=0)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(3e-2, 0))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 6)), jnp.float32)
     x = {"resid_post": 0.1 * x / jnp.linalg.norm(x, axis=-1, keepdims=True)}
     state = dataclasses.replace(state, scale={"resid_post": jnp.ones(1)})
@@ -510,8 +513,8 @@ def test_silent_features_become_features_that_are_used():
             dead_weight=dead_weight,
         )
         config = recipe(coder(2, width=F, target_l0=4, threshold=0.3, loss=loss))
-        plan = steps.make_plan(config, few)
-        state = dataclasses.replace(steps.init_state(plan, few), scale={"resid_post": jnp.ones(1)})
+        plan = make_plan(config, few)
+        state = dataclasses.replace(init_state(plan, few), scale={"resid_post": jnp.ones(1)})
         [group] = state.groups
         weights = dataclasses.replace(
             group.weights,
@@ -581,9 +584,9 @@ def finished(model, tmp_path_factory):
 def activations(model):
     """{(site, layer): [B, D]} of a few sequences, bfloat16 rounded as the buffer does."""
     want = {c: i for c in EVERY_KIND for i in c.layer_tuple}
-    plan = steps.make_plan(recipe(*want), model.config)
+    plan = make_plan(recipe(*want), model.config)
     batch = next(TokenBatches(documents(), Letters(), 16, 32, seed=9))
-    run = jax.jit(lambda *a: steps.model_activations(model, *a, plan))
+    run = jax.jit(lambda *a: buffer.model_activations(model, *a, plan))
     x, counts = run(batch.tokens, batch.segments, batch.counts)
     keep = np.asarray(counts)
     return {(s, i): np.asarray(x[s][n])[keep] for s, ls in plan.sites for n, i in enumerate(ls)}
@@ -655,10 +658,10 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
     ]
     singles = tuple(str(finished.folder / "coders" / name) for name in list(NAMES)[:2])
     both = coder((3, 4), width=16, init_layers=singles, name="from two")
-    plan = steps.make_plan(recipe(*tuned, both), model.config)
+    plan = make_plan(recipe(*tuned, both), model.config)
     sample = {s: jnp.stack([activations[s, i] for i in ls]) for s, ls in plan.sites}
     state = training.start(
-        plan, steps.init_state(plan, model.config), sample, training.load_starts(plan.config)
+        plan, init_state(plan, model.config), sample, training.load_starts(plan.config)
     )
     found = training.coders(plan, state, sample)
     for c in tuned:
@@ -681,24 +684,24 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
 def test_the_sparse_step_is_taken_where_it_is_faster(model, monkeypatch):
     """With gathers that XLA writes to memory a coder has to be much wider than with kernels."""
 
-    def capacity(width, form):
-        monkeypatch.setattr(steps.sparse, "sparse_form", lambda: form)
-        plan = steps.make_plan(recipe(coder(3, width=width), sparse=2.0), model.config)
+    def capacity(width, kernels):
+        monkeypatch.setattr(active, "backend", lambda: kernels)
+        plan = make_plan(recipe(coder(3, width=width), sparse=2.0), model.config)
         return plan.capacity(plan.groups[0])
 
-    assert [capacity(w, "cpu") for w in (32, 33, 8192)] == [0, 16, 16]
-    assert [capacity(w, "xla") for w in (8192, 8193)] == [0, 16]
+    assert [capacity(w, cpu) for w in (32, 33, 8192)] == [0, 16, 16]
+    assert [capacity(w, xla) for w in (8192, 8193)] == [0, 16]
 
 
 def test_several_coders_train_as_each_would_alone(model, tmp_path, monkeypatch):
     """In the sparse step, with a threshold near which many pre-activations lie."""
-    monkeypatch.setitem(steps.sparse.FEATURES_A_SLOT, "xla", 2)  # without a compiler, too
+    monkeypatch.setattr(xla, "FEATURES_A_SLOT", 2)  # without a compiler, too
     loss = dataclasses.replace(LOSS, bandwidth=0.1)
     last = coder(4, loss=dataclasses.replace(loss, l0_weight=0.5), target_l0=6.0, seed=1)
     config = recipe(
         coder(3, loss=loss), coder(3, target_l0=5.0, loss=loss), last, tokens=128 * 8, sparse=2.0
     )
-    plan = steps.make_plan(config, model.config)
+    plan = make_plan(config, model.config)
     assert len(plan.groups) == 1 and plan.capacity(plan.groups[0]) == 16
     together = training.train(config, tmp_path / "all", model, documents())
     config = dataclasses.replace(config, coders=(last,))
