@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.cards import decoders
-from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
+from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
@@ -26,6 +26,7 @@ from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
 
@@ -86,7 +87,7 @@ def _make(
         name = name_in_store(source, coder)
         if model is not None:
             _check_model(source, model)
-        origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
+        origin = {"store": digest(source.manifest), "tokens": len(source), "coder": name}
     made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
 
     if not files.has("examples", made_of):

@@ -212,7 +212,7 @@ def _write(
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
     ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
+    store, closing = manifests.store_digest(manifests.read_features_manifest(path)), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,

@@ -22,6 +22,7 @@ import jaxlib
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import private_cache
 
 SOURCE = Path(__file__).with_name("active.cc")
@@ -65,12 +66,10 @@ def _library() -> Path:
     file = private_cache("kernels") / f"{name}.so"
     if _is_whole(file):
         return file
-    # Another process may compile the same: each writes its own file, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / file.name
         run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
-        made.write_bytes(_with_digest(made.read_bytes()))
-        os.replace(made, file)
+        write_bytes(file, _with_digest(made.read_bytes()))  # of two processes the last one's stays
     return file
 
 

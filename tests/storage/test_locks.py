@@ -99,7 +99,9 @@ def test_cards_of_two_runs_are_of_one(tmp_path):
 
 def test_what_a_stage_no_longer_makes_goes(tmp_path):
     make_cards(tmp_path, 1)
-    (tmp_path / ".old.npy").write_bytes(b"of a killed run")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".old.npy.{os.uname().nodename}.{dead.pid}.tmp").write_bytes(b"of a killed run")
     with CardFiles(tmp_path) as files:
         with files.stage("more", 2) as stage:
             stage.put("listed_2", np.zeros(4))
