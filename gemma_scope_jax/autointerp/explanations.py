@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.atomic import write_folder
-from gemma_scope_jax.storage.disk import is_remote
 from gemma_scope_jax.storage.manifest import Format
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 from gemma_scope_jax.storage.strict_json import field
 
 FILE = "explanations.json"

@@ -37,11 +37,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.atomic import WholeFile, reserve, write_text
-from gemma_scope_jax.storage.disk import disk_error, is_remote
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import field
 
 FILE = "cards.json"

@@ -23,7 +23,7 @@ from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.active_features import Coder
 from gemma_scope_jax.coders.coder import check_fits, layers_of
 from gemma_scope_jax.data.text import prefetch
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError, no_space, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner
@@ -36,9 +36,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about

@@ -16,16 +16,15 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import (
-    disk_error,
-    is_remote,
+from gemma_scope_jax.errors import InputError, disk_error, no_space, reason
+from gemma_scope_jax.storage.locks import (
+    is_held,
     make_folders,
-    no_space,
+    only_writer,
     remove_made,
     temporary_name,
 )
-from gemma_scope_jax.storage.locks import is_held, only_writer
+from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

@@ -18,13 +18,11 @@ from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile, new_folder, write_text
-from gemma_scope_jax.storage.disk import temporary_name
-from gemma_scope_jax.storage.locks import in_turn, only_writer
+from gemma_scope_jax.storage.locks import in_turn, only_writer, temporary_name
 
 HOLDER = """
 import sys
 from pathlib import Path
-from gemma_scope_jax.storage.locks import only_writer
 with only_writer(Path(sys.argv[1])):
     Path(sys.argv[1], sys.argv[2]).write_text("half")
     print("held", flush=True)
