@@ -308,7 +308,7 @@ def planted(monkeypatch, tmp_path):
     from gemma_scope_jax.coders.release.files import load_coder, save_coder
     from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
-    from gemma_scope_jax.extraction.store.store import store
+    from gemma_scope_jax.extraction.store import store
     from gemma_scope_jax.model import tokenizer
 
     w = jax.random.normal(jax.random.key(0), (32, 8))
@@ -492,7 +492,7 @@ def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
     from gemma_scope_jax.coders.release.files import load_coder
     from gemma_scope_jax.extraction.manifest import describe
-    from gemma_scope_jax.extraction.store.store import store
+    from gemma_scope_jax.extraction.store import store
 
     coder = load_coder(planted)
     other = describe("it", coder.replace(threshold=coder.threshold + 1))

@@ -16,7 +16,7 @@ from gemma_scope_jax.data.text import TextData, TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.kernels import active, cpu, xla
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import buffer, feeds, init
+from gemma_scope_jax.training import buffer, ends, feeds, init
 from gemma_scope_jax.training import log as progress
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
@@ -344,7 +344,7 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
     small = dataclasses.replace(MODEL, d_model=6)
     plan = make_plan(config, small)
     x = {"resid_post": 30 * jax.random.normal(jax.random.key(1), (2, 64, 6))}
-    state = training.start(plan, init_state(plan, small), x, {})
+    state = ends.start(plan, init_state(plan, small), x, {})
     norms = jnp.sqrt(jnp.mean(jnp.sum(x["resid_post"] ** 2, -1), 1))
     np.testing.assert_allclose(state.scale["resid_post"], norms, rtol=0.2)
     update = jax.jit(lambda s: steps.update(s, x, plan)[0])
@@ -660,10 +660,8 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
     both = coder((3, 4), width=16, init_layers=singles, name="from two")
     plan = make_plan(recipe(*tuned, both), model.config)
     sample = {s: jnp.stack([activations[s, i] for i in ls]) for s, ls in plan.sites}
-    state = training.start(
-        plan, init_state(plan, model.config), sample, training.load_starts(plan.config)
-    )
-    found = training.coders(plan, state, sample)
+    state = ends.start(plan, init_state(plan, model.config), sample, ends.load_starts(plan.config))
+    found = ends.coders(plan, state, sample)
     for c in tuned:
         before, after = finished.coders[c.folder], found[c.folder]
         assert reconstruction(after, c, activations) == pytest.approx(

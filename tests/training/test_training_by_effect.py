@@ -11,8 +11,7 @@ import pytest
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture, write
-from gemma_scope_jax.training import buffer, end_to_end, feeds
-from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training import buffer, end_to_end, ends, feeds
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
 from gemma_scope_jax.training.state import first_state, make_plan
 from gemma_scope_jax.training.weights import groups
@@ -43,9 +42,7 @@ def run():
     segments = jnp.ones((B, T), jnp.int32)
     state = first_state(plan, model.config)
     x, counts = buffer.model_activations(model, tokens, segments, jnp.ones((B, T), bool), plan)
-    state = training.start(
-        plan, buffer.fill(state, x, counts), {s: a[:, 1:] for s, a in x.items()}, {}
-    )
+    state = ends.start(plan, buffer.fill(state, x, counts), {s: a[:, 1:] for s, a in x.items()}, {})
     return (
         plan,
         model,
@@ -60,7 +57,7 @@ def test_kl_is_that_of_the_model_with_the_reconstruction_in_place(run):
     counts = np.ones((B, T), bool)
     counts[1, 5:9] = False
     new, [parts] = end_to_end.update(state, model, tokens, segments, jnp.asarray(counts), plan)
-    [coder] = training.coders(plan, state, {}).values()
+    [coder] = ends.coders(plan, state, {}).values()
     clean = forward(model, tokens, [capture("resid_post", 2)], segments=segments)
     x = np.asarray(clean.reads["resid_post"], np.float32).reshape(B, T, -1)
     y = np.asarray(coder.decode(coder.encode(x)))
