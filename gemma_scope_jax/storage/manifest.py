@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.strict_json import parse_json, read_json
+from gemma_scope_jax.storage.strict_json import parse_json, read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +34,12 @@ class Format:
 
     def read(self, path: Any) -> dict[str, Any]:
         """The document in a file. Raises `InputError` for one that cannot be used."""
-        return self._checked(lambda: read_json(path, mend_text=self.mend_text), path)
+        return self.parse(read_bytes(path), path)
 
     def parse(self, data: bytes, path: Any) -> dict[str, Any]:
         """The document in bytes that were read from `path`, which errors name."""
-        return self._checked(lambda: parse_json(data, path, mend_text=self.mend_text), path)
-
-    def _checked(self, read: Callable[[], Any], path: Any) -> dict[str, Any]:
         try:
-            content = read()
+            content = parse_json(data, path, mend_text=self.mend_text)
             if not isinstance(content, dict):
                 raise InputError(f"{path}: not {self.what}")
             for key, wanted in self.marks.items():

@@ -87,19 +87,21 @@ def map_safetensors(
         header = parse_json(file.read(length), path)
     if not isinstance(header, dict) or set(header) != set(wanted):
         raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
-    whole = np.memmap(path, np.uint8, "r", offset=8 + length)
+    whole, end = np.memmap(path, np.uint8, "r", offset=8 + length), 0
     places = {name: _place(name, header[name], *wanted[name]) for name in wanted}
-    found, end = {}, 0
     for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
         dtype, shape = wanted[name]
         expected = end + math.prod(shape) * _CODES[dtype][1]
         if (start, stop) != (end, expected):
             raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {expected}")
-        found[name] = np.asarray(whole)[start:stop].view(dtype).reshape(shape)
         end = stop
     if end != len(whole):
         raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
-    return found
+    bytes_ = np.asarray(whole)
+    return {
+        name: bytes_[start:stop].view(wanted[name][0]).reshape(wanted[name][1])
+        for name, (start, stop) in places.items()
+    }
 
 
 def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
