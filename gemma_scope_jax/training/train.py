@@ -133,7 +133,7 @@ def store_activations(
 ) -> None:
     """Write what the coders of `config` read and write to an activation store; resumable.
 
-    `tokens` counts activations; default: the config's. See `data.activation_store`.
+    `tokens` counts activations; default: the config's. See `data.activations.store`.
     """
     model = model or load_model(config.model, dtype=config.model_dtype)
     _check_layers(config, model)
