@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax.coders.release.files import load_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
-from gemma_scope_jax.coders.splice import Coder
+from gemma_scope_jax.coders.coder import Coder, CoderInfo
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.training import buffer, init
 from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.recipe import TrainConfig

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.coders.splice import Coder
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
