@@ -24,6 +24,7 @@ from gemma_scope_jax.storage.locks import in_turn, only_writer, temporary_name
 HOLDER = """
 import sys
 from pathlib import Path
+from gemma_scope_jax.storage.locks import only_writer
 with only_writer(Path(sys.argv[1])):
     Path(sys.argv[1], sys.argv[2]).write_text("half")
     print("held", flush=True)
