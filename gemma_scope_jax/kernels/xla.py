@@ -1,7 +1,7 @@
-"""The active entries' products in plain jax.numpy, where neither C++ nor GPU kernels are to be had.
+"""A `Backend` in plain jax.numpy, where neither C++ nor GPU kernels are to be had.
 
-The axes are those of `active`. XLA writes gathered rows to memory before it multiplies them, so
-tokens are taken some at a time.
+`active.Backend` says what each function computes. XLA writes gathered rows to memory before it
+multiplies them, so tokens are taken some at a time.
 """
 
 from functools import partial
@@ -15,8 +15,6 @@ FEATURES_A_SLOT: int = 512
 
 
 def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as
-    `ActiveEntries`."""
     z = z + b_enc[:, None, :]
     feature, count = first_above(z, low, capacity)
     used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
@@ -83,8 +81,6 @@ def _members(feature, count, ends) -> jax.Array:
 
 
 def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
-    """y [T,M,B,E]: what the entries of each group of features write to each target."""
-
     def some(tokens):
         f, feature, count = tokens
         scale = f[..., None] * _members(feature, count, ends)
@@ -100,8 +96,6 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
 
 
 def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
-    """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
-
     def some(tokens):
         feature, count, g = tokens
         members = _members(feature, count, ends)
@@ -117,8 +111,6 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
 
 
 def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
-    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
-
     def some(sums, tokens):
         f, feature, count, g = tokens
         dw, total = sums
@@ -136,7 +128,6 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
 
 
 def per_feature(values, feature, count, width: int) -> jax.Array:
-    """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
     pairs = tuple((i, i) for i in range(values.shape[0]))
     nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
     return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
