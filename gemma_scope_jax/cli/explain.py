@@ -287,8 +287,7 @@ def _agreed(
 
 
 def _answer_file(given: str, folder: str) -> Path:
-    from gemma_scope_jax.storage.disk import is_remote
-    from gemma_scope_jax.storage.paths import cache_folder
+    from gemma_scope_jax.storage.paths import cache_folder, is_remote
 
     if is_remote(given):
         raise InputError(f"--answers {given}: they are appended to a file of this machine")
