@@ -24,6 +24,7 @@ from gemma_scope_jax.data.activations import files as activation_files
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.evaluation.results import ENVELOPE
 from gemma_scope_jax.extraction import manifest
+from gemma_scope_jax.kernels import cpu, triton, xla
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 from pages import DOCS, PAGES, ROOT, anchors, blocks, command_lines, links, name_of
@@ -182,6 +183,12 @@ def test_hook_names_are_those_that_are_read():
     assert all(f"`{hook}`" in page for hook in hooks.AMBIGUOUS)
 
 
+def test_features_a_slot_are_those_of_the_kernels():
+    page = (ROOT / "docs/methods/sparse_step.md").read_text(encoding="utf-8")
+    found = [int(n) for n in re.findall(r"\| (\d+) features a slot \|", page)]
+    assert found == [kernel.FEATURES_A_SLOT for kernel in (cpu, triton, xla)]
+
+
 # ---- cards -----------------------------------------------------------------------------------
 
 
@@ -213,7 +220,7 @@ def test_formats_name_every_key_and_array():
     def lacks(page, names):
         return [name for name in names if f"`{name}`" not in said[page]]
 
-    keys = activation_files._KEYS | set(activation_files.FORMAT)
+    keys = {*activation_files._KEYS, *activation_files.FORMAT}
     assert not lacks("activation_store", keys)
     assert not lacks("feature_store", {*manifest._SAME, *manifest.FORMAT})
     assert not lacks("results", ENVELOPE)
