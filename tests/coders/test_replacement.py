@@ -1,4 +1,4 @@
-"""The replacement model: the reconstructions of many coders in place at once, as `splice` of each."""
+"""The replacement model: reconstructions of many coders in place at once, as `splice` of each."""
 
 import jax
 import jax.numpy as jnp
