@@ -258,7 +258,7 @@ def test_shards_without_text_are_whole(model, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):
-    from gemma_scope_jax.extraction.store.store import shards
+    from gemma_scope_jax.extraction.store import shards
 
     one = {"a": CODERS["a"]}
     extract(model, one, Letters(), documents, tmp_path / "t", **SETTINGS)
