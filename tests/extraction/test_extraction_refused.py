@@ -11,7 +11,7 @@ import pytest
 
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
