@@ -46,7 +46,8 @@ def by_hand(z, k):
     return f
 
 
-def test_exactly_k_are_kept_of_equals_the_first_and_none_that_is_not_positive():
+def test_exactly_k_are_kept():
+    """The first of equals, and none that is not positive."""
     z = np.array([[1, 3, 3, 3, 2], [-1, -2, 4, -3, 0], [0, 0, 0, 0, 0]], np.float32)
     f = np.asarray(largest(jnp.maximum(z, 0), 2))
     np.testing.assert_array_equal(f, [[0, 3, 3, 0, 0], [0, 0, 4, 0, 0], [0, 0, 0, 0, 0]])

@@ -170,9 +170,10 @@ def test_absorption_of_words_that_are_embedded_by_their_letter(folder, tiny, cap
     )
 
 
-def test_a_coder_that_writes_where_nothing_is_spelled_costs_the_others_nothing(
+def test_a_coder_that_cannot_spell_costs_others_nothing(
     folder, tiny, capsys, monkeypatch, compile_once
 ):
+    """It writes where nothing is spelled."""
     tiny()
     real, seen = benchmark.spelling.absorption, []
 
