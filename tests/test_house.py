@@ -10,7 +10,7 @@ from durations import long_tests
 
 HERE = Path(__file__).parent
 TESTS = sorted(HERE.rglob("*.py"))
-LINES, NAME = 400, 75
+LINES, NAME = 400, 70
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(HERE).as_posix())

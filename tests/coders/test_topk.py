@@ -202,10 +202,20 @@ def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkey
     group = groups[0]
     weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
-    run = jax.jit(lambda x, w: active_features._active(
-        x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, form=form,
-        precision="highest", mesh=grid,
-    ))  # fmt: skip
+    run = jax.jit(
+        lambda x, w: active_features._active(
+            x,
+            _Here(),
+            w,
+            segments > 0,
+            first=0,
+            slots=48,
+            k=group.k,
+            form=form,
+            precision="highest",
+            mesh=grid,
+        )
+    )
     monkeypatch.setattr(
         active_features, "token_mask", lambda ctx, x, first: jnp.ones((8, 8, 1), bool)
     )
