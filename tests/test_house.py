@@ -10,6 +10,7 @@ from durations import long_tests
 
 HERE = Path(__file__).parent
 TESTS = sorted(HERE.rglob("*.py"))
+ROOMS = sorted({path.parent for path in TESTS if path.name.startswith("test_")} - {HERE / "peers"})
 LINES, NAME = 400, 70
 
 
@@ -39,6 +40,12 @@ def test_names_are_short():
     assert [name for _, name in defined if len(name) > NAME] == []
     gone = long_tests() - {f"{file}::{name}" for file, name in defined}
     assert not gone, "tests/long_tests.txt names tests that are gone: `make durations`"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_every_room_has_quick_tests(room):
+    names = {f"{path.name}::{name}" for path in room.glob("test_*.py") for name in functions(path)}
+    assert names - long_tests()
 
 
 def functions(path):
