@@ -97,7 +97,8 @@ def check(
         json: Print JSON.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
-    from gemma_scope_jax.data.text import SEPARATOR, read_documents
+    from gemma_scope_jax.data.document_files import SEPARATOR
+    from gemma_scope_jax.data.documents import read_documents
 
     if text is None:
         documents = (Path(__file__).parent.parent / "packaged" / "sample.txt").read_text(

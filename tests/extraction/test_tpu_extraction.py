@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders.active_features import CoderStack, active_features
 from gemma_scope_jax.coders.coder import Encoder
+from gemma_scope_jax.kernels import xla
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
@@ -73,7 +74,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
         *batch,
         groups=(group,),
         slots=slots,
-        form="xla",
+        using=xla,
         precision=precision,
     )
     return lowered.compile()
