@@ -19,7 +19,7 @@ from safetensors import safe_open
 import store_writer
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.activations.store import ActivationStore, write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import run
@@ -96,7 +96,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
     class NoA(TokenBatches):
         def __next__(self):
             batch = super().__next__()
-            return batch.replace(counts=batch.counts & (batch.tokens != ord("a") % 297 + 3))
+            return batch.replace(mask=batch.mask & (batch.tokens != ord("a") % 297 + 3))
 
     def batches():
         return NoA(texts(), make()._tokenizer, 4, 32, seed=3)

@@ -17,7 +17,6 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.data.text import LABELS
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
@@ -159,9 +158,9 @@ def test_every_token_is_there_once_with_its_source(text):
             positions[:, t] = np.where(same, positions[:, t - 1] + 1, 0)
         starts = (batch.segments > 0) & (positions == 0)
         assert (batch.tokens[starts] == 2).all()
-        np.testing.assert_array_equal(batch.counts, (batch.segments > 0) & ~starts)
-        for i, name in enumerate(names):
-            read[name] += batch.tokens[batch.counts & (batch.labels["source"] == i)].tolist()
+        np.testing.assert_array_equal(batch.mask, (batch.segments > 0) & ~starts)
+        for name in names:
+            read[name] += batch.tokens[batch.mask & batch.labels["source"].where(name)].tolist()
     for name, ids in read.items():
         documents = (text / name).read_text(encoding="utf-8").split("\n\f\n")
         assert sorted(ids) == sorted(Letters().encode("".join(documents), bos=False).tolist())
@@ -185,10 +184,10 @@ def test_roles_of_chats(tmp_path):
     some = EvaluationText(data, ChattyLetters(), rows=1, length=24)
     (batch,) = some
     said = lambda mask: "".join(Letters().decode_tokens(batch.tokens[mask]))
-    role = lambda name: batch.labels["role"] == LABELS.index(name)
-    assert some.groups == {"role": LABELS}
+    role = batch.labels["role"].where
+    assert some.groups == {"role": ("turn", "system", "user", "model")}
     assert said(role("user")) == "plums?" and said(role("model")) == "yes, two"
-    assert said(batch.counts) == "yes, two"
+    assert said(batch.mask) == "yes, two"
 
 
 def test_figures_by_role(model, tmp_path):
@@ -208,7 +207,7 @@ def test_figures_by_role(model, tmp_path):
 def test_only_the_beginning_of_a_document():
     data = EvaluationText(["abcdefghij" * 3, "xyz"], Letters(), document=12, rows=1, length=64)
     (batch,) = data
-    assert batch.counts.sum() == 12 + 3
+    assert batch.mask.sum() == 12 + 3
 
 
 # -------------------------------------------------------------------------------------------------
@@ -355,7 +354,7 @@ def test_all_of_the_text(model, text, capsys):
     config = core_config(data, EvaluationPlan(), model, "fruit", False)
     (result,) = evaluate_core(model, [coder()], data, EvaluationPlan(), config)
     stats = result["eval_result_metrics"]["token_stats"]
-    counted = sum(int(batch.counts.sum()) for batch in data)
+    counted = sum(int(batch.mask.sum()) for batch in data)
     assert stats["total_tokens_eval_sparsity_variance"] == counted
     assert "how they fit, all of the text" in capsys.readouterr().err
 
@@ -367,7 +366,7 @@ def test_batches_that_can_be_read_again_are_not_kept(model, text):
     class Batches:
         def __iter__(self):
             for batch in data:
-                alive.append(weakref.ref(batch.counts))
+                alive.append(weakref.ref(batch.mask))
                 assert sum(ref() is not None for ref in alive) < 4
                 yield batch
 

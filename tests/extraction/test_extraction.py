@@ -16,8 +16,8 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import work

@@ -16,6 +16,7 @@ from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
 from test_tpu_training import figures, used
 
 from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 
@@ -64,11 +65,12 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
     )
     members = tuple((f"layer_{layer}", 0) for layer in layers)
     group = CoderStack("resid_post", layers, 1, members, width)
-    batch = [array(rows, LENGTH, axes=("data",), dtype=t) for t in (jnp.int32,) * 2 + (jnp.bool_,)]
+    kinds = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = TokenBatch(*(array(rows, LENGTH, axes=("data",), dtype=kind) for kind in kinds))
     lowered = active_features.lower(
         Model(params, config),
         (weights,),
-        *batch,
+        batch,
         groups=(group,),
         slots=slots,
         form="xla",

@@ -12,8 +12,10 @@ from etils import epath
 from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TextData, TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
+from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import feeds, init
 from gemma_scope_jax.training import log as progress
@@ -299,9 +301,9 @@ def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
     plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=3))
     state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=3))
     x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
-    counts = jnp.array([True, False, True, True, True, False])
+    mask = jnp.array([True, False, True, True, True, False])
     for scale in (1, 10, 100):
-        state = steps.fill(state, {"resid_post": scale * x}, counts)
+        state = steps.fill(state, {"resid_post": scale * x}, mask)
     got = sorted(np.asarray(state.buffer["resid_post"][0, :, 0], np.float32))
     assert got == [10, 30, 40, 50, 100, 300, 400, 500]
 
@@ -326,10 +328,9 @@ def test_every_activation_is_drawn_once_in_a_sweep():
 
 def test_model_activations_leave_out_bos_of_every_piece_padding_and_what_the_data_says(model):
     plan = steps.make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
-    segments, counts = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
-    x, kept = steps.model_activations(
-        model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, counts, plan
-    )
+    segments, mask = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
+    batch = TokenBatch(jnp.array([[2, 5, 6, 2, 7, 0]]), segments, mask)
+    x, kept = steps.model_activations(model, batch, plan)
     assert kept.tolist() == [False, True, False, False, True, False]
     assert x["resid_post"].shape == (1, 6, 32) and x["z"].shape == (1, 6, 64)
 
@@ -583,9 +584,8 @@ def activations(model):
     want = {c: i for c in EVERY_KIND for i in c.layer_tuple}
     plan = steps.make_plan(recipe(*want), model.config)
     batch = next(TokenBatches(documents(), Letters(), 16, 32, seed=9))
-    run = jax.jit(lambda *a: steps.model_activations(model, *a, plan))
-    x, counts = run(batch.tokens, batch.segments, batch.counts)
-    keep = np.asarray(counts)
+    x, mask = jax.jit(lambda batch: steps.model_activations(model, batch, plan))(batch)
+    keep = np.asarray(mask)
     return {(s, i): np.asarray(x[s][n])[keep] for s, ls in plan.sites for n, i in enumerate(ls)}
 
 
