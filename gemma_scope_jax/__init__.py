@@ -10,6 +10,7 @@ from typing import Any
 _PUBLIC = {
     "errors": ["InputError"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
+    "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
     "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
     "model.intercept": [
         "Intercept",
@@ -30,6 +31,7 @@ _PUBLIC = {
     "coders.sparse_coder": ["SparseCoder"],
     "coders.multi_layer_coder": ["MultiLayerCoder"],
     "coders.jump_relu": ["as_jump_relu"],
+    "coders.masked": ["encode"],
     "coders.splice": ["clamp", "edit", "features", "splice"],
     "coders.release.files": ["decoder_rows", "load_coder", "load_decoder", "save_coder"],
     "coders.release.catalog": ["addresses"],

@@ -61,7 +61,7 @@ def by_hand(model, batches, tokens, first=1):
         for r, c in np.ndindex(batch.tokens.shape):
             segment = batch.segments[r, c]
             start = int(np.argmax(batch.segments[r] == segment))
-            if segment and c - start >= first and batch.counts[r, c]:
+            if segment and c - start >= first and batch.mask[r, c]:
                 for site in SITES:
                     rows[site].append(np.asarray(out.reads[site][:, r, c]))
     return {site: np.stack(x[:tokens], 1) for site, x in rows.items()}
@@ -233,7 +233,7 @@ def test_more_tokens_extend_a_store_and_the_same_call_changes_nothing(whole, cop
 
 def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, capfd):
     store = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)
-    everything = sum(int(b.counts.sum()) for b in make(epochs=1))
+    everything = sum(int(b.mask.sum()) for b in make(epochs=1))
     assert len(store) == everything and "the text ended" in capfd.readouterr().err
     store.verify()
     again = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)

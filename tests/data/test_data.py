@@ -214,7 +214,7 @@ class Recording(Letters):
 
 
 def equal(a, b):
-    same = lambda x, y: np.array_equal(x.tokens, y.tokens) and np.array_equal(x.counts, y.counts)
+    same = lambda x, y: np.array_equal(x.tokens, y.tokens) and np.array_equal(x.mask, y.mask)
     return len(a) == len(b) and all(
         same(x, y) and np.array_equal(x.segments, y.segments) for x, y in zip(a, b)
     )
