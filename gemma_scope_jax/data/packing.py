@@ -49,19 +49,13 @@ def fill_rows(
             f"rows must hold <bos> and a token: batch {batch_size}, length {context_size}"
         )
     names, shape = names or {}, (batch_size, context_size)
-    empty = lambda: (
-        np.zeros(shape, np.int32),
-        np.zeros(shape, np.int32),
-        np.zeros(shape, bool),
-        {kind: np.full(shape, -1, np.int32) for kind in names},
-    )
 
-    def batch() -> TokenBatch:
-        found = {kind: TokenLabels(labels[kind], names[kind]) for kind in names}
-        return TokenBatch(tokens, segments, mask, found)
+    def empty() -> TokenBatch:
+        labels = {k: TokenLabels(np.full(shape, -1, np.int32), names[k]) for k in names}
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        return TokenBatch(tokens, segments, np.zeros(shape, bool), labels)
 
-    tokens, segments, mask, labels = empty()
-    row, column, number = 0, 0, 1
+    batch, row, column, number = empty(), 0, 0, 1
     for piece in pieces:
         at, size = piece.offset, len(piece.ids)
         while at < size:
@@ -69,19 +63,20 @@ def fill_rows(
             if column and room < min(_MIN_ROOM, size - at):
                 row, column, number = row + 1, 0, 1
                 if row == batch_size:
-                    yield batch(), dataclasses.replace(piece, offset=at)
-                    (tokens, segments, mask, labels), row = empty(), 0
+                    yield batch, dataclasses.replace(piece, offset=at)
+                    batch, row = empty(), 0
                 continue
             part = slice(at, min(size, at + room))
             stop = column + 1 + part.stop - part.start
             text = slice(column + 1, stop)
-            tokens[row, column], tokens[row, text] = bos, piece.ids[part]
-            mask[row, text], segments[row, column:stop] = piece.mask[part], number
-            for kind, numbers in labels.items():
-                numbers[row, text] = piece.labels[kind][part]
+            batch.tokens[row, column], batch.tokens[row, text] = bos, piece.ids[part]
+            batch.segments[row, column:stop] = number
+            batch.mask[row, text] = piece.mask[part]
+            for kind, labels in batch.labels.items():
+                labels.numbers[row, text] = piece.labels[kind][part]
             at, column, number = part.stop, stop, number + 1
-    if segments.any():
-        yield batch(), None
+    if batch.segments.any():
+        yield batch, None
 
 
 def pack(
