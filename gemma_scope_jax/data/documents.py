@@ -187,7 +187,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
 
 def _of_batch(batch: TokenBatch) -> Indexed:
     """The documents of a batch: ids with <bos>, and the mask."""
-    places = batch.documents()
+    places = batch.document_slices()
     if not places:
         raise InputError("the TokenBatch holds no documents, only padding")
     ids, mask = np.asarray(batch.tokens, np.int32), np.asarray(batch.counted(0))

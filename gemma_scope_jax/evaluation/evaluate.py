@@ -205,14 +205,14 @@ def _measure_losses(
     held = step = 0
     for batch in batches:
         held += batch.size
-        clean = None
+        clean, groups = None, _groups(batch, names)
         for part in some:
             step += 1
             if step <= measured.compared:
                 continue
             if clean is None:
                 clean = final_residual(model, batch.plain, ())
-            _add_losses(model, clean, part, batch, _groups(batch, names))
+            _add_losses(model, clean, part, batch, groups)
             measured.compared += 1
             if after is not None:
                 after(measured, "loss", batch.size // len(some))

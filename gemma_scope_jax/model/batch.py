@@ -1,9 +1,9 @@
-"""A batch of tokens: rows that documents share, which tokens are used, and what is no batch.
+"""A batch of tokens: ids, the document each belongs to, which of them are used; and its checks.
 
     batch = gs.tokens(["The capital of France is", "Two"], "gemma-3-270m")
-    gs.run(model, batch).logits[batch.counted(1)]       # of no padding and no <bos>
+    gs.run(model, batch).logits[batch.counted(1)]  # [n, V]: neither padding nor <bos>
 
-Whatever takes tokens takes a `TokenBatch`, or arrays. Axes: B rows of T tokens.
+Whatever takes tokens takes a `TokenBatch` or arrays. Axes: B rows of T tokens.
 """
 
 import os
@@ -23,7 +23,7 @@ from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
 
 @flax.struct.dataclass
 class TokenLabels:
-    """The group each token belongs to: `numbers`, int [B, T], count `names`; -1 is no group."""
+    """The group of each token: `numbers`, int [B, T], are indices into `names`; -1 is no group."""
 
     numbers: Any
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
@@ -44,7 +44,7 @@ class TokenBatch:
 
     tokens    int32 ids
     segments  int32: 0 is padding, each run of equal ids in a row is a document (or a piece of one)
-    mask      bool: True where a token is used in training and metrics; None: wherever there is one
+    mask      bool: True where a token is used in training and metrics; None: all but padding
     labels    {kind: TokenLabels}: groups of tokens, such as the roles in a chat
     """
 
@@ -71,13 +71,13 @@ class TokenBatch:
     def counted(self, first: int) -> jax.Array:
         """bool [B, T]: the mask without padding and the first `first` tokens of each document.
 
-        With a coder's own `first` these are the tokens to measure it on: it was not trained on
-        those before (`<bos>`; the opening of a chat), where it may well fit badly.
+        `batch.counted(coder.first)` are the tokens to measure a coder on: it was not trained on the
+        first of a document (`<bos>`; the opening of a chat).
         """
         found = (jnp.asarray(self.segments) > 0) & (self.positions >= first)
         return found if self.mask is None else found & self.mask
 
-    def documents(self) -> list[tuple[int, slice]]:
+    def document_slices(self) -> list[tuple[int, slice]]:
         """(row, columns) of each document, row after row. Fetches the segments from a device."""
         found = []
         for row, ids in enumerate(np.asarray(self.segments)):
@@ -89,9 +89,9 @@ class TokenBatch:
 def padded(
     rows: Sequence[np.ndarray], batch_size: int | None = None, context_size: int | None = None
 ) -> TokenBatch:
-    """Ids int [n] each as rows padded on the right; on the host.
+    """A batch of `rows`, int [n] each, padded on the right to the longest, or to `context_size`.
 
-    As many rows as there are and as long as the longest, or `batch_size` and `context_size`.
+    With `batch_size`, rows of padding follow. The arrays are numpy's.
     """
     longest = max(map(len, rows), default=0)
     shape = (len(rows) if batch_size is None else batch_size, context_size or longest)
@@ -116,12 +116,12 @@ def tokens(
 
     texts      strings or chats (lists of {"role", "content"}), or one of them
     tokenizer  a `Tokenizer`, or what `load_tokenizer` takes, such as the model's name
-    roles      whose words the mask keeps in chats
-    add_generation_prompt  open the model's turn at the end of a chat
+    roles      whose messages are in the mask
+    add_generation_prompt  open the model's turn at the end of a chat, as `Tokenizer.chat` does
 
-    The mask is False on control tokens (`<bos>`, marks of turns) and, in chats, on the template
-    around what is said. With chats among the texts `labels["role"]` says of each token whose it is:
-    "turn" (the template), "system", "user" or "model". Raises `InputError` for what is no text.
+    The mask is False on control tokens (`<bos>`, turn marks) and, in chats, on the template around
+    the messages. If any text is a chat, `labels["role"]` gives the role of each token: "turn" (the
+    template), "system", "user" or "model". Raises `InputError` for anything but texts and chats.
     """
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
@@ -156,9 +156,9 @@ def _is_chat(text: Any) -> bool:
 
 
 def as_batch(given: Any) -> TokenBatch:
-    """What measures take: a `TokenBatch`, tokens [B, T], or a tuple (tokens, segments).
+    """A `TokenBatch` of one, of tokens [B, T] or of a tuple (tokens, segments).
 
-    Raises `InputError` for text and for shapes that are no batch's.
+    Raises `InputError` for text and for shapes that do not fit.
     """
     if not isinstance(given, TokenBatch):
         _refuse_text(given)
@@ -170,11 +170,18 @@ def as_batch(given: Any) -> TokenBatch:
         raise InputError(
             f"a batch is tokens and segments of one shape [B, T], got {tokens} and {segments}"
         )
+    mask = given.mask
+    if mask is not None and (np.shape(mask) != tokens or getattr(mask, "dtype", None) != bool):
+        raise InputError(f"mask must be bool {list(tokens)}, got {_described(mask)}")
     return given
 
 
+def _described(array: Any) -> str:
+    return f"{getattr(array, 'dtype', type(array).__name__)}{list(np.shape(array))}"
+
+
 def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array | None]:
-    """What `forward` and `run` are given, of which the first may be a `TokenBatch`."""
+    """The arguments of `forward` and `run` as arrays; `tokens` may be a `TokenBatch`."""
     if not isinstance(tokens, TokenBatch):
         _refuse_text(tokens)
         return tokens, segments
@@ -184,11 +191,11 @@ def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Arra
 
 
 def prompts_of(given: Any) -> Any:
-    """What `generate` is given, of which a `TokenBatch` becomes ids [n] a row."""
+    """The prompts of `generate`; a `TokenBatch` becomes a list of ids int [n], one a row."""
     if not isinstance(given, TokenBatch):
         _refuse_text(given)
         return given
-    tokens, places = np.asarray(given.tokens), given.documents()
+    tokens, places = np.asarray(given.tokens), given.document_slices()
     if [row for row, _ in places] != list(range(len(tokens))):
         raise InputError("generate takes one document a row: this TokenBatch is packed or has none")
     return [tokens[place] for place in places]

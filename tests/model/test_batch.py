@@ -8,7 +8,7 @@ import pytest
 import gemma_scope_jax as gs
 from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.batch import TokenBatch, TokenLabels, padded
+from gemma_scope_jax.model.batch import TokenBatch, TokenLabels, as_batch, padded
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import load_tokenizer
 from letters import Letters
@@ -70,14 +70,14 @@ def test_counted_is_the_mask_without_padding_and_the_first_of_each_document(firs
 def test_documents_are_the_runs_of_equal_segment_ids():
     batch = packed_batch(1)
     seen = np.zeros_like(batch.segments)
-    for row, place in batch.documents():
+    for row, place in batch.document_slices():
         ids = batch.segments[row, place]
         assert (ids == ids[0]).all() and ids[0] > 0
         before, after = batch.segments[row, : place.start], batch.segments[row, place.stop :]
         assert ids[0] not in (*before[-1:], *after[:1])
         seen[row, place] += 1
     np.testing.assert_array_equal(seen, batch.segments > 0)
-    assert batch.size == (batch.segments > 0).sum() and len(batch.documents()) > 6
+    assert batch.size == (batch.segments > 0).sum() and len(batch.document_slices()) > 6
 
 
 def test_labels_name_groups_and_their_names_are_static():
@@ -177,6 +177,22 @@ def test_text_where_tokens_are_wanted_says_what_makes_a_batch(model, text):
     for function in (gs.run, gs.forward, lambda *a: gs.generate(*a, 3)):
         with pytest.raises(InputError, match=r"not text: gs\.tokens\(\[\.\.\.\], tokenizer\)"):
             function(model, text)
+
+
+def test_a_batch_is_spread_over_a_mesh():
+    batch = padded([np.arange(2, 9)] * 8)
+    batch = batch.replace(mask=batch.segments > 0)
+    there = gs.shard_batch(gs.make_mesh(4, 2), batch)
+    for one, other in zip(jax.tree.leaves(there), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert {shard.data.shape for shard in one.addressable_shards} == {(2, 7)}
+
+
+@pytest.mark.parametrize("mask", [np.ones((4, 3), bool), np.ones((4, 29))])
+def test_a_mask_that_does_not_fit_is_one_line(mask):
+    batch = gs.tokens(TEXTS, Letters())
+    with pytest.raises(InputError, match=r"mask must be bool \[4, 29\], got (bool|float64)\[4, "):
+        as_batch(batch.replace(mask=mask))
 
 
 def test_a_batch_brings_its_own_segments(model):
