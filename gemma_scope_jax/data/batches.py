@@ -6,7 +6,6 @@ that came before.
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.storage.manifest import digest
 
 _PLACE = ("epoch", "document", "offset")
 
@@ -162,7 +162,7 @@ def fingerprint(
     sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
     parts = [identity, settings, seed, list(shard), sample]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return digest(json.dumps(parts))
 
 
 def same_text(there: Any, *about: Any) -> bool:

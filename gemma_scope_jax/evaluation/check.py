@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits, float32
-from gemma_scope_jax.evaluation.evaluate import Batches, Metrics, evaluate, several
+from gemma_scope_jax.evaluation.evaluate import Batches, evaluate, several
+from gemma_scope_jax.evaluation.figures import Metrics
 from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
 from gemma_scope_jax.model.batch import TokenBatch, as_batch
 from gemma_scope_jax.model.config import GemmaConfig, Model

@@ -19,8 +19,7 @@ from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)

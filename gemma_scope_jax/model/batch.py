@@ -170,14 +170,11 @@ def as_batch(given: Any) -> TokenBatch:
         raise InputError(
             f"a batch is tokens and segments of one shape [B, T], got {tokens} and {segments}"
         )
-    mask = given.mask
-    if mask is not None and (np.shape(mask) != tokens or getattr(mask, "dtype", None) != bool):
-        raise InputError(f"mask must be bool {list(tokens)}, got {_described(mask)}")
+    if given.mask is not None:
+        dtype, shape = np.dtype(getattr(given.mask, "dtype", object)), np.shape(given.mask)
+        if dtype.kind != "b" or shape != tokens:
+            raise InputError(f"mask must be bool {list(tokens)}, got {dtype}{list(shape)}")
     return given
-
-
-def _described(array: Any) -> str:
-    return f"{getattr(array, 'dtype', type(array).__name__)}{list(np.shape(array))}"
 
 
 def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array | None]:

@@ -31,8 +31,10 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
-    from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+    from gemma_scope_jax.coders.coder import CoderInfo
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
+    from gemma_scope_jax.coders.sparse_coder import SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
     from gemma_scope_jax.extraction.store import store
     from gemma_scope_jax.model import tokenizer
@@ -214,7 +216,7 @@ def test_two_processes_do_not_write_one_file(planted, capsys):
 
 def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
-    from gemma_scope_jax.coders.release.files import load_coder
+    from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.extraction.manifest import describe
     from gemma_scope_jax.extraction.store import store
 
@@ -232,7 +234,8 @@ def test_another_coders_store(planted, capsys, monkeypatch):
 
 def test_the_model_is_the_coders(planted, monkeypatch):
     """A store's name of a model has lost the -it."""
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
     from gemma_scope_jax.model import tokenizer
 
     asked = []

@@ -15,8 +15,9 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.published import PER_FEATURE
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 
 
@@ -140,8 +141,8 @@ def bad(folder, tmp):
     yield ("cards", one, *store, "--top", 0), "top is 0"
     yield ("cards", one, *store, "--before", -1), "before is -1"
     yield ("cards", one, *store, "--groups", 0), "groups is 0"
-    yield ("cards", tmp / "labelled", *store), "format 9 is not known"
-    yield ("cards", one, *store, "--out", tmp / "taken"), "not the manifest of cards"
+    yield ("cards", tmp / "labelled", *store), "format is 9, not 1"
+    yield ("cards", one, *store, "--out", tmp / "taken"), "cards.json: not usable as JSON"
     yield ("cards", tmp / "short"), "positions missing"
     yield ("cards", tmp / "narrow"), "has 7 features, the coder beside it 48"
     yield ("cards", tmp / "beyond"), "lies outside of the tokens"

@@ -12,10 +12,10 @@ from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture, write
-from gemma_scope_jax.training import end_to_end, feeds
-from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training import buffer, end_to_end, ends, feeds
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.state import first_state, make_plan
+from gemma_scope_jax.training.weights import groups
 from tiny import tiny_model
 
 B, T = 4, 16
@@ -38,15 +38,13 @@ def run():
         optimizer=OptimizerConfig(1e-3, 0),
         model="tiny",
     )
-    plan = steps.make_plan(config, model.config)
+    plan = make_plan(config, model.config)
     tokens = jax.random.randint(jax.random.key(0), (B, T), 5, model.config.vocab, jnp.int32)
     segments = jnp.ones((B, T), jnp.int32)
-    state = steps.first_state(plan, model.config)
+    state = first_state(plan, model.config)
     batch = TokenBatch(tokens, segments, jnp.ones((B, T), bool))
-    x, mask = steps.model_activations(model, batch, plan)
-    state = training.start(
-        plan, steps.fill(state, x, mask), {s: a[:, 1:] for s, a in x.items()}, {}
-    )
+    x, mask = buffer.model_activations(model, batch, plan)
+    state = ends.start(plan, buffer.fill(state, x, mask), {s: a[:, 1:] for s, a in x.items()}, {})
     return (plan, model, dataclasses.replace(state, total=jnp.asarray(10, jnp.int32)), batch)
 
 
@@ -56,7 +54,7 @@ def test_kl_is_that_of_the_model_with_the_reconstruction_in_place(run):
     mask[1, 5:9] = False
     batch = batch.replace(mask=jnp.asarray(mask))
     new, [parts] = end_to_end.update(state, model, batch, plan)
-    [coder] = training.coders(plan, state, {}).values()
+    [coder] = ends.coders(plan, state, {}).values()
     clean = forward(model, batch, [capture("resid_post", 2)])
     x = np.asarray(clean.reads["resid_post"], np.float32).reshape(B, T, -1)
     y = np.asarray(coder.decode(coder.encode(x)))
@@ -92,7 +90,7 @@ def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
             dataclasses.replace(CODER, activation="batch_topk", seed=1),
         ),
     )
-    [group] = steps.groups(config)
+    [group] = groups(config)
     weights = jax.tree.map(lambda w: jnp.concatenate([w, w]), state.groups[0].weights)
     x = np.random.default_rng(0).standard_normal((2, 1, B * T, weights.w_enc.shape[-1]))
     x = x.astype(np.float32) / np.sqrt(x.shape[-1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import training_runner
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds, train
@@ -116,7 +116,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 if __name__ == "__main__":
-    from gemma_scope_jax.model.sharding import join_processes
+    from gemma_scope_jax.model.processes import join_processes
 
     jax.config.update("jax_num_cpu_devices", 4)
     join_processes(sys.argv[1], 2, int(sys.argv[2]))

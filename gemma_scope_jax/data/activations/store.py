@@ -6,8 +6,6 @@ then share one pass. The manifest is replaced after each shard and says where in
 one begins, so the same call continues to the same bytes.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -26,7 +24,7 @@ from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
 from gemma_scope_jax.data.order import shuffled_positions
 from gemma_scope_jax.data.prefetch import prefetch
-from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward, site_width
@@ -34,8 +32,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import disk_error, no_space
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.manifest import digest
 
 _OPEN_FILES = 128
 
@@ -290,8 +288,7 @@ class ActivationStore:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything stored."""
-        text = json.dumps(self.manifest["shards"], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digest(self.manifest["shards"])
 
     def width(self, site: str) -> int:
         """Values a token and layer."""
@@ -352,7 +349,7 @@ class ActivationStore:
                 self.folder / files.shard_name(*key),
                 self.manifest["shards"][shard]["rows"],
             )
-            self._maps[key] = files.map_tensors(path, self.manifest, site, rows)
+            self._maps[key] = files.map_shard(path, self.manifest, site, rows)
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)
