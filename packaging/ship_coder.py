@@ -61,8 +61,8 @@ def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> li
     """Figures on a text: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
     documents = read_documents([str(path)])
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
-    batches = list(text_batches(tok, documents, length=512))
-    some = lambda tokens: batches[: -(-tokens // batches[0][0].size)]
+    batches = list(text_batches(tok, documents, context_size=512))
+    some = lambda tokens: batches[: -(-tokens // batches[0].tokens.size)]
     fits = evaluate_all(model, coders, some(tokens), delta_loss=False)
     costs = evaluate_all(model, coders, some(loss_tokens), ablation=True)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")

@@ -12,8 +12,8 @@ import pytest
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
 from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import work
 from gemma_scope_jax.extraction.estimate import print_store

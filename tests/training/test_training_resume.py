@@ -23,7 +23,7 @@ from etils import epath
 import training_runner
 from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.locks import only_writer

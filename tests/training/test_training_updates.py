@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.training import buffer, ends
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.optimizer import adam, clipped, limited
@@ -48,10 +49,9 @@ def test_every_activation_is_drawn_once_in_a_sweep():
 def test_model_activations_are_of_tokens_that_count(model):
     """Left out are <bos> of every piece, padding and what the data says."""
     plan = make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
-    segments, counts = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
-    x, kept = buffer.model_activations(
-        model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, counts, plan
-    )
+    segments, mask = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
+    batch = TokenBatch(jnp.array([[2, 5, 6, 2, 7, 0]]), segments, mask)
+    x, kept = buffer.model_activations(model, batch, plan)
     assert kept.tolist() == [False, True, False, False, True, False]
     assert x["resid_post"].shape == (1, 6, 32) and x["z"].shape == (1, 6, 64)
 
