@@ -79,7 +79,7 @@ def convert(old: Path, new: Path) -> None:
         raise InputError(f"{old}: holds no feature store of version 1")
     new.mkdir(parents=True)
     manifest["version"] = manifests.FORMAT["version"]
-    lists, store = manifests.lists(manifest), manifests.digest(manifest)
+    lists, store = manifests.lists(manifest), manifests.store_digest(manifest)
     shards = []
     with ThreadPoolExecutor() as pool:
         for path in sorted(old.glob("shard-*.features")):

@@ -41,7 +41,8 @@ from gemma_scope_jax.extraction.store.tables import (
     encoded,
 )
 from gemma_scope_jax.storage.atomic import WholeFile
-from gemma_scope_jax.storage.disk import is_remote, remove_leftovers
+from gemma_scope_jax.storage.locks import remove_leftovers
+from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import field, legible, parse_json
 
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
