@@ -111,7 +111,7 @@ def check(
     from gemma_scope_jax.evaluation.check import check, print_report
     from gemma_scope_jax.evaluation.evaluate import text_batches
 
-    batches = text_batches(tok, documents, length=min(256, loaded_model.config.context))
+    batches = text_batches(tok, documents, context_size=min(256, loaded_model.config.context))
     with stage("compiling and running"):
         report = check(loaded_model, loaded_coder, batches)
     if json:
