@@ -15,11 +15,12 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TypeVar
 
 from gemma_scope_jax.errors import shown
 
+Item = TypeVar("Item")
 Report = Callable[[int, int], None]  # called with how much is done, and of how much in all
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 _MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm goes from bar to bar
@@ -87,6 +88,7 @@ class Progress:
         self.total = None if total is None else max(total, 1)
         self.unit, self.what, self._begun, self._every = unit, what, begun, every
         self._start = self._said = self._redrawn = time.monotonic()
+        self._quick = bool(what)  # done before the first line is due, it needs no other
         if what and not _face.silent and _face.callback is None and not _on_terminal():
             sys.stderr.write(f"{what} ...\n")
             sys.stderr.flush()
@@ -98,7 +100,9 @@ class Progress:
     def part(self, begun: int, work: int, note: str = "") -> Report:
         """A function of (done, total) for what is `work` of this, after `begun`: it may count in
         units of its own."""
-        return lambda done, total: self.at(begun + int(work * min(done / max(total, 1), 0.99)), note)
+        return lambda done, total: self.at(
+            begun + int(work * min(done / max(total, 1), 0.99)), note
+        )
 
     def at(self, done: int, note: str = "") -> None:
         """`done` items are done, those before the start included."""
@@ -115,8 +119,11 @@ class Progress:
                 self._redrawn = now
                 self._draw(done, self._line(done, rate, note))
         elif last or now - self._said >= self._every:
-            self._said = now
             erase_bar()
+            self._said, quick = now, self._quick and now - self._said < self._every
+            if quick:
+                return
+            self._quick = False
             sys.stderr.write(f"{self._line(done, rate, note)}\n")
             sys.stderr.flush()
 
@@ -145,6 +152,16 @@ class Progress:
         screen.print(text, end="")
         screen.file.flush()
         _face.drawn = width + text.cell_len
+
+
+def tracked(
+    items: Iterable[Item], what: str, total: int | None = None, unit: str = "parts"
+) -> Iterator[Item]:
+    """The items one by one, and how far that is; `total` only where they have no length."""
+    progress = Progress(len(items) if isinstance(items, Sized) else total, unit, what=what)
+    for done, item in enumerate(items, 1):
+        yield item
+        progress.at(done)
 
 
 def _on_terminal() -> bool:

@@ -25,7 +25,6 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
-from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.strict_json import field
 
 
@@ -40,7 +39,6 @@ def build_cards(
     settings: CardSettings | None = None,
     gain: Gain = "exact",
     compare: Mapping[str, Coder] | None = None,
-    progress: ReportProgress = lambda what, done, total: None,
 ) -> FeatureCards:
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
 
@@ -58,7 +56,7 @@ def build_cards(
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, from_file = weights_identity(coder), isinstance(source, str | os.PathLike)
     with CardFiles(folder, [weights, layer, "file" if from_file else "store"]) as files:
-        _make(files, source, coder, weights, layer, model, tok, settings, gain, others, progress)
+        _make(files, source, coder, weights, layer, model, tok, settings, gain, others)
     return FeatureCards(folder)
 
 
@@ -73,7 +71,6 @@ def _make(
     settings: CardSettings,
     gain: Gain,
     others: Mapping[str, Coder],
-    progress: ReportProgress,
 ) -> None:
     """Make the stages that are not there."""
     from_file = isinstance(source, str | os.PathLike)
@@ -93,30 +90,30 @@ def _make(
         with files.stage("examples", made_of) as stage:
             if from_file:
                 vocab = None if tok is None else len(tok.special)
-                read_published(Path(source), coder.width, settings, stage, progress, vocab)
+                read_published(Path(source), coder.width, settings, stage, vocab)
             else:
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
-                gather_examples(source, name, layer, settings, stage, progress)
+                gather_examples(source, name, layer, settings, stage)
     k = settings.listed
     if not from_file and not files.has("correlations", made_of):
         with files.stage("correlations", made_of) as stage:
-            correlate(source, name, layer, k, stage, progress)
+            correlate(source, name, layer, k, stage)
     logits = [weights, gain, k, settings.bins, model and model_identity(model)]
     if model is None and (files.manifest.get("stages", {}).get("logits") or [])[:4] != logits[:4]:
         files.drop("logits")
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
-            decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage, progress)
+            decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage)
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
-            decoders.write_neighbours(coder, layer, k, stage, progress)
+            decoders.write_neighbours(coder, layer, k, stage)
     compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
     if not files.has("compared", compared):
         with files.stage("compared", compared) as stage:
             stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
             for number, other in enumerate(others.values()):
                 theirs = same_layer(other, layer)
-                decoders.write_comparison(coder, layer, other, theirs, number, k, stage, progress)
+                decoders.write_comparison(coder, layer, other, theirs, number, k, stage)
 
 
 def same_layer(other: Coder, layer: int) -> int | None:

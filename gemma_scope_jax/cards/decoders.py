@@ -16,7 +16,7 @@ from gemma_scope_jax.coders.directions import (
     written,
 )
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 
 
 def write_logits(
@@ -28,7 +28,6 @@ def write_logits(
     bins: int,
     gain: Gain,
     stage: Stage,
-    progress: ReportProgress,
 ) -> None:
     """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
     if coder.writes not in TO_LOGITS:
@@ -43,20 +42,18 @@ def write_logits(
         "logit_histogram": (bins, np.int32),
     }
     arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
-    every = np.arange(F)
+    every, progress = np.arange(F), Progress(F, "features", what="logits")
     for chunk in extreme_logits(model, coder, tok, every, k=k, gain=gain, bins=bins, layer=layer):
-        progress("logits", done, F)
+        progress.at(done)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):
             array[done : done + size] = found
         done += size
 
 
-def write_neighbours(
-    coder: Coder, layer: int | None, k: int, stage: Stage, progress: ReportProgress
-):
+def write_neighbours(coder: Coder, layer: int | None, k: int, stage: Stage):
     """Make `neighbour_ids` and `neighbour_cosines`."""
-    ids, cosines = most_similar(written(coder, layer), None, k, progress, "decoder neighbours")
+    ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
     stage.put("neighbour_ids", ids)
     stage.put("neighbour_cosines", cosines)
 
@@ -69,7 +66,6 @@ def write_comparison(
     number: int,
     k: int,
     stage: Stage,
-    progress: ReportProgress,
 ) -> None:
     """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder.
 
@@ -77,7 +73,7 @@ def write_comparison(
     """
     check_comparable(coder, layer, other, other_layer)
     mine, theirs = written(coder, layer), written(other, other_layer)
-    ids, cosines = most_similar(mine, theirs, k, progress, "neighbours in another coder")
+    ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
     stage.put(f"compared_{number}_ids", ids)
     stage.put(f"compared_{number}_cosines", cosines)
     same = np.full(len(mine), np.nan, np.float32)

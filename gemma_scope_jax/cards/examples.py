@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import tracked
 
 ENORMOUS = 5.0
 
@@ -159,24 +159,18 @@ def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def gather_examples(
-    store: Any,
-    coder: str,
-    layer: int,
-    settings: CardSettings,
-    stage: Stage,
-    progress: ReportProgress,
+    store: Any, coder: str, layer: int, settings: CardSettings, stage: Stage
 ) -> None:
     """Make the arrays `density` to `example_values` from a feature store.
 
     Raises `InputError` if the store holds no active feature of the coder.
     """
     s = settings
-    fired, total, count, largest, strongest = _strongest(store, coder, layer, s, progress)
+    fired, total, count, largest, strongest = _strongest(store, coder, layer, s)
     width = len(fired)
     histogram = stage.create("histogram", (width, s.bins), np.int64, 0)
     sample = Best(width * s.groups, s.each)
-    for i, segment in enumerate(store.segments()):
-        progress("histograms and samples", i, store.segment_count)
+    for segment in tracked(store.segments(), "histograms and samples", store.segment_count):
         active = typical(segment, coder, layer)
         bins = activation_bin(active, largest, s.bins)
         np.add.at(histogram, (active.features, bins), 1)
@@ -186,7 +180,7 @@ def gather_examples(
         slots = active.features.astype(np.int64) * s.groups + group
         sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
     rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
-    _windows(store, coder, layer, s, rows, stage, progress)
+    _windows(store, coder, layer, s, rows, stage)
     counted = store.counted_by(coder)
     stage.put("density", fired / counted)
     stage.facts["tokens"] = counted
@@ -200,15 +194,14 @@ def activation_bin(active: SegmentActivations, largest: np.ndarray, bins: int) -
     return np.clip(np.ceil(share * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def _strongest(store, coder: str, layer: int, s: CardSettings, progress: ReportProgress):
+def _strongest(store, coder: str, layer: int, s: CardSettings):
     """fired, sums and counts of typical activations, the largest: [F] each; the top examples."""
     fired = np.asarray(store.fired(coder, layer), np.int64)
     width = len(fired)
     if not fired.any():
         raise InputError(f"{coder}: no feature is active anywhere in the store")
     total, count, best = np.zeros(width), np.zeros(width, np.int64), Best(width, s.top)
-    for i, segment in enumerate(store.segments()):
-        progress("strongest examples", i, store.segment_count)
+    for segment in tracked(store.segments(), "strongest examples", store.segment_count):
         active = typical(segment, coder, layer)
         total += np.bincount(active.features, active.values, minlength=width)
         count += np.bincount(active.features, minlength=width)
@@ -218,7 +211,7 @@ def _strongest(store, coder: str, layer: int, s: CardSettings, progress: ReportP
     return fired, total, count, largest, best
 
 
-def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> None:
+def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage) -> None:
     """The text around `rows` int64 [F, E], the feature's activations there, and which file it is
     from: a number in the manifest's `sources`."""
     width, slots = rows.shape
@@ -232,8 +225,7 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
     order = np.argsort(rows.ravel(), kind="stable")
     ordered = rows.ravel()[order]
     around = np.arange(-s.before, s.after + 1, dtype=np.int64)
-    for i, segment in enumerate(store.segments()):
-        progress("windows", i, store.segment_count)
+    for segment in tracked(store.segments(), "windows", store.segment_count):
         n = len(segment.tokens)
         some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
         some = np.sort(some)  # by feature, as the arrays lie on the disk

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import io
 import json
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +47,7 @@ from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
 
+LOG = logging.getLogger(__name__)
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
 
 
@@ -181,7 +182,7 @@ def _finished(
             "another --out, or delete it"
         )
     check_document(found, path)
-    print(f"{path}: measured before", file=sys.stderr)
+    LOG.info("%s: measured before", path)
     return {**found, "eval_result_details": []}
 
 
@@ -203,7 +204,7 @@ class _Saved:
             _Work.of(found)
         except Exception as error:  # zipfile and numpy raise types of their own
             raise InputError(f"{self.path}: damaged ({reason(error)}): delete it") from error
-        print(f"going on from {self.path}", file=sys.stderr)
+        LOG.info("going on from %s", self.path)
         return found
 
     def write(self, measured: Measured, work: _Work) -> None:
@@ -220,7 +221,7 @@ class _Saved:
 
 
 class _After:
-    """What happens after each batch: progress on stderr and, now and then, a saving."""
+    """What happens after each batch: progress and, now and then, a saving."""
 
     def __init__(
         self, tokens: int | None, loss_tokens: int | None, saved: _Saved, work: _Work
@@ -237,7 +238,7 @@ class _After:
             what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
             total = self.total[stage]
             size = "all of the text" if total is None else f"{total:,} tokens"
-            print(f"compiled; {what}, {size}", file=sys.stderr, flush=True)
+            LOG.info("compiled; %s, %s", what, size)
             self.progress = Progress(total, begun=self.done)
         else:
             self.done += tokens
@@ -249,7 +250,7 @@ class _After:
 
 def _plots(out: str, results: list[dict[str, Any]]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: they need `pip install matplotlib`", file=sys.stderr)
+        LOG.warning("no plots: they need `pip install matplotlib`")
         return
     for r in results:
         path = result_path(out, "core", r["sae_lens_release_id"], r["sae_lens_id"])

@@ -9,9 +9,9 @@ one JAX program share by themselves; with one mesh, too, they run in step, each 
 """
 
 import collections
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,6 +40,7 @@ from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
 from gemma_scope_jax.storage.paths import folder_path
 
+LOG = logging.getLogger(__name__)
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
 
@@ -244,8 +245,9 @@ def _write(
         if closing is not None:
             closing.result()
     if runner.again > 10:
-        print(f"{runner.again} batches had to run again: more slots than {job.slots} are faster",
-              file=sys.stderr)  # fmt: skip
+        LOG.info(
+            "%d batches had to run again: more slots than %d are faster", runner.again, job.slots
+        )
 
 
 def _results(

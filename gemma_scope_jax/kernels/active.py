@@ -14,7 +14,7 @@ F features, P decoders, T targets, M groups of features, E outputs. All floats a
 """
 
 import functools
-import sys
+import logging
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.kernels import cpu, xla
 
+LOG = logging.getLogger(__name__)
 TOKENS = 256  # encoded at a time, but by the form "xla"
 # Features a slot from which a sparse step is faster than a dense one. "triton" was measured on an
 # H100 in TF32 at D 640: dense wins at 79 (3.3 against 4.8 ms), sparse at 315 (8.5 against 10.9). Of
@@ -55,14 +56,14 @@ def sparse_form() -> str:
 
 @functools.cache
 def triton() -> bool:
-    """Whether the GPU kernels compile here; where not, a line on standard error says why."""
+    """Whether the GPU kernels compile here; where not, a warning says why."""
     try:
         slots = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
         count = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         values = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
         jax.jit(partial(_form("triton").per_feature, width=2)).lower(values, slots, count).compile()
     except Exception as error:  # whatever Pallas, Triton or the driver say
-        print(f"no GPU kernels, wide coders train slower: {reason(error)}", file=sys.stderr)
+        LOG.warning("no GPU kernels, wide coders train slower: %s", reason(error))
         return False
     return True
 

@@ -9,6 +9,7 @@ connection by which it came.
 
 import atexit
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 from gemma_scope_jax.errors import InputError, reason, shown
 
+LOG = logging.getLogger(__name__)
 WAIT = 60  # seconds
 _HELLO, _TUNNEL = "gemma_scope_jax", b"gemma_scope_jax tunnel\n"
 _here: "_Process | None" = None
@@ -254,7 +256,7 @@ class _Process:
             for connection in self.others.values():
                 if not self.index:
                     _say(connection, f"stop {why}")
-            print(f"error: {shown(why)}; so this one ends", file=sys.stderr, flush=True)
+            LOG.error("%s; so this one ends", shown(why))
             os._exit(2)
         threading.Event().wait()
         raise AssertionError

@@ -6,7 +6,7 @@ go. The state is one item, the position in the data another.
 
 import dataclasses
 import itertools
-import sys
+import logging
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from etils import epath
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.disk import disk_error
 from gemma_scope_jax.training.step import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -75,7 +77,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside = _free(self.folder.parent / f"damaged-checkpoint-{step}")
                 (self.folder / str(step)).rename(aside)
-                print(f"{aside}: damaged, set aside ({why})", file=sys.stderr)
+                LOG.warning("%s: damaged, set aside (%s)", aside, why)
             everywhere(True)  # wait for it
             self.manager.reload()
         if steps:

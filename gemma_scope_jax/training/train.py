@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 
+LOG = logging.getLogger(__name__)
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
 AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
 SAMPLE = 8192  # activations from which coders start and TopK is calibrated
@@ -146,7 +148,6 @@ def store_activations(
     batches = token_batches(config, model.config, data)
     count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
-    print(folder, flush=True)
 
 
 def _mesh(config: TrainConfig) -> Any:
@@ -302,7 +303,7 @@ class _TrainRun:
                 if stop and done < config.passes:
                     progress.flush()
                     self.checkpoints.close()
-                    print(f"stopped at pass {done}; run the same command to go on", file=sys.stderr)
+                    LOG.warning("stopped at pass %d; run the same command to go on", done)
                     raise SystemExit(STOPPED)
             progress.flush()
         if not started:
@@ -322,14 +323,14 @@ class _TrainRun:
         self.said_again = True
         if jax.process_index() == 0:
             read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
-            print(
-                f"{what} has been read once, at {read:,} tokens, and is read again", file=sys.stderr
-            )
+            LOG.warning("%s has been read once, at %s tokens, and is read again", what, f"{read:,}")
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
         more = "; the learning rate had not come down" if o.decay else ""
-        print(f"the text ended at {read:,} of {self.config.tokens:,} tokens{more}", file=sys.stderr)
+        LOG.warning(
+            "the text ended at %s of %s tokens%s", f"{read:,}", f"{self.config.tokens:,}", more
+        )
 
     def start(self, state: steps.TrainState, done: int) -> steps.TrainState:
         state = start(self.plan, state, self.feed.sample(state), self.starts)
@@ -372,7 +373,6 @@ class _TrainRun:
             for name in saved:
                 times = (self.readings, self.feed.repeats())
                 write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
-                print(self.out / "coders" / name, flush=True)
             if refused:
                 raise InputError(
                     f"not saved after {tokens:,} tokens: {'; '.join(refused)}; train into another "

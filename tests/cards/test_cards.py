@@ -268,7 +268,7 @@ def test_a_large_store_is_sampled_for_correlations(store, tmp_path):
     files = CardFiles(tmp_path)
     half = int(store.fired().sum()) // 2
     with files.stage("correlations", 0) as stage:
-        correlate(store, "sae", 1, 6, stage, lambda *_: None, entries=half)
+        correlate(store, "sae", 1, 6, stage, entries=half)
     assert 0 < files.manifest["correlated_tokens"] < store.counted * 0.8
 
 
@@ -351,11 +351,10 @@ def test_decoder_neighbours(coder, cards):
 def test_neighbours_in_blocks_are_the_same(monkeypatch):
     """The last block of rows overlaps the one before."""
     rows = jax.random.normal(jax.random.key(0), (23, 8))
-    nothing = lambda *_: None
-    whole = most_similar(rows, None, 5, nothing, "")
-    few = most_similar(rows, rows[:3], 5, nothing, "")
+    whole = most_similar(rows, None, 5, "")
+    few = most_similar(rows, rows[:3], 5, "")
     monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 10)
-    for a, b in zip(whole, most_similar(rows, None, 5, nothing, "")):
+    for a, b in zip(whole, most_similar(rows, None, 5, "")):
         np.testing.assert_array_equal(a, b)
     assert (few[0][:, 3:] == -1).all() and sorted(few[0][0, :3].tolist()) == [0, 1, 2]
 

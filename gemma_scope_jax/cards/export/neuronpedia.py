@@ -22,7 +22,7 @@ from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.coders.release.files import Coder
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
@@ -49,7 +49,6 @@ def export_neuronpedia(
     coder: Coder,
     tok: Any,
     folder: Path,
-    progress: ReportProgress,
     *,
     heads: int | None = None,
     explanations: Mapping[int, Explanation] | None = None,
@@ -62,8 +61,9 @@ def export_neuronpedia(
     with new_folder(folder / facts["model_id"] / source, "source.jsonl") as new:
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
-            progress("Neuronpedia", batch[0], len(cards))
+            progress.at(batch[0])
             rows = [_feature(cards, feature, place, coder) for feature in features]
             shown = [a for feature in features for a in _activations(feature, place)]
             said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
