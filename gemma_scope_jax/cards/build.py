@@ -22,7 +22,7 @@ from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_
 from gemma_scope_jax.coders.directions import Gain, source_layer
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.manifest import describe
+from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.storage.strict_json import field
@@ -160,28 +160,3 @@ def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "prompts": manifest["documents"],
         "prompt_tokens": data["length"],
     }
-
-
-def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
-    """What a feature store calls a coder, which it knows by its weights and where it begins.
-
-    name: what it should be called there. Raises `InputError`.
-    """
-    wanted = describe("", coder)
-    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
-    if not some:
-        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
-    keys = ("weights", "width", "layers", "reads")
-    same = [held for held in some if all(held[key] == wanted[key] for key in keys)]
-    for held in same:
-        if held["first"] == wanted["first"]:
-            return held["name"]
-    if same:
-        raise InputError(
-            f"{store.folder}: holds features of {public_name(coder)} from position "
-            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
-        )
-    raise InputError(
-        f"{store.folder}: holds no features of {public_name(coder)}, but of "
-        f"{', '.join(held['name'] for held in some)}; extract again"
-    )

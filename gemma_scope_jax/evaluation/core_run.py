@@ -24,11 +24,13 @@ from gemma_scope_jax.evaluation.core import (
     CORE,
     REPLACEMENT,
     check_document,
+    core_config,
     core_result,
     replacement_name,
     replacement_result,
 )
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, Measured, measure
+from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.metrics import COLUMNS
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
@@ -49,6 +51,41 @@ from gemma_scope_jax.storage.paths import folder_path
 
 LOG = logging.getLogger(__name__)
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
+
+
+def evaluate_coders(
+    model: Model,
+    coders: Sequence[Coder],
+    data: EvaluationText,
+    *,
+    loss_tokens: int | None = 16_000,
+    replacement: bool = False,
+    geometry: bool = True,
+    out: str = "",
+    dataset: str = "",
+) -> list[dict[str, Any]]:
+    """The core figures of any coders on one text: SAEBench's document for each.
+
+    data         see `EvaluationText`: what is read, in batches of which shape
+    loss_tokens  run the whole model, changed and unchanged, on the first so many tokens
+    replacement  also measure the model with all coders in place at once: one document more
+    geometry     norms and cosines of features, whose time grows with the width squared
+    out          a folder, local or gs://, for the documents and plots; the same call goes on where
+                 it was killed, and computes nothing twice
+    dataset      what the text is called in the documents
+    Raises `InputError` as `evaluate_core` does, and for rows beyond the model's context.
+    """
+    if data.length > model.config.context:
+        raise InputError(
+            f"--length {data.length} is more than the model's context of {model.config.context}"
+        )
+    if replacement and loss_tokens == 0:
+        raise InputError("--replacement measures losses: give --loss-tokens")
+    plan = EvaluationPlan(
+        loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups
+    )
+    config = core_config(data, plan, model, dataset, geometry)
+    return evaluate_core(model, coders, data, plan, config, out, replacement)
 
 
 @own_mesh

@@ -367,3 +367,28 @@ def _are_whole(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value <= 1 << 40 for value in values
     )
+
+
+def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
+    """What a feature store calls a coder, which it knows by its weights and where it begins.
+
+    name: what it should be called there. Raises `InputError`.
+    """
+    wanted = describe("", coder)
+    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
+    if not some:
+        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
+    keys = ("weights", "width", "layers", "reads")
+    same = [held for held in some if all(held[key] == wanted[key] for key in keys)]
+    for held in same:
+        if held["first"] == wanted["first"]:
+            return held["name"]
+    if same:
+        raise InputError(
+            f"{store.folder}: holds features of {public_name(coder)} from position "
+            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
+        )
+    raise InputError(
+        f"{store.folder}: holds no features of {public_name(coder)}, but of "
+        f"{', '.join(held['name'] for held in some)}; extract again"
+    )
