@@ -136,6 +136,16 @@ def _check_model(store: Any, model: Model) -> None:
         )
 
 
+def store_dtype(store: Any) -> str:
+    """The dtype of the model that filled a feature store. Raises `InputError` for another than
+    float32 and bfloat16."""
+    where = f"{store.folder}, of its model"
+    dtype = field(field(store.manifest, "model", dict, f"{store.folder}"), "dtype", str, where)
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{where}: dtype is {dtype!r}, not float32 or bfloat16; extract again")
+    return dtype
+
+
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:
     return {
         "coder": public_name(coder),

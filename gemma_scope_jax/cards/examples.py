@@ -26,37 +26,31 @@ ENORMOUS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class CardSettings:
-    """What a card holds.
-
-    top            the strongest examples, at most one a piece of a document
-    groups, each   random examples: `each` for each of `groups` equal parts of (0, largest]
-    before, after  tokens of an example around the one it was chosen for
-    bins           of the histograms; a multiple of `groups`
-    seed           of the random examples
-    listed         logit tokens, correlated features and neighbours listed
-    """
+    """What a card holds."""
 
     top: int = 20
+    """The strongest examples of a feature, at most one from each piece of a document."""
     groups: int = 5
+    """Equal parts of a feature's range (0, largest] from which random examples are drawn."""
     each: int = 5
+    """Random examples from each of these parts."""
     before: int = 11
+    """Tokens of an example before the one it was chosen for."""
     after: int = 4
-    bins: int = 40
+    """Tokens of an example after it."""
+    bins: int = 0
+    """Bins of the histograms, a multiple of `groups`; 0 takes 8 for each."""
     seed: int = 0
+    """The random seed of the examples."""
     listed: int = 10
+    """Logit tokens, correlated features and neighbours that are listed."""
 
     def __post_init__(self):
-        for name, least in {
-            "top": 1,
-            "groups": 1,
-            "each": 0,
-            "before": 0,
-            "after": 0,
-            "bins": 1,
-            "listed": 1,
-        }.items():
+        for name in ("top", "groups", "each", "before", "after", "bins", "listed"):
+            least = int(name in ("top", "groups", "listed"))
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {least}")
+        object.__setattr__(self, "bins", self.bins or 8 * self.groups)
         if self.bins % self.groups:
             raise InputError(f"bins {self.bins} must be a multiple of groups {self.groups}")
 

@@ -1,23 +1,25 @@
-"""What subcommands share: types of arguments, input, loading, progress on stderr."""
+"""What subcommands share: types of arguments, input, opening coders and models, output."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+import gemma_scope_jax as gs
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.progress import console, shown_streams
-from gemma_scope_jax.storage.strict_json import legible
 
 _UNPRINTED = re.compile(r"[^ -~]")
 PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
 DEFAULT_MODEL = "gemma-3-270m"
+PIPE_WIDTH = 300  # in a file or a pipe nothing need be cut
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -43,23 +45,37 @@ Coders = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(metavar="CODER...", help_behavior_hint=""),
 ]
-Files = Annotated[tuple[Place, ...], tyro.conf.arg(metavar="GLOB...", help_behavior_hint="")]
-Roles = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE...")]
+Store = Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 Folder = Annotated[Place, tyro.conf.arg(metavar="FOLDER")]
 BucketFile = Annotated[Place, tyro.conf.arg(metavar="FILE")]  # local or gs://
 File = Annotated[LocalPlace | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes or hosts that run one command together."""
+
+    coordinator: Name = ""
+    """The address and port of the first of several processes that are one JAX program."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    wait: float = 60.0
+    """Seconds that processes with a coordinator wait for one another."""
+
+    def join(self) -> None:
+        gs.join_processes(self.coordinator, self.processes, self.process, self.wait)
 
 
 def given_text(text: str, file: Path | None) -> str:
     """The text to look at; of standard input and files without the line break at the end."""
     if text and file is not None:
         raise InputError("give a text or --file FILE, not both")
-    from gemma_scope_jax.data.document_files import decoded
-
     if file is not None:
-        text = decoded(file.read_bytes(), file).removesuffix("\n")
+        text = gs.read_text(file)
     elif text == "-":
-        text = decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+        text = gs.decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
     if not text.strip():
         raise InputError('the text is empty: give one, "-" for standard input, or --file FILE')
     return text
@@ -67,75 +83,68 @@ def given_text(text: str, file: Path | None) -> str:
 
 def print_json(value: Any) -> None:
     """Print JSON whose texts stay legible; control characters in them are JSON's own escapes."""
-    text = legible(json.dumps(value, ensure_ascii=False))
+    text = gs.legible(json.dumps(value, ensure_ascii=False))
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
-def load_all(
-    model: str,
-    coders: Sequence[str],
-    dtype: Dtype,
-    *,
-    one_layer: bool = False,
-    mesh: tuple[int, int] | None = None,
-    decoders: bool = True,
-    with_model: bool = True,
-) -> tuple[Any, list[Any], Any]:
-    """Model, coders and tokenizer; the small things first, so that mistakes show at once.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Coders and what is known without a model's weights: its name, architecture and tokenizer."""
+
+    coders: list[Any]
+    model: str
+    shape: Any
+    tok: Any
+
+    def load(self, dtype: str, mesh: tuple[int, int] | None = None) -> Any:
+        """The model; `mesh`: (data, model) devices that it is spread over."""
+        spread = {} if mesh is None else {"mesh": gs.make_mesh(*mesh)}
+        return load_model(self.model, dtype, **spread)
+
+
+def open_coders(
+    model: str, coders: Sequence[str], *, one_layer: bool = False, decoders: bool = True
+) -> Opened:
+    """Coders and tokenizer, before the model, so that mistakes show at once.
 
     A glob among `coders` stands for all packaged coders, published addresses and folders that it
-    matches. `one_layer`: those of several layers are refused. `mesh`: (data, model) devices that
-    the model is spread over. `with_model=False` leaves the model away: None. Without `decoders`
-    those of several layers stay on the disk.
+    matches. `one_layer`: those of several layers are refused. Without `decoders` those of several
+    layers stay on the disk.
     """
-    use_compilation_cache()
+    if not coders:
+        raise InputError("name at least one CODER (see `gemma-scope list`)")
+    gs.use_compilation_cache()
     with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
-        import jax
-
-        from gemma_scope_jax.coders.coder import check_fits
-        from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-        from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
-        from gemma_scope_jax.model.checkpoints.load import load_model, model_config
-        from gemma_scope_jax.model.sharding import make_mesh
-        from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
-
-        names = [name for given in coders for name in matching(given)]
-        loaded = [load_coder(name) for name in names]
+        names = [name for given in coders for name in gs.matching(given)]
+        loaded = [gs.load_coder(name) for name in names]
         for name, coder in zip(names, loaded):
-            if one_layer and isinstance(coder, MultiLayerCoder):
+            if one_layer and isinstance(coder, gs.MultiLayerCoder):
                 raise InputError(f"{name} has several layers: this takes coders of one layer")
         made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
         if not model and len(made_for) > 1:
             raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
         model = model or next(iter(made_for), DEFAULT_MODEL)
+        shape = gs.model_config(model)
         for coder in loaded:
-            check_fits(model_config(model), coder)
+            gs.check_fits(shape, coder)
         if decoders:
-            loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
-        tok = fit_tokenizer(load_tokenizer(model), model_config(model))
-    if not with_model:
-        return None, loaded, tok
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with bar(f"loading model {model} ({dtype})") as progress:
-        spread: dict[str, Any] = {} if mesh is None else {"mesh": make_mesh(*mesh)}
-        return load_model(model, dtype=dtype, progress=progress, **spread), loaded, tok
+            loaded = with_decoders(loaded)
+        tok = gs.fit_tokenizer(gs.load_tokenizer(model), shape)
+    return Opened(loaded, model, shape, tok)
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that a second run has nothing to compile."""
+def with_decoders(coders: Sequence[Any]) -> list[Any]:
+    return [gs.load_decoder(c) if isinstance(c, gs.MultiLayerCoder) else c for c in coders]
+
+
+def load_model(name: str, dtype: str, **options: Any) -> Any:
+    """A model, and how far it is; dtype auto is float32 on a CPU and bfloat16 elsewhere."""
     import jax
 
-    from gemma_scope_jax.storage.paths import private_cache
-
-    if jax.config.jax_compilation_cache_dir is None:
-        try:
-            jax.config.update("jax_compilation_cache_dir", str(private_cache("compiled")))
-        except InputError as error:
-            print(f"compiled programs are not kept: {error}", file=sys.stderr)
-            return
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    progress = gs.Progress(None, "bytes", what=f"loading model {name} ({dtype})")
+    return gs.load_model(name, dtype=dtype, progress=progress, **options)
 
 
 @contextlib.contextmanager
@@ -152,18 +161,36 @@ def stage(message: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def bar(message: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show how far something is, on stderr: a bar in a terminal, else a line."""
-    if not sys.stderr.isatty():
-        print(f"{message} ...", file=sys.stderr, flush=True)
-        yield None
-        return
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def screen() -> Any:
+    """The rich console of stdout, as wide as the terminal; in files and pipes nothing is cut."""
+    return console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    screen = console(stderr=True)
-    with Progress(*columns, console=screen, transient=True) as drawn, shown_streams():
-        task = drawn.add_task(escape(message), total=None)
-        yield lambda done, total: drawn.update(task, completed=done, total=total)
+
+def print_store(store: Any, json: bool = False) -> None:
+    """What a feature store holds, and where it is."""
+    entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
+    lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
+    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
+    if json:
+        sparsity = [{"coder": n, "layer": i, "l0": v} for (n, i), v in zip(lists, l0)]
+        facts = {"complete": store.complete, "tokens": len(store), "counted": store.counted}
+        print_json({"folder": str(store.folder), **facts, "bytes": store.bytes, "l0": sparsity})
+        return
+    for (name, layer), value in zip(lists, l0):
+        print(f"{name}  layer {layer}  L0 {value:.1f}")
+    each = store.bytes / max(len(store), 1)
+    print(
+        f"{store.counted:,} tokens with features, {len(store):,} in all, {size(store.bytes)}, "
+        f"{each:.0f} bytes a token"
+    )
+    rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
+    print(f"store: {store.folder}{rest}")
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units, three digits: 336 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} TB"

@@ -2,8 +2,8 @@
 
 Silent mistakes with coders are of few kinds: the wrong layer or site, a norm's (1 + w) gain that is
 in the activations but was not in training (or the other way round), a skip connection transposed.
-All leave shapes intact and ruin the fit, and each can be undone and measured: `check_coder` fits the
-coder to what its config says and to every such alternative, and compares.
+All leave shapes intact and ruin the fit, and each can be undone and measured: `check_coder` fits
+the coder to what its config says and to every such alternative, and compares.
 
 Source: the audits quoted in the documentation of Gemma Scope 2 coders; an affine transcoder of 27B
 explains 0.69 of its target, and 0.38 with its skip transposed.

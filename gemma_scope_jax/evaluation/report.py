@@ -1,4 +1,4 @@
-"""Core results for people: a table in the terminal, one for several coders, and plots.
+"""Core results for people: the cells of tables, of one coder or of several, and plots.
 
 All of it is made from the documents of `core.py`, so that results of other days and machines can
 stand beside each other.
@@ -6,13 +6,11 @@ stand beside each other.
 
 import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
-from gemma_scope_jax.progress import console as safe_console
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import folder_path
 
@@ -77,6 +75,17 @@ COMPARED = (
     "never fired",
     "on over 10 % of tokens",
 )
+GROUP_FORMS = {
+    "tokens": ",d",
+    "l0": ".1f",
+    "fvu": ".4f",
+    "cosine": ".4f",
+    "loss_tokens": ",d",
+    "loss": ".4f",
+    "delta_loss": "+.4f",
+    "kl": ".4f",
+    "agreement": ".4f",
+}
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
     ("model_performance_preservation", "delta_loss", "delta loss, nats", False),
@@ -94,44 +103,49 @@ def figure(result: Result, category: str, metric: str) -> float | None:
     return None if value is None or (value == UNDEFINED and not signed) else value
 
 
-def print_core(results: Sequence[Result]) -> None:
-    """The figures of one result, or of several beside each other; replacement models below, and
-    last, on stderr, what is wrong with any of them."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    wide = None if sys.stdout.isatty() else 300  # in a file or a pipe nothing need be cut
-    console = safe_console(width=wide)
-    core = [r for r in results if r["eval_type_id"] == "core"]
-    if len(core) == 1:
-        console.print(core[0]["sae_lens_id"], style="bold", markup=False, highlight=False)
-        _print_figures(console, core[0])
-        _print_groups(console, core[0])
-    elif core:
-        table = Table(title=None, box=None, pad_edge=False)
-        longest = max(len(short_name(result)) for result in core)
-        table.add_column("coder", overflow="fold", min_width=longest if wide else min(longest, 48))
-        chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
-        rows = [[_cell(result, *row[1:]) for row in chosen] for result in core]
-        for (heading, *_), cells in zip(chosen, zip(*rows)):
-            table.add_column(heading, justify="right", min_width=max(map(len, cells)))
-        for result, cells in zip(core, rows):
-            table.add_row(escape(shown(short_name(result))), *cells)
-        _print_whole(console, table)
-    for result in results:
-        if result["eval_type_id"] == "replacement":
-            members = result["eval_result_unstructured"]["coders"]
-            console.print(f"\nall {len(members)} in place at once", style="bold", highlight=False)
-            _print_figures(console, result)
-            _print_groups(console, result)
-    say_doubts(results)
+def core_rows(result: Result) -> list[tuple[str, str]]:
+    """(heading, figure as text) of all that a document has."""
+    rows = [(heading, _cell(result, *where)) for heading, *where in FIGURES]
+    return [(heading, cell) for heading, cell in rows if cell]
 
 
-def say_doubts(results: Sequence[Result]) -> None:
-    """What is wrong with coders, on stderr, a line each."""
-    for result in results:
-        for warning in result["eval_result_unstructured"].get("warnings") or ():
-            print(shown(f"warning: {short_name(result)}: {warning}"), file=sys.stderr)
+def core_comparison(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Several coders' documents side by side: headings, and a row of cells for each coder."""
+    chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
+    rows = [
+        [shown(short_name(result)), *(_cell(result, *row[1:]) for row in chosen)]
+        for result in results
+    ]
+    return ["coder", *(row[0] for row in chosen)], rows
+
+
+def core_groups(result: Result) -> list[tuple[list[str], list[list[str]]]]:
+    """A document's figures by position, source, role and layer: headings and rows of each."""
+    more = result["eval_result_unstructured"]
+    tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
+    if layers := more.get("layers"):
+        tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
+    found = []
+    for title, rows in tables.items():
+        names = [name for name in GROUP_FORMS if any(row.get(name) is not None for row in rows)]
+        cells = [
+            [
+                _brief(shown(str(row["name"]))),
+                *("" if row.get(n) is None else format(row[n], GROUP_FORMS[n]) for n in names),
+            ]
+            for row in rows
+        ]
+        found.append(([title, *(name.replace("_", " ") for name in names)], cells))
+    return found
+
+
+def core_doubts(results: Sequence[Result]) -> list[str]:
+    """What is wrong with coders, a line each."""
+    return [
+        shown(f"{short_name(result)}: {warning}")
+        for result in results
+        for warning in result["eval_result_unstructured"].get("warnings") or ()
+    ]
 
 
 def short_name(result: Result) -> str:
@@ -142,52 +156,6 @@ def short_name(result: Result) -> str:
 def _cell(result: Result, category: str, metric: str, form: str) -> str:
     value = figure(result, category, metric)
     return "" if value is None else format(int(value) if form == ",d" else value, form)
-
-
-def _print_figures(console: Any, result: Result) -> None:
-    for heading, *where in FIGURES:
-        if cell := _cell(result, *where):
-            console.print(f"  {heading:30s} {cell:>14s}", highlight=False, markup=False)
-
-
-def _print_groups(console: Any, result: Result) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    more = result["eval_result_unstructured"]
-    tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
-    if layers := more.get("layers"):
-        tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
-    forms = {
-        "tokens": ",d",
-        "l0": ".1f",
-        "fvu": ".4f",
-        "cosine": ".4f",
-        "loss_tokens": ",d",
-        "loss": ".4f",
-        "delta_loss": "+.4f",
-        "kl": ".4f",
-        "agreement": ".4f",
-    }
-    for title, rows in tables.items():
-        names = [name for name in forms if any(row.get(name) is not None for row in rows)]
-        table = Table(box=None, pad_edge=False)
-        table.add_column(title, no_wrap=True)
-        for name in names:
-            table.add_column(name.replace("_", " "), justify="right", min_width=7)
-        for row in rows:
-            cells = ["" if row.get(n) is None else format(row[n], forms[n]) for n in names]
-            table.add_row(escape(_brief(shown(str(row["name"])))), *cells)
-        console.print()
-        _print_whole(console, table)
-
-
-def _print_whole(console: Any, table: Any) -> None:
-    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead."""
-    from rich.measure import Measurement
-
-    least = Measurement.get(console, console.options, table).minimum
-    console.print(table, width=max(console.width, least), no_wrap=False, crop=False)
 
 
 # -------------------------------------------------------------------------------------------------

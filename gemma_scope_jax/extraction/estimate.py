@@ -16,7 +16,7 @@ from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import existing_parent, folder_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +66,12 @@ def plan_extraction(
         batch=(job.rows, job.length),
         bytes_per_token=size,
         bytes=int(size * ahead),
-        bytes_free=None if is_remote(path) else shutil.disk_usage(_existing(path)).free,
+        bytes_free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
         memory=memory,
         memory_limit=limit,
         tokens_per_second=rate,
         seconds=None if rate is None else ahead / rate,
     )
-
-
-def _existing(path: Any) -> Any:
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:

@@ -31,14 +31,14 @@ from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import check_writable, folder_path
 
 LOG = logging.getLogger(__name__)
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
@@ -122,6 +122,42 @@ def extract(
     return FeatureStore(path)
 
 
+def check_extraction(
+    config: GemmaConfig,
+    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    folder: str | os.PathLike | None = None,
+    *,
+    tokens: int | None = None,
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int | None = 0,
+    values: str = "float16",
+    slots: int | None = None,
+    precision: str = "highest",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Raise `InputError` for what `extract` would refuse and can be known before a model, of which
+    `config` is the architecture, is loaded."""
+    for name, coder in manifests.named(coders).items():
+        try:
+            check_fits(config, coder)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    if values not in VALUES:
+        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
+    if precision not in on_device.PRECISIONS:
+        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
+    if not 0 <= share[0] < share[1]:
+        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
+    if not 2 <= length <= config.context:
+        raise InputError(f"length {length}: {config.name} takes 2 to {config.context}")
+    for name, value in {"rows": rows, "slots": slots, "tokens": tokens}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    if folder is not None:
+        check_writable(folder)
+
+
 def job_of(
     model: Model,
     named: Mapping[str, Coder],
@@ -138,26 +174,14 @@ def job_of(
     share: tuple[int, int] = (0, 1),
 ) -> manifests.ExtractionJob:
     """The settings of an extraction, checked."""
-    index, count = share
-    for name, coder in named.items():
-        try:
-            check_fits(model.config, coder)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-    if values not in VALUES:
-        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
-    if precision not in on_device.PRECISIONS:
-        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
-    if not 0 <= index < count:
-        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
-    if not 2 <= length <= model.config.context:
-        raise InputError(f"length {length}: {model.config.name} takes 2 to {model.config.context}")
+    check_extraction(
+        model.config, named, rows=rows, length=length, values=values, slots=slots,
+        precision=precision, share=share,
+    )  # fmt: skip
     rows = _rows_for(model, length) if rows is None else rows
     hosts.check(model, rows)
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
-    if rows < 1 or slots < 1:
-        raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.ExtractionJob(
         text=open_text(source, fit_tokenizer(tok, model.config), seed),
         rows=rows, length=length, values=values,

@@ -76,6 +76,13 @@ def check_share(processes: int | None, process: int | None) -> None:
         raise InputError(f"process {process}: of {processes} processes the last is {processes - 1}")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all of a JAX program."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def abandon(code: int, why: str = "") -> None:
     """End now, telling the other processes why; nothing happens in a process by itself."""
     if _here is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_scope_jax.training.train import load_config
+from gemma_scope_jax.training.config_file import load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.autointerp.explanations import FIGURES, Explanation
+from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.release.config import instruction_tuned
@@ -178,7 +178,7 @@ def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
-    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in FIGURES.items())
+    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in SCORE_FIGURES.items())
     score = next((s for s in figures if isinstance(s, int | float)), None)
     return {
         "id": row_id("explanations", place, f),

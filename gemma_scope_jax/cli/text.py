@@ -1,0 +1,19 @@
+"""Text on the command line: the fields of `gs.TextData`, its files called --text."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+import gemma_scope_jax as gs
+
+Files = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="text", metavar="GLOB...", help_behavior_hint="")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(gs.TextData):
+    """What is read, and what of it counts."""
+
+    files: Files = ()
