@@ -6,9 +6,10 @@ from typing import Annotated
 import tyro
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.cli import shared
 
 Files = Annotated[
-    tuple[str, ...], tyro.conf.arg(name="text", metavar="GLOB...", help_behavior_hint="")
+    tuple[shared.Place, ...], tyro.conf.arg(name="text", metavar="GLOB...", help_behavior_hint="")
 ]
 
 
