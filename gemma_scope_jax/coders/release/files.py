@@ -54,7 +54,7 @@ from gemma_scope_jax.storage.safetensors_files import (
     write_safetensors,
 )
 
-PACKAGED = Path(__file__).parent.parent / "packaged"
+PACKAGED = Path(__file__).parent.parent.parent / "packaged"
 
 
 def load_coder(
