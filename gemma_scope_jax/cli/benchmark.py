@@ -26,7 +26,7 @@ def command(
     scr: Tables = (),
     limit: int | None = None,
     out: shared.Folder = "out/benchmark",
-    model: shared.NameOrPlace = "",
+    model: shared.Model = "",
     dtype: shared.Dtype = "auto",
 ) -> None:
     """Benchmark coders side by side: sparse probing, feature absorption, TPP, SCR.
@@ -36,7 +36,6 @@ def command(
     been measured is not measured again.
 
     Args:
-        coders: The coders: addresses of the release, folders, packaged coders, or globs of them.
         probing: Probe tables with a column "target": how well k features tell its classes apart.
         without: Leave out the tables of these names, or globs of names, from probing.
         protocol: How to probe: sae-probes (last token, tuned penalty, AUC) or saebench (mean,
@@ -49,16 +48,14 @@ def command(
         limit: Take at most this many examples of a table.
         out: The folder for the results: comparison.md, and SAEBench's JSON for each coder and
             benchmark.
-        model: The model: a name, a folder or a file. The default is the coders' model.
-        dtype: The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     if not (probing or absorption or tpp or scr):
         raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
     tables = gs.benchmark_tables(probing=probing, without=without, tpp=tpp, scr=scr, limit=limit)
     gs.check_writable(out)
-    opened = shared.open_coders(model, coders, one_layer=True)
+    opened = shared.open_coders(coders, model, one_layer=True)
     result = gs.benchmark(
-        opened.load(dtype),
+        shared.load_model(opened.model, dtype),
         opened.coders,
         opened.tok,
         out,

@@ -23,7 +23,7 @@ def command(
     tokens: int = 1_000_000,
     length: int = 1024,
     store: shared.Folder = "",
-    model: shared.NameOrPlace = "",
+    model: shared.Model = "",
     dtype: shared.Dtype = "auto",
     compare: Compare = (),
     export: tuple[Export, ...] = (),
@@ -38,14 +38,12 @@ def command(
     after an interruption. FOLDER/index.html lists the coders.
 
     Args:
-        coders: The coders: addresses of the release, folders, packaged coders, or globs of them.
         out: The folder for the store, the cards, the sites and the exports.
         data: The text.
         tokens: Read about so many tokens of the text, <bos> included, in whole documents.
         length: The tokens of a row.
         store: Show features from this folder, which `gemma-scope extract` has filled, instead of
             reading text.
-        model: The model: a name, a folder or a file. The default is the coders' model.
         dtype: The dtype of the model; auto is the store's or, with text, float32 on a CPU and
             bfloat16 elsewhere.
         compare: Search the decoders of these coders for the same features.
@@ -64,16 +62,16 @@ def command(
     filled = _opened(store) if store else None
     if filled is not None and dtype == "auto":
         dtype = gs.store_dtype(filled)
-    opened = shared.open_coders(model, coders)
+    opened = shared.open_coders(coders, model)
     others = [gs.load_coder(name) for given in compare for name in gs.matching(given)]
     sites = gs.plan_card_sites(
         opened.coders,
         out,
-        compare=shared.with_decoders(others),
+        compare=gs.with_decoders(others),
         explanations=explanations,
         published=not (has_text or store),
     )
-    weights = opened.load(dtype) if has_text or store else None
+    weights = shared.load_model(opened.model, dtype) if has_text or store else None
 
     def extracted() -> gs.FeatureStore:
         folder = Path(out, "store")

@@ -9,9 +9,9 @@ from gemma_scope_jax.cli import shared
 def command(
     coder: shared.Coder,
     *,
-    model: shared.NameOrPlace = "",
+    model: shared.Model = "",
     text: shared.File = None,
-    json: bool = False,
+    json: shared.Json = False,
     dtype: shared.Dtype = "auto",
 ) -> int:
     """Check that a coder does what it says; exit with 1 and say why if something looks wrong.
@@ -20,17 +20,13 @@ def command(
     neighbouring layers and other sites, without the (1 + w) gain, with the skip transposed.
 
     Args:
-        coder: The coder: an address of the release, a folder, or a packaged coder.
-        model: The model: a name, a folder or a file. The default is the coder's model.
         text: Measure on this text file, whose documents are separated by a line holding a form
             feed. The default is a bundled sample of 2,600 tokens.
-        json: Print JSON.
-        dtype: The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     documents = gs.sample_documents() if text is None else gs.read_documents([str(text)])
-    opened = shared.open_coders(model, [coder])
+    opened = shared.open_coders([coder], model)
     (loaded,) = opened.coders
-    weights = opened.load(dtype)
+    weights = shared.load_model(opened.model, dtype)
     batches = gs.text_batches(opened.tok, documents, length=min(256, opened.shape.context))
     with shared.stage("compiling and running"):
         report = gs.check_coder(weights, loaded, batches)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gemma_scope_jax as gs
@@ -14,7 +13,7 @@ from gemma_scope_jax.errors import InputError
 def command(
     coders: shared.Coders,
     *,
-    model: shared.NameOrPlace = "",
+    model: shared.Model = "",
     data: TextOptions = TextOptions(roles=("system", "user", "model")),
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
@@ -24,7 +23,7 @@ def command(
     replacement: bool = False,
     skip_geometry: bool = False,
     out: shared.Folder = "",
-    json: bool = False,
+    json: shared.Json = False,
     dtype: shared.Dtype = "auto",
 ) -> None:
     """Measure how sparse and faithful coders are, and what they cost the model.
@@ -35,8 +34,6 @@ def command(
     compared.
 
     Args:
-        coders: The coders: addresses of the release, folders, packaged coders, or globs of them.
-        model: The model: a name, a folder or a file. The default is the coders' model.
         data: The text. The default is a bundled sample of 2,600 tokens; roles of chats are
             compared.
         tokens: Read about so many tokens, <bos> included, in whole batches, to measure how the
@@ -52,7 +49,6 @@ def command(
             local or gs://. The same command goes on where it was killed, and computes nothing
             twice.
         json: Print the documents as a JSON list, without their records of single features.
-        dtype: The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     if tokens < 1 or loss_tokens < 0:
         raise InputError(f"--tokens {tokens} or --loss-tokens {loss_tokens}: too few")
@@ -61,13 +57,13 @@ def command(
     if out:
         gs.check_writable(out)
     source, dataset = _text(data)
-    opened = shared.open_coders(model, coders)
+    opened = shared.open_coders(coders, model)
     if length > opened.shape.context:
         context = opened.shape.context
         raise InputError(f"--length {length} is more than the model's context of {context}")
     text = gs.EvaluationText(source, opened.tok, tokens=tokens, rows=rows, length=length, seed=seed)
     results = gs.evaluate_coders(
-        opened.load(dtype),
+        shared.load_model(opened.model, dtype),
         opened.coders,
         text,
         loss_tokens=loss_tokens,
@@ -79,7 +75,8 @@ def command(
     if json:
         shared.print_json([{**r, "eval_result_details": []} for r in results])
     else:
-        print_core(results)
+        for part in gs.core_tables(results, shared.screen().width):
+            shared.print_whole(part)
     for doubt in gs.core_doubts(results):
         print(f"warning: {doubt}", file=sys.stderr)
 
@@ -97,47 +94,3 @@ def _text(data: gs.TextData) -> tuple[Any, str]:
         file=sys.stderr,
     )
     return gs.sample_documents(), "the bundled sample"
-
-
-def print_core(results: Sequence[Mapping[str, Any]]) -> None:
-    """The figures of one result, or of several beside each other; replacement models below."""
-    wide = shared.screen()
-    core = [r for r in results if r["eval_type_id"] == "core"]
-    if len(core) == 1:
-        wide.print(core[0]["sae_lens_id"], style="bold", markup=False, highlight=False)
-        _print_figures(wide, core[0])
-    elif core:
-        headings, rows = gs.core_comparison(core)
-        longest = max(len(name) for name, *_ in rows)
-        least = longest if wide.width >= 300 else min(longest, 48)
-        _print_table(wide, headings, rows, overflow="fold", min_width=least)
-    for result in results:
-        if result["eval_type_id"] == "replacement":
-            members = result["eval_result_unstructured"]["coders"]
-            wide.print(f"\nall {len(members)} in place at once", style="bold", highlight=False)
-            _print_figures(wide, result)
-
-
-def _print_figures(wide: Any, result: Mapping[str, Any]) -> None:
-    for heading, cell in gs.core_rows(result):
-        wide.print(f"  {heading:30s} {cell:>14s}", highlight=False, markup=False)
-    for headings, rows in gs.core_groups(result):
-        wide.print()
-        _print_table(wide, headings, rows, no_wrap=True)
-
-
-def _print_table(wide: Any, headings: list[str], rows: list[list[str]], **first: Any) -> None:
-    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead."""
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(headings[0], **first)
-    for n, heading in enumerate(headings[1:], 1):
-        least = max([7 if "no_wrap" in first else 0, *(len(row[n]) for row in rows)])
-        table.add_column(heading, justify="right", min_width=least)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    least = Measurement.get(wide, wide.options, table).minimum
-    wide.print(table, width=max(wide.width, least), no_wrap=False, crop=False)

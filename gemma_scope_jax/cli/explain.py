@@ -85,7 +85,6 @@ def command(
     the cards show; the same command goes on where one was killed, and asks nothing twice.
 
     Args:
-        coder: The coder: an address of the release, a folder, or a packaged coder.
         store: Its feature store, from `gemma-scope extract`.
         features: Explain these features: 1,5,10-20. The default with statistics is all that fire.
         sample: Explain this many features at random, of those that fire often enough.

@@ -14,16 +14,14 @@ def command(
     out: Annotated[shared.LocalPlace, tyro.conf.arg(metavar="FOLDER")],
     format: Literal["parquet", "delphi"] = "parquet",
     splits: int | None = None,
-    json: bool = False,
+    json: shared.Json = False,
 ) -> None:
     """Write a feature store as Parquet tables or as delphi's cache of latents.
 
     Args:
-        store: The folder that `extract` filled.
         out: A new folder for the files.
         format: The format; parquet needs extra `parquet`, and delphi reads safetensors.
         splits: Split delphi's features into this many files.
-        json: Print JSON.
     """
     found = gs.FeatureStore(store)
     folder = gs.export_store(found, out, format, splits=splits)

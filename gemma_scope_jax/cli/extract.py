@@ -8,7 +8,6 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.cli.text import TextOptions
-from gemma_scope_jax.errors import InputError
 
 
 def command(
@@ -17,7 +16,7 @@ def command(
     out: shared.Folder,
     data: TextOptions = TextOptions(),
     tokens: int | None = None,
-    model: shared.NameOrPlace = "",
+    model: shared.Model = "",
     dtype: shared.Dtype = "auto",
     rows: int | None = None,
     length: int = 1024,
@@ -27,9 +26,9 @@ def command(
     slots: int | None = None,
     precision: Literal["highest", "high", "default"] = "highest",
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
-    hosts: shared.Processes = shared.Processes(),
+    hosts: gs.Processes = gs.Processes(),
     plan: bool = False,
-    json: bool = False,
+    json: shared.Json = False,
 ) -> None:
     """Store the features that fire on a text: every coder, every token, in one model pass.
 
@@ -38,12 +37,9 @@ def command(
     --process I`, and a `--coordinator` if one mesh is to span them.
 
     Args:
-        coders: The coders: addresses of the release, folders, packaged coders, or globs of them.
         out: The folder of the store, local or gs://.
         data: The text.
         tokens: Read about so many tokens, <bos> included, in whole documents. The default is all.
-        model: The model: a name, a folder or a file. The default is the coders' model.
-        dtype: The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere.
         rows: The rows of a batch. The default is 2,048 tokens on a CPU, 32,768 elsewhere.
         length: The tokens of a row.
         seed: The random seed of the documents' order.
@@ -55,20 +51,10 @@ def command(
         mesh: Spread the rows and the features over this many devices. The default is one device.
         hosts: Several processes or hosts.
         plan: Only say what it would take: tokens, bytes, memory, time.
-        json: Print JSON.
     """
-    gs.check_share(hosts.processes, hosts.process)
-    share = (0, 1)
-    if hosts.coordinator or hosts.processes is None:
-        hosts.join()
-    elif hosts.processes > 1:
-        if hosts.process is None:
-            raise InputError(
-                f"of {hosts.processes} processes, which is this? give --process, from 0"
-            )
-        share = (hosts.process, hosts.processes)
+    share = hosts.share()
     gs.text_files(data.files)
-    opened = shared.open_coders(model, coders, decoders=False)
+    opened = shared.open_coders(coders, model, decoders=False)
     settings: dict[str, Any] = dict(
         tokens=tokens,
         rows=rows,
@@ -80,7 +66,7 @@ def command(
         share=share,
     )
     gs.check_extraction(opened.shape, opened.coders, out, **settings)
-    given = (opened.load(dtype, mesh), opened.coders, opened.tok, data, out)
+    given = (shared.load_model(opened.model, dtype, mesh), opened.coders, opened.tok, data, out)
     if not plan:
         shared.print_store(gs.extract(*given, **settings), json)
         return

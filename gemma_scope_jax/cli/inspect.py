@@ -17,7 +17,7 @@ def command(
     coder: shared.NameOrPlace = shared.PACKAGED_CODER,
     file: shared.File = None,
     top_k: int = 5,
-    json: bool = False,
+    json: shared.Json = False,
     html: shared.File = None,
     explanations: shared.BucketFile = "",
     dtype: shared.Dtype = "auto",
@@ -30,25 +30,21 @@ def command(
         text: The text to look at; "-" reads standard input.
         model: The model: a name, a Hugging Face folder, a .gguf file or an official checkpoint. The
             default is the coder's model.
-        coder: The coder: an address of the release (see `gemma-scope list`), a folder, or a
-            packaged coder.
         file: Read the text from this file.
         top_k: List this many features for each token.
-        json: Print JSON.
         html: Also write one self-contained web page to this file.
         explanations: Show these explanations of the features, from `gemma-scope explain`. The
             default is explanations.json beside the coder, if it is there.
-        dtype: The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     text = shared.given_text(text, file)
     if html is not None:
         gs.check_writable(html)
-    opened = shared.open_coders(model, [coder], one_layer=True)
+    opened = shared.open_coders([coder], model, one_layer=True)
     (loaded,) = opened.coders
     gs.check_text(opened.shape, loaded, opened.tok, text, top_k=top_k)
     labels = gs.read_labels(loaded.info.folder, loaded.width)
     known = gs.read_explanations(explanations or gs.explained_folder(loaded.info), loaded.width)
-    weights = opened.load(dtype)
+    weights = shared.load_model(opened.model, dtype)
     with shared.stage("compiling and running (what was compiled before is taken from the cache)"):
         seen = gs.inspect_text(
             weights, loaded, opened.tok, text, top_k=top_k, labels=labels, explanations=known

@@ -22,7 +22,7 @@ def command(
     width: shared.Name = "",
     l0: shared.Name = "",
     affine: bool | None = None,
-    json: bool = False,
+    json: shared.Json = False,
     limit: int | None = None,
 ) -> None:
     """List the published coders, offline.
@@ -36,7 +36,6 @@ def command(
         width: List coders of this width: 16k, 65k, 262k, 524k or 1m.
         l0: List coders of this target L0: small, medium or big.
         affine: List coders with, or without, a skip connection.
-        json: Print JSON.
         limit: List at most this many.
     """
     if limit is not None and limit < 1:
@@ -58,7 +57,7 @@ def command(
         )
         print("  ".join(cells).rstrip())
     plural = "s" if len(found) > 1 else ""
-    total = f"{len(found)} coder{plural}, {_size(sum(a.bytes for a in found))}"
+    total = f"{len(found)} coder{plural}, {shared.size(sum(a.bytes for a in found), '.1f')}"
     print(total + (f"; the first {len(shown)} shown" if len(shown) < len(found) else ""))
 
 
@@ -66,14 +65,4 @@ def _row(a: Any) -> tuple[str, ...]:
     layers = "all" if a.kind == "clt" else ",".join(map(str, a.layers))
     sites = a.reads if a.reads == a.writes else f"{a.reads} -> {a.writes}"
     l0 = "?" if a.l0 is None else str(a.l0)
-    return (str(a), a.kind, layers, sites, f"{a.width_exact:,}", l0, _size(a.bytes))
-
-
-def _size(count: int) -> str:
-    """Bytes in decimal units, as disks and the hub count: 335.7 MB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.1f} {unit}"
+    return (str(a), a.kind, layers, sites, f"{a.width_exact:,}", l0, shared.size(a.bytes, ".1f"))

@@ -1,7 +1,6 @@
 """What subcommands share: types of arguments, input, opening coders and models, output."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -18,9 +17,7 @@ from gemma_scope_jax.progress import console, shown_streams
 
 _UNPRINTED = re.compile(r"[^ -~]")
 PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
-DEFAULT_MODEL = "gemma-3-270m"
 PIPE_WIDTH = 300  # in a file or a pipe nothing need be cut
-Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def _of_place(kind: type) -> Any:
@@ -35,37 +32,43 @@ def _of_place(kind: type) -> Any:
     )
 
 
+def _arg(metavar: str | None = None, help: str | None = None, **more: Any) -> Any:
+    return tyro.conf.arg(metavar=metavar, help=help, **more)
+
+
 Place = Annotated[str, _of_place(str)]
 LocalPlace = Annotated[Path, _of_place(Path)]
-Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
-NameOrPlace = Annotated[Place, tyro.conf.arg(metavar="NAME")]  # of a model or a coder
-Coder = Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="CODER")]
+Name = Annotated[str, _arg("NAME")]
+NameOrPlace = Annotated[Place, _arg("NAME")]  # of a model or a coder
+Folder = Annotated[Place, _arg("FOLDER")]
+BucketFile = Annotated[Place, _arg("FILE")]  # local or gs://
+File = Annotated[LocalPlace | None, _arg("FILE", help_behavior_hint="")]
+# options of several commands, with their help
+Coder = Annotated[
+    Place,
+    tyro.conf.Positional,
+    _arg("CODER", "The coder: an address of the release, a folder, or a packaged coder."),
+]
 Coders = Annotated[
     tuple[Place, ...],
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="CODER...", help_behavior_hint=""),
+    _arg(
+        "CODER...",
+        "The coders: addresses of the release, folders, packaged coders, or globs of them.",
+        help_behavior_hint="",
+    ),
 ]
-Store = Annotated[Place, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-Folder = Annotated[Place, tyro.conf.arg(metavar="FOLDER")]
-BucketFile = Annotated[Place, tyro.conf.arg(metavar="FILE")]  # local or gs://
-File = Annotated[LocalPlace | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Several processes or hosts that run one command together."""
-
-    coordinator: Name = ""
-    """The address and port of the first of several processes that are one JAX program."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """The number of this one, from 0."""
-    wait: float = 60.0
-    """Seconds that processes with a coordinator wait for one another."""
-
-    def join(self) -> None:
-        gs.join_processes(self.coordinator, self.processes, self.process, self.wait)
+Store = Annotated[
+    Place, tyro.conf.Positional, _arg("STORE", "The folder that `gemma-scope extract` filled.")
+]
+Model = Annotated[
+    Place, _arg("NAME", "The model: a name, a folder or a file. The default is the coders' model.")
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    _arg(help="The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere."),
+]
+Json = Annotated[bool, _arg(help="Print JSON.")]
 
 
 def given_text(text: str, file: Path | None) -> str:
@@ -87,64 +90,22 @@ def print_json(value: Any) -> None:
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """Coders and what is known without a model's weights: its name, architecture and tokenizer."""
-
-    coders: list[Any]
-    model: str
-    shape: Any
-    tok: Any
-
-    def load(self, dtype: str, mesh: tuple[int, int] | None = None) -> Any:
-        """The model; `mesh`: (data, model) devices that it is spread over."""
-        spread = {} if mesh is None else {"mesh": gs.make_mesh(*mesh)}
-        return load_model(self.model, dtype, **spread)
-
-
-def open_coders(
-    model: str, coders: Sequence[str], *, one_layer: bool = False, decoders: bool = True
-) -> Opened:
-    """Coders and tokenizer, before the model, so that mistakes show at once.
-
-    A glob among `coders` stands for all packaged coders, published addresses and folders that it
-    matches. `one_layer`: those of several layers are refused. Without `decoders` those of several
-    layers stay on the disk.
-    """
-    if not coders:
-        raise InputError("name at least one CODER (see `gemma-scope list`)")
+def open_coders(names: Sequence[str], model: str = "", **options: Any) -> Any:
+    """`gs.open_coders`, said on stderr."""
     gs.use_compilation_cache()
-    with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
-        names = [name for given in coders for name in gs.matching(given)]
-        loaded = [gs.load_coder(name) for name in names]
-        for name, coder in zip(names, loaded):
-            if one_layer and isinstance(coder, gs.MultiLayerCoder):
-                raise InputError(f"{name} has several layers: this takes coders of one layer")
-        made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
-        if not model and len(made_for) > 1:
-            raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
-        model = model or next(iter(made_for), DEFAULT_MODEL)
-        shape = gs.model_config(model)
-        for coder in loaded:
-            gs.check_fits(shape, coder)
-        if decoders:
-            loaded = with_decoders(loaded)
-        tok = gs.fit_tokenizer(gs.load_tokenizer(model), shape)
-    return Opened(loaded, model, shape, tok)
+    with stage(f"loading coder{'s' * (len(names) > 1)} {' '.join(names)}"):
+        return gs.open_coders(names, model, **options)
 
 
-def with_decoders(coders: Sequence[Any]) -> list[Any]:
-    return [gs.load_decoder(c) if isinstance(c, gs.MultiLayerCoder) else c for c in coders]
-
-
-def load_model(name: str, dtype: str, **options: Any) -> Any:
-    """A model, and how far it is; dtype auto is float32 on a CPU and bfloat16 elsewhere."""
+def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> Any:
+    """A model, and how far it is; `mesh`: (data, model) devices that it is spread over."""
     import jax
 
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     progress = gs.Progress(None, "bytes", what=f"loading model {name} ({dtype})")
-    return gs.load_model(name, dtype=dtype, progress=progress, **options)
+    spread = {} if mesh is None else {"mesh": gs.make_mesh(*mesh)}
+    return gs.load_model(name, dtype=dtype, progress=progress, **spread)
 
 
 @contextlib.contextmanager
@@ -164,6 +125,15 @@ def stage(message: str) -> Iterator[None]:
 def screen() -> Any:
     """The rich console of stdout, as wide as the terminal; in files and pipes nothing is cut."""
     return console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def print_whole(part: Any) -> None:
+    """Print a table with no number cut: in a narrow terminal its lines are too long instead."""
+    from rich.measure import Measurement
+
+    wide = screen()
+    least = Measurement.get(wide, wide.options, part).minimum
+    wide.print(part, width=max(wide.width, least), no_wrap=False, crop=False)
 
 
 def print_store(store: Any, json: bool = False) -> None:
@@ -187,10 +157,8 @@ def print_store(store: Any, json: bool = False) -> None:
     print(f"store: {store.folder}{rest}")
 
 
-def size(n: float) -> str:
-    """Bytes in decimal units, three digits: 336 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB"
+def size(n: float, form: str = ".3g") -> str:
+    """Bytes in decimal units, as disks and the hub count: 336 MB."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = next(p for p in range(5) if n < 1000 ** (p + 1) or p == 4)
+    return f"{n / 1000**power:{form}} {units[power]}"

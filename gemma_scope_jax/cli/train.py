@@ -19,7 +19,7 @@ def command(
     out: shared.Folder = "",
     plan: bool = False,
     fields: bool = False,
-    hosts: shared.Processes = shared.Processes(),
+    hosts: gs.Processes = gs.Processes(),
     overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
 ) -> None:
     """Train coders as a configs/*.py file says; the same command continues an interrupted run.

@@ -6,7 +6,7 @@ stand beside each other.
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.errors import shown
@@ -86,6 +86,7 @@ GROUP_FORMS = {
     "kl": ".4f",
     "agreement": ".4f",
 }
+WIDE = 300  # characters of a line from which nothing need be folded
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
     ("model_performance_preservation", "delta_loss", "delta loss, nats", False),
@@ -103,40 +104,67 @@ def figure(result: Result, category: str, metric: str) -> float | None:
     return None if value is None or (value == UNDEFINED and not signed) else value
 
 
-def core_rows(result: Result) -> list[tuple[str, str]]:
-    """(heading, figure as text) of all that a document has."""
-    rows = [(heading, _cell(result, *where)) for heading, *where in FIGURES]
-    return [(heading, cell) for heading, cell in rows if cell]
+def core_tables(results: Sequence[Result], width: int) -> list[Any]:
+    """The figures of one coder's document, or of several side by side, and those of replacement
+    models below, for rich to print on lines of `width` characters."""
+    from rich.text import Text
+
+    core = [r for r in results if r["eval_type_id"] == "core"]
+    parts: list[Any] = []
+    if len(core) == 1:
+        parts += [Text(shown(short_name(core[0])), "bold"), *_figures(core[0])]
+    elif core:
+        chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
+        rows = [
+            [shown(short_name(result)), *(_cell(result, *row[1:]) for row in chosen)]
+            for result in core
+        ]
+        longest = max(len(name) for name, *_ in rows)
+        least = longest if width >= WIDE else min(longest, 48)
+        headings = ["coder", *(row[0] for row in chosen)]
+        parts.append(_table(headings, rows, 0, overflow="fold", min_width=least))
+    for result in results:
+        if result["eval_type_id"] == "replacement":
+            members = result["eval_result_unstructured"]["coders"]
+            parts += [Text(f"\nall {len(members)} in place at once", "bold"), *_figures(result)]
+    return parts
 
 
-def core_comparison(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Several coders' documents side by side: headings, and a row of cells for each coder."""
-    chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
-    rows = [
-        [shown(short_name(result)), *(_cell(result, *row[1:]) for row in chosen)]
-        for result in results
-    ]
-    return ["coder", *(row[0] for row in chosen)], rows
+def _figures(result: Result) -> Iterator[Any]:
+    """All that a document has, then its figures by position, source, role and layer."""
+    from rich.text import Text
 
-
-def core_groups(result: Result) -> list[tuple[list[str], list[list[str]]]]:
-    """A document's figures by position, source, role and layer: headings and rows of each."""
+    for heading, *where in FIGURES:
+        if cell := _cell(result, *where):
+            yield Text(f"  {heading:30s} {cell:>14s}")
     more = result["eval_result_unstructured"]
     tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
     if layers := more.get("layers"):
         tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
-    found = []
     for title, rows in tables.items():
         names = [name for name in GROUP_FORMS if any(row.get(name) is not None for row in rows)]
-        cells = [
-            [
-                _brief(shown(str(row["name"]))),
-                *("" if row.get(n) is None else format(row[n], GROUP_FORMS[n]) for n in names),
-            ]
-            for row in rows
-        ]
-        found.append(([title, *(name.replace("_", " ") for name in names)], cells))
-    return found
+        form = lambda row, n: "" if row.get(n) is None else format(row[n], GROUP_FORMS[n])
+        cells = [[_brief(shown(str(r["name"]))), *(form(r, n) for n in names)] for r in rows]
+        yield Text("")
+        yield _table([title, *(n.replace("_", " ") for n in names)], cells, 7, no_wrap=True)
+
+
+def _table(headings: list[str], rows: list[list[str]], least: int, **first: Any) -> Any:
+    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead.
+
+    least: characters of a column of numbers; first: options of the first column.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(headings[0], **first)
+    for n, heading in enumerate(headings[1:], 1):
+        wide = max([least, *(len(row[n]) for row in rows)])
+        table.add_column(heading, justify="right", min_width=wide)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def core_doubts(results: Sequence[Result]) -> list[str]:

@@ -9,6 +9,7 @@ connection by which it came.
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -23,6 +24,38 @@ LOG = logging.getLogger(__name__)
 WAIT = 60  # seconds
 _HELLO, _TUNNEL = "gemma_scope_jax", b"gemma_scope_jax tunnel\n"
 _here: "_Process | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes or hosts that do one job together; TPU pods and SLURM are recognised."""
+
+    coordinator: str = ""
+    """The address and port of the first of several processes that are one JAX program."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    wait: float = 60.0
+    """Seconds that processes with a coordinator wait for one another."""
+
+    def join(self) -> None:
+        """Become one JAX program with the others; see `join_processes`."""
+        join_processes(self.coordinator, self.processes, self.process, self.wait)
+
+    def share(self) -> tuple[int, int]:
+        """(i, n): which part of the work is this process's, where each is a program of its own;
+        (0, 1) where they are joined to one. Raises `InputError`."""
+        check_share(self.processes, self.process)
+        if self.coordinator or self.processes is None:
+            self.join()
+        elif self.processes > 1:
+            if self.process is None:
+                raise InputError(
+                    f"of {self.processes} processes, which is this? give --process, from 0"
+                )
+            return self.process, self.processes
+        return 0, 1
 
 
 def join_processes(

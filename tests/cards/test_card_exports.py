@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_scope_jax import cli
 from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
@@ -24,7 +23,6 @@ from gemma_scope_jax.cards.export.anthropic import cantor
 from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
 from gemma_scope_jax.cards.published import PER_FEATURE
 from gemma_scope_jax.cards.site import shard_of
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
@@ -32,6 +30,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from letters import Letters
 from tiny import tiny_model
+from tiny_command import command, give_tiny
 
 F, LAYER = 48, 1
 HOSTILE = '</script><script>alert("x")</script><!--&amp;\u2028 plums and pears'
@@ -68,21 +67,6 @@ def model():
 def tiny(monkeypatch, model):
     """The name "tiny" is a tiny model with a tokenizer of letters; no cache is written."""
     give_tiny(monkeypatch, model)
-
-
-def give_tiny(monkeypatch, model):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
-    real = load.model_config
-    monkeypatch.setattr(load, "model_config", lambda n: model.config if n == "tiny" else real(n))
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
-
-
-def command(*argv):
-    return cli.main([str(a) for a in argv])
 
 
 @pytest.fixture(scope="module")

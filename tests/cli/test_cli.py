@@ -20,8 +20,8 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.model.config import PRESETS
-from letters import Letters
 from tiny import tiny_model
+from tiny_command import command, give_tiny
 
 TEXT = "plums & <b>"
 
@@ -55,16 +55,7 @@ def model():
 @pytest.fixture
 def tiny(monkeypatch, model):
     """The name "tiny" is a tiny model with a tokenizer of letters; no cache is written."""
-    real = gs.model_config
-    config = lambda name: model.config if name == "tiny" else real(name)
-    monkeypatch.setattr(gs, "model_config", config)
-    monkeypatch.setattr(gs, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(gs, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(gs, "use_compilation_cache", lambda: None)
-
-
-def command(*argv):
-    return cli.main([str(a) for a in argv])
+    give_tiny(monkeypatch, model)
 
 
 def test_inspect_prints_the_same_for_text_file_and_stdin(

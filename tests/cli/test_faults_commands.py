@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from test_card_exports import command, give_tiny, random_coder
+from test_card_exports import random_coder
 
 from faults import Faults
 from gemma_scope_jax.autointerp.answers import AnswerFile
@@ -20,6 +20,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import checkpoints
 from letters import Letters
 from tiny import tiny_model
+from tiny_command import command, give_tiny
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again"
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax import cli
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
@@ -23,7 +22,7 @@ from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
-from gemma_scope_jax.evaluation.report import frontier, print_core
+from gemma_scope_jax.evaluation.report import core_doubts, core_tables, frontier
 from gemma_scope_jax.evaluation.results import (
     ENVELOPE,
     coder_id,
@@ -37,6 +36,7 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import Chat, Span
 from letters import Letters
 from tiny import tiny_model
+from tiny_command import give_tiny
 
 D, F = 32, 48
 CORE_NAMES = {  # what SAEBench's core schema requires
@@ -442,13 +442,17 @@ def test_a_damaged_document_is_one_line(measured, model, text, tmp_path):
     refused(lambda r: None, lambda r: "[" * 100_000)
 
 
+def printed(results, capsys):
+    for part in core_tables(results, 300):
+        console(width=300).print(part)
+    return capsys.readouterr().out
+
+
 def test_tables_and_plots(measured, capsys):
     out, _, results = measured
-    print_core(results[:1])
-    one = capsys.readouterr().out
+    one = printed(results[:1], capsys)
     assert "FVU of typical tokens" in one and "by position" in one and "by source" in one
-    print_core(results)
-    several = capsys.readouterr().out
+    several = printed(results, capsys)
     assert "sae_0" in several and "all 2 in place at once" in several
     pngs = sorted(p.name for p in Path(out).rglob("*.png"))
     assert len(pngs) >= 3 and "pareto.png" in pngs
@@ -490,9 +494,8 @@ def test_what_cannot_be_a_coder_is_said(model, text, tmp_path, capsys, factor, t
     (result,) = evaluate_core(model, [bad], data, plan, config, str(tmp_path))
     for found in (result, read_result(next(tmp_path.glob("core/*.json")))):
         assert any(re.match(message, w) for w in found["eval_result_unstructured"]["warnings"])
-    print_core([result])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(f"warning: sae-resid_post-layer-1: .*{message}", said)
+    (said,) = core_doubts([result])
+    assert re.match(f"sae-resid_post-layer-1: .*{message}", said)
 
 
 def test_frontier():
@@ -554,8 +557,7 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
     assert result["eval_result_details"][F]["layer"] == 2
     norms = np.array(result["eval_result_unstructured"]["mean_decoder_norms"])
     assert norms[1, 0] == 0 and (norms[[0, 0, 1], [0, 1, 1]] > 0).all()
-    print_core([result])
-    assert "layer 2" in capsys.readouterr().out
+    assert "layer 2" in printed([result], capsys)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -564,13 +566,7 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
 
 @pytest.fixture
 def tiny(monkeypatch, model):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
-    monkeypatch.setattr(load, "model_config", lambda name: model.config)
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
+    give_tiny(monkeypatch, model, names=("tiny", "google/tiny", "gemma-3-270m"))
 
 
 def test_the_command(tiny, folders, text, capsys):

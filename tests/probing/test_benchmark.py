@@ -13,7 +13,6 @@ from test_absorption import Spelled
 from test_evaluate import random_coder
 
 from gemma_scope_jax import cli
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
@@ -24,6 +23,7 @@ from gemma_scope_jax.probing.absorption import LETTERS
 from gemma_scope_jax.probing.probing import PROTOCOLS
 from letters import Letters
 from tiny import tiny_model
+from tiny_command import give_tiny
 
 
 def tiny_speller():
@@ -64,17 +64,9 @@ def write(path, header, rows):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
     model, tok = tiny_speller()
-    real, vocabulary = load.model_config, {"tok": Letters()}
-    config = lambda name: model.config if name == "tiny" else real(name)
-    monkeypatch.setattr(load, "model_config", config)
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: vocabulary["tok"])
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
-    return lambda: vocabulary.update(tok=tok)
+    give_tiny(monkeypatch, model)
+    return lambda: give_tiny(monkeypatch, model, tok=tok)
 
 
 def measured(monkeypatch):
