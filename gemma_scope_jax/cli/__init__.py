@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.cli.shared import Refused
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.progress import shown_streams
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             code = run()
             sys.stdout.flush()
         return code or 0
-    except InputError as error:
+    except (InputError, Refused) as error:
         return _fail(str(error))
     except BrokenPipeError:
         # The reader has gone; keep the interpreter from complaining when it flushes at exit.

@@ -1,5 +1,6 @@
 """`gemma-scope cards`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,11 @@ Export = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
 Compare = Annotated[tuple[shared.Place, ...], tyro.conf.arg(metavar="CODER...")]
 
 
+@dataclasses.dataclass(frozen=True)
+class CardOptions(shared.Options, gs.CardSettings):
+    """What a card holds."""
+
+
 def command(
     coders: shared.Coders,
     *,
@@ -27,7 +33,7 @@ def command(
     dtype: shared.Dtype = "auto",
     compare: Compare = (),
     export: tuple[Export, ...] = (),
-    settings: gs.CardSettings = gs.CardSettings(),
+    settings: CardOptions = CardOptions(),
     explanations: shared.BucketFile = "",
     logits: Literal["exact", "notebook"] = "exact",
 ) -> None:

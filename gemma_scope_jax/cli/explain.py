@@ -1,7 +1,6 @@
 """`gemma-scope explain`."""
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -18,7 +17,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions(gs.Sampling):
+class SamplingOptions(shared.Options, gs.Sampling):
     """What is drawn for a feature."""
 
     hard: Annotated[int, tyro.conf.arg(name="hard-negatives")] = 0
@@ -43,10 +42,7 @@ class EndpointOptions(gs.Endpoint):
         """Nothing is checked here: there may be no endpoint at all."""
 
     def checked(self) -> gs.Endpoint:
-        try:
-            more = json.loads(self.request_options)
-        except ValueError as error:
-            raise InputError(f"--request-options: not usable as JSON ({error})") from error
+        more = gs.parse_json(self.request_options, "--request-options")
         if not isinstance(more, dict):
             raise InputError("--request-options: not a JSON object")
         variable = self.key_variable

@@ -71,6 +71,21 @@ Dtype = Annotated[
 Json = Annotated[bool, _arg(help="Print JSON.")]
 
 
+class Refused(Exception):
+    """An `InputError` from the fields of a dataclass, which tyro would take for a mistake of its
+    own: it draws a box around every ValueError."""
+
+
+class Options:
+    """Before a dataclass of the library among a class's bases: what is wrong is one line."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        except InputError as error:
+            raise Refused(str(error)) from error
+
+
 def given_text(text: str, file: Path | None) -> str:
     """The text to look at; of standard input and files without the line break at the end."""
     if text and file is not None:

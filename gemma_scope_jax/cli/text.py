@@ -14,7 +14,7 @@ Files = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class TextOptions(gs.TextData):
+class TextOptions(shared.Options, gs.TextData):
     """What is read, and what of it counts."""
 
     files: Files = ()

@@ -136,7 +136,7 @@ def _weights(params: Any) -> str:
     if None in shapes:
         return "no arrays"
     dtype = getattr(params.embed, "dtype", "no dtype")
-    return f"{sum(map(math.prod, shapes)):,} weights, {dtype}"
+    return f"{sum(math.prod(shape) for shape in shapes if shape):,} weights, {dtype}"
 
 
 @flax.struct.dataclass

@@ -194,8 +194,9 @@ def field_docs(kind: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found = {}
     for field, after in zip(body.body, body.body[1:]):
-        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[field.target.id] = " ".join(str(after.value.value).split())
     return found
 
@@ -207,10 +208,14 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         first, *rest = typing.get_args(kind)
         if dataclasses.is_dataclass(first):
-            return f"any number of {first.__name__}"
+            return f"any number of {_name(first)}"
         plural = {int: "whole numbers", float: "numbers", str: "texts"}[first]
         return plural if rest == [...] else f"{len(rest) + 1} {plural}"
-    return "None" if kind is type(None) else names.get(kind, getattr(kind, "__name__", str(kind)))
+    return "None" if kind is type(None) else names.get(kind, _name(kind))
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
 
 
 def _shown(default: Any) -> str:

@@ -17,9 +17,9 @@ import pytest
 
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
-from gemma_scope_jax.cli.evaluate import print_core
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import in_markdown
+from gemma_scope_jax.evaluation.report import core_tables
 from gemma_scope_jax.inspection.inspect_text import Inspection
 from gemma_scope_jax.inspection.terminal import inspection_tables
 from gemma_scope_jax.probing.report import markdown
@@ -125,8 +125,9 @@ def test_an_inspection_and_a_report_are_shown(monkeypatch):
     with shown_streams():
         for part in inspection_tables(seen, 80):
             shared.screen().print(part)
-        print_core([result])
-        print_core([result, result])
+        for results in ([result], [result, result]):
+            for part in core_tables(results, 300):
+                shared.print_whole(part)
     said = without_style(terminal())
     assert not SENT.search(said) and said.count(r"\x1b]0;title") >= 5
     assert said.count("[bold]a") == 3 and "[/]a" in said and ":apple:" in said

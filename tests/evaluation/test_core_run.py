@@ -34,6 +34,7 @@ from gemma_scope_jax.evaluation.results import (
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.tokenizer import Chat, Span
+from gemma_scope_jax.progress import console
 from letters import Letters
 from tiny import tiny_model
 from tiny_command import give_tiny

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.cli.extract import print_plan
+from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
@@ -21,7 +23,7 @@ from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.estimate import plan_extraction
 from gemma_scope_jax.extraction.export import export_store
 from gemma_scope_jax.extraction.extract import extract, token_bytes
 from gemma_scope_jax.extraction.store.codec import (
