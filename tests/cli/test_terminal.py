@@ -53,8 +53,8 @@ def a_terminal(monkeypatch):
 
 
 def without_style(text):
-    """What rich itself sends: colours, and where a spinner or a bar is drawn."""
-    return re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|1A)|\r(?=\x1b\[)", "", text)
+    """What rich itself sends: colours, and where a spinner or a bar is drawn, and taken away."""
+    return re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|1A)|\r(?=\x1b\[)|\r *\r", "", text)
 
 
 def test_what_is_printed_is_shown(monkeypatch):
