@@ -40,8 +40,7 @@ from gemma_scope_jax.autointerp.judges.model import ModelJudge
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge
 from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
 from gemma_scope_jax.autointerp.questions import Judge
-from gemma_scope_jax.coders.coder import Coder, layers_of, public_name
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
@@ -153,11 +152,11 @@ def open_explanation_job(
     if sampling.hard and sampling.neighbours == "cooccurring":
         known = cooccurring(corpus, chosen)
     elif sampling.hard:
-        if not isinstance(coder, SparseCoder):
+        if coder.multi_layer:
             raise InputError("--neighbours decoder is for coders of one layer; cooccurring for all")
         known = decoder_neighbours(coder.w_dec, chosen)
     place = layer_folder(
-        os.fspath(folder) or explained_folder(coder.info), len(layers_of(coder)), layer
+        os.fspath(folder) or explained_folder(coder.info), len(coder.layers), layer
     )
     return ExplanationJob(corpus, coder, chosen, tuple(scores), place, known, labels)
 

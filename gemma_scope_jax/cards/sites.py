@@ -29,8 +29,8 @@ from gemma_scope_jax.cards.export.neuronpedia import export_neuronpedia
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
 from gemma_scope_jax.cards.published import find_examples
 from gemma_scope_jax.cards.site import build_site, write_index
-from gemma_scope_jax.coders.coder import Coder, layers_of, public_name
-from gemma_scope_jax.coders.directions import Gain, check_comparable, source_layer
+from gemma_scope_jax.coders.coder import Coder, public_name
+from gemma_scope_jax.coders.directions import Gain, check_comparable
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.storage.disk import is_remote
@@ -76,8 +76,8 @@ def plan_card_sites(
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")
     out = _local(folder)
-    pairs = [(c, layer) for c in coders for layer in layers_of(c)]
-    names = _folders([(public_name(c), layer, len(layers_of(c)) > 1) for c, layer in pairs])
+    pairs = [(c, layer) for c in coders for layer in c.layers]
+    names = _folders([(public_name(c), layer, len(c.layers) > 1) for c, layer in pairs])
     pages = {(c.info.path, i): f"../{name}/index.html" for (c, i), name in zip(pairs, names)}
     called, planned = _names(compare), []
     for (coder, layer), name in zip(pairs, names):
@@ -87,7 +87,7 @@ def plan_card_sites(
         for n, other in compared.items():
             theirs = same_layer(other, layer)
             check_comparable(coder, layer, other, theirs)
-            place = (other.info.path, layers_of(other)[source_layer(other, theirs)])
+            place = (other.info.path, other.layers[other.source(theirs)])
             sites |= {n: pages[place]} if place in pages else {}
         explained = _explained(coder, layer, explanations)
         examples = _examples(coder) if published else None
@@ -165,7 +165,7 @@ def _check_free(folder: Path, coder: Coder) -> None:
 
 def _explained(coder: Coder, layer: int, given: str) -> dict[int, Explanation]:
     """The explanations of a layer's features, beside the coder or where they are `given`."""
-    layers = len(layers_of(coder))
+    layers = len(coder.layers)
     if layers > 1 and given.endswith(".json"):
         raise InputError("--explanations: of a coder of several layers, give the folder of all")
     folder = given or explained_folder(coder.info)

@@ -69,11 +69,10 @@ def command(
     if filled is not None and dtype == "auto":
         dtype = gs.store_dtype(filled)
     opened = shared.open_coders(coders, model)
-    others = [gs.load_coder(name) for given in compare for name in gs.matching(given)]
     sites = gs.plan_card_sites(
         opened.coders,
         out,
-        compare=gs.with_decoders(others),
+        compare=gs.load_coders(compare, decoder=True) if compare else (),
         explanations=explanations,
         published=not (has_text or store),
     )

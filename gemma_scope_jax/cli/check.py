@@ -24,7 +24,7 @@ def command(
             feed. The default is a bundled sample of 2,600 tokens.
     """
     documents = gs.sample_documents() if text is None else gs.read_documents([str(text)])
-    opened = shared.open_coders([coder], model)
+    opened = shared.open_coders(coder, model)
     (loaded,) = opened.coders
     weights = shared.load_model(opened.model, dtype)
     batches = gs.text_batches(opened.tok, documents, length=min(256, opened.shape.context))

@@ -39,7 +39,7 @@ def command(
     text = shared.given_text(text, file)
     if html is not None:
         gs.check_writable(html)
-    opened = shared.open_coders([coder], model, one_layer=True)
+    opened = shared.open_coders(coder, model, one_layer=True)
     (loaded,) = opened.coders
     gs.check_text(opened.shape, loaded, opened.tok, text, top_k=top_k)
     labels = gs.read_labels(loaded.info.folder, loaded.width)

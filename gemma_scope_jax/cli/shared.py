@@ -105,10 +105,11 @@ def print_json(value: Any) -> None:
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
-def open_coders(names: Sequence[str], model: str = "", **options: Any) -> Any:
+def open_coders(names: str | Sequence[str], model: str = "", **options: Any) -> Any:
     """`gs.open_coders`, said on stderr."""
     gs.use_compilation_cache()
-    with stage(f"loading coder{'s' * (len(names) > 1)} {' '.join(names)}"):
+    named = [names] if isinstance(names, str) else names
+    with stage(f"loading coder{'s' * (len(named) > 1)} {' '.join(named)}"):
         return gs.open_coders(names, model, **options)
 
 

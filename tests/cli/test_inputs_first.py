@@ -1,15 +1,14 @@
 """Whatever is wrong with a command line is known before a model's weights are read."""
 
-import jax.numpy as jnp
 import pytest
-from test_card_exports import random_coder
 
 import gemma_scope_jax as gs
+from coders import random_coder
+from commands import command, give_tiny
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import train as training
 from tiny import tiny_model
-from tiny_command import command, give_tiny
 
 ABOUT = {"model_name": "acme/tiny"}
 TINY = ("--model", "tiny")
@@ -29,9 +28,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     save_coder(random_coder(), tmp_path / "one", config_extra=ABOUT)
     save_coder(random_coder(layer=9), tmp_path / "deep", config_extra=ABOUT)
-    wide = random_coder()
-    wide = wide.replace(w_enc=jnp.ones((64, wide.width)), w_dec=jnp.ones((wide.width, 64)))
-    save_coder(wide.replace(b_dec=jnp.ones(64)), tmp_path / "wide", config_extra=ABOUT)
+    save_coder(random_coder(d=64), tmp_path / "wide", config_extra=ABOUT)
     (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog " * 6)
     (tmp_path / "table.csv").write_text("text\nno labels\n")
     (tmp_path / "config.py").write_text(
