@@ -138,7 +138,7 @@ def check_extraction(
 ) -> None:
     """Raise `InputError` for what `extract` would refuse and can be known before a model, of which
     `config` is the architecture, is loaded."""
-    for name, coder in manifests.named(coders).items():
+    for name, coder in CoderSet(coders).items():
         try:
             check_fits(config, coder)
         except InputError as error:

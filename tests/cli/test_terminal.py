@@ -203,7 +203,7 @@ def places(command):
     for name in inspect.signature(command).parameters if callable(command) else hints:
         parts = typing.get_args(hints[name])
         known = [getattr(part, "metavar", None) or "" for part in parts]
-        called = [n for part in parts if (n := getattr(part, "name", None))] + [name]
+        called = [n for p in parts if isinstance(n := getattr(p, "name", None), str)] + [name]
         if dataclasses.is_dataclass(hints[name]):
             for inner, several in places(hints[name]):
                 yield f"{name}.{inner}", several
