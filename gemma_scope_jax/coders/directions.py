@@ -160,7 +160,7 @@ def most_similar(
     rows: jax.Array,
     others: jax.Array | None,
     k: int,
-    what: str,
+    what: str = "",
     features: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers and cosines [F, k] of the rows among `others` [G, D] most like each of rows

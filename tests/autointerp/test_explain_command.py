@@ -212,7 +212,7 @@ def test_two_processes_do_not_write_one_file(planted, capsys):
 
 def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
-    from gemma_scope_jax.coders.release.files import load_coder
+    from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.extraction.manifest import describe
 
     coder = load_coder(planted)

@@ -21,8 +21,8 @@ from core_runs import (
     written,
 )
 from gemma_scope_jax.coders.coder import weights_identity
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import training_runner
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds, train
