@@ -22,8 +22,8 @@ import jax
 import gemma_scope_jax as gs
 from gemma_scope_jax.data.text import SEPARATOR
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training.feeds import TextFeed
 from gemma_scope_jax.training.config_file import load_config
+from gemma_scope_jax.training.feeds import TextFeed
 from gemma_scope_jax.training.train import start
 
 ROOT = Path(__file__).resolve().parent.parent

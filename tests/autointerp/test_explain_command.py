@@ -32,7 +32,8 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
     from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
 
@@ -229,7 +230,8 @@ def test_another_coders_store(planted, capsys, monkeypatch):
 
 def test_the_model_is_the_coders(planted, monkeypatch):
     """A store's name of a model has lost the -it."""
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
 
     asked = []
     monkeypatch.setattr(gs, "load_tokenizer", lambda name: asked.append(name) or Tok())

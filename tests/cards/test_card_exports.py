@@ -14,7 +14,8 @@ from commands import command
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.export.anthropic import cantor
 from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from letters import Letters
 
 # -------------------------------------------------------------------------------------------------

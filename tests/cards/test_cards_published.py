@@ -15,8 +15,9 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.published import PER_FEATURE
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 
 

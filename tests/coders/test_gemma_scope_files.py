@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import save_saelens
+from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder, matching
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.release.config import (
@@ -21,13 +22,7 @@ from gemma_scope_jax.coders.release.config import (
     normalise_model_name,
     parse_hook_point,
 )
-from gemma_scope_jax.coders.release.files import (
-    decoder_rows,
-    load_coder,
-    load_decoder,
-    matching,
-    save_coder,
-)
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.release.files import decoder_rows, load_coder, save_coder
+from gemma_scope_jax.coders.load import decoder_rows, load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.release.parameters import aligned_empty
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
@@ -75,7 +76,7 @@ def test_a_saved_coder_has_the_published_size(tmp_path):
 
 ROWS = """
 import os, resource, sys
-from gemma_scope_jax.coders.release.files import decoder_rows
+from gemma_scope_jax.coders.load import decoder_rows
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 def peak(run):  # bytes that resident memory, mapped files included, rises by at most

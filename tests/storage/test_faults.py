@@ -26,7 +26,8 @@ from gemma_scope_jax.cards.labels import write_labels
 from gemma_scope_jax.cards.site import build_site
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.errors import InputError
