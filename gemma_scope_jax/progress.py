@@ -164,6 +164,22 @@ def tracked(
         progress.at(done)
 
 
+@contextlib.contextmanager
+def stage(message: str) -> Iterator[None]:
+    """Say on stderr what goes on, where no share is known: a spinner in a terminal, or a line."""
+    if _face.silent or not _on_terminal():
+        if not _face.silent:
+            sys.stderr.write(f"{message} ...\n")
+            sys.stderr.flush()
+        yield
+        return
+    from rich.markup import escape
+
+    # what is printed meanwhile goes through rich, which keeps it clear of the spinner
+    with console(stderr=True).status(escape(message)), shown_streams():
+        yield
+
+
 def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
@@ -225,6 +241,31 @@ def shown_streams(styled: bool = False) -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class _ToStderr(logging.Handler):
+    """Log messages as lines on stderr, wherever that goes now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        known = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+        sys.stderr.write(shown(known.get(record.levelno, "") + record.getMessage()) + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def shown_log() -> Iterator[None]:
+    """What the library logs meanwhile, from INFO on, is written to stderr."""
+    logger, handler = logging.getLogger("gemma_scope_jax"), _ToStderr()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(before[0] or logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def console(*, stderr: bool = False, width: int | None = None) -> Any:

@@ -6,13 +6,11 @@ asked for is imported, so that --help and list answer at once.
 """
 
 import ast
-import contextlib
 import functools
 import importlib
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli.shared import Refused
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.progress import shown_streams
+from gemma_scope_jax.progress import shown_log, shown_streams
 
 COMMANDS = (
     "inspect",
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with shown_streams(styled=True):  # help and mistakes are in colour, and quote arguments
             run = _understood(argv)
-        with shown_streams(), _logging():
+        with shown_streams(), shown_log():
             code = run()
             sys.stdout.flush()
         return code or 0
@@ -102,31 +100,6 @@ def _summary(name: str) -> Callable[[], Any]:
 
     stub.__doc__ = (ast.get_docstring(found) or "").splitlines()[0]
     return stub
-
-
-class _ToStderr(logging.Handler):
-    """Log messages as lines on stderr, wherever that goes now."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        known = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
-        line = shown(f"{known.get(record.levelno, '')}{record.getMessage()}")
-        print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _logging() -> Iterator[None]:
-    """What the library says meanwhile is printed."""
-    logger, handler = logging.getLogger("gemma_scope_jax"), _ToStderr()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.level, logger.propagate = before[0] or logging.INFO, False
-    logger.setLevel(logger.level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
 
 
 def traceback_of_a_bug(*error: Any) -> None:

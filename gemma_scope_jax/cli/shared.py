@@ -1,11 +1,10 @@
 """What subcommands share: types of arguments, input, opening coders and models, output."""
 
-import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ import tyro
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import console, shown_streams
+from gemma_scope_jax.progress import console, stage
 
 _UNPRINTED = re.compile(r"[^ -~]")
 PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
@@ -122,20 +121,6 @@ def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> An
     progress = gs.Progress(None, "bytes", what=f"loading model {name} ({dtype})")
     spread = {} if mesh is None else {"mesh": gs.make_mesh(*mesh)}
     return gs.load_model(name, dtype=dtype, progress=progress, **spread)
-
-
-@contextlib.contextmanager
-def stage(message: str) -> Iterator[None]:
-    """Show what goes on, on stderr: a spinner in a terminal, else a line."""
-    if not sys.stderr.isatty():
-        print(f"{message} ...", file=sys.stderr, flush=True)
-        yield
-        return
-    from rich.markup import escape
-
-    # what is printed meanwhile goes through rich, which keeps it clear of the spinner
-    with console(stderr=True).status(escape(message)), shown_streams():
-        yield
 
 
 def screen() -> Any:
