@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.data.text import SEPARATOR
+from gemma_scope_jax.data.document_files import SEPARATOR
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.config_file import load_config
 from gemma_scope_jax.training.feeds import TextFeed

@@ -22,7 +22,7 @@ import numpy as np
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.cards.labels import build_labels, write_labels
-from gemma_scope_jax.data.text import read_documents
+from gemma_scope_jax.data.documents import read_documents
 from gemma_scope_jax.evaluation.evaluate import evaluate_all, text_batches
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits, float32
-from gemma_scope_jax.evaluation.evaluate import Metrics, evaluate
+from gemma_scope_jax.evaluation.evaluate import evaluate
+from gemma_scope_jax.evaluation.figures import Metrics
 from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.gemma import forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 

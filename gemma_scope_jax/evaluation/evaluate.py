@@ -26,9 +26,9 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import ablated, compare, final_residual, predicts
-from gemma_scope_jax.model.batch import check_ids, check_tokens
+from gemma_scope_jax.model.batch import check_ids, check_tokens, counted, default_positions
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, default_positions, forward
+from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 

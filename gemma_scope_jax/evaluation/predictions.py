@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, unembed
+from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, token_mask, write
 
 LOGIT_CHUNK = 128  # tokens whose logits [128, V] exist at a time, of the model and of one run

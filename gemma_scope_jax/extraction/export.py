@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.store.store import FeatureStore, Segment
+from gemma_scope_jax.extraction.store.segment import Segment
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json, write_text
 from gemma_scope_jax.storage.safetensors_files import lay_out, write_array

@@ -24,8 +24,9 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, unembed
+from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 

@@ -22,8 +22,9 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
+from gemma_scope_jax.model.batch import check_ids
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import Cache, check_ids, forward, init_cache
+from gemma_scope_jax.model.gemma import Cache, forward, init_cache
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 
 PAD = 0

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import counted, forward
+from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, per_layer, write
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.objective import activate, cutoff, decode, encode, loss

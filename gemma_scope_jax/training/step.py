@@ -17,8 +17,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.kernels import active
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.gemma import forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import place
 from gemma_scope_jax.training.held_out import KEPT

@@ -32,9 +32,10 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
+    from gemma_scope_jax.coders.coder import CoderInfo
     from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.coders.release.files import save_coder
-    from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+    from gemma_scope_jax.coders.sparse_coder import SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
 
     w = jax.random.normal(jax.random.key(0), (32, 8))

@@ -13,7 +13,8 @@ from chat_server import KEY, ChatServer, explained
 from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.autointerp.explanations import read_explanations
 from gemma_scope_jax.autointerp.judges import chat_client
-from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, retry_after
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.errors import InputError
 from judges import ALL, guess, know
 from planted_store import PLANTED, PlantedStore, Tok

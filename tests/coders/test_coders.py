@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.multi_layer_coder import (
     MultiLayerCoder,
     block_index,
     check_multi_layer_coder,
     triangle,
 )
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder, check_coder
 from gemma_scope_jax.errors import InputError
 
 D, F, X = 24, 40, 5

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder, matching
@@ -23,7 +24,7 @@ from gemma_scope_jax.coders.release.config import (
     parse_hook_point,
 )
 from gemma_scope_jax.coders.release.files import save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file
 

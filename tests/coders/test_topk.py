@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_scope_jax.coders.jump_relu import as_jump_relu
 from safetensors.numpy import load_file
 
 import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax.coders import active_features
-from gemma_scope_jax.coders.coder import weights_identity
+from gemma_scope_jax.coders.coder import CoderInfo, as_jump_relu, largest, weights_identity
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, largest
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
 from gemma_scope_jax.inspection.inspect_text import _heat

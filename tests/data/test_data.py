@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.text import TokenBatches, prefetch, read_documents
+from gemma_scope_jax.data.documents import TextData, open_documents, parse, read_documents
+from gemma_scope_jax.data.text import TokenBatches, prefetch
 from gemma_scope_jax.errors import InputError
 from letters import Letters
 from text_files import CHAT, KINDS, TEXTS, write_corpus

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.data.text import TokenBatches, read_documents
+from gemma_scope_jax.data.documents import TextData, read_documents
+from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from letters import Letters
 from text_files import CHAT, TEXTS, as_lines, write_corpus

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.data import document_files, text_identity
-from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.text import TokenBatches, counting, fingerprint, read_documents, readings
+from gemma_scope_jax.data.documents import TextData, open_documents, parse, read_documents
+from gemma_scope_jax.data.text import TokenBatches, counting, fingerprint, readings
 from gemma_scope_jax.data.text_identity import file_digest, file_digests
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.texts import EvaluationText

@@ -11,7 +11,7 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
-from gemma_scope_jax.data.text import SEPARATOR
+from gemma_scope_jax.data.document_files import SEPARATOR
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import (
     _fit_step,

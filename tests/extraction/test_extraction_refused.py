@@ -12,7 +12,7 @@ import pytest
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
 from gemma_scope_jax.cli.shared import print_store
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.data.text import fingerprint
 from gemma_scope_jax.errors import InputError
@@ -258,7 +258,7 @@ def test_shards_without_text_are_whole(model, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):
-    from gemma_scope_jax.extraction.store.store import shards
+    from gemma_scope_jax.extraction.store import shards
 
     one = {"a": CODERS["a"]}
     extract(model, one, Letters(), documents, tmp_path / "t", **SETTINGS)

@@ -10,7 +10,7 @@ import pytest
 import gemma_scope_jax as gs
 from gemma_scope_jax.model import attention
 from gemma_scope_jax.model.attention import Tokens, attend, by_document, mix, pattern, visible
-from gemma_scope_jax.model.gemma import default_positions
+from gemma_scope_jax.model.batch import default_positions
 from tiny import tiny_model
 
 LAYERS = 6  # the last one is global

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.saelens import save_saelens
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.evaluation.core import core_config, core_result, replacement_result
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.figures import frequencies

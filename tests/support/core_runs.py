@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from coders import random_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config

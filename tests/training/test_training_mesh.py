@@ -116,7 +116,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 if __name__ == "__main__":
-    from gemma_scope_jax.model.sharding import join_processes
+    from gemma_scope_jax.model.processes import join_processes
 
     jax.config.update("jax_num_cpu_devices", 4)
     join_processes(sys.argv[1], 2, int(sys.argv[2]))

@@ -26,8 +26,9 @@ from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.order import shuffled_positions
 from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.gemma import forward, site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
