@@ -46,6 +46,7 @@ class _Face:
     silent: bool = False
     callback: Callable[[Reached], None] | None = None
     drawn: int = 0
+    spinning: bool = False  # a spinner is there, and no bar beside it
 
 
 _face = _Face()
@@ -115,7 +116,7 @@ class Progress:
             return
         last = self.total is not None and done >= self.total
         if _on_terminal() and not last:
-            if now - self._redrawn >= _REDRAWN:
+            if now - self._redrawn >= _REDRAWN and not _face.spinning:
                 self._redrawn = now
                 self._draw(done, self._line(done, rate, note))
         elif last or now - self._said >= self._every:
@@ -176,8 +177,12 @@ def stage(message: str) -> Iterator[None]:
     from rich.markup import escape
 
     # what is printed meanwhile goes through rich, which keeps it clear of the spinner
-    with console(stderr=True).status(escape(message)), shown_streams():
-        yield
+    _face.spinning = True
+    try:
+        with console(stderr=True).status(escape(message)), shown_streams():
+            yield
+    finally:
+        _face.spinning = False
 
 
 def _on_terminal() -> bool:
