@@ -44,8 +44,7 @@ from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import cache_folder
+from gemma_scope_jax.storage.paths import cache_folder, is_remote
 
 LOG = logging.getLogger(__name__)
 ANSWERS = "explanations.answers.jsonl"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.cards import decoders
-from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
+from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
@@ -25,6 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
 
@@ -56,7 +57,18 @@ def build_cards(
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, from_file = weights_identity(coder), isinstance(source, str | os.PathLike)
     with CardFiles(folder, [weights, layer, "file" if from_file else "store"]) as files:
-        _make(files, source, coder, weights, layer, model, tok, settings, gain, others)
+        _make(
+            files,
+            source,
+            coder,
+            weights,
+            layer,
+            model=model,
+            tok=tok,
+            settings=settings,
+            gain=gain,
+            others=others,
+        )
     return FeatureCards(folder)
 
 
@@ -66,6 +78,7 @@ def _make(
     coder: Coder,
     weights: str,
     layer: int,
+    *,
     model: Model | None,
     tok: Any,
     settings: CardSettings,
@@ -83,7 +96,7 @@ def _make(
         name = name_in_store(source, coder)
         if model is not None:
             _check_model(source, model)
-        origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
+        origin = {"store": digest(source.manifest), "tokens": len(source), "coder": name}
     made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
 
     if not files.has("examples", made_of):
@@ -95,6 +108,7 @@ def _make(
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
                 gather_examples(source, name, layer, settings, stage)
     k = settings.listed
+    context = lambda stage: decoders.CardContext(stage, settings)
     if not from_file and not files.has("correlations", made_of):
         with files.stage("correlations", made_of) as stage:
             correlate(source, name, layer, k, stage)
@@ -103,17 +117,17 @@ def _make(
         files.drop("logits")
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
-            decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage)
+            decoders.write_logits(model, coder, tok, layer, gain, context(stage))
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
-            decoders.write_neighbours(coder, layer, k, stage)
+            decoders.write_neighbours(coder, layer, context(stage))
     compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
     if not files.has("compared", compared):
         with files.stage("compared", compared) as stage:
             stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
             for number, other in enumerate(others.values()):
                 theirs = same_layer(other, layer)
-                decoders.write_comparison(coder, layer, other, theirs, number, k, stage)
+                decoders.write_comparison(coder, layer, other, theirs, number, context(stage))
 
 
 def same_layer(other: Coder, layer: int) -> int | None:

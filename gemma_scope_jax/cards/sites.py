@@ -33,8 +33,8 @@ from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.directions import Gain, check_comparable
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.disk import is_remote
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.paths import is_remote
 
 LOG = logging.getLogger(__name__)
 CardExport = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]

@@ -126,12 +126,12 @@ def slots_for(coders: Sequence[Coder]) -> int:
     return -(-int(max(known, default=256)) // 32) * 32
 
 
-def compaction() -> str:
-    """How active entries are found here: "cpu" is the C++ of the sparse step, else "xla"."""
-    return "cpu" if jax.default_backend() == "cpu" and active.sparse_form() == "cpu" else "xla"
+def _kernels() -> active.Backend:
+    """What finds the active entries here: C++ on CPUs where it compiles, XLA elsewhere."""
+    return active.backend() if jax.default_backend() == "cpu" else xla
 
 
-@partial(jax.jit, static_argnames=("groups", "slots", "form", "precision"))
+@partial(jax.jit, static_argnames=("groups", "slots", "using", "precision"))
 def active_features(
     model: Model,
     weights: tuple[Encoder, ...],
@@ -141,13 +141,14 @@ def active_features(
     *,
     groups: tuple[CoderStack, ...],
     slots: int,
-    form: str,
+    using: active.Backend | None = None,
     precision: str = "highest",
 ) -> list[ActiveFeatures]:
     """The active features of every group.
 
     tokens, segments int [B, T] (0: padding), counts bool [B, T]: the tokens that the data lets
-    count. `precision` is that of the encoders' products, as `jax.lax.Precision`.
+    count. `precision` is that of the encoders' products, as `jax.lax.Precision`; `using` names
+    the kernels when compiling for another device than this process's.
     """
     mesh = mesh_of(model.params.embed)
     reads = [
@@ -161,7 +162,7 @@ def active_features(
             first=group.first,
             slots=min(slots, group.width),
             k=group.k,
-            form=form,
+            using=using or _kernels(),
             precision=precision,
             mesh=mesh,
         )
@@ -181,11 +182,11 @@ def specs(rows: str | None, split: str | None) -> ActiveFeatures:
 
 
 def _active(
-    x, ctx, w: Encoder, counts, *, first, slots, k, form, precision, mesh
+    x, ctx, w: Encoder, counts, *, first, slots, k, using, precision, mesh
 ) -> ActiveFeatures:
     """One layer: x [B, T, D]."""
     keep = token_mask(ctx, x, first)[..., 0] & counts
-    find = partial(_find, slots=slots, k=k, form=form, precision=precision)
+    find = partial(_find, slots=slots, k=k, using=using, precision=precision)
     width = w.w_enc.shape[1]
     if mesh is None:
         return find(x, keep, w)
@@ -202,16 +203,18 @@ def _active(
     )(x, keep, w)
 
 
-def _find(x, keep, w: Encoder, *, slots, k, form, precision, axes=(), split=None) -> ActiveFeatures:
+def _find(
+    x, keep, w: Encoder, *, slots, k, using, precision, axes=(), split=None
+) -> ActiveFeatures:
     """x [b, T, D], w of f features, as they lie on one device."""
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
-    size = min(ON_CPU if form == "cpu" else ELSEWHERE, x.shape[0])
+    size = min(ON_CPU if using is cpu else ELSEWHERE, x.shape[0])
     chosen = (
         None if k is None else partial(_topk, w=w, low=low, k=k, precision=precision, split=split)
     )
     chunk = partial(
-        _compact, w=w, low=low, slots=slots, form=form, precision=precision, chosen=chosen
+        _compact, w=w, low=low, slots=slots, using=using, precision=precision, chosen=chosen
     )
     parts = jax.lax.map(chunk, xla.split(x, 0, size))
     values, features, count = (xla.join(a, 0, x.shape[0]) for a in parts)
@@ -261,19 +264,12 @@ def _topk(x, *, w: Encoder, low, k, precision, split):
     return jnp.put_along_axis(jnp.zeros_like(f), index, kept, axis=-1, inplace=False)
 
 
-def _compact(x, *, w: Encoder, low, slots, form, precision, chosen):
+def _compact(x, *, w: Encoder, low, slots, using, precision, chosen):
     """values and features [n, K], count [n] of x [n, D]; `chosen` is `_topk`, if k is."""
     z, bias = (_product(x, w, precision), w.b_enc) if chosen is None else (chosen(x), 0 * w.b_enc)
     low = low if chosen is None else jnp.zeros_like(low)
-    if form == "cpu":
-        found = cpu.compact(z[None], bias[None], low[None], slots)
-        values, features, count = (a[0] for a in found)
-    else:
-        z = z + bias[None, :]
-        features, count = (a[0] for a in xla.first_above(z[None], low[None], slots))
-        used = jnp.arange(slots, dtype=jnp.int32)[None, :] < count[:, None]
-        features = jnp.where(used, features, 0)
-        values = jnp.take_along_axis(z, features, -1)
+    found = using.compact(z[None], bias[None], low[None], slots)
+    values, features, count = (a[0] for a in found)
     return values, features.astype(jnp.uint16 if low.shape[0] <= 1 << 16 else jnp.int32), count
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import is_remote, named_paths
 
 SEPARATOR = "\n\f\n"
 LONGEST = 1 << 28  # bytes of a line of JSON or a record: more is no document, but fills the memory

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import queue
@@ -34,6 +33,7 @@ from gemma_scope_jax.data.documents import (
     read_documents,
 )
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.manifest import digest
 
 __all__ = [
     "SEPARATOR",
@@ -245,7 +245,7 @@ def fingerprint(
     sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
     parts = [identity, settings, seed, list(shard), sample]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return digest(json.dumps(parts))
 
 
 def same_text(there: Any, *about: Any) -> bool:

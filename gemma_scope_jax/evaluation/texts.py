@@ -6,8 +6,6 @@ same batches, which is what a run that goes on where it was killed relies on.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +17,7 @@ from gemma_scope_jax.data.documents import Documents, TextData, open_documents
 from gemma_scope_jax.data.text import LABELS, Piece, fill_rows, fingerprint, labelled_record
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.evaluation.evaluate import TextBatch
+from gemma_scope_jax.storage.manifest import digest
 
 OTHER = "other"
 MOST_SOURCES = 32  # further files are counted together
@@ -93,7 +92,7 @@ class EvaluationText:
         about = (self.documents, self._settings, self.tokenizer, self.seed)
         text = fingerprint(*about, named=named)
         shape = [text, self.tokens, self.rows, self.length, self.document]
-        return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+        return digest(shape)
 
     def same_text(self, there: Any) -> bool:
         """Whether `there` is the `fingerprint` of these batches, also as older versions gave it."""

@@ -16,8 +16,7 @@ from gemma_scope_jax.extraction.extract import job_of, token_bytes
 from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import existing_parent, folder_path
+from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.data.text import prefetch
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError, no_space, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner
@@ -36,9 +36,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import check_writable, folder_path
+from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
 
 LOG = logging.getLogger(__name__)
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
@@ -237,7 +236,7 @@ def _write(
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
     ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
+    store, closing = manifests.store_digest(manifests.read_features_manifest(path)), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,

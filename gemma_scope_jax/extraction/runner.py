@@ -29,12 +29,7 @@ class Runner:
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
         self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
-        self._run = partial(
-            on_device.active_features,
-            groups=self.groups,
-            form=on_device.compaction(),
-            precision=precision,
-        )
+        self._run = partial(on_device.active_features, groups=self.groups, precision=precision)
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.data.document_files import decompressed
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import named_paths
 
 LOG = logging.getLogger(__name__)
 TEXT = ("prompt", "text")  # the names that the column of texts may have

@@ -24,12 +24,14 @@ from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, per_layer, write
+from gemma_scope_jax.training import buffer
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.objective import activate, cutoff, decode, encode, loss
+from gemma_scope_jax.training.state import TrainPlan, TrainState
 from gemma_scope_jax.training.weights import CoderGroup, Weights
 
 
-def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan):
+def update(state: TrainState, model: Model, tokens, segments, counts, plan: TrainPlan):
     """One update of the groups with a `kl_weight` on one model pass: (state, parts of each).
 
     A pass of which no token counts changes nothing.
@@ -52,7 +54,7 @@ def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan
     for group, old in zip(plan.groups, state.groups):
         part: Any = None
         if group.like.loss.kl_weight:
-            read, target = steps.pairs(plan, group, x, state.scale)
+            read, target = buffer.pairs(plan, group, x, state.scale)
             new, part = _update_group(
                 old, group, read, target, counts, tokens.shape, run, state, plan
             )
@@ -63,7 +65,7 @@ def update(state: steps.TrainState, model: Model, tokens, segments, counts, plan
 
 
 def _update_group(old, group: CoderGroup, x, y, counts, shape, run, state, plan):
-    weight, target, dead = steps.dials(old, group, state.update)
+    dials = steps.dials(old, group, state.update)
     # As many rows as there are tokens, going round those that count: the rest is left out.
     order = jnp.argsort(~counts, stable=True)
     rows = order[jnp.arange(counts.shape[0]) % jnp.maximum(jnp.sum(counts), 1)]
@@ -71,11 +73,11 @@ def _update_group(old, group: CoderGroup, x, y, counts, shape, run, state, plan)
     def total(w: Weights):
         kl = _divergences(w, group, x, rows, counts, shape, run, state.scale, plan)
         codes = encode(w, x[:, :, rows], group)
-        value, parts = loss(w, codes, x[:, :, rows], y[:, :, rows], weight, target, dead, group, kl)
+        value, parts = loss(w, codes, x[:, :, rows], y[:, :, rows], dials, group, kl)
         return value, parts | {"kl": kl}
 
     grads, parts = jax.grad(total, has_aux=True)(old.weights)
-    return steps.apply(old, grads, parts, dead, state, plan, group)
+    return steps.apply(old, grads, parts, dials, state, plan, group)
 
 
 def _divergences(
@@ -91,7 +93,7 @@ def _divergences(
     outputs = [out[:, -1] for out in decode(w, activate(codes, group, edge)[0], codes, x, group)]
     found = []
     for n, c in enumerate(group.coders):
-        raw = steps.scales_of(plan, c, scale)["out"]
+        raw = buffer.scales_of(plan, c, scale)["out"]
         y_hat = jnp.stack([out[n] * raw[j] for j, out in enumerate(outputs)])
         y_hat = per_layer(y_hat.reshape(len(raw), *shape, -1))
         keep = counts.reshape(*shape, 1)

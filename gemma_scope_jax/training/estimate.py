@@ -13,11 +13,10 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.gemma import site_width
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import existing_parent, folder_path
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 from gemma_scope_jax.training.feeds import store_step, train_step
 from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.state import TrainPlan, abstract_state, make_plan
 from gemma_scope_jax.training.train import check_inputs, run_mesh
 
 
@@ -44,8 +43,8 @@ def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEst
     """
     check_inputs(config)
     path, mesh, shape = folder_path(out), run_mesh(config), model_config(config.model)
-    plan = steps.make_plan(config, shape, mesh)
-    state = steps.abstract_state(plan, shape)
+    plan = make_plan(config, shape, mesh)
+    state = abstract_state(plan, shape)
     weights = jax.tree.leaves([group.weights for group in state.groups])
     filling = 0 if config.store else -(-config.buffer // config.tokens_a_pass)
     device = jax.devices()[0]
@@ -67,7 +66,7 @@ def _size(tree: Any) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def _memory(plan: steps.TrainPlan, state: Any, shape: Any) -> int:
+def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
     """Bytes of a device that the compiled step takes, with all that goes in and comes out."""
     c = plan.config
     if c.store:

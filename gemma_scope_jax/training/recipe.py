@@ -251,10 +251,10 @@ class OptimizerConfig:
     """Adam's epsilon."""
     step_limit: float = 1e-3
     """The most that a feature's weights move in an update (root mean square), or the learning rate
-    if that is larger (`step.limited`); not in the paper; 0 turns it off."""
+    if that is larger (`optimizer.limited`); not in the paper; 0 turns it off."""
     clip: float = 1.2
-    """The largest norm of a coder's gradients, in usual norms (`step.clipped`); not in the paper; 0
-    turns it off."""
+    """The largest norm of a coder's gradients, in usual norms (`optimizer.clipped`); not in the
+    paper; 0 turns it off."""
 
     def __post_init__(self) -> None:
         _check(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "learning_rate")

@@ -257,7 +257,7 @@ def test_folders_of_other_libraries_load_alike(tmp_path):
     assert isinstance(narrow, SparseCoder) and (narrow.layer, narrow.reads) == (12, "resid_post")
     np.testing.assert_array_equal(narrow.w_enc, coder.w_enc.astype(jnp.bfloat16))
     traced = load_coder(tmp_path / "tracer")
-    np.testing.assert_array_equal(traced[0].w_skip, transcoder.w_skip)
+    np.testing.assert_array_equal(traced.w_skip, transcoder.w_skip)
 
 
 def test_a_glob_stands_for_what_it_matches(tmp_path):

@@ -76,7 +76,7 @@ def test_circuit_tracer_set(tmp_path, skip, threshold):
     layers = write_set(tmp_path / "s", skip, threshold)
     assert is_circuit_tracer_folder(tmp_path / "s") and not is_circuit_tracer_folder(tmp_path)
     coders = load_circuit_tracer(tmp_path / "s")
-    assert isinstance(coders, dict) and list(coders) == [0, 1, 2]
+    assert coders.layers == (0, 1, 2) and coders.names == ("layer_0", "layer_1", "layer_2")
     for i, t in enumerate(layers):
         x = normal(5, D)
         f = jump_relu(x @ t["W_enc"].T + t["b_enc"], t.get("activation_function.threshold"))
@@ -100,7 +100,7 @@ def test_circuit_tracer_set(tmp_path, skip, threshold):
 @pytest.mark.parametrize("threshold", [True, False])
 def test_circuit_tracer_clt(tmp_path, skip, threshold):
     layers = write_clt(tmp_path / "s", skip, threshold)
-    clt = load_circuit_tracer(tmp_path / "s")
+    (clt,) = load_circuit_tracer(tmp_path / "s")
     assert isinstance(clt, MultiLayerCoder) and clt.kind == "clt" and clt.layers == (0, 1, 2)
     x = normal(X, 5, D)
     f = [jump_relu(x[i] @ t["W_enc"].T + t["b_enc"], t.get("threshold")) for i, t in
@@ -202,8 +202,9 @@ def test_what_circuit_tracer_cannot_hold(tmp_path):
     for coders, says in (
         ([layer_0, transcoder(2)], "every layer from 0 on, got 0, 2"),
         ([layer_0, transcoder(1, skip=False)], "kind is transcoder in layer 1"),
-        ([], "one SparseCoder a layer"),
-        ([1], "one SparseCoder a layer"),
+        ([], "at least one"),
+        ([1], "expected coders"),
+        ([layer_0, crosscoder], "one SparseCoder a layer"),
         ([layer_0.replace(reads="q")], "no hook for site 'q'"),
         (crosscoder, "not a crosscoder"),
         (crosscoder.replace(reads="mlp_in", writes="mlp_out", w_dec=None), "left on disk"),

@@ -19,6 +19,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
 from gemma_scope_jax.inspection.inspect_text import _heat
+from gemma_scope_jax.kernels import active, xla
 from gemma_scope_jax.model.sharding import make_mesh
 
 D, F, K = 32, 48, 5
@@ -187,10 +188,9 @@ def test_features_and_splices_inside_the_model_are_those_of_encode(model):
     np.testing.assert_allclose(heat, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form, mesh", [("cpu", None), ("xla", None), ("xla", (2, 4))])
-def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkeypatch):
-    if form == "cpu":
-        form = active_features.compaction()  # "xla" where there is no compiler
+@pytest.mark.parametrize("kernels, mesh", [("cpu", None), ("xla", None), ("xla", (2, 4))])
+def test_extraction_lists_the_k_features_of_each_token(model, kernels, mesh, monkeypatch):
+    using = active.backend() if kernels == "cpu" else xla  # XLA's where there is no compiler
     grid = None if mesh is None else make_mesh(*mesh)
     coders = {"a": topk(), "b": topk(k=None, layer=1)}
     groups = active_features.grouped(coders)
@@ -202,7 +202,7 @@ def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkey
     weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
     run = jax.jit(lambda x, w: active_features._active(
-        x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, form=form,
+        x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, using=using,
         precision="highest", mesh=grid,
     ))  # fmt: skip
     monkeypatch.setattr(

@@ -284,7 +284,7 @@ def manifest_of(folder, change):
 DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no activations"),
     "cut manifest": (lambda f: os.truncate(f / "manifest.json", 200), "not usable as JSON"),
-    "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest"),
+    "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
     "version": (lambda f: manifest_of(f, lambda m: m.update(version=9)), "of version 1"),
     "lacks": (lambda f: manifest_of(f, lambda m: m.pop("sums")), "lacks sums"),
     "shard gone": (lambda f: (f / "00003.mlp_out.safetensors").unlink(), "is missing"),

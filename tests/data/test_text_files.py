@@ -14,7 +14,7 @@ from gemma_scope_jax.data.text import TokenBatches, counting, fingerprint, readi
 from gemma_scope_jax.data.text_identity import file_digest, file_digests
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.texts import EvaluationText
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import named_paths
 from letters import Letters
 from text_files import write_records
 

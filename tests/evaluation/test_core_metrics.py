@@ -9,13 +9,13 @@ from assertions import close
 from coders import random_coder
 from core_runs import MEASURED
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.coders.splice import splice
+from gemma_scope_jax.coders.splice import replacement, splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, TextBatch, measure, position_names
 from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
+from gemma_scope_jax.evaluation.predictions import compare, final_residual
 from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
 
@@ -287,7 +287,7 @@ def test_a_replacement_model_is_every_splice_at_once(model, kind):
         "several": (random_coder(F, seed=9, layers=(0, 2), reads="mlp_in", writes="mlp_out"),),
     }[kind]
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-    got = final_residual(model, tokens, segments, replaced(coders))
+    got = final_residual(model, tokens, segments, replacement(coders))
     reads = [*(splice(c, error=False) for c in coders), capture("resid_final")]
     want = run(model, batch.tokens, reads, segments=batch.segments).reads["resid_final"]
     np.testing.assert_allclose(got, want, atol=1e-5)

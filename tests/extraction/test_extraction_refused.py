@@ -243,7 +243,7 @@ def test_an_index_that_is_old_or_damaged_does_not_count(model, documents, tmp_pa
 def test_a_damaged_manifest_is_one_line(store, tmp_path, change):
     manifest = json.loads((store.folder / "manifest.json").read_text()) | change
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="manifest.json: is damaged"):
+    with pytest.raises(InputError, match="manifest.json: .*; extract into another folder"):
         FeatureStore(tmp_path)
 
 

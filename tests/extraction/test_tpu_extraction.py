@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
+from gemma_scope_jax.coders.active_features import CoderStack, active_features
+from gemma_scope_jax.coders.coder import Encoder
+from gemma_scope_jax.kernels import xla
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
@@ -58,7 +60,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
     place = lambda w, sharding: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)
     params = jax.tree.map(place, abstract_params(config), param_shardings(config, mesh))
     x, d = len(layers), config.d_model
-    weights = Encoders(
+    weights = Encoder(
         array(x, d, width, axes=(None, None, "model")),
         array(x, width, axes=(None, "model")),
         array(x, width, axes=(None, "model")),
@@ -72,7 +74,7 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
         *batch,
         groups=(group,),
         slots=slots,
-        form="xla",
+        using=xla,
         precision=precision,
     )
     return lowered.compile()

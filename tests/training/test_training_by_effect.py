@@ -11,10 +11,10 @@ import pytest
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture, write
-from gemma_scope_jax.training import end_to_end, feeds
-from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training import buffer, end_to_end, ends, feeds
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.state import first_state, make_plan
+from gemma_scope_jax.training.weights import groups
 from tiny import tiny_model
 
 B, T = 4, 16
@@ -37,14 +37,12 @@ def run():
         optimizer=OptimizerConfig(1e-3, 0),
         model="tiny",
     )
-    plan = steps.make_plan(config, model.config)
+    plan = make_plan(config, model.config)
     tokens = jax.random.randint(jax.random.key(0), (B, T), 5, model.config.vocab, jnp.int32)
     segments = jnp.ones((B, T), jnp.int32)
-    state = steps.first_state(plan, model.config)
-    x, counts = steps.model_activations(model, tokens, segments, jnp.ones((B, T), bool), plan)
-    state = training.start(
-        plan, steps.fill(state, x, counts), {s: a[:, 1:] for s, a in x.items()}, {}
-    )
+    state = first_state(plan, model.config)
+    x, counts = buffer.model_activations(model, tokens, segments, jnp.ones((B, T), bool), plan)
+    state = ends.start(plan, buffer.fill(state, x, counts), {s: a[:, 1:] for s, a in x.items()}, {})
     return (
         plan,
         model,
@@ -59,7 +57,7 @@ def test_kl_is_that_of_the_model_with_the_reconstruction_in_place(run):
     counts = np.ones((B, T), bool)
     counts[1, 5:9] = False
     new, [parts] = end_to_end.update(state, model, tokens, segments, jnp.asarray(counts), plan)
-    [coder] = training.coders(plan, state, {}).values()
+    [coder] = ends.coders(plan, state, {}).values()
     clean = forward(model, tokens, [capture("resid_post", 2)], segments=segments)
     x = np.asarray(clean.reads["resid_post"], np.float32).reshape(B, T, -1)
     y = np.asarray(coder.decode(coder.encode(x)))
@@ -97,7 +95,7 @@ def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
             dataclasses.replace(CODER, activation="batch_topk", seed=1),
         ),
     )
-    [group] = steps.groups(config)
+    [group] = groups(config)
     weights = jax.tree.map(lambda w: jnp.concatenate([w, w]), state.groups[0].weights)
     x = np.random.default_rng(0).standard_normal((2, 1, B * T, weights.w_enc.shape[-1]))
     x = x.astype(np.float32) / np.sqrt(x.shape[-1])

@@ -15,8 +15,7 @@ from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, init, measure
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training import buffer, ends, feeds, init, measure
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.held_out import BLOCK, HELD_OUT, SplitBatches, held_out
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
@@ -199,7 +198,7 @@ def test_a_pass_with_more_than_the_ring_holds_keeps_its_last_in_every_site():
     x = {site: jnp.arange(20.0)[None, :, None] + n for n, site in enumerate("ab")}
     counts = jnp.arange(20) % 4 != 1  # 15 of 20
     ring = {site: jnp.full((1, 6, 1), -1.0) for site in x}
-    ring, slot, filled = steps._write(ring, jnp.int32(4), jnp.int32(4), x, counts)
+    ring, slot, filled = buffer._write(ring, jnp.int32(4), jnp.int32(4), x, counts)
     last = np.flatnonzero(counts)[-6:]
     assert sorted(np.asarray(ring["a"]).ravel()) == last.tolist()
     np.testing.assert_array_equal(ring["b"], ring["a"] + 1)
@@ -244,7 +243,7 @@ def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_pat
     """Wild weights are said in the log, the card and on standard error, NaN is not saved."""
     with pytest.raises(InputError, match="learning_rate must be above 0 and at most 1"):
         OptimizerConfig(1e8)
-    names, real = [c.folder for c in CODERS], training.coders
+    names, real = [c.folder for c in CODERS], ends.coders
     shutil.copytree(run[0], tmp_path / "run")  # finished: its coders are only written again
     shutil.rmtree(tmp_path / "run" / "coders")
 
@@ -256,7 +255,7 @@ def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_pat
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "coders", broken)
+        patch.setattr(ends, "coders", broken)
         with pytest.raises(InputError, match="not saved after .*b_dec holds NaN") as refused:
             training.train(recipe(*CODERS), tmp_path / "run", model, documents())
     assert "\n" not in str(refused.value) and "lower learning rate" in str(refused.value)

@@ -6,8 +6,6 @@ then share one pass. The manifest is replaced after each shard and says where in
 one begins, so the same call continues to the same bytes.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -25,7 +23,7 @@ import numpy as np
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.order import shuffled_positions
 from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
-from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
 from gemma_scope_jax.model.batch import counted
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward, site_width
@@ -33,8 +31,8 @@ from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import disk_error, no_space
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.manifest import digest
 
 LOG = logging.getLogger(__name__)
 _OPEN_FILES = 128
@@ -292,8 +290,7 @@ class ActivationStore:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything stored."""
-        text = json.dumps(self.manifest["shards"], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digest(self.manifest["shards"])
 
     def width(self, site: str) -> int:
         """Values a token and layer."""
@@ -354,7 +351,7 @@ class ActivationStore:
                 self.folder / files.shard_name(*key),
                 self.manifest["shards"][shard]["rows"],
             )
-            self._maps[key] = files.map_tensors(path, self.manifest, site, rows)
+            self._maps[key] = files.map_shard(path, self.manifest, site, rows)
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)
