@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.kernels import active
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
@@ -57,11 +58,10 @@ def model_flops(model: Model, plan: TrainPlan, length: int) -> float:
     return plan.stop * (2 * weights / c.layers + attention)
 
 
-def random_batch(model: Model, args, seed: int):
-    """Tokens, segments and counts [rows, length]."""
+def random_batch(model: Model, args, seed: int) -> TokenBatch:
     shape = (args.rows, args.length)
     tokens = jax.random.randint(jax.random.key(seed), shape, 10, model.config.vocab - 10, jnp.int32)
-    return tokens, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool)
+    return TokenBatch(tokens, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool))
 
 
 def measured_peak(config: TrainConfig, n: int = 8192) -> float:
@@ -111,13 +111,13 @@ def main() -> None:
             train = jax.jit(partial(feeds.train_step, plan=plan), donate_argnums=0)
             state = first_state(plan, model.config)
             while int(state.filled) < config.buffer:
-                state = fill(state, model, *batches[0])
+                state = fill(state, model, batches[0])
             state = start(plan, state, state.buffer, {})
             state = dataclasses.replace(state, total=jnp.asarray(10_000, jnp.int32))
             times, parts = [], None
             for i in range(args.steps + 2):
                 begin = time.perf_counter()
-                state, parts = train(state, model, *batches[i % 4])
+                state, parts = train(state, model, batches[i % 4])
                 jax.block_until_ready((state, parts))
                 times.append(time.perf_counter() - begin)
             seconds = float(np.median(times[2:]))

@@ -15,6 +15,7 @@ _PUBLIC = {
     "storage.atomic": ["write_text"],
     "storage.strict_json": ["legible", "parse_json"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
+    "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
     "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
     "model.intercept": [
         "Intercept",
@@ -37,6 +38,7 @@ _PUBLIC = {
     "coders.sparse_coder": ["SparseCoder"],
     "coders.multi_layer_coder": ["MultiLayerCoder"],
     "coders.coder_set": ["CoderSet"],
+    "coders.masked": ["encode"],
     "coders.splice": ["clamp", "edit", "features", "replacement", "splice"],
     "coders.load": ["decoder_rows", "load_coder", "load_coders", "load_decoder"],
     "coders.opened": ["open_coders"],

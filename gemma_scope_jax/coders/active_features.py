@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders.coder import Coder, Encoder, by_layer, float32, largest
 from gemma_scope_jax.kernels import active, cpu, xla
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import per_layer, read, token_mask
@@ -135,29 +136,26 @@ def _kernels() -> active.Backend:
 def active_features(
     model: Model,
     weights: tuple[Encoder, ...],
-    tokens: jax.Array,
-    segments: jax.Array,
-    counts: jax.Array,
+    batch: TokenBatch,
     *,
     groups: tuple[CoderStack, ...],
     slots: int,
     using: active.Backend | None = None,
     precision: str = "highest",
 ) -> list[ActiveFeatures]:
-    """The active features of every group.
+    """The active features of every group, at the tokens of the batch's mask.
 
-    tokens, segments int [B, T] (0: padding), counts bool [B, T]: the tokens that the data lets
-    count. `precision` is that of the encoders' products, as `jax.lax.Precision`; `using` names
-    the kernels when compiling for another device than this process's.
+    `precision` is that of the encoders' products, as `jax.lax.Precision`; `using` names the kernels
+    when compiling for another device than this process's.
     """
-    mesh = mesh_of(model.params.embed)
+    mesh, mask = mesh_of(model.params.embed), batch.counted(0)
     reads = [
         read(
             group.site,
             group.layers,
             _active,
             per_layer(w),
-            counts,
+            mask,
             name=str(i),
             first=group.first,
             slots=min(slots, group.width),
@@ -169,9 +167,7 @@ def active_features(
         for i, (group, w) in enumerate(zip(groups, weights))
     ]
     stop = 1 + max(max(group.layers) for group in groups)
-    out = forward(
-        model, tokens, reads, segments=segments, stop_at_layer=stop, logits="none", remat=None
-    )
+    out = forward(model, batch, reads, stop_at_layer=stop, logits="none", remat=None)
     return [out.reads[str(i)] for i in range(len(groups))]
 
 
@@ -181,11 +177,9 @@ def specs(rows: str | None, split: str | None) -> ActiveFeatures:
     return ActiveFeatures(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
 
 
-def _active(
-    x, ctx, w: Encoder, counts, *, first, slots, k, using, precision, mesh
-) -> ActiveFeatures:
+def _active(x, ctx, w: Encoder, mask, *, first, slots, k, using, precision, mesh) -> ActiveFeatures:
     """One layer: x [B, T, D]."""
-    keep = token_mask(ctx, x, first)[..., 0] & counts
+    keep = token_mask(ctx, x, first)[..., 0] & mask
     find = partial(_find, slots=slots, k=k, using=using, precision=precision)
     width = w.w_enc.shape[1]
     if mesh is None:

@@ -43,8 +43,8 @@ class Record:
     """A document as it lies in its source, not yet parsed.
 
     `where` names it in messages and stores. `kind`: "text" (UTF-8 bytes), "json" (bytes), "either"
-    of the two, "string" (a str), "mapping" (a record of a dataset) or "long" (a line that is longer
-    than any document: it is not read).
+    of the two, "string" (a str), "tokens" (their ids, and which to use), "mapping" (a record of a
+    dataset) or "long" (a line that is longer than any document: it is not read).
     """
 
     where: str

@@ -36,8 +36,14 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
-from gemma_scope_jax.model.batch import check_ids, check_tokens, documents, integers
-from gemma_scope_jax.model.batch import counted as counted
+from gemma_scope_jax.model.batch import (
+    TokenBatch,
+    check_ids,
+    check_tokens,
+    documents,
+    integers,
+    tokens_and_segments,
+)
 from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
 from gemma_scope_jax.model.sharding import check_axes, mesh_of, on_auto_axes, own_mesh, place
@@ -234,7 +240,7 @@ def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.A
 
 def forward(
     model: Model,
-    tokens: jax.Array,
+    tokens: jax.Array | TokenBatch,
     intercepts=(),
     *,
     positions: jax.Array | None = None,
@@ -244,7 +250,8 @@ def forward(
     remat: tuple[str, ...] | None = (),
     logits: Logits = "all",
 ) -> Output:
-    """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
+    """Run Gemma 3 on `tokens`, int [B, T] or a `TokenBatch` (see `gs.tokens`): the bare function,
+    for use inside your own `jit`.
 
     segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing), of which
                    none sees another, whatever its id; default all one
@@ -259,6 +266,7 @@ def forward(
     Raises `InputError` for sites, layers, reads and shapes that do not fit.
     """
     c, params = model.config, model.params
+    tokens, segments = tokens_and_segments(tokens, segments)
     items = ic.flatten(intercepts)
     if logits not in get_args(Logits):
         raise InputError(f"logits must be one of {', '.join(get_args(Logits))}, not {logits!r}")
@@ -387,6 +395,7 @@ def run(
     positions and segments, the positions and values of intercepts. Of arrays on a device only
     shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
     """
+    tokens, segments = tokens_and_segments(tokens, segments)
     items, tokens, room = ic.flatten(intercepts), integers("tokens", tokens), model.config.context
     given = {"positions": integers("positions", positions)}
     given["segments"] = integers("segments", segments)

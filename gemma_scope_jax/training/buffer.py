@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax.model.batch import counted
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture
@@ -21,38 +21,37 @@ from gemma_scope_jax.training.state import Sites, TrainPlan, TrainState
 from gemma_scope_jax.training.weights import CoderGroup
 
 
-def model_activations(model: Model, tokens, segments, counts, plan: TrainPlan):
-    """Activations {site: [L, B*T, D]}, and which count (data's `counts`, no padding, no <bos>)."""
+def model_activations(model: Model, batch: TokenBatch, plan: TrainPlan):
+    """Activations {site: [L, B*T, D]}, and which to use: the batch's mask without <bos>, [B*T]."""
     out = forward(
         model,
-        tokens,
+        batch,
         [capture(site, layers) for site, layers in plan.sites],
-        segments=segments,
         stop_at_layer=plan.stop,
         logits="none",
         remat=None,
     )
     x = {s: out.reads[s].reshape(len(ls), -1, out.reads[s].shape[-1]) for s, ls in plan.sites}
-    return x, (counted(segments, plan.config.first) & counts).reshape(-1)
+    return x, batch.counted(plan.config.first).reshape(-1)
 
 
-def fill(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
-    """Write the activations that count over the oldest of the buffer."""
-    buffer, slot, filled = _write(state.buffer, state.slot, state.filled, x, counts)
+def fill(state: TrainState, x: Sites, mask: jax.Array) -> TrainState:
+    """Write the activations in the mask over the oldest of the buffer."""
+    buffer, slot, filled = _write(state.buffer, state.slot, state.filled, x, mask)
     return dataclasses.replace(state, buffer=buffer, slot=slot, filled=filled)
 
 
-def hold(state: TrainState, x: Sites, counts: jax.Array) -> TrainState:
+def hold(state: TrainState, x: Sites, mask: jax.Array) -> TrainState:
     """Write the activations that are held out over the oldest of these."""
-    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, x, counts)
+    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, x, mask)
     return dataclasses.replace(state, held=held, held_slot=slot, held_filled=filled)
 
 
-def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, counts: jax.Array):
-    """(ring, slot to write next, slots ever written) with those of x that count written into it."""
+def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, mask: jax.Array):
+    """(ring, slot to write next, slots ever written) with x written into it, where the mask is."""
     size = next(iter(ring.values())).shape[1]
-    number, new = jnp.cumsum(counts.astype(jnp.int32)), jnp.sum(counts, dtype=jnp.int32)
-    last = counts & (number > new - size)  # no slot is written twice, or sites might choose apart
+    number, new = jnp.cumsum(mask.astype(jnp.int32)), jnp.sum(mask, dtype=jnp.int32)
+    last = mask & (number > new - size)  # no slot is written twice, or sites might choose apart
     places = jnp.where(last, (slot + number - 1) % size, size)  # beyond the end: dropped
     write = lambda old, new: old.at[:, places].set(new.astype(old.dtype), mode="drop")
     ring = {site: write(old, x[site]) for site, old in ring.items()}

@@ -9,6 +9,7 @@ several hosts each reads the same text and keeps its rows, so that their number 
 results nor checkpoints.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,37 +21,35 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.data.activations.store import ActivationStore
-from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
+from gemma_scope_jax.data.batches import TokenBatches, counting, readings
+from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 from gemma_scope_jax.training import buffer, end_to_end
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training.held_out import HELD_OUT, TRAINED, SplitBatches, held_rows
+from gemma_scope_jax.training.held_out import SplitBatches, held_rows, is_held_out
 from gemma_scope_jax.training.recipe import TrainConfig
 from gemma_scope_jax.training.state import Sites, TrainPlan, TrainState, placement
 
 
-def fill_step(
-    state: TrainState, model: Model, tokens, segments, counts, plan: TrainPlan
-) -> TrainState:
-    """A model pass that only fills the buffer, and what is held out; `counts` of `SplitBatches`,
-    or bool."""
-    side = counts.astype(jnp.int32)
-    x, used = buffer.model_activations(model, tokens, segments, side > 0, plan)
-    state = buffer.fill(state, x, used & (side == TRAINED).reshape(-1))
-    return buffer.hold(state, x, used & (side == HELD_OUT).reshape(-1))
+def fill_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan) -> TrainState:
+    """A model pass that only fills the buffer, and what is held out."""
+    x, mask = buffer.model_activations(model, batch, plan)
+    held = is_held_out(batch).reshape(-1)
+    return buffer.hold(buffer.fill(state, x, mask & ~held), x, mask & held)
 
 
-def train_step(state: TrainState, model: Model, tokens, segments, counts, plan: TrainPlan):
+def train_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan):
     """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
-    state = fill_step(state, model, tokens, segments, counts, plan)
+    state = fill_step(state, model, batch, plan)
     by_effect = None
     if any(group.like.loss.kl_weight for group in plan.groups):
         with steps.precision(plan.config):
-            trained = counts.astype(jnp.int32) == TRAINED
-            state, by_effect = end_to_end.update(state, model, tokens, segments, trained, plan)
+            trained = dataclasses.replace(batch, mask=batch.counted(0) & ~is_held_out(batch))
+            state, by_effect = end_to_end.update(state, model, trained, plan)
 
     def one(state, _):
         state, x = buffer.draw(state, plan)
@@ -84,8 +83,8 @@ def token_batches(
     return kind(
         config.data if data is None else data,
         fit_tokenizer(load_tokenizer(config.model), model),
-        rows=config.rows,
-        length=config.length,
+        batch_size=config.rows,
+        context_size=config.length,
         seed=config.seed,
         position=position,
     )
@@ -110,14 +109,14 @@ class TextFeed:
         source = token_batches(self.plan.config, shape, self.data, position, split=True)
         position = source.position
         with prefetch(source) as batches:
-            parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
+            place = partial(jax.tree.map, lambda a: put(mesh, a, "data"))
             checked = counting(batches, self.plan.config.first, position)
-            yield ((parts(batch), after) for batch, after in checked)
+            yield ((place(batch), after) for batch, after in checked)
 
     def step(self, state: TrainState, batch: Any, started: bool):
         if not started:
-            return self.fill(state, self.model, *batch), None
-        return self.train(state, self.model, *batch)
+            return self.fill(state, self.model, batch), None
+        return self.train(state, self.model, batch)
 
     def readings(self, position: Any, done: int) -> int:
         return readings(position) if position else 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds
@@ -56,12 +57,12 @@ def compile_for_tpu(name: str):
     state = jax.tree.map(at, jax.eval_shape(lambda: init_state(plan, config)), places)
     params = jax.tree.map(at, abstract_params(config), param_shardings(config, mesh))
     split = NamedSharding(mesh, PartitionSpec("data"))
-    batch = [jax.ShapeDtypeStruct((rows, 1024), d, sharding=split) for d in (jnp.int32,) * 2]
-    batch.append(jax.ShapeDtypeStruct((rows, 1024), jnp.bool_, sharding=split))
+    kinds = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = TokenBatch(*(jax.ShapeDtypeStruct((rows, 1024), d, sharding=split) for d in kinds))
     program = jax.jit(
         partial(feeds.train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
     )
-    return program.lower(state, Model(params, config), *batch).compile()
+    return program.lower(state, Model(params, config), batch).compile()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from etils import epath
 from assertions import one_line, same
 from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.kernels import active, cpu, xla
 from gemma_scope_jax.training import buffer, ends
@@ -54,9 +54,8 @@ def activations(model):
     want = {c: i for c in EVERY_KIND for i in c.layer_tuple}
     plan = make_plan(recipe(*want), model.config)
     batch = next(TokenBatches(documents(), Letters(), 16, 32, seed=9))
-    run = jax.jit(lambda *a: buffer.model_activations(model, *a, plan))
-    x, counts = run(batch.tokens, batch.segments, batch.counts)
-    keep = np.asarray(counts)
+    x, mask = jax.jit(lambda batch: buffer.model_activations(model, batch, plan))(batch)
+    keep = np.asarray(mask)
     return {(s, i): np.asarray(x[s][n])[keep] for s, ls in plan.sites for n, i in enumerate(ls)}
 
 
