@@ -1,12 +1,14 @@
 """Turn the coders of a training run into coders that ship: bfloat16 weights, labels, figures.
 
     python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--other news.txt] [--no-labels]
+        [--notes notes.md]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
 config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
-held-out text and on text of other kinds (figures.json, and in the card), and label material
-(labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane Austen's
-novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and library (PSF).
+held-out text and on text of other kinds (figures.json, and in the card), notes on what the text was
+and how the run went (in the card), and label material (labels.json.gz). Snippets come only from
+texts whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
+BY-SA), the Python manual and library (PSF).
 """
 
 import argparse
@@ -93,9 +95,9 @@ def card_section(found: list[dict]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return (
-        "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without the "
-        "rare tokens of enormous norm; delta loss in nats; CE score against zeros that leave "
-        "`<bos>` alone, and against SAELens', which stand there, too.\n"
+        "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without "
+        "(typical tokens) the rare tokens of enormous norm; delta loss in nats; CE score against "
+        "zeros that leave `<bos>` alone, and against SAELens' zeros, which stand there, too.\n"
     )
 
 
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
     parser.add_argument("--other", type=Path, nargs="*", default=[], metavar="TEXT")
+    parser.add_argument("--notes", type=Path, help="Markdown that ends each card")
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     tok = gs.load_tokenizer("gemma-3-270m")
@@ -129,6 +132,8 @@ def main() -> None:
             (folder / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
             with open(folder / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n" + card_section([figure, *others]))
+                if args.notes:
+                    card.write("\n" + args.notes.read_text(encoding="utf-8"))
             shown = {k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}
             print(folder.name, json.dumps(shown), flush=True)
             if args.labels:

@@ -140,6 +140,7 @@ def test_weights_and_info_do_not_recompile(build):
     assert reconstruct._cache_size() == 2, "static fields do choose the program"
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_multi_layer_coder_equals_a_float64_triangular_sum(skip, dtype):

@@ -47,7 +47,8 @@ def by_hand(z, k):
     return f
 
 
-def test_exactly_k_are_kept_of_equals_the_first_and_none_that_is_not_positive():
+def test_exactly_k_are_kept():
+    """The first of equals, and none that is not positive."""
     z = np.array([[1, 3, 3, 3, 2], [-1, -2, 4, -3, 0], [0, 0, 0, 0, 0]], np.float32)
     f = np.asarray(largest(jnp.maximum(z, 0), 2))
     np.testing.assert_array_equal(f, [[0, 3, 3, 0, 0], [0, 0, 4, 0, 0], [0, 0, 0, 0, 0]])
@@ -201,10 +202,20 @@ def test_extraction_lists_the_k_features_of_each_token(model, kernels, mesh, mon
     group = groups[0]
     weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
-    run = jax.jit(lambda x, w: active_features._active(
-        x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, using=using,
-        precision="highest", mesh=grid,
-    ))  # fmt: skip
+    run = jax.jit(
+        lambda x, w: active_features._active(
+            x,
+            _Here(),
+            w,
+            segments > 0,
+            first=0,
+            slots=48,
+            k=group.k,
+            using=using,
+            precision="highest",
+            mesh=grid,
+        )
+    )
     monkeypatch.setattr(
         active_features, "token_mask", lambda ctx, x, first: jnp.ones((8, 8, 1), bool)
     )

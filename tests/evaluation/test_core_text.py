@@ -48,7 +48,8 @@ def test_every_token_is_there_once_with_its_source(text):
         assert sorted(ids) == sorted(Letters().encode("".join(documents), bos=False).tolist())
 
 
-def test_the_same_text_is_the_same_batches_and_another_has_another_fingerprint(text):
+def test_the_same_text_is_the_same_batches(text):
+    """Another text has another fingerprint."""
     data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
     for one, two in zip(data, data):
         np.testing.assert_array_equal(one.tokens, two.tokens)

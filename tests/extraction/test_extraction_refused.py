@@ -94,8 +94,9 @@ def test_a_folder_keeps_to_its_settings(model, tmp_path, changes, said):
         extract(model, coders, Letters(), source, tmp_path, **settings)
 
 
-def test_a_folder_of_a_coder_is_called_by_its_name_and_known_by_its_weights(model, tmp_path):
-    """Stores hold no paths of this machine; those of older versions do, and go on all the same."""
+def test_a_folder_is_called_by_its_coders_name(model, tmp_path):
+    """It is known by its weights: stores hold no paths of this machine. Those of older versions
+    do, and go on all the same."""
     at = lambda coder, path: dataclasses.replace(coder, info=CoderInfo(path=str(path)))
     places = (tmp_path / "sae", tmp_path / "x" / "one", tmp_path / "y" / "one", "x/two")
     coders = [at(CODERS[name], path) for name, path in zip("abab", places)]

@@ -49,9 +49,14 @@ silent = lambda *_: None
 
 
 coder = partial(
-    random_coder, F, threshold=1.0, layer=0, reads="mlp_in", writes="mlp_out",
+    random_coder,
+    F,
+    threshold=1.0,
+    layer=0,
+    reads="mlp_in",
+    writes="mlp_out",
     info=CoderInfo(model_name="acme/tiny"),
-)  # fmt: skip
+)
 
 
 def result(folder, seed):

@@ -110,6 +110,6 @@ def goes_on(measured, model, text, folder):
 MEASURED = {
     "sae": random_coder(64),
     "skip_transcoder": random_coder(
-        64, seed=1, skip=True, layer=2, reads="mlp_in", writes="mlp_out", first=3
+        64, seed=1, skip=True, layer=3, reads="mlp_in", writes="mlp_out", first=3
     ),
 }

@@ -133,8 +133,8 @@ def test_the_log_and_the_card_say_what_the_saved_files_do(run):
         assert f"{said['fvu']:.4g}" in card
 
 
-def test_a_token_of_enormous_norm_has_its_k_features_and_a_jumprelu_far_more(run):
-    """As TopK is saved; one threshold for all would light most of the dictionary."""
+def test_a_token_of_enormous_norm_has_its_k_features(run):
+    """A JumpReLU has far more: one threshold for all would light most of the dictionary."""
     folder, (topk, jump, batch, several), seen = run
     saved = last(folder)["saved"]
     _, sites, layers = seen[0]

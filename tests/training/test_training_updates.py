@@ -46,7 +46,8 @@ def test_every_activation_is_drawn_once_in_a_sweep():
     assert sweeps[0] != sweeps[1] != list(range(12))
 
 
-def test_model_activations_leave_out_bos_of_every_piece_padding_and_what_the_data_says(model):
+def test_model_activations_are_of_tokens_that_count(model):
+    """Left out are <bos> of every piece, padding and what the data says."""
     plan = make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
     segments, mask = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
     batch = TokenBatch(jnp.array([[2, 5, 6, 2, 7, 0]]), segments, mask)
@@ -93,7 +94,8 @@ def test_products_have_the_precision_asked_for():
     assert all("HIGH" in line and "HIGHEST" not in line for line in products("tensorfloat32"))
 
 
-def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alone():
+def test_a_gradient_of_unusual_norm_is_cut_alone():
+    """Other kinds of weights and other coders stay as they are."""
     config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))

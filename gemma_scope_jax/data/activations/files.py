@@ -213,6 +213,7 @@ def map_shard(path: Path, manifest: Mapping[str, Any], site: str, rows: int) -> 
     """The tensors of a shard's file, memory-mapped. Raises `InputError` for a foreign file."""
     held, dtype = manifest["sites"][site], manifest["dtype"]
     layers = len(held["layers"])
+    wanted: dict[str, tuple[str, tuple[int, ...]]]
     wanted = {"values": (dtype, (layers, rows, held["width"]))}
     if dtype == "int8":
         wanted["scale"] = ("float32", (layers, rows))
