@@ -10,7 +10,9 @@ from typing import Any
 _PUBLIC = {
     "errors": ["InputError"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
-    "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
+    "model.gemma": ["Cache", "Output", "forward", "init_cache"],
+    "model.run": ["run"],
+    "model.recompilation": ["RecompilationWarning"],
     "model.intercept": [
         "Intercept",
         "SITES",
@@ -21,6 +23,7 @@ _PUBLIC = {
         "per_layer",
         "read",
         "steer",
+        "tokenwise",
         "write",
     ],
     "model.generate": ["generate"],

@@ -33,14 +33,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
-from gemma_scope_jax.model.batch import check_ids, check_tokens, documents, integers
+from gemma_scope_jax.model.batch import check_tokens, documents
 from gemma_scope_jax.model.batch import counted as counted
 from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
-from gemma_scope_jax.model.sharding import check_axes, mesh_of, on_auto_axes, own_mesh, place
+from gemma_scope_jax.model.sharding import check_axes, mesh_of, place
 
 Logits = Literal["all", "last", "none"]
 
@@ -258,22 +259,54 @@ def forward(
     logits         "all", only of the "last" token, or "none"
     Raises `InputError` for sites, layers, reads and shapes that do not fit.
     """
-    c, params = model.config, model.params
-    items = ic.flatten(intercepts)
+    items = hooks.flatten(intercepts)
+    check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
+    given = {"positions": positions, "segments": segments, "cache": cache}
+    return one_pass(model, tokens, items, stop_at_layer, remat=remat, logits=logits, **given)
+
+
+def check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits):
+    """Raise `InputError` for what `forward` cannot run."""
     if logits not in get_args(Logits):
         raise InputError(f"logits must be one of {', '.join(get_args(Logits))}, not {logits!r}")
     if unknown := set(remat or ()) - set(ic.SITES):
         raise InputError(f"remat: {min(unknown)!r} is no site (all: {' '.join(ic.SITES)})")
-    check_axes(params.embed)
-    ic.check(items, c.layers, stop_at_layer)
-    check_tokens(c, tokens, cache, positions, segments)
+    check_axes(model.params.embed)
+    hooks.check(items, model.config.layers, stop_at_layer)
+    check_tokens(model.config, tokens, cache, positions, segments)
+
+
+def one_pass(
+    model: Model,
+    tokens: jax.Array,
+    items: tuple[ic.Intercept, ...],
+    stop_at_layer: Any = None,
+    length: Any = None,
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+    remat: tuple[str, ...] | None = (),
+    logits: Logits = "all",
+) -> Output:
+    """`forward` of checked arguments, two of which may be data here, int32 scalars.
+
+    stop_at_layer  if nothing is read at more than one layer, and nobody differentiates
+    length         how many tokens of each row count: the rest is there for its shape alone. Only
+                   without a cache
+    """
+    c, params = model.config, model.params
     tokens = tokens.astype(jnp.int32)
     in_order, packed = positions is None and cache is None, segments is not None
+    if length is not None:  # no token sees the filling, which comes after it
+        there = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < length
+        segments = jnp.where(there, 1 if segments is None else segments, 0)
+        segments = jnp.broadcast_to(segments, tokens.shape)
     queries, last = documents(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
-    where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
+    where = _where(c, queries, cache, materialise=hooks.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
-    top = ic.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
+    top = hooks.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
     x = top("embed", embed(c, params, tokens))
     states = {
@@ -289,8 +322,9 @@ def forward(
     if stop_at_layer is None:
         x = top("resid_final", x)
         if logits == "last":
-            x = x[:, -1:]
-            top.positions, top.valid = top.positions[:, -1:], top.valid[:, -1:]
+            end = tokens.shape[1] if length is None else length
+            one = partial(jax.lax.dynamic_slice_in_dim, start_index=end - 1, slice_size=1, axis=1)
+            x, top.positions, top.valid = one(x), one(top.positions), one(top.valid)
         if logits != "none" or any(i.site in ("final_scale", "logits") for i in items):
             out = top("logits", unembed(c, params, x, top))
     reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
@@ -308,13 +342,22 @@ def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat) -
         x, kv, states = carry
         take = lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
         valid = where.queries.segments > 0
-        at = ic.At(items, active, layer, c.layers, where.queries.positions, valid, states)
+        at = hooks.At(items, active, layer, c.layers, where.queries.positions, valid, states)
         x, kv = block(c, jax.tree.map(take, blocks), x, layer, where, kv, at)
         return (x, kv, at.states), at.reads
 
+    held = [n for n, i in enumerate(items) if i.layer is not None and i.kind == "read"]
+    if held:  # a read at a layer that is data: its value is carried on from that layer
+        shapes = jax.eval_shape(partial(body, held), (x, kv, states), jnp.int32(0))[1]
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        states = states | empty
     collected: dict[int, list] = {}
     carry = (x, kv, states)
-    for start, stop, active in ic.segments(items, ran):
+    if not isinstance(ran, int):
+        active, upto = tuple(range(len(items))), jnp.int32(ran)
+        carry = jax.lax.fori_loop(0, upto, lambda l, carry: body(active, carry, l)[0], carry)
+        return *carry, collected
+    for start, stop, active in hooks.segments(items, ran):
         step = partial(body, active)
         if stop - start == 1:
             one = partial(step, layer=start)
@@ -340,14 +383,14 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
     for n, i in enumerate(items):
         if i.name is None:
             continue
-        if i.kind == "fold":
+        if n in states:
             reads[i.name] = states[n]
         elif n in top_reads:
             reads[i.name] = top_reads[n]
         elif n in collected:
             parts = collected[n]
             stacked = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *parts)
-            if isinstance(i.layers, int):
+            if i.of_one_layer:
                 stacked = jax.tree.map(lambda a: a[0], stacked)
             elif i.layers is not None and tuple(sorted(i.layers)) != i.layers:
                 order = np.argsort(np.argsort(i.layers))
@@ -356,47 +399,3 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
         else:
             raise InputError(f"{i.name!r} at {i.site!r} is never reached")
     return reads
-
-
-_run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
-
-
-def _check_places(positions: Any, segments: Any, room: int) -> None:
-    """Raise `InputError` for what is known on the host and cannot be; padding stands anywhere."""
-    if isinstance(segments, np.ndarray) and segments.min() < 0:
-        raise InputError(f"segments must not be negative, got {segments.min()}")
-    if not isinstance(positions, np.ndarray):
-        return
-    if segments is not None:
-        positions = positions[segments > 0] if isinstance(segments, np.ndarray) else positions[:0]
-    if not positions.size:
-        return
-    if positions.min() < 0:
-        raise InputError(f"positions must not be negative, got {positions.min()}")
-    if positions.max() >= room:
-        raise InputError(f"position {positions.max()} is beyond the model's context of {room}")
-
-
-@own_mesh
-def run(
-    model: Model, tokens, intercepts=(), *, positions=None, segments=None, cache=None, **options
-) -> Output:
-    """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing.
-
-    What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
-    positions and segments, the positions and values of intercepts. Of arrays on a device only
-    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
-    """
-    items, tokens, room = ic.flatten(intercepts), integers("tokens", tokens), model.config.context
-    given = {"positions": integers("positions", positions)}
-    given["segments"] = integers("segments", segments)
-    check_tokens(model.config, tokens, cache, **given)
-    if isinstance(tokens, np.ndarray):
-        check_ids(model.config, tokens)
-    _check_places(given["positions"], given["segments"], room)
-    # where a text goes on from a cache or stands elsewhere, any position may be meant
-    alone = positions is None and cache is None
-    least, most = (tokens.shape[1],) * 2 if alone else (0, 2**31)
-    ic.check_data(items, model.dtype, least, most)
-    model, tokens, items, given = on_auto_axes((model, tokens, items, given | {"cache": cache}))
-    return _run(model, tokens, items, **given, **options)

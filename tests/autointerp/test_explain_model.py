@@ -28,7 +28,7 @@ from gemma_scope_jax.cli.explain import chosen_features, parse_features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS, Model
-from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.tokenizer import load_tokenizer
 from planted_store import PLANTED, PlantedStore, Tok
 from tiny import tiny_model

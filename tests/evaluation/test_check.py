@@ -15,8 +15,8 @@ from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.evaluation.check import _warnings, check, print_report
 from gemma_scope_jax.evaluation.evaluate import Losses
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from tiny import tiny_model
 
 LAYER = 1

@@ -15,8 +15,8 @@ from gemma_scope_jax.evaluation.figures import ABLATIONS, density_histogram, fre
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from tiny import tiny_model
 
 D, F, B, T = 32, 64, 2, 24

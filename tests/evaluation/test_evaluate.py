@@ -21,8 +21,8 @@ from gemma_scope_jax.evaluation.evaluate import (
 )
 from gemma_scope_jax.evaluation.predictions import compare, final_residual
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from letters import Letters
 from tiny import tiny_model
 

@@ -18,7 +18,7 @@ from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_feat
 from gemma_scope_jax.inspection.page import inspection_page
 from gemma_scope_jax.inspection.terminal import label_text, print_inspection, visible
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.run import run
 from letters import Letters
 from tiny import tiny_model
 
