@@ -40,6 +40,7 @@ def extract(
     values: Literal["float16", "float32"] = "float16",
     slots: int | None = None,
     precision: Literal["highest", "high", "default"] = "highest",
+    profile: LocalPlace | None = None,
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
     coordinator: Name = "",
     processes: int | None = None,
@@ -73,6 +74,7 @@ def extract(
         values: How activations are kept.
         slots: Features a token has room for before it takes a slower path; default: 4 times L0.
         precision: Of the encoders' products; highest is float32.
+        profile: An empty folder for a trace of a few batches, to look at in XProf or Perfetto.
         mesh: Devices to spread the rows and the features over; default: one device.
         coordinator: Address and port of the first of several processes that are one program.
         processes: How many processes share the work.
@@ -113,6 +115,7 @@ def extract(
     if plan:
         print_plan(plan_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
     else:
+        settings["profile"] = profile
         print_store(run_extraction(loaded_model, loaded, tok, data, out, **settings), json=json)
 
 

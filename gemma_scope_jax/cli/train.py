@@ -14,6 +14,7 @@ def train(
     config: Config,
     *,
     out: Folder,
+    profile: LocalPlace | None = None,
     coordinator: Name = "",
     processes: int | None = None,
     process: int | None = None,
@@ -29,6 +30,7 @@ def train(
         config: A Python file that sets `config`; it is run.
         out: Folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
             published layout.
+        profile: An empty folder for a trace of a few passes, to look at in XProf or Perfetto.
         coordinator: Address and port of the first of several processes.
         processes: How many there are.
         process: Which this is, from 0.
@@ -39,7 +41,7 @@ def train(
     from gemma_scope_jax.training.train import load_config
     from gemma_scope_jax.training.train import train as run_training
 
-    run_training(load_config(config), out)
+    run_training(load_config(config), out, profile=profile)
 
 
 def activations(

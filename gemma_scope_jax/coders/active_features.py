@@ -251,6 +251,7 @@ def _find(
     )
 
 
+@jax.named_scope("encode")
 def _product(x, w: Encoders, precision: str):
     return jnp.matmul(float32(x), w.w_enc, precision=jax.lax.Precision(precision))
 

@@ -98,6 +98,7 @@ class MultiLayerCoder:
         flat = flat + float32(self.b_enc)[:, None, :]
         return flat.reshape(*x.shape[:-1], self.width)
 
+    @jax.named_scope("encode")
     def encode(self, x: Any) -> jax.Array:
         """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32."""
         z = self.pre_activations(x)
@@ -109,6 +110,7 @@ class MultiLayerCoder:
         kept = largest(together.reshape(*together.shape[:-2], X * self.width), self.k)
         return jnp.moveaxis(kept.reshape(together.shape), -2, 0)
 
+    @jax.named_scope("encode")
     def encode_layer(self, i: Any, x: Any) -> jax.Array:
         """The features of one source layer: x [..., D] -> [..., F]. `i` may be traced.
 
@@ -121,6 +123,7 @@ class MultiLayerCoder:
         z = z + along_last(_at(self.b_enc, i), z)
         return jump_relu(z, along_last(_at(self.threshold, i), z))
 
+    @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
         """f [X, ..., F] -> reconstructions [X, ..., D] at `writes`, float32.
 
@@ -155,6 +158,7 @@ class MultiLayerCoder:
 
     __call__ = reconstruct
 
+    @jax.named_scope("decode")
     def contributions(self, i: Any, f: Any) -> jax.Array:
         """What source layer `i`'s features f [..., F] write to every output layer: [X, ..., D].
 

@@ -146,6 +146,7 @@ class SparseCoder:
         z = matmul(x, self.w_enc)
         return z + along_last(self.b_enc, z)
 
+    @jax.named_scope("encode")
     def encode(self, x: Any) -> jax.Array:
         """x [..., D], the raw activation at site `reads` -> feature activations [..., F], float32.
 
@@ -155,6 +156,7 @@ class SparseCoder:
         f = jump_relu(z, along_last(self.threshold, z))
         return f if self.k is None else largest(f, self.k)
 
+    @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
         """f [..., F] -> the reconstruction [..., D_out] at site `writes`, float32.
 

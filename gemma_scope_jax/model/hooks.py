@@ -181,7 +181,8 @@ class At:
         i = self.intercepts[n]
         state = (kept,) if i.kind == "fold" else ()
         args = _layer_args(i, self.layer, self.layers)
-        made = i.fn(x, ctx, *state, *args, **dict(i.options))
+        with jax.named_scope(f"{i.kind}_{i.site}"):
+            made = i.fn(x, ctx, *state, *args, **dict(i.options))
         if i.kind == "read":
             return x, made
         if i.kind == "write":
