@@ -1,6 +1,8 @@
 # Every target makes, or reuses, its own environment; all it needs is Python >= 3.11, make and PyPI.
 #
 #   make demo [TEXT="..."]  what the real Gemma 3 270M and one SAE see in a text: out/inspect.html
+#   make quick              the laws and what is tested in under a second: for every edit
+#   make check              lint, types and quick: before every commit
 #   make test               the test suite
 #   make test-official      the test suite, and parity with the gemma package (Python >= 3.12, 4 GB)
 #   make test-slow          the tests that take minutes each
@@ -9,6 +11,7 @@
 #   make bench              the benchmarks against those libraries (not train_quality.py: an hour;
 #                           train_share.py: for GPUs)
 #   make lint               ruff and pyright
+#   make durations          measure anew which tests `make quick` leaves out (tests/long_tests.txt)
 #   make golden             write anew what transformers computes (tests/golden)
 #   make constraints        write anew the tested versions (constraints.txt)
 #
@@ -20,9 +23,9 @@ PEERS = .venv-peers
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo test test-official test-slow test-peers peers bench lint golden constraints
+.PHONY: help demo quick check test test-official test-slow test-peers peers bench lint durations golden constraints
 help:
-	@sed -n '3,16s/^# \{0,1\}//p' Makefile
+	@sed -n '3,19s/^# \{0,1\}//p' Makefile
 
 # ---- Interpreters. A pyenv shim can exist and yet not run, so each candidate is tried.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -72,16 +75,26 @@ demo: $(VENV)/.has-demo
 	    --html out/inspect.html -- "$${TEXT:-The capital of France is}"
 
 # ---- Tests.
-PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n $(JOBS)
+# A file stays on one process, which makes and compiles what its tests share once.
+PYTEST = JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest
+PARALLEL = -n $(JOBS) --dist loadscope
+
+quick: $(VENV)/.has-test
+	$(PYTEST) $(PARALLEL) -q -m quick $(ARGS)
+
+check: lint quick
 
 test: $(VENV)/.has-test
-	$(PYTEST) -m "not slow and not official and not peers" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not official and not peers" $(ARGS)
 
 test-official: $(VENV)/.has-test,official
-	$(PYTEST) -m "not slow and not peers" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not peers" $(ARGS)
 
 test-slow: $(VENV)/.has-test
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "slow and not official and not peers" $(ARGS)
+	$(PYTEST) -m "slow and not official and not peers" $(ARGS)
+
+durations: $(VENV)/.has-test
+	$(PYTEST) -q -p durations -m "not slow and not official and not peers"
 
 lint: $(VENV)/.has-test
 	$(VENV)/bin/ruff check

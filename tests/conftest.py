@@ -1,27 +1,43 @@
-"""Strict JAX for every test: no silent dtype or rank promotion, eight CPU devices."""
+"""A room alone: `JAX_PLATFORMS=cpu .venv/bin/python -m pytest tests/coders`; one test: `-k`.
+
+`make quick` takes a minute, `make test` ten; tests/<room>/ follows gemma_scope_jax/<room>/.
+What tests share lies in tests/support/ (imported by its bare name) and in a room's conftest.py.
+`model` below is the tiny Gemma; `coders.random_coder` makes every kind of coder for it.
+JAX is strict here (support/strict_jax.py), warnings are errors, and there are eight devices.
+"""
 
 import gc
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: less optimised code halves their time.
-FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
+import jax
+import jax.experimental.compilation_cache.compilation_cache as cache
+import pytest
 
-# What tests share is in support/, also for the programs that they start.
-SHARED = (Path(__file__).parent / name for name in ("", "support", "model", "training"))
+import strict_jax  # noqa: F401
+from gemma_scope_jax.model.config import PRESETS
+from tiny import tiny_model
+
+# Programs that tests start find what is shared, too.
+HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (*map(str, SHARED), os.environ.get("PYTHONPATH")))
+    filter(None, (str(HERE), str(HERE / "support"), os.environ.get("PYTHONPATH")))
 )
 
-import jax  # noqa: E402
-import jax.experimental.compilation_cache.compilation_cache as cache  # noqa: E402
-import pytest  # noqa: E402
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)
+@pytest.fixture(scope="session")
+def model():
+    """The 270M shrunk to 4 layers of width 32, float32, random."""
+    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch, model):
+    """For commands: the name "tiny" is the tiny model with a tokenizer of letters."""
+    from commands import give_tiny
+
+    give_tiny(monkeypatch, model)
+
 
 MAPS = Path("/proc/self/maps")
 MANY = 15_000

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.disk import is_remote

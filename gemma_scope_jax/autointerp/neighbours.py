@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Corpus
+from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.coders.directions import most_similar
-from gemma_scope_jax.coders.sparse_coder import float32
 from gemma_scope_jax.errors import InputError
 
 LARGEST = 1 << 29  # bytes of co-occurrence counts

@@ -18,8 +18,8 @@ from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
-from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
-from gemma_scope_jax.coders.directions import Gain, source_layer
+from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
+from gemma_scope_jax.coders.directions import Gain
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import describe
@@ -52,7 +52,7 @@ def build_cards(
     cannot be compared.
     """
     settings = settings or CardSettings()
-    layer = layers_of(coder)[source_layer(coder, layer)]
+    layer = coder.layers[coder.source(layer)]
     others = compare or {}
     for other in others.values():
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
@@ -121,8 +121,7 @@ def _make(
 
 def same_layer(other: Coder, layer: int) -> int | None:
     """The layer of a coder that is compared with another one's `layer`: the same, or its only."""
-    layers = layers_of(other)
-    return layer if layer in layers or len(layers) > 1 else None
+    return layer if layer in other.layers or len(other.layers) > 1 else None
 
 
 def _check_model(store: Any, model: Model) -> None:

@@ -25,8 +25,8 @@ from gemma_scope_jax.cards.examples import (
     activation_bin,
     chance,
 )
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.catalog import parse_address
-from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.progress import ReportProgress

@@ -141,23 +141,21 @@ class _Wanted:
 
 
 def _load_others(compare: tuple[str, ...]) -> list[Any]:
-    from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-    from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
+    from gemma_scope_jax.coders.load import load_coders
 
-    others = [load_coder(name) for given in compare for name in matching(given)]
-    return [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in others]
+    return list(load_coders(compare, decoder=True)) if compare else []
 
 
-def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_Wanted]:
+def _wanted(coders: Any, others: list, out: Path, explanations: str) -> list[_Wanted]:
     """What is to be made. Raises `InputError` for what cannot be, before anything is."""
     from gemma_scope_jax.cards.build import same_layer
-    from gemma_scope_jax.coders.coder import layers_of, public_name
-    from gemma_scope_jax.coders.directions import check_comparable, source_layer
+    from gemma_scope_jax.coders.coder import public_name
+    from gemma_scope_jax.coders.directions import check_comparable
 
     if explanations and len(coders) > 1:
         raise InputError("--explanations is of one coder, and several are given")
-    pairs = [(c, layer) for c in coders for layer in layers_of(c)]
-    names = _folders([(public_name(c), layer, len(layers_of(c)) > 1) for c, layer in pairs])
+    pairs = [(c, layer) for c in coders for layer in c.layers]
+    names = _folders([(public_name(c), layer, len(c.layers) > 1) for c, layer in pairs])
     pages = {(c.info.path, i): f"../{name}/index.html" for (c, i), name in zip(pairs, names)}
     called, wanted = _names(others), []
     for (coder, layer), name in zip(pairs, names):
@@ -167,7 +165,7 @@ def _wanted(coders: list, others: list, out: Path, explanations: str) -> list[_W
         for n, other in compared.items():
             theirs = same_layer(other, layer)
             check_comparable(coder, layer, other, theirs)
-            place = (other.info.path, layers_of(other)[source_layer(other, theirs)])
+            place = (other.info.path, other.layers[other.source(theirs)])
             sites |= {n: pages[place]} if place in pages else {}
         explained = _explained(coder, layer, explanations)
         wanted.append(_Wanted(coder, layer, name, compared, sites, explained))
@@ -196,9 +194,8 @@ def _explained(coder: Any, layer: int, given: str) -> dict[int, Any]:
         layer_folder,
         read_explanations,
     )
-    from gemma_scope_jax.coders.coder import layers_of
 
-    layers = len(layers_of(coder))
+    layers = len(coder.layers)
     if layers > 1 and given.endswith(".json"):
         raise InputError("--explanations: of a coder of several layers, give the folder of all")
     folder = given or explained_folder(coder.info)

@@ -105,8 +105,7 @@ def explain(
     from gemma_scope_jax.autointerp.explain import check_scores
     from gemma_scope_jax.autointerp.explanations import explained_folder, layer_folder
     from gemma_scope_jax.cards.build import name_in_store
-    from gemma_scope_jax.coders.coder import layers_of
-    from gemma_scope_jax.coders.release.files import load_coder
+    from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.extraction.store.store import FeatureStore
     from gemma_scope_jax.model.tokenizer import load_tokenizer
 
@@ -132,7 +131,7 @@ def explain(
         corpus = open_corpus(opened, tok, sampling, name, layer)
     wanted = chosen_features(features, sample, opened.fired(name, layer), least, seed, kind)
     folder = out or explained_folder(loaded.info)
-    folder = layer_folder(folder, len(layers_of(loaded)), layer)
+    folder = layer_folder(folder, len(loaded.layers), layer)
     path = _answer_file(answers, folder)
     known = _neighbours(corpus, loaded, wanted, neighbours) if hard_negatives else {}
     if kind == "endpoint":
@@ -227,12 +226,11 @@ def _neighbours(
     corpus: Any, coder: Any, features: Sequence[int], kind: str
 ) -> dict[int, list[int]]:
     from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
-    from gemma_scope_jax.coders.sparse_coder import SparseCoder
 
     with stage("looking for neighbours of the features"):
         if kind == "cooccurring":
             return cooccurring(corpus, features)
-        if not isinstance(coder, SparseCoder):
+        if coder.multi_layer:
             raise InputError("--neighbours decoder is for coders of one layer; cooccurring for all")
         return decoder_neighbours(coder.w_dec, features)
 

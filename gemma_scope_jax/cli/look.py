@@ -50,7 +50,7 @@ def inspect(
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
     text = given_text(text, file)
-    loaded_model, (loaded_coder,), tok = load_all(model, [coder], dtype, one_layer=True)
+    loaded_model, (loaded_coder,), tok = load_all(model, coder, dtype, one_layer=True)
     from gemma_scope_jax.autointerp.explanations import explained_folder, read_explanations
     from gemma_scope_jax.cards.labels import read_labels
     from gemma_scope_jax.inspection.inspect_text import inspect_text
@@ -106,7 +106,7 @@ def check(
         documents, source = documents.split(SEPARATOR), "the bundled sample"
     else:
         documents, source = read_documents([str(text)]), str(text)
-    loaded_model, (loaded_coder,), tok = load_all(model, [coder], dtype)
+    loaded_model, (loaded_coder,), tok = load_all(model, coder, dtype)
     from gemma_scope_jax.evaluation.check import check, print_report
     from gemma_scope_jax.evaluation.evaluate import text_batches
 

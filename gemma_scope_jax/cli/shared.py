@@ -73,37 +73,38 @@ def print_json(value: Any) -> None:
 
 def load_all(
     model: str,
-    coders: Sequence[str],
+    coders: str | Sequence[str],
     dtype: Dtype,
     *,
     one_layer: bool = False,
     mesh: tuple[int, int] | None = None,
     decoders: bool = True,
     with_model: bool = True,
-) -> tuple[Any, list[Any], Any]:
+) -> tuple[Any, Any, Any]:
     """Model, coders and tokenizer; the small things first, so that mistakes show at once.
 
-    A glob among `coders` stands for all packaged coders, published addresses and folders that it
-    matches. `one_layer`: those of several layers are refused. `mesh`: (data, model) devices that
+    coders: what `load_coders` takes; a text is a single coder. `one_layer`: those of several layers
+    are refused. `mesh`: (data, model) devices that
     the model is spread over. `with_model=False` leaves the model away: None. Without `decoders`
     those of several layers stay on the disk.
     """
     use_compilation_cache()
-    with stage(f"loading coder{'s' * (len(coders) > 1)} {' '.join(coders)}"):
+    named = [coders] if isinstance(coders, str) else coders
+    with stage(f"loading coder{'s' * (len(named) > 1)} {' '.join(named)}"):
         import jax
 
         from gemma_scope_jax.coders.coder import check_fits
-        from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-        from gemma_scope_jax.coders.release.files import load_coder, load_decoder, matching
+        from gemma_scope_jax.coders.load import load_coder, load_coders
         from gemma_scope_jax.model.checkpoints.load import load_model, model_config
         from gemma_scope_jax.model.sharding import make_mesh
         from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 
-        names = [name for given in coders for name in matching(given)]
-        loaded = [load_coder(name) for name in names]
-        for name, coder in zip(names, loaded):
-            if one_layer and isinstance(coder, MultiLayerCoder):
-                raise InputError(f"{name} has several layers: this takes coders of one layer")
+        loaded = load_coders(load_coder(coders) if isinstance(coders, str) else coders)
+        for coder in loaded:
+            if one_layer and coder.multi_layer:
+                raise InputError(
+                    f"{coder.info.path} has several layers: this takes coders of one layer"
+                )
         made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
         if not model and len(made_for) > 1:
             raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
@@ -111,7 +112,7 @@ def load_all(
         for coder in loaded:
             check_fits(model_config(model), coder)
         if decoders:
-            loaded = [load_decoder(c) if isinstance(c, MultiLayerCoder) else c for c in loaded]
+            loaded = load_coders(loaded, decoder=True)
         tok = fit_tokenizer(load_tokenizer(model), model_config(model))
     if not with_model:
         return None, loaded, tok

@@ -15,7 +15,7 @@ Axes: B rows of T tokens, N = B T, D inputs, F features, K slots, R spilled, d x
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,9 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, by_layer
-from gemma_scope_jax.coders.sparse_coder import float32, largest
+from gemma_scope_jax.coders.coder import Coder, Encoder, by_layer, float32, largest
 from gemma_scope_jax.kernels import active, cpu, xla
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
@@ -36,14 +34,6 @@ ON_CPU, ELSEWHERE = 256, 2048  # tokens encoded at a time: what their [tokens, F
 SPILL = 128  # of so many tokens one may have more features than there are slots
 PRECISIONS = ("highest", "high", "default")
 P = PartitionSpec
-
-
-class Encoders(NamedTuple):
-    """What encoding needs, of X layers: w_enc [X, D, F], b_enc and threshold [X, F], float32."""
-
-    w_enc: Any
-    b_enc: Any
-    threshold: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +83,7 @@ def grouped(coders: Mapping[str, Coder]) -> tuple[CoderStack, ...]:
         by_layer(coder)
     piles: dict[tuple, list[dict[int, tuple[str, int]]]] = {}
     for name, coder in coders.items():
-        for own, layer in enumerate(layers_of(coder)):
+        for own, layer in enumerate(coder.layers):
             alike = (coder.reads, coder.d_in, coder.width, coder.first, coder.k)
             rounds = piles.setdefault(alike, [])
             free = next((r for r in rounds if layer not in r), None)
@@ -109,22 +99,21 @@ def grouped(coders: Mapping[str, Coder]) -> tuple[CoderStack, ...]:
     return tuple(groups)
 
 
-def encoders(group: CoderStack, coders: Mapping[str, Coder], mesh: Any = None) -> Encoders:
-    """The weights of a group, stacked; on a mesh split by feature over its axis "model"."""
+def encoders(group: CoderStack, coders: Mapping[str, Coder], mesh: Any = None) -> Encoder:
+    """The weights of a group, stacked, float32: w_enc [X, D, F], b_enc and threshold [X, F]; on a
+    mesh split by feature over its axis "model".
+    """
+    split = mesh is not None and group.width % mesh.shape["model"] == 0
 
-    def of(name: str, axes: int) -> jax.Array:
-        parts = []
-        for coder, own in group.members:
-            weight = getattr(coders[coder], name)
-            parts.append(weight[own] if isinstance(coders[coder], MultiLayerCoder) else weight)
+    def stacked(*parts: Any) -> jax.Array:
         if mesh is None:
             return jnp.stack([float32(part) for part in parts])
-        spec = P(*(None,) * axes, "model" if group.width % mesh.shape["model"] == 0 else None)
         whole = np.stack([np.asarray(part, np.float32) for part in parts])
+        spec = P(*(None,) * (whole.ndim - 1), "model" if split else None)
         place = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
 
-    return Encoders(of("w_enc", 2), of("b_enc", 1), of("threshold", 1))
+    return jax.tree.map(stacked, *(coders[name].encoder(own) for name, own in group.members))
 
 
 def slots_for(coders: Sequence[Coder]) -> int:
@@ -132,7 +121,7 @@ def slots_for(coders: Sequence[Coder]) -> int:
 
     The target of a coder of several layers is taken as that of all. TopK coders need their k.
     """
-    known = [4 * c.info.l0 / len(layers_of(c)) for c in coders if c.info.l0 and c.k is None]
+    known = [4 * c.info.l0 / len(c.layers) for c in coders if c.info.l0 and c.k is None]
     known += [c.k for c in coders if c.k is not None]
     return -(-int(max(known, default=256)) // 32) * 32
 
@@ -145,7 +134,7 @@ def compaction() -> str:
 @partial(jax.jit, static_argnames=("groups", "slots", "form", "precision"))
 def active_features(
     model: Model,
-    weights: tuple[Encoders, ...],
+    weights: tuple[Encoder, ...],
     tokens: jax.Array,
     segments: jax.Array,
     counts: jax.Array,
@@ -192,7 +181,7 @@ def specs(rows: str | None, split: str | None) -> ActiveFeatures:
 
 
 def _active(
-    x, ctx, w: Encoders, counts, *, first, slots, k, form, precision, mesh
+    x, ctx, w: Encoder, counts, *, first, slots, k, form, precision, mesh
 ) -> ActiveFeatures:
     """One layer: x [B, T, D]."""
     keep = token_mask(ctx, x, first)[..., 0] & counts
@@ -206,16 +195,14 @@ def _active(
     slots = min(slots, width // (mesh.shape["model"] if split else 1))
     axes = tuple(axis for axis in (rows, split) if axis)
     find = partial(find, slots=slots, axes=axes, split=split)
-    shapes = Encoders(P(None, split), P(split), P(split))
+    shapes = Encoder(P(None, split), P(split), P(split))
     where = (P(rows, None, None), P(rows, None), shapes)
     return jax.shard_map(
         find, mesh=mesh, in_specs=where, out_specs=specs(rows, split), check_vma=False
     )(x, keep, w)
 
 
-def _find(
-    x, keep, w: Encoders, *, slots, k, form, precision, axes=(), split=None
-) -> ActiveFeatures:
+def _find(x, keep, w: Encoder, *, slots, k, form, precision, axes=(), split=None) -> ActiveFeatures:
     """x [b, T, D], w of f features, as they lie on one device."""
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
@@ -252,11 +239,11 @@ def _find(
 
 
 @jax.named_scope("encode")
-def _product(x, w: Encoders, precision: str):
+def _product(x, w: Encoder, precision: str):
     return jnp.matmul(float32(x), w.w_enc, precision=jax.lax.Precision(precision))
 
 
-def _topk(x, *, w: Encoders, low, k, precision, split):
+def _topk(x, *, w: Encoder, low, k, precision, split):
     """All activations [n, f] of TopK coders on x [n, D], as `SparseCoder.encode` has them.
 
     Where features are split over a mesh, each part sends its largest to all. Sorted as they are,
@@ -275,7 +262,7 @@ def _topk(x, *, w: Encoders, low, k, precision, split):
     return jnp.put_along_axis(jnp.zeros_like(f), index, kept, axis=-1, inplace=False)
 
 
-def _compact(x, *, w: Encoders, low, slots, form, precision, chosen):
+def _compact(x, *, w: Encoder, low, slots, form, precision, chosen):
     """values and features [n, K], count [n] of x [n, D]; `chosen` is `_topk`, if k is."""
     z, bias = (_product(x, w, precision), w.b_enc) if chosen is None else (chosen(x), 0 * w.b_enc)
     low = low if chosen is None else jnp.zeros_like(low)
@@ -291,7 +278,7 @@ def _compact(x, *, w: Encoders, low, slots, form, precision, chosen):
     return values, features.astype(jnp.uint16 if low.shape[0] <= 1 << 16 else jnp.int32), count
 
 
-def _spill(x, over, w: Encoders, low, room: int, precision: str, chosen):
+def _spill(x, over, w: Encoder, low, room: int, precision: str, chosen):
     """The first `room` tokens with too many features, and all their activations [R, f]."""
     (which,) = jnp.nonzero(over, size=room, fill_value=x.shape[0])
     rows = x.at[which].get(mode="fill", fill_value=0)

@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import float32
+from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.progress import ReportProgress
@@ -30,23 +28,11 @@ TO_LOGITS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 Gain = Literal["exact", "notebook"]
 
 
-def source_layer(coder: Coder, layer: int | None) -> int:
-    """Which of the coder's source layers, from 0, the model's `layer` is. Raises `InputError`."""
-    layers = layers_of(coder)
-    if layer is None and len(layers) == 1:
-        return 0
-    if layer not in layers:
-        raise InputError(f"layer {layer}: this coder has features of {', '.join(map(str, layers))}")
-    return layers.index(layer)
-
-
 def written(coder: Coder, layer: int | None = None) -> jax.Array:
     """All that the features of a layer write [F, D]; of several outputs, one after the other."""
-    i = source_layer(coder, layer)
-    if not isinstance(coder, MultiLayerCoder):
-        return float32(coder.w_dec)
+    i = coder.source(layer)
     blocks = [float32(coder.decoder(i, j)) for j in range(i, len(coder.layers))]
-    return jnp.concatenate(blocks, -1)
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, -1)
 
 
 def check_comparable(
@@ -55,8 +41,7 @@ def check_comparable(
     """Raises `InputError` for coders whose features of a layer do not write as many values."""
 
     def size(of: Coder, of_layer: int | None) -> int:
-        i = source_layer(of, of_layer)
-        return of.d_out * (len(layers_of(of)) - i if isinstance(of, MultiLayerCoder) else 1)
+        return of.d_out * (len(of.layers) - of.source(of_layer))
 
     mine, theirs = size(coder, layer), size(other, other_layer)
     if mine != theirs:
@@ -73,15 +58,11 @@ def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Arr
     same stream at several layers, and the last is the one that counts. Of rows at `z`, which pass
     a norm after the output projection, only the direction is right.
     """
-    i = source_layer(coder, layer)
-    if isinstance(coder, MultiLayerCoder):
-        last = len(coder.layers) - 1
-        outputs = range(i, last + 1) if coder.kind == "clt" else [last]
-        rows = [float32(coder.decoder(i, j)[features]) for j in outputs]
-        return jnp.stack(rows).sum(0)
-    rows = float32(jnp.asarray(coder.w_dec)[features])
+    i, last = coder.source(layer), len(coder.layers) - 1
+    outputs = range(i, last + 1) if coder.kind == "clt" else [last]
+    rows = jnp.stack([float32(coder.decoder(i, j)[features]) for j in outputs]).sum(0)
     if coder.writes == "z":
-        blocks = jax.tree.map(lambda w: w[coder.layer], model.params.blocks)
+        blocks = jax.tree.map(lambda w: w[coder.layers[last]], model.params.blocks)
         out = float32(blocks.w_o).reshape(-1, model.config.d_model)
         rows = (rows @ out) * (1.0 + blocks.post_attn_norm)[None, :]
     return rows

@@ -13,7 +13,7 @@ A TopK coder (`k`) keeps the k largest features of a token over all of its layer
 was trained: what it keeps of one layer hangs on the others, later ones included.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -21,9 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gemma_scope_jax.coders.sparse_coder import (
+from gemma_scope_jax.coders.coder import (
+    Coder,
     CoderInfo,
+    Encoder,
     along_last,
+    by_layer,
     check_k,
     expect_last_axis,
     expect_rank,
@@ -35,7 +38,6 @@ from gemma_scope_jax.coders.sparse_coder import (
     static_field,
 )
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.arguments import whole_number
 
 
 def block_index(i: Any, j: Any, layers: int) -> Any:
@@ -53,13 +55,14 @@ def triangle(layers: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @flax.struct.dataclass
-class MultiLayerCoder:
+class MultiLayerCoder(Coder):
     """X layers' coder; i and j count its own layers, 0 to X - 1, which are `layers` of the model.
 
     `w_dec` may be None: left on disk, because a CLT's decoder is most of its tens of gigabytes.
     Then everything but decoding works; `load_decoder` brings it in.
     """
 
+    multi_layer = True
     w_enc: Any  # [X, D, F]
     b_enc: Any  # [X, F]
     threshold: Any  # [X, F]
@@ -77,19 +80,6 @@ class MultiLayerCoder:
     def kind(self) -> str:
         """ "crosscoder" if it writes where it reads, else "clt"."""
         return "crosscoder" if self.reads == self.writes else "clt"
-
-    @property
-    def d_in(self) -> int:
-        return self.w_enc.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.b_dec.shape[1]
-
-    @property
-    def width(self) -> int:
-        """The number of features F of each source layer; the published width is the total, X F."""
-        return self.w_enc.shape[2]
 
     def pre_activations(self, x: Any) -> jax.Array:
         """x [X, ..., D] -> z [X, ..., F], float32."""
@@ -117,11 +107,11 @@ class MultiLayerCoder:
         Raises `InputError` for a TopK coder, see `by_layer`.
         """
         by_layer(self)
-        i = self._position(i)
+        encoder = self.encoder(i)
         x = expect_last_axis(x, self.d_in, f"{self.reads} of one layer")
-        z = matmul(x, _at(self.w_enc, i))
-        z = z + along_last(_at(self.b_enc, i), z)
-        return jump_relu(z, along_last(_at(self.threshold, i), z))
+        z = matmul(x, encoder.w_enc)
+        z = z + along_last(encoder.b_enc, z)
+        return jump_relu(z, along_last(encoder.threshold, z))
 
     @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
@@ -152,12 +142,6 @@ class MultiLayerCoder:
             y = y + matmul(x.reshape(X, -1, self.d_in), self.w_skip)
         return y.reshape(*f.shape[:-1], self.d_out)
 
-    def reconstruct(self, x: Any) -> jax.Array:
-        """decode(encode(x), x): x [X, ..., D] -> [X, ..., D], float32."""
-        return self.decode(self.encode(x), x)
-
-    __call__ = reconstruct
-
     @jax.named_scope("decode")
     def contributions(self, i: Any, f: Any) -> jax.Array:
         """What source layer `i`'s features f [..., F] write to every output layer: [X, ..., D].
@@ -166,7 +150,7 @@ class MultiLayerCoder:
         blocks of the triangle are computed all the same, and reverse-mode gradients work.
         """
         X = len(self.layers)
-        i = self._position(i)
+        i = self._own(i)
         f = expect_last_axis(f, self.width, "feature activations")
         w_dec = self._decoder()
 
@@ -183,15 +167,20 @@ class MultiLayerCoder:
 
     def skip_layer(self, i: Any, x: Any) -> jax.Array:
         """x @ w_skip[i]: x [..., D] -> [..., D]; zeros if there is no skip. `i` may be traced."""
-        i = self._position(i)
+        i = self._own(i)
         x = expect_last_axis(x, self.d_in, f"{self.reads} of one layer")
         if self.w_skip is None:
             return jnp.zeros((*x.shape[:-1], self.d_out), jnp.float32)
         return matmul(x, _at(self.w_skip, i))
 
+    def encoder(self, i: Any) -> Encoder:
+        """The encoder of source layer `i`, as stored. `i` may be traced."""
+        i = self._own(i)
+        return Encoder(*(_at(a, i) for a in (self.w_enc, self.b_enc, self.threshold)))
+
     def decoder(self, i: Any, j: Any) -> jax.Array:
         """The decoder block [F, D] from source layer `i` to output layer `j` >= `i`, as stored."""
-        i, j = self._position(i), self._position(j)
+        i, j = self._own(i), self._own(j)
         if not isinstance(i, Tracer) and not isinstance(j, Tracer) and j < i:
             raise InputError(f"features of layer {i} do not write to the earlier layer {j}")
         return _at(self._decoder(), block_index(i, j, len(self.layers)))
@@ -216,40 +205,27 @@ class MultiLayerCoder:
             raise InputError(f"expected {what} of shape [{X}, ..., {size}], got {list(shape)}")
         return expect_last_axis(x, size, what)
 
-    def _position(self, i: Any) -> Any:
-        """`i` itself if traced; else an int, checked, as dynamic indexing would silently clamp."""
-        if isinstance(i, Tracer):
-            return i
-        if not 0 <= (i := whole_number("layer", i)) < len(self.layers):
-            raise InputError(f"this {self.kind} has layers 0 to {len(self.layers) - 1}, not {i}")
-        return i
+    def unplaced(self) -> Self:
+        """The same coder at layers 0 to X - 1 and from position 0 on."""
+        return self.replace(layers=tuple(range(len(self.layers))), first=0)
+
+    def check_shapes(self) -> None:
+        """Raise `InputError` unless the fields' shapes agree. Looks at no values."""
+        X, d, width = expect_rank(self, "w_enc", "X D F")
+        expected = {"w_enc": (X, d, width), "b_enc": (X, width), "threshold": (X, width)}
+        expected["b_dec"] = (X, d)
+        if self.w_dec is not None:
+            expected["w_dec"] = (X * (X + 1) // 2, width, d)
+        if self.w_skip is not None:
+            expected["w_skip"] = (X, d, d)
+        expect_shapes(self, expected)
+        check_k(self.k, X * width)
+        layers = self.layers
+        if len(layers) != X or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise InputError(f"layers {layers} are not {X} model layers in increasing order")
+
+    __repr__ = Coder.__repr__
 
 
 def _at(stacked: Any, i: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
-
-
-def by_layer(coder: Any) -> None:
-    """Raise `InputError` for a coder whose layers cannot be encoded one at a time."""
-    if isinstance(coder, MultiLayerCoder) and coder.k is not None:
-        raise InputError(
-            f"this {coder.kind} keeps the {coder.k} largest features of a token over all of its "
-            "layers, so that none can be encoded alone, as inside the model: encode all layers at "
-            "once, or make it a JumpReLU coder with as_jump_relu"
-        )
-
-
-def check_multi_layer_coder(coder: MultiLayerCoder) -> None:
-    """Raise `InputError` unless the shapes agree. Looks at no values."""
-    X, d, width = expect_rank(coder, "w_enc", "X D F")
-    expected = {"w_enc": (X, d, width), "b_enc": (X, width), "threshold": (X, width)}
-    expected["b_dec"] = (X, d)
-    if coder.w_dec is not None:
-        expected["w_dec"] = (X * (X + 1) // 2, width, d)
-    if coder.w_skip is not None:
-        expected["w_skip"] = (X, d, d)
-    expect_shapes(coder, expected)
-    check_k(coder.k, X * width)
-    layers = coder.layers
-    if len(layers) != X or list(layers) != sorted(set(layers)) or layers[0] < 0:
-        raise InputError(f"layers {layers} are not {X} model layers in increasing order")

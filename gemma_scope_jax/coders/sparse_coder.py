@@ -7,106 +7,40 @@
 A TopK coder has a `k`: of f only the k largest of a token stay (`largest`); its thresholds
 are 0.
 
-Source: Gemma Scope 2 technical paper, sections 2.1-2.3 and 3.1-3.2, and the official tutorial. All
-arithmetic is float32 at full precision whatever the dtype of `x` or of the weights: residual norms
-reach 25,000, and bfloat16 coder maths visibly bends the dose-response of steering.
+Source: Gemma Scope 2 technical paper, sections 2.1-2.3 and 3.1-3.2, and the official tutorial.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from gemma_scope_jax.coders.coder import (
+    Coder,
+    CoderInfo,
+    Encoder,
+    along_last,
+    check_k,
+    expect_last_axis,
+    expect_rank,
+    expect_shapes,
+    jump_relu,
+    largest,
+    matmul,
+    static_field,
+)
 from gemma_scope_jax.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CoderInfo:
-    """Where a coder comes from. Metadata only: it never changes a compiled program.
-
-    A coder's static fields are part of what `jax.jit` compiles for. Any two `CoderInfo` are equal
-    and hash alike, so coders that differ only in weights and in this share one program. The price:
-    a coder *returned* by a jitted function carries the info of the first call that compiled it; put
-    the right one back with `coder.replace(info=...)`.
-    """
-
-    model_name: str = ""  # "google/gemma-3-270m", "google/gemma-3-4b-it"; "" if unknown
-    type: str = ""  # as published: "sae", "transcoder", "crosscoder", "clt"
-    l0: float | None = None  # the target L0 it was trained for
-    width: int | None = None  # as published: the total over all layers
-    path: str = ""  # the address or folder it was loaded from
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json as read
-    folder: str = ""  # where its files are on this machine
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CoderInfo)
-
-    def __hash__(self) -> int:
-        return hash(CoderInfo)
-
-
-def static_field(**kwargs) -> Any:
-    """A keyword-only field that is part of the program, not of the data."""
-    return flax.struct.field(pytree_node=False, kw_only=True, **kwargs)
-
-
-def float32(x: Any) -> jax.Array:
-    """`x` as a float32 array; the identity (no copy) if it is one."""
-    return jnp.asarray(x).astype(jnp.float32)
-
-
-def matmul(x: jax.Array, w: Any) -> jax.Array:
-    """x [..., A] @ w [A, B] in full float32 -> [..., B]."""
-    return jnp.matmul(x, float32(w), precision=jax.lax.Precision.HIGHEST)
-
-
-def along_last(v: Any, like: jax.Array) -> jax.Array:
-    """A vector [A], float32, with the unit axes that broadcast it over `like` [..., A]."""
-    return float32(v).reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def jump_relu(z: jax.Array, threshold: jax.Array) -> jax.Array:
-    """z * (z > threshold), z and threshold of the same rank. Strict: a tie is silent.
-
-    The product mask * relu(z) is the official form; unlike a `where` it lets a NaN through.
-    """
-    return (z > threshold).astype(z.dtype) * jax.nn.relu(z)
-
-
-def largest(f: jax.Array, k: int) -> jax.Array:
-    """f [..., F], not negative, with all but the k largest of each row set to 0.
-
-    Exactly k are kept, of equal ones the first; fewer where fewer are above 0. Gradients go to
-    those that are kept.
-    """
-    if k >= f.shape[-1]:
-        return f
-    values, index = jax.lax.top_k(f, k)
-    return jnp.put_along_axis(jnp.zeros_like(f), index, values, axis=-1, inplace=False)
-
-
-def expect_last_axis(x: Any, size: int, what: str) -> jax.Array:
-    """`x` in float32, or an `InputError` saying that `what` [..., size] was expected."""
-    shape = np.shape(x)
-    if len(shape) < 1 or shape[-1] != size:
-        raise InputError(f"expected {what} with last axis {size}, got an array of shape {shape}")
-    return float32(x)
-
-
 @flax.struct.dataclass
-class SparseCoder:
+class SparseCoder(Coder):
     """One layer's coder. D inputs, F features, D_out outputs; weights float32 or bfloat16.
 
     `reads` and `writes` are sites of the model: equal for an SAE, `mlp_in` and `mlp_out` for a
-    transcoder. `first` is how many leading token positions the coder was not trained on: 1 for
-    `<bos>`, 4 for the coders of instruction-tuned models (`<bos><start_of_turn>user\\n`).
-    `k` makes it a TopK coder, whose features hang on all others': none can be computed alone.
+    transcoder. `first` and `k`: see `Coder`.
     """
 
+    multi_layer = False
     w_enc: Any  # [D, F]
     b_enc: Any  # [F]
     threshold: Any  # [F]
@@ -121,24 +55,16 @@ class SparseCoder:
     info: CoderInfo = static_field(default=CoderInfo())
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layer, as a tuple."""
+        return (self.layer,)
+
+    @property
     def kind(self) -> str:
         """ "sae", "transcoder" or "skip_transcoder"."""
         if self.w_skip is not None:
             return "skip_transcoder"
         return "sae" if self.reads == self.writes else "transcoder"
-
-    @property
-    def d_in(self) -> int:
-        return self.w_enc.shape[0]
-
-    @property
-    def width(self) -> int:
-        """The number of features F."""
-        return self.w_enc.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.w_dec.shape[1]
 
     def pre_activations(self, x: Any) -> jax.Array:
         """x [..., D] -> z [..., F], float32."""
@@ -155,6 +81,11 @@ class SparseCoder:
         z = self.pre_activations(x)
         f = jump_relu(z, along_last(self.threshold, z))
         return f if self.k is None else largest(f, self.k)
+
+    def encode_layer(self, i: Any, x: Any) -> jax.Array:
+        """`encode`: there is no layer but 0."""
+        self._own(i)
+        return self.encode(x)
 
     @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
@@ -175,52 +106,37 @@ class SparseCoder:
         x = expect_last_axis(x, self.d_in, f"{self.reads} of layer {self.layer}")
         return y + matmul(x, self.w_skip)
 
-    def reconstruct(self, x: Any) -> jax.Array:
-        """decode(encode(x), x): x [..., D] -> [..., D_out], float32."""
-        return self.decode(self.encode(x), x)
+    def encoder(self, i: Any) -> Encoder:
+        """All of it: there is no layer but 0."""
+        self._own(i)
+        return Encoder(self.w_enc, self.b_enc, self.threshold)
 
-    __call__ = reconstruct
+    def decoder(self, i: Any, j: Any) -> Any:
+        """`w_dec` [F, D_out]: there is no layer but 0."""
+        for own in (i, j):
+            self._own(own)
+        return self.w_dec
 
+    def unplaced(self) -> Self:
+        """The same coder at layer 0 and from position 0 on."""
+        return self.replace(layer=0, first=0)
 
-def expect_shapes(coder: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `InputError` unless every named field of `coder` is a float array of that shape."""
-    for name, shape in expected.items():
-        array = getattr(coder, name)
-        got = tuple(getattr(array, "shape", ()))
-        if got != shape:
-            raise InputError(f"{name} has shape {list(got)}, expected {list(shape)}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(f"{name} has dtype {array.dtype}, expected a float")
+    def check_shapes(self) -> None:
+        """Raise `InputError` unless the fields' shapes agree. Looks at no values."""
+        d_in, width = expect_rank(self, "w_enc", "D F")
+        _, d_out = expect_rank(self, "w_dec", "F D_out")
+        expected = {"w_enc": (d_in, width), "b_enc": (width,), "threshold": (width,)}
+        expected |= {"w_dec": (width, d_out), "b_dec": (d_out,)}
+        if self.w_skip is not None:
+            expected["w_skip"] = (d_in, d_out)
+        expect_shapes(self, expected)
+        if self.reads == self.writes and d_in != d_out:
+            raise InputError(
+                f"w_dec writes {d_out} values, but {self.writes}, which this coder reads and "
+                f"writes, has {d_in}"
+            )
+        if self.layer < 0 or self.first < 0:
+            raise InputError(f"layer {self.layer} and first {self.first} must not be negative")
+        check_k(self.k, width)
 
-
-def expect_rank(coder: Any, name: str, axes: str) -> tuple[int, ...]:
-    """The shape of a field, or `InputError` unless it has the axes named, none empty."""
-    shape = tuple(getattr(getattr(coder, name), "shape", ()))
-    if len(shape) != len(axes.split()) or 0 in shape:
-        raise InputError(f"{name} has shape {list(shape)}, expected [{', '.join(axes.split())}]")
-    return shape
-
-
-def check_coder(coder: SparseCoder) -> None:
-    """Raise `InputError` unless the shapes of a `SparseCoder` agree. Looks at no values."""
-    d_in, width = expect_rank(coder, "w_enc", "D F")
-    _, d_out = expect_rank(coder, "w_dec", "F D_out")
-    expected = {"w_enc": (d_in, width), "b_enc": (width,), "threshold": (width,)}
-    expected |= {"w_dec": (width, d_out), "b_dec": (d_out,)}
-    if coder.w_skip is not None:
-        expected["w_skip"] = (d_in, d_out)
-    expect_shapes(coder, expected)
-    if coder.reads == coder.writes and d_in != d_out:
-        raise InputError(
-            f"w_dec writes {d_out} values, but {coder.writes}, which this coder reads and writes, "
-            f"has {d_in}"
-        )
-    if coder.layer < 0 or coder.first < 0:
-        raise InputError(f"layer {coder.layer} and first {coder.first} must not be negative")
-    check_k(coder.k, width)
-
-
-def check_k(k: Any, features: int) -> None:
-    """Raise `InputError` unless k is None or can be the number of features kept of so many."""
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= features):
-        raise InputError(f"k is {k!r:.40}, expected a whole number from 1 to {features}")
+    __repr__ = Coder.__repr__

@@ -8,18 +8,18 @@ for the same place never recompiles.
 Coder maths is float32, cast back to the model's dtype. Positions below `first` (default: the
 coder's own; 1 skips `<bos>`, 4 the opening of a chat) and padding are left alone by everything, and
 features are zero there. Positions are absolute, so all of it works the same while generating.
+
+`replacement` is the model with the reconstructions of many coders in place at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, by_layer
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, along_last, float32, matmul
+from gemma_scope_jax.coders.coder import Coder, along_last, by_layer, float32, matmul
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import (
     MisfitError,
@@ -64,9 +64,43 @@ def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Int
     earlier reconstructions have left it.
     """
     layers, first = _place(coder, first)
-    if isinstance(coder, SparseCoder):
-        return write(coder.writes, layers, _splice, coder, error=error, first=first)
-    return fold(coder.writes, layers, _splice_fold, _nothing, coder, error=error, first=first)
+    if coder.multi_layer:
+        return fold(coder.writes, layers, _splice_fold, _nothing, coder, error=error, first=first)
+    return write(coder.writes, layers, _splice, coder, error=error, first=first)
+
+
+def replacement(
+    coders: Iterable[Coder], *, error: bool = False, first: int | None = None
+) -> tuple[Intercept, ...]:
+    """The replacement model of coders: the reconstruction of each in place of what it writes.
+
+    The same as `splice` of each, as one program for any layers: which layer a coder of one layer
+    belongs to is data, and the model's layers branch to their own. Raises `InputError` if two
+    coders write the same activation.
+    """
+    coders, taken = tuple(coders), set()
+    folds: list[Intercept] = []
+    by_site: dict[str, list[tuple[Coder, int]]] = {}
+    for coder in coders:
+        _, start = _place(coder, first)
+        for layer in coder.layers:
+            if (coder.writes, layer) in taken:
+                raise InputError(
+                    f"two coders write {coder.writes} of layer {layer}: a replacement model takes "
+                    "one for each place"
+                )
+            taken.add((coder.writes, layer))
+        if coder.multi_layer:
+            folds.append(splice(coder, error=error, first=first))
+        else:
+            by_site.setdefault(coder.writes, []).append((coder, start))
+    writes = []
+    for site, some in by_site.items():
+        layers = jnp.asarray([coder.layers[0] for coder, _ in some], jnp.int32)
+        bare = tuple(coder.unplaced() for coder, _ in some)
+        starts = tuple(start for _, start in some)
+        writes.append(write(site, None, _splice_own, bare, layers, error=error, firsts=starts))
+    return (*folds, *writes)
 
 
 def edit(
@@ -86,10 +120,10 @@ def edit(
     positions = at_positions(positions)
     if fn is clamp:
         _check_clamp(coder, *args)
-    if isinstance(coder, SparseCoder):
-        return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
-    fold_args = (_edit_fold, _nothing, coder, positions, *args)
-    return fold(coder.writes, layers, *fold_args, fn=fn, first=first)
+    if coder.multi_layer:
+        fold_args = (_edit_fold, _nothing, coder, positions, *args)
+        return fold(coder.writes, layers, *fold_args, fn=fn, first=first)
+    return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
 
 
 @tokenwise
@@ -127,6 +161,18 @@ def _features(x, ctx, coder, *, first, k):
 @tokenwise
 def _splice(x, ctx, coder, *, error, first):
     return _replace(x, ctx, coder.reconstruct(_source(x, ctx, coder)), error, first)
+
+
+@tokenwise
+def _splice_own(x, ctx, coders, layers, *, error, firsts):
+    """`_splice` of the coder of the layer at hand, if there is one; `layers` [n] are theirs."""
+    here = layers == ctx.layer
+    which = jnp.where(here.any(), 1 + jnp.argmax(here), 0)
+
+    def branch(coder, first):
+        return lambda: _splice(x, ctx, coder, error=error, first=first)
+
+    return jax.lax.switch(which, [lambda: x, *map(branch, coders, firsts)])
 
 
 @tokenwise
@@ -182,12 +228,10 @@ def _nothing(embed, coder, *_):
 
 def _encode(coder, ctx, x, mask):
     """Features of the layer the model is at, zero outside `mask`."""
-    if isinstance(coder, SparseCoder):
-        return jnp.where(mask, coder.encode(x), 0.0)
     return jnp.where(mask, coder.encode_layer(_index(coder, ctx), x), 0.0)
 
 
-def _index(coder: MultiLayerCoder, ctx: Context):
+def _index(coder: Coder, ctx: Context):
     """Which of the coder's own layers the model is at; traced where `ctx.layer` is."""
     if isinstance(ctx.layer, int):
         return coder.layers.index(ctx.layer)
@@ -209,7 +253,7 @@ def _at(stacked, i):
 
 def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:
     """Where the coder acts, checked: its layer or layers, and the first position."""
-    if not isinstance(coder, (SparseCoder, MultiLayerCoder)):
+    if not isinstance(coder, Coder):
         raise InputError(f"expected a coder (see load_coder), got {type(coder).__name__}")
     by_layer(coder)
     sites = [LAYER_SITES.index(s) if s in LAYER_SITES else -1 for s in (coder.reads, coder.writes)]
@@ -218,7 +262,7 @@ def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]
             f"a coder that reads {coder.reads!r} and writes {coder.writes!r} has no place in a "
             f"layer, whose sites are, in order: {' '.join(LAYER_SITES)}"
         )
-    layers = coder.layer if isinstance(coder, SparseCoder) else coder.layers
+    layers = coder.layers if coder.multi_layer else coder.layers[0]
     return layers, coder.first if first is None else whole_number("first", first, 0)
 
 
@@ -238,10 +282,9 @@ def _check_clamp(coder: Coder, feature: Any = None, value: Any = 0.0, layer: Any
         raise InputError(f"features are an id or ids [n], not {list(ids.shape)}")
     if is_abstract(layer):
         return
-    own = (coder.layer,) if isinstance(coder, SparseCoder) else coder.layers
     at = np.atleast_1d(on_host("layer", -1 if layer is None else layer))
-    if layer is not None and (at.dtype.kind not in "iu" or not np.isin(at, own).all()):
-        raise InputError(f"clamp: layer {layer!r} is none of the coder's, {own}")
+    if layer is not None and (at.dtype.kind not in "iu" or not np.isin(at, coder.layers).all()):
+        raise InputError(f"clamp: layer {layer!r} is none of the coder's, {coder.layers}")
     if at.shape not in ((1,), ids.shape):
         raise InputError(f"clamp: {at.size} layers for {ids.size} features")
     pairs = list(zip(ids.tolist(), np.broadcast_to(at, ids.shape).tolist()))

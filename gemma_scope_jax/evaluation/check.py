@@ -18,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import check_fits, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import float32
-from gemma_scope_jax.evaluation.evaluate import Metrics, evaluate, without_place
-from gemma_scope_jax.evaluation.metrics import Coder, Fit, coder_sums, fit, merge, on_host
+from gemma_scope_jax.coders.coder import Coder, check_fits, float32
+from gemma_scope_jax.evaluation.evaluate import Metrics, evaluate
+from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, site_width
 from gemma_scope_jax.model.intercept import capture
@@ -95,16 +93,16 @@ def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> Che
     for tokens, segments in batches:
         tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
         places = {place for way in ways for place in (way.reads, way.writes)}
-        seen = _activations(model, tokens, segments, layers_of(coder), tuple(sorted(places)))
+        seen = _activations(model, tokens, segments, coder.layers, tuple(sorted(places)))
         mask = counted(segments, coder.first).reshape(-1)
         no_groups = (np.zeros((0, mask.size), bool), np.zeros(mask.size, np.int32))
         for i, way in enumerate(ways):
             used = _transposed(coder) if way.transposed else coder
             data = (seen[way.reads], seen[way.writes], mask, *no_groups)
-            sums[i] = merge(sums[i], on_host(_sums(without_place(used), *data)))
+            sums[i] = merge(sums[i], on_host(_sums(used.unplaced(), *data)))
     stated, *others = (Alternative(w.name, w.verdict, fit(s, TYPICAL)) for w, s in zip(ways, sums))
-    single = not isinstance(coder, MultiLayerCoder)
-    target = coder.info.l0 if single else None  # of several layers: per layer or in all, unknown
+    # of several layers: per layer or in all, unknown
+    target = None if coder.multi_layer else coder.info.l0
     return CheckReport(metrics, target, stated, others, _warnings(metrics, target, stated, others))
 
 
@@ -112,7 +110,7 @@ _sums = jax.jit(coder_sums)
 
 
 def _transposed(coder: Coder) -> Coder:
-    return dataclasses.replace(coder, w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
+    return coder.replace(w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
 
 
 def _warnings(
@@ -151,7 +149,7 @@ def _warnings(
 
 def _name(coder: Coder, place: Reading) -> str:
     site, shift, change = place
-    layers = [layer + shift for layer in layers_of(coder)]
+    layers = [layer + shift for layer in coder.layers]
     several = (
         f"layers {', '.join(map(str, layers))}" if len(layers) < 6 else f"{len(layers)} layers"
     )
@@ -173,7 +171,7 @@ def _ways(config: GemmaConfig, coder: Coder) -> Iterator[_Way]:
         return _Way(name + (", skip transposed" if transposed else ""), verdict, r, w, transposed)
 
     yield way(reads, writes, "")
-    layers = layers_of(coder)
+    layers = coder.layers
     for shift in (-1, 1):
         if min(layers) + shift >= 0 and max(layers) + shift < config.layers:
             yield way(

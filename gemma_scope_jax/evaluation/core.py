@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan
 from gemma_scope_jax.evaluation.figures import (
@@ -111,7 +110,7 @@ def core_result(
         "typical": dataclasses.asdict(typical),
         "warnings": doubts(metrics),
     }
-    if isinstance(coder, MultiLayerCoder):
+    if coder.multi_layer:
         unstructured["layers"] = _layer_rows(metrics.layers, coder, metrics.density)
         if geometry is not None and geometry.decoder_norms_by_layer is not None:
             norms = geometry.decoder_norms_by_layer.mean(1, dtype=np.float64)
@@ -190,7 +189,7 @@ def replacement_name(coders: Sequence[Coder]) -> str:
     members = "\n".join(sorted(map(_member, coders)))
     digest = hashlib.blake2b(members.encode(), digest_size=4).hexdigest()
     sites = "-".join(sorted({c.writes for c in coders}))
-    layers = len({layer for coder in coders for layer in layers_of(coder)})
+    layers = len({layer for coder in coders for layer in coder.layers})
     return f"replacement-{sites}-{layers}-layers-{digest}"
 
 
@@ -224,9 +223,7 @@ def _preservation(losses: Losses | None) -> dict[str, dict[str, Any]]:
     }
 
 
-def _layer_rows(
-    layers: tuple[Fit, ...], coder: MultiLayerCoder, density: np.ndarray
-) -> list[dict[str, Any]]:
+def _layer_rows(layers: tuple[Fit, ...], coder: Coder, density: np.ndarray) -> list[dict[str, Any]]:
     return [
         {"layer": layer, **dataclasses.asdict(fit), "dead": int((some == 0).sum())}
         for layer, fit, some in zip(coder.layers, layers, density)
@@ -247,7 +244,7 @@ def _features(metrics: Metrics, geometry: Geometry | None, coder: Coder) -> list
     records = [
         {"index": i, **dict(zip(columns, values))} for i, values in enumerate(zip(*lists))
     ]  # fmt: skip
-    if isinstance(coder, MultiLayerCoder):
+    if coder.multi_layer:
         for record in records:
             record["layer"] = coder.layers[record["index"] // coder.width]
     return records

@@ -19,19 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, check_fits, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.coder import Coder, check_fits
+from gemma_scope_jax.coders.splice import replacement
 from gemma_scope_jax.data.text import pack
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
-from gemma_scope_jax.evaluation.predictions import (
-    ablated,
-    compare,
-    final_residual,
-    predicts,
-    replaced,
-)
+from gemma_scope_jax.evaluation.predictions import ablated, compare, final_residual, predicts
 from gemma_scope_jax.model.batch import check_ids, check_tokens
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, default_positions, forward
@@ -193,7 +187,7 @@ def measure(
     together = Tally(tuple(coders), names) if plan.replacement else None
     measured = Measured([Tally((coder,), names) for coder in coders], together)
     if plan.replacement:
-        replaced(tuple(coders))  # says now if two are at one place
+        replacement(coders)  # says now if two are at one place
     if saved is not None:
         try:
             measured.restore(saved)
@@ -301,30 +295,23 @@ def _add_fits(model: Model, tallies: Sequence[Tally], rows: _Rows) -> None:
     wanted: dict[str, set[int]] = {}
     for coder in coders:
         for site in (coder.reads, coder.writes):
-            wanted.setdefault(site, set()).update(layers_of(coder))
+            wanted.setdefault(site, set()).update(coder.layers)
     layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
     seen = _read(model, rows.tokens, rows.segments, layers=tuple(layers.items()))
     found = []
     for coder in coders:
         mask = counted(rows.segments, coder.first) & rows.counts
         read, target = (
-            _take(seen[site], tuple(layers[site].index(layer) for layer in layers_of(coder)))
+            _take(seen[site], tuple(layers[site].index(layer) for layer in coder.layers))
             for site in (coder.reads, coder.writes)
         )
         data = (mask.reshape(-1), rows.groups, rows.pieces)
-        found.append(_fit_step(without_place(coder), read, target, *data))
+        found.append(_fit_step(coder.unplaced(), read, target, *data))
     for tally, sums in zip(tallies, found):
         tally.add_fit(on_host(sums), sums.fired, sums.pieces)
 
 
 _fit_step = jax.jit(coder_sums)
-
-
-def without_place(coder: Coder) -> Coder:
-    """The coder as if at layer 0: its maths does not depend on the layer, nor need a program."""
-    if isinstance(coder, MultiLayerCoder):
-        return dataclasses.replace(coder, layers=tuple(range(len(coder.layers))), first=0)
-    return dataclasses.replace(coder, layer=0, first=0)
 
 
 def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
@@ -370,12 +357,12 @@ def _runs(model: Model, measured: Measured, plan: EvaluationPlan) -> list[_Chang
         means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
     costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
     for tally in costly + [t for t in (measured.replacement,) if t is not None]:
-        runs.append(_ChangedRun(replaced(tally.coders), [(tally, SPLICED)]))
+        runs.append(_ChangedRun(replacement(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
             some = tally.coders
             if name == "zero everywhere":
-                some = tuple(dataclasses.replace(c, first=0) for c in some)
-            key = (name, tuple((c.writes, layers_of(c), c.first) for c in some))
+                some = tuple(c.replace(first=0) for c in some)
+            key = (name, tuple((c.writes, c.layers, c.first) for c in some))
             if key not in shared:
                 value = tuple(means[id(c)] for c in some) if name == "mean" else None
                 shared[key] = _ChangedRun(ablated(model.config, some, value), [])

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.metrics import COLUMNS, Fit, Sums, fit, fits, merge
 from gemma_scope_jax.evaluation.results import plain
@@ -173,7 +172,7 @@ class Tally:
         self.coders, self.names = coders, names
         self.first = max(coder.first for coder in coders)
         self.sums: Sums | None = None
-        shape = (len(layers_of(coders[0])), coders[0].width)
+        shape = (len(coders[0].layers), coders[0].width)
         self.fired, self.pieces = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.predicted = np.zeros(1 + len(names), np.int64)
         self.clean = np.zeros(1 + len(names))
@@ -229,7 +228,7 @@ class Tally:
             )
         density = self.fired / sums.tokens[0][:, None]
         consistency = np.where(self.pieces, self.fired / np.maximum(self.pieces, 1), np.nan)
-        if isinstance(coder, SparseCoder):
+        if not coder.multi_layer:
             density, consistency = density[0], consistency[0]
         groups: dict[str, list[dict[str, Any]]] = {}
         for i, (kind, name) in enumerate(self.names):

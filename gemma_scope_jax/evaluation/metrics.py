@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
+from gemma_scope_jax.coders.coder import Coder, float32
 
 OUTLIER = 3.0
 TOKEN_CHUNK = 256  # features [256, F] exist at a time, never more
@@ -175,7 +174,7 @@ class BatchSums(NamedTuple):
 def coder_sums(
     coder: Coder, x: jax.Array, y: jax.Array, mask: jax.Array, groups: jax.Array, pieces: jax.Array
 ) -> BatchSums:
-    """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out]; X is 1 for a `SparseCoder`.
+    """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out]; X is 1 for one layer.
 
     mask    bool [N]: the tokens to count
     groups  bool [G, N]: subsets of them to sum as well
@@ -227,7 +226,6 @@ def on_host(batch: BatchSums) -> Sums:
 
 def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Array):
     """back [X, N, D], active and l1 [X, N] float32, fired and in_pieces int32 [X, F]."""
-    single = isinstance(coder, SparseCoder)
     X, N = x.shape[0], mask.shape[0]
     size = min(TOKEN_CHUNK, N)
     chunks = -(-N // size)
@@ -242,8 +240,8 @@ def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Ar
     def step(carry, chunk):
         x, here, piece = chunk
         here, piece = here[0], piece[0]
-        f = coder.encode(x[0])[None] if single else coder.encode(x)
-        back = coder.decode(f[0], x[0])[None] if single else coder.decode(f, x)
+        f = coder.encode(x)
+        back = coder.decode(f, x)
         on = (f > 0) & here[None, :, None]
         fired, *rest = carry
         rest = _count_pieces(on, piece, *rest)

@@ -9,16 +9,12 @@ made once for all runs.
     agreement  whether the model's most likely token is the changed run's too
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
-from gemma_scope_jax.coders.splice import splice
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import counted, forward, unembed
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, token_mask, write
@@ -91,49 +87,6 @@ def final_residual(model: Model, tokens, segments, intercepts: tuple[Intercept, 
     return out.reads["resid_final"]
 
 
-def replaced(coders: tuple[Coder, ...]) -> tuple[Intercept, ...]:
-    """Every coder's reconstruction in place of what it writes, without its error, all at once.
-
-    The same as `splice(coder, error=False)` of each, as one program for any layers: which layer a
-    coder belongs to is data, and of several coders each layer branches to its own. Raises
-    `InputError` if two write the same activation.
-    """
-    intercepts, by_site, taken = [], {}, {}
-    for coder in coders:
-        for layer in layers_of(coder):
-            if (coder.writes, layer) in taken:
-                raise InputError(
-                    f"two coders write {coder.writes} of layer {layer}: a replacement model takes "
-                    "one for each place"
-                )
-            taken[coder.writes, layer] = coder
-        if isinstance(coder, SparseCoder):
-            by_site.setdefault(coder.writes, []).append(coder)
-        else:
-            intercepts.append(splice(coder, error=False))
-    for site, some in by_site.items():
-        layers = jnp.asarray([coder.layer for coder in some], jnp.int32)
-        bare = tuple(dataclasses.replace(coder, layer=0) for coder in some)
-        intercepts.append(write(site, None, _replaced, bare, layers))
-    return tuple(intercepts)
-
-
-def _replaced(x: jax.Array, ctx: Context, coders: tuple[SparseCoder, ...], layers: jax.Array):
-    here = layers == ctx.layer
-    which = jnp.where(here.any(), 1 + jnp.argmax(here), 0)
-    keep = lambda: x
-    return jax.lax.switch(which, [keep, *(_reconstructed(x, ctx, coder) for coder in coders)])
-
-
-def _reconstructed(x: jax.Array, ctx: Context, coder: SparseCoder):
-    def branch():
-        source = x if coder.reads == coder.writes else ctx.seen[coder.reads]
-        y = coder.reconstruct(source).astype(x.dtype)
-        return jnp.where(token_mask(ctx, x, coder.first), y, x)
-
-    return branch
-
-
 def ablated(
     config: GemmaConfig, coders: tuple[Coder, ...], means: tuple[Any, ...] | None = None
 ) -> tuple[Intercept, ...]:
@@ -141,7 +94,7 @@ def ablated(
     values: dict[tuple[str, int], Any] = {}
     at: dict[tuple[str, int], Any] = {}
     for i, coder in enumerate(coders):
-        key, layers = (coder.writes, coder.first), jnp.asarray(layers_of(coder))
+        key, layers = (coder.writes, coder.first), jnp.asarray(coder.layers)
         if key not in values:
             values[key] = jnp.zeros((config.layers, coder.d_out), jnp.float32)
             at[key] = jnp.zeros(config.layers, bool)

@@ -25,7 +25,6 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.coders.coder import Coder, public_name
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.paths import folder_path
@@ -132,8 +131,7 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
         return "gemma_scope_jax", name
     path = coder.info.path
     if not path:
-        layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
-        where = "-".join(map(str, layers))
+        where = "-".join(map(str, coder.layers))
         return "gemma_scope_jax", name or f"{coder.kind}-{coder.reads}-layer-{where}"
     if os.path.isabs(path):
         digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
@@ -147,19 +145,18 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
 
 def coder_config(coder: Coder) -> dict[str, Any]:
     """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, some in SAELens' words."""
-    several = isinstance(coder, MultiLayerCoder)
     info = coder.info
     name = "jumprelu" if coder.k is None else "topk"
     return {
         "architecture": name if coder.kind == "sae" else f"{name}_{coder.kind}",
         **({} if coder.k is None else {"k": coder.k}),
         "d_in": int(coder.d_in),
-        "d_sae": int(coder.width) * (len(coder.layers) if several else 1),
+        "d_sae": int(coder.width) * len(coder.layers),
         "d_out": int(coder.d_out),
         "model_name": info.model_name,
-        "hook_layer": coder.layers[0] if several else coder.layer,
+        "hook_layer": coder.layers[0],
         "hook_name": coder.reads,
-        "layers": list(coder.layers) if several else [coder.layer],
+        "layers": list(coder.layers),
         "reads": coder.reads,
         "writes": coder.writes,
         "kind": coder.kind,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
@@ -46,7 +47,7 @@ def plan_extraction(
 
     Nothing is written. Raises `InputError` as `extract` does.
     """
-    named, path = manifests.named(coders), folder_path(folder)
+    named, path = dict(CoderSet(coders).items()), folder_path(folder)
     share, tokens = settings.get("share", (0, 1)), settings.pop("tokens", None)
     if hosts.count_of(model) > 1:
         raise InputError("a plan is made by one process: leave out --coordinator")

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
-from gemma_scope_jax.coders.active_features import Coder
-from gemma_scope_jax.coders.coder import check_fits, layers_of
+from gemma_scope_jax.coders.coder import Coder, check_fits
+from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.data.text import prefetch
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction import hosts
@@ -85,7 +85,7 @@ def extract(
     disk, activations that are not finite.
     """
     trace = StepTrace(profile)
-    named = manifests.named(coders)
+    named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
     job = job_of(model, named, tok, source, rows=rows, length=length, seed=seed, values=values,
@@ -217,7 +217,7 @@ def _write(
 ) -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
-    widths = [c.width for c in coders.values() for _ in layers_of(c)]
+    widths = [c.width for c in coders.values() for _ in c.layers]
     first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)

@@ -10,11 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gemma_scope_jax.coders.coder import Coder, layers_of, public_name, weights_identity
+from gemma_scope_jax.coders.coder import Coder, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import Shard, shard_name
@@ -67,30 +67,12 @@ class ExtractionJob:
         }
 
 
-def named(coders: Mapping[str, Coder] | Iterable[Coder] | Coder) -> dict[str, Coder]:
-    """Coders by name; those without are called by their address or the name of their folder,
-    numbered where they share it."""
-    found: dict[str, Coder]
-    if isinstance(coders, Mapping):
-        found = {str(name): coder for name, coder in coders.items()}
-    else:
-        given = list(coders) if isinstance(coders, Iterable) else [coders]
-        names = [public_name(c) if c.info.path else f"{c.reads}-{layers_of(c)[0]}" for c in given]
-        found = {
-            name if names.count(name) == 1 else f"{name}-{i}": coder
-            for i, (name, coder) in enumerate(zip(names, given))
-        }
-    if not found:
-        raise InputError("no coders to extract the features of")
-    return found
-
-
 def describe(name: str, coder: Coder) -> dict[str, Any]:
     """What a manifest says of a coder."""
     return {
         "name": name,
         "kind": coder.kind,
-        "layers": list(layers_of(coder)),
+        "layers": list(coder.layers),
         "reads": coder.reads,
         "writes": coder.writes,
         "width": coder.width,

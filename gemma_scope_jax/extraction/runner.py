@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders import active_features as on_device
-from gemma_scope_jax.coders.active_features import ActiveFeatures, Coder, CoderStack
-from gemma_scope_jax.coders.coder import layers_of
+from gemma_scope_jax.coders.active_features import ActiveFeatures, CoderStack
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
@@ -68,9 +68,7 @@ class Runner:
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
         order = [
-            (name, own)
-            for name, coder in self.coders.items()
-            for own in range(len(layers_of(coder)))
+            (name, own) for name, coder in self.coders.items() for own in range(len(coder.layers))
         ]
         return [entries[member] for member in order]
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32, matmul
+from gemma_scope_jax.coders.coder import float32, matmul
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK

@@ -6,6 +6,11 @@ On the tokens of a pass the model runs as it is and with the reconstruction in p
 coder writes, and the KL divergence of the two predictions is differentiated through the layers in
 between. A coder of several layers is spliced at all of them at once, each reconstruction made from
 the activations of the model as it is. There is no shuffle buffer: updates see whole texts.
+
+`coders.splice.replacement` is another model: it runs coders in published form where they stand, on
+activations that earlier reconstructions have changed. Here the reconstructions come from weights in
+training's units, batch-wide activations among them, and are differentiated; only their place in
+the model is an intercept.
 """
 
 import dataclasses
@@ -14,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import counted, forward
-from gemma_scope_jax.model.intercept import Context, Intercept, capture, write
+from gemma_scope_jax.model.intercept import Context, Intercept, capture, per_layer, write
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.objective import activate, cutoff, decode, encode, loss
 from gemma_scope_jax.training.weights import CoderGroup, Weights
@@ -88,15 +92,12 @@ def _divergences(
     for n, c in enumerate(group.coders):
         raw = steps.scales_of(plan, c, scale)["out"]
         y_hat = jnp.stack([out[n] * raw[j] for j, out in enumerate(outputs)])
+        y_hat = per_layer(y_hat.reshape(len(raw), *shape, -1))
         keep = counts.reshape(*shape, 1)
-        layers = c.layer_tuple if c.several else c.layers
-        args = (y_hat.reshape(len(raw), *shape, -1), keep)
-        found.append(run(write(c.target, layers, _put, *args, layers=c.layer_tuple)))
+        found.append(run(write(c.target, c.layer_tuple, _put, y_hat, keep)))
     return jnp.stack(found)
 
 
-def _put(x: jax.Array, ctx: Context, y_hat, keep, *, layers) -> jax.Array:
+def _put(x: jax.Array, ctx: Context, y_hat, keep) -> jax.Array:
     """The reconstruction of the layer at hand, at the tokens that count."""
-    table = np.searchsorted(layers, np.arange(max(layers) + 1)).astype(np.int32)
-    here = jax.lax.dynamic_index_in_dim(y_hat, jnp.asarray(table)[ctx.layer], keepdims=False)
-    return jnp.where(keep, here.astype(x.dtype), x)
+    return jnp.where(keep, y_hat.astype(x.dtype), x)

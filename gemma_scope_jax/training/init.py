@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder, float32
+from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import CoderConfig
 from gemma_scope_jax.training.weights import (
@@ -155,12 +155,12 @@ def from_coders(
     return unit_rows(w), taken
 
 
-def check_coders(coders: Sequence[Any], config: CoderConfig) -> None:
+def check_coders(coders: Sequence[Coder], config: CoderConfig) -> None:
     """Raise `InputError` unless there is a coder of one layer for each of the config's."""
     for coder, address, layer in zip(coders, config.init_layers, config.layer_tuple):
-        if not isinstance(coder, SparseCoder):
+        if coder.multi_layer:
             raise InputError(f"{address}: a coder of one layer is needed here")
-        got = (coder.layer, coder.reads, coder.writes)
+        got = (coder.layers[0], coder.reads, coder.writes)
         if got != (layer, config.reads, config.target):
             raise InputError(
                 f"{address}: stands at layer {got[0]}, {got[1]} to {got[2]}, not at layer {layer}, "
@@ -168,7 +168,7 @@ def check_coders(coders: Sequence[Any], config: CoderConfig) -> None:
             )
 
 
-def _alone(coder: SparseCoder, config: CoderConfig, i: int, scales: Mapping[str, Any]) -> Weights:
+def _alone(coder: Coder, config: CoderConfig, i: int, scales: Mapping[str, Any]) -> Weights:
     """Coder of layer `i` in training units."""
     one = dataclasses.replace(
         config,

@@ -13,16 +13,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, layers_of
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.training.log import finite, read_log
@@ -40,7 +39,7 @@ def measure(coder: Coder, sites: dict[str, Any], layers: dict[str, tuple[int, ..
     """
 
     def rows(site: str) -> np.ndarray:
-        at = [layers[site].index(layer) for layer in layers_of(coder)]
+        at = [layers[site].index(layer) for layer in coder.layers]
         return np.asarray(sites[site])[at].astype(np.float32)
 
     x, y = rows(coder.reads), rows(coder.writes)
@@ -73,17 +72,14 @@ def _parts(coder: Coder, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
         some = x[:, start : start + TOKENS]
         size = some.shape[1]
         padded = np.pad(some, ((0, 0), (0, min(TOKENS, n) - size), (0, 0)))
-        active, back = _run(coder, padded, several=isinstance(coder, MultiLayerCoder))
+        active, back = _run(coder, padded)
         yield np.asarray(active)[:size], np.asarray(back, np.float64)[:, :size]
 
 
-@partial(jax.jit, static_argnames="several")
-def _run(coder: Coder, x, *, several: bool):
-    x = x if several else x[0]
+@jax.jit
+def _run(coder: Coder, x):
     f = coder.encode(x)
-    back = coder.decode(f, x)
-    on = jnp.sum(f > 0, -1, dtype=jnp.int32)
-    return (jnp.sum(on, 0, dtype=jnp.int32), back) if several else (on, back[None])
+    return jnp.sum(f > 0, (0, -1), dtype=jnp.int32), coder.decode(f, x)
 
 
 def save_measured(

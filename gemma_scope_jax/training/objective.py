@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gemma_scope_jax.coders.sparse_coder import largest
+from gemma_scope_jax.coders.coder import largest
 from gemma_scope_jax.kernels import active as sparse
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.coders.release.files import load_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
-from gemma_scope_jax.coders.splice import Coder
+from gemma_scope_jax.coders.coder import Coder, CoderInfo
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder, CoderInfo, float32
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, float32
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 
@@ -116,7 +117,7 @@ def fold(
     scales: Mapping[str, jax.Array],
     first: int = 1,
     info: CoderInfo | None = None,
-) -> SparseCoder | MultiLayerCoder:
+) -> Coder:
     """Coder `n` of a group in the published form: for raw inputs, with nothing subtracted.
 
     `scales` maps "in" and "out" to root-mean-square norms C, D of raw activations [X] each. Decoder
@@ -169,7 +170,7 @@ def _feature_units(k: int | None, c_out: jax.Array) -> jax.Array:
     return c_out if k is None else jnp.broadcast_to(jnp.mean(c_out), c_out.shape)
 
 
-def _check_activation(coder: SparseCoder | MultiLayerCoder, config: CoderConfig) -> None:
+def _check_activation(coder: Coder, config: CoderConfig) -> None:
     """Raise `InputError` for a TopK coder that training would make another function of."""
     if coder.k is None:
         return
@@ -178,7 +179,7 @@ def _check_activation(coder: SparseCoder | MultiLayerCoder, config: CoderConfig)
             f"the coder to start from keeps the {coder.k} largest features of a token, which is "
             f'not {config.activation}: set activation="topk", or convert it with as_jump_relu'
         )
-    if isinstance(coder, SparseCoder):
+    if not coder.multi_layer:
         norms = np.linalg.norm(np.asarray(coder.w_dec, np.float32), axis=1)
         if np.ptp(norms) > 0.01 * norms.max():
             raise InputError(
@@ -188,33 +189,27 @@ def _check_activation(coder: SparseCoder | MultiLayerCoder, config: CoderConfig)
             )
 
 
-def unfold(coder: SparseCoder | MultiLayerCoder, config: CoderConfig, scales: Mapping) -> Weights:
+def unfold(coder: Coder, config: CoderConfig, scales: Mapping) -> Weights:
     """The inverse of `fold`, N = 1: any coder, published or own, as weights to go on training.
 
     Raises `InputError` if it does not have the shape, sites, layers or kind of `config`.
     """
     _check_activation(coder, config)
     c_in, c_out, units = scales["in"], scales["out"], _feature_units(coder.k, scales["out"])
-    several = isinstance(coder, MultiLayerCoder)
-    layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
-    got: tuple[Any, ...] = (tuple(layers), coder.reads, coder.writes)
+    got: tuple[Any, ...] = (tuple(coder.layers), coder.reads, coder.writes)
     got += (coder.width, coder.w_skip is not None)
     wanted = (config.layer_tuple, config.reads, config.target, config.width, config.skip)
     for what, have, want in zip(("layers", "reads", "writes", "width", "skip"), got, wanted):
         if have != want:
             raise InputError(f"the coder to start from has {what} {have}, the config {want}")
-    stack = lambda x: float32(x) if several else float32(x)[None]
+    stack = lambda x: float32(x) if coder.multi_layer else float32(x)[None]
     w_enc = jnp.swapaxes(stack(coder.w_enc), -1, -2) * (c_in / units)[:, None, None]
     b_dec = stack(coder.b_dec) / c_out[:, None]
     b_enc = stack(coder.b_enc) / units[:, None]
     if config.centred:
         b_enc = b_enc + jnp.einsum("xfd,xd->xf", w_enc, b_dec)
-
-    def block(i, j):
-        return float32(coder.decoder(i, j) if isinstance(coder, MultiLayerCoder) else coder.w_dec)
-
     w_dec = tuple(
-        jnp.stack([block(i, j) * (units[i] / c_out[j]) for i in range(j + 1)])
+        jnp.stack([float32(coder.decoder(i, j)) * (units[i] / c_out[j]) for i in range(j + 1)])
         for j in range(len(config.layer_tuple))
     )
     w_skip = None if coder.w_skip is None else stack(coder.w_skip) * (c_in / c_out)[:, None, None]

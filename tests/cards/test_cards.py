@@ -1,19 +1,17 @@
 """Feature cards against plain loops over a small store, in float64."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_card_exports import published
 
+from card_folders import publish_examples
+from coders import random_coder
 from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
-from gemma_scope_jax.coders.directions import extreme_logits, most_similar, to_residual, written
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.directions import extreme_logits
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store.store import FeatureStore
@@ -27,19 +25,12 @@ F, HUGE = 48, "Z"
 SETTINGS = CardSettings(top=4, groups=5, each=2, before=3, after=2, bins=20, seed=3, listed=6)
 
 
-def random_coder(seed=1, width=F, d=32, **place):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    normal = lambda key, *shape: jax.random.normal(key, shape) / d**0.5
-    # One feature is never active, and another has the decoder row of a third.
-    w_dec = normal(keys[1], width, d).at[7].set(0.0).at[9].set(1.0).at[11].set(2.0)
-    return SparseCoder(
-        normal(keys[0], d, width),
-        jnp.zeros(width),
-        jnp.full(width, 1.0).at[5].set(1e9),
-        w_dec,
-        jnp.zeros(d),
-        **{"layer": 1, "info": CoderInfo(model_name="acme/tiny"), **place},
+def similar_coder(seed=1, width=F, **place):
+    """One feature is never active, and another has the decoder row of a third."""
+    coder = random_coder(
+        width, seed=seed, threshold=1.0, dead=(5,), info=CoderInfo(model_name="acme/tiny"), **place
     )
+    return coder.replace(w_dec=coder.w_dec.at[7].set(0.0).at[9].set(1.0).at[11].set(2.0))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def coder():
-    return random_coder()
+    return similar_coder()
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +189,6 @@ def test_quantile_examples(cards, seen):
     assert seldom  # some parts of the range have fewer than were asked for
 
 
-def test_the_draw_is_even_and_depends_on_the_seed():
-    features, rows = np.divmod(np.arange(200_000), 400)
-    drawn = chance(features, rows, 0)
-    counts = np.histogram(drawn, 20, (0, 1))[0]
-    assert abs(counts - 10_000).max() < 500 and len(np.unique(drawn)) == len(drawn)
-    assert abs(np.corrcoef(drawn, chance(features, rows, 1))[0, 1]) < 0.01
-    assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.01
-
-
 def dense(seen):
     _, usual, _, typical = seen
     order = {row: i for i, row in enumerate(sorted(typical))}
@@ -295,7 +277,7 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     with pytest.raises(InputError, match="features of another model .tiny-gemma-3-270m"):
         build_cards(store, coder, tmp_path / "a", model=other, tok=tok, settings=SETTINGS)
     assert not (tmp_path / "a" / "density.npy").exists()
-    published(tmp_path, np.random.default_rng(0))
+    publish_examples(tmp_path, np.random.default_rng(0))
     examples = tmp_path / "examples.safetensors"
     build = lambda m: build_cards(examples, coder, tmp_path / "b", model=m, tok=tok)
     before = np.array(build(model)["top_logits"])
@@ -304,7 +286,7 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     wanted = next(iter(extreme_logits(other, coder, tok, range(F), k=4, gain="exact", bins=8)))[1]
     np.testing.assert_allclose(after[: len(wanted), :4], wanted, rtol=1e-5, atol=1e-5)
     strongest = np.array(build(model)["example_tokens"])
-    published(tmp_path, np.random.default_rng(1))  # other examples in a file of the same size
+    publish_examples(tmp_path, np.random.default_rng(1))  # others, of the same size
     assert not np.array_equal(strongest, np.array(build(model)["example_tokens"]))
 
 
@@ -348,18 +330,6 @@ def test_decoder_neighbours(coder, cards):
     assert cards.listed("neighbour", 9, "cosines")[0] == (11, pytest.approx(1.0))
 
 
-def test_neighbours_in_blocks_are_the_same(monkeypatch):
-    """The last block of rows overlaps the one before."""
-    rows = jax.random.normal(jax.random.key(0), (23, 8))
-    nothing = lambda *_: None
-    whole = most_similar(rows, None, 5, nothing, "")
-    few = most_similar(rows, rows[:3], 5, nothing, "")
-    monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 10)
-    for a, b in zip(whole, most_similar(rows, None, 5, nothing, "")):
-        np.testing.assert_array_equal(a, b)
-    assert (few[0][:, 3:] == -1).all() and sorted(few[0][0, :3].tolist()) == [0, 1, 2]
-
-
 def test_other_coders(store, coder, model, tmp_path):
     """PT and IT: the same numbers, other weights; and a coder of another width."""
     near = coder.replace(w_dec=coder.w_dec[:30] + 0.1, w_enc=coder.w_enc[:, :30])
@@ -368,11 +338,11 @@ def test_other_coders(store, coder, model, tmp_path):
         coder,
         tmp_path,
         settings=SETTINGS,
-        compare={"near": near, "far": random_coder(4, 60)},
+        compare={"near": near, "far": similar_coder(4, 60)},
     )
     assert cards.manifest["compared"] == [["near", 30], ["far", 60]]
     w = np.asarray(coder.w_dec, np.float64)
-    for n, other in enumerate([near, random_coder(4, 60)]):
+    for n, other in enumerate([near, similar_coder(4, 60)]):
         wanted = cosines(w, np.asarray(other.w_dec, np.float64))
         same = np.asarray(cards[f"compared_{n}_same"])
         both = min(F, wanted.shape[1])
@@ -385,30 +355,4 @@ def test_other_coders(store, coder, model, tmp_path):
             np.testing.assert_allclose(value, [wanted[f, g] for g, _ in found], atol=1e-5)
     assert "top_ids" not in cards  # no model was given
     with pytest.raises(InputError, match="cannot be compared"):
-        build_cards(store, coder, tmp_path, settings=SETTINGS, compare={"x": random_coder(d=16)})
-
-
-def test_several_layers():
-    """A CLT's writes add up from its layer on; a crosscoder's last one counts."""
-    X, D, width = 3, 6, 5
-    draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
-    clt = MultiLayerCoder(
-        draw(0, X, D, width),
-        jnp.zeros((X, width)),
-        jnp.ones((X, width)),
-        draw(1, 6, width, D),
-        jnp.zeros((X, D)),
-        layers=(2, 3, 7),
-        reads="mlp_in",
-        writes="mlp_out",
-    )
-    full = np.asarray(clt.full_decoder(), np.float64)  # [X, F, X, D]
-    some = jnp.arange(2, dtype=jnp.int32)
-    np.testing.assert_allclose(written(clt, 3), full[1][:, 1:].reshape(width, -1), rtol=1e-6)
-    rows = to_residual(None, clt, 3, some)
-    np.testing.assert_allclose(rows, full[1][:2].sum(1), rtol=1e-5, atol=1e-6)
-    crosscoder = clt.replace(reads="resid_post", writes="resid_post")
-    rows = to_residual(None, crosscoder, 2, some)
-    np.testing.assert_allclose(rows, full[0][:2, 2], rtol=1e-6)
-    with pytest.raises(InputError, match="features of 2, 3, 7"):
-        written(clt, 4)
+        build_cards(store, coder, tmp_path, settings=SETTINGS, compare={"x": similar_coder(d=16)})

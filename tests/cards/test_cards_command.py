@@ -3,15 +3,15 @@
 import json
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_card_exports import F, command, data_of, give_tiny, random_coder
 
+from card_folders import card_coder, data_of
+from coders import random_coder
+from commands import command
 from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load
@@ -23,34 +23,11 @@ ABOUT = {"model_name": "acme/tiny"}
 FOX = "a quick brown fox jumps over the lazy dog "
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture
-def tiny(monkeypatch, model):
-    give_tiny(monkeypatch, model)
-
-
 @pytest.fixture
 def one(tmp_path):
-    save_coder(random_coder(), tmp_path / "one", config_extra=ABOUT)
+    save_coder(card_coder(), tmp_path / "one", config_extra=ABOUT)
     (tmp_path / "text.txt").write_text(FOX * 6)
     return tmp_path / "one"
-
-
-def crosscoder(layers, seed=0):
-    draw = lambda n, *shape: jax.random.normal(jax.random.key(seed + n), shape) / 6
-    X = len(layers)
-    return MultiLayerCoder(
-        draw(0, X, 32, F),
-        jnp.zeros((X, F)),
-        jnp.full((X, F), 0.1),
-        draw(1, X * (X + 1) // 2, F, 32),
-        jnp.zeros((X, 32)),
-        layers=layers,
-    )
 
 
 def cards(*args, model="tiny"):
@@ -70,7 +47,11 @@ def overview(folder):
 
 def test_layers_have_their_own_explanations_and_links(tiny, tmp_path):
     for name, seed in {"a": 0, "b": 7}.items():
-        save_coder(crosscoder((1, 2), seed), tmp_path / name, config_extra=ABOUT)
+        save_coder(
+            random_coder(layers=(1, 2), seed=seed, threshold=0.1),
+            tmp_path / name,
+            config_extra=ABOUT,
+        )
     for layer in (1, 2):
         write_explanations(tmp_path / f"a/layer_{layer}", "a", {3: entry(f"of layer {layer}")})
     (tmp_path / "text.txt").write_text(FOX * 6)
@@ -80,7 +61,7 @@ def test_layers_have_their_own_explanations_and_links(tiny, tmp_path):
     for layer in (1, 2):
         seen = overview(out / f"a-layer-{layer}")
         assert seen["labels"][3] == f"of layer {layer}"
-        assert seen["compared"] == [["b", f"../b-layer-{layer}/index.html", F]]
+        assert seen["compared"] == [["b", f"../b-layer-{layer}/index.html", 48]]
         assert overview(out / f"b-layer-{layer}")["compared"] == []
 
 
@@ -185,8 +166,8 @@ def test_a_run_killed_at_once_goes_on(tiny, one, tmp_path, monkeypatch):
 
 
 def test_mistakes_show_before_the_work(tiny, one, tmp_path, monkeypatch, capsys):
-    save_coder(random_coder(d=16), tmp_path / "small", config_extra=ABOUT)
-    save_coder(crosscoder((2, 3)), tmp_path / "layers", config_extra=ABOUT)
+    save_coder(card_coder(d=16), tmp_path / "small", config_extra=ABOUT)
+    save_coder(random_coder(layers=(2, 3)), tmp_path / "layers", config_extra=ABOUT)
     (tmp_path / "wrong.json").write_text("{")
     fails = lambda *_, **__: (_ for _ in ()).throw(AssertionError("too late"))
     monkeypatch.setattr("gemma_scope_jax.extraction.extract.extract", fails)

@@ -6,62 +6,28 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coders import random_coder
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release.files import save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.model.config import PRESETS
-from letters import Letters
-from tiny import tiny_model
 
 TEXT = "plums & <b>"
-
-
-def random_coder(d=32, width=48, **place):
-    keys = jax.random.split(jax.random.key(1), 3)
-    normal = lambda key, *shape: jax.random.normal(key, shape) / d**0.5
-    return SparseCoder(
-        normal(keys[0], d, width),
-        jnp.zeros(width),
-        jnp.full(width, 1.0),
-        normal(keys[1], width, d),
-        jnp.zeros(d),
-        **{"layer": 1, **place},
-        info=CoderInfo(l0=10.0),
-    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("coders") / "sae"
-    save_coder(random_coder(), path, config_extra={"model_name": "acme/tiny"})
+    save_coder(
+        random_coder(info=CoderInfo(l0=10.0), threshold=1.0),
+        path,
+        config_extra={"model_name": "acme/tiny"},
+    )
     return path
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture
-def tiny(monkeypatch, model):
-    """The name "tiny" is a tiny model with a tokenizer of letters; no cache is written."""
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
-    real = load.model_config
-    config = lambda name: model.config if name == "tiny" else real(name)
-    monkeypatch.setattr(load, "model_config", config)
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
 
 
 def command(*argv):
@@ -119,15 +85,7 @@ def bad(folder, tmp):
         "head": dict(reads="z", writes="z"),
     }.items():
         save_coder(random_coder(**change), tmp / name, config_extra={"model_name": "acme/tiny"})
-    crosscoder = MultiLayerCoder(
-        jnp.ones((2, 32, 8)),
-        jnp.ones((2, 8)),
-        jnp.ones((2, 8)),
-        jnp.ones((3, 8, 32)),
-        jnp.ones((2, 32)),
-        layers=(0, 1),
-    )
-    save_coder(crosscoder, tmp / "cross", config_extra={"model_name": "acme/tiny"})
+    save_coder(random_coder(layers=(0, 1)), tmp / "cross", config_extra={"model_name": "acme/tiny"})
     inspect = ("inspect", TEXT, "--model", "tiny", "--coder")
     check = ("check", folder, "--model", "tiny", "--text")
     yield ("inspect", ""), "the text is empty"

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from test_card_exports import command, give_tiny, random_coder
 
+from card_folders import card_coder
+from commands import command, give_tiny
 from faults import Faults
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import checkpoints
 from letters import Letters
-from tiny import tiny_model
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again"
 
@@ -110,15 +109,10 @@ def test_checkpoints_that_have_no_place_are_one_line(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory, model):
     """A coder, a text and a store of its features."""
     folder = tmp_path_factory.mktemp("made")
-    save_coder(random_coder(), folder / "one", config_extra={"model_name": "acme/tiny"})
+    save_coder(card_coder(), folder / "one", config_extra={"model_name": "acme/tiny"})
     (folder / "text.txt").write_text("\n\f\n".join([TEXT] * 12))
     with pytest.MonkeyPatch.context() as patch:
         give_tiny(patch, model)

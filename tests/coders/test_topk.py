@@ -7,55 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gemma_scope_jax.coders.jump_relu import as_jump_relu
 from safetensors.numpy import load_file
 
 import gemma_scope_jax as gs
+from coders import random_coder
 from gemma_scope_jax.coders import active_features
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.jump_relu import as_jump_relu
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, largest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
 from gemma_scope_jax.inspection.inspect_text import _heat
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh
-from tiny import tiny_model
 
 D, F, K = 32, 48, 5
 X = np.random.default_rng(1).standard_normal((70, D)).astype(np.float32)
 
 
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+TINY = CoderInfo(model_name="acme/tiny")
 
 
 def topk(layer=2, k=K, **changes):
-    coder = SparseCoder(
-        draw(0, D, F),
-        draw(1, F),
-        jnp.zeros(F),
-        draw(2, F, D),
-        draw(3, D),
-        layer=layer,
-        k=k,
-        info=CoderInfo(model_name="acme/tiny"),
-    )
+    coder = random_coder(layer=layer, threshold=0.0, k=k, info=TINY)
     return coder.replace(**changes)
 
 
 def crosscoder(k=K, **changes):
-    coder = gs.MultiLayerCoder(
-        draw(4, 2, D, F),
-        draw(5, 2, F),
-        jnp.zeros((2, F)),
-        draw(6, 3, F, D),
-        draw(7, 2, D),
-        layers=(1, 3),
-        k=k,
-        info=CoderInfo(model_name="acme/tiny"),
-    )
+    coder = random_coder(seed=4, layers=(1, 3), threshold=0.0, k=k, info=TINY)
     return coder.replace(**changes)
 
 
@@ -184,11 +164,6 @@ def test_identities_and_results_tell_topk_from_jumprelu():
 
 
 # Inside the model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
 
 
 TOKENS = np.random.default_rng(0).integers(5, 290, (2, 16)).astype(np.int32)

@@ -31,11 +31,6 @@ from tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A store of 1,000 tokens in 28 shards, and its folder's bytes."""
     folder = tmp_path_factory.mktemp("whole") / "store"

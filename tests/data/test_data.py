@@ -1,9 +1,6 @@
-"""Text to packed batches: every format, the global shuffle, exact positions, what tokens count."""
+"""Text to packed batches: every format, exact positions, what tokens count."""
 
-import contextlib
 import gc
-import gzip
-import importlib
 import itertools
 import json
 import sys
@@ -12,112 +9,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.order import positions_of, shuffled_positions, shuffled_window
 from gemma_scope_jax.data.text import TokenBatches, prefetch, read_documents
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.tokenizer import load_tokenizer
 from letters import Letters
-from tiny_tokenizer import tiny_proto, write_model
-
-TEXTS = [f"document {i} " + "äbc\ndef " * (i % 7) for i in range(41)]
-CHAT = [
-    {"role": "user", "content": "the start of turn"},
-    {"role": "assistant", "content": "end of turn and the end"},
-    {"role": "user", "content": "one <end_of_turn> two"},
-    {"role": "model", "content": "the mask"},
-]
-
-
-def as_lines(texts, key="text"):
-    return "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
-
-
-def write_records(path, records):
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-
-
-def write_zst(path, lines):
-    """Two frames, as parallel compressors write them."""
-    half = lines.index(b"\n", len(lines) // 2) + 1
-    compress = zstd_compress()
-    path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
-
-
-def zstd_compress():
-    for name in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).compress
-    return None
-
-
-def write_corpus(folder, kind, texts=TEXTS):
-    """The texts in two files of a kind; the pattern that names them."""
-    for number, part in enumerate((texts[:17], texts[17:])):
-        path = folder / f"{number}.{kind}"
-        if kind == "txt":
-            path.write_text("\n\f\n".join([*part, " \n"]))
-        elif kind == "jsonl":
-            path.write_bytes(as_lines(part) + b"\n")
-        elif kind == "jsonl.gz":
-            path.write_bytes(gzip.compress(as_lines(part)))
-        elif kind == "jsonl.zst":
-            write_zst(path, as_lines(part))
-        elif kind == "array_record":
-            write_records(path, as_lines(part).splitlines() if number else map(str.encode, part))
-    return str(folder / f"*.{kind}")
-
-
-KINDS = ["txt", "jsonl", "jsonl.gz", "array_record", *(["jsonl.zst"] if zstd_compress() else [])]
-
-
-# -------------------------------------------------------------------------------------------------
-# Order
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_the_shuffled_order_is_a_bijection_of_its_seed_and_epoch(n, seed, epoch):
-    order = shuffled_positions(np.arange(n), n, seed, epoch)
-    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(n))
-    one = shuffled_positions(np.array([n - 1]), n, seed, epoch)
-    assert one[0] == order[-1]
-    assert (positions_of(order, n, seed, epoch) == np.arange(n)).all()
-    if n > 20:
-        assert np.any(order != shuffled_positions(np.arange(n), n, seed, epoch + 1))
-        assert np.any(order != shuffled_positions(np.arange(n), n, seed + 1, epoch))
-
-
-def test_every_thing_comes_at_every_place_equally_often():
-    n, times = 11, 3000
-    seen = np.zeros((n, n))
-    for epoch in range(times):
-        seen[np.arange(n), shuffled_positions(np.arange(n), n, 0, epoch)] += 1
-    chi_squared = np.sum((seen - times / n) ** 2) / (times / n)
-    assert chi_squared < 160  # mean (n - 1) ** 2 = 100, standard deviation 14
-
-
-def test_a_huge_order_needs_no_list():
-    n = 10**15
-    places = shuffled_positions(np.arange(1000) * 10**9, n, 3, 0)
-    assert len(set(places.tolist())) == 1000 and 0 <= places.min() <= places.max() < n
-    assert (positions_of(places, n, 3, 0) == np.arange(1000) * 10**9).all()
-    assert abs(np.mean(places) / n - 0.5) < 0.05
-
-
-def test_the_window_shuffle_loses_nothing_and_looks_no_further_than_its_window():
-    shuffle = lambda seed: list(shuffled_window(range(100), 10, seed, 0))
-    assert sorted(shuffle(0)) == list(range(100)) and shuffle(0) == shuffle(0) != shuffle(1)
-    assert all(item <= place + 10 for place, item in enumerate(shuffle(0)))
-    assert shuffle(0)[:10] != list(range(10))
-
+from text_files import CHAT, KINDS, TEXTS, write_corpus
 
 # -------------------------------------------------------------------------------------------------
 # Documents
@@ -298,12 +197,6 @@ def test_rows_may_change_on_resuming():
     np.testing.assert_array_equal(kept, np.concatenate([x.tokens[x.counts] for x in whole]))
 
 
-@pytest.fixture(scope="module")
-def gemma_like(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return load_tokenizer(write_model(path, tiny_proto()))
-
-
 @pytest.mark.parametrize("length", [12, 200])
 @pytest.mark.parametrize("roles", [("assistant",), ("user", "model")])
 def test_in_chats_only_what_the_roles_say_counts(tmp_path, gemma_like, roles, length):
@@ -370,127 +263,3 @@ def test_errors_reach_the_consumer_and_the_thread_ends_with_it():
     assert not thread.is_alive() and not threads()
     with pytest.raises(InputError):
         prefetch([], 0)
-
-
-# -------------------------------------------------------------------------------------------------
-# Bad input
-
-
-def test_positions_of_other_data_are_refused(tmp_path):
-    pattern = write_corpus(tmp_path, "jsonl")
-    make = lambda seed=0, shard=(0, 1), position=None, **k: TokenBatches(
-        TextData(files=(pattern,), **k), Letters(), 2, 32, seed=seed, shard=shard, position=position
-    )
-    batches = make()
-    next(batches)
-    make(position=batches.position)
-    make(position=batches.position, shuffle_window=5)  # means nothing here
-    for change in ({"seed": 1}, {"shard": (0, 2)}, {"field": "id"}, {"skip_bad": True}):
-        with pytest.raises(InputError, match="other data"):
-            make(position=batches.position, **change)
-    for junk in ({}, [], {**batches.position, "offset": -1}, {**batches.position, "epoch": "0"}):
-        with pytest.raises(InputError, match="not a position"):
-            make(position=junk)
-    with (tmp_path / "0.jsonl").open("a") as file:
-        file.write('{"text": "more"}\n')
-    with pytest.raises(InputError, match="other data"):
-        make(position=batches.position)
-
-
-def bad_files(folder):
-    good = as_lines(TEXTS)
-    contents = {
-        "notjson.jsonl": (b'{"text": "a"}\n{"text": \n', "byte 14: not JSON"),
-        "nokey.jsonl": (b'{"body": "a"}\n', "no key 'text' .it has body"),
-        "number.jsonl": (b'{"text": 3}\n', "must be text, not int"),
-        "list.jsonl": (b'["a"]\n', "no key 'text'"),
-        "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "lone surrogate"),
-        "latin.txt": ("über".encode("latin-1"), "cannot be read as UTF-8"),
-        "cut.jsonl.gz": (gzip.compress(good)[:-20], "broken or truncated"),
-        "fake.jsonl.gz": (good, "broken or truncated"),
-        "line.jsonl.gz": (gzip.compress(b"\n\n{"), "line 3: not JSON"),
-        "fake.jsonl.zst": (good, "broken or truncated|pip install zstandard"),
-        "a.txt.gz": (gzip.compress(b"text"), "must be JSON Lines"),
-        "a.parquet": (b"PAR1", "convert it to .jsonl"),
-        "fake.array_record": (good * 100, "not a complete ArrayRecord"),
-        "empty.txt": (b"", "no text"),
-    }
-    for name, (content, message) in contents.items():
-        (folder / name).write_bytes(content)
-        yield name, message
-
-
-def test_bad_files_are_one_line_that_says_where(tmp_path, gemma_like):
-    for name, message in bad_files(tmp_path):
-        with pytest.raises(InputError, match=message) as caught:
-            list(TokenBatches(TextData(files=(f"{tmp_path}/{name}",)), gemma_like, 1, 8, epochs=1))
-        assert name in str(caught.value), name
-
-
-BAD_CHATS = {
-    "empty": [{"role": "user", "content": " "}],
-    "order": [{"role": "model", "content": "first"}],
-    "role": [{"role": "tool", "content": "x"}],
-    "text": "hello",
-    "none": [],
-}
-
-
-@pytest.mark.parametrize("chat", BAD_CHATS.values(), ids=list(BAD_CHATS))
-def test_bad_chats_are_refused_or_left_out(tmp_path, gemma_like, chat):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"chat": c}) + "\n" for c in (CHAT, chat, CHAT)))
-    data = {"files": (str(path),), "messages": "chat"}
-    make = lambda **k: list(TokenBatches(TextData(**data, **k), gemma_like, 1, 500, epochs=1))
-    with pytest.raises(InputError, match="chats.jsonl, byte .*skip_bad"):
-        make()
-    assert make(skip_bad=True)[0].segments.max() == 2
-
-
-def test_zst_without_a_decompressor_says_what_to_install(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"whatever")
-    real = importlib.import_module
-
-    def none_installed(name, *rest):
-        if name in ("compression.zstd", "zstandard"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(importlib, "import_module", none_installed)
-    with pytest.raises(InputError, match="Python 3.14 or `pip install zstandard`"):
-        read_documents([str(path)])
-
-
-BAD_SOURCES = {
-    "one string": ("text", "one string"),
-    "empty list": ([], "empty"),
-    "number": (3, "from a int"),
-    "nothing": (TextData(), "no text given"),
-    "bytes": ([b"x", b"y"], "must be a str, not bytes"),
-    "empty texts": (["", ""], "empty or unusable"),
-    "empty iterable": (lambda: [], "empty or unusable"),
-    "no match": (TextData(files=("nowhere/*.txt",)), "no text files match nowhere"),
-}
-
-
-@pytest.mark.parametrize(("source", "message"), BAD_SOURCES.values(), ids=list(BAD_SOURCES))
-def test_bad_sources_are_refused(source, message):
-    with pytest.raises(InputError, match=message):
-        next(TokenBatches(source, Letters(), 1, 8))
-
-
-def test_bad_settings_are_refused():
-    for bad in (
-        {"files": "a.txt"},
-        {"roles": ("teacher",)},
-        {"shuffle_window": 0},
-        {"files": ("a",), "tfds": "b"},
-        {"messages": "chat", "roles": ()},
-    ):
-        with pytest.raises(InputError):
-            TextData(**bad)
-    for bad in ({"rows": 0}, {"length": 1}, {"shard": (2, 2)}, {"shard": (0, 3)}, {"workers": 0}):
-        options = {"rows": 1, "length": 8, **bad}
-        with pytest.raises(InputError):
-            next(TokenBatches(["a", "b"], Letters(), **options))

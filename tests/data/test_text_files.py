@@ -7,7 +7,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_data import write_records
 
 from gemma_scope_jax.data import document_files, text_identity
 from gemma_scope_jax.data.documents import TextData, open_documents, parse
@@ -17,6 +16,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.storage.globs import named_paths
 from letters import Letters
+from text_files import write_records
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 MARK = b"\xef\xbb\xbf"

@@ -14,18 +14,11 @@ import pytest
 from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.evaluation.check import _warnings, check, print_report
 from gemma_scope_jax.evaluation.evaluate import Losses
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
-from tiny import tiny_model
 
 LAYER = 1
 SITES = ("resid_mid", "mlp_in", "mlp_out", "resid_post")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
 
 
 @pytest.fixture(scope="module")

@@ -5,41 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from assertions import close
+from coders import random_coder
+from core_runs import MEASURED
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, TextBatch, measure, position_names
-from gemma_scope_jax.evaluation.figures import ABLATIONS, density_histogram, frequencies
+from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
-from tiny import tiny_model
 
 D, F, B, T = 32, 64, 2, 24
 SOURCES = ("one", "two", "unused")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=3)
-
-
-def coder(seed=0, skip=False, **place):
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / D**0.5, jnp.float32)
-    return SparseCoder(
-        normal(D, F),
-        normal(F),
-        jnp.abs(normal(F)),
-        normal(F, D),
-        normal(D),
-        normal(D, D) if skip else None,
-        **place,
-    )
 
 
 def batches():
@@ -175,19 +156,9 @@ def reference_losses(model, c, mean, log_p):
     )
 
 
-def close(got, want, rtol=3e-5, atol=1e-6):
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
-
-
-CODERS = {
-    "sae": coder(layer=1),
-    "skip_transcoder": coder(1, skip=True, layer=2, reads="mlp_in", writes="mlp_out", first=3),
-}
-
-
-@pytest.mark.parametrize("kind", CODERS)
+@pytest.mark.parametrize("kind", MEASURED)
 def test_every_figure_equals_float64_numpy(model, kind):
-    c = CODERS[kind]
+    c = MEASURED[kind]
     plan = EvaluationPlan(ablations=ABLATIONS, positions=True, groups={"source": SOURCES})
     tally = measure(model, [c], batches(), plan).tallies[0]
     got, want = tally.metrics(), Reference(model, c)
@@ -253,7 +224,7 @@ def test_enormous_tokens_have_figures_of_their_own():
     rng = np.random.default_rng(0)
     y = rng.standard_normal((300, D)) + 3.0
     y[[7, 130]] *= 50
-    c, mask, group = coder(layer=0), rng.random(300) < 0.8, rng.random(300) < 0.5
+    c, mask, group = random_coder(F, layer=0), rng.random(300) < 0.8, rng.random(300) < 0.5
     mask[[7, 130]] = True
     x = jnp.asarray(y[None], jnp.float32)
     sums = m.coder_sums(c, x, x, mask, group[None], np.zeros(300, np.int32))
@@ -303,75 +274,17 @@ def test_a_planted_dictionary_gives_the_known_answers():
     assert np.abs(shape.max_decoder_cosine).max() < 1e-5
 
 
-def test_density_summaries():
-    density = np.array([0.0, 0.005, 0.02, 0.02, 0.5])
-    found = frequencies(density)
-    assert found == pytest.approx(
-        {
-            "frac_alive": 0.8,
-            "freq_over_1_percent": 0.6,
-            "freq_over_10_percent": 0.2,
-            "normalized_freq_over_1_percent": 0.54 / 0.545,
-            "normalized_freq_over_10_percent": 0.5 / 0.545,
-        }
-    )
-    histogram = density_histogram(density)
-    edges = histogram["log10_edges"]
-    where = {
-        np.searchsorted(edges, np.log10(d), side="right") - 1: k
-        for d, k in ((0.005, 1), (0.02, 2), (0.5, 1))
-    }
-    assert {i: n for i, n in enumerate(histogram["counts"]) if n} == where
-    assert histogram["never"] == 1
-
-
-def test_geometry_equals_numpy(monkeypatch):
-    monkeypatch.setattr("gemma_scope_jax.evaluation.geometry.BLOCK", 24)  # F is no multiple of it
-    c = CODERS["skip_transcoder"]
-    got = geometry(c)
-    enc, dec = np.asarray(c.w_enc, np.float64).T, np.asarray(c.w_dec, np.float64)
-    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
-    largest = lambda a: (unit(a) @ unit(a).T - 3 * np.eye(len(a))).max(1)
-    close(got.encoder_norm, np.linalg.norm(enc, axis=1))
-    close(got.decoder_norm, np.linalg.norm(dec, axis=1))
-    close(got.encoder_decoder_cosine, (unit(enc) * unit(dec)).sum(1))
-    close(got.max_encoder_cosine, largest(enc))
-    close(got.max_decoder_cosine, largest(dec))
-
-
-def crosscoder(**place):
-    rng = np.random.default_rng(9)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape) / D**0.5, jnp.float32)
-    return MultiLayerCoder(
-        normal(2, D, F),
-        normal(2, F),
-        jnp.abs(normal(2, F)),
-        normal(3, F, D),
-        normal(2, D),
-        **{"layers": (0, 2), **place},
-    )
-
-
-def test_geometry_of_several_layers():
-    c = crosscoder()
-    got = geometry(c)
-    rows = np.asarray(c.full_decoder(), np.float64)[0].reshape(F, -1)  # of the first layer
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    close(got.max_decoder_cosine[0], (unit @ unit.T - 3 * np.eye(F)).max(1))
-    close(got.decoder_norms_by_layer, np.linalg.norm(np.asarray(c.full_decoder()), axis=-1))
-
-
 @pytest.mark.parametrize("kind", ["one_layer", "several"])
 def test_a_replacement_model_is_every_splice_at_once(model, kind):
     """Transcoders of two layers and a coder of another site; a CLT: as by `splice` one by one."""
     batch = next(iter(batches()))
     coders = {
         "one_layer": (
-            CODERS["skip_transcoder"],
-            coder(2, layer=0, reads="mlp_in", writes="mlp_out"),
-            coder(3, layer=1),
+            MEASURED["skip_transcoder"],
+            random_coder(F, seed=2, layer=0, reads="mlp_in", writes="mlp_out"),
+            random_coder(F, seed=3),
         ),
-        "several": (crosscoder(reads="mlp_in", writes="mlp_out"),),
+        "several": (random_coder(F, seed=9, layers=(0, 2), reads="mlp_in", writes="mlp_out"),),
     }[kind]
     tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
     got = final_residual(model, tokens, segments, replaced(coders))
@@ -409,14 +322,14 @@ def test_comparing_in_chunks_changes_nothing(model, monkeypatch):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(model, kind, message):
-    batch, c, plan = next(iter(batches())), CODERS["sae"], EvaluationPlan(loss_tokens=0)
+    batch, c, plan = next(iter(batches())), MEASURED["sae"], EvaluationPlan(loss_tokens=0)
     coders, some = [c], [batch]
     if kind == "layer":
         coders = [c.replace(layer=9)]
     elif kind == "site":
         coders = [c.replace(reads="z", writes="z")]
     elif kind == "twice":
-        coders, plan = [c, coder(7, layer=1)], EvaluationPlan(replacement=True)
+        coders, plan = [c, random_coder(F, seed=7)], EvaluationPlan(replacement=True)
     elif kind == "shape":
         some = [(batch.tokens, batch.segments[:, 1:])]
     elif kind in ("id beyond", "id below"):

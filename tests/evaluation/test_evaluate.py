@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from coders import random_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -20,42 +21,22 @@ from gemma_scope_jax.evaluation.evaluate import (
     text_batches,
 )
 from gemma_scope_jax.evaluation.predictions import compare, final_residual
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 from letters import Letters
-from tiny import tiny_model
 
 # One shape of batch, one width and few kinds, so that few programs are compiled.
 WIDTH = 64
 KINDS = {
     "sae": dict(layer=2),
-    "z": dict(layer=2, reads="z", writes="z"),
+    "z": dict(d=64, layer=2, reads="z", writes="z"),
     "transcoder": dict(layer=1, reads="mlp_in", writes="mlp_out"),
     "skip": dict(layer=1, reads="mlp_in", writes="mlp_out", skip=True, first=4),
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-def random_coder(kind, seed=0):
-    spec = dict(KINDS[kind])
-    d = 64 if spec.get("reads") == "z" else 32
-    keys = jax.random.split(jax.random.key(seed), 6)
-    normal = lambda key, *shape: jax.random.normal(key, shape) / d**0.5
-    skip = normal(keys[5], d, d) if spec.pop("skip", False) else None
-    return SparseCoder(
-        normal(keys[0], d, WIDTH),
-        normal(keys[1], WIDTH),
-        jnp.abs(normal(keys[2], WIDTH)),
-        normal(keys[3], WIDTH, d),
-        normal(keys[4], d),
-        skip,
-        **spec,
-    )
+def coder_of(kind, seed=0):
+    return random_coder(WIDTH, seed=seed, **KINDS[kind])
 
 
 def random_batch(seed=0, B=3, T=24, lengths=(24, 17, 5)):
@@ -118,7 +99,7 @@ def wanted(brute):
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_equal_a_float64_brute_force(model, kind):
     tokens, segments = random_batch()
-    coder = random_coder(kind)
+    coder = coder_of(kind)
     with_loss = kind in ("sae", "skip")
     got = evaluate(model, coder, [(tokens, segments)], delta_loss=with_loss)
     want, usual = brute_force(model, coder, tokens, segments)
@@ -137,7 +118,7 @@ def test_figures_equal_a_float64_brute_force(model, kind):
 
 
 def test_many_at_once_have_the_figures_of_each_alone(model):
-    coders = [random_coder(kind) for kind in ("sae", "skip", "z", "sae")]
+    coders = [coder_of(kind) for kind in ("sae", "skip", "z", "sae")]
     coders[3] = coders[3].replace(first=4)
     batches = [random_batch(), random_batch(1)]
     together = evaluate_all(model, coders, batches, ablation=True)
@@ -157,7 +138,7 @@ def test_a_few_enormous_tokens_are_told_apart(model):
     tokens, segments = random_batch()
     tokens[tokens == 7] = 8
     tokens[1, 9] = 7
-    coder = random_coder("sae")
+    coder = coder_of("sae")
     got = evaluate(model, coder, [(tokens, segments)], delta_loss=False)
     want, usual = brute_force(model, coder, tokens, segments)
     assert usual.sum() == got.typical.tokens == got.all.tokens - 1
@@ -168,7 +149,7 @@ def test_a_few_enormous_tokens_are_told_apart(model):
 def test_padding_does_not_count(model):
     """What stands in padding, and how much of it there is, has no effect."""
     tokens, segments = random_batch()
-    coder = random_coder("skip")
+    coder = coder_of("skip")
     one = evaluate(model, coder, [(tokens, segments)])
     noise = np.where(segments == 0, 299, tokens).astype(np.int32)
     two = evaluate(
@@ -186,7 +167,7 @@ def test_packed_documents_count_as_separate_ones(model):
     packed = (tokens, np.repeat([[1, 2]], 12, axis=1).repeat(3, axis=0))
     alone = np.pad(np.ones((3, 12), np.int32), ((0, 0), (0, 12)))
     apart = [(tokens, alone), (np.roll(tokens, 12, axis=1), alone)]
-    coder = random_coder("sae")
+    coder = coder_of("sae")
     one, two = evaluate(model, coder, [packed]), evaluate(model, coder, apart)
     np.testing.assert_allclose([one.l0, one.fvu], [two.l0, two.fvu], rtol=1e-5)
     np.testing.assert_allclose(one.losses.clean, two.losses.clean, rtol=1e-5)
@@ -196,7 +177,7 @@ def test_packed_documents_count_as_separate_ones(model):
 def test_batching_changes_nothing(model):
     """Merged sums equal the sums of the whole: FVU needs the mean over everything."""
     tokens, segments = random_batch(2, lengths=(24, 24, 20))
-    coder = random_coder("sae")
+    coder = coder_of("sae")
     whole = evaluate(model, coder, [(tokens, segments)])
     rows = [(tokens, segments * (np.arange(3) == i)[:, None]) for i in range(3)]
     parts = evaluate(model, coder, rows)
@@ -261,18 +242,18 @@ def test_ablation_is_the_yardstick(model):
 
 def test_new_data_and_another_layer_compile_nothing(model):
     steps = (_read, _fit_step, final_residual, compare)
-    evaluate(model, random_coder("sae"), [random_batch(0)])
+    evaluate(model, coder_of("sae"), [random_batch(0)])
     before = [step._cache_size() for step in steps]
-    evaluate(model, random_coder("sae", seed=5), [random_batch(1, lengths=(9, 24, 3))])
+    evaluate(model, coder_of("sae", seed=5), [random_batch(1, lengths=(9, 24, 3))])
     assert [step._cache_size() for step in steps] == before
-    elsewhere = random_coder("sae", seed=5).replace(layer=1)
+    elsewhere = coder_of("sae", seed=5).replace(layer=1)
     evaluate(model, elsewhere, [random_batch(1)])
     assert [step._cache_size() for step in steps[1:]] == before[1:]  # it reads less of the model
 
 
 def test_what_does_not_fit_is_one_line(model):
     batch = random_batch()
-    coder = random_coder("sae")
+    coder = coder_of("sae")
     with pytest.raises(InputError, match="layer 9, but .* has layers 0 to 3"):
         evaluate(model, coder.replace(layer=9), [batch])
     with pytest.raises(InputError, match="reads 32 values at z, where .* has 64"):

@@ -1,6 +1,8 @@
 """The extraction program, compiled for TPUs by the real TPU compiler, from abstract weights.
 
-python tests/test_tpu_extraction.py 1b [DATA MODEL ROWS PRECISION]    # prints the figures as JSON
+The figures as JSON, after PYTHONPATH=tests/support:
+
+    python tests/extraction/test_tpu_extraction.py 1b [DATA MODEL ROWS PRECISION]
 """
 
 import json
@@ -12,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_tpu_compile import BYTES, ENVIRONMENT, compiled, no_libtpu
-from test_tpu_training import figures, used
 
 from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
 
 pytestmark = pytest.mark.skipif(no_libtpu, reason="libtpu is built for Linux on x86-64 only")
 

@@ -8,7 +8,7 @@ import numpy as np
 import gemma_scope_jax as gs
 from golden.weights import SITES
 
-# conftest.py has tests compiled with little optimisation; parity is claimed for what users run.
+# strict_jax.py has tests compiled with little optimisation; parity is claimed for what users run.
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 

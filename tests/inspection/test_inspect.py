@@ -9,40 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coders import random_coder
 from gemma_scope_jax.cards.labels import AFTER, BEFORE, build_labels, read_labels, write_labels
 from gemma_scope_jax.coders.directions import logit_tokens
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_features
 from gemma_scope_jax.inspection.page import inspection_page
 from gemma_scope_jax.inspection.terminal import label_text, print_inspection, visible
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.run import run
 from letters import Letters
-from tiny import tiny_model
 
 tok = Letters()
 HOSTILE = '</script><script>alert("x")</script>{{data}}<!--&amp;'
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture(scope="module")
 def coder():
-    keys = jax.random.split(jax.random.key(1), 4)
-    normal = lambda key, *shape: jax.random.normal(key, shape) / 32**0.5
-    return SparseCoder(
-        normal(keys[0], 32, 48),
-        normal(keys[1], 48),
-        jnp.full(48, 1.0),
-        normal(keys[2], 48, 32),
-        normal(keys[3], 32),
-        layer=1,
-    )
+    return random_coder(threshold=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from coders import random_coder
 from gemma_scope_jax.model.arguments import check_finite
 from tiny import tiny_model
 
@@ -22,19 +23,8 @@ def model():
     return tiny_model(gs.PRESETS["gemma-3-270m"], layers=LAYERS)
 
 
-def sparse(layer=1):
-    draw = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    zeros = np.zeros(F, np.float32)
-    return gs.SparseCoder(draw(0, D, F), zeros, zeros, draw(1, F, D), np.zeros(D), layer=layer)
-
-
-def several(layers=(0, 2)):
-    draw = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    X, zeros = len(layers), np.zeros((len(layers), F), np.float32)
-    w_dec = draw(1, X * (X + 1) // 2, F, D)
-    return gs.MultiLayerCoder(
-        draw(0, X, D, F), zeros, zeros, w_dec, np.zeros((X, D)), layers=layers
-    )
+sparse = partial(random_coder, F, threshold=0.0)
+several = partial(random_coder, F, layers=(0, 2), threshold=0.0)
 
 
 def refused(build, message):

@@ -1,20 +1,13 @@
 """What runs on TPUs, compiled for them by the real TPU compiler, from abstract weights.
 
-libtpu brings that compiler to any x86 Linux machine; no TPU is needed. Each program is compiled in
-a process of its own, since libtpu takes hold of the process that loads it:
-
-    python tests/test_tpu_compile.py 1b     # prints the figures below as JSON
+The figures as JSON: PYTHONPATH=tests/support python tests/model/test_tpu_compile.py 1b
 """
 
-import functools
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import gemma_scope_jax as gs
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
+from tpu import BYTES, ENVIRONMENT, collectives, compiled, figures, no_libtpu, used
 
 # size: topology, mesh (data, model), batch, layers captured (an SAE reads the last), SAE width, HBM
 PROGRAMS = {
@@ -31,17 +25,6 @@ PROGRAMS = {
     "27b": ("v5p:2x2x4", (4, 4), 16, (60, 61), 262_144, 95e9),
 }
 TOKENS, TOP_FEATURES = 1024, 64
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-COLLECTIVES = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-[a-z]+"
-
-no_libtpu = not (sys.platform == "linux" and platform.machine() == "x86_64")
 pytestmark = pytest.mark.skipif(no_libtpu, reason="libtpu is built for Linux on x86-64 only")
 
 
@@ -83,51 +66,16 @@ def compile_for_tpu(size: str):
     return program.lower(gemma, sae, tokens).compile()
 
 
-def figures(compiled) -> dict:
-    """Bytes of HBM a chip, the compiler's estimates, collectives with their shapes, kernels.
-
-    A loop's body counts once in the estimates, and Pallas kernels not at all.
-    """
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    names = ("argument", "output", "temp", "generated_code")
-    return {
-        "hbm": {name: getattr(memory, f"{name}_size_in_bytes") for name in names},
-        "flops": cost["flops"],
-        "optimal_seconds": cost.get("optimal_seconds"),
-        "collectives": collectives(text),
+def figures_of(compiled) -> dict:
+    """`tpu.figures`, how the logits lie and how many Pallas kernels there are."""
+    return figures(compiled) | {
         "logits": list(compiled.output_shardings.logits.spec),
-        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
+        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', compiled.as_text())),
     }
-
-
-def collectives(text: str) -> list[list]:
-    """[[operation, arrays in and out as [dtype, dimensions], how often it is written], ...]."""
-    shape_of = dict(re.findall(r"(%[\w.-]+) = (\(.*?\)|\S+) [\w-]+\(", text))
-    found = Counter()
-    for line in re.finditer(rf"= (\(.*?\)|\S+) ({COLLECTIVES})(?:-start)?\((.*?)\)", text):
-        result, operation, operands = line.groups()
-        inputs = " ".join(shape_of.get(name, name) for name in re.findall(r"%[\w.-]+", operands))
-        arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", f"{result} {inputs}")
-        found[operation, tuple(sorted(set(arrays)))] += 1
-    return [[name, arrays, count] for (name, arrays), count in sorted(found.items())]
 
 
 # -------------------------------------------------------------------------------------------------
 # In the test's process
-
-
-@functools.cache
-def compiled(name: str, program: str = __file__) -> dict:
-    """What `program NAME` prints, in a process that may load the TPU compiler."""
-    run = subprocess.run(
-        [sys.executable, program, name],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def check_gathers(found: list[list], config, model: int) -> int:
@@ -153,8 +101,8 @@ def check_gathers(found: list[list], config, model: int) -> int:
 @pytest.mark.parametrize("size", ["1b", pytest.param("27b", marks=pytest.mark.slow)])
 def test_the_forward_pass_with_captures_and_an_sae_fits_and_gathers_no_stack(size):
     _, (_, model), _, layers, _, room = PROGRAMS[size]
-    found = compiled(size)
-    assert sum(found["hbm"].values()) <= room
+    found = compiled(size, __file__)
+    assert used(found["hbm"]) <= room
     assert check_gathers(found["collectives"], preset(f"gemma-3-{size}"), model) > 0
     assert found["logits"] == ["data", None, "model"]  # each chip works on its rows only
     assert found["kernels"] >= len(layers)  # the splash kernel, whatever layers are cut out
@@ -179,4 +127,4 @@ def test_a_gathered_stack_would_be_seen():
 if __name__ == "__main__":
     os.environ |= ENVIRONMENT
     jax.config.update("jax_platforms", "cpu")
-    print(json.dumps(figures(compile_for_tpu(sys.argv[1]))))
+    print(json.dumps(figures_of(compile_for_tpu(sys.argv[1]))))

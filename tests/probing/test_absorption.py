@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import scipy.optimize
-from test_probing import reference_fit
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
@@ -18,6 +17,7 @@ from gemma_scope_jax.probing.absorption import (
     spelling_prompts,
 )
 from gemma_scope_jax.probing.logistic import f1
+from probing_data import Spelled, reference_fit
 
 USED, EACH, D = 6, 30, 32  # letters, words of each, dimensions
 
@@ -214,27 +214,6 @@ def test_no_probe_that_works_is_said():
 
 # -------------------------------------------------------------------------------------------------
 # Prompts
-
-
-class Spelled:
-    """A vocabulary of words and of the pieces of the prompt, for a model with 300 tokens."""
-
-    bos_id = 2
-
-    def __init__(self, each=8):
-        fixed = ["<pad>", "<eos>", "<bos>", "\n", spelling.QUESTION, "12", "a-b", " ", ""]
-        fixed += [f" {letter.upper()}" for letter in LETTERS]  # answers; and words, too
-        words = [f" {letter}{'xyzuvwst'[i]}" for letter in LETTERS for i in range(each)]
-        self.pieces = fixed + words
-        self.pieces += [f"#{i}" for i in range(300 - len(self.pieces))]
-        self.special = np.arange(300) < 3
-
-    def encode(self, text, bos=True):
-        parts = [text] if text in self.pieces else text.split("|")
-        return np.array([2] * bos + [self.pieces.index(p) for p in parts], np.int32)
-
-    def decode_tokens(self, ids):
-        return [self.pieces[i] for i in ids]
 
 
 def test_prompts_spell_ten_other_words_and_end_with_the_question():

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from test_absorption import Spelled
-from test_evaluate import random_coder
 
+from coders import random_coder
+from commands import give_tiny
 from gemma_scope_jax import cli
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import weights_identity
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
@@ -23,6 +22,7 @@ from gemma_scope_jax.probing import jobs as benchmark
 from gemma_scope_jax.probing.absorption import LETTERS
 from gemma_scope_jax.probing.probing import PROTOCOLS
 from letters import Letters
+from probing_data import Spelled
 from tiny import tiny_model
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     """Two coders and three tables of short texts."""
     path = tmp_path_factory.mktemp("benchmark")
     for seed in (0, 1):
-        coder = random_coder("sae", seed)
+        coder = random_coder(seed=seed, layer=2)
         save_coder(coder, path / f"sae{seed}", config_extra={"model_name": "acme/tiny"})
     rng = np.random.default_rng(0)
     text = lambda letters: "".join(rng.choice(list(letters), rng.integers(3, 9)))
@@ -64,16 +64,10 @@ def write(path, header, rows):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
+    """Call it, and the model's tokenizer is the one that can spell."""
     model, tok = tiny_speller()
-    real, vocabulary = load.model_config, {"tok": Letters()}
-    config = lambda name: model.config if name == "tiny" else real(name)
-    monkeypatch.setattr(load, "model_config", config)
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: vocabulary["tok"])
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
+    vocabulary = {"tok": Letters()}
+    give_tiny(monkeypatch, model, lambda: vocabulary["tok"])
     return lambda: vocabulary.update(tok=tok)
 
 
@@ -204,7 +198,7 @@ def test_a_coder_that_writes_where_nothing_is_spelled_costs_the_others_nothing(
 
 def test_results_of_coders_that_are_not_asked_for_are_kept(folder, tiny, compile_once):
     model, _ = tiny_speller()
-    coders = {n: random_coder("sae", i) for i, n in enumerate("abc")}
+    coders = {n: random_coder(seed=i, layer=2) for i, n in enumerate("abc")}
     protocol, measured = PROTOCOLS["sae-probes"], []
 
     def run(names):
@@ -261,7 +255,7 @@ def interrupt(*_, **__):
 
 def test_other_settings_other_weights_and_another_model_are_other_results(folder, tiny):
     model, tok = tiny_speller()
-    coders = {"sae": random_coder("sae", 0)}
+    coders = {"sae": random_coder(layer=2)}
     bench = benchmark.Bench(model, tok, coders, epath.Path(folder))
     job = lambda b, n: benchmark.concept_job(
         b, "tpp", folder / "topics.csv", limit=n, ns=(2,)
@@ -277,7 +271,7 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
 def test_features_have_their_own_numbers(folder, tiny, compile_once):
     """Results are made of the active columns alone; the first half is silent here."""
     model, _ = tiny_speller()
-    whole = random_coder("sae", 0)
+    whole = random_coder(layer=2)
     threshold = np.where(np.arange(whole.width) < whole.width // 2, 1e9, whole.threshold)
     coder = whole.replace(threshold=jnp.asarray(threshold, jnp.float32))
     bench = benchmark.Bench(model, Letters(), {"sae": coder}, epath.Path(folder / "numbers"))
@@ -297,7 +291,7 @@ def test_features_have_their_own_numbers(folder, tiny, compile_once):
 def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile_once):
     """A coder that begins later in a text changes which tokens count, for all coders."""
     model, _ = tiny_speller()
-    coders = {"early": random_coder("sae", 0), "late": random_coder("sae", 1).replace(first=3)}
+    coders = {"early": random_coder(layer=2), "late": random_coder(seed=1, layer=2, first=3)}
 
     def results(name, *calls):
         for some in calls:

@@ -1,16 +1,12 @@
 """Probes against scipy's float64 optimum, texts pooled against one at a time, and planted features
 whose answer is known."""
 
-import gzip
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.optimize
-from test_evaluate import random_coder
 
+from coders import random_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 from gemma_scope_jax.probing import pooling, probing
@@ -23,44 +19,14 @@ from gemma_scope_jax.probing.logistic import (
     weighted_f1,
 )
 from gemma_scope_jax.probing.probing import PROTOCOLS, folds, make_task, probe, probe_task, rank
-from gemma_scope_jax.probing.tables import (
-    Split,
-    classes_of,
-    first_of_each,
-    one_against_rest,
-    read_table,
-    sae_probes_split,
-    table_files,
-)
-from tiny import tiny_model
+from gemma_scope_jax.probing.tables import Split
+from probing_data import reference_fit, write_table
 
-HERE = Path("table.csv")
 SAE_PROBES, SAEBENCH = PROTOCOLS["sae-probes"], PROTOCOLS["saebench"]
 
 
 # -------------------------------------------------------------------------------------------------
 # Logistic regression
-
-
-def reference_fit(x, y, c, weight):
-    """scikit-learn's objective, minimised by scipy from zero."""
-    center = x.mean(0)  # moves the optimal intercept, nothing else
-
-    def loss(theta):
-        margin = (x - center) @ theta[:-1] + theta[-1]
-        value = 0.5 * theta[:-1] @ theta[:-1] + c * weight @ (np.logaddexp(0, margin) - y * margin)
-        error = c * weight * (1 / (1 + np.exp(-margin)) - y)
-        return value, np.append(theta[:-1] + (x - center).T @ error, error.sum())
-
-    start = np.zeros(x.shape[1] + 1)
-    found = scipy.optimize.minimize(
-        loss,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 20000, "maxfun": 40000, "ftol": 1e-16, "gtol": 1e-9},
-    )
-    return found.x[:-1], found.x[-1] - center @ found.x[:-1]
 
 
 def problem(n=90, k=6, seed=0):
@@ -154,11 +120,6 @@ def test_measures_equal_loops():
 # Pooling
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
 def some_texts(count=40, seed=0):
     rng = np.random.default_rng(seed)
     sizes = [1, 2, 5, 64, *rng.integers(3, 60, count - 4)]
@@ -168,7 +129,8 @@ def some_texts(count=40, seed=0):
 @pytest.mark.parametrize("how", ["mean", -1])
 def test_pooled_texts_are_those_of_each_text_alone(model, how):
     """The transcoder of an instruction-tuned model has `first` 4, so nobody counts less."""
-    coders = [random_coder("sae"), random_coder("skip")]
+    transcoder = random_coder(reads="mlp_in", writes="mlp_out", skip=True, first=4)
+    coders = [random_coder(layer=2), transcoder]
     texts = some_texts()
     done = []
     pooled = pooling.pool(
@@ -200,7 +162,7 @@ def test_pooled_texts_are_those_of_each_text_alone(model, how):
 
 def test_only_columns_that_are_active_somewhere_are_kept(model):
     """None of the others but where fewer than 16 are left; numbers are the features' own."""
-    coder, x = random_coder("sae"), np.random.default_rng(3).standard_normal((50, 32))
+    coder, x = random_coder(layer=2), np.random.default_rng(3).standard_normal((50, 32))
     alive = np.arange(coder.width) % 2 == 1
     few = coder.replace(threshold=np.where(alive, coder.threshold, 1e9).astype(np.float32))
     found = pooling.encode_rows(few, x.astype(np.float32), batch=16)
@@ -215,7 +177,7 @@ def test_only_columns_that_are_active_somewhere_are_kept(model):
 
 
 def test_other_texts_compile_nothing_new_and_rows_are_full(model):
-    coders, texts = [random_coder("sae")], some_texts(60, 5)
+    coders, texts = [random_coder(layer=2)], some_texts(60, 5)
     options = {"lengths": (16, 64), "tokens": 128}
     pooling.pool(model, coders, texts, **options)
     before = pooling._pool_step._cache_size()
@@ -237,114 +199,7 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
 )
 def test_texts_that_cannot_be_pooled(model, texts, how, message):
     with pytest.raises(InputError, match=message):
-        pooling.pool(model, [random_coder("sae")], texts, how=how)
-
-
-# -------------------------------------------------------------------------------------------------
-# Tables and splits
-
-
-def test_a_table_reads_alike_plain_and_compressed(tmp_path):
-    text = 'prompt,prompt_len,target\n"a, b",4,yes\n"line\nbreak \xff",10,no\n'.encode("latin-1")
-    (tmp_path / "one.csv").write_bytes(text)
-    (tmp_path / "two.csv.gz").write_bytes(gzip.compress(text))
-    (tmp_path / "ignored.txt").write_text("x")
-    files = table_files([str(tmp_path)])
-    (bracketed := tmp_path / "tables [1]").mkdir()
-    (bracketed / "a[1].csv").write_text("prompt,target\nx,1\n")
-    assert table_files([f"{bracketed}/a[1].csv", f"{bracketed}/*"]) == [bracketed / "a[1].csv"]
-    assert [f.name for f in files] == ["one.csv", "two.csv.gz"]
-    one, two = map(read_table, files)
-    assert (one.texts, one.columns) == (two.texts, two.columns)
-    assert one.texts == ["a, b", "line\nbreak \ufffd"]
-    assert (one.name, two.name, one.columns) == ("one", "two", {"target": ["yes", "no"]})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "a header and rows"),
-        (b"prompt,target\n", "a header and rows"),
-        (b"question,target\nx,1\n", "must name a column prompt or text"),
-        (b"prompt,prompt,target\nx,y,1\n", "no column twice"),
-        (b"prompt,target\nx,1\ny\n", "row 3: 1 values for 2 columns"),
-        (b"prompt,target\nx,1\n ,2\n", "row 3: the prompt is empty"),
-        (b"prompt\nx\n", "no column of labels"),
-    ],
-)
-def test_files_that_are_no_tables(tmp_path, content, message):
-    path = tmp_path / "bad.csv"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_table(path)
-    assert "bad.csv" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("a.csv.gz", b"no gzip"), ("b.csv.zst", b"no zstandard")]
-)
-def test_broken_compressed_tables(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match="broken or truncated"):
-        read_table(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("none*.csv", "there is none"), ("notes.txt", "is not one"), ("empty", "there is none")],
-)
-def test_patterns_that_name_no_table(tmp_path, pattern, message):
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=message):
-        table_files([str(tmp_path / pattern)])
-
-
-def test_labels_become_classes_or_say_why_not(tmp_path):
-    names, classes = classes_of(["b", "a", "b"], tmp_path)
-    assert names == ["a", "b"] and classes.tolist() == [1, 0, 1]
-    with pytest.raises(InputError, match="21 different labels .* from 2 to 20"):
-        classes_of([str(i) for i in range(21)], tmp_path)
-    with pytest.raises(InputError, match="1 different labels"):
-        classes_of(["a", "a"], tmp_path)
-
-
-def test_sae_probes_split_is_balanced_disjoint_and_its_size():
-    classes = np.random.default_rng(0).permutation(np.repeat([0, 1], [700, 1000]))
-    split = sae_probes_split(classes, HERE)
-    assert (len(split.train), len(split.test)) == (1024, 1400 - 1024 - 1)
-    assert not set(split.train) & set(split.test)
-    assert split.train_y.sum() == 512 and split.test_y.sum() == 188
-    assert (classes[split.train] == split.train_y).all()
-    assert (classes[split.test] == split.test_y).all()
-    assert (sae_probes_split(classes, HERE).train == split.train).all()
-    with pytest.raises(InputError, match="too few"):
-        sae_probes_split(np.repeat([0, 1], 50), HERE)
-
-
-def test_one_against_rest_is_balanced_over_the_others_and_never_tests_what_trained():
-    classes = np.repeat([0, 1, 2, 3], [100, 80, 60, 90])
-    questions = one_against_rest(classes, HERE)
-    train = set(np.concatenate([s.train for s in questions.values()]))
-    assert not train & set(np.concatenate([s.test for s in questions.values()]))
-    for c, split in questions.items():
-        assert (split.train_y == (classes[split.train] == c)).all()
-        assert split.train_y.mean() == split.test_y.mean() == 0.5
-        assert 0 < split.train_y[folds(split.train_y)[0]].mean() < 1  # both classes to choose C on
-        others = np.bincount(classes[split.train], minlength=4)
-        assert len(set(np.delete(others, c))) == 1
-    assert list(one_against_rest(np.repeat([0, 1], 20), HERE)) == [1]
-    assert list(one_against_rest(np.repeat([0, 1], 20), HERE, every=True)) == [0, 1]
-    small = one_against_rest(classes, HERE, train=30, test=6)
-    assert max(len(s.train) for s in small.values()) == 30
-    with pytest.raises(InputError, match="too small"):
-        one_against_rest(np.repeat([0, 1, 2], [100, 100, 1]), HERE)
-
-
-def test_a_limit_keeps_the_first_of_each_class():
-    classes = np.array([0, 0, 0, 1, 1, 0, 1, 1])
-    assert first_of_each(classes, 4).tolist() == [0, 1, 3, 4]
-    assert first_of_each(classes, None).tolist() == list(range(8))
+        pooling.pool(model, [random_coder(layer=2)], texts, how=how)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -431,11 +286,6 @@ def test_what_is_held_out_to_choose_a_penalty(count, parts, size):
     else:
         assert sorted(np.concatenate(held).tolist()) == list(range(count))
         assert all(y[h].mean() == 0.5 for h in held)
-
-
-def write_table(path, rows, header="prompt,target"):
-    path.write_text("\n".join([header, *(",".join(map(str, r)) for r in rows)]) + "\n")
-    return read_table(path)
 
 
 def test_a_task_of_three_classes_asks_three_questions(tmp_path):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from test_probing import reference_fit, write_table
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
@@ -16,6 +15,7 @@ from gemma_scope_jax.probing.scr_tpp import (
     tpp,
     tpp_task,
 )
+from probing_data import reference_fit, write_table
 
 D, F, T = 12, 20, 5
 

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import store_writer
+from card_folders import make_cards
+from coders import random_coder
 from faults import Faults
 from gemma_scope_jax.autointerp.explanations import read_explanations, write_explanations
-from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
+from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.anthropic import export_anthropic, export_anthropic_json
 from gemma_scope_jax.cards.export.neuronpedia import export_neuronpedia
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
@@ -27,7 +27,7 @@ from gemma_scope_jax.cards.site import build_site
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
 from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import ENVELOPE, read_result, write_result
@@ -47,47 +47,10 @@ F, D = 4, 32
 silent = lambda *_: None
 
 
-def coder(seed):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    return SparseCoder(
-        draw(D, F),
-        draw(F),
-        jnp.ones(F),
-        draw(F, D),
-        draw(D),
-        layer=0,
-        reads="mlp_in",
-        writes="mlp_out",
-        info=CoderInfo(model_name="acme/tiny"),
-    )
-
-
-def arrays(stage, seed):
-    """The arrays of cards of one example a feature, around "a"."""
-    rng = np.random.default_rng(seed)
-    for name in ("density", "largest", "mean"):
-        stage.put(name, rng.uniform(0.1, 1, F).astype(np.float32))
-    stage.put("histogram", np.full((F, 2), 3))
-    for name in ("rows", "documents", "positions", "sources"):
-        stage.put(f"example_{name}", np.zeros((F, 1), np.int64))
-    stage.create("example_tokens", (F, 1, 3), np.int32, 100)
-    stage.put("example_values", rng.uniform(0.1, 1, (F, 1, 3)).astype(np.float32))
-    stage.facts |= {
-        "coder": "one", "model": "acme/tiny", "kind": "sae", "layer": 0, "reads": "mlp_in",
-        "writes": "mlp_out", "width": F, "first": 1, "gain": "exact", "tokens": 9, "sources": ["a"],
-        "text": "a", "prompts": 1, "prompt_tokens": 9,
-        "settings": {"top": 1, "groups": 1, "each": 0, "before": 1, "after": 1, "bins": 2,
-                     "seed": 0, "listed": 1},
-    }  # fmt: skip
-
-
-def make_cards(folder, seed=0, belongs=None):
-    with CardFiles(folder, belongs) as files:
-        with files.stage("examples", seed) as stage:
-            arrays(stage, seed)
-        with files.stage("more", seed) as stage:
-            stage.put(f"listed_{seed}", np.zeros(F))
+coder = partial(
+    random_coder, F, threshold=1.0, layer=0, reads="mlp_in", writes="mlp_out",
+    info=CoderInfo(model_name="acme/tiny"),
+)  # fmt: skip
 
 
 def result(folder, seed):
@@ -110,17 +73,12 @@ def card(folder, seed):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(PRESETS["gemma-3-270m"], layers=4)
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory, model):
     """A store of each kind, and cards."""
     folder = tmp_path_factory.mktemp("made")
     texts = ["abcdefgh" * 4, "bcd" * 9]
     settings = dict(rows=2, length=32, slots=4)
-    extract(model, {"one": coder(0)}, Letters(), texts, folder / "store", **settings)
+    extract(model, {"one": coder(seed=0)}, Letters(), texts, folder / "store", **settings)
     store_writer.write(folder / "activations", tokens=60)
     make_cards(folder / "cards", belongs=["0123abcd", 0, "store"])
     return folder
@@ -129,7 +87,7 @@ def made(tmp_path_factory, model):
 def exports(made):
     """Writers of (folder, seed) that read what is made."""
     cards, store = FeatureCards(made / "cards"), FeatureStore(made / "store")
-    tok, one = Letters(), coder(0)
+    tok, one = Letters(), coder(seed=0)
     return {
         "site": lambda f, _: build_site(cards, f, tok),
         "saedashboard": lambda f, _: export_saedashboard(cards, one, tok, f, silent),
@@ -150,9 +108,9 @@ def hf_folder(folder, seed):
 
 WRITERS = {
     "model": hf_folder,
-    "coder": lambda f, seed: save_coder(coder(seed), f),
-    "saelens": lambda f, seed: save_saelens(coder(seed), f),
-    "circuit-tracer": lambda f, seed: save_circuit_tracer([coder(seed)], f),
+    "coder": lambda f, seed: save_coder(coder(seed=seed), f),
+    "saelens": lambda f, seed: save_saelens(coder(seed=seed), f),
+    "circuit-tracer": lambda f, seed: save_circuit_tracer([coder(seed=seed)], f),
     "explanations": explanations,
     "result": result,
     "text": lambda f, seed: write_text(Path(f) / "deep" / "x.html", f"{seed}"),
@@ -258,7 +216,7 @@ def test_cards_that_cannot_be_written_are_not_there_and_the_others_stay(tmp_path
 def test_stores_go_on_after_every_fault(model, tmp_path):
     texts, settings = ["abcdefgh" * 4], dict(rows=2, length=32, slots=4)
     writers = {
-        "features": lambda f: extract(model, {"a": coder(0)}, Letters(), texts, f, **settings),
+        "features": lambda f: extract(model, {"a": coder(seed=0)}, Letters(), texts, f, **settings),
         "activations": lambda f: store_writer.write(f, tokens=60),
     }
     for name, write in writers.items():
@@ -274,8 +232,8 @@ def test_stores_go_on_after_every_fault(model, tmp_path):
 
 
 def test_what_cannot_be_read_is_one_line_that_names_the_file(made, tmp_path):
-    save_coder(coder(0), tmp_path / "coder")
-    save_saelens(coder(0), tmp_path / "saelens")
+    save_coder(coder(seed=0), tmp_path / "coder")
+    save_saelens(coder(seed=0), tmp_path / "saelens")
     explanations(tmp_path / "explained", 0)
     result(tmp_path / "results", 0)
     [document] = (tmp_path / "results" / "core").iterdir()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import F, make_cards
 
+from card_folders import make_cards
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.activations.store import ActivationStore
@@ -86,7 +86,7 @@ def read_activations(folder):
 
 def read_cards(folder):
     cards = FeatureCards(folder)
-    assert len(cards["density"]) == F
+    assert len(cards["density"]) == 4
     cards.window()
 
 

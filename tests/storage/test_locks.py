@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import coder, make_cards
 
+from card_folders import make_cards
+from coders import random_coder
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
@@ -45,7 +46,7 @@ def held(tmp_path):
 
 
 WRITERS = {
-    "coder": lambda folder: save_coder(coder(0), folder),
+    "coder": lambda folder: save_coder(random_coder(), folder),
     "cards": lambda folder: CardFiles(folder),
     "run": lambda folder: _enter(only_writer(folder)),
 }

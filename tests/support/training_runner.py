@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-import conftest  # noqa: F401  the same flags for XLA, hence the same bits
+import strict_jax  # noqa: F401
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import feeds, train
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig

@@ -1,6 +1,6 @@
 """The training step, compiled for TPUs by the real TPU compiler, from abstract weights.
 
-python tests/test_tpu_training.py 1b_sae     # prints the figures as JSON
+The figures as JSON: PYTHONPATH=tests/support python tests/training/test_tpu_training.py 1b_sae
 """
 
 import json
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_tpu_compile import BYTES, ENVIRONMENT, collectives, compiled, no_libtpu
 
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
 
 pytestmark = pytest.mark.skipif(no_libtpu, reason="libtpu is built for Linux on x86-64 only")
 
@@ -64,29 +64,8 @@ def compile_for_tpu(name: str):
     return program.lower(state, Model(params, config), *batch).compile()
 
 
-def figures(compiled) -> dict:
-    """Bytes of HBM a chip, the compiler's estimate of the time, collectives with their shapes.
-
-    A loop's body, such as a layer of the model, counts once in the estimates.
-    """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    # Donated arguments are the outputs, too.
-    names = ("argument", "temp", "generated_code", "output", "alias")
-    return {
-        "hbm": {name: getattr(memory, f"{name}_size_in_bytes") for name in names},
-        "flops": cost["flops"],
-        "optimal_seconds": cost.get("optimal_seconds"),
-        "collectives": collectives(compiled.as_text()),
-    }
-
-
 # -------------------------------------------------------------------------------------------------
 # In the test's process
-
-
-def used(hbm: dict) -> int:
-    """Bytes a chip needs: outputs that lie where arguments were count once."""
-    return sum(hbm.values()) - 2 * hbm["alias"]
 
 
 def features(name: str) -> int:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from gemma_scope_jax.coders.jump_relu import as_jump_relu
+
 from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.text import TokenBatches

@@ -20,8 +20,8 @@ from typing import Any
 from gemma_scope_jax.autointerp.explanations import FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
-from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.atomic import new_folder
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import FeatureCards
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import written
 from gemma_scope_jax.coders.release.catalog import parse_address
-from gemma_scope_jax.coders.release.files import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.atomic import new_folder

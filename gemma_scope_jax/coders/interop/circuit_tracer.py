@@ -18,14 +18,15 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, check_values
+from gemma_scope_jax.coders.coder import Coder, CoderInfo
+from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.interop.hooks import (
     config_from,
     errors_name,
@@ -35,13 +36,10 @@ from gemma_scope_jax.coders.interop.hooks import (
     site_of_hook,
     text_of,
 )
-from gemma_scope_jax.coders.multi_layer_coder import (
-    MultiLayerCoder,
-    block_index,
-    check_multi_layer_coder,
-)
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
 from gemma_scope_jax.coders.release.config import untrained_positions
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder
+from gemma_scope_jax.coders.release.parameters import check_values
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, nearest, reason
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
@@ -83,13 +81,19 @@ def is_circuit_tracer_folder(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | MultiLayerCoder:
-    """A transcoder set as layer -> `SparseCoder`, a cross-layer transcoder as `MultiLayerCoder`.
+def load_circuit_tracer(path: str | os.PathLike) -> CoderSet:
+    """A transcoder set, a `SparseCoder` a layer, or a cross-layer transcoder as a set of one.
 
     Raises `InputError`, one line, for damaged or missing files, activations other than relu and
     JumpReLU, hooks that are no site, and configs that only point at files on the hub.
     """
-    folder = Path(path)
+    return CoderSet([load() for load in loaders(Path(path), str(path)).values()])
+
+
+def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
+    """What loads each coder of a folder that is known as `path`: {path: the CLT}, or of a set
+    {path/layer_3: the transcoder of layer 3}, which is also the folder of what is written of it.
+    """
     config = _read_yaml(folder / CONFIG)
     with errors_name(folder / CONFIG):
         kind = text_of(config, "model_kind")
@@ -114,27 +118,19 @@ def load_circuit_tracer(path: str | os.PathLike) -> dict[int, SparseCoder] | Mul
         files = _layer_files(config, folder) if kind == "transcoder_set" else {}
         if kind != "transcoder_set" and config.get("transcoders") is not None:
             raise InputError(f"transcoders are the files of a transcoder_set, not of a {kind}")
-    origin = {"circuit_tracer": config}
-    if kind == "transcoder_set":
-        return {
-            layer: _load_layer(
-                file,
-                dict(where, layer=layer),
-                CoderInfo(
-                    model_name,
-                    "transcoder",
-                    path=str(path),
-                    folder=os.path.abspath(folder),
-                    config=origin,
-                ),
-            )
-            for layer, file in files.items()
-        }
-    return _load_clt(
-        folder,
-        where,
-        CoderInfo(model_name, "clt", path=str(path), folder=os.path.abspath(folder), config=origin),
-    )
+
+    def info(kind: str, name: str = "") -> CoderInfo:
+        own = os.path.join(os.path.abspath(folder), name) if name else os.path.abspath(folder)
+        at = f"{path.rstrip('/')}/{name}" if name else path
+        return CoderInfo(model_name, kind, path=at, folder=own, config={"circuit_tracer": config})
+
+    if kind == "cross_layer_transcoder":
+        return {path: functools.partial(_load_clt, folder, where, info("clt"))}
+    found: dict[str, Callable[[], Coder]] = {}
+    for layer, file in files.items():
+        about = info("transcoder", f"layer_{layer}")
+        found[about.path] = functools.partial(_load_layer, file, {**where, "layer": layer}, about)
+    return found
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -207,7 +203,7 @@ def _load_layer(file: Path, where: dict[str, Any], info: CoderInfo) -> SparseCod
             info=dataclasses.replace(info, width=tensors["b_enc"].shape[0]),
             **where,
         )
-        check_coder(coder)
+        coder.check_shapes()
     return coder
 
 
@@ -263,7 +259,7 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
             info=dataclasses.replace(info, width=stacked["b_enc"].size),
             **where,
         )
-        check_multi_layer_coder(coder)
+        coder.check_shapes()
     return coder
 
 
@@ -275,10 +271,7 @@ def _stack(name: str, arrays: list[np.ndarray], layers: int) -> np.ndarray:
     return np.stack(arrays)
 
 
-def save_circuit_tracer(
-    coders: Mapping[int, SparseCoder] | Sequence[SparseCoder] | MultiLayerCoder,
-    folder: str | os.PathLike,
-) -> None:
+def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLike) -> None:
     """Write transcoders of the layers 0, 1, ... or one CLT so that circuit-tracer can load them.
 
     bfloat16 weights stay, all others become float32. The files appear together or not at all.
@@ -286,13 +279,14 @@ def save_circuit_tracer(
     Raises `InputError` for a set with gaps, with mixed sites, widths or skips, for a crosscoder,
     and for a CLT whose decoder was left on disk.
     """
-    if isinstance(coders, MultiLayerCoder):
-        first, kind, files = coders, "cross_layer_transcoder", _clt_files(coders)
+    several = CoderSet(coders)
+    first = several[0]
+    if len(several) == 1 and first.multi_layer:
+        kind, files = "cross_layer_transcoder", _clt_files(first)
+    elif any(coder.multi_layer for coder in several):
+        raise InputError("circuit-tracer holds one SparseCoder a layer, or one CLT")
     else:
-        several = list(coders.values() if isinstance(coders, Mapping) else coders)
-        if not several or not all(isinstance(coder, SparseCoder) for coder in several):
-            raise InputError("circuit-tracer holds one SparseCoder a layer, or one CLT")
-        first, kind, files = several[0], "transcoder_set", _set_files(several)
+        kind, files = "transcoder_set", _set_files(several)
     config = {
         "model_kind": kind,
         "model_name": first.info.model_name,
@@ -331,23 +325,23 @@ def _coder_files(folder: Path) -> set[str]:
     return {path.name for glob in FILES for path in folder.glob(glob)}
 
 
-def _set_files(coders: list[SparseCoder]) -> dict[str, Callable[[], dict[str, Any]]]:
+def _set_files(several: CoderSet) -> dict[str, Callable[[], dict[str, Any]]]:
     """File name -> what makes its tensors, of a transcoder set."""
-    coders = sorted(coders, key=lambda coder: coder.layer)
-    if [coder.layer for coder in coders] != list(range(len(coders))):
-        layers = ", ".join(str(coder.layer) for coder in coders)
+    coders = sorted(several, key=lambda coder: coder.layers)
+    if [coder.layers for coder in coders] != [(i,) for i in range(len(coders))]:
+        layers = ", ".join(str(coder.layers[0]) for coder in coders)
         raise InputError(f"circuit-tracer needs every layer from 0 on, got {layers}")
     for coder in coders:
-        check_coder(coder)
+        coder.check_shapes()
         _check_writable(coder)
         for name in ("reads", "writes", "width", "kind"):
             if (here := getattr(coder, name)) != (first := getattr(coders[0], name)):
                 raise InputError(
                     f"circuit-tracer needs all layers alike: {name} is {here} in layer "
-                    f"{coder.layer}, {first} in layer 0"
+                    f"{coder.layers[0]}, {first} in layer 0"
                 )
     return {
-        f"layer_{coder.layer}.safetensors": functools.partial(_layer_tensors, coder)
+        f"layer_{coder.layers[0]}.safetensors": functools.partial(_layer_tensors, coder)
         for coder in coders
     }
 
@@ -361,7 +355,7 @@ def _check_writable(coder: Coder) -> None:
         )
 
 
-def _layer_tensors(coder: SparseCoder) -> dict[str, Any]:
+def _layer_tensors(coder: Coder) -> dict[str, Any]:
     tensors = {
         "W_enc": coder.w_enc.T,
         "b_enc": coder.b_enc,
@@ -372,9 +366,9 @@ def _layer_tensors(coder: SparseCoder) -> dict[str, Any]:
     return tensors if coder.w_skip is None else {**tensors, "W_skip": coder.w_skip.T}
 
 
-def _clt_files(clt: MultiLayerCoder) -> dict[str, Callable[[], dict[str, Any]]]:
+def _clt_files(clt: Coder) -> dict[str, Callable[[], dict[str, Any]]]:
     """File name -> what makes its tensors, of a cross-layer transcoder."""
-    check_multi_layer_coder(clt)
+    clt.check_shapes()
     X = len(clt.layers)
     if clt.kind != "clt" or clt.layers != tuple(range(X)):
         raise InputError("circuit-tracer holds CLTs of every layer from 0 on, not a crosscoder")

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.release.config import normalise_model_name, parse_hook_point
 from gemma_scope_jax.coders.release.parameters import check_finite
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 

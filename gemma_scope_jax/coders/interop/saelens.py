@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import check_values
+from gemma_scope_jax.coders.coder import Coder, CoderInfo, float32
 from gemma_scope_jax.coders.interop.hooks import (
     config_from,
     errors_name,
@@ -29,7 +29,8 @@ from gemma_scope_jax.coders.interop.hooks import (
 )
 from gemma_scope_jax.coders.interop.saelens_keys import check_keys
 from gemma_scope_jax.coders.release.config import hook_point, read_json, untrained_positions
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder, float32
+from gemma_scope_jax.coders.release.parameters import check_values
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
@@ -52,7 +53,7 @@ def is_saelens_folder(path: str | os.PathLike) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS))
 
 
-def load_saelens(path: str | os.PathLike) -> SparseCoder:
+def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
     """The coder of a SAELens folder, its input transformations folded into the weights.
 
     Raises `InputError`, one line, for damaged files, architectures other than `ARCHITECTURES`,
@@ -91,12 +92,12 @@ def load_saelens(path: str | os.PathLike) -> SparseCoder:
                 model_name,
                 kind,
                 width=width,
-                path=str(path),
+                path=known_as or str(path),
                 folder=os.path.abspath(folder),
                 config={"sae_lens": config},
             ),
         )
-        check_coder(coder)
+        coder.check_shapes()
         for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
             if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
                 raise InputError(f"{CONFIG} says {key} {flat[key]!r}, {WEIGHTS} has {size}")
@@ -132,7 +133,7 @@ def _k(config: dict[str, Any]) -> Any:
 
 
 def _kept(config: dict[str, Any]) -> int:
-    """The k of a topk coder; `check_coder` looks at how large it is."""
+    """The k of a topk coder; `check_shapes` looks at how large it is."""
     k = _k(config)
     if isinstance(k, bool) or not isinstance(k, int):
         raise InputError(
@@ -273,7 +274,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
     return float(number)
 
 
-def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
+def save_saelens(coder: Coder, folder: str | os.PathLike) -> None:
     """Write `folder` so that SAELens 6 loads it with the same encodings; float32. A TopK SAE is
     its "topk".
 
@@ -281,9 +282,9 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
     transcoders included: use `hf_hook_name`, which is right for every site. Both files appear
     together or not at all. Raises `InputError` for a site that SAELens has no name for.
     """
-    if not isinstance(coder, SparseCoder):
+    if coder.multi_layer:
         raise InputError("SAELens holds coders of one layer: save_saelens takes a SparseCoder")
-    check_coder(coder)
+    coder.check_shapes()
     check_values(coder)
     config = _config(coder)
     weights = {
@@ -307,7 +308,7 @@ def save_saelens(coder: SparseCoder, folder: str | os.PathLike) -> None:
     )
 
 
-def _config(coder: SparseCoder) -> dict[str, Any]:
+def _config(coder: Coder) -> dict[str, Any]:
     """cfg.json as SAELens 6.54 writes it."""
     kind = {"sae": "jumprelu"}.get(coder.kind, f"jumprelu_{coder.kind}")
     if coder.k is not None:
@@ -322,9 +323,9 @@ def _config(coder: SparseCoder) -> dict[str, Any]:
         "sae_lens_version": "6.54.0",  # of the format; below 6 means the old, flat one
         "sae_lens_training_version": None,
         "model_name": coder.info.model_name or None,
-        "hook_name": _saelens_hook(coder.reads, coder.layer),
+        "hook_name": _saelens_hook(coder.reads, coder.layers[0]),
         "hook_head_index": None,
-        "hf_hook_name": hook_point(coder.reads, (coder.layer,), False),
+        "hf_hook_name": hook_point(coder.reads, coder.layers, False),
         "prepend_bos": True,
         **{key: before[key] for key in KEPT if key in before},
     }
@@ -343,8 +344,8 @@ def _config(coder: SparseCoder) -> dict[str, Any]:
         config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
     if coder.kind != "sae":
         config["d_out"] = coder.d_out
-        metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layer)
-        metadata["hf_hook_name_out"] = hook_point(coder.writes, (coder.layer,), False)
+        metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layers[0])
+        metadata["hf_hook_name_out"] = hook_point(coder.writes, coder.layers, False)
     return config
 
 

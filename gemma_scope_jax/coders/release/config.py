@@ -14,9 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
+from gemma_scope_jax.coders.coder import Coder, CoderInfo
 from gemma_scope_jax.coders.release import catalog
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
 from gemma_scope_jax.storage.strict_json import parse_json
@@ -297,23 +296,21 @@ def _sites(config: Mapping[str, Any]) -> tuple[str, Layers, str, str]:
     return kind, layers, reads, writes
 
 
-def config_of(coder: SparseCoder | MultiLayerCoder, extra: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(coder: Coder, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a coder: the eight published keys, those it came with, and `extra`.
 
     A TopK coder's architecture is "topk", which no reader of published folders takes for its own,
     beside the `k`.
     A key it came with keeps its spelling where it still means the same; `extra` goes over all.
     """
-    info, multi_layer = coder.info, isinstance(coder, MultiLayerCoder)
-    own_layers = coder.layers if isinstance(coder, MultiLayerCoder) else (coder.layer,)
-    layers: Layers = own_layers
+    info, layers = coder.info, coder.layers
     model = architecture(info.model_name)
-    if coder.kind == "clt" and layers == tuple(range(model.layers if model else len(layers))):
-        layers = None
+    every = layers == tuple(range(model.layers if model else len(layers)))
+    where: Layers = None if coder.kind == "clt" and every else layers
     config = {
-        "hf_hook_point_in": hook_point(coder.reads, layers, multi_layer),
-        "hf_hook_point_out": hook_point(coder.writes, layers, multi_layer),
-        "width": coder.width * len(own_layers),
+        "hf_hook_point_in": hook_point(coder.reads, where, coder.multi_layer),
+        "hf_hook_point_out": hook_point(coder.writes, where, coder.multi_layer),
+        "width": coder.width * len(layers),
         "model_name": info.model_name,
         "architecture": "jump_relu" if coder.k is None else TOPK,
         "l0": info.l0,

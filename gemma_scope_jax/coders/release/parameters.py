@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.multi_layer_coder import block_index
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
@@ -83,6 +84,24 @@ def check_finite(tensor: np.ndarray, path: Any, name: str) -> None:
     for rows in row_chunks(tensor.shape, tensor.dtype.itemsize):
         if not np.isfinite(tensor[rows]).all():
             raise InputError(f"{path}: {name} holds NaN or infinite values (as {tensor.dtype})")
+
+
+def check_values(coder: Coder) -> None:
+    """Raise `InputError` for weights that no reader takes: NaN and infinite ones, thresholds below
+    0, and thresholds beside a `k`, which the files of TopK coders do not hold.
+    """
+    for name in TENSORS:
+        array = getattr(coder, name)
+        if array is None:
+            continue
+        for rows in row_chunks(array.shape, array.dtype.itemsize):
+            if not np.isfinite(np.asarray(array[rows])).all():
+                raise InputError(f"{name} holds NaN or infinite values, which no reader takes")
+    threshold = np.asarray(coder.threshold)
+    if (threshold < 0).any():
+        raise InputError("threshold holds negative values")
+    if coder.k is not None and threshold.any():
+        raise InputError(f"a TopK coder (k {coder.k}) has no thresholds: set them to 0")
 
 
 def _check_values(values: np.ndarray, path: Path, name: str) -> None:

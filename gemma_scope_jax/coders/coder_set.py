@@ -1,0 +1,87 @@
+"""Several coders as one thing: a transcoder a layer, a CLT, whatever a glob matches."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gemma_scope_jax.coders.coder import Coder, ends, named_layers, public_name
+from gemma_scope_jax.errors import InputError
+
+
+class CoderSet(Sequence[Coder]):
+    """Coders in order, each under a name of its own: transcoders of all layers, a CLT, a glob's.
+
+    `coders[0]`, `coders["name"]` and `coders[:4]` (a set again); iterating gives the coders. See
+    `load_coders` for sets from disk.
+    """
+
+    def __init__(self, coders: Coder | Mapping[str, Coder] | Iterable[Coder]):
+        """Coders without a name are called by their address or folder, numbered where they share
+        it. Raises `InputError` for none, and for what is no coder.
+        """
+        if isinstance(coders, CoderSet):
+            coders = dict(coders.items())
+        if isinstance(coders, Mapping):
+            found = {str(name): coder for name, coder in coders.items()}
+        else:
+            given = [coders] if isinstance(coders, Coder) else list(coders)
+            names = [
+                (public_name(c) if c.info.path else f"{c.reads}-{c.layers[0]}")
+                if isinstance(c, Coder)
+                else ""
+                for c in given
+            ]
+            found = {
+                name if names.count(name) == 1 else f"{name}-{i}": coder
+                for i, (name, coder) in enumerate(zip(names, given))
+            }
+        for coder in found.values():
+            if not isinstance(coder, Coder):
+                raise InputError(f"expected coders (see load_coders), got {type(coder).__name__}")
+        if not found:
+            raise InputError("no coders: give at least one")
+        self._by_name = found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._by_name)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layers that any of the coders reads, in order."""
+        return tuple(sorted({layer for coder in self for layer in coder.layers}))
+
+    def at(self, layer: int) -> Coder:
+        """The coder that reads the model's `layer`. Raises `InputError` unless there is just one.
+
+        Its own number of that layer is `coder.source(layer)`.
+        """
+        there = [name for name, coder in self.items() if layer in coder.layers]
+        if len(there) != 1:
+            said = f"{len(there)} coders ({', '.join(there)})" if there else "no coder"
+            raise InputError(f"layer {layer}: {said} here, of {named_layers(self.layers)}")
+        return self._by_name[there[0]]
+
+    def items(self) -> Iterable[tuple[str, Coder]]:
+        return self._by_name.items()
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return CoderSet({name: self._by_name[name] for name in self.names[key]})
+        if isinstance(key, str):
+            if key not in self._by_name:
+                raise InputError(f"no coder {key!r} in this set; it has {', '.join(self.names)}")
+            return self._by_name[key]
+        return self._by_name[self.names[key]]
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Coder]:
+        return iter(self._by_name.values())
+
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        kinds = " and ".join(dict.fromkeys(coder.kind for coder in self))
+        sites = " and ".join(dict.fromkeys(map(ends, self)))
+        count = f"{len(self)} coder{'s' * (len(self) > 1)}"
+        return f"CoderSet({count}: {kinds}, {sites}, {named_layers(self.layers)})"

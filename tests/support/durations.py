@@ -1,0 +1,70 @@
+"""What tests cost, in CPU seconds, and which of them are left out of `make quick`.
+
+As a plugin (`make durations`) it measures every test and fixture, and writes the names of the tests
+that took longer than LIMIT, their parts of what they share included, into tests/long_tests.txt.
+CPU seconds, also of programs that tests start, do not depend on what else the machine does.
+"""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+LIMIT = 0.7
+LONG = Path(__file__).parent.parent / "long_tests.txt"
+
+
+def long_tests() -> set[str]:
+    """Functions as FILE::NAME, without their folders and parameters."""
+    return set(LONG.read_text().split()) if LONG.exists() else set()
+
+
+def name_of(item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+
+
+fixtures: dict = defaultdict(float)  # all that each fixture took
+users: dict = defaultdict(set)  # tests by fixture
+tests: dict = defaultdict(float)  # all that each function took, with all its parameters
+inside: list[float] = []  # seconds of the fixtures that the running ones asked for
+
+
+def cpu_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    start = cpu_seconds()
+    inside.append(0.0)
+    try:
+        return (yield)
+    finally:
+        whole = cpu_seconds() - start
+        fixtures[fixturedef.func] += whole - inside.pop()
+        if inside:
+            inside[-1] += whole
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    start = cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        tests[name_of(item)] += cpu_seconds() - start
+        for defs in item._fixtureinfo.name2fixturedefs.values():
+            users[defs[-1].func].add(name_of(item))
+
+
+def pytest_sessionfinish(session):
+    cost = dict(tests)
+    for fixture, names in users.items():
+        for name in names:
+            cost[name] += fixtures[fixture] / len(names)
+    report = sorted(((seconds, name) for name, seconds in cost.items()), reverse=True)
+    if where := os.environ.get("DURATIONS"):
+        Path(where).write_text("".join(f"{seconds:.2f} {name}\n" for seconds, name in report))
+    else:
+        LONG.write_text("".join(sorted(f"{n}\n" for seconds, n in report if seconds > LIMIT)))
