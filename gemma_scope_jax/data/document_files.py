@@ -124,6 +124,11 @@ def decoded(value: bytes, where: str | os.PathLike) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of one document, without the line break at its end. `InputError`."""
+    return decoded(path.read_bytes(), path).removesuffix("\n")
+
+
 def indexed_file(path: Path) -> IndexedFile:
     """Find the documents of a .txt, .jsonl or ArrayRecord file. Raises `InputError`."""
     kind = kind_of(path)

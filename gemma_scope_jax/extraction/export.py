@@ -3,7 +3,6 @@
 It goes through the store a segment at a time; what it holds is what the store holds.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -183,12 +182,3 @@ def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int
     ends = np.searchsorted(np.cumsum(fired), wanted, side="left") + 1
     ends = np.unique(np.concatenate([ends[ends < width], [width]])).tolist()
     return [(a, b, int(fired[a:b].sum())) for a, b in zip([0, *ends[:-1]], ends)]
-
-
-def print_export(store: FeatureStore, folder: Path, *, json_output: bool) -> None:
-    """Where an export is, and how large."""
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    if json_output:
-        print(json.dumps({"folder": str(folder), "bytes": size, "tokens": len(store)}))
-    else:
-        print(f"{len(store):,} tokens, {size / 1e6:,.1f} MB: {folder}")

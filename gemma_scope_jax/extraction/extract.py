@@ -9,9 +9,9 @@ one JAX program share by themselves; with one mesh, too, they run in step, each 
 """
 
 import collections
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,13 +32,15 @@ from gemma_scope_jax.extraction.store.shards import ShardWriter
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
 from gemma_scope_jax.model.batch import TokenBatch
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
+
+LOG = logging.getLogger(__name__)
 
 
 @own_mesh
@@ -120,6 +122,42 @@ def extract(
     return FeatureStore(path)
 
 
+def check_extraction(
+    config: GemmaConfig,
+    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    folder: str | os.PathLike | None = None,
+    *,
+    tokens: int | None = None,
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int | None = 0,
+    values: str = "float16",
+    slots: int | None = None,
+    precision: str = "highest",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Raise `InputError` for what `extract` would refuse and can be known before a model, of which
+    `config` is the architecture, is loaded."""
+    for name, coder in CoderSet(coders).items():
+        try:
+            check_fits(config, coder)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    if values not in VALUES:
+        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
+    if precision not in on_device.PRECISIONS:
+        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
+    if not 0 <= share[0] < share[1]:
+        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
+    if not 2 <= length <= config.context:
+        raise InputError(f"length {length}: {config.name} takes 2 to {config.context}")
+    for name, value in {"rows": rows, "slots": slots, "tokens": tokens}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    if folder is not None:
+        check_writable(folder)
+
+
 def job_of(
     model: Model,
     named: Mapping[str, Coder],
@@ -136,26 +174,14 @@ def job_of(
     share: tuple[int, int] = (0, 1),
 ) -> manifests.ExtractionJob:
     """The settings of an extraction, checked."""
-    index, count = share
-    for name, coder in named.items():
-        try:
-            check_fits(model.config, coder)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-    if values not in VALUES:
-        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
-    if precision not in on_device.PRECISIONS:
-        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
-    if not 0 <= index < count:
-        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
-    if not 2 <= length <= model.config.context:
-        raise InputError(f"length {length}: {model.config.name} takes 2 to {model.config.context}")
+    check_extraction(
+        model.config, named, rows=rows, length=length, values=values, slots=slots,
+        precision=precision, share=share,
+    )  # fmt: skip
     rows = _rows_for(model, length) if rows is None else rows
     hosts.check(model, rows)
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
-    if rows < 1 or slots < 1:
-        raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.ExtractionJob(
         text=open_text(source, fit_tokenizer(tok, model.config), seed),
         rows=rows, length=length, values=values,
@@ -241,8 +267,9 @@ def _write(
         if closing is not None:
             closing.result()
     if runner.again > 10:
-        print(f"{runner.again} batches had to run again: more slots than {job.slots} are faster",
-              file=sys.stderr)  # fmt: skip
+        LOG.info(
+            "%d batches had to run again: more slots than %d are faster", runner.again, job.slots
+        )
 
 
 def _results(

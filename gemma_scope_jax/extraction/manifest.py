@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gemma_scope_jax.coders.coder import Coder, weights_identity
+from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, shard_name
@@ -362,4 +362,29 @@ def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
 def _are_whole(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value <= 1 << 40 for value in values
+    )
+
+
+def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
+    """What a feature store calls a coder, which it knows by its weights and where it begins.
+
+    name: what it should be called there. Raises `InputError`.
+    """
+    wanted = describe("", coder)
+    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
+    if not some:
+        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
+    keys = ("weights", "width", "layers", "reads")
+    same = [held for held in some if all(held[key] == wanted[key] for key in keys)]
+    for held in same:
+        if held["first"] == wanted["first"]:
+            return held["name"]
+    if same:
+        raise InputError(
+            f"{store.folder}: holds features of {public_name(coder)} from position "
+            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
+        )
+    raise InputError(
+        f"{store.folder}: holds no features of {public_name(coder)}, but of "
+        f"{', '.join(held['name'] for held in some)}; extract again"
     )

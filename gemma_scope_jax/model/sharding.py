@@ -5,6 +5,7 @@ over "data", which also shards d_model of every matrix (FSDP). An axis that does
 replicated, so every preset loads on every mesh.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,7 +16,6 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
 from gemma_scope_jax.model.processes import join_processes as join_processes
 
@@ -185,7 +185,7 @@ def shard_batch(mesh: Mesh, array: Any) -> Any:
 
     Raises `InputError` when B does not divide.
     """
-    if isinstance(array, TokenBatch):
+    if dataclasses.is_dataclass(array):
         return jax.tree.map(functools.partial(shard_batch, mesh), array)
     mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:

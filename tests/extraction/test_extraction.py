@@ -11,6 +11,8 @@ import pytest
 import gemma_scope_jax as gs
 from coders import random_coder
 from feature_stores import CODERS, LISTS, SETTINGS, contents, dense
+from gemma_scope_jax.cli.extract import print_plan
+from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
@@ -18,7 +20,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.estimate import plan_extraction
 from gemma_scope_jax.extraction.extract import extract, token_bytes
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS

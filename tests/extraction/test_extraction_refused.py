@@ -11,12 +11,12 @@ import pytest
 
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
+from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.estimate import print_store
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store.shards import shard_name
 from gemma_scope_jax.extraction.store.store import FeatureStore
