@@ -125,7 +125,7 @@ def test_benchmark_takes_a_set(tiny, several, tmp_path):
     assert command("benchmark", several, "--model", "tiny", "--probing", table, "--ks", 1,
                    "--out", tmp_path / "out") == 0  # fmt: skip
     made = (tmp_path / "out" / "comparison.md").read_text()
-    assert all(f"/layer_{i} " in made for i in range(4))
+    assert all(f"/layer_{i}" in made for i in range(4))
 
 
 @pytest.mark.parametrize("name", ["check", "inspect", "explain"])
