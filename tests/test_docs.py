@@ -3,6 +3,7 @@ tables are those of the code."""
 
 import ast
 import functools
+import importlib
 import importlib.util
 import json
 import re
@@ -21,12 +22,10 @@ from gemma_scope_jax.coders.interop import hooks
 from gemma_scope_jax.coders.release import config as release_config
 from gemma_scope_jax.coders.release.parameters import TENSORS
 from gemma_scope_jax.data.activations import files as activation_files
-from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.evaluation.results import ENVELOPE
 from gemma_scope_jax.extraction import manifest
 from gemma_scope_jax.kernels import cpu, triton, xla
 from gemma_scope_jax.training.card import write_card
-from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 from pages import DOCS, PAGES, ROOT, anchors, blocks, command_lines, links, name_of
 
 FORMATS = ROOT / "docs/formats"
@@ -56,10 +55,21 @@ def test_every_local_link_leads_somewhere(page):
 
 @pages
 def test_every_command_is_understood(page, monkeypatch):
+    """Options and values; of `train` also the fields of the config, where it is one of ours."""
     understood = []
-    for name, command in cli.COMMANDS.items():
-        stub = functools.wraps(command)(lambda *args, **kwargs: understood.append(1))
-        monkeypatch.setitem(cli.COMMANDS, name, stub)
+
+    def only_understood(command):
+        @functools.wraps(command)
+        def stub(config="", *rest, overrides=(), **options):
+            understood.append(options)
+            if overrides:
+                gs.override(gs.load_config(ROOT / config), overrides)
+
+        return stub
+
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"gemma_scope_jax.cli.{name}")
+        monkeypatch.setattr(module, "command", only_understood(module.command))
     lines = command_lines(page, "gemma-scope")
     for line in lines:
         assert cli.main(shlex.split(line, comments=True)[1:]) == 0, line
@@ -201,9 +211,9 @@ def test_packaged_cards_say_what_the_text_was(folder):
 
 
 def test_a_card_names_no_folder_of_this_machine(tmp_path):
-    coder = CoderConfig(layers=3, init_from="/home/me/coders/sae")
-    data = TextData(files=("~/secret/plans/texts/*.txt", "more/*.txt"))
-    config = TrainConfig((coder,), data, model="gemma-3-270m")
+    coder = gs.CoderConfig(layers=3, init_from="/home/me/coders/sae")
+    data = gs.TextData(files=("~/secret/plans/texts/*.txt", "more/*.txt"))
+    config = gs.TrainConfig((coder,), data, model="gemma-3-270m")
     write_card(epath.Path(tmp_path), coder.folder, config, epath.Path(tmp_path / "none"), 1000)
     card, recipe = ((tmp_path / n).read_text() for n in ("README.md", "train_config.json"))
     assert "1,000 tokens of texts/*.txt more/*.txt" in card.replace("\\", "")
