@@ -16,7 +16,9 @@ _PUBLIC = {
     "storage.strict_json": ["legible", "parse_json"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
     "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
-    "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
+    "model.gemma": ["Cache", "Output", "forward", "init_cache"],
+    "model.run": ["run"],
+    "model.recompilation": ["RecompilationWarning"],
     "model.intercept": [
         "Intercept",
         "SITES",
@@ -27,6 +29,7 @@ _PUBLIC = {
         "per_layer",
         "read",
         "steer",
+        "tokenwise",
         "write",
     ],
     "model.generate": ["generate"],

@@ -25,6 +25,7 @@ def command(
     values: Literal["float16", "float32"] = "float16",
     slots: int | None = None,
     precision: Literal["highest", "high", "default"] = "highest",
+    profile: shared.LocalPlace | None = None,
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
     hosts: gs.Processes = gs.Processes(),
     plan: bool = False,
@@ -48,6 +49,7 @@ def command(
         slots: The features that a token has room for before it takes a slower path. The default is
             4 times L0.
         precision: The precision of the encoders' products; highest is float32.
+        profile: An empty folder for a trace of a few batches, to open in XProf or Perfetto.
         mesh: Spread the rows and the features over this many devices. The default is one device.
         hosts: Several processes or hosts.
         plan: Only say what it would take: tokens, bytes, memory, time.
@@ -68,7 +70,7 @@ def command(
     gs.check_extraction(opened.shape, opened.coders, out, **settings)
     given = (shared.load_model(opened.model, dtype, mesh), opened.coders, opened.tok, data, out)
     if not plan:
-        shared.print_store(gs.extract(*given, **settings), json)
+        shared.print_store(gs.extract(*given, **settings, profile=profile or None), json)
         return
     found = gs.plan_extraction(*given, **settings)
     if json:

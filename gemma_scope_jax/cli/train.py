@@ -17,6 +17,7 @@ def command(
     config: Config = "",
     *,
     out: shared.Folder = "",
+    profile: shared.LocalPlace | None = None,
     plan: bool = False,
     fields: bool = False,
     hosts: gs.Processes = gs.Processes(),
@@ -33,6 +34,7 @@ def command(
         config: A Python file that sets `config`, which is run.
         out: The folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
             published layout.
+        profile: An empty folder for a trace of a few passes, to open in XProf or Perfetto.
         plan: Only say what the run would take: tokens, updates, memory, disk.
         fields: Only list the fields of a config, with type, default and meaning.
         hosts: Several hosts.
@@ -52,7 +54,7 @@ def command(
         print_plan(found)
         return
     hosts.join()
-    made = gs.train(wanted, out)
+    made = gs.train(wanted, out, profile=profile)
     if gs.is_first_process():
         for name in made:
             print(gs.folder_path(out) / "coders" / name)

@@ -6,7 +6,7 @@
 The official notebook multiplies by w, without the 1, which the norm itself does not do: the ranking
 differs. `gain="notebook"` gives that one.
 
-Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.gemma.rms_norm`.
+Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.block.rms_norm`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -34,6 +34,7 @@ from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
@@ -60,6 +61,7 @@ def extract(
     precision: str = "highest",
     shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
+    profile: str | os.PathLike | None = None,
 ) -> FeatureStore:
     """Store the active features of `coders` on a text; returns the store.
 
@@ -77,11 +79,13 @@ def extract(
     precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
                TPUs and TF32 on GPUs, "default" one pass and TF32
     share      (i, n): this process makes every n-th shard, from the i-th on
+    profile    an empty folder for a trace of a few batches
 
     Tokens before a coder's `first` of each piece have no features, nor have those that the data
     exclude. Raises `InputError` for what does not fit: a coder, another store in the folder, a full
     disk, activations that are not finite.
     """
+    trace = StepTrace(profile)
     named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
@@ -98,7 +102,8 @@ def extract(
         mine = [shard for shard in left if shard % share[1] == share[0]]
         if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
-            _write(model, named, path, plan, mine, job)
+            with trace:
+                _write(model, named, path, plan, mine, job, trace)
         hosts.wait(model)
         with in_turn(path):
             manifests.finish(path, plan)
@@ -226,7 +231,13 @@ def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
 
 
 def _write(
-    model, coders, path, plan: ShardPlan, shards: list[int], job: "manifests.ExtractionJob"
+    model,
+    coders,
+    path,
+    plan: ShardPlan,
+    shards: list[int],
+    job: "manifests.ExtractionJob",
+    trace: StepTrace,
 ) -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
@@ -256,6 +267,7 @@ def _write(
                     writer.add(tokens, counted, packed.pieces, entries)
                     done += len(tokens)
                     progress.at(done)
+                    trace.done()
                 else:
                     raise InputError(f"the text has changed: shard {shard} has no documents now")
                 if closing is not None:

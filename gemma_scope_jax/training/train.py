@@ -27,6 +27,7 @@ from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
+from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import only_writer
@@ -48,22 +49,27 @@ AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
 
 @own_mesh
 def train(
-    config: TrainConfig, out: str | os.PathLike, model: Model | None = None, data: Any = None
+    config: TrainConfig,
+    out: str | os.PathLike,
+    model: Model | None = None,
+    data: Any = None,
+    profile: str | os.PathLike | None = None,
 ) -> dict[str, Coder]:
     """Train all coders of `config`; continue if `out` holds a run of it. Returns them by folder.
 
     They are also written to `out`/coders in the published layout. `data` may be any iterable of
-    strings, or a function that returns one, in place of `config.data`. SIGTERM and Ctrl-C save a
+    strings, or a function that returns one, in place of `config.data`. `profile`: an empty folder
+    for a trace of a few passes, after the first that train. SIGTERM and Ctrl-C save a
     checkpoint and exit with status 143. Raises `InputError` for data, models and folders that do
     not fit.
     """
     out = folder_path(out)
-    with _only_run(out):
+    with _only_run(out), StepTrace(profile) as trace:
         _check_folder(config, out)
         mesh = run_mesh(config)
         starts = check_inputs(config, model and model.config, data)
         model = model or _model(config, mesh)
-        run = _TrainRun(config, out, model, mesh, data, starts)
+        run = _TrainRun(config, out, model, mesh, data, starts, trace)
         try:
             return run.finish(*run.loop())
         except OSError as error:
@@ -222,8 +228,9 @@ class _TrainRun:
         mesh: Any,
         data: Any,
         starts: dict[str, Any],
+        trace: StepTrace,
     ):
-        self.config, self.out, self.model, self.stop = config, out, model, False
+        self.config, self.out, self.model, self.stop, self.trace = config, out, model, False, trace
         self.plan = make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
@@ -276,6 +283,8 @@ class _TrainRun:
                 state, new = feed.step(state, batch, started)
                 jax.block_until_ready(parts)  # the host is never more than one pass ahead
                 parts, done = new or parts, done + 1
+                if started:
+                    self.trace.done(parts)
                 if progress.due() or done == config.passes:
                     progress.report(done, int(state.update), parts, self.plan.groups)
                 stop, save = self._due(done)

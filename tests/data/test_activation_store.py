@@ -22,8 +22,8 @@ from gemma_scope_jax.data.activations.store import ActivationStore, write_activa
 from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.storage.locks import only_writer
 from store_writer import SITES, make, texts, write

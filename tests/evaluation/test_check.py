@@ -16,8 +16,8 @@ from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.evaluation.check import _warnings, check_coder
 from gemma_scope_jax.evaluation.figures import Losses
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 
 LAYER = 1
 SITES = ("resid_mid", "mlp_in", "mlp_out", "resid_post")

@@ -17,7 +17,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_features
 from gemma_scope_jax.inspection.page import inspection_page
 from gemma_scope_jax.inspection.terminal import inspection_tables, label_text, visible
-from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.progress import console
 from letters import Letters
 
