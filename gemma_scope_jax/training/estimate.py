@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
 from gemma_scope_jax.model.checkpoints.load import model_config
 from gemma_scope_jax.model.config import Model, abstract_params
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 from gemma_scope_jax.training.feeds import store_step, train_step
+from gemma_scope_jax.training.held_out import SIDES
 from gemma_scope_jax.training.recipe import TrainConfig
 from gemma_scope_jax.training.state import TrainPlan, abstract_state, make_plan
 from gemma_scope_jax.training.train import check_inputs, run_mesh
@@ -78,8 +80,10 @@ def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
         step, inputs = partial(store_step, plan=plan), (x,)
     else:
         ids = jax.ShapeDtypeStruct((c.rows, c.length), jnp.int32)
+        mask = jax.ShapeDtypeStruct(ids.shape, bool)
+        batch = TokenBatch(ids, ids, mask, {"split": TokenLabels(ids, SIDES)})
         model = Model(abstract_params(shape, c.model_dtype), shape)
-        step, inputs = partial(train_step, plan=plan), (model, ids, ids, ids)
+        step, inputs = partial(train_step, plan=plan), (model, batch)
     compiled = jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
     found = compiled.memory_analysis()
     if found is None:

@@ -14,6 +14,7 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training.config_file import field_docs, field_table, load_config, override
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
+from tiny import tiny
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 TWO = TrainConfig((CoderConfig(3), CoderConfig((4, 5))), tokens=200_000)
@@ -133,3 +134,23 @@ def test_the_fields_are_listed_by_the_command():
     argv = [sys.executable, "-c", program, "train", "--fields"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "coders.*.width" in done.stdout and "Features of each layer." in done.stdout
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_plan_says_what_a_run_takes(tmp_path, monkeypatch, store):
+    """The state and the weights are among the memory; nothing is loaded and nothing written."""
+    from gemma_scope_jax.training import estimate, train
+
+    shape = tiny(gs.PRESETS["gemma-3-270m"], layers=4)
+    for module in (estimate, train):
+        monkeypatch.setattr(module, "model_config", lambda name: shape)
+    (tmp_path / "a.txt").write_text("some text")
+    data = gs.TextData(files=(str(tmp_path / "a.txt"),))
+    config = TrainConfig(
+        (CoderConfig(2, width=64, target_l0=4),), data=data, tokens=4096, rows=2, length=32,
+        buffer=1024, batch=64, store="activations" * store, mesh=(1, 1),
+    )  # fmt: skip
+    found = estimate.plan_training(config, tmp_path / "out")
+    assert (found.coders, found.tokens) == (1, 4096) and not (tmp_path / "out").exists()
+    assert found.updates == (64 if store else 64 - 16) and found.passes == 64
+    assert found.memory > found.checkpoint > 2 * found.saved > 0 and found.free > 0
