@@ -63,8 +63,8 @@ def ours(dtype: str, folder: str) -> None:
     import jax.numpy as jnp
 
     import gemma_scope_jax as gs
+    from gemma_scope_jax.model.block import rms_norm
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
-    from gemma_scope_jax.model.gemma import rms_norm
 
     model = gs.load_model("gemma-3-270m", dtype=dtype)
     if not Path(folder, "config.json").exists():

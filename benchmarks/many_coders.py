@@ -21,10 +21,10 @@ import jax
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.data.document_files import SEPARATOR
+from gemma_scope_jax.training.config_file import load_config
 from gemma_scope_jax.training.ends import start
 from gemma_scope_jax.training.feeds import TextFeed
 from gemma_scope_jax.training.state import first_state, make_plan
-from gemma_scope_jax.training.train import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 BUFFER = 4096

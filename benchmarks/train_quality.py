@@ -16,9 +16,8 @@ Each result is measured by the same few lines of numpy on activations of held-ou
 (without the rare tokens of enormous norm, too), features that never fire, that fire on fewer than
 one token in 10,000, and that fire on more than 12 % of tokens. The ratio compares FVU at SAELens'
 own L0, between ours of the nearest L0s. Everything is kept under --folder; the same command goes on
-after an interruption. Text comes from $CORPUS (see gemma_scope_jax/training/short_run.py). On two
-cores the store takes about 45 minutes (2.6 GB), SAELens about 15 each, ours some five minutes a
-coder.
+after an interruption. Text comes from $CORPUS, a folder with train/*.txt. On two cores the store
+takes about 45 minutes (2.6 GB), SAELens about 15 each, ours some five minutes a coder.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Gemma Scope 2 as a system, in JAX: see README.md for the map of the rooms.
+"""Gemma Scope 2 as a system, in JAX: see docs/architecture.md for the map of the rooms.
 
-Everything public is importable from here; names resolve on first use, so that importing the package
-costs nothing beyond jax.
+Everything public is importable from here, and every command is written over it; names resolve on
+first use, so that importing the package costs nothing beyond jax. Rooms are nouns and public names
+verbs, so that none hides the other.
 """
 
 import importlib
@@ -9,9 +10,15 @@ from typing import Any
 
 _PUBLIC = {
     "errors": ["InputError"],
+    "progress": ["Progress", "on_progress", "quiet"],
+    "storage.paths": ["check_writable", "folder_path", "use_compilation_cache"],
+    "storage.atomic": ["write_text"],
+    "storage.strict_json": ["legible", "parse_json"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
     "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
-    "model.gemma": ["Cache", "Output", "forward", "init_cache", "run"],
+    "model.gemma": ["Cache", "Output", "forward", "init_cache"],
+    "model.run": ["run"],
+    "model.recompilation": ["RecompilationWarning"],
     "model.intercept": [
         "Intercept",
         "SITES",
@@ -22,25 +29,61 @@ _PUBLIC = {
         "per_layer",
         "read",
         "steer",
+        "tokenwise",
         "write",
     ],
     "model.generate": ["generate"],
+    "model.processes": ["Processes", "abandon", "is_first_process", "join_processes"],
     "model.sharding": ["make_mesh", "param_shardings", "shard_batch"],
-    "model.tokenizer": ["Tokenizer", "load_tokenizer"],
+    "model.tokenizer": ["Tokenizer", "fit_tokenizer", "load_tokenizer"],
     "model.checkpoints.load": ["load_model", "model_config"],
+    "coders.coder": ["Coder", "as_jump_relu", "check_fits", "public_name"],
     "coders.sparse_coder": ["SparseCoder"],
     "coders.multi_layer_coder": ["MultiLayerCoder"],
-    "coders.coder": ["Coder", "as_jump_relu"],
     "coders.coder_set": ["CoderSet"],
     "coders.masked": ["encode"],
     "coders.splice": ["clamp", "edit", "features", "replacement", "splice"],
     "coders.load": ["decoder_rows", "load_coder", "load_coders", "load_decoder"],
+    "coders.opened": ["open_coders"],
     "coders.release.files": ["save_coder"],
     "coders.release.catalog": ["addresses"],
-    "training.train": ["train"],
-    "evaluation.evaluate": ["evaluate"],
-    "extraction.extract": ["extract"],
+    "coders.listing": ["describe_address", "find_addresses"],
+    "data.documents": ["TextData", "read_documents", "sample_documents"],
+    "data.document_files": ["decoded", "read_text", "text_files"],
+    "training.recipe": ["CoderConfig", "LossConfig", "OptimizerConfig", "TrainConfig"],
+    "training.config_file": ["field_table", "load_config", "override"],
+    "training.estimate": ["plan_training"],
+    "training.train": ["store_activations", "train"],
+    "extraction.estimate": ["plan_extraction"],
+    "extraction.extract": ["check_extraction", "extract"],
+    "extraction.export": ["export_store"],
+    "extraction.manifest": ["name_in_store"],
     "extraction.store.store": ["FeatureStore"],
+    "evaluation.check": ["check_coder"],
+    "evaluation.core_run": ["evaluate_coders"],
+    "evaluation.evaluate": ["evaluate", "text_batches"],
+    "evaluation.report": ["core_doubts", "core_tables"],
+    "evaluation.texts": ["EvaluationText"],
+    "probing.benchmark": ["benchmark", "benchmark_tables"],
+    "autointerp.examples": ["Sampling"],
+    "autointerp.explain": ["check_scores", "explain_features"],
+    "autointerp.explanations": [
+        "SCORE_FIGURES",
+        "explained_folder",
+        "is_number",
+        "read_explanations",
+    ],
+    "autointerp.job": ["open_explanation_job", "open_judge", "judge_status"],
+    "autointerp.judges.endpoint": ["Endpoint"],
+    "cards.build": ["build_cards", "store_dtype"],
+    "cards.card_files": ["FeatureCards"],
+    "cards.examples": ["CardSettings"],
+    "cards.labels": ["read_labels"],
+    "cards.site": ["build_site"],
+    "cards.sites": ["build_card_sites", "plan_card_sites"],
+    "inspection.inspect_text": ["check_text", "inspect_text"],
+    "inspection.page": ["inspection_page"],
+    "inspection.terminal": ["inspection_tables"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_HOME)

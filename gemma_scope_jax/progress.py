@@ -1,45 +1,134 @@
 """What a command shows: how far long work is, and streams on which no text is ever obeyed.
 
+`Progress` is the one way to say how far something is. It draws a bar in a terminal, writes a line
+every few seconds elsewhere, or calls a function that `on_progress` was given; `quiet` silences it.
+All else that the library has to say goes to `logging`, a logger a module.
+
 Names, keys, tokens, labels and explanations come from files, servers and models. What is printed
 goes through `shown_streams`, what rich draws through `console`: control characters of a text appear
 as escapes, and those that rich itself sends to a terminal pass.
 """
 
 import contextlib
+import dataclasses
+import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TypeVar
 
 from gemma_scope_jax.errors import shown
 
-ReportProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Item = TypeVar("Item")
+Report = Callable[[int, int], None]  # called with how much is done, and of how much in all
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
 _MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm goes from bar to bar
+_REDRAWN = 0.1  # seconds between two drawings of a bar, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """How far some work is: `done` of `total` `unit`s of `what`; `note` is what else is known."""
+
+    what: str
+    done: int
+    total: int | None  # None: not known
+    unit: str
+    per_second: float
+    note: str
+
+
+@dataclasses.dataclass
+class _Face:
+    """Where progress goes, and how wide the bar is that stands in the terminal now."""
+
+    silent: bool = False
+    callback: Callable[[Reached], None] | None = None
+    drawn: int = 0
+    spinning: bool = False  # a spinner is there, and no bar beside it
+
+
+_face = _Face()
+
+
+def quiet(silent: bool = True) -> None:
+    """Silence progress and all log messages of this package but errors; `quiet(False)` undoes it.
+
+    To choose more finely, set the level of `logging.getLogger("gemma_scope_jax")` or of a module's
+    logger; that leaves progress alone.
+    """
+    _face.silent = silent
+    logging.getLogger("gemma_scope_jax").setLevel(logging.ERROR if silent else logging.NOTSET)
+
+
+def on_progress(callback: Callable[[Reached], None] | None) -> None:
+    """Call `callback` with a `Reached` instead of writing to stderr; None: write again."""
+    _face.callback = callback
 
 
 class Progress:
-    """Of work of `total` things, of which `begun` were done before: tell it where it is by `at`.
+    """Progress over `total` items, `begun` of them done earlier; call `at(done)`.
 
-    With `every` seconds between lines; the last one is always printed. Of a `total` that is not
-    known (None), neither the share nor the time left is said.
+    what   names the work, on a line of its own in files and pipes
+    total  None if it is not known: then neither the share nor the time left is said
+    every  seconds between lines; the last one is always written
+
+    It is also a function of (done, total), for what takes a `Report`.
     """
 
     def __init__(
-        self, total: int | None, unit: str = "tokens", *, begun: int = 0, every: float = 10.0
+        self,
+        total: int | None,
+        unit: str = "tokens",
+        *,
+        what: str = "",
+        begun: int = 0,
+        every: float = 10.0,
     ):
         self.total = None if total is None else max(total, 1)
-        self.unit, self._begun, self._every = unit, begun, every
-        self._start = self._said = time.monotonic()
+        self.unit, self.what, self._begun, self._every = unit, what, begun, every
+        self._start = self._said = self._redrawn = time.monotonic()
+        self._quick = bool(what)  # done before the first line is due, it needs no other
+        if what and not _face.silent and _face.callback is None and not _on_terminal():
+            sys.stderr.write(f"{what} ...\n")
+            sys.stderr.flush()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = max(total, 1)
+        self.at(done)
+
+    def part(self, begun: int, work: int, note: str = "") -> Report:
+        """A function of (done, total) for what is `work` of this, after `begun`: it may count in
+        units of its own."""
+        return lambda done, total: self.at(
+            begun + int(work * min(done / max(total, 1), 0.99)), note
+        )
 
     def at(self, done: int, note: str = "") -> None:
-        """`done` things are done, those before the start included."""
-        now = time.monotonic()
-        if now - self._said < self._every and (self.total is None or done < self.total):
+        """`done` items are done, those before the start included."""
+        if _face.silent:
             return
-        self._said = now
+        now = time.monotonic()
         rate = (done - self._begun) / max(now - self._start, 1e-9)
+        if _face.callback is not None:
+            _face.callback(Reached(self.what, done, self.total, self.unit, rate, note))
+            return
+        last = self.total is not None and done >= self.total
+        if _on_terminal() and not last:
+            if now - self._redrawn >= _REDRAWN and not _face.spinning:
+                self._redrawn = now
+                self._draw(done, self._line(done, rate, note))
+        elif last or now - self._said >= self._every:
+            erase_bar()
+            self._said, quick = now, self._quick and now - self._said < self._every
+            if quick:
+                return
+            self._quick = False
+            sys.stderr.write(f"{self._line(done, rate, note)}\n")
+            sys.stderr.flush()
+
+    def _line(self, done: int, rate: float, note: str) -> str:
         rated = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         share = after = ""
         if self.total is not None:
@@ -47,11 +136,65 @@ class Progress:
             left = (self.total - done) / max(rate, 1e-9) / 60
             after = f", {left:,.0f} min left" if left >= 1.5 else f", {60 * left:.0f} s left"
             after = after if done < self.total else ""
-        print(
-            f"{share}{done:,} {self.unit}  {rated} {self.unit}/s{after}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        return f"{share}{done:,} {self.unit}  {rated} {self.unit}/s{after}{note}"
+
+    def _draw(self, done: int, line: str) -> None:
+        """The bar, over the one that stands there."""
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        screen = console(stderr=True)
+        erase_bar()
+        width = max(8, min(40, screen.width // 3))
+        bar = ProgressBar(total=self.total, completed=done, width=width)
+        text = Text(f" {self.what}{'  ' * bool(self.what)}{line.strip()}")
+        text.truncate(max(0, screen.width - width - 1), overflow="ellipsis")
+        screen.print(bar, end="")
+        screen.print(text, end="")
+        screen.file.flush()
+        _face.drawn = width + text.cell_len
+
+
+def tracked(
+    items: Iterable[Item], what: str, total: int | None = None, unit: str = "parts"
+) -> Iterator[Item]:
+    """The items one by one, and how far that is; `total` only where they have no length."""
+    progress = Progress(len(items) if isinstance(items, Sized) else total, unit, what=what)
+    for done, item in enumerate(items, 1):
+        yield item
+        progress.at(done)
+
+
+@contextlib.contextmanager
+def stage(message: str) -> Iterator[None]:
+    """Say on stderr what goes on, where no share is known: a spinner in a terminal, or a line."""
+    if _face.silent or not _on_terminal():
+        if not _face.silent:
+            sys.stderr.write(f"{message} ...\n")
+            sys.stderr.flush()
+        yield
+        return
+    from rich.markup import escape
+
+    # what is printed meanwhile goes through rich, which keeps it clear of the spinner
+    _face.spinning = True
+    try:
+        with console(stderr=True).status(escape(message)), shown_streams():
+            yield
+    finally:
+        _face.spinning = False
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def erase_bar() -> None:
+    """Take the bar away, before anything else is written to the terminal."""
+    if _face.drawn:
+        stream, _face.drawn, width = _plain(sys.stderr), 0, _face.drawn
+        stream.write(f"\r{' ' * width}\r")
+        stream.flush()
 
 
 class EscapedStream:
@@ -65,6 +208,7 @@ class EscapedStream:
         self.stream, self.styled = stream, styled and stream.isatty()
 
     def write(self, text: str) -> int:
+        erase_bar()
         safe = self._safe(text)
         try:
             self.stream.write(safe)
@@ -104,6 +248,31 @@ def shown_streams(styled: bool = False) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+class _ToStderr(logging.Handler):
+    """Log messages as lines on stderr, wherever that goes now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        known = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+        sys.stderr.write(shown(known.get(record.levelno, "") + record.getMessage()) + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def shown_log() -> Iterator[None]:
+    """What the library logs meanwhile, from INFO on, is written to stderr."""
+    logger, handler = logging.getLogger("gemma_scope_jax"), _ToStderr()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(before[0] or logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def console(*, stderr: bool = False, width: int | None = None) -> Any:
     """A rich `Console` that obeys no text it is given. `width` None: the terminal's."""
     from rich.console import Console
@@ -114,7 +283,12 @@ def console(*, stderr: bool = False, width: int | None = None) -> Any:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else shown(text, keep="\n"), style, control)
 
-    stream = sys.stderr if stderr else sys.stdout
+    stream = _plain(sys.stderr if stderr else sys.stdout)
+    return SafeConsole(file=stream, width=width, highlight=False, emoji=False)
+
+
+def _plain(stream: Any) -> Any:
+    """The stream itself, of one that is escaped."""
     while isinstance(stream, EscapedStream):
         stream = stream.stream
-    return SafeConsole(file=stream, width=width, highlight=False, emoji=False)
+    return stream

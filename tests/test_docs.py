@@ -237,24 +237,21 @@ def test_a_shard_is_read_as_its_page_says(tmp_path):
     namespace: dict = {}
     exec(blocks(FORMATS / "feature_store.md", "python")[0], namespace)
     store = write(tmp_path / "store", count=60)
-    tokens, features, values, rows = [], [], [], 0
-    for path in sorted((tmp_path / "store").glob("shard-*.features")):
-        footer, block = namespace["read_shard"](path)
-        for n, segment in enumerate(footer["segments"]):
-            tokens.append(block(n, "tokens"))
-            counts = block(n, "0.count").astype(int)
-            exponent, parts = segment["coders"][0]["exponent"], segment["coders"][0]["token_parts"]
-            steps = np.concatenate([block(n, f"0.feature.{p}") for p in range(len(parts))])
-            found = np.concatenate([block(n, f"0.value.{p}") for p in range(len(parts))])
-            ends = np.cumsum(counts)
-            for end, count in zip(ends, counts):
-                features.append(np.cumsum(steps[end - count : end], dtype=np.int64))
-            values.append(found.astype(np.float32) * 2.0**exponent)
-            rows += segment["tokens"]
-    assert rows == len(store) > 500
+    tokens, features = namespace["read_store"](tmp_path / "store", "sae", 2)
+    assert len(tokens) == len(store) > 500
     ours = [segment.by_token() for segment in store.segments()]
-    np.testing.assert_array_equal(np.concatenate(features), np.concatenate([o.ids for o in ours]))
-    np.testing.assert_array_equal(np.concatenate(values), np.concatenate([o.values for o in ours]))
+    for name, wanted in (
+        ("feature", np.concatenate([o.ids for o in ours])),
+        ("value", np.concatenate([o.values for o in ours])),
+    ):
+        np.testing.assert_array_equal(features[name].to_numpy(), wanted)
     np.testing.assert_array_equal(
-        np.concatenate(tokens), np.concatenate([s.tokens for s in store.segments()])
+        tokens["token"].to_numpy(), np.concatenate([s.tokens for s in store.segments()])
     )
+    sizes = np.concatenate([np.diff(o.offsets) for o in ours])
+    np.testing.assert_array_equal(
+        features["row"].to_numpy(), np.repeat(tokens["row"].to_numpy(), sizes)
+    )
+    for shard in store.shards:
+        about = namespace["check_tokens"](tmp_path / "store", shard["shard"])
+        assert len(about["documents"]) == shard["documents"]

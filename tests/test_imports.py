@@ -3,6 +3,7 @@
 import ast
 import collections
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ ROOMS = {
     "evaluation": ("coders", "data"),
     "circuits": ("coders", "data"),
     "probing": ("evaluation",),
-    "autointerp": ("extraction", "probing"),
+    "autointerp": ("extraction",),
     "cards": ("extraction", "autointerp", "web"),
     "inspection": ("evaluation", "cards"),
     "behaviour": ("circuits", "probing", "web"),
@@ -36,7 +37,8 @@ ROOMS = {
     "__main__": ("cli",),
 }
 HEAVY = ("tensorflow_datasets", "tensorflow", "gemma", "orbax", "matplotlib", "huggingface_hub",
-         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow")  # fmt: skip
+         "transformers", "tyro", "rich", "torch", "wandb", "tensorboardX", "pyarrow",
+         "gguf", "array_record")  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -93,6 +95,20 @@ def test_arrows_go_down_only(path):
     assert forbidden(path.read_text(), module_name(path)) == []
 
 
+def test_modules_do_not_import_each_other_in_a_circle():
+    """In a circle it depends on what a program asks for first whether an import works."""
+    names = {module_name(f).removesuffix(".__init__"): f for f in FILES}
+    needs = {}
+    for name, path in names.items():
+        found = imported(at_module_level(ast.parse(path.read_text())), module_name(path))
+        parts = {n if n in names else n.rpartition(".")[0] for n in found}
+        needs[name] = (parts & set(names)) - {name, ROOT.name}
+    while done := [name for name, some in needs.items() if not some & set(needs)]:
+        for name in done:
+            del needs[name]
+    assert needs == {}
+
+
 def loaded_by(statement):
     """The top-level packages in `sys.modules` of a fresh interpreter after `statement`."""
     script = f"{statement}; import sys; print(*sys.modules)"
@@ -136,6 +152,54 @@ def test_a_class_name_is_unique_in_the_package():
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{module_name(path)}:{node.lineno}")
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def calls_of_print(tree):
+    """The lines that call `print` itself."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+
+
+BELOW = [f for f in FILES if f.parent.name != "cli"]
+
+
+@pytest.mark.parametrize("path", BELOW, ids=module_name)
+def test_nothing_below_the_commands_prints(path):
+    """It logs, or says how far it is by `Progress`, which writes to the stream it is given."""
+    source = path.read_text()
+    assert calls_of_print(ast.parse(source)) == []
+    if path.name != "progress.py":
+        assert "console.print(" not in source and "sys.stderr" not in source.replace(
+            "sys.stderr.flush()", ""
+        )
+
+
+def test_a_print_is_found():
+    assert calls_of_print(ast.parse("def f():\n    print(1)\n    x.print()")) == [2]
+
+
+COMMANDS = [f for f in FILES if f.parent.name == "cli"]
+PRINTING = ("gemma_scope_jax.errors", "gemma_scope_jax.progress", "gemma_scope_jax.cli")
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=module_name)
+def test_commands_are_written_over_the_public_names(path):
+    """`import gemma_scope_jax as gs`, what commands share, and how text is shown: nothing else."""
+    tree, name = ast.parse(path.read_text()), module_name(path)
+    own = [m for m in imported(tree, name) if m.split(".")[0] == ROOT.name and m != ROOT.name]
+    assert [m for m in own if not m.startswith(PRINTING)] == []
+    inside = set(imported(tree, name)) - set(imported(at_module_level(tree), name))
+    assert [m for m in inside if m.split(".")[0] == ROOT.name] == []
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "gs"}  # fmt: skip
+    assert used <= set(gs.__all__)
+
+
+@pytest.mark.parametrize("name", [n for n in gs.__all__ if callable(getattr(gs, n))])
+def test_every_public_function_says_what_it_does(name):
+    public = getattr(gs, name)
+    if inspect.isfunction(inspect.unwrap(public)) or inspect.isclass(public):
+        assert len(inspect.getdoc(public) or "") > 15
 
 
 def test_import_brings_nothing_but_the_package_itself():

@@ -10,7 +10,7 @@ store.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,16 +24,26 @@ HELD = 1 << 24  # entries of neighbouring features that are read together, and h
 class Sampling:
     """What is drawn for a feature. Defaults: delphi's windows and test set, SAEBench's examples."""
 
-    length: int = 32  # tokens of a window
-    quantiles: int = 10  # of the activation, over which the test windows are spread
-    top: int = 10  # windows for explaining: the strongest
-    weighted: int = 5  # and others, drawn in proportion to their activation
-    test: int = 50  # windows for scoring
-    silent: int = 50  # windows where the feature is silent, for scoring
-    hard: int = 0  # of these, so many from where neighbours of the feature fire
-    neighbours: str = "decoder"  # which those are: by decoder, or "cooccurring"
-    least: int = 10  # windows of each half below which a feature is left out
+    length: int = 32
+    """Tokens of a window."""
+    quantiles: int = 10
+    """Quantiles of the activation over which the windows for scoring are spread."""
+    top: int = 10
+    """The strongest windows, from which a feature is explained."""
+    weighted: int = 5
+    """Windows for explaining that are drawn in proportion to their activation."""
+    test: int = 50
+    """Windows for scoring on which the feature fires."""
+    silent: int = 50
+    """Windows for scoring on which it does not fire."""
+    hard: int = 0
+    """How many of those are hard negatives: windows on which a neighbour of the feature fires."""
+    neighbours: Literal["decoder", "cooccurring"] = "decoder"
+    """What makes a neighbour: a similar decoder direction, or firing on the same tokens."""
+    least: int = 10
+    """Leave out features with fewer windows for explaining, or for scoring, than this."""
     seed: int = 0
+    """The random seed of all that is drawn."""
 
     def __post_init__(self):
         for name, low in (

@@ -69,6 +69,7 @@ class ExplainReport:
 
 
 def check_scores(scores: Sequence[str]) -> None:
+    """Raise `InputError` for a name that is no score of `SCORES`, naming the nearest."""
     for name in scores:
         if name not in SCORES:
             raise InputError(

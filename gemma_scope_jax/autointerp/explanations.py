@@ -25,7 +25,7 @@ from gemma_scope_jax.storage.strict_json import field
 FILE = "explanations.json"
 FORMAT = 1
 # The one figure of each score that stands for it where there is little room.
-FIGURES = {
+SCORE_FIGURES = {
     "detection": "balanced_accuracy",
     "fuzzing": "balanced_accuracy",
     "intruder": "accuracy",
@@ -106,7 +106,7 @@ def explanation_note(entry: Explanation) -> str:
     """Where an explanation comes from and how good it is: "gpt-4o-mini, detection 0.91"."""
     figures = [
         f"{name} {value:.2f}"
-        for name, figure in FIGURES.items()
+        for name, figure in SCORE_FIGURES.items()
         if is_number(value := entry["scores"].get(name, {}).get(figure))
     ]
     return ", ".join([entry["model"], *figures])

@@ -1,11 +1,8 @@
 """How well answers agree with the truth: the figures that delphi and SAEBench report."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-
-from gemma_scope_jax.probing.logistic import auc
 
 
 def binary_metrics(
@@ -28,9 +25,19 @@ def binary_metrics(
     f1 = 2 * hit / (2 * hit + missed + false) if hit + missed + false else None
     found = {"accuracy": (hit + silent) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
-        area = auc(t, np.asarray(confidence, np.float64))
-        found["auc"] = None if math.isnan(area) else area
+        found["auc"] = _area(t, np.asarray(confidence, np.float64))
     return found
+
+
+def _area(truth: np.ndarray, scores: np.ndarray) -> float | None:
+    """The chance that a true example scores above a false one, ties half: Mann and Whitney's U."""
+    from scipy.stats import mannwhitneyu
+
+    above, below = scores[truth], scores[~truth]
+    if not len(above) or not len(below):
+        return None
+    u = mannwhitneyu(above, below, method="asymptotic").statistic
+    return float(u / (len(above) * len(below)))
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:

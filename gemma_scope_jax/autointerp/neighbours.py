@@ -17,8 +17,8 @@ ENTRIES = 1 << 16  # firings looked at together
 
 def decoder_neighbours(w_dec: Any, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
     """For each of `features` the k others whose rows of w_dec [F, D] point most the same way."""
-    rows, silent = float32(jnp.asarray(w_dec)), lambda *_: None
-    ids, _ = most_similar(rows, None, min(k, len(rows) - 1), silent, "", features)
+    rows, what = float32(jnp.asarray(w_dec)), "looking for neighbours of the features"
+    ids, _ = most_similar(rows, None, min(k, len(rows) - 1), what, features)
     return dict(zip(features, ids.tolist()))
 
 

@@ -92,7 +92,14 @@ class Judge(Protocol):
     name: str
     method: str
     parallel: int
-    answered: bool  # whether it ever has: an endpoint that never has is given up soon
+
+    @property
+    def answered(self) -> bool:
+        """Whether it ever has: an endpoint that never has is given up soon."""
+        ...
+
+    @answered.setter
+    def answered(self, value: bool) -> None: ...
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 

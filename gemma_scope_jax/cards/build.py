@@ -22,10 +22,9 @@ from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.coders.directions import Gain
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.manifest import describe
+from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
-from gemma_scope_jax.progress import ReportProgress
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
@@ -41,7 +40,6 @@ def build_cards(
     settings: CardSettings | None = None,
     gain: Gain = "exact",
     compare: Mapping[str, Coder] | None = None,
-    progress: ReportProgress = lambda what, done, total: None,
 ) -> FeatureCards:
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
 
@@ -70,7 +68,6 @@ def build_cards(
             settings=settings,
             gain=gain,
             others=others,
-            progress=progress,
         )
     return FeatureCards(folder)
 
@@ -87,7 +84,6 @@ def _make(
     settings: CardSettings,
     gain: Gain,
     others: Mapping[str, Coder],
-    progress: ReportProgress,
 ) -> None:
     """Make the stages that are not there."""
     from_file = isinstance(source, str | os.PathLike)
@@ -107,15 +103,15 @@ def _make(
         with files.stage("examples", made_of) as stage:
             if from_file:
                 vocab = None if tok is None else len(tok.special)
-                read_published(Path(source), coder.width, settings, stage, progress, vocab)
+                read_published(Path(source), coder.width, settings, stage, vocab)
             else:
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
-                gather_examples(source, name, layer, settings, stage, progress)
+                gather_examples(source, name, layer, settings, stage)
     k = settings.listed
-    context = lambda stage: decoders.CardContext(stage, settings, progress)
+    context = lambda stage: decoders.CardContext(stage, settings)
     if not from_file and not files.has("correlations", made_of):
         with files.stage("correlations", made_of) as stage:
-            correlate(source, name, layer, k, stage, progress)
+            correlate(source, name, layer, k, stage)
     logits = [weights, gain, k, settings.bins, model and model_identity(model)]
     if model is None and (files.manifest.get("stages", {}).get("logits") or [])[:4] != logits[:4]:
         files.drop("logits")
@@ -153,6 +149,16 @@ def _check_model(store: Any, model: Model) -> None:
         )
 
 
+def store_dtype(store: Any) -> str:
+    """The dtype of the model that filled a feature store. Raises `InputError` for another than
+    float32 and bfloat16."""
+    where = f"{store.folder}, of its model"
+    dtype = field(field(store.manifest, "model", dict, f"{store.folder}"), "dtype", str, where)
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{where}: dtype is {dtype!r}, not float32 or bfloat16; extract again")
+    return dtype
+
+
 def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[str, Any]:
     return {
         "coder": public_name(coder),
@@ -177,28 +183,3 @@ def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "prompts": manifest["documents"],
         "prompt_tokens": data["length"],
     }
-
-
-def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
-    """What a feature store calls a coder, which it knows by its weights and where it begins.
-
-    name: what it should be called there. Raises `InputError`.
-    """
-    wanted = describe("", coder)
-    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
-    if not some:
-        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
-    keys = ("weights", "width", "layers", "reads")
-    same = [held for held in some if all(held[key] == wanted[key] for key in keys)]
-    for held in same:
-        if held["first"] == wanted["first"]:
-            return held["name"]
-    if same:
-        raise InputError(
-            f"{store.folder}: holds features of {public_name(coder)} from position "
-            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
-        )
-    raise InputError(
-        f"{store.folder}: holds no features of {public_name(coder)}, but of "
-        f"{', '.join(held['name'] for held in some)}; extract again"
-    )

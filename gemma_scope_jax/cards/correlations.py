@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import typical_tokens
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import tracked
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
 LEAST = 0.01  # correlations below this are not listed: most pairs, and they say nothing
@@ -21,13 +21,7 @@ PAIRS = 1 << 21  # pairs of features in a block, if all are active together
 
 
 def correlate(
-    store: Any,
-    coder: str,
-    layer: int,
-    k: int,
-    stage: Stage,
-    progress: ReportProgress,
-    entries: int = ENTRIES,
+    store: Any, coder: str, layer: int, k: int, stage: Stage, entries: int = ENTRIES
 ) -> None:
     """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest from `LEAST` on.
 
@@ -36,7 +30,7 @@ def correlate(
     """
     width = len(store.fired(coder, layer))
     some = _sampled(store, coder, layer, entries)
-    by_row: Any = _matrix(store, coder, layer, some, width, progress)
+    by_row: Any = _matrix(store, coder, layer, some, width)
     tokens, by_column = by_row.shape[0], by_row.tocsc()
     mean = np.asarray(by_column.sum(0)).ravel() / tokens
     squares = np.asarray(by_column.multiply(by_column).sum(0)).ravel()
@@ -65,8 +59,8 @@ def correlate(
     rows = min(width, max(64, PAIRS // width))
     starts = range(0, width, rows)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(block, starts)):
-            progress("correlations", done, len(starts))
+        for _ in tracked(pool.map(block, starts), "correlations", len(starts)):
+            pass
     stage.put("correlated_ids", ids)
     stage.put("correlated_pearson", pearson)
     stage.put("correlated_cosine", cosine)
@@ -80,13 +74,12 @@ def _sampled(store, coder: str, layer: int, entries: int) -> list[int]:
     return np.linspace(0, store.segment_count - 1, count).round().astype(int).tolist()
 
 
-def _matrix(store, coder: str, layer: int, some: list[int], width: int, progress: ReportProgress):
+def _matrix(store, coder: str, layer: int, some: list[int], width: int):
     """The activations [typical tokens, F] of segments, float64, sparse."""
     from scipy import sparse
 
     parts: list[Any] = []
-    for done, i in enumerate(some):
-        progress("activations", done, len(some))
+    for i in tracked(some, "activations"):
         segment = store.segment(i)
         offsets, features, values = segment.by_token(coder, layer)
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))

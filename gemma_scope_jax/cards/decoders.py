@@ -18,7 +18,7 @@ from gemma_scope_jax.coders.directions import (
     written,
 )
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class CardContext:
 
     stage: Stage
     settings: CardSettings
-    progress: ReportProgress
 
 
 def write_logits(
@@ -47,9 +46,9 @@ def write_logits(
         "logit_histogram": (bins, np.int32),
     }
     arrays = [context.stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
-    every = np.arange(F)
+    every, progress = np.arange(F), Progress(F, "features", what="logits")
     for chunk in extreme_logits(model, coder, tok, every, k=k, gain=gain, bins=bins, layer=layer):
-        context.progress("logits", done, F)
+        progress.at(done)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):
             array[done : done + size] = found
@@ -58,8 +57,8 @@ def write_logits(
 
 def write_neighbours(coder: Coder, layer: int | None, context: CardContext) -> None:
     """Make `neighbour_ids` and `neighbour_cosines`."""
-    k, progress = context.settings.listed, context.progress
-    ids, cosines = most_similar(written(coder, layer), None, k, progress, "decoder neighbours")
+    k = context.settings.listed
+    ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
     context.stage.put("neighbour_ids", ids)
     context.stage.put("neighbour_cosines", cosines)
 
@@ -78,8 +77,8 @@ def write_comparison(
     """
     check_comparable(coder, layer, other, other_layer)
     mine, theirs = written(coder, layer), written(other, other_layer)
-    k, stage, progress = context.settings.listed, context.stage, context.progress
-    ids, cosines = most_similar(mine, theirs, k, progress, "neighbours in another coder")
+    k, stage = context.settings.listed, context.stage
+    ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
     stage.put(f"compared_{number}_ids", ids)
     stage.put(f"compared_{number}_cosines", cosines)
     same = np.full(len(mine), np.nan, np.float32)

@@ -19,44 +19,38 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import tracked
 
 ENORMOUS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CardSettings:
-    """What a card holds.
-
-    top            the strongest examples, at most one a piece of a document
-    groups, each   random examples: `each` for each of `groups` equal parts of (0, largest]
-    before, after  tokens of an example around the one it was chosen for
-    bins           of the histograms; a multiple of `groups`
-    seed           of the random examples
-    listed         logit tokens, correlated features and neighbours listed
-    """
+    """What a card holds."""
 
     top: int = 20
+    """The strongest examples of a feature, at most one from each piece of a document."""
     groups: int = 5
+    """Equal parts of a feature's range (0, largest] from which random examples are drawn."""
     each: int = 5
+    """Random examples from each of these parts."""
     before: int = 11
+    """Tokens of an example before the one it was chosen for."""
     after: int = 4
-    bins: int = 40
+    """Tokens of an example after it."""
+    bins: int = 0
+    """Bins of the histograms, a multiple of `groups`; 0 takes 8 for each."""
     seed: int = 0
+    """The random seed of the examples."""
     listed: int = 10
+    """Logit tokens, correlated features and neighbours that are listed."""
 
     def __post_init__(self):
-        for name, least in {
-            "top": 1,
-            "groups": 1,
-            "each": 0,
-            "before": 0,
-            "after": 0,
-            "bins": 1,
-            "listed": 1,
-        }.items():
+        for name in ("top", "groups", "each", "before", "after", "bins", "listed"):
+            least = int(name in ("top", "groups", "listed"))
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}: at least {least}")
+        object.__setattr__(self, "bins", self.bins or 8 * self.groups)
         if self.bins % self.groups:
             raise InputError(f"bins {self.bins} must be a multiple of groups {self.groups}")
 
@@ -159,24 +153,18 @@ def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def gather_examples(
-    store: Any,
-    coder: str,
-    layer: int,
-    settings: CardSettings,
-    stage: Stage,
-    progress: ReportProgress,
+    store: Any, coder: str, layer: int, settings: CardSettings, stage: Stage
 ) -> None:
     """Make the arrays `density` to `example_values` from a feature store.
 
     Raises `InputError` if the store holds no active feature of the coder.
     """
     s = settings
-    fired, total, count, largest, strongest = _strongest(store, coder, layer, s, progress)
+    fired, total, count, largest, strongest = _strongest(store, coder, layer, s)
     width = len(fired)
     histogram = stage.create("histogram", (width, s.bins), np.int64, 0)
     sample = Best(width * s.groups, s.each)
-    for i, segment in enumerate(store.segments()):
-        progress("histograms and samples", i, store.segment_count)
+    for segment in tracked(store.segments(), "histograms and samples", store.segment_count):
         active = typical(segment, coder, layer)
         bins = activation_bin(active, largest, s.bins)
         np.add.at(histogram, (active.features, bins), 1)
@@ -186,7 +174,7 @@ def gather_examples(
         slots = active.features.astype(np.int64) * s.groups + group
         sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
     rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
-    _windows(store, coder, layer, s, rows, stage, progress)
+    _windows(store, coder, layer, s, rows, stage)
     counted = store.counted_by(coder)
     stage.put("density", fired / counted)
     stage.facts["tokens"] = counted
@@ -200,15 +188,14 @@ def activation_bin(active: SegmentActivations, largest: np.ndarray, bins: int) -
     return np.clip(np.ceil(share * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def _strongest(store, coder: str, layer: int, s: CardSettings, progress: ReportProgress):
+def _strongest(store, coder: str, layer: int, s: CardSettings):
     """fired, sums and counts of typical activations, the largest: [F] each; the top examples."""
     fired = np.asarray(store.fired(coder, layer), np.int64)
     width = len(fired)
     if not fired.any():
         raise InputError(f"{coder}: no feature is active anywhere in the store")
     total, count, best = np.zeros(width), np.zeros(width, np.int64), Best(width, s.top)
-    for i, segment in enumerate(store.segments()):
-        progress("strongest examples", i, store.segment_count)
+    for segment in tracked(store.segments(), "strongest examples", store.segment_count):
         active = typical(segment, coder, layer)
         total += np.bincount(active.features, active.values, minlength=width)
         count += np.bincount(active.features, minlength=width)
@@ -218,7 +205,7 @@ def _strongest(store, coder: str, layer: int, s: CardSettings, progress: ReportP
     return fired, total, count, largest, best
 
 
-def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress) -> None:
+def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage) -> None:
     """The text around `rows` int64 [F, E], the feature's activations there, and which file it is
     from: a number in the manifest's `sources`."""
     width, slots = rows.shape
@@ -232,8 +219,7 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage, progress)
     order = np.argsort(rows.ravel(), kind="stable")
     ordered = rows.ravel()[order]
     around = np.arange(-s.before, s.after + 1, dtype=np.int64)
-    for i, segment in enumerate(store.segments()):
-        progress("windows", i, store.segment_count)
+    for segment in tracked(store.segments(), "windows", store.segment_count):
         n = len(segment.tokens)
         some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
         some = np.sort(some)  # by feature, as the arrays lie on the disk

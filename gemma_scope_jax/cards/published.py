@@ -29,7 +29,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 FILE = "examples.safetensors"
@@ -49,12 +49,7 @@ def find_examples(coder: Coder) -> Path | None:
 
 
 def read_published(
-    path: Path,
-    width: int,
-    settings: CardSettings,
-    stage: Stage,
-    progress: ReportProgress,
-    vocab: int | None = None,
+    path: Path, width: int, settings: CardSettings, stage: Stage, vocab: int | None = None
 ) -> None:
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
 
@@ -80,7 +75,7 @@ def read_published(
             (start, [np.asarray(part(n, start)) for n in PER_FEATURE])
             for start in range(0, width, BLOCK)
         )
-        _gather(path, tokens, blocks, width, settings, stage, progress)
+        _gather(path, tokens, blocks, width, settings, stage)
         stage.put("density", frequency)
         stage.facts |= {
             "tokens": None,
@@ -117,7 +112,6 @@ def _gather(
     width: int,
     s: CardSettings,
     stage: Stage,
-    progress: ReportProgress,
 ) -> None:
     create = stage.create
     largest, mean = (create(name, (width,), np.float32, 0) for name in ("largest", "mean"))
@@ -128,8 +122,9 @@ def _gather(
     documents = create("example_documents", (width, s.slots), np.int64, -1)
     positions = create("example_positions", (width, s.slots), np.int32, -1)
     length = tokens.shape[1]
+    progress = Progress(width, "features", what="published examples")
     for start, (activations, sequences, places) in blocks:
-        progress("published examples", start, width)
+        progress.at(start)
         at = sequences.astype(np.int64) * length + places.astype(np.int64)
         active = _entries(activations, at)
         if len(active.rows) and not (active.rows.min() >= 0 and active.rows.max() < tokens.size):

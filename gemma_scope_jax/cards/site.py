@@ -21,7 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder, write_text
 from gemma_scope_jax.web.pages import inert_json, page_template
 
@@ -41,7 +41,6 @@ def build_site(
     *,
     explanations: Mapping[int, Explanation] | None = None,
     sites: Mapping[str, str] | None = None,
-    progress: ReportProgress = lambda what, done, total: None,
 ) -> None:
     """Write the site of `cards` into `folder`; index.html comes last.
 
@@ -51,8 +50,7 @@ def build_site(
     explanations, name = explanations or {}, str(cards.manifest["coder"])
     with new_folder(folder / "data", "list.js") as data:
         postings = _Postings(data)
-        for start in range(0, len(cards), CHUNK):
-            progress("site", start, len(cards))
+        for start in tracked(range(0, len(cards), CHUNK), "site"):
             features = range(start, min(start + CHUNK, len(cards)))
             words, ids = _vocabulary(cards, features, tok)
             place = partial(np.searchsorted, ids)

@@ -1,43 +1,42 @@
-"""The command `gemma-scope`: one plain typed function a subcommand.
+"""The command `gemma-scope`: a file a subcommand, written over the public names of the package.
 
 Exit codes: 0 done; 1 `check` has warnings; 2 bad input, with one line "error: ..." on stderr; 130
-interrupted. Results go to stdout, progress to stderr. Nothing heavy is imported before a command
-runs, so that --help and list answer at once.
+interrupted. Results go to stdout, progress and log messages to stderr. Only the subcommand that is
+asked for is imported, so that --help and list answer at once.
 """
 
+import ast
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from gemma_scope_jax.cli.benchmark import benchmark
-from gemma_scope_jax.cli.cards import cards
-from gemma_scope_jax.cli.evaluate import evaluate
-from gemma_scope_jax.cli.explain import explain
-from gemma_scope_jax.cli.extract import export, extract, verify
-from gemma_scope_jax.cli.look import check, inspect, list_
-from gemma_scope_jax.cli.train import activations, train
+import gemma_scope_jax as gs
+from gemma_scope_jax.cli.shared import Refused
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.model.processes import abandon
-from gemma_scope_jax.progress import shown_streams
+from gemma_scope_jax.progress import shown_log, shown_streams
 
-COMMANDS = {
-    "inspect": inspect,
-    "list": list_,
-    "check": check,
-    "train": train,
-    "activations": activations,
-    "extract": extract,
-    "verify": verify,
-    "export": export,
-    "cards": cards,
-    "evaluate": evaluate,
-    "benchmark": benchmark,
-    "explain": explain,
-}
+COMMANDS = (
+    "inspect",
+    "list",
+    "check",
+    "train",
+    "activations",
+    "extract",
+    "verify",
+    "export",
+    "cards",
+    "evaluate",
+    "benchmark",
+    "explain",
+)
+OVERRIDES = ("train", "activations")  # take the fields of a config as options, too
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,18 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         with shown_streams(styled=True):  # help and mistakes are in colour, and quote arguments
-            run = tyro.extras.subcommand_cli_from_dict(
-                {name: _later(command) for name, command in COMMANDS.items()},
-                prog="gemma-scope",
-                config=(tyro.conf.FlagCreatePairsOff,),
-                description="Gemma 3 and its sparse coders (Gemma Scope 2), looked into.",
-                args=argv,
-            )
-        with shown_streams():
+            run = _understood(argv)
+        with shown_streams(), shown_log():
             code = run()
             sys.stdout.flush()
         return code or 0
-    except InputError as error:
+    except (InputError, Refused) as error:
         return _fail(str(error))
     except BrokenPipeError:
         # The reader has gone; keep the interpreter from complaining when it flushes at exit.
@@ -71,18 +64,42 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        abandon(130, "interrupted")
+        gs.abandon(130, "interrupted")
         return 130
 
 
-def _later(command: Callable[..., Any]) -> Callable[..., Callable[[], int | None]]:
-    """The command with its arguments, to be run once they are all understood."""
+def _understood(argv: list[str]) -> Callable[[], int | None]:
+    """The command with its arguments, to be run."""
+    if not argv or argv[0] not in COMMANDS:
+        return tyro.extras.subcommand_cli_from_dict(
+            {name: _summary(name) for name in COMMANDS},
+            prog="gemma-scope",
+            description="Gemma 3 and its sparse coders (Gemma Scope 2), looked into.",
+            args=argv,
+        )
+    name, *rest = argv
+    command = importlib.import_module(f"{__name__}.{name}").command
 
     @functools.wraps(command)
-    def understood(*args, **kwargs):
+    def later(*args, **kwargs):
         return functools.partial(command, *args, **kwargs)
 
-    return understood
+    options: dict[str, Any] = dict(prog=f"gemma-scope {name}", config=CONFIG, args=rest)
+    if name not in OVERRIDES:
+        return tyro.cli(later, **options)
+    run, overrides = tyro.cli(later, return_unknown_args=True, **options)
+    return functools.partial(run, overrides=tuple(overrides))
+
+
+def _summary(name: str) -> Callable[[], Any]:
+    """A function whose help is the first line of a command's; nothing is imported for it."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "command")
+
+    def stub() -> None: ...
+
+    stub.__doc__ = (ast.get_docstring(found) or "").splitlines()[0]
+    return stub
 
 
 def traceback_of_a_bug(*error: Any) -> None:
@@ -93,7 +110,7 @@ def traceback_of_a_bug(*error: Any) -> None:
 
 def _fail(message: str) -> int:
     print(f"error: {shown(message)}", file=sys.stderr)
-    abandon(2, message)
+    gs.abandon(2, message)
     return 2
 
 

@@ -1,63 +1,85 @@
-"""Making coders: `train`, and `activations` to train from."""
+"""`gemma-scope train`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from gemma_scope_jax.cli.shared import Folder, LocalPlace, Name, use_compilation_cache
-from gemma_scope_jax.model.processes import join_processes
+import gemma_scope_jax as gs
+from gemma_scope_jax.cli import shared
+from gemma_scope_jax.errors import InputError
 
-Config = Annotated[LocalPlace, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+Config = Annotated[
+    shared.Place, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG", help_behavior_hint="")
+]
 
 
-def train(
-    config: Config,
+def command(
+    config: Config = "",
     *,
-    out: Folder,
-    coordinator: Name = "",
-    processes: int | None = None,
-    process: int | None = None,
-    wait: float = 60.0,
+    out: shared.Folder = "",
+    profile: shared.LocalPlace | None = None,
+    plan: bool = False,
+    fields: bool = False,
+    hosts: gs.Processes = gs.Processes(),
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
 ) -> None:
     """Train coders as a configs/*.py file says; the same command continues an interrupted run.
 
-    A config is a Python program, and is run: train from none that you have not read, or do not
-    trust. On several hosts run it on each: TPU pods and SLURM are recognised, elsewhere number
-    them.
+    Any field of the config can be set here: --tokens 100000 --coders.0.width 8192; --coders.*.width
+    sets it for all coders, and --fields lists the fields. A config is a Python program, and is run:
+    use none that you have not read, or do not trust. On several hosts run the command on each: TPU
+    pods and SLURM are recognised, elsewhere number them.
 
     Args:
-        config: A Python file that sets `config`; it is run.
-        out: Folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
+        config: A Python file that sets `config`, which is run.
+        out: The folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
             published layout.
-        coordinator: Address and port of the first of several processes.
-        processes: How many there are.
-        process: Which this is, from 0.
-        wait: Seconds that processes wait for one another.
+        profile: An empty folder for a trace of a few passes, to open in XProf or Perfetto.
+        plan: Only say what the run would take: tokens, updates, memory, disk.
+        fields: Only list the fields of a config, with type, default and meaning.
+        hosts: Several hosts.
     """
-    use_compilation_cache()
-    join_processes(coordinator, processes, process, wait)
-    from gemma_scope_jax.training.train import load_config
-    from gemma_scope_jax.training.train import train as run_training
+    if fields:
+        print_fields()
+        return
+    if not config or not (out or plan):
+        raise InputError("give a CONFIG, such as configs/sae_270m.py, and --out FOLDER")
+    wanted = gs.override(gs.load_config(config), overrides)
+    if out:
+        gs.check_writable(out)
+    gs.use_compilation_cache()
+    if plan:
+        with shared.stage("compiling"):
+            found = gs.plan_training(wanted, out or ".")
+        print_plan(found)
+        return
+    hosts.join()
+    made = gs.train(wanted, out, profile=profile)
+    if gs.is_first_process():
+        for name in made:
+            print(gs.folder_path(out) / "coders" / name)
 
-    run_training(load_config(config), out)
+
+def print_fields() -> None:
+    """A line for each field of a config."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table, wide = Table(box=None, padding=(0, 2, 0, 0)), shared.screen()
+    for heading in ("field", "type", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "field")
+    for row in gs.field_table():
+        table.add_row(*map(Text, row))
+    wide.print(table)
 
 
-def activations(
-    config: Config,
-    *,
-    out: Folder,
-    tokens: int | None = None,
-    dtype: Literal["bfloat16", "int8"] = "bfloat16",
-) -> None:
-    """Store the activations that a training config reads, to train from with its `store`.
-
-    Args:
-        config: A Python file that sets `config`; it is run, as by `train`.
-        out: Folder of the store; the same command continues an interrupted one.
-        tokens: How many to store; default: the config's.
-        dtype: int8 has a scale for each token and halves the size.
-    """
-    use_compilation_cache()
-    from gemma_scope_jax.training.train import load_config, store_activations
-
-    store_activations(load_config(config), out, tokens, dtype)
+def print_plan(found: Any) -> None:
+    """What a run would take, in a few lines."""
+    free = "" if found.free is None else f" ({shared.size(found.free)} free)"
+    limit = "" if found.memory_limit is None else f" of {shared.size(found.memory_limit)}"
+    disk = found.checkpoints * found.checkpoint + found.saved
+    print(f"coders   {found.coders}, {shared.size(found.saved)} as they are saved")
+    print(f"tokens   {found.tokens:,} in {found.passes:,} passes, {found.updates:,} updates")
+    print(f"memory   {shared.size(found.memory)}{limit} on a device")
+    print(f"disk     {shared.size(disk)}{free}, {found.checkpoints} checkpoints among it")
+    print("time     shown as soon as the run is under way; the same command continues it")

@@ -235,6 +235,7 @@ def _find(
     )
 
 
+@jax.named_scope("encode")
 def _product(x, w: Encoder, precision: str):
     return jnp.matmul(float32(x), w.w_enc, precision=jax.lax.Precision(precision))
 

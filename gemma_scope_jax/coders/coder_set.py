@@ -19,27 +19,20 @@ class CoderSet(Sequence[Coder]):
         it. Raises `InputError` for none, and for what is no coder.
         """
         if isinstance(coders, CoderSet):
-            coders = dict(coders.items())
+            coders = coders._by_name
         if isinstance(coders, Mapping):
-            found = {str(name): coder for name, coder in coders.items()}
+            names, given = list(map(str, coders)), list(coders.values())
         else:
-            given = [coders] if isinstance(coders, Coder) else list(coders)
-            names = [
-                (public_name(c) if c.info.path else f"{c.reads}-{c.layers[0]}")
-                if isinstance(c, Coder)
-                else ""
-                for c in given
-            ]
-            found = {
-                name if names.count(name) == 1 else f"{name}-{i}": coder
-                for i, (name, coder) in enumerate(zip(names, given))
-            }
-        for coder in found.values():
+            names, given = None, [coders] if isinstance(coders, Coder) else list(coders)
+        for coder in given:
             if not isinstance(coder, Coder):
                 raise InputError(f"expected coders (see load_coders), got {type(coder).__name__}")
-        if not found:
+        if not given:
             raise InputError("no coders: give at least one")
-        self._by_name = found
+        names = names or list(map(_name, given))
+        numbered = [f"{name}-{i}" for i, name in enumerate(names)]
+        some = [n if names.count(n) == 1 else number for n, number in zip(names, numbered)]
+        self._by_name = dict(zip(some if len(set(some)) == len(some) else numbered, given))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,3 +78,7 @@ class CoderSet(Sequence[Coder]):
         sites = " and ".join(dict.fromkeys(map(ends, self)))
         count = f"{len(self)} coder{'s' * (len(self) > 1)}"
         return f"CoderSet({count}: {kinds}, {sites}, {named_layers(self.layers)})"
+
+
+def _name(coder: Coder) -> str:
+    return public_name(coder) if coder.info.path else f"{coder.reads}-{coder.layers[0]}"

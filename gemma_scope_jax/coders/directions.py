@@ -6,7 +6,7 @@
 The official notebook multiplies by w, without the 1, which the norm itself does not do: the ranking
 differs. `gain="notebook"` gives that one.
 
-Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.gemma.rms_norm`.
+Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.block.rms_norm`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 
 ROWS = 128  # decoder rows through the unembedding at a time: logits [128, V] are 134 MB
 BLOCK = 1024  # rows compared with all others at a time
@@ -160,8 +160,7 @@ def most_similar(
     rows: jax.Array,
     others: jax.Array | None,
     k: int,
-    progress: ReportProgress,
-    what: str,
+    what: str = "",
     features: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers and cosines [F, k] of the rows among `others` [G, D] most like each of rows
@@ -176,9 +175,9 @@ def most_similar(
     others = rows if others is None else unit_rows(others)
     F, G = len(some), len(others) - itself
     ids, cosines = np.full((F, k), -1, np.int32), np.zeros((F, k), np.float32)
-    block = min(BLOCK, F)
+    block, progress = min(BLOCK, F), Progress(F, "features", what=what)
     for start in range(0, F, max(block, 1)):
-        progress(what, start, F)
+        progress.at(start)
         begin = min(start, F - block)  # the last block overlaps: one shape to compile
         here = some[begin : begin + block]
         own = here if itself else np.full_like(here, -1)

@@ -7,6 +7,7 @@ A folder holds one coder, in the published layout or SAELens', or a set of circu
 transcoder for each layer, of which `FOLDER/layer_3` is one.
 """
 
+import contextlib
 import fnmatch
 import functools
 import os
@@ -217,13 +218,16 @@ def _loaders(
 
 def _set_member(source: Source) -> tuple[str, str] | None:
     """(folder, "layer_3") of a transcoder set's `FOLDER/layer_3`, None for anything else."""
-    match = re.fullmatch(r"(.+)/(layer_\d{1,4})/?", os.fsdecode(source), re.DOTALL)
-    if match is None or "\0" in match[0]:
+    text = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
+    match = re.fullmatch(r"(.+)/(layer_\d{1,4})/?", text, re.DOTALL)
+    if match is None or "\0" in text:
         return None
-    if is_remote(match[1]):
-        there = (folder_path(match[1]) / circuit_tracer.CONFIG).is_file()
+    if is_remote(text):
+        there = False
+        with contextlib.suppress(Exception):  # what is wrong with a bucket, `local_copy` says
+            there = (folder_path(match[1]) / circuit_tracer.CONFIG).is_file()
     else:
-        own = Path(match[0]).expanduser()
+        own = Path(text).expanduser()
         there = circuit_tracer.is_circuit_tracer_folder(own.parent)
         if own.is_dir() and (parameter_files(own) or saelens.is_saelens_folder(own)):
             return None

@@ -88,6 +88,7 @@ class MultiLayerCoder(Coder):
         flat = flat + float32(self.b_enc)[:, None, :]
         return flat.reshape(*x.shape[:-1], self.width)
 
+    @jax.named_scope("encode")
     def encode(self, x: Any) -> jax.Array:
         """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32.
 
@@ -102,6 +103,7 @@ class MultiLayerCoder(Coder):
         kept = largest(together.reshape(*together.shape[:-2], X * self.width), self.k)
         return jnp.moveaxis(kept.reshape(together.shape), -2, 0)
 
+    @jax.named_scope("encode")
     def encode_layer(self, i: Any, x: Any) -> jax.Array:
         """The features of one source layer: x [..., D] -> [..., F]. `i` may be traced.
 
@@ -114,6 +116,7 @@ class MultiLayerCoder(Coder):
         z = z + along_last(encoder.b_enc, z)
         return jump_relu(z, along_last(encoder.threshold, z))
 
+    @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
         """f [X, ..., F] -> reconstructions [X, ..., D] at `writes`, float32.
 
@@ -142,6 +145,7 @@ class MultiLayerCoder(Coder):
             y = y + matmul(x.reshape(X, -1, self.d_in), self.w_skip)
         return y.reshape(*f.shape[:-1], self.d_out)
 
+    @jax.named_scope("decode")
     def contributions(self, i: Any, f: Any) -> jax.Array:
         """What source layer `i`'s features f [..., F] write to every output layer: [X, ..., D].
 

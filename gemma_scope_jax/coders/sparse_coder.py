@@ -72,6 +72,7 @@ class SparseCoder(Coder):
         z = matmul(x, self.w_enc)
         return z + along_last(self.b_enc, z)
 
+    @jax.named_scope("encode")
     def encode(self, x: Any) -> jax.Array:
         """x [..., D], the raw activation at site `reads` -> feature activations [..., F], float32.
 
@@ -88,6 +89,7 @@ class SparseCoder(Coder):
         self._own(i)
         return self.encode(x)
 
+    @jax.named_scope("decode")
     def decode(self, f: Any, x: Any = None) -> jax.Array:
         """f [..., F] -> the reconstruction [..., D_out] at site `writes`, float32.
 

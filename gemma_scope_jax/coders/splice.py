@@ -36,6 +36,7 @@ from gemma_scope_jax.model.intercept import (
     fold,
     read,
     token_mask,
+    tokenwise,
     write,
 )
 
@@ -125,6 +126,7 @@ def edit(
     return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
 
 
+@tokenwise
 def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = None) -> jax.Array:
     """Set `feature` (an id, or ids [n]) of f [B, T, F] to `value` (a number, [n], or [B, T, n]).
 
@@ -150,15 +152,18 @@ def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = Non
 # What happens at the site
 
 
+@tokenwise
 def _features(x, ctx, coder, *, first, k):
     f = _encode(coder, ctx, x, token_mask(ctx, x, first))
     return f if k is None else jax.lax.top_k(f, k)
 
 
+@tokenwise
 def _splice(x, ctx, coder, *, error, first):
     return _replace(x, ctx, coder.reconstruct(_source(x, ctx, coder)), error, first)
 
 
+@tokenwise
 def _splice_own(x, ctx, coders, layers, *, error, firsts):
     """`_splice` of the coder of the layer at hand, if there is one; `layers` [n] are theirs."""
     here = layers == ctx.layer
@@ -170,6 +175,7 @@ def _splice_own(x, ctx, coders, layers, *, error, firsts):
     return jax.lax.switch(which, [lambda: x, *map(branch, coders, firsts)])
 
 
+@tokenwise
 def _splice_fold(x, ctx, written, coder, *, error, first):
     source, i = _source(x, ctx, coder), _index(coder, ctx)
     f = _encode(coder, ctx, source, token_mask(ctx, x, first))
@@ -185,11 +191,13 @@ def _replace(x, ctx, y, error, first):
     return jnp.where(token_mask(ctx, x, first), y.astype(x.dtype), x)
 
 
+@tokenwise
 def _edit(x, ctx, coder, positions, *args, fn, first):
     delta = _change(x, ctx, coder, positions, args, fn, first)
     return _add(x, matmul(delta, coder.w_dec))  # biases and skip cancel
 
 
+@tokenwise
 def _edit_fold(x, ctx, written, coder, positions, *args, fn, first):
     delta, i = _change(x, ctx, coder, positions, args, fn, first), _index(coder, ctx)
     written = written + coder.contributions(i, delta)

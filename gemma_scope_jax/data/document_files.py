@@ -124,6 +124,11 @@ def decoded(value: bytes, where: str | os.PathLike) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of one document, without the line break at its end. `InputError`."""
+    return decoded(path.read_bytes(), path).removesuffix("\n")
+
+
 def indexed_file(path: Path) -> IndexedFile:
     """Find the documents of a .txt, .jsonl or ArrayRecord file. Raises `InputError`."""
     kind = kind_of(path)
@@ -190,9 +195,9 @@ def _texts(text: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
 
 def _array_record(path: Path) -> IndexedFile:
     try:
-        from grain.sources import ArrayRecordDataSource
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError:
-        raise InputError(f"{path}: needs `pip install grain array_record`") from None
+        raise InputError(f"{path}: needs `pip install array-record`") from None
     try:
         source: Any = ArrayRecordDataSource([os.fspath(path)])
         count = len(source)

@@ -13,11 +13,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.data.document_files import (
+    SEPARATOR,
     Record,
     decoded,
     indexed_file,
@@ -41,31 +43,30 @@ _BLOCK = 1024  # positions shuffled at a time
 class TextData:
     """What to read: either `files` or `tfds`, and what of a record is text.
 
-    files           names or glob patterns; .txt (documents separated by a line holding one form
-                    feed), .jsonl (also .ndjson, .jsonlines), .jsonl.gz, .jsonl.zst, .array_record
-                    (UTF-8 text or JSON); suffixes in any case
-    tfds            a TensorFlow Datasets name such as "name/config:1.0.0", prepared as ArrayRecord
-    split           of the TFDS dataset
-    tfds_folder     where TFDS datasets lie; default: TFDS's own
-    field           the key that holds the text in JSON and TFDS records
-    messages        instead of `field`: the key that holds a chat, [{"role": ..., "content": ...}],
-                    as `model.tokenizer.Tokenizer.chat` takes it
-    roles           whose tokens count in chats ("assistant" is the same as "model")
-    shuffle_window  documents held in memory to shuffle compressed files and iterables
-    skip_bad        leave out records that cannot be used instead of stopping at the first
-
     One compressed file among the files makes all of them a stream. Raises `InputError`.
     """
 
     files: tuple[str, ...] = ()
+    """Text files, or globs of them: .txt (documents separated by a line holding one form feed),
+    .jsonl (also .ndjson, .jsonlines), .jsonl.gz, .jsonl.zst and .array_record (UTF-8 text or JSON).
+    Suffixes may be in any case."""
     tfds: str = ""
+    """Read a TensorFlow Datasets name such as name/config:1.0.0, prepared as ArrayRecord, instead
+    of files."""
     split: str = "train"
+    """The split of the TFDS dataset."""
     tfds_folder: str = ""
+    """Where TFDS datasets are; the default is TFDS's own folder."""
     field: str = "text"
+    """The key that holds the text in JSON and TFDS records."""
     messages: str = ""
+    """The key that holds a chat, a list of {"role": ..., "content": ...}; it replaces `field`."""
     roles: tuple[str, ...] = ("model",)
+    """The roles whose tokens count in chats; "assistant" is the same as "model"."""
     shuffle_window: int = 10_000
+    """Documents held in memory to shuffle what can only be read from its beginning."""
     skip_bad: bool = False
+    """Leave out records that cannot be used, instead of stopping at the first."""
 
     def __post_init__(self):
         for name in ("files", "roles"):
@@ -258,6 +259,12 @@ def read_documents(patterns: Sequence[str]) -> list[str]:
     if not documents:
         raise InputError(f"no text in {' '.join(patterns)}")
     return documents  # type: ignore[return-value]  # no chats without `messages`
+
+
+def sample_documents() -> list[str]:
+    """The bundled sample: 2,600 tokens of text, too few for small differences and rare features."""
+    text = (Path(__file__).parent.parent / "packaged" / "sample.txt").read_text(encoding="utf-8")
+    return text.split(SEPARATOR)
 
 
 def parse(record: Record, data: TextData) -> str | Chat:

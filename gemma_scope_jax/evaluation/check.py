@@ -2,8 +2,8 @@
 
 Silent mistakes with coders are of few kinds: the wrong layer or site, a norm's (1 + w) gain that is
 in the activations but was not in training (or the other way round), a skip connection transposed.
-All leave shapes intact and ruin the fit, and each can be undone and measured: `check` fits the
-coder to what its config says and to every such alternative, and compares.
+All leave shapes intact and ruin the fit, and each can be undone and measured: `check_coder` fits
+the coder to what its config says and to every such alternative, and compares.
 
 Source: the audits quoted in the documentation of Gemma Scope 2 coders; an affine transcoder of 27B
 explains 0.69 of its target, and 0.38 with its skip transposed.
@@ -53,7 +53,7 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """The result of `check`; `warnings` is empty for a coder that looks right."""
+    """The result of `check_coder`; `warnings` is empty for a coder that looks right."""
 
     metrics: Metrics
     target_l0: float | None
@@ -83,7 +83,7 @@ class _Way:
 
 
 @own_mesh
-def check(model: Model, coder: Coder, batches: Batches) -> CheckReport:
+def check_coder(model: Model, coder: Coder, batches: Batches) -> CheckReport:
     """Measure `coder` on batches, as `evaluate` takes them, and every alternative to its place.
 
     Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
@@ -224,32 +224,3 @@ def _activations(model: Model, batch: TokenBatch, layers, places) -> dict[Readin
             x = x / out[f"{site} {shift} scale"]
         seen[(site, shift, change)] = x.reshape(x.shape[0], -1, x.shape[-1])
     return seen
-
-
-def print_report(report: CheckReport, coder: Coder, model: str, source: str) -> None:
-    """Print a report for people: the figures, the places by how well they fit, the verdict."""
-    metrics, losses = report.metrics, report.metrics.losses
-    assert losses is not None
-    target = "" if report.target_l0 is None else f"  (target {report.target_l0:g})"
-    print(
-        f"{coder.info.path or coder.kind} in {model}, on {metrics.all.tokens:,} tokens of {source}"
-    )
-    print(f"  L0          {metrics.l0:8.1f}{target}")
-    print(
-        f"  FVU         {metrics.fvu:8.3f}  ({metrics.typical.fvu:.3f} without the "
-        f"{metrics.all.tokens - metrics.typical.tokens} tokens of enormous norm)"
-    )
-    print(
-        f"  delta loss  {metrics.delta_loss:+8.3f}  nats a token ({losses.clean:.3f} -> "
-        f"{losses.spliced:.3f}; {losses.ablated:.3f} with zeros in its place)"
-    )
-    print(f"  never fired {metrics.dead:8,}  of {metrics.density.size:,} features, on this text")
-    print("\nwhere it fits, without the tokens of enormous norm:     FVU      L0")
-    for a in sorted([report.stated, *report.alternatives], key=lambda a: a.fit.fvu):
-        note = "  <- its config" if a is report.stated else ""
-        print(f"  {a.name:50s} {a.fit.fvu:9.3f} {a.fit.l0:7.1f}{note}")
-    print()
-    for warning in report.warnings:
-        print(f"warning: {warning}")
-    if not report.warnings:
-        print("looks right")

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,11 +22,13 @@ from gemma_scope_jax.evaluation.core import (
     CORE,
     REPLACEMENT,
     check_document,
+    core_config,
     core_result,
     replacement_name,
     replacement_result,
 )
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, Measured, measure
+from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.metrics import COLUMNS
 from gemma_scope_jax.evaluation.report import plot_core, plot_pareto
@@ -46,7 +48,43 @@ from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.paths import folder_path
 
+LOG = logging.getLogger(__name__)
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
+
+
+def evaluate_coders(
+    model: Model,
+    coders: Sequence[Coder],
+    data: EvaluationText,
+    *,
+    loss_tokens: int | None = 16_000,
+    replacement: bool = False,
+    geometry: bool = True,
+    out: str = "",
+    dataset: str = "",
+) -> list[dict[str, Any]]:
+    """The core figures of any coders on one text: SAEBench's document for each.
+
+    data         see `EvaluationText`: what is read, in batches of which shape
+    loss_tokens  run the whole model, changed and unchanged, on the first so many tokens
+    replacement  also measure the model with all coders in place at once: one document more
+    geometry     norms and cosines of features, whose time grows with the width squared
+    out          a folder, local or gs://, for the documents and plots; the same call goes on where
+                 it was killed, and computes nothing twice
+    dataset      what the text is called in the documents
+    Raises `InputError` as `evaluate_core` does, and for rows beyond the model's context.
+    """
+    if data.length > model.config.context:
+        raise InputError(
+            f"--length {data.length} is more than the model's context of {model.config.context}"
+        )
+    if replacement and loss_tokens == 0:
+        raise InputError("--replacement measures losses: give --loss-tokens")
+    plan = EvaluationPlan(
+        loss_tokens=loss_tokens, ablations=ABLATIONS, positions=True, groups=data.groups
+    )
+    config = core_config(data, plan, model, dataset, geometry)
+    return evaluate_core(model, coders, data, plan, config, out, replacement)
 
 
 @own_mesh
@@ -180,7 +218,7 @@ def _finished(
             "another --out, or delete it"
         )
     check_document(found, path)
-    print(f"{path}: measured before", file=sys.stderr)
+    LOG.info("%s: measured before", path)
     return {**found, "eval_result_details": []}
 
 
@@ -200,7 +238,7 @@ class _Saved:
             _Work.of(found)
         except Exception as error:  # zipfile and numpy raise types of their own
             raise InputError(f"{self.path}: damaged ({reason(error)}): delete it") from error
-        print(f"going on from {self.path}", file=sys.stderr)
+        LOG.info("going on from %s", self.path)
         return found
 
     def write(self, measured: Measured, work: _Work) -> None:
@@ -217,7 +255,7 @@ class _Saved:
 
 
 class _After:
-    """What happens after each batch: progress on stderr and, now and then, a saving."""
+    """What happens after each batch: progress and, now and then, a saving."""
 
     def __init__(
         self, tokens: int | None, loss_tokens: int | None, saved: _Saved, work: _Work
@@ -234,7 +272,7 @@ class _After:
             what = {"fit": "how they fit", "loss": "what they cost the model"}[stage]
             total = self.total[stage]
             size = "all of the text" if total is None else f"{total:,} tokens"
-            print(f"compiled; {what}, {size}", file=sys.stderr, flush=True)
+            LOG.info("compiled; %s, %s", what, size)
             self.progress = Progress(total, begun=self.done)
         else:
             self.done += tokens
@@ -246,7 +284,7 @@ class _After:
 
 def _plots(out: str, results: list[dict[str, Any]]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: they need `pip install matplotlib`", file=sys.stderr)
+        LOG.warning("no plots: they need `pip install matplotlib`")
         return
     for r in results:
         path = result_path(out, "core", r["sae_lens_release_id"], r["sae_lens_id"])

@@ -81,5 +81,5 @@ def _norms(enc: jax.Array, dec: jax.Array, *, outputs: int):
 
 def _nearest(rows: jax.Array) -> np.ndarray:
     """The largest cosine of each row [F, D] with another; NaN if there is only one row."""
-    ids, cosines = most_similar(rows, None, 1, lambda *_: None, "")
+    ids, cosines = most_similar(rows, None, 1)
     return np.where(ids < 0, np.nan, cosines)[:, 0]

@@ -1,4 +1,4 @@
-"""Core results for people: a table in the terminal, one for several coders, and plots.
+"""Core results for people: the cells of tables, of one coder or of several, and plots.
 
 All of it is made from the documents of `core.py`, so that results of other days and machines can
 stand beside each other.
@@ -6,13 +6,11 @@ stand beside each other.
 
 import io
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.errors import shown
 from gemma_scope_jax.evaluation.results import UNDEFINED
-from gemma_scope_jax.progress import console as safe_console
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import folder_path
 
@@ -77,6 +75,18 @@ COMPARED = (
     "never fired",
     "on over 10 % of tokens",
 )
+GROUP_FORMS = {
+    "tokens": ",d",
+    "l0": ".1f",
+    "fvu": ".4f",
+    "cosine": ".4f",
+    "loss_tokens": ",d",
+    "loss": ".4f",
+    "delta_loss": "+.4f",
+    "kl": ".4f",
+    "agreement": ".4f",
+}
+WIDE = 300  # characters of a line from which nothing need be folded
 PANELS = (
     ("reconstruction_quality", "fvu", "FVU", False),
     ("model_performance_preservation", "delta_loss", "delta loss, nats", False),
@@ -94,44 +104,76 @@ def figure(result: Result, category: str, metric: str) -> float | None:
     return None if value is None or (value == UNDEFINED and not signed) else value
 
 
-def print_core(results: Sequence[Result]) -> None:
-    """The figures of one result, or of several beside each other; replacement models below, and
-    last, on stderr, what is wrong with any of them."""
-    from rich.markup import escape
-    from rich.table import Table
+def core_tables(results: Sequence[Result], width: int) -> list[Any]:
+    """The figures of one coder's document, or of several side by side, and those of replacement
+    models below, for rich to print on lines of `width` characters."""
+    from rich.text import Text
 
-    wide = None if sys.stdout.isatty() else 300  # in a file or a pipe nothing need be cut
-    console = safe_console(width=wide)
     core = [r for r in results if r["eval_type_id"] == "core"]
+    parts: list[Any] = []
     if len(core) == 1:
-        console.print(core[0]["sae_lens_id"], style="bold", markup=False, highlight=False)
-        _print_figures(console, core[0])
-        _print_groups(console, core[0])
+        parts += [Text(shown(short_name(core[0])), "bold"), *_figures(core[0])]
     elif core:
-        table = Table(title=None, box=None, pad_edge=False)
-        longest = max(len(short_name(result)) for result in core)
-        table.add_column("coder", overflow="fold", min_width=longest if wide else min(longest, 48))
         chosen = [row for name in COMPARED for row in FIGURES if row[0] == name]
-        rows = [[_cell(result, *row[1:]) for row in chosen] for result in core]
-        for (heading, *_), cells in zip(chosen, zip(*rows)):
-            table.add_column(heading, justify="right", min_width=max(map(len, cells)))
-        for result, cells in zip(core, rows):
-            table.add_row(escape(shown(short_name(result))), *cells)
-        _print_whole(console, table)
+        rows = [
+            [shown(short_name(result)), *(_cell(result, *row[1:]) for row in chosen)]
+            for result in core
+        ]
+        longest = max(len(name) for name, *_ in rows)
+        least = longest if width >= WIDE else min(longest, 48)
+        headings = ["coder", *(row[0] for row in chosen)]
+        parts.append(_table(headings, rows, 0, overflow="fold", min_width=least))
     for result in results:
         if result["eval_type_id"] == "replacement":
             members = result["eval_result_unstructured"]["coders"]
-            console.print(f"\nall {len(members)} in place at once", style="bold", highlight=False)
-            _print_figures(console, result)
-            _print_groups(console, result)
-    say_doubts(results)
+            parts += [Text(f"\nall {len(members)} in place at once", "bold"), *_figures(result)]
+    return parts
 
 
-def say_doubts(results: Sequence[Result]) -> None:
-    """What is wrong with coders, on stderr, a line each."""
-    for result in results:
-        for warning in result["eval_result_unstructured"].get("warnings") or ():
-            print(shown(f"warning: {short_name(result)}: {warning}"), file=sys.stderr)
+def _figures(result: Result) -> Iterator[Any]:
+    """All that a document has, then its figures by position, source, role and layer."""
+    from rich.text import Text
+
+    for heading, *where in FIGURES:
+        if cell := _cell(result, *where):
+            yield Text(f"  {heading:30s} {cell:>14s}")
+    more = result["eval_result_unstructured"]
+    tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
+    if layers := more.get("layers"):
+        tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
+    for title, rows in tables.items():
+        names = [name for name in GROUP_FORMS if any(row.get(name) is not None for row in rows)]
+        form = lambda row, n: "" if row.get(n) is None else format(row[n], GROUP_FORMS[n])
+        cells = [[_brief(shown(str(r["name"]))), *(form(r, n) for n in names)] for r in rows]
+        yield Text("")
+        yield _table([title, *(n.replace("_", " ") for n in names)], cells, 7, no_wrap=True)
+
+
+def _table(headings: list[str], rows: list[list[str]], least: int, **first: Any) -> Any:
+    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead.
+
+    least: characters of a column of numbers; first: options of the first column.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(headings[0], **first)
+    for n, heading in enumerate(headings[1:], 1):
+        wide = max([least, *(len(row[n]) for row in rows)])
+        table.add_column(heading, justify="right", min_width=wide)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def core_doubts(results: Sequence[Result]) -> list[str]:
+    """What is wrong with coders, a line each."""
+    return [
+        shown(f"{short_name(result)}: {warning}")
+        for result in results
+        for warning in result["eval_result_unstructured"].get("warnings") or ()
+    ]
 
 
 def short_name(result: Result) -> str:
@@ -142,52 +184,6 @@ def short_name(result: Result) -> str:
 def _cell(result: Result, category: str, metric: str, form: str) -> str:
     value = figure(result, category, metric)
     return "" if value is None else format(int(value) if form == ",d" else value, form)
-
-
-def _print_figures(console: Any, result: Result) -> None:
-    for heading, *where in FIGURES:
-        if cell := _cell(result, *where):
-            console.print(f"  {heading:30s} {cell:>14s}", highlight=False, markup=False)
-
-
-def _print_groups(console: Any, result: Result) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    more = result["eval_result_unstructured"]
-    tables = {f"by {kind}": rows for kind, rows in more["groups"].items()}
-    if layers := more.get("layers"):
-        tables["by layer"] = [{"name": f"layer {row['layer']}", **row} for row in layers]
-    forms = {
-        "tokens": ",d",
-        "l0": ".1f",
-        "fvu": ".4f",
-        "cosine": ".4f",
-        "loss_tokens": ",d",
-        "loss": ".4f",
-        "delta_loss": "+.4f",
-        "kl": ".4f",
-        "agreement": ".4f",
-    }
-    for title, rows in tables.items():
-        names = [name for name in forms if any(row.get(name) is not None for row in rows)]
-        table = Table(box=None, pad_edge=False)
-        table.add_column(title, no_wrap=True)
-        for name in names:
-            table.add_column(name.replace("_", " "), justify="right", min_width=7)
-        for row in rows:
-            cells = ["" if row.get(n) is None else format(row[n], forms[n]) for n in names]
-            table.add_row(escape(_brief(shown(str(row["name"])))), *cells)
-        console.print()
-        _print_whole(console, table)
-
-
-def _print_whole(console: Any, table: Any) -> None:
-    """A table with none of its numbers cut: in a narrow terminal its lines are too long instead."""
-    from rich.measure import Measurement
-
-    least = Measurement.get(console, console.options, table).minimum
-    console.print(table, width=max(console.width, least), no_wrap=False, crop=False)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What an extraction would take, before it is begun: tokens, bytes on disk, memory, time."""
 
 import dataclasses
-import json as json_format
 import shutil
 import time
 from typing import Any
@@ -15,11 +14,10 @@ from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.extract import job_of, token_bytes
 from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
-from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +67,12 @@ def plan_extraction(
         batch=(job.rows, job.length),
         bytes_per_token=size,
         bytes=int(size * ahead),
-        bytes_free=None if is_remote(path) else shutil.disk_usage(_existing(path)).free,
+        bytes_free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
         memory=memory,
         memory_limit=limit,
         tokens_per_second=rate,
         seconds=None if rate is None else ahead / rate,
     )
-
-
-def _existing(path: Any) -> Any:
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
@@ -102,66 +96,3 @@ def _rate(runner: Runner, plan: ShardPlan) -> float:
         start = time.perf_counter()
         runner.finish(runner.start(batch), kept)
     return len(kept) / (time.perf_counter() - start)
-
-
-def print_plan(found: Estimate, *, json: bool = False) -> None:
-    """The estimate as a few lines, or as JSON."""
-    if json:
-        print(json_format.dumps(dataclasses.asdict(found)))
-        return
-    rows, length = found.batch
-    done = f", {found.shards_done} of them there" if found.shards_done else ""
-    free = "" if found.bytes_free is None else f" ({_bytes(found.bytes_free)} free)"
-    limit = "" if found.memory_limit is None else f" of {_bytes(found.memory_limit)}"
-    print(
-        f"text     {found.tokens:,} tokens in {found.documents:,} documents, {found.shards} "
-        f"shards{done}; batches of {rows} x {length}"
-    )
-    print(f"disk     about {_bytes(found.bytes)}{free}, {found.bytes_per_token:.0f} bytes a token")
-    print(f"memory   {_bytes(found.memory)}{limit} on a device")
-    if found.tokens_per_second is None or found.seconds is None:
-        print("time     unknown: the memory does not suffice; take fewer --rows, or a mesh")
-    else:
-        size, unit = next(
-            (size, unit)
-            for size, unit in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-            if found.seconds >= 1.5 * size or size == 1
-        )
-        left = f"{found.seconds / size:.3g} {unit}"
-        print(f"time     about {left}, at {found.tokens_per_second:,.0f} tokens/s on one batch")
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:,.3g} TB"
-
-
-def print_store(store: FeatureStore, *, json: bool = False) -> None:
-    """What a store holds, and where it is."""
-    entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
-    lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
-    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
-    if json:
-        sparsity = [{"coder": n, "layer": l, "l0": v} for (n, l), v in zip(lists, l0)]
-        found = {
-            "folder": str(store.folder),
-            "complete": store.complete,
-            "tokens": len(store),
-            "counted": store.counted,
-            "bytes": store.bytes,
-            "l0": sparsity,
-        }
-        print(json_format.dumps(found))
-        return
-    for (name, layer), value in zip(lists, l0):
-        print(f"{name}  layer {layer}  L0 {value:.1f}")
-    each = store.bytes / max(len(store), 1)
-    print(
-        f"{store.counted:,} tokens with features, {len(store):,} in all, {_bytes(store.bytes)}, "
-        f"{each:.0f} bytes a token"
-    )
-    rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
-    print(f"store: {store.folder}{rest}")

@@ -1,9 +1,8 @@
-"""A feature store in the formats of others: Parquet tables, and delphi's cache of latents.
+"""A feature store in the format of others: delphi's cache of latents.
 
-Both go through the store a segment at a time; what they hold is what the store holds.
+It goes through the store a segment at a time; what it holds is what the store holds.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,22 +15,22 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.store.segment import Segment
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json, write_text
+from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json
 from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out
 
-FORMATS = ("parquet", "delphi")
+FORMATS = ("delphi",)
 _HELD = 50_000_000  # entries of a delphi file, which delphi reads whole
 
 
 def export_store(
     store: FeatureStore, folder: str | os.PathLike, format: str, *, splits: int | None = None
 ) -> Path:
-    """Write `store` as "parquet" or "delphi" into a local folder, which must be new or empty.
+    """Write `store` as "delphi" into a local folder, which must be new or empty.
 
     splits  files that delphi's features are split into; default: as many as keep 50 million
             activations in each
-    Raises `InputError` for other formats, a folder that holds something, a missing package and a
-    full disk; then nothing stays.
+    Raises `InputError` for other formats, a folder that holds something, and a full disk; then
+    nothing stays.
     """
     path = Path(folder).expanduser()
     if format not in FORMATS:
@@ -39,10 +38,7 @@ def export_store(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: holds something already; choose a new folder")
     with new_folder(path) as new:
-        if format == "parquet":
-            _parquet(store, new)
-        else:
-            _delphi(store, new, splits)
+        _delphi(store, new, splits)
     return path
 
 
@@ -61,44 +57,6 @@ def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
         for layer in coder["layers"]:
             several = f"/layer_{layer}" * (len(coder["layers"]) > 1)
             yield coder["name"], layer, coder["width"], name + several
-
-
-# -------------------------------------------------------------------------------------------------
-# Parquet
-
-
-def _parquet(store: FeatureStore, folder: Any) -> None:
-    """features-NNNNN.parquet, one for each segment: a row for each token.
-
-    document int64, position int32 (in its piece, `<bos>` is 0), offset int32 (in the document's
-    tokens, -1 for `<bos>`), token int32, counted bool, and for every coder's layer the columns
-    NAME.features list<int32> and NAME.values list<float32>.
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError("Parquet needs `pip install pyarrow`") from None
-    progress, done = Progress(len(store)), 0
-    for number, segment in enumerate(store.segments()):
-        columns: dict[str, Any] = {
-            "document": segment.documents,
-            "position": segment.positions,
-            "offset": segment.offsets,
-            "token": segment.tokens,
-            "counted": segment.counted,
-        }
-        columns = {name: pa.array(values) for name, values in columns.items()}
-        for coder, layer, _, name in lists(store):
-            offsets, ids, values = segment.by_token(coder, layer)
-            ends = pa.array(offsets.astype(np.int32))
-            columns[f"{name}.features"] = pa.ListArray.from_arrays(ends, pa.array(ids))
-            columns[f"{name}.values"] = pa.ListArray.from_arrays(ends, pa.array(values))
-        with open(folder / f"features-{number:05d}.parquet", "wb") as file:
-            parquet.write_table(pa.table(columns), file, compression="zstd")
-        done += len(segment)
-        progress.at(done)
-    write_text(folder / "manifest.json", json.dumps(store.manifest, indent=1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -190,7 +148,7 @@ def _delphi_arrays(
         raise InputError(
             f"{split.module}: feature {split.start + features[i]} fires at {values[i]:g} in "
             f"document {segment.documents[rows[i]]}; delphi's files are float16, which ends at "
-            "65504: export the store as parquet"
+            "65504: read the store's Parquet instead"
         )
     return {"locations": np.stack(places, 1), "activations": activations, "tokens": tokens}
 
@@ -224,12 +182,3 @@ def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int
     ends = np.searchsorted(np.cumsum(fired), wanted, side="left") + 1
     ends = np.unique(np.concatenate([ends[ends < width], [width]])).tolist()
     return [(a, b, int(fired[a:b].sum())) for a, b in zip([0, *ends[:-1]], ends)]
-
-
-def print_export(store: FeatureStore, folder: Path, *, json_output: bool) -> None:
-    """Where an export is, and how large."""
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    if json_output:
-        print(json.dumps({"folder": str(folder), "bytes": size, "tokens": len(store)}))
-    else:
-        print(f"{len(store):,} tokens, {size / 1e6:,.1f} MB: {folder}")

@@ -9,9 +9,9 @@ one JAX program share by themselves; with one mesh, too, they run in step, each 
 """
 
 import collections
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,20 +28,20 @@ from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner
 from gemma_scope_jax.extraction.store.codec import VALUES
-from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
+from gemma_scope_jax.extraction.store.shards import ShardWriter
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
 from gemma_scope_jax.model.batch import TokenBatch
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
 
-SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
-BATCHES = 32  # of a shard, at least about
+LOG = logging.getLogger(__name__)
 
 
 @own_mesh
@@ -61,6 +61,7 @@ def extract(
     precision: str = "highest",
     shard_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
+    profile: str | os.PathLike | None = None,
 ) -> FeatureStore:
     """Store the active features of `coders` on a text; returns the store.
 
@@ -72,16 +73,19 @@ def extract(
                million; None: all
     rows, length  of a process's batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
     seed       of the documents' order; None: as they lie
-    values     "float16", scaled by a power of two for each coder and segment, or "float32"
+    values     "float16", as many bits of a float32 as float16 has, or "float32"
     slots      features a token has room for; more are right, too, but slower
+    shard_tokens  of a shard, about; default: a 32nd of the job, between limits (`per_shard`)
     precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
                TPUs and TF32 on GPUs, "default" one pass and TF32
     share      (i, n): this process makes every n-th shard, from the i-th on
+    profile    an empty folder for a trace of a few batches
 
     Tokens before a coder's `first` of each piece have no features, nor have those that the data
     exclude. Raises `InputError` for what does not fit: a coder, another store in the folder, a full
     disk, activations that are not finite.
     """
+    trace = StepTrace(profile)
     named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
@@ -98,7 +102,8 @@ def extract(
         mine = [shard for shard in left if shard % share[1] == share[0]]
         if mine or hosts.count_of(model) > 1:
             _check_room(path, named, plan, len(mine), values)
-            _write(model, named, path, plan, mine, job)
+            with trace:
+                _write(model, named, path, plan, mine, job, trace)
         hosts.wait(model)
         with in_turn(path):
             manifests.finish(path, plan)
@@ -122,6 +127,42 @@ def extract(
     return FeatureStore(path)
 
 
+def check_extraction(
+    config: GemmaConfig,
+    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    folder: str | os.PathLike | None = None,
+    *,
+    tokens: int | None = None,
+    rows: int | None = None,
+    length: int = 1024,
+    seed: int | None = 0,
+    values: str = "float16",
+    slots: int | None = None,
+    precision: str = "highest",
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Raise `InputError` for what `extract` would refuse and can be known before a model, of which
+    `config` is the architecture, is loaded."""
+    for name, coder in CoderSet(coders).items():
+        try:
+            check_fits(config, coder)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    if values not in VALUES:
+        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
+    if precision not in on_device.PRECISIONS:
+        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
+    if not 0 <= share[0] < share[1]:
+        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
+    if not 2 <= length <= config.context:
+        raise InputError(f"length {length}: {config.name} takes 2 to {config.context}")
+    for name, value in {"rows": rows, "slots": slots, "tokens": tokens}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: must be at least 1")
+    if folder is not None:
+        check_writable(folder)
+
+
 def job_of(
     model: Model,
     named: Mapping[str, Coder],
@@ -138,31 +179,19 @@ def job_of(
     share: tuple[int, int] = (0, 1),
 ) -> manifests.ExtractionJob:
     """The settings of an extraction, checked."""
-    index, count = share
-    for name, coder in named.items():
-        try:
-            check_fits(model.config, coder)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-    if values not in VALUES:
-        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
-    if precision not in on_device.PRECISIONS:
-        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
-    if not 0 <= index < count:
-        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
-    if not 2 <= length <= model.config.context:
-        raise InputError(f"length {length}: {model.config.name} takes 2 to {model.config.context}")
+    check_extraction(
+        model.config, named, rows=rows, length=length, values=values, slots=slots,
+        precision=precision, share=share,
+    )  # fmt: skip
     rows = _rows_for(model, length) if rows is None else rows
     hosts.check(model, rows)
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
-    if rows < 1 or slots < 1:
-        raise InputError(f"rows {rows} and slots {slots} must be at least 1")
     return manifests.ExtractionJob(
         text=open_text(source, fit_tokenizer(tok, model.config), seed),
         rows=rows, length=length, values=values,
         slots=min(slots, widest), precision=precision,
-        shard_tokens=shard_tokens or max(SHARD, BATCHES * rows * length),
+        shard_tokens=shard_tokens,
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
     )  # fmt: skip
 
@@ -191,9 +220,8 @@ def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: 
 
 def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
     """About how many bytes of the store a token that counts takes: its id, and of each active
-    feature the id, the activation twice and its place in the index.
-    """
-    entry = {"float16": 5.8, "float32": 9.4}[values]
+    feature the token and the activation."""
+    entry = {"float16": 3.2, "float32": 4.8}[values]
     l0 = sum(c.info.l0 or 64.0 for c in coders.values())
     return 3.0 + entry * l0
 
@@ -203,17 +231,23 @@ def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
 
 
 def _write(
-    model, coders, path, plan: ShardPlan, shards: list[int], job: "manifests.ExtractionJob"
+    model,
+    coders,
+    path,
+    plan: ShardPlan,
+    shards: list[int],
+    job: "manifests.ExtractionJob",
+    trace: StepTrace,
 ) -> None:
     """Make `shards`; the device computes a batch while the host stores the one before."""
     runner = Runner(model, coders, job.slots, job.precision)
-    widths = [c.width for c in coders.values() for _ in c.layers]
     first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
-    ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.store_digest(manifests.read_features_manifest(path)), None
+    manifest = manifests.read_features_manifest(path)
+    store, lists, closing = manifests.store_digest(manifest), manifests.lists(manifest), None
+    ahead = max(1, min(4, threads // len(lists)))
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,
@@ -225,8 +259,7 @@ def _write(
         else:
             results = _results(runner, batches, workers, behind)
         for shard in shards:
-            file = path / shard_name(shard)
-            with ShardWriter(file, widths, job.values, pool, ahead) as writer:
+            with ShardWriter(path, shard, lists, job.values, pool, ahead) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         break
@@ -234,19 +267,21 @@ def _write(
                     writer.add(tokens, counted, packed.pieces, entries)
                     done += len(tokens)
                     progress.at(done)
+                    trace.done()
                 else:
                     raise InputError(f"the text has changed: shard {shard} has no documents now")
                 if closing is not None:
                     closing.result()
-                about = {"shard": shard, "store": store, "documents": packed.documents}
+                about = {"store": store, "documents": packed.documents}
                 closing = disk.submit(writer.close, **about)
         for _ in results:  # other hosts' batches, which all run
             pass
         if closing is not None:
             closing.result()
     if runner.again > 10:
-        print(f"{runner.again} batches had to run again: more slots than {job.slots} are faster",
-              file=sys.stderr)  # fmt: skip
+        LOG.info(
+            "%d batches had to run again: more slots than %d are faster", runner.again, job.slots
+        )
 
 
 def _results(

@@ -13,18 +13,21 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gemma_scope_jax.coders.coder import Coder, weights_identity
+from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
-from gemma_scope_jax.extraction.store.shards import Shard, shard_name
-from gemma_scope_jax.extraction.work import ShardPlan, Text, measure
+from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, shard_name
+from gemma_scope_jax.extraction.work import ShardPlan, Size, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 _CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
-FORMAT = {"format": "gemma_scope_jax sparse features", "version": 1}
+FORMAT = {"format": "gemma_scope_jax sparse features", "version": 2}
+SHARDS = 32  # of a job, about
+FEWEST, MOST = 16, 32  # batches of a shard
+LONGEST = 1 << 17  # tokens of a shard, if `MOST` small batches are less
 _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 
@@ -38,13 +41,20 @@ class ExtractionJob:
     values: str
     slots: int
     precision: str
-    shard_tokens: int
+    shard_tokens: int | None
     model: Mapping[str, str]
     coders: Sequence[Mapping[str, Any]]
 
-    def per_shard(self, mean: float) -> int:
-        """Documents of a shard, at `mean` tokens each."""
-        return max(1, round(self.shard_tokens / max(mean, 1.0)))
+    def per_shard(self, size: Size) -> int:
+        """Documents of a shard of a text of this size, which `shard_tokens` decides, or the job:
+        a kill loses a shard at the most, processes share shards, and the last batch of each is
+        half empty. So there are about `SHARDS`, but none has less than `FEWEST` batches or more
+        than `MOST`.
+        """
+        batch = self.rows * self.length
+        fitting = max(size.documents * size.mean / SHARDS, FEWEST * batch)
+        tokens = self.shard_tokens or min(fitting, max(LONGEST, MOST * batch))
+        return max(1, round(tokens / max(size.mean, 1.0)))
 
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same on going on."""
@@ -100,16 +110,16 @@ def settle(
         if shards_there(folder):
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
         first = min(coder["first"] for coder in job.coders)
-        documents, mean, share = measure(job.text, tokens, first)
-        size = {
+        size = measure(job.text, tokens, first)
+        work = {
             "tokens": tokens,
-            "documents": documents,
-            "per_shard": job.per_shard(mean),
-            "mean": mean,
-            "share": share,
+            "documents": size.documents,
+            "per_shard": job.per_shard(size),
+            "mean": size.mean,
+            "share": size.share,
             "shuffled": job.text.shuffled,
         }
-        return FORMAT | job.describe() | size | {"versions": _versions()}, None
+        return FORMAT | job.describe() | work | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
         there = old[key]
@@ -218,6 +228,15 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
     return _FORMAT.read(path)
 
 
+def lists(manifest: Mapping[str, Any]) -> list[FeatureList]:
+    """What a store holds of every coder's layer, in order."""
+    return [
+        FeatureList(coder["name"], layer, coder["width"])
+        for coder in manifest["coders"]
+        for layer in coder["layers"]
+    ]
+
+
 def _check_manifest(m: dict[str, Any], path: Any) -> None:
     """Raise `InputError` unless what is read of a manifest has its type and size."""
     for coder in field(m, "coders", list, path, least=1):
@@ -251,7 +270,7 @@ _FORMAT = Format(
     "the manifest of sparse features",
     FORMAT,
     _check_manifest,
-    "extract into another folder",
+    "extract into another folder, or convert a store of version 1 (packaging/convert_store.py)",
     (*_SAME, "tokens", "documents", "per_shard", "mean"),
 )
 
@@ -263,9 +282,9 @@ def shards_there(folder: Any) -> list[int]:
     except FileNotFoundError:  # a bucket's folder is there when something is in it
         return []
     found = [
-        n.removeprefix("shard-").removesuffix(".features")
+        n.removeprefix("shard-").removesuffix(".json")
         for n in names
-        if n.startswith("shard-") and n.endswith(".features")
+        if n.startswith("shard-") and n.endswith(".json")
     ]
     return sorted(int(n) for n in found if n.isdigit())
 
@@ -288,7 +307,7 @@ def finish(folder: Any, plan: ShardPlan) -> bool:
         return True
     shards = []
     for number in range(plan.shards):
-        shards.append(summary(Shard(folder / shard_name(number)), wanted))
+        shards.append(summary(Shard(folder, number), wanted))
         if shards[-1]["documents"] != plan.in_shard(number):
             (folder / shard_name(number)).unlink()
             return False
@@ -307,17 +326,15 @@ def _holds(folder: Any, documents: int) -> bool:
 def summary(shard: Shard, store: str) -> dict[str, Any]:
     """What the index holds of a shard. Raises `InputError` if it is another store's."""
     footer = shard.footer
-    if footer.get("store") != store:
+    if footer["store"] != store:
         raise InputError(f"{shard.path}: belongs to another store; delete it and extract again")
-    segments, entries = footer["segments"], [0] * footer["lists"]
-    for segment in segments:
-        entries = [n + coder["entries"] for n, coder in zip(entries, segment["coders"])]
+    segments, none = footer["segments"], [0] * footer["lists"]
     return {
         "shard": footer["shard"],
-        "bytes": shard.size,
+        "bytes": shard.bytes,
         "documents": len(footer["documents"]),
         "segments": [[s["tokens"], s["counted"]] for s in segments],
-        "entries": entries,
+        "entries": [sum(of) for of in zip(none, *(s["entries"] for s in segments))],
     }
 
 
@@ -345,4 +362,29 @@ def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
 def _are_whole(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value <= 1 << 40 for value in values
+    )
+
+
+def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
+    """What a feature store calls a coder, which it knows by its weights and where it begins.
+
+    name: what it should be called there. Raises `InputError`.
+    """
+    wanted = describe("", coder)
+    some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
+    if not some:
+        raise InputError(f"{store.folder}: no coder {name!r}; one of {', '.join(store.coders)}")
+    keys = ("weights", "width", "layers", "reads")
+    same = [held for held in some if all(held[key] == wanted[key] for key in keys)]
+    for held in same:
+        if held["first"] == wanted["first"]:
+            return held["name"]
+    if same:
+        raise InputError(
+            f"{store.folder}: holds features of {public_name(coder)} from position "
+            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
+        )
+    raise InputError(
+        f"{store.folder}: holds no features of {public_name(coder)}, but of "
+        f"{', '.join(held['name'] for held in some)}; extract again"
     )

@@ -142,7 +142,7 @@ def measure(text: Text, tokens: int | None, first: int = 1) -> Size:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A packed batch of a shard: `pieces` int [p, 3] are (document in the shard, offset in it, its
+    """A packed batch of a shard: `pieces` int64 [p, 3] are (document's number, offset in it, its
     length with `<bos>`), row after row.
     """
 
@@ -219,9 +219,9 @@ class ShardPlan:
             for length in _piece_lengths(batch.segments):
                 while offset == documents[place][2]:
                     place, offset = place + 1, 0
-                found.append((place, offset, length))
+                found.append((documents[place][0], offset, length))
                 offset += length - 1
-            yield Packed(shard, batch, np.array(found, np.int32).reshape(-1, 3))
+            yield Packed(shard, batch, np.array(found, np.int64).reshape(-1, 3))
         yield Ended(shard, documents)
 
 

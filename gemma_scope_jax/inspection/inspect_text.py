@@ -25,7 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.batch import TokenBatch, padded
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
@@ -145,6 +145,30 @@ def _stand_for(values: np.ndarray, features: np.ndarray, count: int) -> list[int
     return sorted(chosen, key=peak.__getitem__)
 
 
+def check_text(
+    config: GemmaConfig, coder: SparseCoder, tok: Any, text: str, *, top_k: int = 5
+) -> np.ndarray:
+    """The tokens of a text that can be inspected, int32 [T], before a model is loaded.
+
+    Raises `InputError` as `inspect_text` does.
+    """
+    if not 1 <= top_k <= coder.width:
+        raise InputError(f"top-k {top_k}: this coder has {coder.width} features")
+    if not text.strip():
+        raise InputError("the text is empty: there is nothing to inspect")
+    ids = tok.encode(text)
+    if len(ids) <= coder.first:
+        raise InputError(
+            f"the text has {len(ids)} tokens, and this coder skips the first {coder.first}"
+        )
+    if len(ids) > config.context:
+        raise InputError(
+            f"the text has {len(ids)} tokens, more than the context of {config.name}, "
+            f"{config.context}: shorten it"
+        )
+    return ids
+
+
 @own_mesh
 def inspect_text(
     model: Model,
@@ -168,20 +192,7 @@ def inspect_text(
     """
     if shown < 1:
         raise InputError(f"shown is {shown}: at least one feature must be")
-    if not 1 <= top_k <= coder.width:
-        raise InputError(f"top-k {top_k}: this coder has {coder.width} features")
-    if not text.strip():
-        raise InputError("the text is empty: there is nothing to inspect")
-    ids = tok.encode(text)
-    if len(ids) <= coder.first:
-        raise InputError(
-            f"the text has {len(ids)} tokens, and this coder skips the first {coder.first}"
-        )
-    if len(ids) > model.config.context:
-        raise InputError(
-            f"the text has {len(ids)} tokens, more than the context of {model.config.name}, "
-            f"{model.config.context}: shorten it"
-        )
+    ids = check_text(model.config, coder, tok, text, top_k=top_k)
     batch = _padded(ids, model.config.context)
     figures = evaluate(model, coder, batch).as_dict()  # also checks the fit
     k = min(max(top_k, LISTED), coder.width)

@@ -1,13 +1,10 @@
-"""An `Inspection` as text in a terminal; plain where the output is a pipe."""
+"""An `Inspection` as tables for a terminal."""
 
-import sys
 from typing import Any
 
 from gemma_scope_jax.cards.labels import Label
 from gemma_scope_jax.inspection.inspect_text import Inspection
-from gemma_scope_jax.progress import console as safe_console
 
-PIPE_WIDTH = 300
 TOKEN_WIDTH = 24  # of the column of tokens, at most
 GAP = 2  # between columns
 
@@ -49,37 +46,32 @@ def figure_lines(figures: dict) -> list[str]:
     ]
 
 
-def print_inspection(seen: Inspection, width: int | None = None) -> None:
-    """Print the next tokens, each token with its features, and the figures.
+def inspection_tables(seen: Inspection, width: int) -> list[Any]:
+    """The next tokens, each token with its features, and the figures, for rich to print.
 
-    width: characters a line; default: the terminal's, and room for everything in files and pipes.
+    width: characters a line.
     """
     from rich.table import Table
     from rich.text import Text
 
-    if width is None and not sys.stdout.isatty():
-        width = PIPE_WIDTH
-    console = safe_console(width=width)
     place = seen.reads if seen.reads == seen.writes else f"{seen.reads} -> {seen.writes}"
-    console.print(
-        Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold")
-    )
-    console.print(Text(seen.coder, "dim"))
-    console.print(Text("\nNext token", "bold"))
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    following = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for column in ("left", "right", "right"):
-        table.add_column(justify=column)  # type: ignore[arg-type]
+        following.add_column(justify=column)  # type: ignore[arg-type]
     for n in seen.next[:5]:
-        table.add_row(
+        following.add_row(
             Text(repr(n.token)), Text(f"{100 * n.probability:.1f} %"), Text(f"logit {n.logit:.2f}")
         )
-    console.print(table)
-
-    console.print(Text("\nFeatures, token by token", "bold"))
-    console.print(_features_table(seen, console.width))
-    console.print()
-    for line in figure_lines(seen.figures):
-        console.print(Text(line))
+    return [
+        Text(f"{seen.model} · {place} of layer {seen.layer} · {seen.width:,} features", "bold"),
+        Text(seen.coder, "dim"),
+        Text("\nNext token", "bold"),
+        following,
+        Text("\nFeatures, token by token", "bold"),
+        _features_table(seen, width),
+        Text(""),
+        *map(Text, figure_lines(seen.figures)),
+    ]
 
 
 def _features_table(seen: Inspection, width: int) -> Any:

@@ -14,7 +14,7 @@ F features, P decoders, T targets, M groups of features, E outputs. All floats a
 """
 
 import functools
-import sys
+import logging
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.kernels import cpu, xla
 
+LOG = logging.getLogger(__name__)
 TOKENS = 256  # encoded at a time, but by XLA
 
 Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
@@ -107,7 +108,7 @@ class Backend(Protocol):
 def backend() -> Backend:
     """This process's kernels: C++ on CPUs and Triton's on GPUs where they compile, else XLA's.
 
-    Where they don't compile, a line on standard error says why.
+    Where they don't compile, a warning says why.
     """
     if jax.default_backend() == "cpu":
         return cpu if cpu.available() else xla
@@ -121,7 +122,7 @@ def backend() -> Backend:
         values = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
         jax.jit(partial(triton.per_feature, width=2)).lower(values, slots, count).compile()
     except Exception as error:  # whatever Pallas, Triton or the driver say
-        print(f"no GPU kernels, wide coders train slower: {reason(error)}", file=sys.stderr)
+        LOG.warning("no GPU kernels, wide coders train slower: %s", reason(error))
         return xla
     return triton
 

@@ -7,11 +7,11 @@ user can write to, called by XLA. What is kept ends in its own digest: damaged, 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import private_cache
 
+LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 FEATURES_A_SLOT: int = 2
@@ -35,7 +36,7 @@ NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
 def available() -> bool:
     """Whether the CPU kernels are there; compiles and registers them at the first call.
 
-    Where that fails, one line on standard error says why. $CXX chooses the compiler.
+    Where that fails, a warning says why. $CXX chooses the compiler.
     """
     try:
         file = _library()
@@ -48,7 +49,7 @@ def available() -> bool:
         text = getattr(error, "stderr", None) or str(error)
         lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
         reason = " ".join((lines or ["unknown error"])[0].split())
-        print(f"no CPU kernels, training runs slower: {reason}", file=sys.stderr)
+        LOG.warning("no CPU kernels, training runs slower: %s", reason)
         return False
     return True
 

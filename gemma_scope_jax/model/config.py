@@ -9,6 +9,7 @@ Axis glossary, used in every einsum and comment of the project:
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.struct
@@ -42,6 +43,10 @@ class GemmaConfig:
     global_every: int = 6  # layer i is global when (i + 1) % global_every == 0
     norm_epsilon: float = 1e-6
     tied: bool = True  # unembeds with its embedding, as published; else with a matrix of its own
+
+    def __repr__(self) -> str:
+        sizes = f"{self.layers} layers, d_model {self.d_model}, {self.heads} heads"
+        return f"GemmaConfig({self.name}: {sizes}, vocabulary {self.vocab:,})"
 
     def is_global(self, layer: int) -> bool:
         """Whether `layer` attends to the whole context rather than a local window."""
@@ -116,10 +121,22 @@ class Params:
     final_norm: Any  # [D], float32
     head: Any = None  # [V, D], or None
 
+    def __repr__(self) -> str:
+        return f"Params({_weights(self)})"
+
     @property
     def unembedding(self) -> Any:
         """[V, D]: one direction for each token's logit."""
         return self.embed if self.head is None else self.head
+
+
+def _weights(params: Any) -> str:
+    """ "268,098,176 weights, bfloat16"; of a tree of anything else, as jax makes some, its type."""
+    shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(params)]
+    if None in shapes:
+        return "no arrays"
+    dtype = getattr(params.embed, "dtype", "no dtype")
+    return f"{sum(math.prod(shape) for shape in shapes if shape):,} weights, {dtype}"
 
 
 @flax.struct.dataclass
@@ -128,6 +145,9 @@ class Model:
 
     params: Params
     config: GemmaConfig = flax.struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        return f"Model({self.config.name}: {self.config.layers} layers, {_weights(self.params)})"
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -31,22 +31,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import named_scope
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
-from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
-from gemma_scope_jax.model.attention_kernels import attend_in_order
-from gemma_scope_jax.model.batch import (
-    TokenBatch,
-    check_ids,
-    check_tokens,
-    documents,
-    integers,
-    tokens_and_segments,
-)
+from gemma_scope_jax.model.attention import Tokens
+from gemma_scope_jax.model.batch import TokenBatch, check_tokens, documents, tokens_and_segments
 from gemma_scope_jax.model.batch import default_positions as default_positions
-from gemma_scope_jax.model.config import Block, GemmaConfig, Model, Params
-from gemma_scope_jax.model.sharding import check_axes, mesh_of, on_auto_axes, own_mesh, place
+from gemma_scope_jax.model.block import Where, block, rms_norm, where_for
+from gemma_scope_jax.model.config import GemmaConfig, Model, Params
+from gemma_scope_jax.model.sharding import check_axes, mesh_of, place
 
 Logits = Literal["all", "last", "none"]
 
@@ -94,134 +89,7 @@ def site_width(config: GemmaConfig, site: str) -> int:
     return config.d_model
 
 
-# -------------------------------------------------------------------------------------------------
-# The pieces of a block
-
-
-def rms_norm(x: jax.Array, w: jax.Array, epsilon: float, at=None, site: str = "") -> jax.Array:
-    """x / rms(x) * (1 + w), float32 whatever x is; `at(site, 1/rms)` when a site is given."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
-    if at is not None:
-        scale = at(site, scale)
-    gain = (1.0 + w).reshape((1,) * (x.ndim - 1) + w.shape)
-    return wide * scale * gain
-
-
-def rope_tables(positions: jax.Array, head_dim: int, base: float, divisor: float):
-    """cos, sin [B, T, 1, H/2] of Gemma's split-half rotary embedding; positions over `divisor`."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-    inverse = jnp.asarray(1.0 / (base**exponent) / divisor, jnp.float32)
-    angle = positions[..., None, None].astype(jnp.float32) * inverse[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of x [B, T, heads, H], pairing channel i with i + H/2; float32."""
-    a, b = jnp.split(x, 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def project(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, T, D] through w [D, ...], accumulated and returned in float32."""
-    flat = w.reshape(w.shape[0], -1)
-    y = jnp.einsum("btd,de->bte", x, flat, preferred_element_type=jnp.float32)
-    return y.reshape(*x.shape[:2], *w.shape[1:])
-
-
-def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
-    """One layer's attention: z projected, float32 [B, T, D] before the post-norm, and the cache."""
-    c, eps = config, config.norm_epsilon
-    is_global = c.is_global(layer) if isinstance(layer, int) else where.is_global[layer]
-    cos = jnp.where(is_global, where.rope_global[0], where.rope_local[0])
-    sin = jnp.where(is_global, where.rope_global[1], where.rope_local[1])
-    window = jnp.where(is_global, jnp.int32(2**30), jnp.int32(c.window))
-
-    dtype = p.w_q.dtype
-    heads = lambda w: place(where.mesh, project(x, w), "data", None, "model", None)
-    q = at("q", rotate(rms_norm(heads(p.w_q), p.q_norm, eps), cos, sin).astype(dtype))
-    k = at("k", rotate(rms_norm(heads(p.w_k), p.k_norm, eps), cos, sin).astype(dtype))
-    v = at("v", heads(p.w_v).astype(dtype))
-    if kv is not None:
-        keys, values = kv
-        slot = (jnp.int32(layer), 0, where.slot, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k[None], slot)
-        values = jax.lax.dynamic_update_slice(values, v[None], slot)
-        kv = (keys, values)
-        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-    if where.materialise:
-        mask = visible(where.queries, where.keys, window)
-        z = mix(at("attn_pattern", pattern(q, k, c.query_scale, mask)), v)
-    elif where.in_order:
-        share = (where.queries, where.packed, c.window, is_global, where.mesh)
-        z = attend_in_order(q, k, v, c.query_scale, *share)
-    else:
-        z = attend(q, k, v, c.query_scale, where.queries, where.keys, window, kv is None)
-    z = at("z", z.reshape(*z.shape[:2], c.heads * c.head_dim))
-    out = project(z, p.w_o.reshape(c.heads * c.head_dim, c.d_model))
-    return place(where.mesh, out, "data", None, None), kv
-
-
-def mlp(p: Block, x, mesh, at):
-    """The gated MLP of one layer, float32 [B, T, D] before its post-norm."""
-    hidden = lambda w: place(mesh, project(x, w), "data", None, "model")
-    gate = jax.nn.gelu(hidden(p.w_gate), approximate=True)
-    out = project(at("mlp_act", (gate * hidden(p.w_up)).astype(x.dtype)), p.w_down)
-    return place(mesh, out, "data", None, None)
-
-
-def block(config: GemmaConfig, p: Block, x, layer, where, kv, at):
-    """One layer: residual [B, T, D] in, residual and cache out. `at` is called once per site."""
-    eps, dtype = config.norm_epsilon, x.dtype
-    x = at("resid_pre", x)
-    h = rms_norm(x, p.pre_attn_norm, eps, at, "pre_attn_scale").astype(dtype)
-    h, kv = attention(config, p, h, layer, where, kv, at)
-    h = at("attn_out", rms_norm(h, p.post_attn_norm, eps, at, "post_attn_scale").astype(dtype))
-    x = at("resid_mid", x + h)
-    h = at("mlp_in", rms_norm(x, p.pre_mlp_norm, eps, at, "pre_mlp_scale").astype(dtype))
-    h = mlp(p, h, where.mesh, at)
-    h = at("mlp_out", rms_norm(h, p.post_mlp_norm, eps, at, "post_mlp_scale").astype(dtype))
-    return at("resid_post", x + h), kv
-
-
-# -------------------------------------------------------------------------------------------------
-# The model
-
-
-@flax.struct.dataclass
-class Where:
-    """What every layer shares: masks, RoPE tables, the slot of the cache being filled."""
-
-    is_global: jax.Array  # bool [L]
-    rope_local: Any
-    rope_global: Any
-    queries: Tokens
-    keys: Tokens
-    slot: Any
-    materialise: bool = flax.struct.field(pytree_node=False, default=False)
-    in_order: bool = flax.struct.field(pytree_node=False, default=False)  # of position; no cache
-    packed: bool = flax.struct.field(pytree_node=False, default=True)  # or padded
-    mesh: Any = flax.struct.field(pytree_node=False, default=None)
-
-
-def _where(config: GemmaConfig, queries: Tokens, cache: Cache | None, **static):
-    c, keys, slot = config, queries, None
-    if cache is not None:
-        slot = cache.used
-        put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot))
-        keys = jax.tree.map(put, cache.tokens, queries)
-    return Where(
-        jnp.array([c.is_global(l) for l in range(c.layers)]),
-        rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0),
-        rope_tables(queries.positions, c.head_dim, c.global_rope_base, c.global_rope_divisor),
-        queries,
-        keys,
-        slot,
-        **static,
-    )
-
-
+@named_scope("embed")
 def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """[B, T, D]: table rows times sqrt(D), the factor rounded to the table's dtype, as trained."""
     # an id that is no token gives NaN, not another token's row
@@ -230,6 +98,7 @@ def embed(config: GemmaConfig, params: Params, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(config.d_model**0.5, params.embed.dtype)
 
 
+@named_scope("unembed")
 def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.Array:
     """Logits float32 [B, T, V] of a final residual [B, T, D]."""
     h = rms_norm(x, params.final_norm, config.norm_epsilon, at, "final_scale")
@@ -265,23 +134,55 @@ def forward(
     logits         "all", only of the "last" token, or "none"
     Raises `InputError` for sites, layers, reads and shapes that do not fit.
     """
-    c, params = model.config, model.params
     tokens, segments = tokens_and_segments(tokens, segments)
-    items = ic.flatten(intercepts)
+    items = hooks.flatten(intercepts)
+    check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
+    given = {"positions": positions, "segments": segments, "cache": cache}
+    return one_pass(model, tokens, items, stop_at_layer, remat=remat, logits=logits, **given)
+
+
+def check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits):
+    """Raise `InputError` for what `forward` cannot run."""
     if logits not in get_args(Logits):
         raise InputError(f"logits must be one of {', '.join(get_args(Logits))}, not {logits!r}")
     if unknown := set(remat or ()) - set(ic.SITES):
         raise InputError(f"remat: {min(unknown)!r} is no site (all: {' '.join(ic.SITES)})")
-    check_axes(params.embed)
-    ic.check(items, c.layers, stop_at_layer)
-    check_tokens(c, tokens, cache, positions, segments)
+    check_axes(model.params.embed)
+    hooks.check(items, model.config.layers, stop_at_layer)
+    check_tokens(model.config, tokens, cache, positions, segments)
+
+
+def one_pass(
+    model: Model,
+    tokens: jax.Array,
+    items: tuple[ic.Intercept, ...],
+    stop_at_layer: Any = None,
+    length: Any = None,
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+    remat: tuple[str, ...] | None = (),
+    logits: Logits = "all",
+) -> Output:
+    """`forward` of checked arguments, two of which may be data here, int32 scalars.
+
+    stop_at_layer  if nothing is read at more than one layer, and nobody differentiates
+    length         how many tokens of each row count: the rest is there for its shape alone. Only
+                   without a cache
+    """
+    c, params = model.config, model.params
     tokens = tokens.astype(jnp.int32)
     in_order, packed = positions is None and cache is None, segments is not None
+    if length is not None:  # no token sees the filling, which comes after it
+        there = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < length
+        segments = jnp.where(there, 1 if segments is None else segments, 0)
+        segments = jnp.broadcast_to(segments, tokens.shape)
     queries, last = documents(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
-    where = _where(c, queries, cache, materialise=ic.reads_whole_pattern(items), **static)
+    where = where_for(c, queries, cache, materialise=hooks.reads_whole_pattern(items), **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
-    top = ic.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
+    top = hooks.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
     x = top("embed", embed(c, params, tokens))
     states = {
@@ -297,8 +198,9 @@ def forward(
     if stop_at_layer is None:
         x = top("resid_final", x)
         if logits == "last":
-            x = x[:, -1:]
-            top.positions, top.valid = top.positions[:, -1:], top.valid[:, -1:]
+            end = tokens.shape[1] if length is None else length
+            one = partial(jax.lax.dynamic_slice_in_dim, start_index=end - 1, slice_size=1, axis=1)
+            x, top.positions, top.valid = one(x), one(top.positions), one(top.valid)
         if logits != "none" or any(i.site in ("final_scale", "logits") for i in items):
             out = top("logits", unembed(c, params, x, top))
     reads = _named_reads(items, c.layers, ran, collected, top.reads, states)
@@ -316,13 +218,22 @@ def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat) -
         x, kv, states = carry
         take = lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
         valid = where.queries.segments > 0
-        at = ic.At(items, active, layer, c.layers, where.queries.positions, valid, states)
+        at = hooks.At(items, active, layer, c.layers, where.queries.positions, valid, states)
         x, kv = block(c, jax.tree.map(take, blocks), x, layer, where, kv, at)
         return (x, kv, at.states), at.reads
 
+    held = [n for n, i in enumerate(items) if i.layer is not None and i.kind == "read"]
+    if held:  # a read at a layer that is data: its value is carried on from that layer
+        shapes = jax.eval_shape(partial(body, held), (x, kv, states), jnp.int32(0))[1]
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        states = states | empty
     collected: dict[int, list] = {}
     carry = (x, kv, states)
-    for start, stop, active in ic.segments(items, ran):
+    if not isinstance(ran, int):
+        active, upto = tuple(range(len(items))), jnp.int32(ran)
+        carry = jax.lax.fori_loop(0, upto, lambda l, carry: body(active, carry, l)[0], carry)
+        return *carry, collected
+    for start, stop, active in hooks.segments(items, ran):
         step = partial(body, active)
         if stop - start == 1:
             one = partial(step, layer=start)
@@ -348,14 +259,14 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
     for n, i in enumerate(items):
         if i.name is None:
             continue
-        if i.kind == "fold":
+        if n in states:
             reads[i.name] = states[n]
         elif n in top_reads:
             reads[i.name] = top_reads[n]
         elif n in collected:
             parts = collected[n]
             stacked = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *parts)
-            if isinstance(i.layers, int):
+            if i.of_one_layer:
                 stacked = jax.tree.map(lambda a: a[0], stacked)
             elif i.layers is not None and tuple(sorted(i.layers)) != i.layers:
                 order = np.argsort(np.argsort(i.layers))
@@ -364,48 +275,3 @@ def _named_reads(items, layers, ran, collected, top_reads, states) -> dict[str, 
         else:
             raise InputError(f"{i.name!r} at {i.site!r} is never reached")
     return reads
-
-
-_run = jax.jit(forward, static_argnames=("stop_at_layer", "remat", "logits"))
-
-
-def _check_places(positions: Any, segments: Any, room: int) -> None:
-    """Raise `InputError` for what is known on the host and cannot be; padding stands anywhere."""
-    if isinstance(segments, np.ndarray) and segments.min() < 0:
-        raise InputError(f"segments must not be negative, got {segments.min()}")
-    if not isinstance(positions, np.ndarray):
-        return
-    if segments is not None:
-        positions = positions[segments > 0] if isinstance(segments, np.ndarray) else positions[:0]
-    if not positions.size:
-        return
-    if positions.min() < 0:
-        raise InputError(f"positions must not be negative, got {positions.min()}")
-    if positions.max() >= room:
-        raise InputError(f"position {positions.max()} is beyond the model's context of {room}")
-
-
-@own_mesh
-def run(
-    model: Model, tokens, intercepts=(), *, positions=None, segments=None, cache=None, **options
-) -> Output:
-    """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing.
-
-    What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
-    positions and segments, the positions and values of intercepts. Of arrays on a device only
-    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
-    """
-    tokens, segments = tokens_and_segments(tokens, segments)
-    items, tokens, room = ic.flatten(intercepts), integers("tokens", tokens), model.config.context
-    given = {"positions": integers("positions", positions)}
-    given["segments"] = integers("segments", segments)
-    check_tokens(model.config, tokens, cache, **given)
-    if isinstance(tokens, np.ndarray):
-        check_ids(model.config, tokens)
-    _check_places(given["positions"], given["segments"], room)
-    # where a text goes on from a cache or stands elsewhere, any position may be meant
-    alone = positions is None and cache is None
-    least, most = (tokens.shape[1],) * 2 if alone else (0, 2**31)
-    ic.check_data(items, model.dtype, least, most)
-    model, tokens, items, given = on_auto_axes((model, tokens, items, given | {"cache": cache}))
-    return _run(model, tokens, items, **given, **options)

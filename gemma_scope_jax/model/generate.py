@@ -5,10 +5,11 @@ does to a prompt it also does to every generated token, and what it reads is joi
 per read. The KV cache and the joined reads ride in the carry of a `while_loop` and are updated in
 place; logits are made only for the position that is sampled next.
 
-Prompts are padded on the left, to a multiple of `BUCKET`: every row fills the same cache slot, and
-a new prompt length seldom means a new program. What chooses the program: the batch size, the
-bucket, `max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, and whether
-`top_p` and `logits` are asked for. All else is data: ids, args, temperature, `top_p`, key, stops.
+Prompts are padded on the left, to a bucket: every row fills the same cache slot, and a new prompt
+length seldom means a new program. What chooses the program: the batch size, the bucket,
+`max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, and whether `top_p`
+and `logits` are asked for. All else is data: ids, args, layers that stand alone, temperature,
+`top_p`, key, stops.
 """
 
 from functools import partial
@@ -20,18 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
 from gemma_scope_jax.model.batch import check_ids, prompts_of
+from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
+from gemma_scope_jax.model.recompilation import note
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 
 PAD = 0
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
 STOP_SLOTS = 8  # room for stop tokens grows in these steps
 TINY = float(np.finfo(np.float32).tiny)
-BUCKET = 32  # prompts are padded to a multiple of this; above 1, so that a token axis shows itself
 
 
 @flax.struct.dataclass
@@ -76,6 +79,7 @@ def generate(
     key: jax.Array | int = 0,
     stop_tokens=STOP_TOKENS,
     logits: bool = False,
+    pad: bool = True,
 ) -> Generation:
     """Continue `prompts` by up to `max_new_tokens` tokens each; a row ends at a stop token.
 
@@ -88,6 +92,7 @@ def generate(
                  values tied with the last one kept are kept too
     key          a `jax.random.key` or an int seed; row b draws by the key and b alone
     logits       also return the logits of every choice (before temperature)
+    pad          fill up the prompts to one of a few lengths; else only to the longest's
 
     Reads. The token axis of a value is the one whose size follows the number of tokens, the batch
     stands just before it: [B, T, ...] or [n, B, T, ...] (patterns: [B, N, T, S]). Along it the
@@ -101,7 +106,8 @@ def generate(
     A host function: call it outside `jit`. Raises `InputError` for empty prompts, ids outside the
     vocabulary, more tokens than the model's context, settings out of range, unfit intercepts.
     """
-    items = ic.flatten(intercepts)
+    items = hooks.flatten(intercepts)
+    hooks.check(items, model.config.layers, None)
     rows = _checked_prompts(model.config, prompts_of(prompts))
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
@@ -110,9 +116,13 @@ def generate(
             f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
             f"{model.config.context}: shorten the prompt or lower max_new_tokens"
         )
-    ic.check_data(items, model.dtype, longest, longest + new)
-    tokens, segments = _left_padded(rows)
+    hooks.check_data(items, model.dtype, longest, longest + new)
+    # one column would hide which axis of a read is the tokens'
+    tokens, segments = _left_padded(rows, bucket(longest, 2**31) if pad else max(longest, 2))
     sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
+    fixed = (model.config, model.dtype, sampling.greedy, sampling.top_k, sampling.nucleus, logits)
+    note("generate", items, tokens.shape, (*fixed, len(sampling.stop)), **new_tokens)
     model, items = on_auto_axes((model, items))
     program = partial(_generate, new=new, logits=bool(logits))
     try:
@@ -153,9 +163,8 @@ def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
     return [row.astype(np.int32) for row in rows]
 
 
-def _left_padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens and segments int32 [B, P], P the bucket of the longest row."""
-    width = -(-max(len(r) for r in rows) // BUCKET) * BUCKET
+def _left_padded(rows: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and segments int32 [B, P], P the width."""
     tokens = np.full((len(rows), width), PAD, np.int32)
     segments = np.zeros_like(tokens)
     for n, row in enumerate(rows):
@@ -301,7 +310,7 @@ def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one
     differ = [a for a, (m, o) in enumerate(zip(many.shape, one.shape)) if m != o]
     axis = differ[0] if differ else 0
     pattern = item.site == "attn_pattern" and item.kind == "read"  # heads before the tokens
-    batch = (0 if isinstance(item.layers, int) else 1) if pattern else axis - 1
+    batch = (0 if item.of_one_layer else 1) if pattern else axis - 1
     follows = many.ndim == one.ndim and (many.shape[axis], one.shape[axis]) == (P, 1)
     if not follows or len(differ) > 1 or not 0 <= batch < axis or many.shape[batch] != B:
         raise InputError(

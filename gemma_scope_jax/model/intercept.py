@@ -16,13 +16,12 @@ lambda or `functools.partial` is a new program each time.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.arguments import (
@@ -30,7 +29,6 @@ from gemma_scope_jax.model.arguments import (
     Positions,
     at_positions,
     check_finite,
-    check_positions,
     is_abstract,
     whole_number,
 )
@@ -41,6 +39,9 @@ LAYER_SITES = (
     "resid_post",
 )  # fmt: skip
 SITES = ("embed", *LAYER_SITES, "resid_final", "final_scale", "logits")
+
+
+_F = TypeVar("_F", bound=Callable)
 
 
 @flax.struct.dataclass
@@ -66,6 +67,12 @@ class Intercept:
     name: str | None = flax.struct.field(pytree_node=False, default=None)
     options: tuple = flax.struct.field(pytree_node=False, default=())
     init_fn: Callable | None = flax.struct.field(pytree_node=False, default=None)
+    layer: Any = None  # int32 scalar: the one layer as data; `layers` is None then
+
+    @property
+    def of_one_layer(self) -> bool:
+        """Whether values have no axis of layers."""
+        return self.layer is not None or isinstance(self.layers, int)
 
     def at_layers(self, count: int) -> tuple[int, ...]:
         """The layers of a model of `count` layers at which this intercept acts, as given."""
@@ -90,6 +97,17 @@ class Context:
     valid: jax.Array
     seen: dict[str, jax.Array]
     site: str = flax.struct.field(pytree_node=False, default="")
+
+
+def tokenwise(fn: _F) -> _F:
+    """Decorates an intercept's function that treats every token alone, so that tokens which are
+    there for the shape's sake change nothing: `run` then fills up lengths to a few (see `pad`).
+
+    What it returns starts with the axes of `x` up to its tokens, and its arguments have no axis of
+    tokens.
+    """
+    fn.tokenwise = True  # type: ignore[attr-defined]
+    return fn
 
 
 def _checked_site(site: str) -> str:
@@ -158,6 +176,7 @@ def fold(
 # Sugar
 
 
+@tokenwise
 def _identity(x, ctx):
     return x
 
@@ -194,16 +213,19 @@ def _like(x: jax.Array, ctx: Context, value: Any, what: str) -> jax.Array:
     return jnp.broadcast_to(value, x.shape)
 
 
-def _add(x, ctx, vector, positions, *, first):
+@tokenwise
+def add(x, ctx, vector, positions, *, first):
     mask = token_mask(ctx, x, first, positions)
     return jnp.where(mask, x + _like(x, ctx, vector, "steer"), x)
 
 
-def _replace(x, ctx, value, positions, *, first):
+@tokenwise
+def replace(x, ctx, value, positions, *, first):
     mask = token_mask(ctx, x, first, positions)
     return jnp.where(mask, _like(x, ctx, value, "patch"), x)
 
 
+@tokenwise
 def _stop_gradient(x, ctx):
     return jax.lax.stop_gradient(x)
 
@@ -221,7 +243,7 @@ def steer(site: str, layers, vector, *, positions=None, first: int = 1) -> Inter
     refused: a text grows while it is generated. Vector and positions are data.
     """
     where, first = at_positions(positions), whole_number("first", first, 0)
-    return write(site, layers, _add, _checked_value("steer", site, vector), where, first=first)
+    return write(site, layers, add, _checked_value("steer", site, vector), where, first=first)
 
 
 def patch(site: str, layers, value, *, positions=None, first: int = 0) -> Intercept:
@@ -229,7 +251,7 @@ def patch(site: str, layers, value, *, positions=None, first: int = 0) -> Interc
     `steer` takes them).
     """
     where, first = at_positions(positions), whole_number("first", first, 0)
-    return write(site, layers, _replace, _checked_value("patch", site, value), where, first=first)
+    return write(site, layers, replace, _checked_value("patch", site, value), where, first=first)
 
 
 def _checked_value(what: str, site: str, value: Any) -> Any:
@@ -244,163 +266,3 @@ def _checked_value(what: str, site: str, value: Any) -> Any:
 def freeze(*sites: str) -> list[Intercept]:
     """Treat the `sites` as constants under differentiation (attention patterns, norm scales)."""
     return [write(site, None, _stop_gradient) for site in sites]
-
-
-# -------------------------------------------------------------------------------------------------
-# Running: which intercepts act where
-
-
-def flatten(intercepts) -> tuple[Intercept, ...]:
-    """Intercepts may be nested in lists and tuples (sugar can be several of them)."""
-    if isinstance(intercepts, Intercept):
-        return (intercepts,)
-    if not isinstance(intercepts, (list, tuple)):
-        raise InputError(f"expected intercepts, got {type(intercepts).__name__}")
-    return tuple(i for item in intercepts for i in flatten(item))
-
-
-def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | None) -> None:
-    """Raise `InputError` for layers that do not exist, reads never reached, and double names."""
-    if (
-        stop_at_layer is not None
-        and not 0 <= whole_number("stop_at_layer", stop_at_layer) <= layers
-    ):
-        raise InputError(f"stop_at_layer must be in 0..{layers}, got {stop_at_layer}")
-    ran = layers if stop_at_layer is None else stop_at_layer
-    names = [i.name for i in intercepts if i.name is not None]
-    for name in set(names):
-        if names.count(name) > 1:
-            raise InputError(f"two reads are called {name!r}: give one of them another name=")
-    for i in intercepts:
-        _check_per_layer(i, layers)
-        if i.site in LAYER_SITES:
-            last = max(i.at_layers(layers))
-            if last >= layers:
-                raise InputError(
-                    f"layer {last} at {i.site!r}: the model has layers 0..{layers - 1}"
-                )
-            never = i.layers is not None and last >= ran
-        else:
-            never = stop_at_layer is not None and i.site != "embed"
-        if never and i.name is not None:
-            raise InputError(
-                f"{i.name!r} at {i.site!r} is never reached: stop_at_layer is {stop_at_layer}"
-            )
-
-
-def _check_per_layer(i: Intercept, layers: int) -> None:
-    """On a device, layers beyond the end of an argument would get its last."""
-    count = len(i.at_layers(layers)) if i.site in LAYER_SITES else 0
-    for arg in i.args:
-        if isinstance(arg, PerLayer):
-            shapes = [np.shape(leaf) for leaf in jax.tree.leaves(arg.tree)]
-            if any(shape[:1] != (count,) for shape in shapes):
-                given = ", ".join(str(list(shape)) for shape in shapes)
-                raise InputError(
-                    f"per_layer at {i.site!r} needs a first axis of {count} layers, got {given}"
-                )
-
-
-def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: int) -> None:
-    """Raise `InputError` for arguments on the host that this pass cannot mean: positions beyond
-    texts of `most` tokens, masks that end before token `least`, values that overflow in `dtype`,
-    the model's (norm scales, patterns and logits are float32).
-    """
-    for i in intercepts:
-        for arg in i.args:
-            if isinstance(arg, Positions):
-                check_positions(arg, least, most)
-        if i.fn in (_add, _replace):
-            wide = i.site.endswith("_scale") or i.site in ("attn_pattern", "logits")
-            value = i.args[0].tree if isinstance(i.args[0], PerLayer) else i.args[0]
-            kind = jnp.float32 if wide else dtype
-            what = f"the value of {'steer' if i.fn is _add else 'patch'} at {i.site!r}"
-            check_finite(what, value, kind, infinite=i.site == "logits")
-
-
-def reads_whole_pattern(intercepts: tuple[Intercept, ...]) -> bool:
-    """Whether somebody needs attention patterns, so that they must be materialised."""
-    return any(i.site == "attn_pattern" for i in intercepts)
-
-
-def segments(intercepts: tuple[Intercept, ...], layers: int) -> list[tuple[int, int, tuple]]:
-    """Maximal runs [start, stop) of layers with the same active intercepts (by index)."""
-    where = [set(i.at_layers(layers)) if i.site in LAYER_SITES else set() for i in intercepts]
-    runs: list[tuple[int, int, tuple]] = []
-    for layer in range(layers):
-        active = tuple(n for n, at in enumerate(where) if layer in at)
-        if runs and runs[-1][2] == active:
-            runs[-1] = (runs[-1][0], layer + 1, active)
-        else:
-            runs.append((layer, layer + 1, active))
-    return runs
-
-
-def _layer_args(intercept: Intercept, layer, layers: int):
-    """The arguments at `layer`, with `PerLayer` ones cut to its slice."""
-    where = intercept.at_layers(layers)
-
-    def cut(arg):
-        if not isinstance(arg, PerLayer):
-            return arg
-        if isinstance(layer, int):
-            return jax.tree.map(lambda a: a[where.index(layer)], arg.tree)
-        table = jnp.array([where.index(l) if l in where else 0 for l in range(layers)], jnp.int32)
-        take = lambda a: jax.lax.dynamic_index_in_dim(a, table[layer], keepdims=False)
-        return jax.tree.map(take, arg.tree)
-
-    return jax.tree.map(cut, intercept.args, is_leaf=lambda a: isinstance(a, PerLayer))
-
-
-class At:
-    """The `at(site, x)` of one layer (or of the top of the model): applies and collects.
-
-    Lives only while a layer is traced. `reads` and `states` are keyed by intercept index.
-    """
-
-    def __init__(self, intercepts, active, layer, layers, positions, valid, states):
-        self.intercepts, self.active, self.layer, self.layers = intercepts, active, layer, layers
-        self.positions, self.valid = positions, valid
-        self.seen: dict[str, jax.Array] = {}
-        self.reads: dict[int, Any] = {}
-        self.states = dict(states)
-
-    def __call__(self, site: str, x: jax.Array) -> jax.Array:
-        x = checkpoint_name(x, site)
-        for n in self.active:
-            i = self.intercepts[n]
-            if i.site != site:
-                continue
-            ctx = Context(self.layer, self.positions, self.valid, self.seen, site)
-            args = _layer_args(i, self.layer, self.layers)
-            if i.kind == "read":
-                self.reads[n] = i.fn(x, ctx, *args, **dict(i.options))
-            elif i.kind == "write":
-                x = self._same(i, x, i.fn(x, ctx, *args, **dict(i.options)))
-            else:
-                y, state = i.fn(x, ctx, self.states[n], *args, **dict(i.options))
-                x = self._same(i, x, y)
-                self._same_state(i, self.states[n], state)
-                self.states[n] = state
-        self.seen[site] = x
-        return x
-
-    @staticmethod
-    def _same(i: Intercept, x, y):
-        if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
-            got = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else type(y).__name__
-            raise InputError(
-                f"the {i.kind} at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) returned {got} "
-                f"for {x.dtype}{list(x.shape)}: return the same shape and dtype"
-            )
-        return y
-
-    @staticmethod
-    def _same_state(i: Intercept, old, new) -> None:
-        describe = lambda a: f"{jnp.result_type(a)}{list(jnp.shape(a))}"
-        given, got = jax.tree.map(describe, old), jax.tree.map(describe, new)
-        if given != got:
-            raise InputError(
-                f"the fold at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) was given a state "
-                f"{given} and returned {got}: return the same structure, shapes and dtypes"
-            )

@@ -9,6 +9,8 @@ connection by which it came.
 
 import atexit
 import contextlib
+import dataclasses
+import logging
 import os
 import socket
 import sys
@@ -18,9 +20,42 @@ from typing import Any, NoReturn
 
 from gemma_scope_jax.errors import InputError, reason, shown
 
+LOG = logging.getLogger(__name__)
 WAIT = 60  # seconds
 _HELLO, _TUNNEL = "gemma_scope_jax", b"gemma_scope_jax tunnel\n"
 _here: "_Process | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Several processes or hosts that do one job together; TPU pods and SLURM are recognised."""
+
+    coordinator: str = ""
+    """The address and port of the first of several processes that are one JAX program."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    wait: float = 60.0
+    """Seconds that processes with a coordinator wait for one another."""
+
+    def join(self) -> None:
+        """Become one JAX program with the others; see `join_processes`."""
+        join_processes(self.coordinator, self.processes, self.process, self.wait)
+
+    def share(self) -> tuple[int, int]:
+        """(i, n): which part of the work is this process's, where each is a program of its own;
+        (0, 1) where they are joined to one. Raises `InputError`."""
+        check_share(self.processes, self.process)
+        if self.coordinator or self.processes is None:
+            self.join()
+        elif self.processes > 1:
+            if self.process is None:
+                raise InputError(
+                    f"of {self.processes} processes, which is this? give --process, from 0"
+                )
+            return self.process, self.processes
+        return 0, 1
 
 
 def join_processes(
@@ -72,6 +107,13 @@ def check_share(processes: int | None, process: int | None) -> None:
         raise InputError(f"process must be from 0, got {process}")
     if processes is not None and process is not None and process >= processes:
         raise InputError(f"process {process}: of {processes} processes the last is {processes - 1}")
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all of a JAX program."""
+    import jax
+
+    return jax.process_index() == 0
 
 
 def abandon(code: int, why: str = "") -> None:
@@ -254,7 +296,7 @@ class _Process:
             for connection in self.others.values():
                 if not self.index:
                     _say(connection, f"stop {why}")
-            print(f"error: {shown(why)}; so this one ends", file=sys.stderr, flush=True)
+            LOG.error("%s; so this one ends", shown(why))
             os._exit(2)
         threading.Event().wait()
         raise AssertionError

@@ -19,7 +19,6 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
-from gemma_scope_jax.model.checkpoints.load import find_checkpoint
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
 from gemma_scope_jax.storage.strict_json import parse_json, read_json
@@ -59,6 +58,9 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     is_gemma = isinstance(source, str) and not os.path.exists(text) and _is_published(text)
     if is_gemma and is_packaged_model_installed():
         return epath.Path(packaged_model())
+    # here, as loading a model needs meshes, these batches, and those a tokenizer
+    from gemma_scope_jax.model.checkpoints.load import find_checkpoint
+
     path = find_checkpoint(
         source, files=_FILES[:1] if is_gemma else (*_FILES, *SIBLINGS[1:], *TEMPLATES[:2])
     )

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import os
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,6 @@ from gemma_scope_jax.probing import absorption as spelling
 from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.pooling import (
     Pooled,
-    ReportTokens,
     SiteLayer,
     encode_rows,
     encode_texts,
@@ -43,16 +42,17 @@ from gemma_scope_jax.probing.pooling import (
 )
 from gemma_scope_jax.probing.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.probing.tables import read_table
-from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.progress import Progress, Report
 from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
+LOG = logging.getLogger(__name__)
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
 BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)  # what reading such a file may raise
-Measure = Callable[["Bench", Sequence[str], ReportTokens], dict[str, dict[str, Any]]]
+Measure = Callable[["Bench", Sequence[str], Report], dict[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +131,16 @@ def _run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Any]
     progress = Progress(sum(job.work for job, some in zip(jobs, missing) if some))
     kept = sum(not some for some in missing)
     if kept:
-        print(f"{kept} of {len(jobs)} tasks are done already", file=sys.stderr, flush=True)
+        LOG.info("%d of %d tasks are done already", kept, len(jobs))
     done = 0
     for job, before, had, some in zip(jobs, stored, found, missing):
         if not some:
             continue
-        new = plain(job.measure(bench, some, _report(progress, job, done)))
+        note = f"  {job.family} {job.name}"
+        new = plain(job.measure(bench, some, progress.part(done, job.work, note)))
         had |= new
         done += job.work
-        progress.at(done, f"  {job.family} {job.name}")
+        progress.at(done, note)
         document = {"family": job.family, "task": job.name, "settings": plain(job.settings)}
         document["results"] = before | {
             s: {"key": keys.get(s, ""), "result": r} for s, r in new.items()
@@ -149,17 +150,7 @@ def _run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Any]
     return found
 
 
-def _report(progress: Progress, job: BenchmarkJob, before: int) -> ReportTokens:
-    """What tells how far a job is, `before` tokens of others being done."""
-
-    def report(done: int, of: int) -> None:
-        share = min(done / max(of, 1), 0.99)
-        progress.at(before + int(share * job.work), f"  {job.family} {job.name}")
-
-    return report
-
-
-def _stages(report: ReportTokens, subjects: int) -> tuple[ReportTokens, ReportTokens]:
+def _stages(report: Report, subjects: int) -> tuple[Report, Report]:
     """What the model's pass and what comes after it, a subject at a time, report to; a subject's
     probes are taken to be a tenth of the pass, which is of the right order."""
     parts = 10 + subjects
@@ -260,9 +251,7 @@ def probing_jobs(
 
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
-    def measure(
-        bench: Bench, missing: Sequence[str], report: ReportTokens
-    ) -> dict[str, dict[str, Any]]:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         task = make_task(read_table(path), protocol, limit, quiet=True)  # it was said before
         how, keep = protocol.how, protocol.keep
         passed, probed = _stages(report, len(missing))
@@ -293,7 +282,7 @@ def _pooled(
     texts: Sequence[str],
     context: int,
     how: Literal["mean"] | int,
-    report: ReportTokens,
+    report: Report,
     keep: Literal["first", "last"] = "first",
 ) -> tuple[list[str], Pooled]:
     """The names of the coders among `missing`, and what they and the activations need."""
@@ -334,9 +323,7 @@ def concept_job(
 
 
 def _concepts(family: str, path: Path, limit: int | None, ns: Sequence[int]) -> Measure:
-    def measure(
-        bench: Bench, missing: Sequence[str], report: ReportTokens
-    ) -> dict[str, dict[str, Any]]:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         table = read_table(path)
         make = scr_tpp.tpp_task if family == "tpp" else scr_tpp.scr_task
         task: Any = make(table, limit, quiet=True)
@@ -367,9 +354,7 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
     settings = {"per_letter": per_letter, "question": spelling.QUESTION, "seed": spelling.SEED}
     family, names = "absorption_first_letter", tuple(bench.coders)
 
-    def measure(
-        bench: Bench, missing: Sequence[str], report: ReportTokens
-    ) -> dict[str, dict[str, Any]]:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
         task = spelling.spelling_prompts(bench.tok, per_letter)
         coders = {name: bench.coders[name] for name in names if name in missing}
         places = sorted(places_of(list(coders.values())))
@@ -402,7 +387,7 @@ def _word_activations(
     job: BenchmarkJob,
     task: spelling.Spelling,
     places: Sequence[SiteLayer],
-    report: ReportTokens,
+    report: Report,
 ) -> dict[SiteLayer, np.ndarray]:
     """Activations [W, D] at each of `places` at the words of the prompts.
 

@@ -230,7 +230,7 @@ def auc(y: np.ndarray, scores: np.ndarray) -> float:
     positives, negatives = int(y.sum()), int((~y).sum())
     if not positives or not negatives:
         return float("nan")
-    _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    rank = (last - (count - 1) / 2)[which]  # of ties: their mean rank, from 1
-    return float((rank[y].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    from scipy.stats import rankdata
+
+    above = rankdata(scores)[y].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))

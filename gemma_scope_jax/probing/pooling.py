@@ -8,7 +8,7 @@ adds it up by text, so that [tokens, F] never exists.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,13 +22,13 @@ from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.progress import Report
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
 FEWEST = 16  # columns are kept, silent ones if need be: what chooses ten has ten to choose from
 SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
 
 SiteLayer = tuple[str, int]  # a site and a layer
-ReportTokens = Callable[[int, int], None]  # called with tokens done and tokens in all
 
 
 class PooledFeatures(NamedTuple):
@@ -70,7 +70,7 @@ def pool(
     places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
-    report: ReportTokens | None = None,
+    report: Report | None = None,
 ) -> Pooled:
     """Pooled activations and features of `texts`, int [n] each with its <bos>.
 

@@ -16,7 +16,7 @@ best.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from gemma_scope_jax.probing.tables import (
     sae_probes_split,
     say_repeats,
 )
+from gemma_scope_jax.progress import Report
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
 ROUGHLY = 1e-5  # the gradient at which a probe is good enough to compare penalties by
@@ -206,7 +207,7 @@ def probe_task(
     protocol: Protocol,
     ks: Sequence[int] = (),
     full: Sequence[str] = (),
-    report: Callable[[int, int], None] = lambda done, of: None,
+    report: Report = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
     """For each of `subjects` (its features or activations [N, F]) the scores of a task.
 

@@ -9,8 +9,8 @@ import csv
 import dataclasses
 import gzip
 import io
+import logging
 import os
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from gemma_scope_jax.data.document_files import decompressed
-from gemma_scope_jax.errors import InputError, reason, shown
+from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.paths import named_paths
 
+LOG = logging.getLogger(__name__)
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a column of SAE-Probes' files that says nothing new
 SUFFIXES = (".csv", ".csv.zst", ".csv.gz")
@@ -239,20 +240,17 @@ def repeated(table: Table, kept: np.ndarray, split: Split) -> int:
 
 
 def say_repeats(table: Table, kept: np.ndarray, classes: np.ndarray, both: int, of: int) -> None:
-    """Tell on stderr what repeats among the rows `kept` of classes [len(kept)]: `both` of the rows
+    """Warn of what repeats among the rows `kept` of classes [len(kept)]: `both` of the rows
     that test have texts that were trained on; and how many texts have several labels."""
     if both:
-        print(
-            shown(
-                f"{table.path}: texts occur twice: {both} of the {of} rows that test have one that "
-                "was trained on, as the protocol draws them, so scores are too good"
-            ),
-            file=sys.stderr,
+        LOG.warning(
+            "%s: texts occur twice: %d of the %d rows that test have one that was trained on, as "
+            "the protocol draws them, so scores are too good",
+            *(table.path, both, of),
         )
     labels = np.unique(np.stack([table.numbered(kept), classes]), axis=1)[0]
     if several := int((np.bincount(labels) > 1).sum()):
-        line = f"{table.path}: {several} texts occur twice or more, under different labels"
-        print(shown(line), file=sys.stderr)
+        LOG.warning("%s: %d texts occur twice or more, under different labels", table.path, several)
 
 
 def sae_probes_split(classes: np.ndarray, path: Path, seed: int = 42) -> Split:

@@ -5,8 +5,8 @@ The system lets go of a lock when its process ends, however that is. In buckets 
 
 import contextlib
 import fcntl
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.paths import is_remote
 
+LOG = logging.getLogger(__name__)
 LOCK = ".lock"  # the file that is locked where a folder cannot be
 _held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds
 
@@ -116,10 +117,7 @@ def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
         return lambda: None  # what is written next says why
     try:
         if not _flock(inner, path, name):
-            print(
-                f"warning: {path}: this file system has no locks; see that nobody else writes here",
-                file=sys.stderr,
-            )
+            LOG.warning("%s: this file system has no locks; see that nobody else writes here", path)
         if not lock.exists() or _key(inner) != _key(lock):
             os.close(inner)
             return None
@@ -146,7 +144,7 @@ def _flock(handle: int, path: Path, name: Any) -> bool:
                     f"{name}: another process is writing here; wait for it, or choose another "
                     "folder"
                 ) from None
-            print(f"{path}: waiting for another process, which writes here", file=sys.stderr)
+            LOG.warning("%s: waiting for another process, which writes here", path)
             fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:
         return False

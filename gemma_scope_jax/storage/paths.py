@@ -7,15 +7,18 @@ In a bucket an object appears when it is complete; it cannot be appended to, nor
 import glob
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 
+LOG = logging.getLogger(__name__)
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 
 
@@ -53,6 +56,39 @@ def folder_path(folder: str | os.PathLike) -> epath.Path:
     if not any(map(importlib.util.find_spec, _NEEDS[scheme])):
         raise InputError(f"{text}: {scheme}:// needs `pip install {_NEEDS[scheme][0]}`")
     return epath.Path(text)
+
+
+def existing_parent(path: Any) -> Any:
+    """The path itself if it is there, else the nearest folder above it that is."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise `InputError` if no file or folder can be made at `path`: a file stands in its way, or
+    the folder above may not be written. What buckets allow shows when they are written to."""
+    if is_remote(path):
+        folder_path(path)
+        return
+    place = Path(path).expanduser().absolute()
+    above = existing_parent(place.parent)
+    if not above.is_dir():
+        raise InputError(f"{path}: {above} is no folder")
+    if not os.access(place if place.is_dir() else above, os.W_OK):
+        raise InputError(f"{path}: {above} may not be written to")
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that a second run has nothing to compile."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(private_cache("compiled")))
+        except InputError as error:
+            LOG.warning("compiled programs are not kept: %s", error)
+            return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def cache_folder() -> Path:

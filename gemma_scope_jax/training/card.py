@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 from functools import partial
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from gemma_scope_jax.training.log import read_log
 from gemma_scope_jax.training.measure import doubt
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 
+LOG = logging.getLogger(__name__)
 CURVES = (("fvu", "FVU of the batch"), ("l0", "L0"), ("dead", "share of dead features"))
 
 
@@ -144,7 +146,7 @@ def _plot(rows: list) -> bytes | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curves.png: it needs matplotlib, pip install 'gemma-scope-jax[track]'")
+        LOG.warning("no curves.png: it needs matplotlib, pip install 'gemma-scope-jax[track]'")
         return None
     figure: Any = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES):

@@ -6,7 +6,7 @@ go. The state is one item, the position in the data another.
 
 import dataclasses
 import itertools
-import sys
+import logging
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, disk_error, reason
 from gemma_scope_jax.training.state import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -74,7 +76,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 aside = _free(self.folder.parent / f"damaged-checkpoint-{step}")
                 (self.folder / str(step)).rename(aside)
-                print(f"{aside}: damaged, set aside ({why})", file=sys.stderr)
+                LOG.warning("%s: damaged, set aside (%s)", aside, why)
             everywhere(True)  # wait for it
             self.manager.reload()
         if steps:

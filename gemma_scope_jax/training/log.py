@@ -1,9 +1,8 @@
-"""What a run shows while it lasts: a line on the terminal, log.jsonl, TensorBoard and wandb."""
+"""What a run shows while it lasts: its progress, log.jsonl, TensorBoard and wandb."""
 
 import json
 import math
 import re
-import sys
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, disk_error
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import field, parse_json
@@ -29,6 +29,8 @@ class TrainLog:
         self.logged, self.log, self.written = -math.inf, out / "log.jsonl", time.monotonic()
         self.text = "" if jax.process_index() else self._until(done * config.tokens_a_pass)
         tracked = () if jax.process_index() else config.track
+        each = config.tokens_a_pass
+        self.progress = Progress(config.passes * each, begun=done * each, every=0.0)
         self.trackers = [_tracker(name, config, out) for name in tracked]
 
     def _until(self, tokens: int) -> str:
@@ -59,9 +61,7 @@ class TrainLog:
         self._write(json.dumps(finite(row), allow_nan=False) + "\n")
         for track in self.trackers:
             track(row)
-        left = (config.passes - done) * each / max(rate, 1e-9) / 60
-        shown = f"{100 * done / config.passes:5.1f} %  {row['tokens']:,} tokens  {rate:,.0f}/s"
-        print(f"{shown}  {left:.0f} min left{_summary(row['coders'])}", file=sys.stderr, flush=True)
+        self.progress.at(row["tokens"], _summary(row["coders"]))
         self.logged = time.monotonic()
 
     def _write(self, line: str) -> None:

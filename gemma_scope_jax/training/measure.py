@@ -9,9 +9,9 @@ the recipe.
 
 import contextlib
 import json
+import logging
 import math
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +26,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.training.log import finite, read_log
 
+LOG = logging.getLogger(__name__)
 OUTLIER = 3.0
 TOKENS = 256  # encoded at a time
 USELESS = 1.0  # FVU from which the mean activation says more than the coder
@@ -105,9 +106,9 @@ def save_measured(
         with _on_the_host():
             loaded = load_coder(os.fspath(folder / name), decoder=True)
             saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
-        print(said(name, saved[name]), file=sys.stderr)
+        LOG.info("%s", said(name, saved[name]))
         if why := doubt(saved[name]):
-            print(f"warning: {name}: {why}", file=sys.stderr)
+            LOG.warning("%s: %s", name, why)
     return saved, refused
 
 

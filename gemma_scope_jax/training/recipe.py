@@ -70,32 +70,49 @@ class LossConfig:
     frequency, the revival of dead features and, with `kl_weight`, the effect on the model.
     """
 
-    sparsity: str = "quadratic"  # equation (5); "step": (4), without target; "tanh": Anthropic's
-    l0_weight: float = 0.1  # lambda; not published
-    l0_warmup: int = 50_000  # updates over which lambda grows from 0
-    l0_start: float | None = None  # target L0 at the start, decaying linearly over `l0_warmup`
-    per_token: bool = True  # the square of equation (5) per token, as it is written, or of the mean
-    tanh_scale: float = 4.0  # c in tanh(c f); decoder rows have unit norm
-    frequency_limit: float = 0.1  # share of tokens above which a feature is penalised
-    frequency_weight: float = 0.0  # see `losses.frequency_penalty`; the paper gives no formula
-    bandwidth: float = 0.001  # of the straight-through kernel
-    dead_below: float = 0.01  # a feature is dead while it is active on a smaller share of tokens
-    #                           than this times the mean feature's, target_l0 / (layers * width)
-    dead_after: int = 1000  # updates over which that share is a mean: so long after a feature has
-    #                         fallen silent it counts as dead
-    dead_weight: float = 0.01  # of the pre-activation loss that revives dead features; not in the
-    #                            paper, from Anthropic's circuits updates, January 2025; 0: off.
-    #                            Adam makes silent features move alike at any weight: it counts
-    #                            for features that are active now and then
-    outlier: float = 3.0  # tokens above this many root-mean-square norms count as if at it;
-    #                       one token in a thousand has 6 times the median norm, 40 times its square
-    kl_weight: float = 0.0  # beta of equation (6), end-to-end finetuning; 0: off
+    sparsity: str = "quadratic"
+    """The sparsity loss: "quadratic" is equation (5), which aims at a target L0; "step" is equation
+    (4), without target; "tanh" is Anthropic's."""
+    l0_weight: float = 0.1
+    """lambda, the weight of the sparsity loss; the paper does not give it."""
+    l0_warmup: int | float = 50_000
+    """Updates over which lambda grows from 0; below 1 a share of the run's updates."""
+    l0_start: float | None = None
+    """The target L0 at the start, which comes down linearly over `l0_warmup`."""
+    per_token: bool = True
+    """Square each token's distance to the target L0, as equation (5) is written; false squares that
+    of the batch mean, so that one token may use more features than another."""
+    tanh_scale: float = 4.0
+    """c in tanh(c f), where decoder rows have unit norm."""
+    frequency_limit: float = 0.1
+    """The share of tokens above which a feature is penalised."""
+    frequency_weight: float = 0.0
+    """The weight of that penalty (`losses.frequency_penalty`); the paper gives no formula."""
+    bandwidth: float = 0.001
+    """The width of the straight-through kernel."""
+    dead_below: float = 0.01
+    """A feature is dead while it is active on a smaller share of tokens than this times the mean
+    feature's, target_l0 / (layers * width)."""
+    dead_after: int = 1000
+    """Updates over which that share is averaged: how long a silent feature takes to count as
+    dead."""
+    dead_weight: float = 0.01
+    """The weight of the pre-activation loss that revives dead features; 0 turns it off. It is not
+    in the paper but in Anthropic's circuits updates of January 2025. Adam moves silent features
+    alike at any weight: it matters for those that are active now and then."""
+    outlier: float = 3.0
+    """Tokens above this many root-mean-square norms count as if at it: one token in a thousand has
+    6 times the median norm, 40 times its square."""
+    kl_weight: float = 0.0
+    """beta of equation (6), end-to-end finetuning; 0 turns it off."""
 
     def __post_init__(self) -> None:
         _one_of("sparsity", self.sparsity, SPARSITIES)
         _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale", "dead_below")
         _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
-        _whole(self, 0, "l0_warmup", "dead_after")
+        _whole(self, 0, "dead_after")
+        warmup = "a whole number from 0 on, or a share below 1"
+        _check(self, warmup, lambda v: v >= 0 and (v < 1 or isinstance(v, int)), "l0_warmup")
         if self.l0_start is not None:
             _positive(self, "l0_start")
 
@@ -109,22 +126,38 @@ class CoderConfig:
     """
 
     layers: int | tuple[int, ...]
+    """The model's layer, or the layers of a coder of several: 12, or 5,9,12,15."""
     reads: str = "resid_post"
-    writes: str = ""  # where it reads
-    width: int = 4096  # features, of each layer
-    target_l0: float = 50.0  # features of one token, over all layers
-    activation: str = "jumprelu"  # or "topk": target_l0 features of each token (over all layers);
-    #                               or "batch_topk": on average, saved as the JumpReLU nearest to it
-    as_jump_relu: bool = False  # save "topk", too, as a JumpReLU: another function, see the figures
-    skip: bool = False  # an affine skip connection, x @ w_skip
-    prefixes: tuple[int, ...] = ()  # Matryoshka: the first so many features reconstruct alone, too
-    input_bias: bool = True  # where it writes what it reads, b_dec is subtracted from the input
-    threshold: float | None = 0.001  # at the start; None: from the data, see `init.from_data`
-    init_from: str = ""  # a folder or address: finetune that coder
-    init_layers: tuple[str, ...] = ()  # one single-layer coder a layer, see `init.from_coders`
+    """The site that it reads."""
+    writes: str = ""
+    """The site that it writes; the default is the one it reads."""
+    width: int = 4096
+    """Features of each layer."""
+    target_l0: float = 50.0
+    """Features that are active on a token, over all layers."""
+    activation: str = "jumprelu"
+    """"jumprelu"; or "topk", which keeps target_l0 features of each token over all layers; or
+    "batch_topk", which keeps as many on average and is saved as the JumpReLU nearest to it."""
+    as_jump_relu: bool = False
+    """Save "topk", too, as a JumpReLU: another function, whose figures are on its card."""
+    skip: bool = False
+    """Add an affine skip connection, x @ w_skip."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: the first so many features must reconstruct alone, too."""
+    input_bias: bool = True
+    """Subtract b_dec from the input of a coder that writes what it reads."""
+    threshold: float | None = 0.001
+    """The thresholds at the start; None takes them from the data (`init.from_data`)."""
+    init_from: str = ""
+    """The folder or address of a coder to finetune."""
+    init_layers: tuple[str, ...] = ()
+    """Coders of one layer to start from, one a layer (`init.from_coders`)."""
     seed: int = 0
-    name: str = ""  # of its folder; "": made from the rest
+    """The random seed of the first weights."""
+    name: str = ""
+    """The name of its folder; the default is made from the rest."""
     loss: LossConfig = LossConfig()
+    """What it minimises."""
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -204,13 +237,24 @@ class OptimizerConfig:
     """Adam, as published; the same for all coders of a run."""
 
     learning_rate: float = 7e-5
-    warmup: int = 1000  # updates, cosine from a tenth
-    decay: float = 0.0  # share of the updates at the end with linear decay to 0; paper: none
+    """The learning rate after the warm-up."""
+    warmup: int = 1000
+    """Updates over which the learning rate grows, by a cosine from a tenth."""
+    decay: float = 0.0
+    """The share of the updates, at the end, over which it falls linearly to 0; none in the
+    paper."""
     b1: float = 0.0
+    """The decay of Adam's first moments."""
     b2: float = 0.999
+    """The decay of Adam's second moments."""
     epsilon: float = 1e-8
-    step_limit: float = 1e-3  # see `optimizer.limited`; not in the paper; 0: off
-    clip: float = 1.2  # see `optimizer.clipped`; not in the paper; 0: off
+    """Adam's epsilon."""
+    step_limit: float = 1e-3
+    """The most that a feature's weights move in an update (root mean square), or the learning rate
+    if that is larger (`optimizer.limited`); not in the paper; 0 turns it off."""
+    clip: float = 1.2
+    """The largest norm of a coder's gradients, in usual norms (`optimizer.clipped`); not in the
+    paper; 0 turns it off."""
 
     def __post_init__(self) -> None:
         _check(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "learning_rate")
@@ -226,32 +270,52 @@ class TrainConfig:
     """Any number of coders fed by one model pass, or by one activation store."""
 
     coders: tuple[CoderConfig, ...]
+    """The coders that are trained, all in one run."""
     data: TextData = TextData()
-    store: str = ""  # a folder of stored activations instead of `data`
+    """The text that the model reads."""
+    store: str = ""
+    """A folder of stored activations to read instead of `data` (`gemma-scope activations`)."""
     model: str = "gemma-3-270m"
+    """The model: a name, a folder or a file."""
     model_dtype: str = "bfloat16"
-    tokens: int = 4_000_000  # read by the model, <bos> included; of a store: activations drawn
-    rows: int = 4  # sequences a model pass
-    length: int = 1024  # tokens a sequence
-    first: int = 1  # leading positions that are not trained on: <bos>; 4 for chats
-    buffer: int = 131_072  # activations shuffled on the device
-    batch: int = 4096  # activations an update
-    updates: int = 1  # optimizer updates a model pass: each activation is seen
-    #                   updates * batch / (rows * length) times on average
+    """The dtype of the model's matrices: bfloat16 or float32."""
+    tokens: int = 4_000_000
+    """Tokens that the model reads, <bos> included; from a store, the activations drawn."""
+    rows: int = 4
+    """Sequences of a model pass."""
+    length: int = 1024
+    """Tokens of a sequence."""
+    first: int = 1
+    """Leading positions that are not trained on: 1 for <bos>, 4 for chats."""
+    buffer: int = 131_072
+    """Activations that are shuffled on the device."""
+    batch: int = 4096
+    """Activations of an update."""
+    updates: int = 1
+    """Optimizer updates of a model pass: an activation is seen updates * batch / (rows * length)
+    times on average."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    sparse: float = 4.0  # slots for active features a token, in target L0s, of the sparse step;
-    #                      0: dense products. Tokens that need more make that update dense.
-    precision: str = "default"  # of the coders' products, float32 in and out: "default" is the
-    #                             backend's (TPU: one pass of bfloat16, GPU: TF32); CPUs
-    #                             compute in float32 whatever is set
-    mesh: tuple[int, int] | None = None  # devices over the batch x over the features; None: all
-    #                                      over the features, on CPUs one device
-    held_out: float = 1 / 64  # share of the text or store that is never trained on: what the saved
-    #                           coders are measured on; of short runs more, see `held_share`
+    """Adam, the same for all coders."""
+    sparse: float = 4.0
+    """Slots for the active features of a token in the sparse step, in target L0s; 0 computes dense
+    products. Tokens that need more make that update dense."""
+    precision: str = "default"
+    """The precision of the coders' products, float32 in and out: "default" is the backend's (TPU:
+    one pass of bfloat16, GPU: TF32); CPUs compute in float32 whatever is set."""
+    mesh: tuple[int, int] | None = None
+    """Devices over the batch and over the features; None takes all over the features, and on CPUs
+    one device."""
+    held_out: float = 1 / 64
+    """The share of the text or store that is never trained on, on which the saved coders are
+    measured; short runs hold out more (`held_share`)."""
     seed: int = 0
-    checkpoint_every: float = 300.0  # seconds; 0: after every pass
-    keep: int = 2  # checkpoints
-    track: tuple[str, ...] = ()  # "tensorboard", "wandb", beside log.jsonl
+    """The random seed of the order of the text."""
+    checkpoint_every: float = 300.0
+    """Seconds between checkpoints; 0 writes one after every pass."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    track: tuple[str, ...] = ()
+    """Where curves go beside log.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
         counts = ("tokens", "rows", "length", "buffer", "batch", "updates", "keep")
@@ -290,6 +354,20 @@ class TrainConfig:
     def held_share(self) -> float:
         """Of the text or store, held out: where `held_out` would be too little, more."""
         return max(self.held_out, min(1 / 16, 1024 / self.tokens))
+
+    @property
+    def warmed(self) -> "TrainConfig":
+        """This config with every `l0_warmup` that is a share as a number of updates."""
+        filling = 0 if self.store else -(-self.buffer // self.tokens_a_pass)  # passes before them
+        updates = max(0, self.passes - filling) * self.updates
+
+        def counted(coder: CoderConfig) -> CoderConfig:
+            if not 0 < coder.loss.l0_warmup < 1:
+                return coder
+            loss = dataclasses.replace(coder.loss, l0_warmup=int(coder.loss.l0_warmup * updates))
+            return dataclasses.replace(coder, loss=loss)
+
+        return dataclasses.replace(self, coders=tuple(map(counted, self.coders)))
 
     @property
     def passes(self) -> int:

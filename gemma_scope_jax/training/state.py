@@ -79,7 +79,7 @@ class TrainPlan:
 
 def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> TrainPlan:
     """The plan of a run. Raises `InputError` for layers and sites that the model does not have."""
-    wanted: dict[str, set[int]] = {}
+    config, wanted = config.warmed, {}
     for coder in config.coders:
         for site in (coder.reads, coder.target):
             site_width(model, site)

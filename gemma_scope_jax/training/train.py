@@ -7,14 +7,12 @@ A run folder holds `config.json` (the resolved recipe), `log.jsonl` (a line ever
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import json
+import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +21,13 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.data.activations.files import DTYPES
 from gemma_scope_jax.data.activations.store import write_activations
+from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
-from gemma_scope_jax.model.config import Model, abstract_params
+from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
+from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import make_mesh, own_mesh
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import only_writer
@@ -41,53 +42,34 @@ from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 from gemma_scope_jax.training.state import TrainState, abstract_state, first_state, make_plan
 
+LOG = logging.getLogger(__name__)
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
 AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
 
 
-def load_config(path: str | os.PathLike) -> TrainConfig:
-    """The `config` of a configs/*.py file, a program that is run. Raises `InputError` if there is
-    none."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # configs may share what they have in common
-    try:
-        spec.loader.exec_module(module)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    config = getattr(module, "config", None)
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"{path}: must set `config` to a TrainConfig")
-    return config
-
-
 @own_mesh
 def train(
-    config: TrainConfig, out: str | os.PathLike, model: Model | None = None, data: Any = None
+    config: TrainConfig,
+    out: str | os.PathLike,
+    model: Model | None = None,
+    data: Any = None,
+    profile: str | os.PathLike | None = None,
 ) -> dict[str, Coder]:
     """Train all coders of `config`; continue if `out` holds a run of it. Returns them by folder.
 
     They are also written to `out`/coders in the published layout. `data` may be any iterable of
-    strings, or a function that returns one, in place of `config.data`. SIGTERM and Ctrl-C save a
+    strings, or a function that returns one, in place of `config.data`. `profile`: an empty folder
+    for a trace of a few passes, after the first that train. SIGTERM and Ctrl-C save a
     checkpoint and exit with status 143. Raises `InputError` for data, models and folders that do
     not fit.
     """
     out = folder_path(out)
-    with _only_run(out):
+    with _only_run(out), StepTrace(profile) as trace:
         _check_folder(config, out)
-        mesh = _mesh(config)
+        mesh = run_mesh(config)
+        starts = check_inputs(config, model and model.config, data)
         model = model or _model(config, mesh)
-        _check_layers(config, model)
-        run = _TrainRun(config, out, model, mesh, data)
+        run = _TrainRun(config, out, model, mesh, data, starts, trace)
         try:
             return run.finish(*run.loop())
         except OSError as error:
@@ -135,16 +117,17 @@ def store_activations(
 
     `tokens` counts activations; default: the config's. See `data.activations.store`.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"activations are stored as {' or '.join(DTYPES)}, not {dtype!r}")
+    check_inputs(config, model and model.config, data, reads_text=True)
     model = model or load_model(config.model, dtype=config.model_dtype)
-    _check_layers(config, model)
     sites = dict(make_plan(config, model.config).sites)
     batches = token_batches(config, model.config, data)
     count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
-    print(folder, flush=True)
 
 
-def _mesh(config: TrainConfig) -> Any:
+def run_mesh(config: TrainConfig) -> Any:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
         data = config.mesh[0]
@@ -160,11 +143,31 @@ def _mesh(config: TrainConfig) -> Any:
     return None if alone else make_mesh(1, len(devices))
 
 
-def _check_layers(config: TrainConfig, model: Model) -> None:
+def check_inputs(
+    config: TrainConfig,
+    shape: GemmaConfig | None = None,
+    data: Any = None,
+    *,
+    reads_text: bool | None = None,
+) -> dict[str, Any]:
+    """Raise `InputError` for what can be known to be wrong before a model is loaded: layers, sites,
+    text that is not there, coders to start from that do not fit. Gives the latter (`load_starts`).
+
+    shape: of the model; default: that of `config.model`. data: text in place of the config's.
+    reads_text: whether text is read at all; default: unless the config has a `store`.
+    """
+    shape = shape or model_config(config.model)
     for coder in config.coders:
         for layer in coder.layer_tuple:
-            if not 0 <= layer < model.config.layers:
-                raise InputError(f"layer {layer}: the model has 0..{model.config.layers - 1}")
+            if not 0 <= layer < shape.layers:
+                raise InputError(f"layer {layer}: the model has 0..{shape.layers - 1}")
+    make_plan(config, shape)  # says now which sites there are not
+    reads_text = not config.store if reads_text is None else reads_text
+    if reads_text and data is None and not config.data.tfds:
+        if not config.data.files:
+            raise InputError("no text given: name files or a TFDS dataset")
+        text_files(config.data.files)
+    return ends.load_starts(config)
 
 
 # Of a config, what does not decide results, or is told by its content: see `_Run.check_same`.
@@ -217,13 +220,22 @@ def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
 class _TrainRun:
     """One run: what the loop needs beside the state."""
 
-    def __init__(self, config: TrainConfig, out: epath.Path, model: Model, mesh: Any, data: Any):
-        self.config, self.out, self.model, self.stop = config, out, model, False
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: epath.Path,
+        model: Model,
+        mesh: Any,
+        data: Any,
+        starts: dict[str, Any],
+        trace: StepTrace,
+    ):
+        self.config, self.out, self.model, self.stop, self.trace = config, out, model, False, trace
         self.plan = make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
-        self.starts, self.readings = ends.load_starts(config), 1
+        self.starts, self.readings = starts, 1
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.made_with = self.feed.made_with
 
@@ -271,6 +283,8 @@ class _TrainRun:
                 state, new = feed.step(state, batch, started)
                 jax.block_until_ready(parts)  # the host is never more than one pass ahead
                 parts, done = new or parts, done + 1
+                if started:
+                    self.trace.done(parts)
                 if progress.due() or done == config.passes:
                     progress.report(done, int(state.update), parts, self.plan.groups)
                 stop, save = self._due(done)
@@ -279,7 +293,7 @@ class _TrainRun:
                 if stop and done < config.passes:
                     progress.flush()
                     self.checkpoints.close()
-                    print(f"stopped at pass {done}; run the same command to go on", file=sys.stderr)
+                    LOG.warning("stopped at pass %d; run the same command to go on", done)
                     raise SystemExit(STOPPED)
             progress.flush()
         if not started:
@@ -299,14 +313,14 @@ class _TrainRun:
         self.said_again = True
         if jax.process_index() == 0:
             read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
-            print(
-                f"{what} has been read once, at {read:,} tokens, and is read again", file=sys.stderr
-            )
+            LOG.warning("%s has been read once, at %s tokens, and is read again", what, f"{read:,}")
 
     def _ended(self, done: int) -> None:
         read, o = done * self.config.tokens_a_pass, self.config.optimizer
         more = "; the learning rate had not come down" if o.decay else ""
-        print(f"the text ended at {read:,} of {self.config.tokens:,} tokens{more}", file=sys.stderr)
+        LOG.warning(
+            "the text ended at %s of %s tokens%s", f"{read:,}", f"{self.config.tokens:,}", more
+        )
 
     def start(self, state: TrainState, done: int) -> TrainState:
         state = ends.start(self.plan, state, self.feed.sample(state), self.starts)
@@ -349,7 +363,6 @@ class _TrainRun:
             for name in saved:
                 times = (self.readings, self.feed.repeats())
                 write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
-                print(self.out / "coders" / name, flush=True)
             if refused:
                 raise InputError(
                     f"not saved after {tokens:,} tokens: {'; '.join(refused)}; train into another "

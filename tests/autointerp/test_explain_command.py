@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax import cli
 from gemma_scope_jax.autointerp.examples import Sampling, gather, open_corpus
@@ -16,9 +17,9 @@ from gemma_scope_jax.autointerp.explanations import (
     read_explanations,
     write_explanations,
 )
+from gemma_scope_jax.autointerp.job import choose_features, parse_features
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge
 from gemma_scope_jax.autointerp.scores import SCORES
-from gemma_scope_jax.cli.explain import chosen_features, parse_features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from judges import ENTRY
@@ -36,8 +37,6 @@ def planted(monkeypatch, tmp_path):
     from gemma_scope_jax.coders.release.files import save_coder
     from gemma_scope_jax.coders.sparse_coder import SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
-    from gemma_scope_jax.extraction.store import store
-    from gemma_scope_jax.model import tokenizer
 
     w = jax.random.normal(jax.random.key(0), (32, 8))
     coder = SparseCoder(
@@ -45,10 +44,9 @@ def planted(monkeypatch, tmp_path):
     )
     save_coder(coder, tmp_path / "coder", config_extra={"model_name": "acme/tiny"})
     about = describe("planted", load_coder(tmp_path / "coder"))
-    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(about))
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Tok())
-    command = sys.modules["gemma_scope_jax.cli.explain"]
-    monkeypatch.setattr(command, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(gs, "FeatureStore", lambda folder: planted_store(about))
+    monkeypatch.setattr(gs, "load_tokenizer", lambda name: Tok())
+    monkeypatch.setattr(gs, "use_compilation_cache", lambda: None)
     return tmp_path / "coder"
 
 
@@ -218,16 +216,15 @@ def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
     from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.extraction.manifest import describe
-    from gemma_scope_jax.extraction.store import store
 
     coder = load_coder(planted)
     other = describe("it", coder.replace(threshold=coder.threshold + 1))
-    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(other))
+    monkeypatch.setattr(gs, "FeatureStore", lambda folder: planted_store(other))
     for name in ((), ("--name", "it")):
         assert main(planted, "--store", "s", *name) == 2
         assert "holds no features of coder, but of it" in capsys.readouterr().err
     both = (other, describe("pt", coder))
-    monkeypatch.setattr(store, "FeatureStore", lambda folder: planted_store(*both))
+    monkeypatch.setattr(gs, "FeatureStore", lambda folder: planted_store(*both))
     assert main(planted, "--store", "s", "--name", "it") == 2
     assert main(planted, "--store", "s") == main(planted, "--store", "s", "--name", "pt") == 0
 
@@ -236,18 +233,16 @@ def test_the_model_is_the_coders(planted, monkeypatch):
     """A store's name of a model has lost the -it."""
     from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.coders.release.files import save_coder
-    from gemma_scope_jax.model import tokenizer
 
     asked = []
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: asked.append(name) or Tok())
+    monkeypatch.setattr(gs, "load_tokenizer", lambda name: asked.append(name) or Tok())
     about = {"config_extra": {"model_name": "google/tiny-it", "first": 1}}
     save_coder(load_coder(planted), planted.parent / "it", **about)
     for options, wanted in {(): "tiny-it", ("--model", "mine"): "mine"}.items():
         for judge in ("statistics", "model"):
-            command = sys.modules["gemma_scope_jax.cli.explain"]
             with monkeypatch.context() as patch:
                 if judge == "model":
-                    patch.setattr(command, "_judge", judging(asked))
+                    patch.setattr(gs, "load_model", judging(asked))
                 main(planted.parent / "it", "--store", "s", *options, "--judge", judge,
                      "--features", "1")  # fmt: skip
         assert set(asked) == {wanted} and len(asked) == 3
@@ -255,8 +250,8 @@ def test_the_model_is_the_coders(planted, monkeypatch):
 
 
 def judging(asked):
-    def judge(kind, endpoint, model, *_):
-        asked.append(model)
+    def judge(name, **_):
+        asked.append(name)
         raise InputError("this is enough")
 
     return judge
@@ -272,11 +267,11 @@ def test_where_explanations_of_a_layer_lie(planted, monkeypatch):
 def test_features_by_name_and_by_chance():
     assert parse_features("3, 1,4-6,5", 7) == [3, 1, 4, 5, 6]
     fired = np.array([0, 100, 19, 20, 50, 1000])
-    assert chosen_features("", None, fired, 10, 0, "statistics") == [1, 2, 3, 4, 5]
-    few = chosen_features("", 2, fired, 10, 0, "endpoint")
+    assert choose_features("", None, fired, Sampling(), False) == [1, 2, 3, 4, 5]
+    few = choose_features("", 2, fired, Sampling(), True)
     assert len(few) == 2 and set(few) <= {1, 3, 4, 5}
-    assert few == chosen_features("", 2, fired, 10, 0, "model")
-    assert chosen_features("", 9, fired, 10, 0, "model") == [1, 3, 4, 5]
+    assert few == choose_features("", 2, fired, Sampling(), True)
+    assert choose_features("", 9, fired, Sampling(), True) == [1, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.judges import model as mj
 from gemma_scope_jax.autointerp.questions import Question, ShownText
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.model.run import run
 from judges import judge_of
 
 

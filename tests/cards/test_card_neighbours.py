@@ -23,11 +23,10 @@ def test_the_draw_is_even_and_depends_on_the_seed():
 def test_neighbours_in_blocks_are_the_same(monkeypatch):
     """The last block of rows overlaps the one before."""
     rows = jax.random.normal(jax.random.key(0), (23, 8))
-    nothing = lambda *_: None
-    whole = most_similar(rows, None, 5, nothing, "")
-    few = most_similar(rows, rows[:3], 5, nothing, "")
+    whole = most_similar(rows, None, 5, "")
+    few = most_similar(rows, rows[:3], 5, "")
     monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 10)
-    for a, b in zip(whole, most_similar(rows, None, 5, nothing, "")):
+    for a, b in zip(whole, most_similar(rows, None, 5, "")):
         np.testing.assert_array_equal(a, b)
     assert (few[0][:, 3:] == -1).all() and sorted(few[0][0, :3].tolist()) == [0, 1, 2]
 

@@ -250,7 +250,7 @@ def test_a_large_store_is_sampled_for_correlations(store, tmp_path):
     files = CardFiles(tmp_path)
     half = int(store.fired().sum()) // 2
     with files.stage("correlations", 0) as stage:
-        correlate(store, "sae", 1, 6, stage, lambda *_: None, entries=half)
+        correlate(store, "sae", 1, 6, stage, entries=half)
     assert 0 < files.manifest["correlated_tokens"] < store.counted * 0.8
 
 

@@ -1,20 +1,20 @@
 """`gemma-scope cards`: what it reads, what it links, and that it removes nothing of others."""
 
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gemma_scope_jax as gs
 from card_folders import card_coder, data_of
 from coders import random_coder
-from commands import command
+from commands import command, give_tiny
 from gemma_scope_jax.autointerp.explanations import write_explanations
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
+from gemma_scope_jax.coders import opened
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.atomic import new_folder
 from tiny import tiny_model
@@ -90,7 +90,7 @@ def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, m
         d: tiny_model(PRESETS["gemma-3-270m"], dtype=jnp.dtype(d), layers=4)
         for d in ("float32", "bfloat16")
     }
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: loaded[dtype])
+    give_tiny(monkeypatch, loaded["float32"], models=loaded)
     store = tmp_path / "store"
     text = ("--text", tmp_path / "text.txt", "--length", 64, "--model", "tiny")
     assert command("extract", one, *text, "--dtype", "bfloat16", "--out", store) == 0
@@ -170,7 +170,8 @@ def test_mistakes_show_before_the_work(tiny, one, tmp_path, monkeypatch, capsys)
     save_coder(random_coder(layers=(2, 3)), tmp_path / "layers", config_extra=ABOUT)
     (tmp_path / "wrong.json").write_text("{")
     fails = lambda *_, **__: (_ for _ in ()).throw(AssertionError("too late"))
-    monkeypatch.setattr("gemma_scope_jax.extraction.extract.extract", fails)
+    monkeypatch.setattr(gs, "extract", fails)
+    monkeypatch.setattr(gs, "load_model", fails)
     text = ("--text", tmp_path / "text.txt")
     for args, says in {
         (*text, "--compare", tmp_path / "small"): "cannot be compared",
@@ -179,7 +180,7 @@ def test_mistakes_show_before_the_work(tiny, one, tmp_path, monkeypatch, capsys)
     }.items():
         assert cards(one, *args, "--out", tmp_path / "out") == 2
         assert says in capsys.readouterr().err
-    monkeypatch.setattr(sys.modules["gemma_scope_jax.cli.cards"], "load_all", fails)
+    monkeypatch.setattr(opened, "load_coders", fails)
     for args, says in {
         ("--text", tmp_path / "nosuch.txt"): "no text files match",
         (*text, "--roles", "nobody"): "no such role",

@@ -1,5 +1,7 @@
 """The command line: what it prints, what it writes, and one clear line for whatever is wrong."""
 
+import dataclasses
+import importlib
 import inspect
 import io
 import json
@@ -9,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 
+import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.release.files import save_coder
-from gemma_scope_jax.data.documents import TextData
 
 TEXT = "plums & <b>"
 
@@ -154,15 +156,12 @@ def test_interrupts_and_full_disks(monkeypatch, capsys):
 
 def test_text_is_read_alike_by_all_commands():
     """What counts in chats, and where text is, as in a training config."""
-    data = TextData()
     for name in ("extract", "evaluate", "cards"):
-        options = inspect.signature(cli.COMMANDS[name]).parameters
-        for option in ("roles", "field", "messages", "skip_bad"):
-            wanted = getattr(data, option)
-            if (name, option) == ("evaluate", "roles"):
-                wanted = ("system", "user", "model")  # which it compares
-            assert options[option].default == wanted, name
-        assert "Read about so many" in cli.COMMANDS[name].__doc__
+        command = importlib.import_module(f"gemma_scope_jax.cli.{name}").command
+        data = inspect.signature(command).parameters["data"].default
+        roles = ("system", "user", "model") if name == "evaluate" else gs.TextData().roles
+        assert dataclasses.asdict(data) == dataclasses.asdict(gs.TextData(roles=roles)), name
+        assert "Read about so many" in command.__doc__
 
 
 def test_help_version_and_list_need_no_jax():
@@ -193,7 +192,7 @@ def test_a_closed_pipe_is_quiet():
 @pytest.mark.real
 def test_the_capital_of_france(tmp_path, capsys, monkeypatch):
     """The real model and the packaged coder, as `make demo` runs them."""
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(gs, "use_compilation_cache", lambda: None)
     page = tmp_path / "page.html"
     options = ("--json", "--html", page, "--dtype", "float32")
     assert command("inspect", "The capital of France is", *options) == 0

@@ -1,7 +1,9 @@
 """What leaves for a terminal or a log: text in it is shown, never obeyed."""
 
 import contextlib
+import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -17,9 +19,9 @@ from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import in_markdown
-from gemma_scope_jax.evaluation.report import print_core
+from gemma_scope_jax.evaluation.report import core_tables
 from gemma_scope_jax.inspection.inspect_text import Inspection
-from gemma_scope_jax.inspection.terminal import print_inspection
+from gemma_scope_jax.inspection.terminal import inspection_tables
 from gemma_scope_jax.probing.report import markdown
 from gemma_scope_jax.progress import Progress, console, shown_streams
 from gemma_scope_jax.training.card import _text as card_text
@@ -51,8 +53,8 @@ def a_terminal(monkeypatch):
 
 
 def without_style(text):
-    """What rich itself sends: colours, and where a spinner or a bar is drawn."""
-    return re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|1A)|\r(?=\x1b\[)", "", text)
+    """What rich itself sends: colours, and where a spinner or a bar is drawn, and taken away."""
+    return re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|2K|1A)|\r(?=\x1b\[)|\r *\r", "", text)
 
 
 def test_what_is_printed_is_shown(monkeypatch):
@@ -96,9 +98,10 @@ def test_what_rich_draws_is_shown_and_rich_is_let_be(monkeypatch):
         console(width=200).print(table, EVIL)
         with shared.stage(EVIL), contextlib.suppress(KeyError):
             print(EVIL)
-        with shared.bar(EVIL) as step:
-            step(1, 2)
-            print(EVIL, file=sys.stderr)
+        progress = Progress(9, what=EVIL)
+        monkeypatch.setattr("gemma_scope_jax.progress._REDRAWN", 0.0)
+        progress.at(1, EVIL)
+        print(EVIL, file=sys.stderr)
     said = terminal()
     assert "\x1b[1m" in said and not SENT.search(without_style(said))
     assert said.count(r"\x1b]0;title") >= 6
@@ -123,7 +126,7 @@ def test_an_inspection_and_a_report_are_shown(monkeypatch):
         strongest=[1],
         heat=[[0.0]],
         labels={1: label},
-        figures={},
+        figures={k: None for k in ("l0", "fvu", "loss", "delta_loss")} | {"typical": {"fvu": None}},
     )
     groups = {"source": [{"name": f"[/]{EVIL[:14]}", "tokens": 3}]}
     result = {
@@ -132,10 +135,11 @@ def test_an_inspection_and_a_report_are_shown(monkeypatch):
         "eval_result_unstructured": {"groups": groups},
     }  # fmt: skip
     with shown_streams():
-        with contextlib.suppress(KeyError):
-            print_inspection(seen)
-        print_core([result])
-        print_core([result, result])
+        for part in inspection_tables(seen, 80):
+            shared.screen().print(part)
+        for results in ([result], [result, result]):
+            for part in core_tables(results, 300):
+                shared.print_whole(part)
     said = without_style(terminal())
     assert not SENT.search(said) and said.count(r"\x1b]0;title") >= 5
     assert said.count("[bold]a") == 3 and "[/]a" in said and ":apple:" in said
@@ -200,25 +204,40 @@ PLACES = ("coder", "config", "file", "folder", "glob", "store", "table")
 NAMES = ("model", "coder", "judge_model")
 
 
+def module(name):
+    return importlib.import_module(f"gemma_scope_jax.cli.{name}")
+
+
 def places(command):
-    """The parameters of a command that name places, and whether they take several."""
+    """The options of a command that name places, and whether they take several; those of a
+    dataclass among its parameters as PARAMETER.FIELD, called OPTION."""
     hints = typing.get_type_hints(command, include_extras=True)
-    for name in inspect.signature(command).parameters:
-        known = [getattr(part, "metavar", None) or "" for part in typing.get_args(hints[name])]
-        if any(m.strip(".").lower() in PLACES for m in known if m.isupper()) or name in NAMES:
-            yield name, any(m.endswith("...") for m in known)
+    for name in inspect.signature(command).parameters if callable(command) else hints:
+        parts = typing.get_args(hints[name])
+        known = [getattr(part, "metavar", None) or "" for part in parts]
+        called = [n for p in parts if isinstance(n := getattr(p, "name", None), str)] + [name]
+        if dataclasses.is_dataclass(hints[name]):
+            for inner, several in places(hints[name]):
+                yield f"{name}.{inner}", several
+        elif any(m.strip(".").lower() in PLACES for m in known if m.isupper()) or name in NAMES:
+            yield (called[0] if called[0] == name else f"{name} {called[0]}"), "..." in str(known)
+
+
+def given_as(place):
+    """`data.files text` is given as --text."""
+    return place.split(".")[-1].split()[-1].replace("_", "-")
 
 
 @pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n != "list"])
 def test_a_tilde_is_the_home_folder_in_every_path(name, monkeypatch):
     """As --option=~/x, which no shell expands; addresses in buckets stay as they are."""
-    command, seen = cli.COMMANDS[name], {}
+    command, seen = module(name).command, {}
 
     @functools.wraps(command)
     def record(**given):
         seen.update(given)
 
-    monkeypatch.setitem(cli.COMMANDS, name, record)
+    monkeypatch.setattr(module(name), "command", record)
     monkeypatch.setenv("HOME", "/home/me")
     signature = inspect.signature(command).parameters
     positional = [p.name for p in signature.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -227,16 +246,18 @@ def test_a_tilde_is_the_home_folder_in_every_path(name, monkeypatch):
     for text, wanted in (("~/x[1].y", "/home/me/x[1].y"), ("gs://b/~/x", "gs://b/~/x")):
         argv = [text for p in positional if p in found]
         for option in found.keys() - set(positional):
-            argv.append(f"--{option.replace('_', '-')}={text}")
+            argv.append(f"--{given_as(option)}={text}")
         assert cli.main([name, *argv]) == 0
         for option, several in found.items():
-            value = seen[option]
+            outer, _, inner = option.split()[0].partition(".")
+            value = getattr(seen[outer], inner) if inner else seen[outer]
             value = value[0] if several else value
             assert value == (Path(wanted) if isinstance(value, Path) else wanted), option
 
 
 def test_all_paths_of_the_commands_are_known_to_this_test():
-    found = {(name, option) for name, c in cli.COMMANDS.items() for option, _ in places(c)}
+    commands = {name: module(name).command for name in cli.COMMANDS}
+    found = {(name, given_as(option)) for name, c in commands.items() for option, _ in places(c)}
     wanted = [("inspect", "html"), ("inspect", "file"), ("check", "text"), ("train", "config"),
               ("extract", "text"), ("verify", "store"), ("export", "out"), ("cards", "compare"),
               ("explain", "answers"), ("benchmark", "tpp"), ("evaluate", "coders"),
@@ -248,11 +269,11 @@ def test_a_text_that_begins_with_a_tilde_is_a_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     seen = {}
 
-    @functools.wraps(cli.COMMANDS["inspect"])
+    @functools.wraps(module("inspect").command)
     def record(text="", **_):
         seen["text"] = text
 
-    monkeypatch.setitem(cli.COMMANDS, "inspect", record)
+    monkeypatch.setattr(module("inspect"), "command", record)
     assert cli.main(["inspect", "~/x"]) == 0 and seen["text"] == "~/x"
 
 

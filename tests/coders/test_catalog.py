@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from gemma_scope_jax import cli
+from gemma_scope_jax.cli import list as cli_list
 from gemma_scope_jax.coders import listing
 from gemma_scope_jax.coders.release import catalog
 from gemma_scope_jax.coders.release.catalog import (
@@ -250,9 +252,10 @@ def test_filters_that_no_coder_has(filters, says):
 
 
 def test_listing_table(capsys):
-    listing.list_coders("*resid_post/*_16k_*", model="1b-pt", layer=13, limit=2)
+    args = ["*resid_post/*_16k_*", "--model", "1b-pt", "--layer", "13", "--limit", "2"]
+    assert cli.main(["list", *args]) == 0
     header, *rows, total = capsys.readouterr().out.splitlines()
-    assert header.split() == list(listing.COLUMNS)
+    assert header.split() == list(cli_list.COLUMNS)
     assert rows[1].split() == [
         f"{ROOT}1b-pt/resid_post/layer_13_width_16k_l0_medium",
         *("sae", "13", "resid_post", "16,384", "60", "151.1", "MB"),
@@ -262,7 +265,7 @@ def test_listing_table(capsys):
 
 
 def test_listing_json(capsys):
-    listing.list_coders("clt", model="1b-it", json=True)
+    assert cli.main(["list", "clt", "--model", "1b-it", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
     assert len(records) == 8
     for record in records:
@@ -273,11 +276,11 @@ def test_listing_json(capsys):
 
 def test_listing_of_nothing_names_the_nearest():
     with pytest.raises(InputError, match="resid_post/layer_13_width_16k"):
-        listing.list_coders(f"{ROOT}1b-pt/resid_post/layer_12_width_16k*")
+        listing.find_addresses(f"{ROOT}1b-pt/resid_post/layer_12_width_16k*")
     with pytest.raises(InputError, match="4b-pt/transcoder"):
-        listing.list_coders(model="4b", kind="clt")
+        listing.find_addresses(model="4b", kind="clt")
     with pytest.raises(InputError, match="limit"):
-        listing.list_coders(limit=0)
+        cli_list.command(limit=0)
 
 
 @pytest.mark.parametrize("module", [catalog, listing])

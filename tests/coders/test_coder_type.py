@@ -106,6 +106,8 @@ def test_a_set_is_ordered_and_looked_up_by_number_name_and_layer():
     named = CoderSet({"a": one, "b": CODERS["clt"]})
     assert CoderSet(named).names == ("a", "b") and named.at(1) is CODERS["clt"]
     assert CoderSet(one)[0] is one
+    twins = [one.replace(info=CoderInfo(path=path)) for path in ("a", "a", "a-1")]
+    assert CoderSet(twins).names == ("a-0", "a-1", "a-1-2")  # none takes another's place
     for call, words in (
         (lambda: coders.at(2), r"layer 2: 3 coders \(resid_post-2, mine-2, mine-3\)"),
         (lambda: coders.at(1), "layer 1: no coder here, of layers 0, 2"),

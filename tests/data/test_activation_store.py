@@ -22,8 +22,8 @@ from gemma_scope_jax.data.activations.store import ActivationStore, write_activa
 from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.storage.locks import only_writer
 from store_writer import SITES, make, texts, write
@@ -103,13 +103,13 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
     np.testing.assert_allclose(got, expected["resid_post"], rtol=2**-8, atol=1e-5)
 
 
-def test_a_text_of_which_nothing_counts_ends_and_is_said(model, tmp_path, capsys):
+def test_a_text_of_which_nothing_counts_ends_and_is_said(model, tmp_path, caplog):
     batches = TokenBatches(["abc", "defg"], make()._tokenizer, 4, 32)
     with pytest.raises(InputError, match="no token counts.*position 5 or later"):
         write_activations(model, batches, SITES, tmp_path / "a", 100, first=5)
     assert not list((tmp_path / "a").glob("*.safetensors"))
     write_activations(model, batches, SITES, tmp_path / "b", 29, first=4)  # one a reading counts
-    assert "the text has been read" in capsys.readouterr().err
+    assert "the text has been read" in caplog.text
 
 
 def test_shards_are_safetensors_files(whole):
@@ -226,10 +226,10 @@ def test_more_tokens_extend_a_store_and_the_same_call_changes_nothing(whole, cop
         np.testing.assert_allclose(longer.mean(site), other.mean(site), rtol=1e-12, atol=1e-15)
 
 
-def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, capfd):
+def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, caplog):
     store = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)
     everything = sum(int(b.mask.sum()) for b in make(epochs=1))
-    assert len(store) == everything and "the text ended" in capfd.readouterr().err
+    assert len(store) == everything and "the text ended" in caplog.text
     store.verify()
     again = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)
     assert len(again) == everything

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.cli.check import print_report
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.evaluation.check import _warnings, check, print_report
+from gemma_scope_jax.evaluation.check import _warnings, check_coder
 from gemma_scope_jax.evaluation.figures import Losses
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 
 LAYER = 1
 SITES = ("resid_mid", "mlp_in", "mlp_out", "resid_post")
@@ -81,7 +82,7 @@ def transcoder(data, x=("mlp_in", 1), y=("mlp_out", 1)):
 
 def test_right_coders_look_right(model, batch, data, capsys):
     for coder in (sae(data, "resid_post", 1), transcoder(data)):
-        report = check(model, coder, [batch])
+        report = check_coder(model, coder, [batch])
         assert report.warnings == []
         assert report.stated.fit.fvu < 1e-6 and report.metrics.fvu < 1e-6
         assert abs(report.metrics.delta_loss) < 1e-4
@@ -102,7 +103,7 @@ def test_right_coders_look_right(model, batch, data, capsys):
     ],
 )
 def test_saes_that_sit_at_the_wrong_place(model, batch, data, made_for, verdict, better):
-    report = check(model, sae(data, *made_for), [batch])
+    report = check_coder(model, sae(data, *made_for), [batch])
     assert len(report.warnings) >= 1
     assert verdict in report.warnings[0] and f"with {better}," in report.warnings[0]
     assert report.as_dict()["warnings"] == report.warnings
@@ -119,23 +120,23 @@ def test_saes_that_sit_at_the_wrong_place(model, batch, data, made_for, verdict,
     ],
 )
 def test_transcoders_made_for_something_else(model, batch, data, made_for, verdict, better):
-    report = check(model, transcoder(data, **made_for), [batch])
+    report = check_coder(model, transcoder(data, **made_for), [batch])
     assert verdict in report.warnings[0] and better in report.warnings[0]
 
 
 def test_transposed_skip(model, batch, data):
     coder = transcoder(data)
-    report = check(model, coder.replace(w_skip=coder.w_skip.T), [batch])
+    report = check_coder(model, coder.replace(w_skip=coder.w_skip.T), [batch])
     assert report.warnings[0].startswith("the skip connection is transposed: FVU is 0.000")
 
 
 def test_target_l0_far_away_and_a_coder_of_no_use(model, batch, data):
     coder = sae(data, "resid_post", 1)
-    report = check(model, coder.replace(info=CoderInfo(l0=64.0)), [batch])
+    report = check_coder(model, coder.replace(info=CoderInfo(l0=64.0)), [batch])
     assert len(report.warnings) == 1 and "L0 is 21.0, the target 64" in report.warnings[0]
-    assert check(model, coder.replace(info=CoderInfo(l0=60.0)), [batch]).warnings == []
+    assert check_coder(model, coder.replace(info=CoderInfo(l0=60.0)), [batch]).warnings == []
     silent = coder.replace(threshold=coder.threshold + 1e9, b_dec=coder.b_dec * 0)
-    report = check(model, silent, [batch])
+    report = check_coder(model, silent, [batch])
     assert "hardly explains anything" in report.warnings[0]
     assert "more than a factor 3" in report.warnings[1]
 
@@ -146,7 +147,7 @@ def test_target_l0_far_away_and_a_coder_of_no_use(model, batch, data):
 )
 def test_harm_beyond_zeros(model, batch, data, clean, spliced, ablated, warned):
     """Worse than zeros is wrong; unless zeros do nothing either, as at many single sites."""
-    report = check(model, sae(data, "resid_post", 1), [batch])
+    report = check_coder(model, sae(data, "resid_post", 1), [batch])
     metrics = dataclasses.replace(report.metrics, losses=Losses(20, clean, spliced, ablated))
     warnings = _warnings(metrics, 21.0, report.stated, report.alternatives)
     assert [("costs the model" in w) for w in warnings] == [True] * warned
@@ -171,7 +172,7 @@ def test_several_layers(model, batch, data):
             info=CoderInfo(l0=1.0),
         )
 
-    assert check(model, crosscoder(0), [batch]).warnings == []
-    report = check(model, crosscoder(1), [batch])
+    assert check_coder(model, crosscoder(0), [batch]).warnings == []
+    report = check_coder(model, crosscoder(1), [batch])
     assert "another layer" in report.warnings[0] and "layers 1, 2" in report.warnings[0]
     assert jax.tree.all(jax.tree.map(np.isfinite, [layer.fvu for layer in report.metrics.layers]))

@@ -4,24 +4,17 @@ import json
 
 import pytest
 
+from commands import give_tiny
 from core_runs import coder
 from gemma_scope_jax import cli
-from gemma_scope_jax.cli import shared
 from gemma_scope_jax.coders.release.files import save_coder
-from letters import Letters
 
 pytestmark = pytest.mark.usefixtures("runs_at_once")
 
 
 @pytest.fixture
 def tiny(monkeypatch, model):
-    from gemma_scope_jax.model import tokenizer
-    from gemma_scope_jax.model.checkpoints import load
-
-    monkeypatch.setattr(load, "model_config", lambda name: model.config)
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: Letters())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
+    give_tiny(monkeypatch, model)
 
 
 def test_the_command(tiny, folders, text, capsys):

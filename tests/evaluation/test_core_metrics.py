@@ -17,8 +17,8 @@ from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
 from gemma_scope_jax.evaluation.predictions import compare, final_residual
 from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 
 D, F, B, T = 32, 64, 2, 24
 SOURCES = ("one", "two", "unused")

@@ -14,7 +14,7 @@ from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core_run import evaluate_core
-from gemma_scope_jax.evaluation.report import frontier, print_core
+from gemma_scope_jax.evaluation.report import core_doubts, frontier
 from gemma_scope_jax.evaluation.results import (
     coder_id,
     plain,
@@ -108,9 +108,8 @@ def test_what_cannot_be_a_coder_is_said(model, text, tmp_path, capsys, factor, t
     (result,) = evaluate_core(model, [bad], data, plan, config, str(tmp_path))
     for found in (result, read_result(next(tmp_path.glob("core/*.json")))):
         assert any(re.match(message, w) for w in found["eval_result_unstructured"]["warnings"])
-    print_core([result])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(f"warning: sae-resid_post-layer-1: .*{message}", said)
+    (said,) = core_doubts([result])
+    assert re.match(f"sae-resid_post-layer-1: .*{message}", said)
 
 
 def test_frontier():

@@ -29,9 +29,10 @@ from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
-from gemma_scope_jax.evaluation.report import print_core
+from gemma_scope_jax.evaluation.report import core_tables
 from gemma_scope_jax.evaluation.results import ENVELOPE
 from gemma_scope_jax.evaluation.texts import EvaluationText
+from gemma_scope_jax.progress import console
 from letters import Letters
 
 pytestmark = pytest.mark.usefixtures("runs_at_once")
@@ -156,13 +157,17 @@ def test_batches_that_can_be_read_again_are_not_kept(model, text):
     assert found.losses == kept.losses and found.all == kept.all
 
 
+def printed(results, capsys):
+    for part in core_tables(results, 300):
+        console(width=300).print(part)
+    return capsys.readouterr().out
+
+
 def test_tables_and_plots(measured, capsys):
     out, _, results = measured
-    print_core(results[:1])
-    one = capsys.readouterr().out
+    one = printed(results[:1], capsys)
     assert "FVU of typical tokens" in one and "by position" in one and "by source" in one
-    print_core(results)
-    several = capsys.readouterr().out
+    several = printed(results, capsys)
     assert "sae_0" in several and "all 2 in place at once" in several
     pngs = sorted(p.name for p in Path(out).rglob("*.png"))
     assert len(pngs) >= 3 and "pareto.png" in pngs
@@ -207,5 +212,4 @@ def test_a_crosscoder_has_figures_by_layer(model, text, capsys):
     assert result["eval_result_details"][F]["layer"] == 2
     norms = np.array(result["eval_result_unstructured"]["mean_decoder_norms"])
     assert norms[1, 0] == 0 and (norms[[0, 0, 1], [0, 1, 1]] > 0).all()
-    print_core([result])
-    assert "layer 2" in capsys.readouterr().out
+    assert "layer 2" in printed([result], capsys)

@@ -21,8 +21,8 @@ from gemma_scope_jax.evaluation.evaluate import (
     text_batches,
 )
 from gemma_scope_jax.evaluation.predictions import compare, final_residual
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from letters import Letters
 
 # One shape of batch, one width and few kinds, so that few programs are compiled.

@@ -1,5 +1,6 @@
 """The feature store against brute force: what is in it, resuming, sharing."""
 
+import dataclasses
 import gzip
 import json
 
@@ -10,13 +11,16 @@ import pytest
 import gemma_scope_jax as gs
 from coders import random_coder
 from feature_stores import CODERS, LISTS, SETTINGS, contents, dense
+from gemma_scope_jax.cli.extract import print_plan
+from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import extract as extraction
+from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.estimate import plan_extraction, print_plan, print_store
+from gemma_scope_jax.extraction.estimate import plan_extraction
 from gemma_scope_jax.extraction.extract import extract, token_bytes
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
@@ -139,7 +143,7 @@ def test_half_floats_keep_three_digits_and_what_is_active(model, documents, stor
     for name, layer in LISTS:
         a, b = dense(store, name, layer), dense(half, name, layer)
         assert ((a > 0) == (b > 0)).all()
-        np.testing.assert_allclose(a, b, rtol=5e-4)
+        np.testing.assert_allclose(a, b, rtol=2**-11)
     assert half.bytes < store.bytes
 
 
@@ -308,6 +312,27 @@ def test_one_program_whatever_the_shard(model, documents, tmp_path):
         ("mlp_in", (0,)),
         ("resid_post", (0, 2, 3)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("documents", "mean", "batch", "wanted"),
+    [
+        (12, 9_000, 2048, 3),  # a dozen files: a kill costs a third of two minutes, not all
+        (12, 50_000, 2048, 12),  # a document is not cut
+        (3000, 350, 2048, 32),
+        (30_000, 350, 2048, 80),  # no longer than 131,072 tokens
+        (10, 300, 2048, 1),  # less than 16 batches are not worth cutting
+        (300_000, 350, 32_768, 100),  # on an accelerator a million
+    ],
+)
+def test_shards_fit_the_job(documents, mean, batch, wanted):
+    job = manifests.ExtractionJob(
+        None, 2, batch // 2, "float16", 9, "high", None, {}, [])  # fmt: skip
+    size = work.Size(documents, float(mean), 1.0)
+    shards = -(-documents // job.per_shard(size))
+    assert wanted <= shards <= 1.1 * wanted
+    by_hand = dataclasses.replace(job, shard_tokens=mean)
+    assert by_hand.per_shard(size) == 1
 
 
 def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):

@@ -11,12 +11,12 @@ import pytest
 
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
+from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import work
-from gemma_scope_jax.extraction.estimate import print_store
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store.shards import shard_name
 from gemma_scope_jax.extraction.store.store import FeatureStore
@@ -27,20 +27,41 @@ def test_a_flipped_byte_is_found_and_named(store, tmp_path):
     copy = tmp_path / "s"
     shutil.copytree(store.folder, copy)
     FeatureStore(copy).verify()
-    victim = copy / shard_name(2)
-    data, rng = victim.read_bytes(), np.random.default_rng(0)
-    places = [0, len(data) - 1, len(data) - 12, len(data) - 100, *rng.integers(0, len(data), 60)]
-    for at in places:
-        victim.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
-        with pytest.raises(InputError, match="shard-000002.features: damaged"):
+    rng, name = np.random.default_rng(0), "000002-0000.parquet"
+    for victim in (copy / shard_name(2), copy / "tokens" / name,
+                   copy / "features" / "coder=x" / "layer=2" / name):  # fmt: skip
+        data, said = victim.read_bytes(), f"{victim.name}: damaged .*; delete "
+        places = [0, *(len(data) - n for n in (1, 5, 12, 100)), *rng.integers(0, len(data), 60)]
+        for at in places:
+            victim.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+            with pytest.raises(InputError, match=said) as error:
+                FeatureStore(copy).verify()
+            assert "\n" not in str(error.value)
+        for cut in (0, 10, len(data) // 2, len(data) - 1):
+            victim.write_bytes(data[:cut])
+            with pytest.raises(InputError, match=said):
+                FeatureStore(copy).verify()
+        victim.unlink()
+        with pytest.raises(InputError, match=f"{victim.name}: is missing; "):
             FeatureStore(copy).verify()
-    for cut in (0, 10, len(data) // 2, len(data) - 1):
-        victim.write_bytes(data[:cut])
-        with pytest.raises(InputError, match="shard-000002.features: (damaged|has)"):
-            FeatureStore(copy).verify()
-    victim.unlink()
-    with pytest.raises(InputError, match="shard-000002.features: is missing"):
-        FeatureStore(copy).verify()
+        victim.write_bytes(data)
+
+
+def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
+    """Without `verify`, too: pages have checksums of their own, and so has the footer."""
+    copy, at = tmp_path / "s", Path("features") / "coder=a" / "layer=1" / "000001-0000.parquet"
+    shutil.copytree(store.folder, copy)
+    right, data, refused = store.segment(1).by_feature("a"), (copy / at).read_bytes(), 0
+    for place in range(len(data)):
+        (copy / at).write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        try:
+            found = FeatureStore(copy).segment(1).by_feature("a")
+        except InputError as error:
+            assert "000001-0000.parquet: damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(found, right))
+    assert refused > 0.9 * len(data)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +230,9 @@ def test_shards_of_another_store_are_refused(model, documents, tmp_path):
     other = extract(model, two, Letters(), documents[:4], tmp_path / "b", **SETTINGS)
     shutil.copy(other.folder / "manifest.json", tmp_path)
     (tmp_path / "index.json").unlink()
-    with pytest.raises(InputError, match="shard-000000.features: belongs to another store"):
+    with pytest.raises(InputError, match="shard-000000.json: belongs to another store"):
         extract(model, two, Letters(), documents[:4], tmp_path, **SETTINGS)
-    with pytest.raises(InputError, match="shard-000000.features: belongs to another store"):
+    with pytest.raises(InputError, match="shard-000000.json: belongs to another store"):
         FeatureStore(tmp_path)
 
 
@@ -264,31 +285,39 @@ def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch
     one = {"a": CODERS["a"]}
     extract(model, one, Letters(), documents, tmp_path / "t", **SETTINGS)
     whole = contents(tmp_path / "t")
-    room = len(whole[shard_name(0)]) + len(whole[shard_name(1)]) - 200  # the second's end is not
-    real, left = shards.ShardWriter._write, [room]
+    of = lambda n: [len(d) for name, d in whole.items() if f"{n:06d}" in name]
+    real, left = (
+        shards.ShardWriter._write,
+        [sum(of(0)) + sum(of(1)) - 20],
+    )  # the second's end is not
 
-    def write(self, data):
+    def write(self, path, data):
         left[0] -= len(data)
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        real(self, data)
+        real(self, path, data)
 
     monkeypatch.setattr(shards.ShardWriter, "_write", write)
     with pytest.raises(InputError, match="no space left; free some and run the same again"):
         extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
     names = set(contents(tmp_path / "s"))
-    assert names >= {"manifest.json", shard_name(0)} and not any(n.endswith("tmp") for n in names)
+    assert names == {"manifest.json", *(name for name in whole if "000000" in name)}
     monkeypatch.setattr(shards.ShardWriter, "_write", real)
     extract(model, one, Letters(), documents, tmp_path / "s", **SETTINGS)
     assert contents(tmp_path / "s") == whole
 
 
-def test_a_shard_that_goes_away_while_it_is_read_is_named(model, documents, tmp_path):
-    found = extract(model, CODERS["a"], Letters(), documents, tmp_path, **SETTINGS)
-    segment = found.segment(0)
-    (tmp_path / shard_name(0)).unlink()
-    with pytest.raises(InputError, match="shard-000000.features: cannot be read .No such file"):
+def test_a_file_that_goes_away_while_it_is_read_is_named(model, documents, tmp_path):
+    found = extract(model, {"a/b": CODERS["a"]}, Letters(), documents, tmp_path, **SETTINGS)
+    segment, file = found.segment(0), "features/coder=a%2Fb/layer=1/000000-0000.parquet"
+    (tmp_path / file).unlink()
+    said = f"{file}: is missing; delete shard-000000.json and extract again"
+    with pytest.raises(InputError, match=said):
         segment.by_token()
+    (tmp_path / shard_name(0)).unlink()
+    (tmp_path / "index.json").unlink()
+    extract(model, {"a/b": CODERS["a"]}, Letters(), documents, tmp_path, **SETTINGS)
+    FeatureStore(tmp_path).verify()
 
 
 def test_a_broken_model_is_refused(model, documents, tmp_path):

@@ -16,8 +16,9 @@ from gemma_scope_jax.coders.splice import features
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.inspection.inspect_text import inspect_text, strongest_features
 from gemma_scope_jax.inspection.page import inspection_page
-from gemma_scope_jax.inspection.terminal import label_text, print_inspection, visible
-from gemma_scope_jax.model.gemma import run
+from gemma_scope_jax.inspection.terminal import inspection_tables, label_text, visible
+from gemma_scope_jax.model.run import run
+from gemma_scope_jax.progress import console
 from letters import Letters
 
 tok = Letters()
@@ -125,8 +126,13 @@ def test_json_is_plain_and_complete(seen):
     assert data["figures"]["delta_loss"] is not None
 
 
+def print_inspection(seen, width):
+    for part in inspection_tables(seen, width):
+        console(width=width).print(part)
+
+
 def test_terminal_shows_every_token_on_a_line_of_its_own(seen, capsys):
-    print_inspection(seen)
+    print_inspection(seen, 300)
     out = capsys.readouterr().out
     for title in ("Next token", "Features, token by token", "L0 ", "FVU ", "delta loss "):
         assert title in out
@@ -328,7 +334,7 @@ def test_explanations_are_shown_beside_the_logits(model, coder, capsys):
     assert same == {f: a for f, a in plain.labels.items() if f != feature}
     assert label_text(seen.labels[feature]).startswith("a <b> of it · ")
     assert label_text(seen.labels[feature], 8).startswith("a <b> o… · ")
-    print_inspection(seen)
+    print_inspection(seen, 300)
     assert "a <b> of it" in capsys.readouterr().out
     page = inspection_page(seen)
     assert "a <b> of it" not in page and "a \\u003cb\\u003e of it" in page
@@ -345,12 +351,12 @@ def assert_columns_stay(model, coder, entry, capsys):
         for token, features in zip(seen.tokens, seen.features)
         for i, (feature, activation) in enumerate(features)
     ]
-    for width in (None, 100, 120, 60):
+    for width in (300, 100, 120, 60):
         print_inspection(seen, width)
         out = capsys.readouterr().out
         lines = out.split("strongest in")[1].splitlines()
         rows = [line for line in lines if " is about" in line]
-        assert len(rows) == len(wanted) and (width is None or max(map(len, lines)) <= width)
+        assert len(rows) == len(wanted) and max(map(len, lines)) <= width
         for line, (token, feature, activation) in zip(rows, wanted):
             head = f"{token} {feature} {activation} {feature} is about"
             assert " ".join(line.split()).startswith(head.strip())

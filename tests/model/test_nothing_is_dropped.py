@@ -31,9 +31,10 @@ from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 from gemma_scope_jax.model.checkpoints.huggingface_config import HARMLESS, huggingface_config
 from gemma_scope_jax.model.checkpoints.load import load_model
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import run, unembed
+from gemma_scope_jax.model.gemma import unembed
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import make_mesh
 
 ONES = np.ones((2, 32), np.float32)

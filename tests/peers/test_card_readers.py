@@ -56,7 +56,7 @@ def cards(coder, tmp_path_factory):
 def test_saedashboard_reads_its_batches(cards, coder, tmp_path):
     from sae_dashboard.neuronpedia import neuronpedia_dashboard as dashboard
 
-    export_saedashboard(cards, coder, tok, tmp_path / "new", lambda *_: None)
+    export_saedashboard(cards, coder, tok, tmp_path / "new")
     seen = []
     for n in range(2):
         raw = json.loads((tmp_path / "new" / f"batch-{n}.json").read_text())
@@ -70,7 +70,7 @@ def test_saedashboard_reads_its_batches(cards, coder, tmp_path):
 def test_graph_viewers_read_their_files(cards, tmp_path):
     from circuit_tracer.frontend import feature_models as models
 
-    export_anthropic({1: cards}, tok, tmp_path, lambda *_: None)
+    export_anthropic({1: cards}, tok, tmp_path)
     folder = tmp_path / "features"
     index = json.loads(gzip.decompress((folder / "index.json.gz").read_bytes()))["1"]
     data = (folder / index["filename"]).read_bytes()

@@ -7,8 +7,8 @@ import scipy.optimize
 
 from coders import random_coder
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.gemma import run
 from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
 from gemma_scope_jax.probing import pooling, probing
 from gemma_scope_jax.probing.logistic import (
     accuracy,

@@ -128,7 +128,7 @@ def sides(task):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("make", [saebench, tpp_task, scr_task])
-def test_rows_of_one_text_never_stand_on_both_sides(tmp_path, make, seed, capsys):
+def test_rows_of_one_text_never_stand_on_both_sides(tmp_path, make, seed, caplog):
     """Whatever their labels, and however many there are of each."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -147,26 +147,27 @@ def test_rows_of_one_text_never_stand_on_both_sides(tmp_path, make, seed, capsys
     for text, *values in rows:
         labels.setdefault(" ".join(text.split()), set()).add(tuple(values))
     several = sum(len(some) > 1 for some in labels.values())
-    said = capsys.readouterr().err
-    assert said.endswith(f"/t.csv: {several} texts occur twice or more, under different labels\n")
+    said = caplog.messages[-1]
+    assert said.endswith(f"/t.csv: {several} texts occur twice or more, under different labels")
 
 
-def test_sae_probes_draws_stay_and_the_user_is_told(tmp_path, capsys):
+def test_sae_probes_draws_stay_and_the_user_is_told(tmp_path, caplog):
     rows = [(f"statement {i % 120}", i % 120 % 2) for i in range(480)]
     found = table(tmp_path / "t.csv", rows)
     task = sae_probes(found)
     (split,) = task.questions.values()
     trained = {task.texts[i] for i in split.train}
     both = sum(task.texts[i] in trained for i in split.test)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert 90 < both <= len(split.test) == 99
     assert f"{both} of the 99 rows that test have one that was trained on" in said
     assert task.repeated == both / 99
     unique = table(tmp_path / "u.csv", [(f"statement {i}", i % 2) for i in range(480)])
     (other,) = sae_probes(unique).questions.values()
     assert (other.train == split.train).all() and (other.test == split.test).all()
+    caplog.clear()
     make_task(found, PROTOCOLS["sae-probes"], quiet=True)
-    assert not capsys.readouterr().err
+    assert not caplog.text
 
 
 def test_without_repeats_a_fifth_of_each_class_tests():

@@ -72,7 +72,7 @@ def bucket(tmp_path_factory, compile_once):
     storage.stop()
 
 
-def test_a_run_in_a_bucket_is_stopped_resumed_and_loaded(bucket, tmp_path, monkeypatch, capfd):
+def test_a_run_in_a_bucket_is_stopped_resumed_and_loaded(bucket, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     whole = run(tmp_path / "whole", checkpoint_every=1e9)
     with stopped(monkeypatch, feeds.TextFeed, 12):
@@ -93,9 +93,9 @@ def test_a_run_in_a_bucket_is_stopped_resumed_and_loaded(bucket, tmp_path, monke
     assert files
     for path in files:
         path.write_bytes(path.read_bytes()[::2])
-    capfd.readouterr()
+    caplog.clear()
     same_bits(run("gs://bucket/run", checkpoint_every=1e9), whole)
-    lines = [x for x in capfd.readouterr().err.splitlines() if "damaged, set aside" in x]
+    lines = [x for x in caplog.messages if "damaged, set aside" in x]
     assert len(lines) == 1 and f"gs://bucket/run/damaged-checkpoint-{PASSES}" in lines[0]
 
 

@@ -100,7 +100,6 @@ def exports(made):
         "neuronpedia": lambda f, _: export_neuronpedia(cards, one, tok, f, silent),
         "anthropic": lambda f, _: export_anthropic({0: cards}, tok, f, silent),
         "anthropic json": lambda f, _: export_anthropic_json({0: cards}, tok, f, silent),
-        "parquet": lambda f, _: export_store(store, f, "parquet"),
         "delphi": lambda f, _: export_store(store, f, "delphi", splits=2),
     }
 
@@ -177,7 +176,7 @@ def test_a_folder_is_written_whole_or_stays_as_it_was(tmp_path, name, old):
 
 
 @pytest.mark.parametrize("name", [
-    "site", "saedashboard", "neuronpedia", "anthropic", "anthropic json", "parquet", "delphi",
+    "site", "saedashboard", "neuronpedia", "anthropic", "anthropic json", "delphi",
 ])  # fmt: skip
 def test_an_export_is_whole_or_not_there(made, tmp_path, monkeypatch, name):
     monkeypatch.setattr("gemma_scope_jax.cards.site.SHARDS", 2)

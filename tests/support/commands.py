@@ -1,20 +1,26 @@
 """The command line in the test's process, on a tiny model that goes by the name "tiny"."""
 
+import gemma_scope_jax as gs
 from gemma_scope_jax import cli
-from gemma_scope_jax.cli import shared
-from gemma_scope_jax.model import tokenizer
-from gemma_scope_jax.model.checkpoints import load
+from gemma_scope_jax.coders import opened
 from letters import Letters
 
 
-def give_tiny(monkeypatch, model, tok=Letters):
-    """The name "tiny" is `model`, whose tokenizer `tok` makes; no cache is written."""
-    real = load.model_config
-    monkeypatch.setattr(load, "model_config", lambda n: model.config if n == "tiny" else real(n))
-    monkeypatch.setattr(load, "load_model", lambda name, dtype, progress: model)
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda name: tok())
-    monkeypatch.setattr(shared, "use_compilation_cache", lambda: None)
+def give_tiny(monkeypatch, model, tok=Letters, *, names=("tiny",), models=None):
+    """The names `names` are `model`, whose tokenizer `tok` makes; no cache is written.
+
+    models: a model for each dtype, in place of the one.
+    """
+    real = opened.model_config
+    config = lambda name: model.config if name in names else real(name)
+    loaded = lambda name, dtype, progress: (models or {}).get(dtype, model)
+    monkeypatch.setattr(opened, "model_config", config)
+    monkeypatch.setattr(opened, "load_tokenizer", lambda name: tok())
+    monkeypatch.setattr(gs, "load_tokenizer", lambda name: tok())
+    monkeypatch.setattr(gs, "load_model", loaded)
+    monkeypatch.setattr(gs, "use_compilation_cache", lambda: None)
 
 
 def command(*argv):
+    """The exit code of `gemma-scope` with these arguments."""
     return cli.main([str(a) for a in argv])

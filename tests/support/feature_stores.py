@@ -1,5 +1,7 @@
 """A feature store of coders of every kind over random letters, and how it is read by hand."""
 
+from pathlib import Path
+
 import numpy as np
 
 from coders import random_coder
@@ -32,7 +34,8 @@ def dense(store, name, layer):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def other(**changes):

@@ -1,8 +1,8 @@
 """A tiny store of features, and a program that writes it, for the test that kills it.
 
 For each line "FOLDER INDEX COUNT" it is sent, the program extracts that share in a process of its
-own, of which it prints the id and then how it ended: importing JAX every time would take longer
-than all the rest.
+own, with shards as long as fit the job, of which it prints the id and then how it ended: importing
+JAX every time would take longer than all the rest.
 """
 
 import os
@@ -24,7 +24,7 @@ def texts(count=900):
     return ["".join(rng.choice(list("abcdef "), rng.integers(1, 90))) for _ in range(count)]
 
 
-def write(folder, share=(0, 1), count=900):
+def write(folder, share=(0, 1), count=900, shard_tokens=500):
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
     k = jax.random.split(jax.random.key(0), 2)
     coder = SparseCoder(
@@ -44,7 +44,7 @@ def write(folder, share=(0, 1), count=900):
         rows=4,
         length=32,
         slots=32,
-        shard_tokens=500,
+        shard_tokens=shard_tokens,
         share=share,
     )
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
         folder, index, count = line.split()
         child = os.fork()
         if not child:
-            write(folder, (int(index), int(count)))
+            write(folder, (int(index), int(count)), shard_tokens=None)
             os._exit(0)
         print(child, flush=True)
         print(os.waitpid(child, 0)[1], flush=True)

@@ -49,12 +49,12 @@ def documents():
     return ["".join(rng.choice(list("abcdef "), rng.integers(9, 90))) for _ in range(60)]
 
 
-def run(folder, data=None, **options):
+def run(folder, data=None, profile=None, **options):
     """The run in `folder`, from its beginning or from where it was left: the coder."""
     real, feeds.load_tokenizer = feeds.load_tokenizer, lambda source: Letters()
     model = tiny_model(PRESETS["gemma-3-270m"], layers=4)
     try:
-        found = train.train(config(**options), folder, model, data or documents())
+        found = train.train(config(**options), folder, model, data or documents(), profile)
     finally:
         feeds.load_tokenizer = real
     [coder] = found.values()

@@ -1,13 +1,22 @@
-"""The configs that come with the package: each is a file to copy and change."""
+"""Configs: those that come with the package, fields set by name, and what the fields mean."""
 
+import ast
+import dataclasses
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gemma_scope_jax.training.train import load_config
+import gemma_scope_jax as gs
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.training.config_file import field_docs, field_table, load_config, override
+from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+TWO = TrainConfig((CoderConfig(3), CoderConfig((4, 5))), tokens=200_000)
 
 
 def test_there_are_the_configs_that_the_readme_names():
@@ -15,8 +24,112 @@ def test_there_are_the_configs_that_the_readme_names():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_runs_from_wherever_it_is_copied(tmp_path, path):
+def test_a_config_is_whole_in_one_file(tmp_path, path):
+    """It runs from wherever it is copied, imports the package alone, and reads no environment."""
     copied = tmp_path / "my_config.py"
     shutil.copy(path, copied)
+    before = list(sys.path)
     found = load_config(copied)
     assert found == load_config(path) and found.coders and found.tokens >= 100_000
+    assert sys.path == before
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [ast.unparse(node) for node in imports] == ["import gemma_scope_jax as gs"]
+
+
+def test_any_field_is_set_by_its_name():
+    line = (
+        "--tokens 300_000 --coders.0.width=8192 --coders.*.loss.kl-weight 1 --mesh 2,4 "
+        "--coders.1.layers 1 2 --coders.0.threshold none --coders.1.skip --optimizer.b1 0.5"
+    )
+    words = [*line.split(), "--data.files", "a.txt", "b c.txt"]
+    found = override(TWO, words)
+    loss = LossConfig(kl_weight=1.0)
+    assert found == dataclasses.replace(
+        TWO,
+        tokens=300_000,
+        coders=(
+            CoderConfig(3, width=8192, threshold=None, loss=loss),
+            CoderConfig((1, 2), skip=True, loss=loss),
+        ),
+        data=gs.TextData(files=("a.txt", "b c.txt")),
+        mesh=(2, 4),
+        optimizer=dataclasses.replace(TWO.optimizer, b1=0.5),
+    )
+    assert override(TWO, []) == TWO
+    assert override(TWO, ["--coders.1.layers", "7"]).coders[1].layers == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--coders.0.widht 3", "no field coders.0.widht; did you mean coders.0.width"),
+        ("--coders.2.width 3", "no field coders.2.width"),
+        ("--tokens many", "tokens takes a whole number, not many"),
+        ("--tokens 1 2", "tokens takes a whole number, not 1 2"),
+        ("--tokens", "tokens takes a whole number, not nothing"),
+        ("--optimizer.b1 x", "optimizer.b1 takes a number, not x"),
+        ("--coders.0.skip maybe", "coders.0.skip takes true or false, not maybe"),
+        ("--mesh 3", "mesh takes 2 whole numbers or None, not 3"),
+        ("--coders.0.threshold low", "takes a number or None, not low"),
+        ("--coders 3", "coders is a group of fields"),
+        ("--optimizer adam", "optimizer is a group of fields"),
+        ("tokens 3", "tokens: expected a field, such as --tokens 100000"),
+        ("--buffer 10", "buffer 10 must hold a batch"),
+        ("--coders.0.loss.sparsity tahn", "did you mean tanh"),
+    ],
+)
+def test_what_is_wrong_with_a_field_is_one_line(words, says):
+    with pytest.raises(InputError) as refused:
+        override(TWO, words.split())
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_fields_that_check_each_other_change_together():
+    """Neither change alone is a config."""
+    for words in (["--buffer", "500000"], ["--tokens", "100000"]):
+        with pytest.raises(InputError, match="do not fill the buffer"):
+            override(TWO, words)
+    found = override(TWO, ["--buffer", "500_000", "--tokens", "600_000"])
+    assert (found.buffer, found.tokens) == (500_000, 600_000)
+
+
+def test_every_field_has_a_meaning_that_is_a_sentence():
+    rows = {name: (kind, default, meaning) for name, kind, default, meaning in field_table()}
+    assert len(rows) > 60 and rows["tokens"][:2] == ("a whole number", "4000000")
+    assert rows["coders.*.loss.kl_weight"][:2] == ("a number", "0.0")
+    for name, (_, _, meaning) in rows.items():
+        assert meaning.endswith((".", ".)")) and len(meaning) > 10, name
+
+
+@pytest.mark.parametrize(
+    "kind", [gs.TextData, gs.CardSettings, gs.Sampling, gs.Endpoint, gs.Processes]
+)
+def test_every_option_of_a_command_has_its_help_at_its_field(kind):
+    docs = field_docs(kind)
+    for field in dataclasses.fields(kind):
+        assert docs.get(field.name, "").endswith("."), field.name
+
+
+@pytest.mark.parametrize("store", ["", "activations"])
+@pytest.mark.parametrize("tokens", [100_000, 4_200_000])
+def test_a_warm_up_may_be_a_share_of_the_updates(tokens, store):
+    loss = LossConfig(l0_warmup=0.5)
+    coders = (CoderConfig(3, loss=loss), CoderConfig(4))
+    shape = dict(rows=4, length=512, buffer=65_536, batch=1024, updates=2)
+    config = TrainConfig(coders, tokens=tokens, store=store, **shape)
+    first, other = config.warmed.coders
+    trained = tokens - (0 if store else 65_536)  # tokens from which updates are made
+    assert first.loss.l0_warmup == pytest.approx(trained / 1024 / 2, abs=2)
+    assert isinstance(first.loss.l0_warmup, int) and other == config.coders[1]
+    assert json.dumps(dataclasses.asdict(loss))  # as it is written beside the weights
+    for bad in (-1, 1.5):
+        with pytest.raises(InputError, match="l0_warmup must be"):
+            LossConfig(l0_warmup=bad)
+
+
+def test_the_fields_are_listed_by_the_command():
+    program = "import sys; from gemma_scope_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    argv = [sys.executable, "-c", program, "train", "--fields"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "coders.*.width" in done.stdout and "Features of each layer." in done.stdout

@@ -205,25 +205,25 @@ def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, 
 
 
 def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
-    model, tmp_path, monkeypatch, capfd
+    model, tmp_path, monkeypatch, caplog
 ):
     batches = TokenBatches(documents(6), Letters(), 8, 32)  # of 820 tokens
     write_activations(model, batches, {"resid_post": (3,)}, tmp_path / "store", 1000)
-    assert "the text has been read 2 times over" in capfd.readouterr().err
+    assert "the text has been read 2 times over" in caplog.text
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     monkeypatch.setattr(training, "load_model", None)
     config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 6)
     assert training.train(config, tmp_path / "run")
-    assert capfd.readouterr().err.count("store has been read once, at 768 tokens") == 1
+    assert caplog.text.count("store has been read once, at 768 tokens") == 1
     card = (tmp_path / "run" / "coders" / coder(3).folder / "README.md").read_text()
     assert "store, read 3 times over (the store holds its text 2 times over); the" in card
 
 
-def test_text_that_ends_early_is_said_and_carded(model, tmp_path, capfd):
+def test_text_that_ends_early_is_said_and_carded(model, tmp_path, caplog):
     config = recipe(coder(3), optimizer=OptimizerConfig(3e-3, 10, decay=0.25))
     text = " ".join(documents(60))  # as an iterator: it comes once
     training.train(config, tmp_path, model, iter([text[i : i + 99] for i in range(0, 2200, 99)]))
-    [said] = [x for x in capfd.readouterr().err.splitlines() if "the text ended" in x]
+    [said] = [x for x in caplog.messages if "the text ended" in x]
     read = int(said.split(" at ")[1].split()[0].replace(",", ""))
     assert 512 < read < config.tokens and "the learning rate had not come down" in said
     card = (tmp_path / "coders" / coder(3).folder / "README.md").read_text()

@@ -9,6 +9,7 @@ from assertions import one_line
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training.config_file import load_config
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
 from training_runs import coder, recipe
 
@@ -117,15 +118,15 @@ def test_config_files_are_read_and_bad_ones_refused(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=message) as refused:
-            training.load_config(path)
+            load_config(path)
         one_line(refused)
     with pytest.raises(InputError, match="no such config"):
-        training.load_config(tmp_path / "none.py")
+        load_config(tmp_path / "none.py")
     path.write_text(
         "from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig\n"
         "config = TrainConfig(coders=(CoderConfig(5), CoderConfig((1, 2), width=32, target_l0=4)))"
     )
-    config = training.load_config(path)
+    config = load_config(path)
     assert [c.layer_tuple for c in config.coders] == [(5,), (1, 2)] and config.tokens == 4_000_000
 
 

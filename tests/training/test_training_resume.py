@@ -255,10 +255,10 @@ def damage(checkpoint, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "changed"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, capfd, how):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, caplog, how):
     damage(cut / "checkpoints" / "9", how)
     same_bits(run(cut), whole)
-    lines = [x for x in capfd.readouterr().err.splitlines() if "damaged" in x]
+    lines = [x for x in caplog.messages if "damaged" in x]
     assert len(lines) == 1 and str(cut / "damaged-checkpoint-9") in lines[0]
 
 
@@ -285,11 +285,11 @@ def test_a_checkpoint_of_another_version_is_not_set_aside(cut, monkeypatch):
     assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
 
 
-def test_a_second_damaged_checkpoint_of_a_number_gets_another_name(whole, cut, capfd):
+def test_a_second_damaged_checkpoint_of_a_number_gets_another_name(whole, cut, caplog):
     (cut / "damaged-checkpoint-9").mkdir()
     damage(cut / "checkpoints" / "9", "cut")
     same_bits(run(cut), whole)
-    assert str(cut / "damaged-checkpoint-9-2") in capfd.readouterr().err
+    assert str(cut / "damaged-checkpoint-9-2") in caplog.text
 
 
 def test_if_all_checkpoints_are_damaged_it_says_so(cut):

@@ -240,7 +240,7 @@ def test_a_store_holds_out_its_last_rows(model, tmp_path, monkeypatch):
     assert last(tmp_path / "run")["saved"][coder(activation="batch_topk").folder]["held_out"]
 
 
-def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_path, capfd):
+def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_path, caplog):
     """Wild weights are said in the log, the card and on standard error, NaN is not saved."""
     with pytest.raises(InputError, match="learning_rate must be above 0 and at most 1"):
         OptimizerConfig(1e8)
@@ -260,8 +260,12 @@ def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_pat
         with pytest.raises(InputError, match="not saved after .*b_dec holds NaN") as refused:
             training.train(recipe(*CODERS), tmp_path / "run", model, documents())
     assert "\n" not in str(refused.value) and "lower learning rate" in str(refused.value)
-    said = [x for x in capfd.readouterr().err.splitlines() if x.startswith("warning: " + names[0])]
-    assert len(said) == 1 and "no better than the mean activation (FVU" in said[0]
+    said = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert (
+        len(said) == 1
+        and said[0].startswith(names[0])
+        and "no better than the mean activation (FVU" in said[0]
+    )
     card = (tmp_path / "run" / "coders" / names[0] / "README.md").read_text()
     assert "**Warning: its rec" in card
     assert not (tmp_path / "run" / "coders" / names[1]).exists()

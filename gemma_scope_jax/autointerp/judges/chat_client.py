@@ -13,6 +13,7 @@ import contextlib
 import email.utils
 import http.client
 import json
+import logging
 import math
 import random
 import socket
@@ -48,6 +49,7 @@ from gemma_scope_jax.autointerp.prompts import Messages
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
+LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 LONGEST_WAIT = 600.0  # the longest pause that a server may name
 LARGEST_REPLY = 1 << 24  # bytes
@@ -78,10 +80,7 @@ class ChatClient:
     """Sends messages, from any number of threads; counts what it took."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        answers: AnswerFile,
-        notify: Callable[[str], None] = lambda _: None,
+        self, endpoint: Endpoint, answers: AnswerFile, notify: Callable[[str], None] = LOG.info
     ):
         self.endpoint, self.answers, self.notify = endpoint, answers, notify
         self.requests = self.retried = self.refused = 0

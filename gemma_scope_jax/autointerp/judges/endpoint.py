@@ -16,19 +16,29 @@ OURS = ("messages", "model", "stream", "n")  # of a request: no option replaces 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask. Prices in dollars a million tokens; `options` go into every request as
-    they are (None takes one out: {"temperature": None, "max_tokens": None, ...})."""
+    """Where and how to ask a chat endpoint."""
 
     url: str
+    """The base URL of an OpenAI-compatible API, such as https://api.openai.com/v1; for Azure, that
+    of the deployment with its ?api-version=."""
     model: str
+    """The name of the model that the endpoint is asked for."""
     key: str = dataclasses.field(default="", repr=False)
+    """The API key; it goes into one header and nowhere else."""
     concurrency: int = 8
-    timeout: float = 120.0  # seconds, for one request
+    """Requests under way at once."""
+    timeout: float = 120.0
+    """Seconds that a request may take."""
     retries: int = 6
+    """Retries of a request after a transient error."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """More keys for every request, as they are; None removes a key: {"temperature": None}."""
     logprobs: bool = False
+    """Ask for log-probabilities, which give detection and fuzzing an AUC."""
     price_in: float = 0.0
+    """Dollars for a million tokens of prompts."""
     price_out: float = 0.0
+    """Dollars for a million tokens of answers."""
 
     def __post_init__(self):
         _check_url(self.url)

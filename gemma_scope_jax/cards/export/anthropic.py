@@ -20,7 +20,7 @@ from typing import Any
 
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import rounded
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder, write_bytes
 
 BLOCK = 256  # features at a time
@@ -87,18 +87,14 @@ def _text(value: Any) -> bytes:
     return text.encode()
 
 
-def export_anthropic(
-    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: ReportProgress
-) -> None:
+def export_anthropic(coders: Mapping[int, FeatureCards], tok: Any, folder: Path) -> None:
     """Write the packed form of the cards of one or several layers: `folder`/features."""
     index = {}
     with new_folder(folder / "features", "index.json.gz") as new:
         for layer, cards in sorted(coders.items()):
             offsets = [0]
             with open(new / f"layer_{layer}.bin", "wb") as file:
-                for f, value in feature_files(cards, tok):
-                    if f % BLOCK == 0:
-                        progress("feature files", f, len(cards))
+                for _, value in tracked(feature_files(cards, tok), "feature files", len(cards)):
                     data = zlib.compress(_text(value))
                     file.write(len(data).to_bytes(4, "little") + data)
                     offsets.append(offsets[-1] + 4 + len(data))
@@ -106,14 +102,10 @@ def export_anthropic(
         write_bytes(new / "index.json.gz", gzip.compress(_text(index), mtime=0))  # type: ignore[arg-type]
 
 
-def export_anthropic_json(
-    coders: Mapping[int, FeatureCards], tok: Any, folder: Path, progress: ReportProgress
-) -> None:
+def export_anthropic_json(coders: Mapping[int, FeatureCards], tok: Any, folder: Path) -> None:
     """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
     with new_folder(folder, "[0-9]*.json") as new:
         for layer, cards in sorted(coders.items()):
-            for f, value in feature_files(cards, tok):
-                if f % BLOCK == 0:
-                    progress("feature files", f, len(cards))
+            for f, value in tracked(feature_files(cards, tok), "feature files", len(cards)):
                 if value["act_max"] > 0:
                     (new / f"{cantor(layer, f)}.json").write_bytes(_text(value))

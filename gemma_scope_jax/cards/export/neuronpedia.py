@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.autointerp.explanations import FIGURES, Explanation
+from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
@@ -49,7 +49,6 @@ def export_neuronpedia(
     coder: Coder,
     tok: Any,
     folder: Path,
-    progress: ReportProgress,
     *,
     heads: int | None = None,
     explanations: Mapping[int, Explanation] | None = None,
@@ -62,8 +61,9 @@ def export_neuronpedia(
     with new_folder(folder / facts["model_id"] / source, "source.jsonl") as new:
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
-            progress("Neuronpedia", batch[0], len(cards))
+            progress.at(batch[0])
             rows = [_feature(cards, feature, place, coder) for feature in features]
             shown = [a for feature in features for a in _activations(feature, place)]
             said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
@@ -178,7 +178,7 @@ def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
-    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in FIGURES.items())
+    figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in SCORE_FIGURES.items())
     score = next((s for s in figures if isinstance(s, int | float)), None)
     return {
         "id": row_id("explanations", place, f),

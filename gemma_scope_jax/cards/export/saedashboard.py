@@ -24,7 +24,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import written
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 BATCH = 128  # features a file
@@ -33,19 +33,14 @@ LONGEST = 120  # letters of a name that becomes a folder's
 
 
 def export_saedashboard(
-    cards: FeatureCards,
-    coder: Coder,
-    tok: Any,
-    folder: Path,
-    progress: ReportProgress,
-    *,
-    heads: int | None = None,
+    cards: FeatureCards, coder: Coder, tok: Any, folder: Path, *, heads: int | None = None
 ) -> None:
     """Write the batches of `cards`; heads: of the model, for coders that read attention heads."""
     with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)
+        progress = Progress(len(cards), "features", what="SAEDashboard")
         for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
-            progress("SAEDashboard", batch[0], len(cards))
+            progress.at(batch[0])
             _write(new / f"batch-{number}.json", {**about, "features": features})
         _write(new / "run_settings.json", _settings(cards, about))
         skipped = {

@@ -6,9 +6,9 @@ then share one pass. The manifest is replaced after each shard and says where in
 one begins, so the same call continues to the same bytes.
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +35,7 @@ from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import digest
 
+LOG = logging.getLogger(__name__)
 _OPEN_FILES = 128
 
 SiteLayers = Mapping[str, Sequence[int]]
@@ -188,9 +189,9 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
     if filled:
         files.write_shard(path, manifest, buffers, filled, after, 0)
     if rows < tokens:
-        print(f"the text ended at {rows:,} of {tokens:,} tokens", file=sys.stderr)
+        LOG.warning("the text ended at %s of %s tokens", f"{rows:,}", f"{tokens:,}")
     if (times := readings(after)) > 1:
-        print(f"the text has been read {times} times over: the store repeats it", file=sys.stderr)
+        LOG.warning("the text has been read %d times over: the store repeats it", times)
 
 
 def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:

@@ -6,15 +6,9 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.store.codec import (
-    Entries,
-    expand_values,
-    offsets_of,
-    undo_differences,
-)
-from gemma_scope_jax.extraction.store.shards import Shard
-
-_TOKENS, _FEATURES = ("count", "feature", "value"), ("fired", "rows", "values")
+from gemma_scope_jax.extraction.store.codec import Entries, turned
+from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, first_row
+from gemma_scope_jax.extraction.store.tables import damaged, opened
 
 
 class Segment:
@@ -31,114 +25,126 @@ class Segment:
     """
 
     def __init__(self, store: Any, shard: Shard, number: int, start: int):
-        self._store, self._shard, self._number, self.start = store, shard, number, start
-        self._about = shard.footer["segments"][number]
+        self._store, self._shard, self.start = store, shard, start
+        segments = shard.footer["segments"]
+        self._about = segments[number]
+        before = sum(segment["tokens"] for segment in segments[:number])
+        self._row = first_row(shard.number) + before  # what the files call the first token
+        self._files = shard.files(number, store.lists)
 
     def __len__(self) -> int:
         return self._about["tokens"]
 
-    def _read(self, *names: str) -> list[np.ndarray]:
-        return self._shard.blocks(self._number, names)
-
     @functools.cached_property
+    def _table(self) -> dict[str, np.ndarray]:
+        path, there = self._files[0]
+        with opened(path, there) as file:
+            names = ("document", "position", "offset", "token", "counted")
+            table = file.read(list(names), use_threads=False)
+            found = {name: table[name].to_numpy() for name in names}
+        if table.num_rows != len(self):
+            raise damaged(path, f"it has {table.num_rows} tokens, not {len(self)}")
+        return found
+
+    @property
     def tokens(self) -> np.ndarray:
-        return self._read("tokens")[0]
+        return self._table["token"]
 
-    @functools.cached_property
+    @property
+    def positions(self) -> np.ndarray:
+        return self._table["position"]
+
+    @property
+    def documents(self) -> np.ndarray:
+        return self._table["document"]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return self._table["offset"]
+
+    @property
     def counted(self) -> np.ndarray:
-        return np.unpackbits(self._read("counted")[0])[: len(self)].astype(bool)
+        return self._table["counted"]
 
     def counted_by(self, coder: str | None = None) -> np.ndarray:
         """bool [n]: where a coder's features count: `counted`, from its own `first` on."""
         return self.counted & (self.positions >= self._store.about(coder)["first"])
 
     @functools.cached_property
-    def _piece_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document in the shard, offset in it and length of every piece."""
-        documents, offsets, lengths = self._read(
-            "piece_documents", "piece_offsets", "piece_lengths"
-        )
-        return documents, offsets, lengths
-
-    @functools.cached_property
     def pieces(self) -> np.ndarray:
-        lengths = self._piece_table[2]
-        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-
-    @functools.cached_property
-    def positions(self) -> np.ndarray:
-        lengths = self._piece_table[2]
-        starts = np.cumsum(lengths) - lengths
-        return (np.arange(len(self)) - np.repeat(starts, lengths)).astype(np.int32)
-
-    @functools.cached_property
-    def documents(self) -> np.ndarray:
-        numbers = np.array([d[0] for d in self._shard.footer["documents"]], np.int64)
-        return numbers[self._piece_table[0]][self.pieces]
+        return np.cumsum(self.positions == 0, dtype=np.int32) - np.int32(1)
 
     def where(self, rows: Any) -> list[str]:
         """Where the documents of some of the segment's rows come from, as "FILE, byte 123"."""
-        documents = self._shard.footer["documents"]
-        return [documents[d][1] for d in self._piece_table[0][self.pieces[rows]].tolist()]
-
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        at = self._piece_table[1][self.pieces] + self.positions - 1
-        return np.where(self.positions > 0, at, -1).astype(np.int32)
+        places = {number: where for number, where, _ in self._shard.footer["documents"]}
+        return [places[number] for number in self.documents[rows].tolist()]
 
     def by_token(self, coder: str | None = None, layer: int | None = None) -> Entries:
         """(offsets [n + 1], features, values): those of token i begin at offsets[i]."""
-        c = self._store.place(coder, layer)
-        return self._lists(c, 0, self._about["coders"][c]["token_parts"], *_TOKENS)
+        return turned(self.by_feature(coder, layer), len(self))
 
     def rows(
         self, start: int, stop: int, coder: str | None = None, layer: int | None = None
     ) -> Entries:
-        """`by_token` of the segment's rows `start` to `stop`; reads the blocks that hold them."""
-        c = self._store.place(coder, layer)
-        return self._some(c, start, stop, self._about["coders"][c]["token_parts"], _TOKENS)
-
-    def features(
-        self, start: int, stop: int, coder: str | None = None, layer: int | None = None
-    ) -> Entries:
-        """`by_feature` of features `start` to `stop`; reads the blocks that hold them."""
-        c = self._store.place(coder, layer)
-        return self._some(c, start, stop, self._about["coders"][c]["parts"], _FEATURES)
-
-    def _some(self, c: int, start: int, stop: int, ends: list[int], names: Any) -> Entries:
-        """The lists `start` to `stop` of those whose blocks end at `ends`."""
-        if not 0 <= start < stop <= ends[-1]:
-            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {ends[-1]}")
-        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
-        begin = 0 if first == 0 else ends[first - 1]
-        offsets, ids, values = self._lists(c, first, ends[: last + 1], *names)
-        offsets = offsets[start - begin : stop - begin + 1]
+        """`by_token` of the segment's rows `start` to `stop`."""
+        if not 0 <= start < stop <= len(self):
+            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {len(self)}")
+        offsets, ids, values = self.by_token(coder, layer)
+        offsets = offsets[start : stop + 1]
         some = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], ids[some], values[some])
 
     def by_feature(self, coder: str | None = None, layer: int | None = None) -> Entries:
         """(offsets [F + 1], rows, values): of each feature, the segment's tokens, ascending."""
         c = self._store.place(coder, layer)
-        return self._lists(c, 0, self._about["coders"][c]["parts"], *_FEATURES)
+        return self._features(c, 0, self._store.lists[c].width)
+
+    def features(
+        self, start: int, stop: int, coder: str | None = None, layer: int | None = None
+    ) -> Entries:
+        """`by_feature` of features `start` to `stop`; reads the row groups that hold them."""
+        return self._features(self._store.place(coder, layer), start, stop)
 
     def feature(
         self, feature: int, coder: str | None = None, layer: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the segment, values) of one feature; reads the block of the index around it."""
+        """(rows of the segment, values) of one feature; reads the row groups around it."""
         found = self.features(feature, feature + 1, coder, layer)
         return found.ids, found.values
 
-    def _lists(self, c: int, first: int, ends: list[int], *names: str) -> Entries:
-        """The lists in the parts from `first` on, up to the last of `ends`."""
-        sizes, ids, values = (f"{c}.{name}" for name in names)
-        begin = 0 if first == 0 else ends[first - 1]
-        counts = self._read(sizes)[0][begin : ends[-1]]
-        offsets = offsets_of(counts)
-        exponent, found = self._about["coders"][c]["exponent"], []
-        for part, stop in enumerate(ends[first:], first):
-            start = begin if part == first else ends[part - 1]
-            some = offsets[start - begin : stop - begin + 1]
-            steps, stored = self._read(f"{ids}.{part}", f"{values}.{part}")
-            steps = undo_differences(steps, some - some[0])
-            found.append((steps, expand_values(stored, exponent)))
-        return Entries(offsets, *(np.concatenate(some) for some in zip(*found)))
+    def _features(self, c: int, start: int, stop: int) -> Entries:
+        some: FeatureList = self._store.lists[c]
+        if not 0 <= start < stop <= some.width:
+            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {some.width}")
+        path, there = self._files[1 + c]
+        with opened(path, there) as file:
+            table = file.read_row_groups(_groups(file.metadata, start, stop), use_threads=False)
+            features, rows, values = (table[n].to_numpy() for n in ("feature", "row", "value"))
+        rows = (rows - self._row).astype(np.int32)
+        if len(rows) and not (
+            0 <= rows.min() <= rows.max() < len(self) and (np.diff(features) >= 0).all()
+        ):
+            raise damaged(path, "rows or features that the segment has not")
+        offsets = np.searchsorted(features, np.arange(start, stop + 1)).astype(np.int64)
+        here = slice(offsets[0], offsets[-1])
+        return Entries(offsets - offsets[0], rows[here], values[here])
+
+    def fired(self, c: int) -> np.ndarray:
+        """int64 [F]: on how many tokens each feature of a list is active."""
+        path, there = self._files[1 + c]
+        with opened(path, there) as file:
+            features = file.read(["feature"], use_threads=False)["feature"].to_numpy()
+        width = self._store.lists[c].width
+        if len(features) and not 0 <= features.min() <= features.max() < width:
+            raise damaged(path, f"features beyond {width}")
+        return np.bincount(features, minlength=width)
+
+
+def _groups(metadata: Any, start: int, stop: int) -> list[int]:
+    """The row groups that hold features `start` to `stop`."""
+    found = []
+    for group in range(metadata.num_row_groups):
+        held = metadata.row_group(group).column(0).statistics
+        if held is None or not held.has_min_max or (held.min < stop and held.max >= start):
+            found.append(group)
+    return found

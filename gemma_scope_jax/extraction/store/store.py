@@ -7,7 +7,7 @@
         offsets, features, values = segment.by_token()
 
 Tokens have a row in the store, from 0 on; they come in pieces of documents, each beginning with
-`<bos>`. How the files look: `shard_files.py`.
+`<bos>`. How the files look: `shards.py`.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
 from gemma_scope_jax.extraction.store.segment import Segment
-from gemma_scope_jax.extraction.store.shards import Shard, shard_name
+from gemma_scope_jax.extraction.store.shards import Shard
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.storage.paths import folder_path
 
@@ -58,6 +58,7 @@ class FeatureStore:
         self.folder = folder_path(folder)
         self.manifest = manifests.read_features_manifest(self.folder)
         self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
+        self.lists = manifests.lists(self.manifest)
         self._digest = manifests.store_digest(self.manifest)
         index = manifests.read_index(self.folder, self.manifest["documents"])
         self.complete = index is not None
@@ -81,7 +82,7 @@ class FeatureStore:
 
     @functools.lru_cache(_OPEN_SHARDS)  # noqa: B019  (a store lives as long as its program)
     def _open(self, number: int) -> Shard:
-        return Shard(self.folder / shard_name(number))
+        return Shard(self.folder, number)
 
     def place(self, coder: str | None = None, layer: int | None = None) -> int:
         """Which of the stored lists a coder's layer (of the model) is."""
@@ -237,8 +238,7 @@ class FeatureStore:
         tokens, rows, at = [none], [none.astype(np.int64)], [none]
         for n in range(before, before + len(self.shards[place]["segments"])):
             segment = self.segment(n)
-            documents = segment._piece_table[0][segment.pieces]
-            (here,) = np.nonzero((documents == within) & (segment.positions > 0))
+            (here,) = np.nonzero((segment.documents == number) & (segment.positions > 0))
             tokens.append(segment.tokens[here])
             rows.append(here + segment.start)
             at.append(segment.offsets[here])
@@ -287,22 +287,17 @@ class FeatureStore:
 
     def fired(self, coder: str | None = None, layer: int | None = None) -> np.ndarray:
         """int64 [F]: on how many tokens each feature is active."""
-        place, width = self.place(coder, layer), self.width(coder)
-        total = np.zeros(width, np.int64)
-        for shard in self.shards:
-            total += self._open(shard["shard"]).fired(place, width)
+        place = self.place(coder, layer)
+        total = np.zeros(self.lists[place].width, np.int64)
+        for segment in self.segments():
+            total += segment.fired(place)
         return total
 
     def verify(self) -> None:
         """Read every byte. Raises `InputError` naming the file and the block that is damaged."""
         for shard in self.shards:
-            there = Shard(self.folder / shard_name(shard["shard"]))
-            if there.size != shard["bytes"]:
-                raise InputError(
-                    f"{there.path}: has {there.size} bytes where {shard['bytes']} are expected; "
-                    "delete it and run the same extract again"
-                )
-            there.verify()
+            there = Shard(self.folder, shard["shard"])
+            there.verify(self.lists)
             if manifests.summary(there, self._digest) != shard:
                 index = self.folder / manifests.INDEX
                 raise InputError(f"{index}: is damaged; delete it and extract again")

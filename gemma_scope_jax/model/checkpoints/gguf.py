@@ -19,10 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.gguf_blocks import BLOCK_TYPES, BY_NAME, CHUNK, dequantize
-
-# ggml types that cannot be read, by the name users know them by; others are named by number.
-_UNREADABLE = {10: "Q2_K", 11: "Q3_K", 20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"}
+from gemma_scope_jax.model.checkpoints.gguf_blocks import CHUNK, block_type, block_types, dequantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,7 @@ class GGUFFile:
     def same_bytes(self, name: str, other: str) -> bool:
         """Whether two tensors are one and the same matrix, in the same quantisation."""
         one, two = self._info(name), self._info(other)
-        t = BY_NAME.get(one.type)
+        t = block_type(one.type)
         if (one.shape, one.type) != (two.shape, two.type) or t is None:
             return False
         size = math.prod(one.shape) // t.weights * t.bytes
@@ -80,14 +77,17 @@ class GGUFFile:
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         info = self._info(name)
-        t = BY_NAME.get(info.type)
-        if t is None:
+        t = block_type(info.type)
+        try:
+            if t is None:
+                raise NotImplementedError
+            first, last = (info.offset + i // t.weights * t.bytes for i in (start, stop))
+            out = dequantize(self._bytes[first:last], t)
+        except NotImplementedError:
             raise InputError(
-                f"{self.path}: {name} is quantised as {info.type}; supported are "
-                f"{', '.join(BY_NAME)}: use a Q4_K_M, Q5_K_M, Q6_K, Q8_0 or unquantised file"
-            )
-        first, last = (info.offset + i // t.weights * t.bytes for i in (start, stop))
-        out = dequantize(self._bytes[first:last], info.type)
+                f"{self.path}: {name} is quantised as {info.type}, which cannot be undone: use a "
+                "Q4_K_M, Q5_K_M, Q6_K, Q8_0 or unquantised file"
+            ) from None
         for i in range(0, len(out), CHUNK):
             if not np.isfinite(out[i : i + CHUNK]).all():
                 raise InputError(f"{self.path}: {name} holds nan or inf; download the file again")
@@ -198,16 +198,13 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         kind, offset = cursor.number("<I"), cursor.number("<Q")
         if 0 in shape or offset % alignment:
             raise cursor.fail(f"tensor {name} has shape {list(shape)} and offset {offset}")
-        type = (
-            BLOCK_TYPES[kind].name
-            if kind in BLOCK_TYPES
-            else _UNREADABLE.get(kind, f"ggml type {kind}")
-        )
+        known = block_types().get(kind)
+        type = f"ggml type {kind}" if known is None else known.name
         found[name] = TensorInfo(shape, type, offset)
     start = -(-cursor.at // alignment) * alignment
     for name, info in found.items():
         size = 1
-        if t := BY_NAME.get(info.type):
+        if t := block_type(info.type):
             if info.shape[-1] % t.weights:
                 raise cursor.fail(f"tensor {name} {list(info.shape)} is not whole {t.name} blocks")
             size = math.prod(info.shape) // t.weights * t.bytes
@@ -222,7 +219,7 @@ def _check_layout(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: in
     """Each tensor begins where the one before it ends: none shares bytes, none is left out."""
     order = sorted(tensors.items(), key=lambda item: item[1].offset)
     for (name, info), (after, following) in itertools.pairwise(order):
-        if t := BY_NAME.get(info.type):  # of the others, nobody knows where they end
+        if t := block_type(info.type):  # of the others, nobody knows where they end
             end = info.offset + math.prod(info.shape) // t.weights * t.bytes
             if following.offset - end not in range(alignment):
                 between = "overlaps" if following.offset < end else "leaves a gap to"

@@ -1,0 +1,11 @@
+"""`gemma-scope verify`."""
+
+import gemma_scope_jax as gs
+from gemma_scope_jax.cli import shared
+
+
+def command(store: shared.Store) -> None:
+    """Read every byte of a feature store and say which file is damaged, if any is."""
+    found = gs.FeatureStore(store)
+    found.verify()
+    shared.print_store(found)

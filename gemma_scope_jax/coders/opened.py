@@ -1,0 +1,61 @@
+"""Coders by name with all that goes with them but the model's weights, which load last.
+
+    opened = open_coders(["gemma-3-270m-resid-post-12-width-4k-l0-50"])
+    opened.tok.encode("a text"); opened.shape.layers
+    model = load_model(opened.model)
+
+Whatever does not fit is known before gigabytes are read.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from gemma_scope_jax.coders.coder import check_fits
+from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.coders.load import load_coder, load_coders
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.load import model_config
+from gemma_scope_jax.model.config import GemmaConfig
+from gemma_scope_jax.model.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenedCoders:
+    """Coders, and what is known of the model that they are for without its weights."""
+
+    coders: CoderSet
+    model: str  # as `load_model` takes it
+    shape: GemmaConfig
+    tok: Tokenizer
+
+
+def open_coders(
+    names: str | Sequence[str], model: str = "", *, one_layer: bool = False, decoders: bool = True
+) -> OpenedCoders:
+    """Load coders, and find the architecture and the tokenizer of their model.
+
+    names      what `load_coders` takes; a text that is no list names a single coder
+    model      a name, a folder or a file; default: the coders' own model
+    one_layer  refuse coders of several layers
+    decoders   load those of coders of several layers, too, which else stay on the disk
+    Raises `InputError` for coders of several models, and those that do not fit the model.
+    """
+    if not names:
+        raise InputError("name at least one CODER (see `gemma-scope list`)")
+    loaded = load_coders(load_coder(names) if isinstance(names, str) else names)
+    for coder in loaded:
+        if one_layer and coder.multi_layer:
+            where = coder.info.path
+            raise InputError(f"{where} has several layers: this takes coders of one layer")
+    made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
+    if not model and len(made_for) > 1:
+        raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
+    model = model or next(iter(made_for), DEFAULT_MODEL)
+    shape = model_config(model)
+    for coder in loaded:
+        check_fits(shape, coder)
+    if decoders:
+        loaded = load_coders(loaded, decoder=True)
+    return OpenedCoders(loaded, model, shape, fit_tokenizer(load_tokenizer(model), shape))

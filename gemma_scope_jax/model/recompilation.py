@@ -1,0 +1,87 @@
+"""A word when one call is compiled again and again, and what it is that changes each time.
+
+Compiling takes seconds where running takes milliseconds, and looks like a slow model.
+"""
+
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_scope_jax.model.intercept import Intercept
+
+AGAIN = 6  # programs that differ in one thing alone before anything is said
+MOST_KNOWN = 4096  # calls remembered; then it begins anew
+
+ADVICE = {
+    "functions": "a lambda or functools.partial made anew is a new program each time: define the "
+    "function once, at module level, and pass what changes as arguments",
+    "lengths": "pad the tokens to fewer lengths, or mark the intercepts' functions `gs.tokenwise` "
+    "if each treats every token alone, so that lengths are filled up",
+    "batch sizes": "fill up the last batch with rows of padding (segments 0)",
+    "sets of layers": "give one layer (an int), which is data, or all (None)",
+    "shapes of arguments": "pad the intercepts' arguments to one shape",
+    "numbers of new tokens": "ask for the largest and stop earlier by stop_tokens",
+}
+_known: set[Hashable] = set()
+_changes: dict[Hashable, set[Hashable]] = {}
+
+
+class RecompilationWarning(UserWarning):
+    """One call was compiled for many programs; the message says what changes between them."""
+
+
+def note(door: str, items: tuple[Intercept, ...], shape: tuple[int, int], fixed: Hashable, **more):
+    """Remember a call of `door` on tokens of `shape`; warn if it is one program more of many.
+
+    fixed  whatever else chooses the program
+    more   by the names of `ADVICE`
+    """
+    functions, named = zip(*map(_functions, items)) if items else ((), ())
+    kinds = tuple((i.kind, i.site, i.name, i.layer is None) for i in items)
+    parts: dict[str, Hashable] = {
+        "functions": functions,
+        "sets of layers": tuple(i.layers for i in items),
+        "batch sizes": shape[0],
+        "lengths": shape[1],
+        "shapes of arguments": tuple(_shapes(i, shape) for i in items),
+        **more,
+    }
+    rest = (door, fixed, named, kinds)
+    call = (rest, *parts.values())
+    if call in _known:
+        return
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+        _changes.clear()
+    _known.add(call)
+    for what, value in parts.items():
+        others = () if what == "functions" else tuple(v for k, v in parts.items() if k != what)
+        values = _changes.setdefault((what, rest, others), set())
+        values.add(value)
+        if len(values) == AGAIN:
+            text = f"{door} has been compiled for {AGAIN} {what} that all else was equal for"
+            warnings.warn(f"{text}: {ADVICE[what]}", RecompilationWarning, stacklevel=4)
+
+
+def _functions(item: Intercept) -> tuple[Hashable, Hashable]:
+    """The item's functions as `jit` tells them apart, and as their author does; with options."""
+    given = {"fn": item.fn, "init": item.init_fn, **dict(item.options)}
+    made = tuple(hash(v) for v in given.values() if callable(v))
+    named = tuple((k, _name(v) if callable(v) else v) for k, v in given.items())
+    return made, named
+
+
+def _name(fn: Any) -> str:
+    inner = getattr(fn, "func", fn)  # of a partial
+    return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))}"
+
+
+def _shapes(item: Intercept, shape: tuple[int, int]) -> Hashable:
+    """Shapes and dtypes of the arguments; what follows the batch or the tokens by name."""
+    leaves, tree = jax.tree.flatten((item.args, item.init))
+    axes = dict(zip(shape, "BT"))
+    each = ((tuple(axes.get(n, n) for n in np.shape(a)), jax.dtypes.result_type(a)) for a in leaves)
+    return tree, tuple(each)

@@ -1,0 +1,103 @@
+"""`run`: the forward pass, jitted, for calls from outside: checks first, few programs.
+
+A program is compiled for the shapes and the static parts of a call. So that a loop over layers or
+over texts needs one or two of them, layers that stand alone and `stop_at_layer` are given to the
+program as data (see `hooks.py`), and lengths are filled up to a few (see `buckets.py`).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import hooks
+from gemma_scope_jax.model.arguments import is_abstract
+from gemma_scope_jax.model.batch import check_ids, integers, tokens_and_segments
+from gemma_scope_jax.model.buckets import bucket, cut, filled, widened
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import Cache, Logits, Output, check_pass, one_pass
+from gemma_scope_jax.model.recompilation import note
+from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
+
+
+@own_mesh
+def run(
+    model: Model,
+    tokens,
+    intercepts=(),
+    *,
+    positions=None,
+    segments=None,
+    cache: Cache | None = None,
+    stop_at_layer: int | None = None,
+    remat: tuple[str, ...] | None = (),
+    logits: Logits = "all",
+    pad: bool = True,
+) -> Output:
+    """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing,
+    and neither does another layer where an intercept has one, nor most other lengths.
+
+    pad  fill up T to one of a few lengths, which nothing in the result shows; not where that could
+         be seen: with a cache, with functions that are not `tokenwise`, and with large batches
+
+    What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
+    positions and segments, the positions and values of intercepts. Of arrays on a device only
+    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
+    Functions find `ctx.layer` a traced int32. Warns (`RecompilationWarning`) when calls that differ
+    in one thing alone are compiled again and again.
+    """
+    tokens, segments = tokens_and_segments(tokens, segments)
+    items, room = hooks.flatten(intercepts), model.config.context
+    tokens = integers("tokens", tokens)
+    positions, segments = integers("positions", positions), integers("segments", segments)
+    check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
+    if isinstance(tokens, np.ndarray):
+        check_ids(model.config, tokens)
+    _check_places(positions, segments, room)
+    # where a text goes on from a cache or stands elsewhere, any position may be meant
+    alone = positions is None and cache is None
+    length = tokens.shape[1]
+    least, most = (length, length) if alone else (0, 2**31)
+    hooks.check_data(items, model.dtype, least, most)
+
+    size, stop, stop_data = length, stop_at_layer, None
+    if not is_abstract((model, tokens, items, positions, segments, cache)):
+        wide = bucket(length, room)
+        if pad and cache is None and (more := filled(tokens, items, wide)) is not None:
+            (tokens, items), size = more, wide
+            positions, segments = widened(positions, wide, -1), widened(segments, wide, -1)
+        items = hooks.layers_as_data(items)
+        if stop is not None and not hooks.stacks(items):
+            stop, stop_data = None, np.int32(stop)
+        fixed = (model.config, model.dtype, remat, logits, stop, stop_data is None)
+        given = (positions is None, segments is None, cache is None)
+        note("run", items, tokens.shape, (*fixed, *given))
+    data = {"positions": positions, "segments": segments, "cache": cache, "stop_data": stop_data}
+    data["length"] = None if size == length else np.int32(length)
+    model, tokens, items, data = on_auto_axes((model, tokens, items, data))
+    out = _run(model, tokens, items, **data, stop_at_layer=stop, remat=remat, logits=logits)
+    return out if size == length else cut(out, items, length, size)
+
+
+@partial(jax.jit, static_argnames=("stop_at_layer", "remat", "logits"))
+def _run(model, tokens, items, *, length, stop_data, stop_at_layer, remat, logits, **given):
+    stop = stop_at_layer if stop_data is None else stop_data
+    return one_pass(model, tokens, items, stop, length, **given, remat=remat, logits=logits)
+
+
+def _check_places(positions: Any, segments: Any, room: int) -> None:
+    """Raise `InputError` for what is known on the host and cannot be; padding stands anywhere."""
+    if isinstance(segments, np.ndarray) and segments.min() < 0:
+        raise InputError(f"segments must not be negative, got {segments.min()}")
+    if not isinstance(positions, np.ndarray):
+        return
+    if segments is not None:
+        positions = positions[segments > 0] if isinstance(segments, np.ndarray) else positions[:0]
+    if not positions.size:
+        return
+    if positions.min() < 0:
+        raise InputError(f"positions must not be negative, got {positions.min()}")
+    if positions.max() >= room:
+        raise InputError(f"position {positions.max()} is beyond the model's context of {room}")

@@ -1,0 +1,125 @@
+"""Benchmarks of coders from beginning to end: tables and coders in, one comparison out.
+
+    tables = benchmark_tables(probing=["tables/*.csv"], tpp=["topics.csv"])
+    result = benchmark(model, coders, tok, "out", tables, absorption=True)
+    print(result.table)
+
+Tables are read and checked by `benchmark_tables`, before a model is loaded.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.evaluation.results import write_result
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.probing.jobs import (
+    Bench,
+    absorption_job,
+    by_name,
+    concept_job,
+    probing_jobs,
+    run_jobs,
+)
+from gemma_scope_jax.probing.probing import PROTOCOLS
+from gemma_scope_jax.probing.report import by_task, compared, documents
+from gemma_scope_jax.probing.scr_tpp import ABLATED, scr_task, tpp_task
+from gemma_scope_jax.probing.tables import read_table, table_files, table_name
+from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.paths import folder_path
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """What `benchmark` found."""
+
+    table: str  # Markdown: the coders side by side
+    file: epath.Path  # comparison.md, which holds the figures of every task, too
+
+
+def benchmark_tables(
+    *,
+    probing: Sequence[str] = (),
+    without: Sequence[str] = (),
+    tpp: Sequence[str] = (),
+    scr: Sequence[str] = (),
+    limit: int | None = None,
+) -> dict[str, list[Path]]:
+    """The tables of each family, {"probing", "tpp", "scr": files}, after a look into them.
+
+    Each argument takes files, globs and folders. without: names, or globs of names, of tables that
+    are not probed. limit: examples of a table at most. Raises `InputError` for files that are no
+    tables, and for those of concepts that do not fit their benchmark.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: 1 or more")
+    families = {"probing": probing, "tpp": tpp, "scr": scr}
+    files = {name: table_files(tuple(some)) for name, some in families.items() if some}
+    if probing:
+        kept = [f for f in files["probing"] if not any(fnmatch(table_name(f), w) for w in without)]
+        if not kept:
+            raise InputError("--without leaves no table to probe")
+        files["probing"] = kept
+    for name, task in (("tpp", tpp_task), ("scr", scr_task)):
+        for path in files.get(name, []):
+            task(read_table(path), limit)
+    return files
+
+
+def benchmark(
+    model: Model,
+    coders: Sequence[SparseCoder],
+    tok: Any,
+    folder: str | os.PathLike,
+    tables: Mapping[str, Sequence[Path]],
+    *,
+    protocol: str = "sae-probes",
+    ks: Sequence[int] = (),
+    absorption: bool = False,
+    words: int | None = 200,
+    limit: int | None = None,
+) -> BenchmarkResult:
+    """Sparse probing, feature absorption, TPP and SCR of coders of one layer, side by side.
+
+    folder      for comparison.md and, for each coder and benchmark, SAEBench's JSON; local or
+                gs://. The same call goes on where an interrupted one was
+    tables      from `benchmark_tables`
+    protocol    of probing: "sae-probes" (last token, tuned penalty, AUC) or "saebench" (mean,
+                accuracy)
+    ks          numbers of features to probe with; default: the protocol's
+    absorption  of first letters, on `words` words of the vocabulary a letter; None: all
+    Raises `InputError`.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"no protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
+    if not any(tables.values()) and not absorption:
+        raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
+    bench = Bench(model, tok, by_name(coders), folder_path(folder))
+    jobs = []
+    if files := tables.get("probing"):
+        jobs, skipped = probing_jobs(bench, files, PROTOCOLS[protocol], limit=limit, ks=ks)
+        for line in skipped[:3]:
+            LOG.warning("skipped: %s", line)
+        if len(skipped) > 3:
+            LOG.warning("skipped: %d more tables that do not fit", len(skipped) - 3)
+    if absorption:
+        jobs.append(absorption_job(bench, per_letter=words))
+    for family in ("tpp", "scr"):
+        for path in tables.get(family, ()):
+            jobs.append(concept_job(bench, family, path, limit=limit, ns=ABLATED))
+    results = list(zip(jobs, run_jobs(bench, jobs)))
+    for document in documents(bench, results):
+        write_result(bench.folder, document)
+    table, file = compared(bench, results), bench.folder / "comparison.md"
+    write_text(file, f"{table}\n{by_task(bench, results)}")
+    return BenchmarkResult(table, file)

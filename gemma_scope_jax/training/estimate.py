@@ -1,0 +1,88 @@
+"""What a training run would take, before it is begun: tokens, updates, memory, disk."""
+
+import dataclasses
+import os
+import shutil
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.load import model_config
+from gemma_scope_jax.model.config import Model, abstract_params
+from gemma_scope_jax.model.gemma import site_width
+from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
+from gemma_scope_jax.training.feeds import store_step, train_step
+from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.state import TrainPlan, abstract_state, make_plan
+from gemma_scope_jax.training.train import check_inputs, run_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainEstimate:
+    """What `plan_training` found; sizes in bytes, `memory` as the compiler says."""
+
+    coders: int
+    tokens: int  # read by the model; from a store, activations drawn
+    passes: int  # calls of the compiled step
+    updates: int  # of the optimizer
+    memory: int  # of a device: the model's weights, the run's state, temporaries
+    memory_limit: int | None  # None: not known, as on CPUs
+    checkpoint: int  # one of them
+    checkpoints: int  # as many as are kept
+    saved: int  # all coders, as they are written in the end
+    free: int | None  # of the disk; None: a bucket
+
+
+def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEstimate:
+    """A `TrainEstimate` for `train(config, out)`: compiles its step, loads and writes nothing.
+
+    Raises `InputError` as `train` does for what can be known before the model is loaded.
+    """
+    check_inputs(config)
+    path, mesh, shape = folder_path(out), run_mesh(config), model_config(config.model)
+    plan = make_plan(config, shape, mesh)
+    state = abstract_state(plan, shape)
+    weights = jax.tree.leaves([group.weights for group in state.groups])
+    filling = 0 if config.store else -(-config.buffer // config.tokens_a_pass)
+    device = jax.devices()[0]
+    return TrainEstimate(
+        coders=len(config.coders),
+        tokens=config.passes * config.tokens_a_pass,
+        passes=config.passes,
+        updates=max(0, config.passes - filling) * config.updates,
+        memory=_memory(plan, state, shape),
+        memory_limit=(device.memory_stats() or {}).get("bytes_limit"),
+        checkpoint=_size(state),
+        checkpoints=config.keep,
+        saved=sum(a.size * a.dtype.itemsize for a in weights),
+        free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
+    )
+
+
+def _size(tree: Any) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
+    """Bytes of a device that the compiled step takes, with all that goes in and comes out."""
+    c = plan.config
+    if c.store:
+        rows = c.updates * c.batch
+        x = {
+            site: jax.ShapeDtypeStruct((len(layers), rows, site_width(shape, site)), jnp.float32)
+            for site, layers in plan.sites
+        }
+        step, inputs = partial(store_step, plan=plan), (x,)
+    else:
+        ids = jax.ShapeDtypeStruct((c.rows, c.length), jnp.int32)
+        model = Model(abstract_params(shape, c.model_dtype), shape)
+        step, inputs = partial(train_step, plan=plan), (model, ids, ids, ids)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
+    found = compiled.memory_analysis()
+    if found is None:
+        raise InputError("this backend does not say how much memory a program takes")
+    sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return int(sum(sizes) - found.alias_size_in_bytes + found.generated_code_size_in_bytes)
