@@ -1,4 +1,4 @@
-"""GGUF's quantised blocks, weight by weight after ggml-quants.c, on the bytes as Python's integers."""
+"""GGUF's quantised blocks, weight by weight after ggml-quants.c, from the bytes as integers."""
 
 import numpy as np
 import pytest
