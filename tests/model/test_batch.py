@@ -52,7 +52,8 @@ def packed_batch(seed=0, B=4, T=24):
 
 
 @pytest.mark.parametrize("first", [0, 1, 4])
-def test_counted_is_the_mask_without_padding_and_the_first_of_each_document(first):
+def test_counted_is_the_mask_of_what_counts(first):
+    """Without padding and the first of each document."""
     batch = packed_batch()
     whole, masked = (np.zeros(batch.tokens.shape, bool) for _ in range(2))
     positions = np.asarray(batch.positions)
