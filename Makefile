@@ -13,6 +13,7 @@
 #   make lint               ruff and pyright
 #   make durations          measure anew which tests `make quick` leaves out (tests/long_tests.txt)
 #   make golden             write anew what transformers computes (tests/golden)
+#   make docs               the documentation as a site: site/index.html
 #   make constraints        write anew the tested versions (constraints.txt)
 #
 # Variables: PYTHON (an interpreter; default the newest of 3.13, 3.12, 3.11 that runs), VENV (the
@@ -23,9 +24,10 @@ PEERS = .venv-peers
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo quick check test test-official test-slow test-peers peers bench lint durations golden constraints
+.PHONY: help demo quick check test test-official test-slow test-peers peers bench lint durations \
+    golden constraints docs
 help:
-	@sed -n '3,19s/^# \{0,1\}//p' Makefile
+	@sed -n '3,20s/^# \{0,1\}//p' Makefile
 
 # ---- Interpreters. A pyenv shim can exist and yet not run, so each candidate is tried.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -101,9 +103,13 @@ lint: $(VENV)/.has-test
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+docs: $(VENV)/.has-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "site/index.html"
+
 constraints: $(MADE)
 	$(UV) pip compile pyproject.toml --quiet --universal --python-version 3.11 --upgrade \
-	    --extra test --extra official --extra tfds --extra track \
+	    --extra test --extra official --extra tfds --extra track --extra docs \
 	    --custom-compile-command "make constraints" --no-annotate --no-emit-index-url \
 	    --output-file constraints.txt
 	@$(UV) --version | sed 's/^uv \([0-9.]*\).*/uv==\1/' >> constraints.txt

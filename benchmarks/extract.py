@@ -79,6 +79,7 @@ def ours(args) -> None:
     from gemma_scope_jax.coders.interop.saelens import save_saelens
     from gemma_scope_jax.extraction.runner import Runner
     from gemma_scope_jax.extraction.work import Packed, ShardPlan, open_text
+    from gemma_scope_jax.model.batch import TokenBatch
     from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 
     folder = Path(args.folder)
@@ -154,7 +155,7 @@ def ours(args) -> None:
         """Our program alone: what it finds stays on the device."""
         batches, segments = np.load(folder / "batches.npy")
         runner = Runner(model, coders, slots_for(list(coders.values())), args.precision)
-        start = lambda b, s: runner.launch(b, s, s > 0)[1]
+        start = lambda b, s: runner.launch(TokenBatch(b, s, s > 0))[1]
         jax.block_until_ready(start(batches[0], segments[0]))
         began = time.perf_counter()
         for batch, segment in zip(batches, segments):

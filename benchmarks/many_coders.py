@@ -20,10 +20,11 @@ from pathlib import Path
 import jax
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.data.text import SEPARATOR
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.data.document_files import SEPARATOR
+from gemma_scope_jax.training.ends import start
 from gemma_scope_jax.training.feeds import TextFeed
-from gemma_scope_jax.training.train import load_config, start
+from gemma_scope_jax.training.state import first_state, make_plan
+from gemma_scope_jax.training.train import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 BUFFER = 4096
@@ -33,8 +34,8 @@ class Run:
     """A run at its first update, and its next batches."""
 
     def __init__(self, config, model, documents):
-        self.feed = TextFeed(steps.make_plan(config, model.config), model, documents)
-        state = steps.first_state(self.feed.plan, model.config)
+        self.feed = TextFeed(make_plan(config, model.config), model, documents)
+        state = first_state(self.feed.plan, model.config)
         with self.feed.batches(None, 0) as data:
             while not self.feed.ready(state):
                 state, _ = self.feed.step(state, next(data)[0], False)

@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.kernels import active
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.ends import start
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
-from gemma_scope_jax.training.train import start
+from gemma_scope_jax.training.state import TrainPlan, first_state, make_plan
 
 
 def random_model(name: str, seed: int = 0) -> Model:
@@ -44,7 +46,7 @@ def random_model(name: str, seed: int = 0) -> Model:
     )
 
 
-def model_flops(model: Model, plan: steps.TrainPlan, length: int) -> float:
+def model_flops(model: Model, plan: TrainPlan, length: int) -> float:
     """Of a token through the layers that run: weights and (half of) attention's square."""
     c = model.config
     weights = sum(
@@ -56,11 +58,10 @@ def model_flops(model: Model, plan: steps.TrainPlan, length: int) -> float:
     return plan.stop * (2 * weights / c.layers + attention)
 
 
-def random_batch(model: Model, args, seed: int):
-    """Tokens, segments and counts [rows, length]."""
+def random_batch(model: Model, args, seed: int) -> TokenBatch:
     shape = (args.rows, args.length)
     tokens = jax.random.randint(jax.random.key(seed), shape, 10, model.config.vocab - 10, jnp.int32)
-    return tokens, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool)
+    return TokenBatch(tokens, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool))
 
 
 def measured_peak(config: TrainConfig, n: int = 8192) -> float:
@@ -86,8 +87,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     model = random_model(args.model)
-    form = active.sparse_form()
-    active.FEATURES_A_SLOT[form] = 0  # the sparse step also where a dense one may be faster
+    kernels = active.backend().__name__.rpartition(".")[2]
+    active.backend().FEATURES_A_SLOT = 0  # the sparse step also where a dense one may be faster
     peak, rows = None, []
     for width in args.width:
         loss = LossConfig(l0_warmup=0, dead_weight=1e-3)
@@ -105,18 +106,18 @@ def main() -> None:
         batches = [random_batch(model, args, seed) for seed in range(4)]
 
         for sparsity in (0.0, 4.0):
-            plan = steps.make_plan(dataclasses.replace(config, sparse=sparsity), model.config)
+            plan = make_plan(dataclasses.replace(config, sparse=sparsity), model.config)
             fill = jax.jit(partial(feeds.fill_step, plan=plan), donate_argnums=0)
             train = jax.jit(partial(feeds.train_step, plan=plan), donate_argnums=0)
-            state = steps.first_state(plan, model.config)
+            state = first_state(plan, model.config)
             while int(state.filled) < config.buffer:
-                state = fill(state, model, *batches[0])
+                state = fill(state, model, batches[0])
             state = start(plan, state, state.buffer, {})
             state = dataclasses.replace(state, total=jnp.asarray(10_000, jnp.int32))
             times, parts = [], None
             for i in range(args.steps + 2):
                 begin = time.perf_counter()
-                state, parts = train(state, model, *batches[i % 4])
+                state, parts = train(state, model, batches[i % 4])
                 jax.block_until_ready((state, parts))
                 times.append(time.perf_counter() - begin)
             seconds = float(np.median(times[2:]))
@@ -125,7 +126,7 @@ def main() -> None:
             row = {
                 "name": f"train_share_{width // 1024}k",
                 "model": args.model,
-                "step": f"sparse, {form}" if sparsity else "dense",
+                "step": f"sparse, {kernels}" if sparsity else "dense",
                 "ms": 1e3 * seconds,
                 "tokens/s": size / seconds,
                 "share": flops * size / seconds / peak,

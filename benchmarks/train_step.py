@@ -108,6 +108,7 @@ def ours(args) -> None:
         OptimizerConfig,
         TrainConfig,
     )
+    from gemma_scope_jax.training.state import init_state, make_plan
     from gemma_scope_jax.training.weights import encoder_bias
 
     loss = LossConfig(l0_weight=PENALTY, l0_warmup=0, bandwidth=BANDWIDTH, dead_weight=REVIVAL)
@@ -119,13 +120,13 @@ def ours(args) -> None:
         precision=args.precision,
         optimizer=OptimizerConfig(RATE, warmup=0),
     )
-    active.FEATURES_A_SLOT[active.sparse_form()] = 0  # also where a dense step may be faster
-    plan = {"sparse": steps.make_plan(config, preset("gemma-3-270m"))}
+    active.backend().FEATURES_A_SLOT = 0  # also where a dense step may be faster
+    plan = {"sparse": make_plan(config, preset("gemma-3-270m"))}
     plan["dense"] = dataclasses.replace(
         plan["sparse"], config=dataclasses.replace(config, sparse=0)
     )
     group, site = plan["sparse"].groups[0], "resid_post"
-    state = steps.init_state(plan["sparse"], preset("gemma-3-270m"))
+    state = init_state(plan["sparse"], preset("gemma-3-270m"))
     state = dataclasses.replace(state, scale={site: jnp.ones(1)})
     x = activations(np.asarray(state.groups[0].weights.w_dec[0][0, 0]), batch)
     batches = [{site: jnp.asarray(rows)[None]} for rows in x]

@@ -10,6 +10,7 @@ from typing import Any
 _PUBLIC = {
     "errors": ["InputError"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
+    "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
     "model.gemma": ["Cache", "Output", "forward", "init_cache"],
     "model.run": ["run"],
     "model.recompilation": ["RecompilationWarning"],
@@ -34,6 +35,7 @@ _PUBLIC = {
     "coders.multi_layer_coder": ["MultiLayerCoder"],
     "coders.coder": ["Coder", "as_jump_relu"],
     "coders.coder_set": ["CoderSet"],
+    "coders.masked": ["encode"],
     "coders.splice": ["clamp", "edit", "features", "replacement", "splice"],
     "coders.load": ["decoder_rows", "load_coder", "load_coders", "load_decoder"],
     "coders.release.files": ["save_coder"],

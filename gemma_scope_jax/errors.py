@@ -6,6 +6,8 @@ anything else that escapes is a bug of ours.
 """
 
 import difflib
+import errno
+import os
 import unicodedata
 from collections.abc import Iterable
 
@@ -57,3 +59,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """ "; did you mean a, b, c?" for the `known` names nearest to `name`, or "" if none is near."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def no_space(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
+    """What to tell the user when the system refuses to write."""
+    where = os.fspath(path)
+    if no_space(error):
+        return InputError(
+            f"{where}: no space left on the disk; free some, or choose another folder"
+        )
+    return InputError(f"{where}: cannot be written ({error.strerror or error})")

@@ -1,12 +1,14 @@
 """Turn the coders of a training run into coders that ship: bfloat16 weights, labels, figures.
 
     python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--other news.txt] [--no-labels]
+        [--notes notes.md]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
 config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
-held-out text and on text of other kinds (figures.json, and in the card), and label material
-(labels.json.gz). Snippets come only from texts whose licence lets them be shipped: Jane Austen's
-novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and library (PSF).
+held-out text and on text of other kinds (figures.json, and in the card), notes on what the text was
+and how the run went (in the card), and label material (labels.json.gz). Snippets come only from
+texts whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
+BY-SA), the Python manual and library (PSF).
 """
 
 import argparse
@@ -22,7 +24,7 @@ import numpy as np
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.cards.labels import build_labels, write_labels
-from gemma_scope_jax.data.text import read_documents
+from gemma_scope_jax.data.documents import read_documents
 from gemma_scope_jax.evaluation.evaluate import evaluate_all, text_batches
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
@@ -59,8 +61,8 @@ def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> li
     """Figures on a text: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
     documents = read_documents([str(path)])
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
-    batches = list(text_batches(tok, documents, length=512))
-    some = lambda tokens: batches[: -(-tokens // batches[0][0].size)]
+    batches = list(text_batches(tok, documents, context_size=512))
+    some = lambda tokens: batches[: -(-tokens // batches[0].tokens.size)]
     fits = evaluate_all(model, coders, some(tokens), delta_loss=False)
     costs = evaluate_all(model, coders, some(loss_tokens), ablation=True)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
@@ -93,9 +95,9 @@ def card_section(found: list[dict]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return (
-        "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without the "
-        "rare tokens of enormous norm; delta loss in nats; CE score against zeros that leave "
-        "`<bos>` alone, and against SAELens', which stand there, too.\n"
+        "## On text it was not trained on\n\n" + "\n".join(rows) + "\n\nFVU with and without "
+        "(typical tokens) the rare tokens of enormous norm; delta loss in nats; CE score against "
+        "zeros that leave `<bos>` alone, and against SAELens' zeros, which stand there, too.\n"
     )
 
 
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
     parser.add_argument("--other", type=Path, nargs="*", default=[], metavar="TEXT")
+    parser.add_argument("--notes", type=Path, help="Markdown that ends each card")
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     tok = gs.load_tokenizer("gemma-3-270m")
@@ -129,6 +132,8 @@ def main() -> None:
             (folder / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
             with open(folder / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n" + card_section([figure, *others]))
+                if args.notes:
+                    card.write("\n" + args.notes.read_text(encoding="utf-8"))
             shown = {k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}
             print(folder.name, json.dumps(shown), flush=True)
             if args.labels:

@@ -15,6 +15,7 @@ import jax.experimental.compilation_cache.compilation_cache as cache
 import pytest
 
 import strict_jax  # noqa: F401
+from durations import long_tests, name_of
 from gemma_scope_jax.model.config import PRESETS
 from tiny import tiny_model
 
@@ -23,6 +24,15 @@ HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(HERE), str(HERE / "support"), os.environ.get("PYTHONPATH")))
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as quick what `make durations` did not find to be long, and the laws."""
+    long = long_tests()
+    for item in items:
+        kept = item.get_closest_marker("law") or name_of(item) not in long
+        if kept and not any(map(item.get_closest_marker, ("slow", "official", "peers"))):
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session")

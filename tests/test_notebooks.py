@@ -8,8 +8,8 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def cells(path):
-    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+def cells(path, kind="code"):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
 
 
 def test_there_is_a_notebook():
@@ -23,6 +23,15 @@ def test_it_is_shipped_executed_and_without_errors(path):
         assert all(output.output_type != "error" for output in cell.outputs)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_it_opens_in_colab(path):
+    """A badge; a first cell that installs where the package is not there; a log-in that waits."""
+    assert "colab.research.google.com" in cells(path, "markdown")[0].source
+    install, login = (cell.source for cell in cells(path)[:2])
+    assert "find_spec" in install and "demo,tpu" in install
+    assert login.startswith("GATED = False") and "login()" in login
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs(path, capsys):
@@ -30,3 +39,5 @@ def test_it_runs(path, capsys):
     for cell in cells(path):
         exec(compile(cell.source, path.name, "exec"), namespace)
     assert capsys.readouterr().out
+    assert "<iframe srcdoc=" in namespace["shown"]("<p>a page</p>").data
+    assert namespace["seen"].tokens[-2] == " Paris"

@@ -1,16 +1,20 @@
-"""The README's examples run as they stand, one after the other, and say what the README says."""
+"""The README is short, and its examples run as they stand and say what it says."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-import gemma_scope_jax as gs
-from gemma_scope_jax.cli import main
+from pages import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = blocks(README, "python")
+
+
+def test_it_is_a_door():
+    assert len(TEXT.splitlines()) <= 150
+    pictures = [ROOT / name for name in re.findall(r'(?:src|srcset)="([^"]+)"', TEXT)]
+    assert pictures and sum(p.stat().st_size for p in pictures) < 100_000
 
 
 def test_there_are_five_examples_of_at_most_five_lines():
@@ -18,19 +22,10 @@ def test_there_are_five_examples_of_at_most_five_lines():
     assert all(len(block.strip().splitlines()) <= 5 for block in BLOCKS)
 
 
-def test_every_room_and_file_the_readme_names_exists():
-    rooms = re.findall(r"^ {6}(\w+(?:/|\.py)) ", TEXT, re.M)
-    assert len(rooms) >= 8
-    for room in rooms:
-        assert (ROOT / "gemma_scope_jax" / room).exists(), room
-    for name in re.findall(r"`((?:gemma_scope_jax|configs|benchmarks|notebooks)/[\w/.]+)`", TEXT):
-        assert (ROOT / name).exists(), name
-
-
 @pytest.mark.real
 def test_the_examples_run(capsys):
     namespace: dict = {}
-    for block in BLOCKS[:5]:
+    for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "(1, 6, 262144) (2, 1, 6, 640)"
@@ -39,17 +34,3 @@ def test_the_examples_run(capsys):
     assert spliced.shape == out.logits.shape == without.shape
     assert abs(spliced - out.logits)[0, 1:].max() > 0 and abs(without - out.logits).max() > 0
     assert len(namespace["steered"].sequences[0]) > 6
-
-
-@pytest.mark.real
-def test_the_store_example_runs(tmp_path, monkeypatch, capsys):
-    sample = ROOT / "gemma_scope_jax/packaged/sample.txt"
-    coder = "gemma-3-270m-resid-post-12-width-4k-l0-50"
-    options = ["--text", str(sample), "--out", str(tmp_path / "features")]
-    assert main(["extract", coder, *options, "--rows", "4", "--length", "256"]) == 0
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {"gs": gs}
-    exec(compile(BLOCKS[5], "README.md", "exec"), namespace)
-    assert len(BLOCKS) == 6 and namespace["values"].min(initial=1.0) > 0
-    offsets, store = namespace["offsets"], namespace["store"]
-    assert 40 < offsets[-1] / store.counted < 60  # its L0

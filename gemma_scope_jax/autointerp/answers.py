@@ -15,8 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import disk_error
+from gemma_scope_jax.errors import InputError, disk_error, reason
 from gemma_scope_jax.storage.strict_json import field, parse_json
 
 BEGINS = b'{"key": "'  # a line

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.atomic import write_folder
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import folder_path
-from gemma_scope_jax.storage.strict_json import field, parse_json
+from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.paths import folder_path, is_remote
+from gemma_scope_jax.storage.strict_json import field
 
 FILE = "explanations.json"
 FORMAT = 1
@@ -55,16 +55,8 @@ def read_explanations(
         if path.name != FILE:
             raise InputError(f"{path}: no such file")
         return {}
-    content = parse_json(found, path)
-    version = field(content, "format", int, path)
-    if version != FORMAT:
-        raise InputError(f"{path}: format {version} is not known (this reads {FORMAT})")
-    named = field(content, "explanations", dict, path)
-    if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
-        raise InputError(f"{path}: {odd[0][:40]!r} is no feature's number")
+    named = _FORMAT.parse(found, path)["explanations"]
     entries = {int(feature): entry for feature, entry in named.items()}
-    if bad := [f for f, entry in entries.items() if not _is_explanation(entry)]:
-        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here; delete it")
     if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
         raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
     return entries
@@ -77,6 +69,17 @@ def _is_explanation(entry: Any) -> bool:
         and isinstance(scores := entry.get("scores"), dict)
         and all(isinstance(score, dict) for score in scores.values())
     )
+
+
+def _check(content: dict[str, Any], path: Any) -> None:
+    named = field(content, "explanations", dict, path)
+    if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
+        raise InputError(f"{path}: {odd[0][:40]!r} is no feature's number")
+    if bad := [name for name, entry in named.items() if not _is_explanation(entry)]:
+        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here")
+
+
+_FORMAT = Format("explanations of features", {"format": FORMAT}, _check, "delete it")
 
 
 def is_number(value: Any) -> bool:

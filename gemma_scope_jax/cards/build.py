@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.cards import decoders
-from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, identity
+from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
@@ -26,6 +26,7 @@ from gemma_scope_jax.extraction.manifest import describe
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.progress import ReportProgress
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
 
@@ -58,7 +59,19 @@ def build_cards(
         decoders.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, from_file = weights_identity(coder), isinstance(source, str | os.PathLike)
     with CardFiles(folder, [weights, layer, "file" if from_file else "store"]) as files:
-        _make(files, source, coder, weights, layer, model, tok, settings, gain, others, progress)
+        _make(
+            files,
+            source,
+            coder,
+            weights,
+            layer,
+            model=model,
+            tok=tok,
+            settings=settings,
+            gain=gain,
+            others=others,
+            progress=progress,
+        )
     return FeatureCards(folder)
 
 
@@ -68,6 +81,7 @@ def _make(
     coder: Coder,
     weights: str,
     layer: int,
+    *,
     model: Model | None,
     tok: Any,
     settings: CardSettings,
@@ -86,7 +100,7 @@ def _make(
         name = name_in_store(source, coder)
         if model is not None:
             _check_model(source, model)
-        origin = {"store": identity(source.manifest), "tokens": len(source), "coder": name}
+        origin = {"store": digest(source.manifest), "tokens": len(source), "coder": name}
     made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
 
     if not files.has("examples", made_of):
@@ -98,6 +112,7 @@ def _make(
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
                 gather_examples(source, name, layer, settings, stage, progress)
     k = settings.listed
+    context = lambda stage: decoders.CardContext(stage, settings, progress)
     if not from_file and not files.has("correlations", made_of):
         with files.stage("correlations", made_of) as stage:
             correlate(source, name, layer, k, stage, progress)
@@ -106,17 +121,17 @@ def _make(
         files.drop("logits")
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
-            decoders.write_logits(model, coder, tok, layer, k, settings.bins, gain, stage, progress)
+            decoders.write_logits(model, coder, tok, layer, gain, context(stage))
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
-            decoders.write_neighbours(coder, layer, k, stage, progress)
+            decoders.write_neighbours(coder, layer, context(stage))
     compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
     if not files.has("compared", compared):
         with files.stage("compared", compared) as stage:
             stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
             for number, other in enumerate(others.values()):
                 theirs = same_layer(other, layer)
-                decoders.write_comparison(coder, layer, other, theirs, number, k, stage, progress)
+                decoders.write_comparison(coder, layer, other, theirs, number, context(stage))
 
 
 def same_layer(other: Coder, layer: int) -> int | None:

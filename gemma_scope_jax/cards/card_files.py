@@ -30,18 +30,19 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.atomic import reserve, write_text
-from gemma_scope_jax.storage.disk import disk_error, is_remote
+from gemma_scope_jax.errors import InputError, disk_error
+from gemma_scope_jax.storage.atomic import WholeFile, reserve, write_text
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.strict_json import field
 
 FILE = "cards.json"
 FORMAT = 1
@@ -98,19 +99,19 @@ class CardFiles:
 
     def _begin(self, belongs: Any) -> None:
         path = self.folder / FILE
-        self.manifest: dict[str, Any] = read_cards_manifest(path) if path.exists() else {}
+        self.manifest: dict[str, Any] = _FORMAT.read(path) if path.exists() else {}
         arrays = list(self.folder.glob("*.npy"))
-        unfinished = [array for array in arrays if array.name[0] == "."]  # of a killed process
-        if not path.exists() and len(arrays) > len(unfinished):
+        if arrays and not path.exists():
             raise InputError(
                 f"{self.folder}: holds arrays that are no cards; choose another folder"
             )
-        if self.manifest.get("belongs") != belongs:
-            self.manifest, unfinished = {}, arrays
+        another = self.manifest.get("belongs") != belongs
+        if another:
+            self.manifest = {}
         self.manifest |= {"format": FORMAT, "belongs": belongs}
         if not path.exists():  # which says that the folder is ours
             self._write_manifest()
-        for array in unfinished:
+        for array in arrays if another else ():
             array.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -162,33 +163,31 @@ class CardFiles:
 
 
 class Stage:
-    """Arrays being made, under temporary names; `facts` go into the manifest."""
+    """Arrays being made, which get their names when all are; `facts` go into the manifest."""
 
     def __init__(self, folder: Path):
         self.folder, self.facts = folder, {}
         self.made: dict[str, np.memmap] = {}
+        self._files: dict[str, WholeFile] = {}
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
         """A memory-mapped array filled with `fill`, whose room on the disk is there.
 
         Raises `InputError` if it is not.
         """
-        path, kind = self.folder / f".{name}.npy", np.dtype(dtype)
-        size = math.prod(shape) * kind.itemsize
+        path, kind = self.folder / f"{name}.npy", np.dtype(dtype)
         header = {
             "descr": np.lib.format.dtype_to_descr(kind),
             "fortran_order": False,
             "shape": shape,
         }
         try:
-            with open(path, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                reserve(file, size)
-            array: Any = np.lib.format.open_memmap(path, mode="r+")
+            whole = self._files[name] = WholeFile(path)
+            np.lib.format.write_array_header_1_0(whole.file, header)
+            reserve(whole.file, math.prod(shape) * kind.itemsize)
+            array: Any = np.lib.format.open_memmap(whole.temporary, mode="r+")
         except OSError as error:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise disk_error(self.folder / f"{name}.npy", error) from error
+            raise disk_error(path, error) from error
         if fill != 0:  # a new file is all zeros
             array[...] = fill
         self.made[name] = array
@@ -202,33 +201,32 @@ class Stage:
         for name, array in self.made.items():
             try:
                 array.flush()
-                os.replace(self.folder / f".{name}.npy", self.folder / f"{name}.npy")
+                self._files[name].commit()
             except OSError as error:
                 raise disk_error(self.folder / f"{name}.npy", error) from error
 
     def discard(self) -> None:
-        for name in self.made:
-            with suppress(OSError):
-                (self.folder / f".{name}.npy").unlink(missing_ok=True)
+        for whole in self._files.values():
+            whole.discard()
 
 
-def read_cards_manifest(path: Path) -> dict[str, Any]:
-    """cards.json. Raises `InputError` if it is broken or of another format."""
-    try:
-        manifest = read_json(path, mend_text=True)
-        for key in ("stages", "arrays"):
-            field(manifest, key, dict, path, default={})
-            if manifest.get(key) is None:
-                manifest.pop(key, None)
-        known = field(manifest, "format", int, path) == FORMAT
-        for list_ in manifest.get("arrays", {}).values():
-            if not isinstance(list_, list) or not all(map(_is_name, list_)):
-                raise InputError(f"{path}: 'arrays' are no lists of names")
-    except InputError as error:
-        raise InputError(f"{error}; not the manifest of cards: delete it") from None
-    if not known:
-        raise InputError(f"{path}: of another version of this program; make the cards again")
-    return manifest
+def _check_manifest(manifest: dict[str, Any], path: Any) -> None:
+    for key in ("stages", "arrays"):
+        field(manifest, key, dict, path, default={})
+        if manifest.get(key) is None:
+            manifest.pop(key, None)
+    for names in manifest.get("arrays", {}).values():
+        if not isinstance(names, list) or not all(map(_is_name, names)):
+            raise InputError(f"{path}: 'arrays' are no lists of names")
+
+
+_FORMAT = Format(
+    "the manifest of cards",
+    {"format": FORMAT},
+    _check_manifest,
+    "delete it, and make the cards again",
+    mend_text=True,
+)
 
 
 def _is_name(name: Any) -> bool:
@@ -258,7 +256,7 @@ class FeatureCards:
         self.folder = Path(folder)
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
-        self.manifest = read_cards_manifest(self.folder / FILE)
+        self.manifest = _FORMAT.read(self.folder / FILE)
         if "examples" not in self.manifest.get("stages", {}):
             raise InputError(f"{folder}: the cards are not finished; run the same command again")
         _check_finished(self.manifest, self.folder / FILE)
@@ -361,11 +359,3 @@ class FeatureCards:
         inside = np.take_along_axis(counts, left, -1)
         share = np.where(inside > 0, (wanted - at) / np.maximum(inside, 1), 0.0)
         return (left + share) / bins * largest[:, None]
-
-
-def identity(value: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that tell JSON-able facts from others."""
-    import hashlib
-
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,10 +1,12 @@
 """What features write, into a card: the tokens they push, and which features write alike."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
+from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import (
     TO_LOGITS,
@@ -19,18 +21,20 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.progress import ReportProgress
 
 
+@dataclasses.dataclass(frozen=True)
+class CardContext:
+    """Where a stage of the cards writes its arrays, and how long they are."""
+
+    stage: Stage
+    settings: CardSettings
+    progress: ReportProgress
+
+
 def write_logits(
-    model: Model,
-    coder: Coder,
-    tok: Any,
-    layer: int | None,
-    k: int,
-    bins: int,
-    gain: Gain,
-    stage: Stage,
-    progress: ReportProgress,
+    model: Model, coder: Coder, tok: Any, layer: int | None, gain: Gain, context: CardContext
 ) -> None:
     """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
+    k, bins = context.settings.listed, context.settings.bins
     if coder.writes not in TO_LOGITS:
         return
     F, done = coder.width, 0
@@ -42,23 +46,22 @@ def write_logits(
         "logit_range": (2, np.float32),
         "logit_histogram": (bins, np.int32),
     }
-    arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
+    arrays = [context.stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
     every = np.arange(F)
     for chunk in extreme_logits(model, coder, tok, every, k=k, gain=gain, bins=bins, layer=layer):
-        progress("logits", done, F)
+        context.progress("logits", done, F)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):
             array[done : done + size] = found
         done += size
 
 
-def write_neighbours(
-    coder: Coder, layer: int | None, k: int, stage: Stage, progress: ReportProgress
-):
+def write_neighbours(coder: Coder, layer: int | None, context: CardContext) -> None:
     """Make `neighbour_ids` and `neighbour_cosines`."""
+    k, progress = context.settings.listed, context.progress
     ids, cosines = most_similar(written(coder, layer), None, k, progress, "decoder neighbours")
-    stage.put("neighbour_ids", ids)
-    stage.put("neighbour_cosines", cosines)
+    context.stage.put("neighbour_ids", ids)
+    context.stage.put("neighbour_cosines", cosines)
 
 
 def write_comparison(
@@ -67,9 +70,7 @@ def write_comparison(
     other: Coder,
     other_layer: int | None,
     number: int,
-    k: int,
-    stage: Stage,
-    progress: ReportProgress,
+    context: CardContext,
 ) -> None:
     """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder.
 
@@ -77,6 +78,7 @@ def write_comparison(
     """
     check_comparable(coder, layer, other, other_layer)
     mine, theirs = written(coder, layer), written(other, other_layer)
+    k, stage, progress = context.settings.listed, context.stage, context.progress
     ids, cosines = most_similar(mine, theirs, k, progress, "neighbours in another coder")
     stage.put(f"compared_{number}_ids", ids)
     stage.put(f"compared_{number}_cosines", cosines)

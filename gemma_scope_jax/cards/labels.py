@@ -23,7 +23,8 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.storage.atomic import write_bytes
-from gemma_scope_jax.storage.strict_json import field, parse_json
+from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.gz", "labels.json")
 FORMAT = 1
@@ -142,20 +143,25 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None
-    content = parse_json(_read(path), path)
+    content = _FORMAT.parse(_read(path), path)
+    if len(content["features"]) != width:
+        raise InputError(
+            f"{path}: has {len(content['features'])} features, the coder beside it {width}"
+        )
+    return Labels(content["features"], content["tokens"])
+
+
+def _check(content: dict[str, Any], path: Any) -> None:
     features = field(content, "features", list, path)
-    tokens = field(content, "tokens", int, path, least=0)
+    field(content, "tokens", int, path, least=0)
     for label in features:  # older files may have examples of special tokens alone, which show none
         if isinstance(label, dict) and isinstance(label.get("examples"), list):
             label["examples"] = [e for e in label["examples"] if not _is_empty(e)]
-    wrong = [i for i, label in enumerate(features) if not _is_label(label)]
-    if wrong:
-        raise InputError(
-            f"{path}: not the label material of a coder (number {wrong[0]} is none); delete it"
-        )
-    if len(features) != width:
-        raise InputError(f"{path}: has {len(features)} features, the coder beside it {width}")
-    return Labels(features, tokens)
+    if wrong := [i for i, label in enumerate(features) if not _is_label(label)]:
+        raise InputError(f"{path}: not the label material of a coder (number {wrong[0]} is none)")
+
+
+_FORMAT = Format("the label material of a coder", {"format": FORMAT}, _check, "delete it")
 
 
 def _is_empty(example: Any) -> bool:

@@ -91,8 +91,8 @@ def cards(
     from gemma_scope_jax.cards.examples import CardSettings
     from gemma_scope_jax.data.document_files import text_files
     from gemma_scope_jax.data.documents import TextData
-    from gemma_scope_jax.storage.disk import is_remote
     from gemma_scope_jax.storage.locks import only_writer
+    from gemma_scope_jax.storage.paths import is_remote
 
     if is_remote(out):
         raise InputError(f"{out}: cards are written to a local folder; copy them from there")

@@ -105,9 +105,8 @@ def evaluate(
 
 def _text(files: tuple[str, ...], *, tfds: str, messages: str, **settings: Any) -> tuple[Any, str]:
     """What to read, and its name. Files that are not there show before anything is loaded."""
-    from gemma_scope_jax.data.document_files import text_files
+    from gemma_scope_jax.data.document_files import SEPARATOR, text_files
     from gemma_scope_jax.data.documents import TextData
-    from gemma_scope_jax.data.text import SEPARATOR
 
     if files or tfds:
         text_files(files)

@@ -246,7 +246,7 @@ def _raises(coder: Any) -> Callable[[int], Sequence[str]]:
 def _endpoint(
     url, model, variable, options, concurrency, timeout, retries, logprobs, *prices
 ) -> Any:
-    from gemma_scope_jax.autointerp.judges.chat_client import Endpoint
+    from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
     from gemma_scope_jax.storage.strict_json import parse_json
 
     more = parse_json(options, "--request-options")
@@ -287,8 +287,7 @@ def _agreed(
 
 
 def _answer_file(given: str, folder: str) -> Path:
-    from gemma_scope_jax.storage.disk import is_remote
-    from gemma_scope_jax.storage.paths import cache_folder
+    from gemma_scope_jax.storage.paths import cache_folder, is_remote
 
     if is_remote(given):
         raise InputError(f"--answers {given}: they are appended to a file of this machine")

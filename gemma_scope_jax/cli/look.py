@@ -97,7 +97,8 @@ def check(
         json: Print JSON.
         dtype: Of the model; auto is float32 on a CPU and bfloat16 elsewhere.
     """
-    from gemma_scope_jax.data.text import SEPARATOR, read_documents
+    from gemma_scope_jax.data.document_files import SEPARATOR
+    from gemma_scope_jax.data.documents import read_documents
 
     if text is None:
         documents = (Path(__file__).parent.parent / "packaged" / "sample.txt").read_text(
@@ -110,7 +111,7 @@ def check(
     from gemma_scope_jax.evaluation.check import check, print_report
     from gemma_scope_jax.evaluation.evaluate import text_batches
 
-    batches = text_batches(tok, documents, length=min(256, loaded_model.config.context))
+    batches = text_batches(tok, documents, context_size=min(256, loaded_model.config.context))
     with stage("compiling and running"):
         report = check(loaded_model, loaded_coder, batches)
     if json:

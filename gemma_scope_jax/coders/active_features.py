@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders.coder import Coder, Encoder, by_layer, float32, largest
 from gemma_scope_jax.kernels import active, cpu, xla
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import per_layer, read, token_mask
@@ -126,51 +127,47 @@ def slots_for(coders: Sequence[Coder]) -> int:
     return -(-int(max(known, default=256)) // 32) * 32
 
 
-def compaction() -> str:
-    """How active entries are found here: "cpu" is the C++ of the sparse step, else "xla"."""
-    return "cpu" if jax.default_backend() == "cpu" and active.sparse_form() == "cpu" else "xla"
+def _kernels() -> active.Backend:
+    """What finds the active entries here: C++ on CPUs where it compiles, XLA elsewhere."""
+    return active.backend() if jax.default_backend() == "cpu" else xla
 
 
-@partial(jax.jit, static_argnames=("groups", "slots", "form", "precision"))
+@partial(jax.jit, static_argnames=("groups", "slots", "using", "precision"))
 def active_features(
     model: Model,
     weights: tuple[Encoder, ...],
-    tokens: jax.Array,
-    segments: jax.Array,
-    counts: jax.Array,
+    batch: TokenBatch,
     *,
     groups: tuple[CoderStack, ...],
     slots: int,
-    form: str,
+    using: active.Backend | None = None,
     precision: str = "highest",
 ) -> list[ActiveFeatures]:
-    """The active features of every group.
+    """The active features of every group, at the tokens of the batch's mask.
 
-    tokens, segments int [B, T] (0: padding), counts bool [B, T]: the tokens that the data lets
-    count. `precision` is that of the encoders' products, as `jax.lax.Precision`.
+    `precision` is that of the encoders' products, as `jax.lax.Precision`; `using` names the kernels
+    when compiling for another device than this process's.
     """
-    mesh = mesh_of(model.params.embed)
+    mesh, mask = mesh_of(model.params.embed), batch.counted(0)
     reads = [
         read(
             group.site,
             group.layers,
             _active,
             per_layer(w),
-            counts,
+            mask,
             name=str(i),
             first=group.first,
             slots=min(slots, group.width),
             k=group.k,
-            form=form,
+            using=using or _kernels(),
             precision=precision,
             mesh=mesh,
         )
         for i, (group, w) in enumerate(zip(groups, weights))
     ]
     stop = 1 + max(max(group.layers) for group in groups)
-    out = forward(
-        model, tokens, reads, segments=segments, stop_at_layer=stop, logits="none", remat=None
-    )
+    out = forward(model, batch, reads, stop_at_layer=stop, logits="none", remat=None)
     return [out.reads[str(i)] for i in range(len(groups))]
 
 
@@ -180,12 +177,10 @@ def specs(rows: str | None, split: str | None) -> ActiveFeatures:
     return ActiveFeatures(each, each, each, P(rows, split, None), P(rows, None, split), P(), P())
 
 
-def _active(
-    x, ctx, w: Encoder, counts, *, first, slots, k, form, precision, mesh
-) -> ActiveFeatures:
+def _active(x, ctx, w: Encoder, mask, *, first, slots, k, using, precision, mesh) -> ActiveFeatures:
     """One layer: x [B, T, D]."""
-    keep = token_mask(ctx, x, first)[..., 0] & counts
-    find = partial(_find, slots=slots, k=k, form=form, precision=precision)
+    keep = token_mask(ctx, x, first)[..., 0] & mask
+    find = partial(_find, slots=slots, k=k, using=using, precision=precision)
     width = w.w_enc.shape[1]
     if mesh is None:
         return find(x, keep, w)
@@ -202,16 +197,18 @@ def _active(
     )(x, keep, w)
 
 
-def _find(x, keep, w: Encoder, *, slots, k, form, precision, axes=(), split=None) -> ActiveFeatures:
+def _find(
+    x, keep, w: Encoder, *, slots, k, using, precision, axes=(), split=None
+) -> ActiveFeatures:
     """x [b, T, D], w of f features, as they lie on one device."""
     x, keep = x.reshape(-1, x.shape[-1]), keep.reshape(-1)
     low = jnp.maximum(w.threshold, 0.0)  # JumpReLU is a ReLU besides
-    size = min(ON_CPU if form == "cpu" else ELSEWHERE, x.shape[0])
+    size = min(ON_CPU if using is cpu else ELSEWHERE, x.shape[0])
     chosen = (
         None if k is None else partial(_topk, w=w, low=low, k=k, precision=precision, split=split)
     )
     chunk = partial(
-        _compact, w=w, low=low, slots=slots, form=form, precision=precision, chosen=chosen
+        _compact, w=w, low=low, slots=slots, using=using, precision=precision, chosen=chosen
     )
     parts = jax.lax.map(chunk, xla.split(x, 0, size))
     values, features, count = (xla.join(a, 0, x.shape[0]) for a in parts)
@@ -262,19 +259,12 @@ def _topk(x, *, w: Encoder, low, k, precision, split):
     return jnp.put_along_axis(jnp.zeros_like(f), index, kept, axis=-1, inplace=False)
 
 
-def _compact(x, *, w: Encoder, low, slots, form, precision, chosen):
+def _compact(x, *, w: Encoder, low, slots, using, precision, chosen):
     """values and features [n, K], count [n] of x [n, D]; `chosen` is `_topk`, if k is."""
     z, bias = (_product(x, w, precision), w.b_enc) if chosen is None else (chosen(x), 0 * w.b_enc)
     low = low if chosen is None else jnp.zeros_like(low)
-    if form == "cpu":
-        found = cpu.compact(z[None], bias[None], low[None], slots)
-        values, features, count = (a[0] for a in found)
-    else:
-        z = z + bias[None, :]
-        features, count = (a[0] for a in xla.first_above(z[None], low[None], slots))
-        used = jnp.arange(slots, dtype=jnp.int32)[None, :] < count[:, None]
-        features = jnp.where(used, features, 0)
-        values = jnp.take_along_axis(z, features, -1)
+    found = using.compact(z[None], bias[None], low[None], slots)
+    values, features, count = (a[0] for a in found)
     return values, features.astype(jnp.uint16 if low.shape[0] <= 1 << 16 else jnp.int32), count
 
 

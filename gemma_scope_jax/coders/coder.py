@@ -170,8 +170,8 @@ class Coder:
         count = "?" if not hasattr(self.w_enc, "shape") else str(self.width)
         count = f"{len(self.layers)} x {count}" if self.multi_layer else count
         parts = [self.kind, ends(self), named_layers(self.layers), f"{count} features"]
-        parts += [f"k {self.k}"] * (self.k is not None)
-        parts += [f"L0 {self.info.l0:g}"] * (self.info.l0 is not None)
+        for name, value in (("k", self.k), ("L0", self.info.l0)):
+            parts += [] if value is None else [f"{name} {value:g}"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
 

@@ -33,9 +33,7 @@ from gemma_scope_jax.coders.release.parameters import (
     read_triangle,
 )
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.globs import named_paths
-from gemma_scope_jax.storage.paths import folder_path, local_copy
+from gemma_scope_jax.storage.paths import folder_path, is_remote, local_copy, named_paths
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 PACKAGED = Path(__file__).parent.parent / "packaged"

@@ -90,7 +90,10 @@ class MultiLayerCoder(Coder):
 
     @jax.named_scope("encode")
     def encode(self, x: Any) -> jax.Array:
-        """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32."""
+        """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32.
+
+        Whatever token x is of: see `gs.encode`, which leaves out `<bos>` and padding.
+        """
         z = self.pre_activations(x)
         X, threshold = len(self.layers), float32(self.threshold)
         f = jump_relu(z, threshold.reshape(X, *(1,) * (z.ndim - 2), self.width))

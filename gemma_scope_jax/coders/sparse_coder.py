@@ -76,7 +76,9 @@ class SparseCoder(Coder):
     def encode(self, x: Any) -> jax.Array:
         """x [..., D], the raw activation at site `reads` -> feature activations [..., F], float32.
 
-        Raises `InputError` if the last axis is not D.
+        Whatever token x is of: features of `<bos>` and padding mean nothing, and `gs.encode(coder,
+        x, batch)` and `gs.features(coder)` leave them out. Raises `InputError` if the last axis is
+        not D.
         """
         z = self.pre_activations(x)
         f = jump_relu(z, along_last(self.threshold, z))

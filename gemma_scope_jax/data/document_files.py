@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import is_remote, named_paths
 
 SEPARATOR = "\n\f\n"
 LONGEST = 1 << 28  # bytes of a line of JSON or a record: more is no document, but fills the memory
@@ -44,8 +43,8 @@ class Record:
     """A document as it lies in its source, not yet parsed.
 
     `where` names it in messages and stores. `kind`: "text" (UTF-8 bytes), "json" (bytes), "either"
-    of the two, "string" (a str), "mapping" (a record of a dataset) or "long" (a line that is longer
-    than any document: it is not read).
+    of the two, "string" (a str), "tokens" (their ids, and which to use), "mapping" (a record of a
+    dataset) or "long" (a line that is longer than any document: it is not read).
     """
 
     where: str

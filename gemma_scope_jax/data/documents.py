@@ -8,6 +8,7 @@ function of (seed, epoch), so a run resumes by a document's number.
 
 import codecs
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from gemma_scope_jax.data.document_files import (
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
 from gemma_scope_jax.data.text_identity import file_digests, strings_digest
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.tokenizer import ROLES
 
 Chat = Sequence[Mapping[str, Any]]
@@ -144,12 +146,12 @@ class StreamedDocuments:
 
 
 Documents = Indexed | StreamedDocuments
-Source = TextData | Iterable[str] | Callable[[], Iterable[str]]
+Source = TextData | Iterable[str] | Callable[[], Iterable[str]] | TokenBatch
 
 
 def open_documents(source: Source, window: int = 10_000) -> Documents:
-    """The documents of `source`: a `TextData`, a list or other iterable of strings, or a function
-    that returns a fresh iterable for each epoch (`window` is its shuffle window).
+    """The documents of `source`: a `TextData`, a list or other iterable of strings, a function
+    that returns a fresh iterable for each epoch (`window` is its shuffle window), or a batch.
 
     Reads the files once, for their identity and for where documents begin. Raises `InputError` for
     what cannot be read.
@@ -160,6 +162,8 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
         if not source.files:
             raise InputError("no text given: name files or a TFDS dataset")
         return _files(source)
+    if isinstance(source, TokenBatch):
+        return _of_batch(source)
     if isinstance(source, str):
         raise InputError('text must be TextData(files=("...",)) or several strings, not one string')
     if isinstance(source, Sequence):
@@ -179,6 +183,21 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
     identity = ["iterable"]  # of what comes nothing is known before it comes
     once = isinstance(source, Iterator)
     return StreamedDocuments(identity, 1, records, window, lambda: identity, once=once)
+
+
+def _of_batch(batch: TokenBatch) -> Indexed:
+    """The documents of a batch: ids with <bos>, and the mask."""
+    places = batch.document_slices()
+    if not places:
+        raise InputError("the TokenBatch holds no documents, only padding")
+    ids, mask = np.asarray(batch.tokens, np.int32), np.asarray(batch.counted(0))
+    found = [(ids[place], mask[place]) for place in places]
+    get = lambda i: Record(f"document {i}", found[i], "tokens")
+    digest = hashlib.blake2b(digest_size=16)
+    for tokens, used in found:
+        digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + used.tobytes())
+    identity = ["tokens", len(found), digest.hexdigest()]
+    return Indexed(identity, len(found), get, lambda: identity)
 
 
 def _files(data: TextData) -> Documents:

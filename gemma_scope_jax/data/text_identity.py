@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_bytes
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.paths import cache_folder
 from gemma_scope_jax.storage.strict_json import parse_json
 
@@ -48,16 +49,16 @@ def file_digest(path: Path) -> str:
         about = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
         if stat.st_size < REMEMBERED:
             return _of_file(path, stat.st_size)
-        name = hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
+        name = digest(os.fsencode(path.absolute()), 16)
         kept = cache_folder() / "texts" / f"{name}.json"
         if (known := _remembered(kept, about)) is not None:
             return known
-        digest = _of_file(path, stat.st_size)
+        found = _of_file(path, stat.st_size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED:
-        _remember(kept, {"file": about, "digest": digest})
-    return digest
+        _remember(kept, {"file": about, "digest": found})
+    return found
 
 
 def _of_file(path: Path, size: int) -> str:
@@ -71,7 +72,7 @@ def _of_file(path: Path, size: int) -> str:
             return found.digest()
 
         parts = b"".join(pool.map(part, range(0, size, PART)))
-    return hashlib.blake2b(b"%d " % size + parts, digest_size=16).hexdigest()
+    return digest(b"%d " % size + parts, 16)
 
 
 def _remembered(kept: Path, about: list[int]) -> str | None:

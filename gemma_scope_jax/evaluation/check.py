@@ -10,7 +10,7 @@ explains 0.69 of its target, and 0.38 with its skip transposed.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits, float32
-from gemma_scope_jax.evaluation.evaluate import Metrics, evaluate
+from gemma_scope_jax.evaluation.evaluate import Batches, evaluate, several
+from gemma_scope_jax.evaluation.figures import Metrics
 from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
+from gemma_scope_jax.model.batch import TokenBatch, as_batch
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.gemma import forward, site_width
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 
@@ -81,20 +83,19 @@ class _Way:
 
 
 @own_mesh
-def check(model: Model, coder: Coder, batches: Iterable[tuple[Any, Any]]) -> CheckReport:
-    """Measure `coder` on batches of (tokens, segments) [B, T], and every alternative to its place.
+def check(model: Model, coder: Coder, batches: Batches) -> CheckReport:
+    """Measure `coder` on batches, as `evaluate` takes them, and every alternative to its place.
 
     Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
     """
-    batches = list(batches)
+    batches = [as_batch(batch) for batch in several(batches)]
     metrics = evaluate(model, coder, batches, ablation=True)
     ways = list(_ways(model.config, coder))
     sums: list[Any] = [None] * len(ways)
-    for tokens, segments in batches:
-        tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+    for batch in batches:
         places = {place for way in ways for place in (way.reads, way.writes)}
-        seen = _activations(model, tokens, segments, coder.layers, tuple(sorted(places)))
-        mask = counted(segments, coder.first).reshape(-1)
+        seen = _activations(model, batch.plain, coder.layers, tuple(sorted(places)))
+        mask = batch.counted(coder.first).reshape(-1)
         no_groups = (np.zeros((0, mask.size), bool), np.zeros(mask.size, np.int32))
         for i, way in enumerate(ways):
             used = _transposed(coder) if way.transposed else coder
@@ -201,7 +202,7 @@ def _ways(config: GemmaConfig, coder: Coder) -> Iterator[_Way]:
 
 
 @partial(jax.jit, static_argnames=("layers", "places"))
-def _activations(model: Model, tokens, segments, layers, places) -> dict[Reading, jax.Array]:
+def _activations(model: Model, batch: TokenBatch, layers, places) -> dict[Reading, jax.Array]:
     """The activation at every place, float32 [X, B*T, D], from one pass."""
     reads, stop = [], 0
     for site, shift, change in places:
@@ -210,7 +211,7 @@ def _activations(model: Model, tokens, segments, layers, places) -> dict[Reading
         reads.append(capture(site, there, name=f"{site} {shift} {change}"))
         if change == "unnormed":
             reads.append(capture(POST_NORM[site], there, name=f"{site} {shift} scale"))
-    out = forward(model, tokens, reads, segments=segments, stop_at_layer=stop, logits="none").reads
+    out = forward(model, batch, reads, stop_at_layer=stop, logits="none").reads
     seen = {}
     for site, shift, change in places:
         x = float32(out[f"{site} {shift} {change}"])

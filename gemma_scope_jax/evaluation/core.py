@@ -10,7 +10,6 @@ that there is not (no ablation was run) is -1.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from gemma_scope_jax.evaluation.results import coder_id, saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
 CORE, REPLACEMENT = "core", "replacement"
@@ -187,10 +187,10 @@ def _is_number(value: Any) -> bool:
 def replacement_name(coders: Sequence[Coder]) -> str:
     """A name for several coders together: how many, at what, and 8 digits of which."""
     members = "\n".join(sorted(map(_member, coders)))
-    digest = hashlib.blake2b(members.encode(), digest_size=4).hexdigest()
+    which = digest(members, 4)
     sites = "-".join(sorted({c.writes for c in coders}))
     layers = len({layer for coder in coders for layer in coder.layers})
-    return f"replacement-{sites}-{layers}-layers-{digest}"
+    return f"replacement-{sites}-{layers}-layers-{which}"
 
 
 def _member(coder: Coder) -> str:

@@ -7,10 +7,8 @@ of one that was never killed.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import io
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +43,7 @@ from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.paths import folder_path
 
 SAVED_EVERY = 60.0  # seconds between two savings of what a run has summed
@@ -190,9 +189,7 @@ class _Saved:
 
     def __init__(self, out: str, *what: Any):
         """`what` is measured decides the file's name."""
-        text = json.dumps(plain(what), sort_keys=True)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        self.path = folder_path(out) / f"partial-{digest}.npz" if out else None
+        self.path = folder_path(out) / f"partial-{digest(plain(what))}.npz" if out else None
 
     def read(self) -> dict[str, Any] | None:
         if self.path is None or not self.path.exists():

@@ -1,6 +1,6 @@
 """Evaluate coders inside their model: how they fit, and what they cost the model.
 
-    metrics = gs.evaluate(model, coder, text_batches(tok, [text]))
+    metrics = gs.evaluate(model, coder, gs.tokens([text], tok))
     metrics.l0, metrics.fvu, metrics.delta_loss, metrics.typical.fvu
 
 Two passes. The first reads the activations that any of the coders needs, once for all, and stops
@@ -21,46 +21,24 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.splice import replacement
-from gemma_scope_jax.data.text import pack
+from gemma_scope_jax.data.packing import pack
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import ablated, compare, final_residual, predicts
-from gemma_scope_jax.model.batch import check_ids, check_tokens
+from gemma_scope_jax.model.batch import TokenBatch, TokenLabels, as_batch, check_ids, check_tokens
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, default_positions, forward
+from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 
-__all__ = [
-    "Losses",
-    "Metrics",
-    "EvaluationPlan",
-    "TextBatch",
-    "evaluate",
-    "evaluate_all",
-    "measure",
-]
+__all__ = ["Losses", "Metrics", "EvaluationPlan", "evaluate", "evaluate_all", "measure"]
 
 RUNS_AT_ONCE = 8  # changed runs whose predictions are compared in one go
 
 
-@dataclasses.dataclass(frozen=True)
-class TextBatch:
-    """Rows of packed text, all arrays [B, T].
-
-    tokens, segments  int32: 0 is padding, equal ids side by side are a piece of a document
-    counts            bool: the tokens to count, beyond what the segments say; None: all
-    labels            {kind: int}: which group of a kind ("source", "role") each token is of
-    """
-
-    tokens: Any
-    segments: Any
-    counts: Any = None
-    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-Batch = TextBatch | tuple[Any, Any]  # (tokens, segments)
+Batch = TokenBatch | tuple[Any, Any] | Any  # (tokens, segments); tokens [B, T] alone
+Batches = TokenBatch | Iterable[Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +51,7 @@ class EvaluationPlan:
     replacement   also with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
     positions     figures by position in the piece of a document that a row holds, in powers of two
-    groups        {kind: names} of the groups that the batches' labels number
+    groups        {kind: names} of the groups in the batches' labels
     """
 
     loss_tokens: int | None = None
@@ -93,21 +71,17 @@ class EvaluationPlan:
 
 @own_mesh
 def evaluate(
-    model: Model,
-    coder: Coder,
-    batches: Iterable[Batch],
-    *,
-    delta_loss: bool = True,
-    ablation: bool = False,
+    model: Model, coder: Coder, batches: Batches, *, delta_loss: bool = True, ablation: bool = False
 ) -> Metrics:
-    """Measure `coder` on `batches` of (tokens, segments), int [B, T] each; segment 0 is padding.
+    """Measure `coder` on batches: a `TokenBatch` (see `gs.tokens`) or an iterable of them, of
+    (tokens, segments) or of tokens alone, int [B, T] each.
 
     delta_loss: also run the model with and without the coder's reconstruction, the whole depth.
     ablation: and with zeros in its place, as a yardstick for the delta, once with <bos> left alone
     and once as SAELens does, at <bos> too.
-    Tokens before `coder.first` in each document are left alone and not counted. A multi-layer
-    coder's figures are means over its layers. Raises `InputError` if the coder does not fit the
-    model or no token is counted.
+    Measured are the tokens of `batch.counted(coder.first)`; those before `coder.first` in each
+    document are left alone by the reconstruction, too. A multi-layer coder's figures are means
+    over its layers. Raises `InputError` if the coder does not fit the model or no token is counted.
     """
     return evaluate_all(model, [coder], batches, delta_loss=delta_loss, ablation=ablation)[0]
 
@@ -116,7 +90,7 @@ def evaluate(
 def evaluate_all(
     model: Model,
     coders: Sequence[Coder],
-    batches: Iterable[Batch],
+    batches: Batches,
     *,
     delta_loss: bool = True,
     ablation: bool = False,
@@ -164,7 +138,7 @@ class Measured:
 def measure(
     model: Model,
     coders: Sequence[Coder],
-    batches: Iterable[Batch],
+    batches: Batches,
     plan: EvaluationPlan,
     *,
     saved: Mapping[str, np.ndarray] | None = None,
@@ -193,92 +167,85 @@ def measure(
             measured.restore(saved)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
-    ready = lambda batch: _rows(model.config, batch, plan, names)
+    ready, batches = partial(_ready, model.config), several(batches)
     again = batches is not iter(batches)  # else what the second pass needs is kept
-    kept: list[_Rows] = []
+    kept: list[TokenBatch] = []
     held = 0
-    for number, rows in enumerate(map(ready, batches)):
+    for number, batch in enumerate(map(ready, batches)):
         if not again and (plan.loss_tokens is None or held < plan.loss_tokens):
-            kept.append(rows)
-            held += rows.size
+            kept.append(batch)
+            held += batch.size
         if number < measured.fitted:
             continue
-        _add_fits(model, measured.tallies, rows)
+        _add_fits(model, measured.tallies, batch, _groups(batch, names))
         measured.fitted += 1
         if after is not None:
-            after(measured, "fit", rows.size)
+            after(measured, "fit", batch.size)
     if measured.fitted and plan.loss_tokens != 0:
         _measure_losses(model, measured, map(ready, batches) if again else kept, plan, after)
     return measured
 
 
+def several(batches: Batches) -> Iterable[Batch]:
+    """Batches to go through, where one may be given alone."""
+    return [batches] if isinstance(batches, TokenBatch) else batches
+
+
 def _measure_losses(
     model: Model,
     measured: Measured,
-    batches: Iterable["_Rows"],
+    batches: Iterable[TokenBatch],
     plan: EvaluationPlan,
     after: Callable[[Measured, str, int], None] | None,
 ) -> None:
     """The second pass, from where `measured` is."""
     runs = _runs(model, measured, plan)
     some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
+    names = plan.names(model.config.context)
     held = step = 0
-    for rows in batches:
-        held += rows.size
-        clean = None
+    for batch in batches:
+        held += batch.size
+        clean, groups = None, _groups(batch, names)
         for part in some:
             step += 1
             if step <= measured.compared:
                 continue
             if clean is None:
-                clean = final_residual(model, rows.tokens, rows.segments, ())
-            _add_losses(model, clean, part, rows)
+                clean = final_residual(model, batch.plain, ())
+            _add_losses(model, clean, part, batch, groups)
             measured.compared += 1
             if after is not None:
-                after(measured, "loss", rows.size // len(some))
+                after(measured, "loss", batch.size // len(some))
         if plan.loss_tokens is not None and held >= plan.loss_tokens:
             return
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A batch made ready: device arrays tokens and segments, host masks over N = B T tokens."""
-
-    tokens: jax.Array
-    segments: jax.Array
-    counts: np.ndarray  # [B, T]
-    groups: np.ndarray  # [G, N]
-    pieces: np.ndarray  # [N]
-    size: int  # tokens that are not padding
-
-
-def _rows(config: GemmaConfig, batch: Batch, plan: EvaluationPlan, names: Sequence[Any]) -> _Rows:
-    batch = batch if isinstance(batch, TextBatch) else TextBatch(*batch)
-    if np.shape(batch.tokens) != np.shape(batch.segments) or len(np.shape(batch.tokens)) != 2:
-        raise InputError(
-            f"a batch is tokens and segments of one shape [B, T], got {np.shape(batch.tokens)} and "
-            f"{np.shape(batch.segments)}"
-        )
+def _ready(config: GemmaConfig, given: Batch) -> TokenBatch:
+    """A batch, checked, its tokens and segments on the device."""
+    batch = as_batch(given)
     ids = np.asarray(batch.tokens)
     check_tokens(config, ids, None, None, None)
     check_ids(config, ids)
-    segments = jnp.asarray(batch.segments, jnp.int32)
-    positions = np.asarray(default_positions(segments))
+    put = lambda a: jnp.asarray(a, jnp.int32)
+    return dataclasses.replace(batch, tokens=put(ids), segments=put(batch.segments))
+
+
+def _groups(batch: TokenBatch, names: Sequence[tuple[str, str]]) -> np.ndarray:
+    """bool [G, B T]: which tokens are of each group (kind, name)."""
     labels = dict(batch.labels)
-    if plan.positions:
-        labels["position"] = np.frexp(positions.astype(np.float64))[1]  # bits of the number
-    groups = np.zeros((len(names), positions.size), bool)
-    index: dict[str, int] = {}
-    for g, (kind, _) in enumerate(names):
-        groups[g] = (labels[kind] == index.get(kind, 0)).reshape(-1)
-        index[kind] = index.get(kind, 0) + 1
-    starts = positions == 0
+    ranges = tuple(name for kind, name in names if kind == "position")
+    if ranges:
+        bits = np.frexp(np.asarray(batch.positions).astype(np.float64))[1]
+        labels["position"] = TokenLabels(bits, ranges)
+    found = [np.asarray(labels[kind].where(name)) for kind, name in names]
+    return np.array(found, bool).reshape(len(names), batch.tokens.size)
+
+
+def _pieces(batch: TokenBatch) -> np.ndarray:
+    """int32 [B T]: the number of the piece of a document that each token is of."""
+    starts = np.array(batch.positions == 0)
     starts[:, 0] = True
-    pieces = np.cumsum(starts.reshape(-1)).astype(np.int32)
-    counts = np.ones(positions.shape, bool) if batch.counts is None else np.asarray(batch.counts)
-    real = int((np.asarray(batch.segments) > 0).sum())
-    tokens = jnp.asarray(ids, jnp.int32)
-    return _Rows(tokens, segments, counts, groups, pieces, real)
+    return np.cumsum(starts.reshape(-1)).astype(np.int32)
 
 
 def position_names(context: int) -> tuple[str, ...]:
@@ -290,23 +257,24 @@ def position_names(context: int) -> tuple[str, ...]:
 # --- how they fit
 
 
-def _add_fits(model: Model, tallies: Sequence[Tally], rows: _Rows) -> None:
+def _add_fits(
+    model: Model, tallies: Sequence[Tally], batch: TokenBatch, groups: np.ndarray
+) -> None:
     coders = [tally.coders[0] for tally in tallies]
     wanted: dict[str, set[int]] = {}
     for coder in coders:
         for site in (coder.reads, coder.writes):
             wanted.setdefault(site, set()).update(coder.layers)
     layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
-    seen = _read(model, rows.tokens, rows.segments, layers=tuple(layers.items()))
-    found = []
+    seen = _read(model, batch.plain, layers=tuple(layers.items()))
+    found, pieces = [], _pieces(batch)
     for coder in coders:
-        mask = counted(rows.segments, coder.first) & rows.counts
+        mask = batch.counted(coder.first).reshape(-1)
         read, target = (
             _take(seen[site], tuple(layers[site].index(layer) for layer in coder.layers))
             for site in (coder.reads, coder.writes)
         )
-        data = (mask.reshape(-1), rows.groups, rows.pieces)
-        found.append(_fit_step(coder.unplaced(), read, target, *data))
+        found.append(_fit_step(coder.unplaced(), read, target, mask, groups, pieces))
     for tally, sums in zip(tallies, found):
         tally.add_fit(on_host(sums), sums.fired, sums.pieces)
 
@@ -318,13 +286,12 @@ def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
     return x if where == tuple(range(len(x))) else x[np.array(where)]
 
 
-def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segments):
+def read_sites(model: Model, layers: dict[str, tuple[int, ...]], batch: TokenBatch):
     """Activations {site: [X, B*T, D]} at the `layers` of each site. The model stops at the last."""
     out = forward(
         model,
-        tokens,
+        batch,
         [capture(site, some) for site, some in layers.items()],
-        segments=segments,
         stop_at_layer=1 + max(map(max, layers.values())),
         logits="none",
     )
@@ -332,8 +299,8 @@ def read_sites(model: Model, layers: dict[str, tuple[int, ...]], tokens, segment
 
 
 @partial(jax.jit, static_argnames="layers")
-def _read(model: Model, tokens, segments, *, layers):
-    return read_sites(model, dict(layers), tokens, segments)
+def _read(model: Model, batch: TokenBatch, *, layers):
+    return read_sites(model, dict(layers), batch)
 
 
 # --- what they cost
@@ -371,21 +338,24 @@ def _runs(model: Model, measured: Measured, plan: EvaluationPlan) -> list[_Chang
     return runs
 
 
-def _add_losses(model: Model, clean: Any, runs: Sequence[_ChangedRun], rows: _Rows) -> None:
-    states = [final_residual(model, rows.tokens, rows.segments, run.intercepts) for run in runs]
-    found = compare(model, clean, jnp.stack(states), rows.tokens)
+def _add_losses(
+    model: Model, clean: Any, runs: Sequence[_ChangedRun], batch: TokenBatch, groups: np.ndarray
+) -> None:
+    states = [final_residual(model, batch.plain, run.intercepts) for run in runs]
+    found = compare(model, clean, jnp.stack(states), batch.tokens)
     own = np.asarray(found.clean).reshape(-1)
     values = np.stack([np.asarray(a).reshape(len(runs), -1) for a in found[1:]], 1)
     for run, value in zip(runs, values):
         for tally, name in run.users:
-            mask = np.asarray(predicts(rows.segments, tally.first)) & rows.counts
-            tally.add_run(name, mask.reshape(-1), rows.groups, own, value)
+            mask = np.asarray(predicts(batch, tally.first)).reshape(-1)
+            tally.add_run(name, mask, groups, own, value)
 
 
 def text_batches(
-    tok: Any, texts: Iterable[str], *, length: int = 256, batch: int = 4
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, segments), int32 [batch, length] each, of packed `texts`; all of one shape."""
+    tok: Any, texts: Iterable[str], *, context_size: int = 256, batch_size: int = 4
+) -> Iterator[TokenBatch]:
+    """Batches [batch_size, context_size] of packed `texts`, with every token in their mask: <bos>
+    is left out by the `first` of coders."""
     encode = lambda text: tok.encode(text, bos=False)
-    for packed in pack(texts, encode, batch, length, tok.bos_id):
-        yield packed.tokens, packed.segments
+    for packed in pack(texts, encode, batch_size, context_size, tok.bos_id):
+        yield packed.plain

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import GemmaConfig, Model
-from gemma_scope_jax.model.gemma import counted, forward, unembed
+from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import Context, Intercept, capture, token_mask, write
 
 LOGIT_CHUNK = 128  # tokens whose logits [128, V] exist at a time, of the model and of one run
@@ -31,10 +32,10 @@ class Predictions(NamedTuple):
     same: Any  # 1 where the most likely token is the same
 
 
-def predicts(segments: jax.Array, first: int) -> jax.Array:
-    """bool [B, T]: counted tokens (see `counted`) whose next token is of the same document."""
-    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
-    return counted(segments, first) & (following == segments)
+def predicts(batch: TokenBatch, first: int) -> jax.Array:
+    """bool [B, T]: tokens of `batch.counted(first)` whose next token is of the same document."""
+    following = jnp.pad(batch.segments[:, 1:], ((0, 0), (0, 1)))
+    return batch.counted(first) & (following == batch.segments)
 
 
 @jax.jit
@@ -80,10 +81,10 @@ def compare(model: Model, clean: jax.Array, changed: jax.Array, tokens: jax.Arra
 
 
 @jax.jit
-def final_residual(model: Model, tokens, segments, intercepts: tuple[Intercept, ...]) -> jax.Array:
+def final_residual(model: Model, batch: TokenBatch, intercepts: tuple[Intercept, ...]) -> jax.Array:
     """The last residual [B, T, D] of a run under `intercepts`, before the final norm."""
     reads = [*intercepts, capture("resid_final")]
-    out = forward(model, tokens, reads, segments=segments, logits="none")
+    out = forward(model, batch, reads, logits="none")
     return out.reads["resid_final"]
 
 

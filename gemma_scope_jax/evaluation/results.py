@@ -11,7 +11,6 @@ a number and there is none (a loss on no tokens), it writes -1, and so do we; in
 unstructured it is null.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,8 +26,9 @@ from etils import epath
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.paths import folder_path
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.strict_json import field
 
 ENVELOPE = (
     "eval_type_id",
@@ -97,11 +97,10 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """A document that was written, ours or SAEBench's. Raises `InputError`."""
-    path = epath.Path(path)
-    result = read_json(path)
-    missing = [k for k in ENVELOPE if not isinstance(result, dict) or k not in result]
-    if missing:
-        raise InputError(f"{path}: not an evaluation's result: it has no {missing[0]!r}")
+    return _FORMAT.read(epath.Path(path))
+
+
+def _check(result: dict[str, Any], path: Any) -> None:
     for key, kind in (
         ("eval_type_id", str),
         ("sae_lens_id", str),
@@ -113,7 +112,9 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     for group in result["eval_result_metrics"]:
         for name in (numbers := field(result["eval_result_metrics"], group, dict, path)):
             field(numbers, name, float, f"{path}, {group}", default=None)
-    return result
+
+
+_FORMAT = Format("the result of an evaluation", {}, _check, "name the file of another", ENVELOPE)
 
 
 def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: str) -> epath.Path:
@@ -134,8 +135,7 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
         where = "-".join(map(str, coder.layers))
         return "gemma_scope_jax", name or f"{coder.kind}-{coder.reads}-layer-{where}"
     if os.path.isabs(path):
-        digest = hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()
-        return f"folder-{digest}", public_name(coder)
+        return f"folder-{digest(os.fsencode(path), 4)}", public_name(coder)
     if "://" in path:
         release, _, ident = path.rstrip("/").rpartition("/")
     else:

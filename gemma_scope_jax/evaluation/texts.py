@@ -1,4 +1,4 @@
-"""Text to evaluate on: packed batches that know of each token its source and, in chats, its role.
+"""Text to evaluate on: packed batches whose labels give each token's source and, in chats, role.
 
 Documents come in the order of a seed, so that the first tokens are of all sources, and only the
 beginning of each is taken: a few novels are no sample. The same data, seed and tokenizer give the
@@ -6,19 +6,20 @@ same batches, which is what a run that goes on where it was killed relies on.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.data.batches import fingerprint, labelled_record
 from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.data.documents import Documents, TextData, open_documents
-from gemma_scope_jax.data.text import LABELS, Piece, fill_rows, fingerprint, labelled_record
+from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.errors import InputError, shown
-from gemma_scope_jax.evaluation.evaluate import TextBatch
+from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.model.tokenizer import SPAN_ROLES
+from gemma_scope_jax.storage.manifest import digest
 
 OTHER = "other"
 MOST_SOURCES = 32  # further files are counted together
@@ -64,7 +65,7 @@ class EvaluationText:
             if sources := self._sources():
                 found["source"] = sources
             if self.data.messages:
-                found["role"] = LABELS
+                found["role"] = SPAN_ROLES
         return found
 
     def _sources(self) -> tuple[str, ...]:
@@ -89,11 +90,11 @@ class EvaluationText:
         return {shown(os.path.relpath(path, above)): shown(path) for path in paths}
 
     def fingerprint(self, *, named: bool = False) -> str:
-        """Tells these batches from others; 16 hexadecimal digits. `named`: see `data.text`."""
+        """Tells these batches from others; 16 hexadecimal digits. `named`: see `data.batches`."""
         about = (self.documents, self._settings, self.tokenizer, self.seed)
         text = fingerprint(*about, named=named)
         shape = [text, self.tokens, self.rows, self.length, self.document]
-        return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+        return digest(shape)
 
     def same_text(self, there: Any) -> bool:
         """Whether `there` is the `fingerprint` of these batches, also as older versions gave it."""
@@ -103,25 +104,23 @@ class EvaluationText:
     def _settings(self) -> TextData:
         return self.data if isinstance(self.data, TextData) else TextData()
 
-    def __iter__(self) -> Iterator[TextBatch]:
-        read = 0
-        bos = self.tokenizer.bos_id
-        for batch, _ in fill_rows(self._pieces(), self.rows, self.length, bos, np.int32):
-            code = batch.counts
-            labels = {"role": code >> 1 & 3, "source": code >> 3}
-            yield TextBatch(batch.tokens, batch.segments, code & 1 > 0, labels)
-            read += int((batch.segments > 0).sum())
+    def __iter__(self) -> Iterator[TokenBatch]:
+        read, groups = 0, self.groups
+        pieces, bos = self._pieces(groups.get("source", ())), self.tokenizer.bos_id
+        for batch, _ in fill_rows(pieces, self.rows, self.length, bos, groups):
+            yield batch
+            read += batch.size
             if self.tokens is not None and read >= self.tokens:
                 return
 
-    def _pieces(self) -> Iterator[Piece]:
-        """Documents whose `counts` say of each token: counts + 2 role + 8 source."""
-        shown = self.groups.get("source", ())
-        paths = self._names() if shown else {}
-        numbers = {paths.get(name, name): i for i, name in enumerate(shown)}
+    def _pieces(self, sources: Sequence[str]) -> Iterator[Piece]:
+        """The beginnings of the documents, each token labelled with its role and source."""
+        paths = self._names() if sources else {}
+        numbers = {paths.get(name, name): i for i, name in enumerate(sources)}
         for record in self.documents.ordered(self.seed, 0, (0, 1)):
-            ids, counts, roles = labelled_record(self.tokenizer, record, self._settings)
-            name = record.where.rpartition(", ")[0]
-            source = numbers.get(name, len(numbers) - 1) if numbers else 0
-            code = counts + 2 * roles + 8 * source
-            yield Piece(0, 0, ids[: self.document], code[: self.document])
+            ids, mask, roles = (
+                a[: self.document] for a in labelled_record(self.tokenizer, record, self._settings)
+            )
+            source = numbers.get(record.where.rpartition(", ")[0], len(numbers) - 1)
+            labels = {"role": roles, "source": np.full(len(ids), source, np.int32)}
+            yield Piece(0, 0, ids, mask, labels=labels)

@@ -17,9 +17,9 @@ from gemma_scope_jax.extraction.extract import job_of, token_bytes
 from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _existing(path: Any) -> Any:
 def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
     """Bytes of a device that the compiled program takes, and how many there are, if known."""
     ids = np.zeros((rows, length), np.int32)
-    compiled = runner.compiled(ids, ids, ids > 0)
+    compiled = runner.compiled(TokenBatch(ids, ids, ids > 0))
     found = compiled.memory_analysis()
     names = ("argument", "output", "temp", "generated_code")
     sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in names}
@@ -100,7 +100,7 @@ def _rate(runner: Runner, plan: ShardPlan) -> float:
     batch, kept = packed.batch, np.flatnonzero(packed.batch.segments)
     for _ in range(2):
         start = time.perf_counter()
-        runner.finish(runner.start(batch.tokens, batch.segments, batch.counts), kept)
+        runner.finish(runner.start(batch), kept)
     return len(kept) / (time.perf_counter() - start)
 
 

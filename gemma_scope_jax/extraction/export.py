@@ -13,10 +13,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.extraction.store.store import FeatureStore, Segment
+from gemma_scope_jax.extraction.store.segment import Segment
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json, write_text
-from gemma_scope_jax.storage.safetensors_files import lay_out, write_array
+from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out
 
 FORMATS = ("parquet", "delphi")
 _HELD = 50_000_000  # entries of a delphi file, which delphi reads whole
@@ -163,7 +164,7 @@ def _write_split(
         arrays["locations"] = arrays["locations"].astype(np.uint16 if small else np.uint32)
         for name, array in arrays.items():
             file.seek(at[name])
-            write_array(file, array)
+            file.write(array_bytes(array))
             at[name] += array.nbytes
         before += len(arrays["tokens"])
         progress.at(done + i)

@@ -22,8 +22,8 @@ import numpy as np
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.coder_set import CoderSet
-from gemma_scope_jax.data.text import prefetch
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.data.prefetch import prefetch
+from gemma_scope_jax.errors import InputError, no_space, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.runner import Runner
@@ -31,15 +31,15 @@ from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import ShardWriter, shard_name
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
 from gemma_scope_jax.model.tokenizer import fit_tokenizer
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import is_remote, no_space
 from gemma_scope_jax.storage.locks import in_turn
-from gemma_scope_jax.storage.paths import folder_path
+from gemma_scope_jax.storage.paths import folder_path, is_remote
 
 SHARD = 1 << 17  # tokens of a shard, at least about; its last batch is seldom full
 BATCHES = 32  # of a shard, at least about
@@ -67,7 +67,8 @@ def extract(
     """Store the active features of `coders` on a text; returns the store.
 
     coders     by name; without names they are called by their addresses
-    source     the trainer's: a `TextData`, a list of strings, a function returning an iterable
+    source     the trainer's: a `TextData`, a list of strings, a function returning an iterable, a
+               `TokenBatch`
     folder     the same call continues what was begun there; more `tokens` extend it
     tokens     read by the model, `<bos>` included, about: whole documents, to one of them up to two
                million; None: all
@@ -223,7 +224,7 @@ def _write(
     threads = min(16, os.cpu_count() or 1)
     behind = max(1, threads // 2)  # batches that are turned into entries behind the device
     ahead = max(1, min(4, threads // len(widths)))
-    store, closing = manifests.digest(manifests.read_features_manifest(path)), None
+    store, closing = manifests.store_digest(manifests.read_features_manifest(path)), None
     with (
         ThreadPoolExecutor(threads, "code") as pool,
         ThreadPoolExecutor(behind, "entries") as workers,
@@ -273,7 +274,7 @@ def _results(
             waiting.append((event, None))
             continue
         batch = event.batch
-        started = runner.start(batch.tokens, batch.segments, batch.counts)
+        started = runner.start(batch)
         kept = np.flatnonzero(batch.segments)
         waiting.append((event, workers.submit(runner.finish, started, kept)))
         while len(waiting) > most + 1:
@@ -292,16 +293,15 @@ def _results_in_step(
     What is run again for want of slots is decided by all alike, so all start the same programs in
     the same order.
     """
-    blank = np.zeros((job.rows, job.length), np.int32)
+    zeros = np.zeros((job.rows, job.length), np.int32)
+    blank = TokenBatch(zeros, zeros, zeros > 0)
     waiting: collections.deque = collections.deque()
     for event in hosts.in_step(event for event, _ in batches):
         if isinstance(event, Ended):
             waiting.append((event, None))
             continue
-        batch = (blank, blank, blank > 0)
-        if event is not None:
-            batch = (event.batch.tokens, event.batch.segments, event.batch.counts)
-        started = runner.start(*batch), np.flatnonzero(batch[1])
+        batch = blank if event is None else event.batch
+        started = runner.start(batch), np.flatnonzero(batch.segments)
         while waiting:
             yield from _finished(runner, *waiting.popleft())
         waiting.append((event, started))
@@ -319,5 +319,5 @@ def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [n] of a batch without its padding, and which count, bool [n]."""
     kept = np.flatnonzero(packed.batch.segments)
     positions = np.concatenate([np.arange(n) for n in packed.pieces[:, 2]])
-    counted = packed.batch.counts.reshape(-1)[kept] & (positions >= first)
+    counted = packed.batch.mask.reshape(-1)[kept] & (positions >= first)
     return packed.batch.tokens.reshape(-1)[kept], counted

@@ -7,7 +7,6 @@ numbers count the order), and the versions that wrote it, which nothing compares
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from gemma_scope_jax.extraction.store.codec import VALUES
 from gemma_scope_jax.extraction.store.shards import Shard, shard_name
 from gemma_scope_jax.extraction.work import ShardPlan, Text, measure
 from gemma_scope_jax.storage.atomic import write_text
+from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -82,10 +82,9 @@ def describe(name: str, coder: Coder) -> dict[str, Any]:
     }
 
 
-def digest(settings: Mapping[str, Any]) -> str:
-    """What ties a shard to its store: a checksum of what two stores must share to be the same."""
-    same = json.dumps({key: settings[key] for key in _SAME}, sort_keys=True)
-    return hashlib.blake2b(same.encode(), digest_size=8).hexdigest()
+def store_digest(settings: Mapping[str, Any]) -> str:
+    """What ties a shard to its store: a digest of what two stores must share to be the same."""
+    return digest({key: settings[key] for key in _SAME})
 
 
 def settle(
@@ -216,18 +215,7 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)")
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
-        raise InputError(f"{path}: not the manifest of sparse features, version 1")
-    wanted = {*_SAME, "tokens", "documents", "per_shard", "mean"}
-    if lacking := wanted - set(manifest):
-        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}; extract again")
-    try:
-        _check_manifest(manifest, path)
-    except InputError as error:
-        why = str(error).removeprefix(f"{path}: ")
-        raise InputError(f"{path}: is damaged ({why}); extract into another folder") from error
-    return manifest
+    return _FORMAT.read(path)
 
 
 def _check_manifest(m: dict[str, Any], path: Any) -> None:
@@ -239,7 +227,7 @@ def _check_manifest(m: dict[str, Any], path: Any) -> None:
             field(coder, key, int, path, least=least, most=1 << 40)
         layers = field(coder, "layers", list, path, least=1)
         if not all(type(layer) is int and layer >= 0 for layer in layers):
-            raise InputError(f"layers {layers}")
+            raise InputError(f"{path}: layers {layers}")
         field(coder, "l0", float, path, default=None)
     for key in ("name", "dtype", "weights"):
         field(field(m, "model", dict, path), key, str, path)
@@ -248,15 +236,24 @@ def _check_manifest(m: dict[str, Any], path: Any) -> None:
         field(data, key, int, path, least=1, most=1 << 40)
     for name in field(data, "files", list, path, default=[]):
         if not isinstance(name, str):
-            raise InputError(f"files {name!r}")
+            raise InputError(f"{path}: files {name!r}")
     field(data, "text", str, path)
     if field(m, "values", str, path) not in VALUES:
-        raise InputError(f"values {m['values']!r}")
+        raise InputError(f"{path}: values {m['values']!r}")
     for key, default in (("documents", None), ("per_shard", None), ("tokens", 1), ("shuffled", 1)):
         given = {} if default is None else {"default": default}
         field(m, key, int, path, least=1, most=1 << 40, **given)
     for key in ("mean", "share"):
         field(m, key, float, path, default=1.0, least=0)
+
+
+_FORMAT = Format(
+    "the manifest of sparse features",
+    FORMAT,
+    _check_manifest,
+    "extract into another folder",
+    (*_SAME, "tokens", "documents", "per_shard", "mean"),
+)
 
 
 def shards_there(folder: Any) -> list[int]:
@@ -286,7 +283,7 @@ def finish(folder: Any, plan: ShardPlan) -> bool:
     """
     if missing(folder, plan):
         return False
-    wanted = digest(read_features_manifest(folder))
+    wanted = store_digest(read_features_manifest(folder))
     if _holds(folder, plan.documents):
         return True
     shards = []

@@ -15,6 +15,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet
@@ -29,32 +30,26 @@ class Runner:
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
         self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
-        self._run = partial(
-            on_device.active_features,
-            groups=self.groups,
-            form=on_device.compaction(),
-            precision=precision,
-        )
+        self._run = partial(on_device.active_features, groups=self.groups, precision=precision)
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 
-    def compiled(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> Any:
+    def compiled(self, batch: TokenBatch) -> Any:
         """The program for batches of this shape."""
-        batch = (self._put(a) for a in (tokens, segments, counts))
-        jitted = on_device.active_features
+        batch, jitted = jax.tree.map(self._put, batch), on_device.active_features
         return jitted.lower(
-            self.model, self.weights, *batch, slots=self.slots, **self._run.keywords
+            self.model, self.weights, batch, slots=self.slots, **self._run.keywords
         ).compile()
 
-    def launch(self, tokens: np.ndarray, segments: np.ndarray, counts: np.ndarray) -> tuple:
-        """(the batch [B, T] on the device, what is found in it, which is under way)."""
-        batch = tuple(self._put(a) for a in (tokens, segments, counts))
-        return batch, self._run(self.model, self.weights, *batch, slots=self.slots)
+    def launch(self, batch: TokenBatch) -> tuple:
+        """(the batch on the device, what is found in it, which is under way)."""
+        batch = jax.tree.map(self._put, batch)
+        return batch, self._run(self.model, self.weights, batch, slots=self.slots)
 
-    def start(self, *batch: np.ndarray) -> tuple:
+    def start(self, batch: TokenBatch) -> tuple:
         """`launch`, when there is room on the device; hand what this returns to `finish`."""
         self._room.acquire()
-        return self.launch(*batch)
+        return self.launch(batch)
 
     def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
         """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
@@ -79,7 +74,7 @@ class Runner:
         while any(np.asarray(active.overflow).any() for active in found):
             slots = min(4 * slots, widest)
             self.again += 1
-            found = self._run(self.model, self.weights, *batch, slots=slots)
+            found = self._run(self.model, self.weights, batch, slots=slots)
         held = []
         for group, active in zip(self.groups, found):
             if self.hosts > 1:

@@ -15,19 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_scope_jax.data.batches import encode_record, fingerprint, same_text
 from gemma_scope_jax.data.document_files import Record
 from gemma_scope_jax.data.documents import Documents, Indexed, TextData, open_documents
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.text import (
-    Piece,
-    TokenBatch,
-    encode_record,
-    fill_rows,
-    fingerprint,
-    map_ahead,
-    same_text,
-)
+from gemma_scope_jax.data.packing import Piece, fill_rows
+from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.model.batch import TokenBatch
 
 SAMPLE = 2_000_000  # tokens counted before the start: a target up to here is met to the document
 FEW = 200_000  # likewise where all the text is wanted
@@ -114,9 +109,9 @@ def measure(text: Text, tokens: int | None, first: int = 1) -> Size:
     wanted, found = FEW if tokens is None else min(tokens, SAMPLE), False
 
     def sizes(numbered: tuple[int, Record]) -> tuple[int, int, bool]:
-        ids, counts = text.encode(numbered[1])
-        late = bool(counts[max(first - 1, 0) :].any())  # <bos> is at position 0
-        return len(ids) + (len(ids) > 0), int(counts.sum()), late
+        ids, mask = text.encode(numbered[1])
+        late = bool(mask[max(first - 1, 0) :].any())  # <bos> is at position 0
+        return len(ids) + (len(ids) > 0), int(mask.sum()), late
 
     with ThreadPoolExecutor(_threads(), "tokenise") as pool:
         for size, some, late in map_ahead(pool, sizes, text.records(0), 4 * _threads()):
@@ -213,9 +208,9 @@ class ShardPlan:
         documents: list[tuple[int, str, int]] = []
 
         def pieces() -> Iterator[Piece]:
-            for place, (_, number, where, ids, counts) in enumerate(encoded):
+            for place, (_, number, where, ids, mask) in enumerate(encoded):
                 documents.append((number, shown(where), len(ids)))
-                yield Piece(0, place, ids, counts)
+                yield Piece(0, place, ids, mask)
 
         place = offset = 0
         bos = self.text.tok.bos_id
@@ -237,8 +232,8 @@ def _piece_lengths(segments: np.ndarray) -> list[int]:
 
 def _encode(text: Text, item: tuple[int, int, Record]) -> tuple:
     shard, number, record = item
-    ids, counts = text.encode(record)
-    return shard, number, record.where, ids, counts
+    ids, mask = text.encode(record)
+    return shard, number, record.where, ids, mask
 
 
 def _threads() -> int:

@@ -24,8 +24,9 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import evaluate
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
+from gemma_scope_jax.model.batch import TokenBatch, padded
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import counted, forward, unembed
+from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 
@@ -85,11 +86,11 @@ def _short(value: float) -> float:
 
 
 @partial(jax.jit, static_argnames="k")
-def _look(model: Model, coder: SparseCoder, tokens, segments, *, k: int):
-    """One pass over tokens [1, T]: next tokens, top k features a token, what the coder read."""
+def _look(model: Model, coder: SparseCoder, batch: TokenBatch, *, k: int):
+    """One pass over a row: next tokens, top k features a token, what the coder read."""
     reads = [capture(coder.reads, coder.layer), capture("resid_final")]
-    out = forward(model, tokens, reads, segments=segments, logits="none")
-    last = segments.sum(dtype=jnp.int32) - 1
+    out = forward(model, batch, reads, logits="none")
+    last = batch.segments.sum(dtype=jnp.int32) - 1
     end = jax.lax.dynamic_slice_in_dim(out.reads["resid_final"], last, 1, axis=1)
     logits = unembed(model.config, model.params, end)[0, 0]
     best, ids = jax.lax.top_k(logits, NEXT)
@@ -99,7 +100,7 @@ def _look(model: Model, coder: SparseCoder, tokens, segments, *, k: int):
     size = min(TOKEN_CHUNK, x.shape[0])
     strongest = lambda x: jax.lax.top_k(coder.encode(x), k)
     values, features = jax.lax.map(strongest, x.reshape(-1, size, x.shape[-1]))
-    mask = counted(segments, coder.first)[0]
+    mask = batch.counted(coder.first)[0]
     values = jnp.where(mask[:, None], values.reshape(-1, k), 0.0)
     return (ids, best, chances), (values, features.reshape(-1, k)), (x, mask)
 
@@ -181,10 +182,10 @@ def inspect_text(
             f"the text has {len(ids)} tokens, more than the context of {model.config.name}, "
             f"{model.config.context}: shorten it"
         )
-    tokens, segments = _padded(ids, model.config.context)
-    figures = evaluate(model, coder, [(tokens, segments)]).as_dict()  # also checks the fit
+    batch = _padded(ids, model.config.context)
+    figures = evaluate(model, coder, batch).as_dict()  # also checks the fit
     k = min(max(top_k, LISTED), coder.width)
-    next_tokens, per_token, (x, mask) = _look(model, coder, tokens, segments, k=k)
+    next_tokens, per_token, (x, mask) = _look(model, coder, batch, k=k)
     next_ids, logits, chances = map(np.asarray, next_tokens)
     values, features = (np.asarray(a)[: len(ids)] for a in per_token)
     strongest = strongest_features(values, features, shown)
@@ -221,12 +222,10 @@ def inspect_text(
     )
 
 
-def _padded(ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [1, T'], T' the next power of two or the whole context."""
+def _padded(ids: np.ndarray, context: int) -> TokenBatch:
+    """One row of T' tokens, T' the next power of two or the whole context."""
     length = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), context)
-    tokens, segments = np.zeros((2, 1, length), np.int32)
-    tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
-    return tokens, segments
+    return padded([ids], context_size=length)
 
 
 def _labels_of(model, coder, tok, features: list[int], labels: Labels | None) -> dict[int, Label]:

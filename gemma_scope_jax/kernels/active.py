@@ -5,9 +5,9 @@ the dense step is zero, and so is its gradient. Exactly the same values and grad
 dense product, x with the encoder (2 D F flop a token), and lists of the active entries: the decoder
 gathers rows, and so do all gradients.
 
-The products come in three forms: "cpu", C++ compiled at the first use (`sparse_cpu`); "triton",
-Pallas kernels for NVIDIA GPUs (`sparse_triton`); "xla", jax.numpy for other backends and machines
-without a compiler (`sparse_xla`). `sparse_form` chooses.
+A `Backend` does the products: `kernels.cpu` is C++, compiled at the first use; `kernels.triton`
+Pallas kernels for NVIDIA GPUs; `kernels.xla` jax.numpy, for TPUs and machines without a compiler.
+`backend` chooses.
 
 Axes: S sources (coders, or the layers a coder reads), B tokens, K entries a token, D inputs,
 F features, P decoders, T targets, M groups of features, E outputs. All floats are float32.
@@ -16,7 +16,7 @@ F features, P decoders, T targets, M groups of features, E outputs. All floats a
 import functools
 import sys
 from functools import partial
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -25,13 +25,10 @@ import jax.numpy as jnp
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.kernels import cpu, xla
 
-TOKENS = 256  # encoded at a time, but by the form "xla"
-# Features a slot from which a sparse step is faster than a dense one. "triton" was measured on an
-# H100 in TF32 at D 640: dense wins at 79 (3.3 against 4.8 ms), sparse at 315 (8.5 against 10.9). Of
-# "xla" it is arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte.
-FEATURES_A_SLOT = {"cpu": 2, "triton": 192, "xla": 512}
+TOKENS = 256  # encoded at a time, but by XLA
 
 Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
+Ends = tuple[int, ...]  # where groups of features end
 
 
 @flax.struct.dataclass
@@ -43,37 +40,90 @@ class ActiveEntries:
     count: jax.Array  # int32 [S, B]: how many there are; above K: the entries are incomplete
 
 
-# ---- the forms -----------------------------------------------------------------------------------
+# ---- backends ------------------------------------------------------------------------------------
 
 
-def sparse_form() -> str:
-    """ "cpu" on CPUs where it compiles, "triton" on NVIDIA GPUs, else "xla"."""
-    if jax.default_backend() == "cpu":
-        return "cpu" if cpu.available() else "xla"
-    return "triton" if jax.default_backend() == "gpu" and triton() else "xla"
+class Backend(Protocol):
+    """What a module of kernels computes. None of it has gradients; the functions below do."""
+
+    __name__: str
+    FEATURES_A_SLOT: int  # features a slot from which a sparse step is faster than a dense one
+
+    def compact(
+        self, z: jax.Array, b_enc: jax.Array, low: jax.Array, capacity: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`ActiveEntries` of z [S,B,F] + b_enc [S,F]: the first `capacity` above `low` [S,F]."""
+        ...
+
+    def decode(
+        self,
+        f: jax.Array,
+        feature: jax.Array,
+        count: jax.Array,
+        w_dec: jax.Array,
+        pairs: Pairs,
+        targets: int,
+        ends: Ends,
+    ) -> jax.Array:
+        """y [T,M,B,E]: what the entries of each group of features write to each target."""
+        ...
+
+    def decode_values(
+        self,
+        feature: jax.Array,
+        count: jax.Array,
+        w_dec: jax.Array,
+        g: jax.Array,
+        pairs: Pairs,
+        ends: Ends,
+    ) -> jax.Array:
+        """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
+        ...
+
+    def decode_rows(
+        self,
+        f: jax.Array,
+        feature: jax.Array,
+        count: jax.Array,
+        g: jax.Array,
+        pairs: Pairs,
+        ends: Ends,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
+        ...
+
+    def per_feature(
+        self, values: jax.Array, feature: jax.Array, count: jax.Array, width: int
+    ) -> jax.Array:
+        """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
+        ...
+
+    def kth_largest(self, z: jax.Array, k: int) -> jax.Array:
+        """The k-th largest of all values of z."""
+        ...
 
 
 @functools.cache
-def triton() -> bool:
-    """Whether the GPU kernels compile here; where not, a line on standard error says why."""
+def backend() -> Backend:
+    """This process's kernels: C++ on CPUs and Triton's on GPUs where they compile, else XLA's.
+
+    Where they don't compile, a line on standard error says why.
+    """
+    if jax.default_backend() == "cpu":
+        return cpu if cpu.available() else xla
+    if jax.default_backend() != "gpu":
+        return xla
     try:
+        from gemma_scope_jax.kernels import triton  # Pallas' Triton backend may not be there
+
         slots = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
         count = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         values = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
-        jax.jit(partial(_form("triton").per_feature, width=2)).lower(values, slots, count).compile()
+        jax.jit(partial(triton.per_feature, width=2)).lower(values, slots, count).compile()
     except Exception as error:  # whatever Pallas, Triton or the driver say
         print(f"no GPU kernels, wide coders train slower: {reason(error)}", file=sys.stderr)
-        return False
-    return True
-
-
-def _form(name: str) -> Any:
-    """The module of a form."""
-    if name == "triton":  # imported only where used: Pallas' Triton backend may not be there
-        from gemma_scope_jax.kernels import triton as sparse_triton
-
-        return sparse_triton
-    return cpu if name == "cpu" else xla
+        return xla
+    return triton
 
 
 # ---- the encoder ---------------------------------------------------------------------------------
@@ -85,13 +135,15 @@ def encode_active(
     b_enc: jax.Array,
     low: jax.Array,
     capacity: int,
-    form: str | None = None,
+    *,
+    using: Backend | None = None,
 ) -> ActiveEntries:
     """The entries of z = x w_enc^T + b_enc above `low`, `capacity` of them a token.
 
     x [S,B,D]; w_enc [S,F,D], a row a feature; b_enc, low [S,F]. Gradients go from the entries' z to
     w_enc and b_enc, none to x or low: subtract a trained decoder bias from the input as
-    b_enc - w_enc b_dec. Where any count is above `capacity`, use the dense step instead.
+    b_enc - w_enc b_dec. Where any count is above `capacity`, use the dense step instead. `using`:
+    other kernels than those of `backend`.
     """
     _check("encode_active", x=(x, 3), w_enc=(w_enc, 3), b_enc=(b_enc, 2), low=(low, 2))
     s, f, d = w_enc.shape
@@ -100,14 +152,18 @@ def encode_active(
         raise InputError(f"encode_active: shapes do not fit: {shapes}")
     if not 1 <= capacity <= f:
         raise InputError(f"encode_active: capacity {capacity} must be 1 to {f}, the features")
-    return _encode(x, w_enc, b_enc, low, capacity, form or sparse_form())
+    return _encode(x, w_enc, b_enc, low, capacity, using or backend())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> ActiveEntries:
-    some = lambda x: _encode_some(x, w_enc, b_enc, low, capacity, form)
+def _encode(x, w_enc, b_enc, low, capacity: int, using: Backend) -> ActiveEntries:
+    def some(x):
+        return ActiveEntries(
+            *using.compact(jnp.einsum("sbd,sfd->sbf", x, w_enc), b_enc, low, capacity)
+        )
+
     b = x.shape[1]
-    if form == "xla":
+    if using is xla:
         return some(x)
     # A fifth faster than all at once, and all of z is never there: 1 GB for 4096 tokens at 65k.
     chunks = max(1, -(-b // TOKENS))
@@ -115,27 +171,16 @@ def _encode(x, w_enc, b_enc, low, capacity: int, form: str) -> ActiveEntries:
     return jax.tree.map(lambda a: xla.join(a, 1, b), active)
 
 
-def _encode_some(x, w_enc, b_enc, low, capacity: int, form: str) -> ActiveEntries:
-    z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
-    if form == "cpu":
-        return ActiveEntries(*cpu.compact(z, b_enc, low, capacity))
-    z = z + b_enc[:, None, :]
-    feature, count = xla.first_above(z, low, capacity)
-    used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
-    feature = jnp.where(used, feature, 0)
-    return ActiveEntries(jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count)
-
-
-def _encode_fwd(x, w_enc, b_enc, low, capacity, form):
-    active = _encode(x, w_enc, b_enc, low, capacity, form)
+def _encode_fwd(x, w_enc, b_enc, low, capacity, using):
+    active = _encode(x, w_enc, b_enc, low, capacity, using)
     return active, (x, low, active.feature, active.count)
 
 
-def _encode_bwd(capacity, form, saved, cotangent):
+def _encode_bwd(capacity, using, saved, cotangent):
     x, low, feature, count = saved
     s, f = low.shape
     pairs = tuple((i, i) for i in range(s))
-    dw, db = _form(form).decode_rows(cotangent.z, feature, count, x[:, None], pairs, (f,))
+    dw, db = using.decode_rows(cotangent.z, feature, count, x[:, None], pairs, (f,))
     return None, dw, db, None
 
 
@@ -152,8 +197,9 @@ def decode_active(
     w_dec: jax.Array,
     pairs: Pairs | None = None,
     targets: int | None = None,
-    ends: tuple[int, ...] | None = None,
-    form: str | None = None,
+    ends: Ends | None = None,
+    *,
+    using: Backend | None = None,
 ) -> jax.Array:
     """y [T,M,B,E]: what the entries of each group of features write to each target.
 
@@ -176,23 +222,31 @@ def decode_active(
         raise InputError(f"decode_active: pairs {pairs} do not fit {sizes}")
     if ends[-1] != w_dec.shape[1] or any(a >= b for a, b in zip((0, *ends), ends)):
         raise InputError(f"decode_active: ends {ends} must increase to {w_dec.shape[1]}")
-    return _decode(f, feature, count, w_dec, pairs, targets, ends, form or sparse_form())
+    layout = _Layout(pairs, targets, ends)
+    return _decode(f, feature, count, w_dec, layout, using or backend())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _decode(f, feature, count, w_dec, pairs: Pairs, targets: int, ends, form: str):
-    return _form(form).decode(f, feature, count, w_dec, pairs, targets, ends)
+class _Layout(NamedTuple):
+    """The static arguments of `decode_active`."""
+
+    pairs: Pairs
+    targets: int
+    ends: Ends
 
 
-def _decode_fwd(f, feature, count, w_dec, pairs, targets, ends, form):
-    y = _decode(f, feature, count, w_dec, pairs, targets, ends, form)
-    return y, (f, feature, count, w_dec)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _decode(f, feature, count, w_dec, layout: _Layout, using: Backend) -> jax.Array:
+    return using.decode(f, feature, count, w_dec, *layout)
 
 
-def _decode_bwd(pairs, targets, ends, form, saved, g):
+def _decode_fwd(f, feature, count, w_dec, layout, using):
+    return _decode(f, feature, count, w_dec, layout, using), (f, feature, count, w_dec)
+
+
+def _decode_bwd(layout, using, saved, g):
     f, feature, count, w_dec = saved
-    df = _form(form).decode_values(feature, count, w_dec, g, pairs, ends)
-    dw, _ = _form(form).decode_rows(f, feature, count, g, pairs, ends)
+    df = using.decode_values(feature, count, w_dec, g, layout.pairs, layout.ends)
+    dw, _ = using.decode_rows(f, feature, count, g, layout.pairs, layout.ends)
     return df, None, None, dw
 
 
@@ -202,59 +256,75 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 # ---- sums and lookups by feature -----------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def per_feature(values: jax.Array, feature: jax.Array, count: jax.Array, width: int, form: str):
+def per_feature(
+    values: jax.Array,
+    feature: jax.Array,
+    count: jax.Array,
+    width: int,
+    *,
+    using: Backend | None = None,
+) -> jax.Array:
     """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
-    if form == "triton":
-        return _form(form).per_feature(values, feature, count, width)
-    pairs = tuple((i, i) for i in range(values.shape[0]))
-    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
-    return _form(form).decode_rows(values, feature, count, nothing, pairs, (width,))[1]
-
-
-def _per_feature_fwd(values, feature, count, width, form):
-    return per_feature(values, feature, count, width, form), (feature, count)
-
-
-def _per_feature_bwd(width, form, saved, g):
-    return lookup(g, *saved, 0.0, form), None, None
-
-
-per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
+    return _per_feature(values, feature, count, width, using or backend())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def lookup(table: jax.Array, feature: jax.Array, count: jax.Array, fill: float, form: str):
+def _per_feature(values, feature, count, width: int, using: Backend) -> jax.Array:
+    return using.per_feature(values, feature, count, width)
+
+
+def _per_feature_fwd(values, feature, count, width, using):
+    return _per_feature(values, feature, count, width, using), (feature, count)
+
+
+def _per_feature_bwd(width, using, saved, g):
+    return _lookup(g, *saved, 0.0, using), None, None
+
+
+_per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
+
+
+def lookup(
+    table: jax.Array,
+    feature: jax.Array,
+    count: jax.Array,
+    fill: float,
+    *,
+    using: Backend | None = None,
+) -> jax.Array:
     """table [S,F] at the entries' features: [S,B,K], `fill` in slots that are not used."""
+    return _lookup(table, feature, count, fill, using or backend())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _lookup(table, feature, count, fill: float, using: Backend) -> jax.Array:
     S, B, K = feature.shape
     found = jnp.take_along_axis(table, feature.reshape(S, B * K), 1).reshape(S, B, K)
     used = jnp.arange(K, dtype=jnp.int32)[None, None, :] < count[..., None]
     return jnp.where(used, found, jnp.asarray(fill, table.dtype))
 
 
-def _lookup_fwd(table, feature, count, fill, form):
-    return lookup(table, feature, count, fill, form), (feature, count, table)
+def _lookup_fwd(table, feature, count, fill, using):
+    return _lookup(table, feature, count, fill, using), (feature, count, table)
 
 
-def _lookup_bwd(fill, form, saved, g):
+def _lookup_bwd(fill, using, saved, g):
     feature, count, table = saved
-    return per_feature(g, feature, count, table.shape[1], form), None, None
+    return _per_feature(g, feature, count, table.shape[1], using), None, None
 
 
-lookup.defvjp(_lookup_fwd, _lookup_bwd)
+_lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 # ---- the k-th largest ----------------------------------------------------------------------------
 
 
-def kth_largest(z: jax.Array, k: int, form: str | None = None) -> jax.Array:
+def kth_largest(z: jax.Array, k: int, *, using: Backend | None = None) -> jax.Array:
     """The k-th largest of all values of z (any shape), exact: the threshold of BatchTopK."""
     _check("kth_largest", z=(z, None))
     if not 1 <= k <= z.size:
         raise InputError(f"kth_largest: k {k} must be 1 to {z.size}, the values there are")
-    z = jax.lax.stop_gradient(z)
-    on_cpu = (form or sparse_form()) == "cpu"
-    return (cpu if on_cpu else xla).kth_largest(z, k)
+    return (using or backend()).kth_largest(jax.lax.stop_gradient(z), k)
 
 
 def _check(where: str, **arrays) -> None:

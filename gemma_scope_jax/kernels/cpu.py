@@ -1,4 +1,4 @@
-"""The active entries' products in C++ for CPUs: `active.cc`, where the axes are `sparse`'s.
+"""A `Backend` in C++ for CPUs, `active.cc`; `active.Backend` says what each function computes.
 
 Compiled at the first use with the machine's own compiler, kept in a cache folder that only this
 user can write to, called by XLA. What is kept ends in its own digest: damaged, it is made again.
@@ -22,10 +22,12 @@ import jaxlib
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import private_cache
 
 SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FEATURES_A_SLOT: int = 2
 NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
 
 
@@ -64,12 +66,10 @@ def _library() -> Path:
     file = private_cache("kernels") / f"{name}.so"
     if _is_whole(file):
         return file
-    # Another process may compile the same: each writes its own file, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / file.name
         run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
-        made.write_bytes(_with_digest(made.read_bytes()))
-        os.replace(made, file)
+        write_bytes(file, _with_digest(made.read_bytes()))  # of two processes the last one's stays
     return file
 
 
@@ -103,7 +103,6 @@ def _register(library: Path) -> None:
 
 
 def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(z, feature, count) of the first `capacity` entries of z + b_enc above `low`, as `Active`."""
     slots = (*z.shape[:2], capacity)
     call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
     values, feature, count = call(z, b_enc, low)
@@ -111,27 +110,29 @@ def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
-    """y [T,M,B,E]: what the entries of each group of features write to each target."""
     call = _call("decode", (jnp.float32, targets, len(ends), f.shape[1], w_dec.shape[2]))
     return call(f, feature, count, w_dec, **_static(pairs, ends))[0]
 
 
 def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
-    """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
     call = _call("decode_values", (jnp.float32, *feature.shape))
     return call(feature, count, w_dec, g, **_static(pairs, ends))[0]
 
 
 def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
-    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
     p, width = len(pairs), ends[-1]
     call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
     dw, total = call(f, feature, count, g, **_static(pairs, ends))
     return dw, total
 
 
+def per_feature(values, feature, count, width: int) -> jax.Array:
+    pairs = tuple((i, i) for i in range(values.shape[0]))
+    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
+    return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
+
+
 def kth_largest(z: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of all values of z."""
     return _call("kth_largest", (jnp.float32,))(z, k=np.int64(k))[0]
 
 

@@ -1,11 +1,11 @@
-"""The active entries' products as Pallas kernels, through Triton, for GPUs.
+"""A `Backend` of Pallas kernels, through Triton, for GPUs.
 
-The same sums as in `sparse`, where the axes are explained. A program reads the rows it adds up 16
-at a time and keeps the sum in registers, so no gathered rows are written to memory. The gradient of
-a decoder's rows sums over the tokens of each feature, in the order of a sort: no atomic additions,
+`active.Backend` says what each function computes. A program reads the rows it adds up 16 at a time
+and keeps the sum in registers, so no gathered rows are written to memory. The gradient of a
+decoder's rows sums over the tokens of each feature, in the order of a sort: no atomic additions,
 and the same bits every time.
 
-JAX has deprecated this backend of Pallas; where it is missing, `sparse` uses its XLA form.
+JAX has deprecated this backend of Pallas; where it is missing, `active.backend` is XLA's.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from gemma_scope_jax.kernels import xla
+
 ROWS = 16  # that a program adds at a time
 COLUMNS = 128  # of them, at most
+# Measured on an H100 in TF32 at D 640: dense wins at 79 (3.3 against 4.8 ms), sparse at 315 (8.5
+# against 10.9).
+FEATURES_A_SLOT: int = 192
+
+compact, kth_largest = xla.compact, xla.kth_largest
 
 
 def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
-    """y [T,M,B,E]: what the entries of each group of features write to each target."""
     (_, b, k), e = f.shape, w_dec.shape[2]
     groups, blocks, columns = len(ends), *_blocks(e)
 
@@ -63,7 +69,6 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
 
 
 def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
-    """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
     (s, b, k), e = feature.shape, w_dec.shape[2]
     tiles, blocks, columns = -(-k // ROWS), *_blocks(e)
 
@@ -106,7 +111,6 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
 
 
 def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
-    """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
     k, e, width = f.shape[2], g.shape[-1], ends[-1]
     blocks, columns = _blocks(e)
     start, slots = _tokens_of_features(feature, count, width)
@@ -144,7 +148,6 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
 
 
 def per_feature(values, feature, count, width: int) -> jax.Array:
-    """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
     s, _, k = values.shape
     start, slots = _tokens_of_features(feature, count, width)
 
@@ -197,7 +200,7 @@ def _slots(tile, n) -> tuple[jax.Array, jax.Array]:
 
 
 def _group(feature, ends):
-    """Which group of features (see `sparse.decode_active`) each feature belongs to."""
+    """Which group of features (see `active.decode_active`) each feature belongs to."""
     group = jnp.zeros_like(feature)
     for end in ends[:-1]:
         group = group + (feature >= end).astype(jnp.int32)

@@ -1,10 +1,16 @@
-"""A batch of tokens: where documents begin, which tokens count, and what is no batch.
+"""A batch of tokens: ids, the document each belongs to, which of them are used; and its checks.
 
-Axes: B rows of T tokens.
+    batch = gs.tokens(["The capital of France is", "Two"], "gemma-3-270m")
+    gs.run(model, batch).logits[batch.counted(1)]  # [n, V]: neither padding nor <bos>
+
+Whatever takes tokens takes a `TokenBatch` or arrays. Axes: B rows of T tokens.
 """
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +18,197 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens, by_document
 from gemma_scope_jax.model.config import GemmaConfig
+from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
+
+
+@flax.struct.dataclass
+class TokenLabels:
+    """The group of each token: `numbers`, int [B, T], are indices into `names`; -1 is no group."""
+
+    numbers: Any
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def where(self, *names: str) -> Any:
+        """bool [B, T]: the tokens of these groups. Raises `InputError` for unknown names."""
+        if unknown := set(names) - set(self.names):
+            raise InputError(f"no group {min(unknown)!r}; there are {', '.join(self.names)}")
+        found = self.numbers != self.numbers
+        for name in names:
+            found = found | (self.numbers == self.names.index(name))
+        return found
+
+
+@flax.struct.dataclass
+class TokenBatch:
+    """Rows of tokens, all arrays [B, T]; a pytree.
+
+    tokens    int32 ids
+    segments  int32: 0 is padding, each run of equal ids in a row is a document (or a piece of one)
+    mask      bool: True where a token is used in training and metrics; None: all but padding
+    labels    {kind: TokenLabels}: groups of tokens, such as the roles in a chat
+    """
+
+    tokens: Any
+    segments: Any
+    mask: Any = None
+    labels: dict[str, TokenLabels] = flax.struct.field(default_factory=dict)
+
+    @property
+    def positions(self) -> jax.Array:
+        """int32 [B, T]: the position of each token in its document."""
+        return default_positions(jnp.asarray(self.segments))
+
+    @property
+    def size(self) -> int:
+        """The number of tokens, without padding."""
+        return int((np.asarray(self.segments) > 0).sum())
+
+    @property
+    def plain(self) -> "TokenBatch":
+        """Tokens and segments alone, all that the model looks at."""
+        return TokenBatch(self.tokens, self.segments)
+
+    def counted(self, first: int) -> jax.Array:
+        """bool [B, T]: the mask without padding and the first `first` tokens of each document.
+
+        `batch.counted(coder.first)` are the tokens to measure a coder on: it was not trained on the
+        first of a document (`<bos>`; the opening of a chat).
+        """
+        found = (jnp.asarray(self.segments) > 0) & (self.positions >= first)
+        return found if self.mask is None else found & self.mask
+
+    def document_slices(self) -> list[tuple[int, slice]]:
+        """(row, columns) of each document, row after row. Fetches the segments from a device."""
+        found = []
+        for row, ids in enumerate(np.asarray(self.segments)):
+            edges = np.flatnonzero(np.diff(ids, prepend=0, append=0)).tolist()
+            found += [(row, slice(a, b)) for a, b in zip(edges, edges[1:]) if ids[a]]
+        return found
+
+
+def padded(
+    rows: Sequence[np.ndarray], batch_size: int | None = None, context_size: int | None = None
+) -> TokenBatch:
+    """A batch of `rows`, int [n] each, padded on the right to the longest, or to `context_size`.
+
+    With `batch_size`, rows of padding follow. The arrays are numpy's.
+    """
+    longest = max(map(len, rows), default=0)
+    shape = (len(rows) if batch_size is None else batch_size, context_size or longest)
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+    return TokenBatch(tokens, segments)
+
+
+# -------------------------------------------------------------------------------------------------
+# Text to batches
+
+
+def tokens(
+    texts: Any,
+    tokenizer: Any,
+    *,
+    roles: Sequence[str] = ("system", "user", "model"),
+    add_generation_prompt: bool = True,
+) -> TokenBatch:
+    """Texts of any lengths as a batch: a row each, `<bos>` first, padded on the right.
+
+    texts      strings or chats (lists of {"role", "content"}), or one of them
+    tokenizer  a `Tokenizer`, or what `load_tokenizer` takes, such as the model's name
+    roles      whose messages are in the mask
+    add_generation_prompt  open the model's turn at the end of a chat, as `Tokenizer.chat` does
+
+    The mask is False on control tokens (`<bos>`, turn marks) and, in chats, on the template around
+    the messages. If any text is a chat, `labels["role"]` gives the role of each token: "turn" (the
+    template), "system", "user" or "model". Raises `InputError` for anything but texts and chats.
+    """
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
+    if isinstance(texts, str) or _is_chat(texts):
+        texts = [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
+        raise InputError(f"texts must be strings or chats, not {type(texts).__name__}")
+    rows, used, whose, chats = [], [], [], False
+    for text in texts:
+        if _is_chat(text):
+            chat = tokenizer.chat(text, add_generation_prompt=add_generation_prompt)
+            ids, numbers, chats = chat.ids, chat.roles, True
+            said = chat.mask(*(ROLES.get(role, role) for role in roles))
+        else:
+            ids = tokenizer.encode(text)
+            said, numbers = np.ones(len(ids), bool), np.full(len(ids), -1, np.int32)
+        rows.append(ids)
+        used.append(said & ~tokenizer.special[ids])
+        whose.append(numbers)
+    if not rows:
+        raise InputError("no texts: give at least one")
+    batch = padded(rows)
+    mask, numbers = np.zeros(batch.tokens.shape, bool), np.full(batch.tokens.shape, -1, np.int32)
+    for row, (said, number) in enumerate(zip(used, whose)):
+        mask[row, : len(said)], numbers[row, : len(said)] = said, number
+    labels = {"role": TokenLabels(numbers, SPAN_ROLES)} if chats else {}
+    return TokenBatch(batch.tokens, batch.segments, mask, labels)
+
+
+def _is_chat(text: Any) -> bool:
+    return isinstance(text, Sequence) and bool(text) and isinstance(text[0], Mapping)
+
+
+def as_batch(given: Any) -> TokenBatch:
+    """A `TokenBatch` of one, of tokens [B, T] or of a tuple (tokens, segments).
+
+    Raises `InputError` for text and for shapes that do not fit.
+    """
+    if not isinstance(given, TokenBatch):
+        _refuse_text(given)
+        pair = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        tokens, segments = integers("tokens", pair[0]), integers("segments", pair[1])
+        given = TokenBatch(tokens, np.ones_like(tokens) if segments is None else segments)
+    tokens, segments = np.shape(given.tokens), np.shape(given.segments)
+    if tokens != segments or len(tokens) != 2:
+        raise InputError(
+            f"a batch is tokens and segments of one shape [B, T], got {tokens} and {segments}"
+        )
+    if given.mask is not None:
+        dtype, shape = np.dtype(getattr(given.mask, "dtype", object)), np.shape(given.mask)
+        if dtype.kind != "b" or shape != tokens:
+            raise InputError(f"mask must be bool {list(tokens)}, got {dtype}{list(shape)}")
+    return given
+
+
+def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The arguments of `forward` and `run` as arrays; `tokens` may be a `TokenBatch`."""
+    if not isinstance(tokens, TokenBatch):
+        _refuse_text(tokens)
+        return tokens, segments
+    if segments is not None:
+        raise InputError("a TokenBatch has its own segments: leave out `segments`")
+    return tokens.tokens, tokens.segments
+
+
+def prompts_of(given: Any) -> Any:
+    """The prompts of `generate`; a `TokenBatch` becomes a list of ids int [n], one a row."""
+    if not isinstance(given, TokenBatch):
+        _refuse_text(given)
+        return given
+    tokens, places = np.asarray(given.tokens), given.document_slices()
+    if [row for row, _ in places] != list(range(len(tokens))):
+        raise InputError("generate takes one document a row: this TokenBatch is packed or has none")
+    return [tokens[place] for place in places]
+
+
+def _refuse_text(given: Any) -> None:
+    """Raise `InputError` if `given` is text where ids are wanted."""
+    some = given if isinstance(given, list | tuple) else [given]
+    if any(isinstance(text, str | Mapping) or _is_chat(text) for text in some):
+        raise InputError(
+            "tokens must be ids, not text: gs.tokens([...], tokenizer) makes a batch of texts"
+        )
+
+
+# -------------------------------------------------------------------------------------------------
+# Where documents begin
 
 
 def default_positions(segments: jax.Array) -> jax.Array:
@@ -49,9 +246,8 @@ def documents(shape, positions, segments, cache: Any) -> tuple[Tokens, Any]:
     return by_document(Tokens(positions.astype(jnp.int32), segments), slot, last)
 
 
-def counted(segments: jax.Array, first: int) -> jax.Array:
-    """bool [B, T]: tokens that a coder was trained on; not padding, nor before `first`."""
-    return (segments > 0) & (default_positions(segments) >= first)
+# -------------------------------------------------------------------------------------------------
+# Checks
 
 
 def check_tokens(config: GemmaConfig, tokens, cache: Any, positions, segments) -> None:

@@ -37,8 +37,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens
-from gemma_scope_jax.model.batch import check_tokens, documents
-from gemma_scope_jax.model.batch import counted as counted
+from gemma_scope_jax.model.batch import TokenBatch, check_tokens, documents, tokens_and_segments
 from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.block import Where, block, rms_norm, where_for
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params
@@ -110,7 +109,7 @@ def unembed(config: GemmaConfig, params: Params, x: jax.Array, at=None) -> jax.A
 
 def forward(
     model: Model,
-    tokens: jax.Array,
+    tokens: jax.Array | TokenBatch,
     intercepts=(),
     *,
     positions: jax.Array | None = None,
@@ -120,7 +119,8 @@ def forward(
     remat: tuple[str, ...] | None = (),
     logits: Logits = "all",
 ) -> Output:
-    """Run Gemma 3 on `tokens` int [B, T]: the bare function, for use inside your own `jit`.
+    """Run Gemma 3 on `tokens`, int [B, T] or a `TokenBatch` (see `gs.tokens`): the bare function,
+    for use inside your own `jit`.
 
     segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing), of which
                    none sees another, whatever its id; default all one
@@ -134,6 +134,7 @@ def forward(
     logits         "all", only of the "last" token, or "none"
     Raises `InputError` for sites, layers, reads and shapes that do not fit.
     """
+    tokens, segments = tokens_and_segments(tokens, segments)
     items = hooks.flatten(intercepts)
     check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
     given = {"positions": positions, "segments": segments, "cache": cache}

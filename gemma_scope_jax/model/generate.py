@@ -24,7 +24,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
-from gemma_scope_jax.model.batch import check_ids
+from gemma_scope_jax.model.batch import check_ids, prompts_of
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
@@ -83,8 +83,8 @@ def generate(
 ) -> Generation:
     """Continue `prompts` by up to `max_new_tokens` tokens each; a row ends at a stop token.
 
-    prompts      int ids [B, T], or a list of B 1-D id arrays of any lengths; each row is continued
-                 as if it were alone
+    prompts      int ids [B, T], a list of B 1-D id arrays of any lengths, or a `TokenBatch` (see
+                 `gs.tokens`); each row is continued as if it were alone
     intercepts   act on the prompt and on every generated token, by absolute position; args must
                  broadcast over any number of tokens ([D], [B, 1, D], not [B, T, D])
     temperature  0 is greedy, whatever `top_k` and `top_p`. Otherwise logits are divided by it, cut
@@ -108,7 +108,7 @@ def generate(
     """
     items = hooks.flatten(intercepts)
     hooks.check(items, model.config.layers, None)
-    rows = _checked_prompts(model.config, prompts)
+    rows = _checked_prompts(model.config, prompts_of(prompts))
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:

@@ -25,7 +25,7 @@ from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 @own_mesh
 def run(
     model: Model,
-    tokens,
+    tokens: Any,
     intercepts=(),
     *,
     positions=None,
@@ -48,12 +48,10 @@ def run(
     Functions find `ctx.layer` a traced int32. Warns (`RecompilationWarning`) when calls that differ
     in one thing alone are compiled again and again.
     """
-    items, tokens, room = (
-        hooks.flatten(intercepts),
-        integers("tokens", tokens),
-        model.config.context,
-    )
-    positions, segments = integers("positions", positions), integers("segments", segments)
+    tokens, segments = tokens_and_segments(tokens, segments)
+    tokens, segments = integers("tokens", tokens), integers("segments", segments)
+    positions, items = integers("positions", positions), hooks.flatten(intercepts)
+    room = model.config.context
     check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
     if isinstance(tokens, np.ndarray):
         check_ids(model.config, tokens)

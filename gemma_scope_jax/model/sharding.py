@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params
 from gemma_scope_jax.model.processes import join_processes as join_processes
 
@@ -178,11 +179,14 @@ def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Param
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, fsdp))
 
 
-def shard_batch(mesh: Mesh, array: Any) -> jax.Array:
-    """Put `array` [B, ...] on `mesh`, B split over "data" and replicated over "model".
+def shard_batch(mesh: Mesh, array: Any) -> Any:
+    """Put `array` [B, ...], or each of a `TokenBatch`, on `mesh`: B split over "data", replicated
+    over "model".
 
     Raises `InputError` when B does not divide.
     """
+    if isinstance(array, TokenBatch):
+        return jax.tree.map(functools.partial(shard_batch, mesh), array)
     mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
         raise InputError(

@@ -20,6 +20,7 @@ from gemma_scope_jax.model.config import GemmaConfig
 from gemma_scope_jax.model.tokenizer_files import SPACE, find_tokenizer, read_tokenizer
 
 ROLES = {"system": "system", "user": "user", "model": "model", "assistant": "model"}
+SPAN_ROLES = ("turn", "system", "user", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,17 @@ class Chat:
     ids: np.ndarray
     spans: tuple[Span, ...]
 
+    @property
+    def roles(self) -> np.ndarray:
+        """int32 [T]: the role of each token's span, an index into `SPAN_ROLES`."""
+        numbers = np.array([SPAN_ROLES.index(span.role) for span in self.spans], np.int32)
+        return np.repeat(numbers, [span.stop - span.start for span in self.spans])
+
     def mask(self, *roles: str) -> np.ndarray:
         """bool [T]: the tokens whose span has one of `roles`. Raises `InputError` for others."""
-        if unknown := set(roles) - {"turn", *ROLES.values()}:
+        if unknown := set(roles) - set(SPAN_ROLES):
             raise InputError(f"no such role: {unknown}; known are turn, system, user and model")
-        return np.repeat(
-            [s.role in roles for s in self.spans], [s.stop - s.start for s in self.spans]
-        )
+        return np.isin(self.roles, [SPAN_ROLES.index(role) for role in roles])
 
 
 class Tokenizer:

@@ -8,7 +8,6 @@ table, model, a coder's weights) is part of the key that finds it.
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -47,6 +46,7 @@ from gemma_scope_jax.probing.tables import read_table
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 SPELLING_COST = 90  # tokens of a spelling prompt
@@ -110,8 +110,7 @@ class BenchmarkJob:
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results: another for other settings or another model."""
         key = {**self.settings, "name": self.name, "model": bench.identity}
-        digest = hashlib.blake2b(json.dumps(plain(key), sort_keys=True).encode(), digest_size=5)
-        return bench.folder / "tasks" / self.family / f"{self.name}-{digest.hexdigest()}.json"
+        return bench.folder / "tasks" / self.family / f"{self.name}-{digest(plain(key), 5)}.json"
 
 
 def run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Any]]:
@@ -410,7 +409,7 @@ def _word_activations(
     Kept in files of `CHUNK` words beside the results: the whole vocabulary is hours of work, which
     may be interrupted, and later coders at the same places need no model.
     """
-    where = hashlib.blake2b(repr(places).encode(), digest_size=4).hexdigest()
+    where = digest(repr(places), 4)
     folder = job.path(bench).with_suffix("") / f"activations-{where}"
     lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
     parts = []
@@ -442,4 +441,4 @@ def _work(texts: Sequence[str], context: int) -> int:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.expanduser().read_bytes(), digest_size=8).hexdigest()
+    return digest(path.expanduser().read_bytes())

@@ -20,7 +20,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
-from gemma_scope_jax.model.batch import check_ids
+from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.config import Model
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
@@ -249,7 +249,7 @@ def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places,
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
-    x = read_sites(model, layers, tokens, segments)
+    x = read_sites(model, layers, TokenBatch(tokens, segments))
     at = {(s, l): float32(x[s][n]) for s, some in layers.items() for n, l in enumerate(some)}
     if not mean:
         raw = {place: a[picked] for place, a in at.items()}

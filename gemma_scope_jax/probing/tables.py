@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.data.document_files import decompressed
 from gemma_scope_jax.errors import InputError, reason, shown
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import named_paths
 
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a column of SAE-Probes' files that says nothing new

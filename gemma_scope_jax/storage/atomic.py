@@ -16,16 +16,15 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import (
-    disk_error,
-    is_remote,
+from gemma_scope_jax.errors import InputError, disk_error, no_space, reason
+from gemma_scope_jax.storage.locks import (
+    is_held,
     make_folders,
-    no_space,
+    only_writer,
     remove_made,
     temporary_name,
 )
-from gemma_scope_jax.storage.locks import is_held, only_writer
+from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -39,6 +38,7 @@ PART = ".part"  # in a folder, what is to fill it
 
 class WholeFile:
     """A file being written: `file` is open, `commit` gives it its name, `discard` removes it.
+    Until then a local file lies at `temporary`.
 
     As a context manager it gives `file`, and commits if the block ends well. Lets `OSError` (and
     what a bucket's client raises) through.
@@ -46,17 +46,17 @@ class WholeFile:
 
     def __init__(self, path: Any):
         self.path = path = path if is_remote(path) else Path(path)
-        self._temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
-        self.file: BinaryIO = self._temporary.open("wb")
+        self.temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
+        self.file: BinaryIO = self.temporary.open("wb")
 
     def commit(self) -> None:
         try:
-            if self._temporary is not self.path:
+            if self.temporary is not self.path:
                 self.file.flush()
                 os.fsync(self.file.fileno())
             self.file.close()
-            if self._temporary is not self.path:
-                os.replace(self._temporary, self.path)
+            if self.temporary is not self.path:
+                os.replace(self.temporary, self.path)
                 _sync_folder(self.path.parent)
         except BaseException:
             self.discard()
@@ -72,7 +72,7 @@ class WholeFile:
                 file.closed = True  # or it is made when the file is garbage
                 return
             file.close()
-            self._temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> BinaryIO:
         return self.file

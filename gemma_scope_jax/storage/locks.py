@@ -11,14 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.storage.disk import (
-    disk_error,
-    is_remote,
-    make_folders,
-    remove_leftovers,
-    remove_made,
-)
+from gemma_scope_jax.errors import InputError, disk_error
+from gemma_scope_jax.storage.paths import is_remote
 
 LOCK = ".lock"  # the file that is locked where a folder cannot be
 _held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds
@@ -168,3 +162,45 @@ def is_held(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return _key(folder) in _held
     return False
+
+
+# ---- folders, and what dead writers leave in them ----------------------------------------------
+
+
+def temporary_name(name: str) -> str:
+    """A name for a file until it is whole, unique to the host and process, so that the leftovers of
+    dead processes can be found."""
+    return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes of this machine that have died were writing in a local folder."""
+    for path in folder.glob(f".*.{os.uname().nodename}.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def make_folders(path: Path, made: list[Path]) -> None:
+    """Make a folder with those above it; those that were missing are put in front of `made`."""
+    for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+
+
+def remove_made(made: list[Path]) -> None:
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,9 +1,10 @@
-"""Folders in buckets (gs://, s3://) beside local ones: where the two differ; the local cache.
+"""Names of files and folders: local ones, globs of them, buckets (gs://, s3://), the local cache.
 
-An object appears when it is complete; it cannot be appended to, nor memory-mapped. `etils.epath`
-does the rest; how files are written, `storage/atomic.py`.
+In a bucket an object appears when it is complete; it cannot be appended to, nor memory-mapped.
+`etils.epath` does the rest. `storage/atomic.py` writes files.
 """
 
+import glob
 import hashlib
 import importlib.util
 import os
@@ -14,9 +15,28 @@ from pathlib import Path
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import is_remote
 
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path lies in a bucket: it has a scheme, as in gs://bucket/folder."""
+    return "://" in os.fspath(path)
+
+
+def named_paths(pattern: str) -> list[str]:
+    """The files and folders that a name or a glob stands for, sorted; `~` is the home folder.
+
+    `[` and `*` may be part of a name (data[1].txt, a folder run [3]): what exists under the very
+    name is meant by it, before any pattern.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.lexists(pattern):
+        return [pattern]
+    start = os.path.dirname(pattern)  # the longest that is there as it is spelled
+    while start and not os.path.isdir(start):
+        start = os.path.dirname(start)
+    return sorted(glob.glob(glob.escape(start) + pattern[len(start) :], recursive=True))
 
 
 def folder_path(folder: str | os.PathLike) -> epath.Path:

@@ -29,6 +29,7 @@ _CODES = {
     "bfloat16": ("BF16", 2),
     "float16": ("F16", 2),
     "uint16": ("U16", 2),
+    "int8": ("I8", 1),
 }
 
 
@@ -71,6 +72,50 @@ def _check_header(path: str, size: int, changed: int) -> None:
         parse_json(file.read(min(length, MOST_HEADER)), f"{path}: header")
 
 
+def map_safetensors(
+    path: str | os.PathLike, wanted: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, np.ndarray]:
+    """The tensors of a local file, memory-mapped: those of (dtype, shape) in `wanted`, no others.
+
+    Reading a row touches its pages alone. Lets `OSError` through, and raises `ValueError` for a
+    file that holds anything else, has a gap or an overlap, or is not complete.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= MOST_HEADER:
+            raise ValueError("it has no header of tensors")
+        header = parse_json(file.read(length), path)
+    if not isinstance(header, dict) or set(header) != set(wanted):
+        raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
+    whole, end = np.memmap(path, np.uint8, "r", offset=8 + length), 0
+    places = {name: _place(name, header[name], *wanted[name]) for name in wanted}
+    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+        dtype, shape = wanted[name]
+        expected = end + math.prod(shape) * _CODES[dtype][1]
+        if (start, stop) != (end, expected):
+            raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {expected}")
+        end = stop
+    if end != len(whole):
+        raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
+    bytes_ = np.asarray(whole)
+    return {
+        name: bytes_[start:stop].view(wanted[name][0]).reshape(wanted[name][1])
+        for name, (start, stop) in places.items()
+    }
+
+
+def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Where a header's entry says that a tensor begins and ends; ValueError if it is another."""
+    entry = entry if isinstance(entry, dict) else {}
+    if (entry.get("dtype"), entry.get("shape")) != (_CODES[dtype][0], list(shape)):
+        said = f"{entry.get('dtype')} {entry.get('shape')}"
+        raise ValueError(f"{name} is {said}, not {dtype} {list(shape)}")
+    match entry.get("data_offsets"):
+        case [int(start), int(stop)]:
+            return start, stop
+    raise ValueError(f"{name} has no place in the file")
+
+
 # -------------------------------------------------------------------------------------------------
 # Writing
 
@@ -98,7 +143,7 @@ def write_safetensors(
     file.write(header)
     for name in places:
         for chunk in tensors[name].chunks:
-            write_array(file, chunk)
+            file.write(array_bytes(chunk))
 
 
 def lay_out(
@@ -124,6 +169,11 @@ def lay_out(
     return len(text).to_bytes(8, "little") + text, places
 
 
-def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Write the bytes of an array, row after row."""
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def file_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of a safetensors file of tensors of (dtype, shape), without metadata."""
+    return max(end for _, end in lay_out(tensors)[1].values())
+
+
+def array_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array, row after row; no copy of one that lies so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

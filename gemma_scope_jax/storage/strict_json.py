@@ -59,13 +59,17 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
 
 def read_json(path: Any, *, mend_text: bool = False) -> Any:
     """`parse_json` of a file (anything with `read_bytes`). Raises `InputError` if there is none."""
+    return parse_json(read_bytes(path), path, mend_text=mend_text)
+
+
+def read_bytes(path: Any) -> bytes:
+    """What a file holds. Raises `InputError` if it is missing or cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return parse_json(data, path, mend_text=mend_text)
 
 
 def field(

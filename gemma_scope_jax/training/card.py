@@ -35,7 +35,8 @@ def write_card(
     saved = rows[-1].get("saved", {}).get(name) if rows else None
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
     picture = _plot(rows)
-    files = {"train_config.json": (json.dumps(as_json(config), indent=1) + "\n").encode()}
+    recipe = _public(as_json(config))
+    files = {"train_config.json": (json.dumps(recipe, indent=1) + "\n").encode()}
     if picture:
         files["curves.png"] = picture
     text = _text(name, config, rows, tokens, times, saved, bool(picture))
@@ -60,7 +61,8 @@ def _text(
 ) -> str:
     coder = next(c for c in config.coders if c.folder == name)
     where = ", ".join(map(str, coder.layer_tuple))
-    data = config.store or config.data.tfds or " ".join(config.data.files) or "a Python iterable"
+    files = _public(list(config.data.files))
+    data = _public(config.store) or config.data.tfds or " ".join(files) or "a Python iterable"
     lines = [
         f"# {in_markdown(name)}",
         "",
@@ -83,6 +85,18 @@ def _text(
     if picture:
         lines += ["", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _public(value: Any) -> Any:
+    """JSON whose paths have lost all but their ends, "train/*.txt": a card goes with the coder, and
+    where its text lay on this machine is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _public(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    if isinstance(value, str) and value[:1] in ("/", "~"):
+        return "/".join(value.rstrip("/").split("/")[-2:])
+    return value
 
 
 def _function(coder: CoderConfig) -> str:

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import disk_error
-from gemma_scope_jax.training.step import TrainState
+from gemma_scope_jax.errors import InputError, disk_error, reason
+from gemma_scope_jax.training.state import TrainState
 
 
 class Checkpoints:

@@ -9,6 +9,7 @@ several hosts each reads the same text and keeps its rows, so that their number 
 results nor checkpoints.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,41 +21,38 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.data.activations.store import ActivationStore
-from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
+from gemma_scope_jax.data.batches import TokenBatches, counting, readings
+from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
-from gemma_scope_jax.training import end_to_end
+from gemma_scope_jax.training import buffer, end_to_end
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training.held_out import HELD_OUT, TRAINED, SplitBatches, held_rows
+from gemma_scope_jax.training.held_out import SplitBatches, held_rows, is_held_out
 from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.state import Sites, TrainPlan, TrainState, placement
 
 
-def fill_step(
-    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan
-) -> steps.TrainState:
-    """A model pass that only fills the buffer, and what is held out; `counts` of `SplitBatches`,
-    or bool."""
-    side = counts.astype(jnp.int32)
-    x, used = steps.model_activations(model, tokens, segments, side > 0, plan)
-    state = steps.fill(state, x, used & (side == TRAINED).reshape(-1))
-    return steps.hold(state, x, used & (side == HELD_OUT).reshape(-1))
+def fill_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan) -> TrainState:
+    """A model pass that only fills the buffer, and what is held out."""
+    x, mask = buffer.model_activations(model, batch, plan)
+    held = is_held_out(batch).reshape(-1)
+    return buffer.hold(buffer.fill(state, x, mask & ~held), x, mask & held)
 
 
-def train_step(
-    state: steps.TrainState, model: Model, tokens, segments, counts, plan: steps.TrainPlan
-):
+def train_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan):
     """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
-    state = fill_step(state, model, tokens, segments, counts, plan)
+    state = fill_step(state, model, batch, plan)
     by_effect = None
     if any(group.like.loss.kl_weight for group in plan.groups):
         with steps.precision(plan.config):
-            trained = counts.astype(jnp.int32) == TRAINED
-            state, by_effect = end_to_end.update(state, model, tokens, segments, trained, plan)
+            trained = dataclasses.replace(batch, mask=batch.counted(0) & ~is_held_out(batch))
+            state, by_effect = end_to_end.update(state, model, trained, plan)
 
     def one(state, _):
-        state, x = steps.draw(state, plan)
+        state, x = buffer.draw(state, plan)
         return steps.update(state, x, plan)
 
     state, parts = jax.lax.scan(one, state, None, length=plan.config.updates)
@@ -62,7 +60,7 @@ def train_step(
     return state, [a or b for a, b in zip(parts, by_effect)] if by_effect else parts
 
 
-def store_step(state: steps.TrainState, x: steps.Sites, plan: steps.TrainPlan):
+def store_step(state: TrainState, x: Sites, plan: TrainPlan):
     """`updates` updates on stored activations x {site: [L, updates * batch, D]}."""
     cut = lambda a: jnp.moveaxis(a.reshape(a.shape[0], plan.config.updates, -1, a.shape[-1]), 1, 0)
     state, parts = jax.lax.scan(lambda s, x: steps.update(s, x, plan), state, jax.tree.map(cut, x))
@@ -85,8 +83,8 @@ def token_batches(
     return kind(
         config.data if data is None else data,
         fit_tokenizer(load_tokenizer(config.model), model),
-        rows=config.rows,
-        length=config.length,
+        batch_size=config.rows,
+        context_size=config.length,
         seed=config.seed,
         position=position,
     )
@@ -95,10 +93,10 @@ def token_batches(
 class TextFeed:
     """Text through the model into the buffer on the device; `data` replaces the config's text."""
 
-    def __init__(self, plan: steps.TrainPlan, model: Model, data: Any = None):
+    def __init__(self, plan: TrainPlan, model: Model, data: Any = None):
         self.plan, self.model, self.data = plan, model, data
         self.made_with = model_identity(model)
-        places = steps.placement(plan, model.config)
+        places = placement(plan, model.config)
         self.fill = jax.jit(partial(fill_step, plan=plan), donate_argnums=0, out_shardings=places)
         self.train = jax.jit(
             partial(train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
@@ -111,14 +109,14 @@ class TextFeed:
         source = token_batches(self.plan.config, shape, self.data, position, split=True)
         position = source.position
         with prefetch(source) as batches:
-            parts = lambda b: [put(mesh, a, "data") for a in (b.tokens, b.segments, b.counts)]
+            place = partial(jax.tree.map, lambda a: put(mesh, a, "data"))
             checked = counting(batches, self.plan.config.first, position)
-            yield ((parts(batch), after) for batch, after in checked)
+            yield ((place(batch), after) for batch, after in checked)
 
-    def step(self, state: steps.TrainState, batch: Any, started: bool):
+    def step(self, state: TrainState, batch: Any, started: bool):
         if not started:
-            return self.fill(state, self.model, *batch), None
-        return self.train(state, self.model, *batch)
+            return self.fill(state, self.model, batch), None
+        return self.train(state, self.model, batch)
 
     def readings(self, position: Any, done: int) -> int:
         return readings(position) if position else 0
@@ -126,15 +124,15 @@ class TextFeed:
     def repeats(self) -> int:
         return 1
 
-    def ready(self, state: steps.TrainState) -> bool:
+    def ready(self, state: TrainState) -> bool:
         """Whether the buffer is full."""
         return int(state.filled) == self.plan.config.buffer
 
-    def sample(self, state: steps.TrainState) -> steps.Sites:
+    def sample(self, state: TrainState) -> Sites:
         """The buffer {site: [L, B, D]}."""
         return state.buffer
 
-    def held_out(self, state: steps.TrainState) -> steps.Sites:
+    def held_out(self, state: TrainState) -> Sites:
         """What was held out {site: [L, n, D]}, the latest of it."""
         return {site: rows[:, : int(state.held_filled)] for site, rows in state.held.items()}
 
@@ -142,12 +140,12 @@ class TextFeed:
 class StoreFeed:
     """Stored activations in a global random order; the model does not run."""
 
-    def __init__(self, plan: steps.TrainPlan, model: Model):
+    def __init__(self, plan: TrainPlan, model: Model):
         self.plan, self.store = plan, ActivationStore(plan.config.store, dict(plan.sites))
         _check_store(self.store, plan.config, model)
         self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)
         self.made_with = self.store.manifest["model"]
-        places = steps.placement(plan, model.config)
+        places = placement(plan, model.config)
         self.train = jax.jit(
             partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
         )
@@ -171,7 +169,7 @@ class StoreFeed:
         c = self.plan.config
         return self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
 
-    def step(self, state: steps.TrainState, batch: Any, started: bool):
+    def step(self, state: TrainState, batch: Any, started: bool):
         return self.train(state, batch)
 
     def readings(self, position: Any, done: int) -> int:
@@ -180,21 +178,21 @@ class StoreFeed:
     def repeats(self) -> int:
         return readings(self.store.manifest["position"])
 
-    def ready(self, state: steps.TrainState) -> bool:
+    def ready(self, state: TrainState) -> bool:
         return True
 
-    def sample(self, state: steps.TrainState) -> steps.Sites:
+    def sample(self, state: TrainState) -> Sites:
         """Activations from all over the store {site: [L, B, D]}."""
         count = min(self.rows, self.plan.config.buffer)
         rows = np.linspace(0, self.rows - 1, count, dtype=np.int64)
         return self._on_device(self.store.read(rows))
 
-    def held_out(self, state: steps.TrainState) -> steps.Sites:
+    def held_out(self, state: TrainState) -> Sites:
         """The last rows of the store {site: [L, n, D]}, on which nothing was trained."""
         held = self.store.read(np.arange(self.rows, len(self.store)))
         return {site: put(self.plan.mesh, rows) for site, rows in held.items()}
 
-    def _on_device(self, x: dict[str, np.ndarray]) -> steps.Sites:
+    def _on_device(self, x: dict[str, np.ndarray]) -> Sites:
         return {site: put(self.plan.mesh, rows, None, "data") for site, rows in x.items()}
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.data.text import TokenBatches, fill_rows
+from gemma_scope_jax.data.batches import TokenBatches
+from gemma_scope_jax.model.batch import TokenBatch
 
 BLOCK = 64  # tokens
 KEPT = 8192  # activations that are measured on, at most: the latest
-TRAINED, HELD_OUT = 1, 2  # what `counts` say of a token, 0 where it counts for nothing
+SIDES = ("trained", "held out")
 
 
 def held_out(ids: np.ndarray, share: float) -> np.ndarray:
@@ -29,21 +30,23 @@ def held_out(ids: np.ndarray, share: float) -> np.ndarray:
 
 
 class SplitBatches(TokenBatches):
-    """`TokenBatches` whose `counts`, int8 [B, T], tell tokens to train on from those held out."""
+    """`TokenBatches` with `labels["split"]`: tokens to train on and those held out."""
+
+    names = {"split": SIDES}
 
     def __init__(self, *args: Any, share: float, **options: Any):
         self._share = share
         super().__init__(*args, **options)
 
-    def _go_to(self, position: Any) -> None:
-        super()._go_to(position)
-        bos = self._tokenizer.bos_id
-        self._batches = fill_rows(self._pieces(), self.rows, self.length, bos, np.int8)
+    def _encode(self, record: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        ids, mask, _ = super()._encode(record)
+        return ids, mask, {"split": held_out(ids, self._share).astype(np.int32)}
 
-    def _encode(self, record: Any) -> tuple[np.ndarray, np.ndarray]:
-        ids, counts = super()._encode(record)
-        side = np.where(held_out(ids, self._share), HELD_OUT, TRAINED).astype(np.int8)
-        return ids, counts * side
+
+def is_held_out(batch: TokenBatch) -> Any:
+    """bool [B, T]: the tokens of a batch that are held out; none where nothing was split."""
+    split = batch.labels.get("split")
+    return split.where("held out") if split else batch.segments < 0
 
 
 def held_rows(rows: int, share: float) -> int:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.atomic import write_text
-from gemma_scope_jax.storage.disk import disk_error, is_remote
+from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import field, parse_json
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
 

@@ -3,9 +3,10 @@
 The loss is written once over `Codes`: pre-activations with their thresholds, either of all F
 features or of the at most K a token that can matter, the active ones and those within the kernel of
 the straight-through estimator. Both give the same gradients; the second needs one dense product
-with the encoder and otherwise touches active features only (`sparse`). A few tokens of a batch may
-need more than K (early on, those of enormous norm do): their rows are done densely beside the rest.
-Too many of them make the whole batch dense (`lax.cond`), so the result never depends on K.
+with the encoder and otherwise touches active features only (`kernels.active`). A few tokens of a
+batch may need more than K (early on, those of enormous norm do): their rows are done densely beside
+the rest. Too many of them make the whole batch dense (`lax.cond`), so the result never depends on
+K.
 """
 
 import dataclasses
@@ -16,13 +17,22 @@ import jax
 import jax.numpy as jnp
 
 from gemma_scope_jax.coders.coder import largest
-from gemma_scope_jax.kernels import active as sparse
+from gemma_scope_jax.kernels import active
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses
 from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
 ROWS = 64  # one token in so many may need more slots than there are
+
+
+@flax.struct.dataclass
+class Dials:
+    """What weighs the losses of a group at one update, and moves during a run."""
+
+    l0_weight: jax.Array  # float32 [N]: of the L0 penalty
+    l0_target: jax.Array  # float32 [N]
+    dead: jax.Array  # float32 [N, X, F]: 0 for a feature in use, up to 1 for a silent one
 
 
 @flax.struct.dataclass
@@ -45,27 +55,26 @@ class Rows:
     used: jax.Array  # bool [R]: others are there to make up the number
 
 
-def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: CoderGroup, capacity: int):
+def gradients(w: Weights, x, y, dials: Dials, group: CoderGroup, capacity: int):
     """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
 
-    `l0_weight` and `l0_target` are [N], `dead` float32 [N, X, F], from 0 to 1; `capacity` is K, 0
-    for dense products. Parts are [N] each, and `frequency` [N, X, F], shares of tokens; of a sparse
-    step also `dense`, 1 where too many tokens needed more than K and all was done densely.
+    `capacity` is K, 0 for dense products. Parts are [N] each, and `frequency` [N, X, F], shares of
+    tokens; a sparse step adds `dense`, 1 where too many tokens needed more than K and all was done
+    densely.
     """
     if not capacity or group.like.activation != "jumprelu":
-        return _dense_gradients(w, x, y, l0_weight, l0_target, dead, group)
+        return _dense_gradients(w, x, y, dials, group)
     shape = x.shape[:3]
     slots = shape[0] * shape[1]
     low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.like.loss.bandwidth
-    form = sparse.sparse_form()
 
     def find(w_enc, b_enc, b_dec):
         bias = encoder_bias(
             dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec), group.like.centred
         )
         flat: Any = [a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low)]
-        active = sparse.encode_active(flat[0], flat[1], flat[2], flat[3], capacity, form=form)
-        return active.z, (active.feature, active.count)
+        found = active.encode_active(flat[0], flat[1], flat[2], flat[3], capacity)
+        return found.z, (found.feature, found.count)
 
     z, pull, (feature, count) = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
     unflat = lambda a: a.reshape(*shape, *a.shape[2:])
@@ -76,10 +85,10 @@ def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: CoderGroup, c
     def on_active(w):
         def total(w, z):
             table = w.threshold.reshape(slots, -1)
-            threshold = sparse.lookup(table, feature, count, NEVER, form)
+            threshold = active.lookup(table, feature, count, NEVER)
             rest = Rows(encode(w, x[:, :, rows], group), rows, over[rows])
             codes = Codes(unflat(z), unflat(threshold), unflat(feature), unflat(count), rest)
-            return loss(w, codes, x, y, l0_weight, l0_target, dead, group)
+            return loss(w, codes, x, y, dials, group)
 
         (grads, dz), parts = jax.grad(total, (0, 1), has_aux=True)(w, z)
         d_enc, d_bias, d_dec = pull(dz)
@@ -88,15 +97,15 @@ def gradients(w: Weights, x, y, l0_weight, l0_target, dead, group: CoderGroup, c
         )
         return grads, parts
 
-    on_all = lambda w: _dense_gradients(w, x, y, l0_weight, l0_target, dead, group)
+    on_all = lambda w: _dense_gradients(w, x, y, dials, group)
     many = jnp.sum(over) > rows.shape[0]
     grads, parts = jax.lax.cond(many, on_all, on_active, w)
     share = jnp.broadcast_to(many, parts["loss"].shape).astype(jnp.float32)
     return grads, parts | {"dense": share}
 
 
-def _dense_gradients(w, x, y, l0_weight, l0_target, dead, group):
-    total = lambda w: loss(w, encode(w, x, group), x, y, l0_weight, l0_target, dead, group)
+def _dense_gradients(w: Weights, x, y, dials: Dials, group: CoderGroup):
+    total = lambda w: loss(w, encode(w, x, group), x, y, dials, group)
     return jax.grad(total, has_aux=True)(w)
 
 
@@ -147,8 +156,7 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
     if group.like.activation == "topk":
         together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
         return jax.lax.top_k(together, k)[0][:, None, :, -1:]
-    form = sparse.sparse_form()
-    kth = [sparse.kth_largest(jax.lax.stop_gradient(z[n]), k * B, form=form) for n in range(N)]
+    kth = [active.kth_largest(jax.lax.stop_gradient(z[n]), k * B) for n in range(N)]
     return jnp.stack(kth)[:, None, None, None]
 
 
@@ -163,15 +171,8 @@ def decode(
         else:
             pairs = tuple((n * group.X + i, n) for n in range(N) for i in range(j + 1))
             flat = lambda a: a.reshape(-1, *a.shape[2:])
-            parts = sparse.decode_active(
-                flat(f),
-                flat(codes.feature),
-                flat(codes.count),
-                flat(w_dec),
-                pairs,
-                N,
-                group.ends,
-                form=sparse.sparse_form(),
+            parts = active.decode_active(
+                flat(f), flat(codes.feature), flat(codes.count), flat(w_dec), pairs, N, group.ends
             )
         constant = w.b_dec[:, j, None, None, :]
         if w.w_skip is not None:
@@ -199,13 +200,13 @@ def per_feature(codes: Codes, values: jax.Array, group: CoderGroup) -> jax.Array
         return jnp.sum(values, 2)
     N, X = values.shape[:2]
     flat = lambda a: a.reshape(N * X, *a.shape[2:])
-    sums = sparse.per_feature(
-        flat(values), flat(codes.feature), flat(codes.count), group.like.width, sparse.sparse_form()
+    sums = active.per_feature(
+        flat(values), flat(codes.feature), flat(codes.count), group.like.width
     )
     return sums.reshape(N, X, -1)
 
 
-def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: CoderGroup, kl=None):
+def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=None):
     """The sum of the group's losses, and their parts: [N] each, `frequency` [N, X, F].
 
     `kl` [N], where given, joins the reconstruction as equation (6) says.
@@ -237,14 +238,18 @@ def loss(w: Weights, codes: Codes, x, y, l0_weight, l0_target, dead, group: Code
     whole, nested, variance = reconstruction(outputs, y, config.outlier)
     total = nested if kl is None else losses.end_to_end(nested, kl, config.kl_weight)
     if group.like.activation == "jumprelu":
-        total = total + l0_weight * _penalty(sparsity, l0_target, config)
+        total = total + dials.l0_weight * _penalty(sparsity, dials.l0_target, config)
         if config.frequency_weight:
             share = losses.share_of_tokens(fired, excess, w.threshold, B, config.bandwidth)
             share = share.reshape(len(group.coders), -1)
             penalty = losses.frequency_penalty(share, config.frequency_limit)
             total = total + group.of("frequency_weight") * penalty
     if config.dead_weight:
-        revival = _revival(w, codes, x, dead, edge, excess, fired, group)
+        if edge is None:
+            below = _below_threshold(w, jnp.mean(x, 2), excess / B, fired / B, group)
+        else:
+            below = _below_cutoff(w, jnp.mean(x, 2), codes.z, edge, group)
+        revival = jnp.sum(dials.dead * below, (1, 2))
         total = total + group.of("dead_weight") * revival
     parts = {
         "loss": total,
@@ -279,33 +284,37 @@ def _penalty(sparsity, target, config):
     return losses.quadratic_l0(jnp.mean(sparsity, -1), target)
 
 
-def _revival(w: Weights, codes: Codes, x, dead, edge, excess, fired, group: CoderGroup):
-    """Mean over tokens of the sum over features of dead * relu(threshold - z): [N].
+def _below_threshold(w: Weights, mean_x, excess, fired, group: CoderGroup) -> jax.Array:
+    """The mean over tokens of relu(threshold - z) of JumpReLU coders: [N, X, F].
 
-    Of JumpReLU its gradient goes to the thresholds alone: a dead feature comes to fire on the
-    tokens that it points to most. Raised through its bias, it would write a constant wherever it
-    fires, which the sparsity penalty undoes by raising the threshold, and so on. Only where the
-    threshold is 0 already, and z is so on every token, the bias is raised. TopK has no thresholds
-    of its own: there the gradient goes to z, and the threshold is the mean cut-off `edge`.
+    mean_x [N, X, D] is the mean token; excess and fired [N, X, F] are the means of relu(z -
+    threshold) and of the active tokens. relu(t - z) = (t - z) + relu(z - t), and the first part is
+    linear in the mean token: dead features cost no dense product.
 
-    relu(t - z) = (t - z) + relu(z - t): the first part is linear in the mean token, the second,
-    `excess` [N, X, F] summed over tokens, concerns features that are active after all. So dead
-    features cost no dense product.
+    The gradient goes to the thresholds alone: a dead feature comes to fire on the tokens that it
+    points to most. Raised through its bias, it would write a constant wherever it fires, which the
+    sparsity penalty undoes by raising the threshold, and so on. The bias is raised only where the
+    threshold is 0 already and z is below it on every token.
     """
-    threshold, B = w.threshold, x.shape[2]
-    mean_z = jnp.einsum("nxd,nxfd->nxf", jnp.mean(x, 2), w.w_enc)
-    mean_z = mean_z + encoder_bias(w, group.like.centred)
-    if edge is None:
-        stop = jax.lax.stop_gradient
-        lever = jnp.where(threshold > 0, threshold, -w.b_enc)
-        below = stop(threshold - mean_z + excess / B)
-        below = below + stop(1.0 - fired / B) * (lever - stop(lever))
-    else:
-        edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
-        threshold = jnp.broadcast_to(edge, threshold.shape)
-        excess = jnp.sum(jax.nn.relu(codes.z - threshold[:, :, None, :]), 2)
-        below = threshold - mean_z + excess / B
-    return jnp.sum(dead * below, (1, 2))
+    stop = jax.lax.stop_gradient
+    lever = jnp.where(w.threshold > 0, w.threshold, -w.b_enc)
+    below = stop(w.threshold - _mean_z(w, mean_x, group) + excess)
+    return below + stop(1.0 - fired) * (lever - stop(lever))
+
+
+def _below_cutoff(w: Weights, mean_x, z, edge, group: CoderGroup) -> jax.Array:
+    """`_below_threshold` of TopK coders, which have no thresholds of their own: the gradient goes
+    to z [N, X, B, F], and the threshold is the mean cut-off `edge`."""
+    edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
+    threshold = jnp.broadcast_to(edge, w.threshold.shape)
+    excess = jnp.sum(jax.nn.relu(z - threshold[:, :, None, :]), 2)
+    return threshold - _mean_z(w, mean_x, group) + excess / z.shape[2]
+
+
+def _mean_z(w: Weights, mean_x, group: CoderGroup) -> jax.Array:
+    """Pre-activations of the mean token: [N, X, F]."""
+    z = jnp.einsum("nxd,nxfd->nxf", mean_x, w.w_enc)
+    return z + encoder_bias(w, group.like.centred)
 
 
 def calibrated(w: Weights, x: jax.Array, group: CoderGroup) -> Weights:

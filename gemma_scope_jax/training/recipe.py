@@ -209,8 +209,8 @@ class OptimizerConfig:
     b1: float = 0.0
     b2: float = 0.999
     epsilon: float = 1e-8
-    step_limit: float = 1e-3  # see `step.limited`; not in the paper; 0: off
-    clip: float = 1.2  # see `step.clipped`; not in the paper; 0: off
+    step_limit: float = 1e-3  # see `optimizer.limited`; not in the paper; 0: off
+    clip: float = 1.2  # see `optimizer.clipped`; not in the paper; 0: off
 
     def __post_init__(self) -> None:
         _check(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "learning_rate")

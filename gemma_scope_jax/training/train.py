@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.coders.coder import Coder, CoderInfo
-from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
@@ -34,20 +33,17 @@ from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import read_json
-from gemma_scope_jax.training import init
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training import ends
 from gemma_scope_jax.training.card import write_card
 from gemma_scope_jax.training.checkpoints import Checkpoints, everywhere
 from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
 from gemma_scope_jax.training.log import TrainLog
 from gemma_scope_jax.training.measure import log_saved, save_measured
-from gemma_scope_jax.training.objective import calibrated
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
-from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
+from gemma_scope_jax.training.state import TrainState, abstract_state, first_state, make_plan
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
 AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
-SAMPLE = 8192  # activations from which coders start and TopK is calibrated
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
@@ -143,11 +139,11 @@ def store_activations(
 ) -> None:
     """Write what the coders of `config` read and write to an activation store; resumable.
 
-    `tokens` counts activations; default: the config's. See `data.activation_store`.
+    `tokens` counts activations; default: the config's. See `data.activations.store`.
     """
     model = model or load_model(config.model, dtype=config.model_dtype)
     _check_layers(config, model)
-    sites = dict(steps.make_plan(config, model.config).sites)
+    sites = dict(make_plan(config, model.config).sites)
     batches = token_batches(config, model.config, data)
     count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
@@ -224,24 +220,6 @@ def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
 
 
-def load_starts(config: TrainConfig) -> dict[str, Any]:
-    """The coders that the config's coders start from: by folder, one or a list of one a layer.
-
-    Raises `InputError` for those that do not fit.
-    """
-    found: dict[str, Any] = {}
-    for c in config.coders:
-        ones = jnp.ones(len(c.layer_tuple))
-        scales = {"in": ones, "out": ones}
-        if c.init_from:
-            own = found[c.folder] = load_coder(c.init_from, decoder=True)
-            jax.eval_shape(lambda own=own, c=c, scales=scales: unfold(own, c, scales))
-        elif c.init_layers:
-            found[c.folder] = [load_coder(address) for address in c.init_layers]
-            init.check_coders(found[c.folder], c)
-    return found
-
-
 class _TrainRun:
     """One run: what the loop needs beside the state."""
 
@@ -255,11 +233,11 @@ class _TrainRun:
         trace: StepTrace,
     ):
         self.config, self.out, self.model, self.stop, self.trace = config, out, model, False, trace
-        self.plan = steps.make_plan(config, model.config, mesh)
+        self.plan = make_plan(config, model.config, mesh)
         self.feed = (
             StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
         )
-        self.starts, self.readings = load_starts(config), 1
+        self.starts, self.readings = ends.load_starts(config), 1
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.made_with = self.feed.made_with
 
@@ -279,12 +257,12 @@ class _TrainRun:
                 f"{next(said)}); give it that one, or train into another folder"
             )
 
-    def loop(self) -> tuple[steps.TrainState, int]:
+    def loop(self) -> tuple[TrainState, int]:
         """(the last state, passes done)."""
         config, feed = self.config, self.feed
-        found = self.checkpoints.restore(steps.abstract_state(self.plan, self.model.config))
+        found = self.checkpoints.restore(abstract_state(self.plan, self.model.config))
         state, done, position, made_with = found or (
-            steps.first_state(self.plan, self.model.config),
+            first_state(self.plan, self.model.config),
             0,
             None,
             None,
@@ -346,8 +324,8 @@ class _TrainRun:
         more = "; the learning rate had not come down" if o.decay else ""
         print(f"the text ended at {read:,} of {self.config.tokens:,} tokens{more}", file=sys.stderr)
 
-    def start(self, state: steps.TrainState, done: int) -> steps.TrainState:
-        state = start(self.plan, state, self.feed.sample(state), self.starts)
+    def start(self, state: TrainState, done: int) -> TrainState:
+        state = ends.start(self.plan, state, self.feed.sample(state), self.starts)
         self.starts = {}
         total = (self.config.passes - done) * self.config.updates
         return dataclasses.replace(state, total=jnp.full_like(state.total, total))
@@ -369,16 +347,16 @@ class _TrainRun:
     def _asked_to_stop(self, *_) -> None:
         self.stop = True
 
-    def finish(self, state: steps.TrainState, done: int) -> dict[str, Coder]:
+    def finish(self, state: TrainState, done: int) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
         tokens, log = done * self.config.tokens_a_pass, self.out / "log.jsonl"
         sample = self.feed.held_out(state)
         apart = next(iter(sample.values())).shape[1] > 1
         if not apart:  # hardly any text, and none of it fell on that side
-            sample = some(self.feed.sample(state), SAMPLE)
+            sample = ends.some(self.feed.sample(state), ends.SAMPLE)
         apart &= self.feed.repeats() < 2  # the last rows of a store may be copies of the first
         # Thresholds are set on every other token, figures come from the rest.
-        found = coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
+        found = ends.coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
         found, sample = _on_every_host((found, {s: rows[:, 1::2] for s, rows in sample.items()}))
         if jax.process_index() == 0:
             sites = dict(self.plan.sites)
@@ -403,73 +381,6 @@ def _on_every_host(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
-
-
-def some(sample: steps.Sites, count: int) -> steps.Sites:
-    """About `count` of the activations {site: [L, B, D]}, evenly spaced."""
-    return {site: rows[:, :: max(1, rows.shape[1] // count)] for site, rows in sample.items()}
-
-
-def start(
-    plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites, starts: dict[str, Any]
-) -> steps.TrainState:
-    """What a sample {site: [L, B, D]} decides before the first update: scales, first weights.
-
-    `starts` is what `load_starts` gives.
-    """
-    state = dataclasses.replace(state, scale=steps.scales(some(sample, 2 * SAMPLE), plan))
-    few = some(sample, SAMPLE)
-    new = []
-    for group, old in zip(plan.groups, state.groups):
-        x, y = steps.pairs(plan, group, few, state.scale)
-        weights, targets = init.from_data(old.weights, group, x, y), old.l0_start
-        for n, c in enumerate(group.coders):
-            scales = steps.scales_of(plan, c, state.scale)
-            if c.init_from:
-                own = unfold(starts[c.folder], c, scales)
-            elif c.init_layers:
-                own, _ = init.from_coders(starts[c.folder], c, scales)
-                l0 = init.expected_l0(own, CoderGroup((0,), (c,)), 0, x[n])
-                targets = targets.at[n].set(jnp.maximum(l0, c.target_l0))
-            else:
-                continue
-            put = lambda both, one, n=n: both.at[n].set(one[0])
-            weights = jax.tree.map(put, weights, own)
-        new.append(dataclasses.replace(old, weights=weights, l0_start=targets))
-    return dataclasses.replace(state, groups=tuple(new))
-
-
-def coders(plan: steps.TrainPlan, state: steps.TrainState, sample: steps.Sites) -> dict[str, Coder]:
-    """All coders of a state in the published form, by folder, in the config's order.
-
-    BatchTopK becomes JumpReLU with the threshold at which `sample`, of tokens that were not trained
-    on, has the target L0; so does TopK where the config says `as_jump_relu`, and stays TopK where
-    it does not.
-    """
-    config, found = plan.config, {}
-    name = config.model if "/" in config.model else f"google/{config.model}"
-    for group, own in zip(plan.groups, state.groups):
-        weights = own.weights
-        if any(c.activation == "batch_topk" or c.as_jump_relu for c in group.coders):
-            x, _ = steps.pairs(plan, group, some(sample, SAMPLE), state.scale)
-            weights = calibrated(weights, x, group)
-        for n, c in enumerate(group.coders):
-            width = c.width * len(c.layer_tuple)
-            kind = {
-                (False, False): "sae",
-                (False, True): "transcoder",
-                (True, False): "crosscoder",
-                (True, True): "clt",
-            }
-            info = CoderInfo(
-                model_name=name,
-                type=kind[c.several, c.target != c.reads],
-                l0=c.target_l0,
-                width=width,
-            )
-            scales = steps.scales_of(plan, c, state.scale)
-            found[c.folder] = fold(weights, n, c, scales, config.first, info)
-    return {c.folder: found[c.folder] for c in config.coders}
 
 
 @contextlib.contextmanager

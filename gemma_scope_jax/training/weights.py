@@ -47,6 +47,12 @@ class CoderGroup:
         """Where the M nested reconstructions end; the last one is the whole."""
         return (*self.like.prefixes, self.like.width)
 
+    @property
+    def dead_limit(self) -> jax.Array:
+        """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
+        mean = self.of("target_l0") / (self.X * self.like.width)
+        return (self.like.loss.dead_below * mean)[:, None, None]
+
     def of(self, field: str) -> jax.Array:
         """A number of each coder's config, or of its loss, as float32 [N]."""
         values = [getattr(c if hasattr(c, field) else c.loss, field) for c in self.coders]

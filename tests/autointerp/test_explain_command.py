@@ -31,8 +31,10 @@ def planted(monkeypatch, tmp_path):
     """A coder of 8 features whose store is the planted one."""
     import jax
 
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
-    from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+    from gemma_scope_jax.coders.coder import CoderInfo
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
+    from gemma_scope_jax.coders.sparse_coder import SparseCoder
     from gemma_scope_jax.extraction.manifest import describe
     from gemma_scope_jax.extraction.store import store
     from gemma_scope_jax.model import tokenizer
@@ -214,7 +216,7 @@ def test_two_processes_do_not_write_one_file(planted, capsys):
 
 def test_another_coders_store(planted, capsys, monkeypatch):
     """It is known by its weights, under whatever name and of whatever width."""
-    from gemma_scope_jax.coders.release.files import load_coder
+    from gemma_scope_jax.coders.load import load_coder
     from gemma_scope_jax.extraction.manifest import describe
     from gemma_scope_jax.extraction.store import store
 
@@ -232,7 +234,8 @@ def test_another_coders_store(planted, capsys, monkeypatch):
 
 def test_the_model_is_the_coders(planted, monkeypatch):
     """A store's name of a model has lost the -it."""
-    from gemma_scope_jax.coders.release.files import load_coder, save_coder
+    from gemma_scope_jax.coders.load import load_coder
+    from gemma_scope_jax.coders.release.files import save_coder
     from gemma_scope_jax.model import tokenizer
 
     asked = []
@@ -284,10 +287,17 @@ def extracted(tmp_path_factory, model):
     texts = ["".join(chr(97 + i) for i in rng.integers(0, 26, 60)) for _ in range(160)]
     coders = {"a": random_coder(threshold=1.0), "x": random_coder(16, layers=(0, 2), threshold=0.8)}
     return extract(
-        model, coders, Letters(), texts,
-        tmp_path_factory.mktemp("s"), rows=8, length=64, slots=32, shard_tokens=3000,
+        model,
+        coders,
+        Letters(),
+        texts,
+        tmp_path_factory.mktemp("s"),
+        rows=8,
+        length=64,
+        slots=32,
+        shard_tokens=3000,
         values="float32",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("coder", "layer"), [("a", None), ("x", 2)])
@@ -303,8 +313,11 @@ def test_windows_of_an_extracted_store(extracted, coder, layer, tmp_path):
     tokens = np.concatenate([s.tokens for s in extracted.segments()])
     at = {int(r): float(v) for r, v in zip(*extracted.feature(feature, coder, layer))}
     for e in [*material.train, *material.test, *material.silent, *material.strong]:
-        inside = [r for r in range(max(0, e.row - 8), min(len(rows), e.row + 8))
-                  if pieces[r] == pieces[e.row] and tokens[r] != Tok.bos_id]  # fmt: skip
+        inside = [
+            r
+            for r in range(max(0, e.row - 8), min(len(rows), e.row + 8))
+            if pieces[r] == pieces[e.row] and tokens[r] != Tok.bos_id
+        ]
         assert list(e.tokens) == Tok().decode_tokens(tokens[inside])
         np.testing.assert_allclose(e.values, [at.get(r, 0.0) for r in inside], rtol=1e-6)
     assert all(e.peak == 0 for e in material.silent) and all(e.peak > 0 for e in material.test)

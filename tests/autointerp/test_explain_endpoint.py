@@ -13,7 +13,8 @@ from chat_server import KEY, ChatServer, explained
 from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.autointerp.explanations import read_explanations
 from gemma_scope_jax.autointerp.judges import chat_client
-from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, retry_after
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.errors import InputError
 from judges import ALL, guess, know
 from planted_store import PLANTED, PlantedStore, Tok
@@ -151,8 +152,13 @@ BAD = {
 @pytest.mark.parametrize("said", BAD.values(), ids=BAD)
 def test_answers_without_the_form_are_asked_again(corpus, tmp_path, said):
     """The first answer to a question has the wrong form; told so, the server mends it."""
-    with ChatServer(lambda body: said if len(body["messages"]) == 2 and "judge" in
-                    body["messages"][0]["content"] else know(body)) as server:  # fmt: skip
+    with ChatServer(
+        lambda body: (
+            said
+            if len(body["messages"]) == 2 and "judge" in body["messages"][0]["content"]
+            else know(body)
+        )
+    ) as server:
         report, _ = explained(corpus, server, tmp_path, (0,))
     assert report.unparsed == 0
     assert read_explanations(tmp_path, 8)[0]["scores"]["detection"]["accuracy"] == 1

@@ -22,7 +22,8 @@ from gemma_scope_jax.autointerp.explanations import (
     write_explanations,
 )
 from gemma_scope_jax.autointerp.judges import chat_client
-from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint, retry_after
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, retry_after
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.errors import InputError
 from planted_store import PlantedStore, Tok
 

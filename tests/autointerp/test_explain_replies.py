@@ -10,7 +10,7 @@ from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.autointerp.explain import ExplainReport
 from gemma_scope_jax.autointerp.explanations import read_explanations
 from gemma_scope_jax.autointerp.judges import chat_client
-from gemma_scope_jax.autointerp.judges.chat_client import Endpoint
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.questions import Answer
 from gemma_scope_jax.errors import InputError
 from judges import asked, completion, know, poisoned

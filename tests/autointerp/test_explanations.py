@@ -29,7 +29,7 @@ def test_explanations_are_written_and_read(tmp_path):
     ("text", "says"),
     [
         ("{", "not usable as JSON"),
-        ("[]", "not an object"),
+        ("[]", "not explanations of features"),
         ('{"format": 1, "explanations": {"x": {}}}', "'x' is no feature's number"),
         ('{"format": 1, "explanations": {"01": {}}}', "'01' is no feature's number"),
         ('{"format": 1, "explanations": {"%s": {}}}' % ("9" * 400), "is no feature's number"),
@@ -40,7 +40,7 @@ def test_explanations_are_written_and_read(tmp_path):
         ('{"format": 1, "explanations": {"3": {"examples": %s}}}' % ("9" * 400), "too large"),
         ('{"format": 1, "explanations": ' + "[" * 100_000, "nested too deeply"),
         ('{"format": 1, "explanations": {"3": {"text": "\\ud83d"}}}', "half of a surrogate pair"),
-        ('{"format": 2, "explanations": {}}', "format 2 is not known"),
+        ('{"format": 2, "explanations": {}}', "format is 2, not 1"),
         ('{"format": 1, "explanations": {"3": {"text": 5}}}', "feature 3 has no explanation"),
         ('{"format": 1, "explanations": {"0": {}}}', "feature 0 has no explanation"),
         (json.dumps({"format": 1, "explanations": {"99": ENTRY}}), "explains feature 99"),

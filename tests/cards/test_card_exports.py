@@ -14,7 +14,8 @@ from commands import command
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.export.anthropic import cantor
 from gemma_scope_jax.cards.export.neuronpedia import _about as neuronpedia_rows
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from letters import Letters
 
 # -------------------------------------------------------------------------------------------------
@@ -93,8 +94,16 @@ def test_saedashboard(made, cards):
     batches = [json.loads(p.read_text()) for p in sorted(folder.glob("batch-*.json"))]
     assert len(batches) == 1
     for batch in batches:
-        check(batch, {"model_id": str, "layer": int, "sae_set": str, "sae_id_suffix": OPTIONAL,
-                      "features": [DASHBOARD]})  # fmt: skip
+        check(
+            batch,
+            {
+                "model_id": str,
+                "layer": int,
+                "sae_set": str,
+                "sae_id_suffix": OPTIONAL,
+                "features": [DASHBOARD],
+            },
+        )
     features = {f["feature_index"]: f for b in batches for f in b["features"]}
     skipped = json.loads((folder / "skipped_indexes.json").read_text())
     assert skipped["skipped_indexes"] == [5] and skipped["layer"] == "1"
@@ -133,8 +142,9 @@ def rows_of(path):
 
 def test_neuronpedia(made):
     (source,) = (made / "one" / "neuronpedia" / "tiny").glob("1-one-????????")
-    features, activations = (rows_of(source / n / "batch-0.jsonl.gz") for n in
-                             ("features", "activations"))  # fmt: skip
+    features, activations = (
+        rows_of(source / n / "batch-0.jsonl.gz") for n in ("features", "activations")
+    )
     for rows, schema in ((features, FEATURE), (activations, ACTIVATION)):
         for row in rows:
             check(row, schema)

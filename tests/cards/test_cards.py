@@ -10,8 +10,8 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
 from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.directions import extreme_logits
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.extraction.store.store import FeatureStore

@@ -15,8 +15,9 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.published import PER_FEATURE
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 
 
@@ -30,8 +31,9 @@ def test_published_examples(tmp_path):
     for f in range(F):
         known = {
             (int(s), int(p)): float(v)
-            for v, s, p in zip(*(tensors[n][f] for n in PER_FEATURE)) if v > 0
-        }  # fmt: skip
+            for v, s, p in zip(*(tensors[n][f] for n in PER_FEATURE))
+            if v > 0
+        }
         best = {}
         for (s, p), v in sorted(known.items()):
             if v > best.get(s, (0, 0))[0]:
@@ -43,14 +45,24 @@ def test_published_examples(tmp_path):
             here = range(max(0, e.position - 4), min(20, e.position + 4))
             assert e.ids == [int(tensors["tokens"][e.document, t]) for t in here]
             assert e.values == [known.get((e.document, t), 0.0) for t in here]
-        counts = [sum(g < 5 * v / max(known.values()) <= g + 1 for v in known.values())
-                  for g in reversed(range(5))]  # fmt: skip
+        counts = [
+            sum(g < 5 * v / max(known.values()) <= g + 1 for v in known.values())
+            for g in reversed(range(5))
+        ]
         assert [g.count for g in parts] == counts
         assert [len(g.examples) for g in parts] == [
-            min(2, len({s for (s, _), v in known.items()
-                        if g.low < v * (1 + 1e-9) and v <= g.high * (1 + 1e-6)}))
+            min(
+                2,
+                len(
+                    {
+                        s
+                        for (s, _), v in known.items()
+                        if g.low < v * (1 + 1e-9) and v <= g.high * (1 + 1e-6)
+                    }
+                ),
+            )
             for g in parts
-        ]  # fmt: skip
+        ]
     np.testing.assert_array_equal(cards["top_ids"], tensors["top_tokens"])
     np.testing.assert_allclose(cards["density"], tensors["feature_frequencies"])
 
@@ -59,9 +71,13 @@ def test_coders_of_several_layers(tiny, tmp_path):
     """A site for each of its layers."""
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape) / 6
     crosscoder = MultiLayerCoder(
-        draw(0, 2, 32, F), jnp.zeros((2, F)), jnp.full((2, F), 0.1), draw(1, 3, F, 32),
-        jnp.zeros((2, 32)), layers=(1, 2),
-    )  # fmt: skip
+        draw(0, 2, 32, F),
+        jnp.zeros((2, F)),
+        jnp.full((2, F), 0.1),
+        draw(1, 3, F, 32),
+        jnp.zeros((2, 32)),
+        layers=(1, 2),
+    )
     save_coder(crosscoder, tmp_path / "cross", config_extra={"model_name": "acme/tiny"})
     (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog " * 9)
     options = ("--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--model", "tiny",
@@ -114,13 +130,13 @@ def bad(folder, tmp):
     (tmp / "taken" / "one" / "cards").mkdir(parents=True)
     (tmp / "taken" / "one" / "cards" / FILE).write_text("{")
     for name, change in {
-        "short": lambda t: t.pop("positions"), "narrow": lambda t: t.update(
-            {n: t[n][:7] for n in (*PER_FEATURE, "feature_frequencies")}),
+        "short": lambda t: t.pop("positions"),
+        "narrow": lambda t: t.update({n: t[n][:7] for n in (*PER_FEATURE, "feature_frequencies")}),
         "beyond": lambda t: t["positions"].__setitem__((0, 0), 9999),
         "flat": lambda t: t.update(tokens=t["tokens"].reshape(-1)),
         "alien": lambda t: t["tokens"].__setitem__((0, 0), 9999),
         "nowhere": lambda t: t["feature_frequencies"].__setitem__(3, np.nan),
-    }.items():  # fmt: skip
+    }.items():
         save_coder(card_coder(), tmp / name, config_extra={"model_name": "acme/tiny"})
         tensors = publish_examples(tmp / name, np.random.default_rng(0))
         change(tensors)
@@ -140,8 +156,8 @@ def bad(folder, tmp):
     yield ("cards", one, *store, "--top", 0), "top is 0"
     yield ("cards", one, *store, "--before", -1), "before is -1"
     yield ("cards", one, *store, "--groups", 0), "groups is 0"
-    yield ("cards", tmp / "labelled", *store), "format 9 is not known"
-    yield ("cards", one, *store, "--out", tmp / "taken"), "not the manifest of cards"
+    yield ("cards", tmp / "labelled", *store), "format is 9, not 1"
+    yield ("cards", one, *store, "--out", tmp / "taken"), "cards.json: not usable as JSON"
     yield ("cards", tmp / "short"), "positions missing"
     yield ("cards", tmp / "narrow"), "has 7 features, the coder beside it 48"
     yield ("cards", tmp / "beyond"), "lies outside of the tokens"

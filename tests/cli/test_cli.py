@@ -12,8 +12,8 @@ import pytest
 from coders import random_coder
 from gemma_scope_jax import cli
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.release.files import save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
 
 TEXT = "plums & <b>"

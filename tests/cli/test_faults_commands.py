@@ -56,9 +56,8 @@ def test_answers_that_were_given_stay_however_writing_fails(tmp_path):
 # Orbax's threads end with exceptions of their own then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_checkpoint_that_fails_leaves_those_before_it_and_nothing_that_waits(
-    tmp_path, monkeypatch
-):
+def test_a_checkpoint_that_fails_leaves_those_before(tmp_path, monkeypatch):
+    """Nothing waits for it, either."""
     monkeypatch.setattr(checkpoints, "_raw", lambda state: state)
     monkeypatch.setattr(checkpoints, "_keyed", lambda state: state)
     state = lambda n: {"a": jnp.full((8,), float(n))}

@@ -108,10 +108,23 @@ def test_an_inspection_and_a_report_are_shown(monkeypatch):
     terminal = a_terminal(monkeypatch)
     label = {"top_logits": [EVIL], "examples": [], "explanation": EVIL}
     seen = Inspection(
-        model=EVIL, coder=EVIL, kind="sae", layer=0, reads="z", writes="z", width=2, first=0,
-        ids=[5], tokens=[EVIL], next=[], features=[[(1, 1.0)]], strongest=[1], heat=[[0.0]],
-        labels={1: label}, figures={},
-    )  # fmt: skip
+        model=EVIL,
+        coder=EVIL,
+        kind="sae",
+        layer=0,
+        reads="z",
+        writes="z",
+        width=2,
+        first=0,
+        ids=[5],
+        tokens=[EVIL],
+        next=[],
+        features=[[(1, 1.0)]],
+        strongest=[1],
+        heat=[[0.0]],
+        labels={1: label},
+        figures={},
+    )
     groups = {"source": [{"name": f"[/]{EVIL[:14]}", "tokens": 3}]}
     result = {
         "eval_type_id": "core", "sae_lens_id": f"[bold]{EVIL}:apple:",

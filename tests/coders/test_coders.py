@@ -5,13 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.multi_layer_coder import (
-    MultiLayerCoder,
-    block_index,
-    check_multi_layer_coder,
-    triangle,
-)
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, check_coder
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index, triangle
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 
 D, F, X = 24, 40, 5
@@ -144,11 +140,12 @@ def test_weights_and_info_do_not_recompile(build):
     assert reconstruct._cache_size() == 2, "static fields do choose the program"
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_multi_layer_coder_equals_a_float64_triangular_sum(skip, dtype):
     coder, x = multi(skip, dtype), normal(6, X, 3, D, dtype=dtype)
-    check_multi_layer_coder(coder)
+    coder.check_shapes()
     c, xs = f64(coder), np.asarray(x, np.float64)
     f, y = coder.encode(x), coder.reconstruct(x)
     assert f.dtype == y.dtype == jnp.float32 and f.shape == (X, 3, F) and y.shape == (X, 3, D)
@@ -262,16 +259,16 @@ def test_gradient_of_contributions_keeps_no_copy_of_the_decoder():
         (lambda: multi().contributions(X, jnp.zeros(F)), [f"0 to {X - 1}"]),
         (lambda: multi().encode_layer(-1, jnp.zeros(D)), [f"0 to {X - 1}"]),
         (lambda: multi().decoder(2, 1), ["earlier"]),
-        (lambda: check_coder(sparse().replace(b_enc=jnp.zeros(F + 1))), ["b_enc", str(F)]),
-        (lambda: check_coder(sparse().replace(w_enc=jnp.zeros(F))), ["w_enc", "[D, F]"]),
-        (lambda: check_coder(sparse().replace(threshold=None)), ["threshold"]),
-        (lambda: check_coder(sparse().replace(b_dec=jnp.zeros(D, int))), ["b_dec", "int"]),
-        (lambda: check_coder(sparse(True).replace(w_skip=jnp.zeros((D, 3)))), ["w_skip"]),
-        (lambda: check_coder(sparse(d_out=8)), ["8", "resid_post"]),
-        (lambda: check_coder(sparse(layer=-1)), ["-1"]),
-        (lambda: check_multi_layer_coder(multi().replace(w_dec=jnp.zeros((X, F, D)))), ["w_dec"]),
-        (lambda: check_multi_layer_coder(multi().replace(layers=(4, 3, 2, 1, 0))), ["layers"]),
-        (lambda: check_multi_layer_coder(multi().replace(layers=(0, 1))), ["layers"]),
+        (lambda: sparse().replace(b_enc=jnp.zeros(F + 1)).check_shapes(), ["b_enc", str(F)]),
+        (lambda: sparse().replace(w_enc=jnp.zeros(F)).check_shapes(), ["w_enc", "[D, F]"]),
+        (lambda: sparse().replace(threshold=None).check_shapes(), ["threshold"]),
+        (lambda: sparse().replace(b_dec=jnp.zeros(D, int)).check_shapes(), ["b_dec", "int"]),
+        (lambda: sparse(True).replace(w_skip=jnp.zeros((D, 3))).check_shapes(), ["w_skip"]),
+        (lambda: sparse(d_out=8).check_shapes(), ["8", "resid_post"]),
+        (lambda: sparse(layer=-1).check_shapes(), ["-1"]),
+        (lambda: multi().replace(w_dec=jnp.zeros((X, F, D))).check_shapes(), ["w_dec"]),
+        (lambda: multi().replace(layers=(4, 3, 2, 1, 0)).check_shapes(), ["layers"]),
+        (lambda: multi().replace(layers=(0, 1)).check_shapes(), ["layers"]),
     ],
 )
 def test_wrong_input_is_one_line(call, words):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import save_saelens
+from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder, matching
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.release.config import (
@@ -21,14 +23,8 @@ from gemma_scope_jax.coders.release.config import (
     normalise_model_name,
     parse_hook_point,
 )
-from gemma_scope_jax.coders.release.files import (
-    decoder_rows,
-    load_coder,
-    load_decoder,
-    matching,
-    save_coder,
-)
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.release.files import save_coder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file
 
@@ -261,7 +257,7 @@ def test_folders_of_other_libraries_load_alike(tmp_path):
     assert isinstance(narrow, SparseCoder) and (narrow.layer, narrow.reads) == (12, "resid_post")
     np.testing.assert_array_equal(narrow.w_enc, coder.w_enc.astype(jnp.bfloat16))
     traced = load_coder(tmp_path / "tracer")
-    np.testing.assert_array_equal(traced[0].w_skip, transcoder.w_skip)
+    np.testing.assert_array_equal(traced.w_skip, transcoder.w_skip)
 
 
 def test_a_glob_stands_for_what_it_matches(tmp_path):

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.release.files import decoder_rows, load_coder, save_coder
+from gemma_scope_jax.coders.load import decoder_rows, load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.release.parameters import aligned_empty
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
@@ -46,8 +47,9 @@ def test_the_bytes_are_those_of_the_safetensors_library():
     from safetensors.numpy import save
 
     kinds = ["float16", "uint16", "float32", "int64", "uint32"]
-    tensors = {f"{i}.{kind}": np.arange(6).reshape(2, 3).astype(kind)
-               for i, kind in enumerate(kinds)}  # fmt: skip
+    tensors = {
+        f"{i}.{kind}": np.arange(6).reshape(2, 3).astype(kind) for i, kind in enumerate(kinds)
+    }
     tensors |= {"a": tensors["0.float16"][:1], "b": tensors["1.uint16"][:0]}
     file = io.BytesIO()
     write_safetensors(file, {name: StreamedTensor.whole(array) for name, array in tensors.items()})
@@ -75,7 +77,7 @@ def test_a_saved_coder_has_the_published_size(tmp_path):
 
 ROWS = """
 import os, resource, sys
-from gemma_scope_jax.coders.release.files import decoder_rows
+from gemma_scope_jax.coders.load import decoder_rows
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 def peak(run):  # bytes that resident memory, mapped files included, rises by at most
@@ -110,8 +112,11 @@ def test_ten_rows_of_a_gigabyte_touch_a_few_pages(tmp_path):
     assert path.stat().st_size > 1e9
     out = subprocess.run(
         [sys.executable, "-c", ROWS, folder, ",".join(map(str, features))],
-        capture_output=True, text=True, check=True, timeout=120,
-    ).stdout.split()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout.split()
     assert [float(value) for value in out[:10]] == [f + 1 for f in features]
     assert int(out[10]) < 50e6
     assert int(out[11]) > 200e6, "reading half of the decoder must show, or the measure is blind"

@@ -27,10 +27,13 @@ from library_folders import D, F, X, agrees, normal, survives, transcoder
 
 def circuit_tracer_config(kind="transcoder_set", **changes):
     return {
-        "model_kind": kind, "model_name": "google/gemma-3-270m-pt",
-        "feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out",
-        "scan": "someone/some-set", **changes,
-    }  # fmt: skip
+        "model_kind": kind,
+        "model_name": "google/gemma-3-270m-pt",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "hook_mlp_out",
+        "scan": "someone/some-set",
+        **changes,
+    }
 
 
 def write_set(folder, skip=True, threshold=True, **changes):
@@ -76,7 +79,7 @@ def test_circuit_tracer_set(tmp_path, skip, threshold):
     layers = write_set(tmp_path / "s", skip, threshold)
     assert is_circuit_tracer_folder(tmp_path / "s") and not is_circuit_tracer_folder(tmp_path)
     coders = load_circuit_tracer(tmp_path / "s")
-    assert isinstance(coders, dict) and list(coders) == [0, 1, 2]
+    assert coders.layers == (0, 1, 2) and coders.names == ("layer_0", "layer_1", "layer_2")
     for i, t in enumerate(layers):
         x = normal(5, D)
         f = jump_relu(x @ t["W_enc"].T + t["b_enc"], t.get("activation_function.threshold"))
@@ -100,16 +103,19 @@ def test_circuit_tracer_set(tmp_path, skip, threshold):
 @pytest.mark.parametrize("threshold", [True, False])
 def test_circuit_tracer_clt(tmp_path, skip, threshold):
     layers = write_clt(tmp_path / "s", skip, threshold)
-    clt = load_circuit_tracer(tmp_path / "s")
+    (clt,) = load_circuit_tracer(tmp_path / "s")
     assert isinstance(clt, MultiLayerCoder) and clt.kind == "clt" and clt.layers == (0, 1, 2)
     x = normal(X, 5, D)
-    f = [jump_relu(x[i] @ t["W_enc"].T + t["b_enc"], t.get("threshold")) for i, t in
-         enumerate(layers)]  # fmt: skip
+    f = [
+        jump_relu(x[i] @ t["W_enc"].T + t["b_enc"], t.get("threshold"))
+        for i, t in enumerate(layers)
+    ]
     y = [
-        sum(f[i] @ layers[i]["W_dec"][:, j - i] for i in range(j + 1)) + layers[j]["b_dec"]
+        sum(f[i] @ layers[i]["W_dec"][:, j - i] for i in range(j + 1))
+        + layers[j]["b_dec"]
         + (x[j] @ layers[j]["W_skip"] if skip else 0)
         for j in range(X)
-    ]  # fmt: skip
+    ]
     agrees(clt, x, np.stack(f), np.stack(y))
     assert clt.info.width == X * F
 
@@ -197,13 +203,18 @@ def test_circuit_tracer_files_that_do_not_fit(tmp_path):
 def test_what_circuit_tracer_cannot_hold(tmp_path):
     layer_0 = transcoder(0)
     crosscoder = MultiLayerCoder(
-        *(jnp.asarray(a) for a in (normal(X, D, F), normal(X, F), normal(X, F), normal(6, F, D),
-                                   normal(X, D))), layers=(0, 1, 2))  # fmt: skip
+        *(
+            jnp.asarray(a)
+            for a in (normal(X, D, F), normal(X, F), normal(X, F), normal(6, F, D), normal(X, D))
+        ),
+        layers=(0, 1, 2),
+    )
     for coders, says in (
         ([layer_0, transcoder(2)], "every layer from 0 on, got 0, 2"),
         ([layer_0, transcoder(1, skip=False)], "kind is transcoder in layer 1"),
-        ([], "one SparseCoder a layer"),
-        ([1], "one SparseCoder a layer"),
+        ([], "at least one"),
+        ([1], "expected coders"),
+        ([layer_0, crosscoder], "one SparseCoder a layer"),
         ([layer_0.replace(reads="q")], "no hook for site 'q'"),
         (crosscoder, "not a crosscoder"),
         (crosscoder.replace(reads="mlp_in", writes="mlp_out", w_dec=None), "left on disk"),

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from gemma_scope_jax.coders.interop.circuit_tracer import HARMLESS as YAML_HARMLESS
 from gemma_scope_jax.coders.interop.hooks import read_tensors
 from gemma_scope_jax.coders.interop.saelens_keys import HARMLESS as SAELENS_HARMLESS
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.release.config import HARMLESS, untrained_positions
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from published import publish
 

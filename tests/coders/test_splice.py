@@ -144,13 +144,15 @@ def test_splicing_without_error_leaves_what_the_formulas_say(model, plain, kind)
     assert np.abs(out.logits - plain.logits).max() > 0.1
 
 
+@pytest.mark.law
 def test_splices_with_error_leave_the_logits_alone(model, plain):
     """Every kind of coder, all at once."""
     spliced = gs.run(model, IDS, [gs.splice(c) for c in CODERS.values()], segments=SEGMENTS)
     close(spliced.logits, plain.logits, 2e-6)
 
 
-def test_a_splice_with_error_changes_no_bit_of_what_it_replaces_in_bfloat16(model):
+def test_a_splice_with_error_changes_no_bit_in_bfloat16(model):
+    """What it replaces stays as it was."""
     cast = lambda a, like: np.asarray(a).astype(like.dtype)
     params = jax.tree.map(cast, model.params, abstract_params(model.config, jnp.bfloat16))
     model = model.replace(params=params)
@@ -295,6 +297,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.law
 def test_new_data_compiles_nothing(model):
     """Tokens, steering vector, positions, coder, feature and value are data; the clamp's count of
     features is a shape, so it does compile: the measurement measures."""

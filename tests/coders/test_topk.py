@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_scope_jax.coders.jump_relu import as_jump_relu
 from safetensors.numpy import load_file
 
 import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax.coders import active_features
-from gemma_scope_jax.coders.coder import weights_identity
+from gemma_scope_jax.coders.coder import CoderInfo, as_jump_relu, largest, weights_identity
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder, largest
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
 from gemma_scope_jax.inspection.inspect_text import _heat
+from gemma_scope_jax.kernels import active, xla
 from gemma_scope_jax.model.sharding import make_mesh
 
 D, F, K = 32, 48, 5
@@ -47,7 +47,8 @@ def by_hand(z, k):
     return f
 
 
-def test_exactly_k_are_kept_of_equals_the_first_and_none_that_is_not_positive():
+def test_exactly_k_are_kept():
+    """The first of equals, and none that is not positive."""
     z = np.array([[1, 3, 3, 3, 2], [-1, -2, 4, -3, 0], [0, 0, 0, 0, 0]], np.float32)
     f = np.asarray(largest(jnp.maximum(z, 0), 2))
     np.testing.assert_array_equal(f, [[0, 3, 3, 0, 0], [0, 0, 4, 0, 0], [0, 0, 0, 0, 0]])
@@ -188,10 +189,9 @@ def test_features_and_splices_inside_the_model_are_those_of_encode(model):
     np.testing.assert_allclose(heat, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form, mesh", [("cpu", None), ("xla", None), ("xla", (2, 4))])
-def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkeypatch):
-    if form == "cpu":
-        form = active_features.compaction()  # "xla" where there is no compiler
+@pytest.mark.parametrize("kernels, mesh", [("cpu", None), ("xla", None), ("xla", (2, 4))])
+def test_extraction_lists_the_k_features_of_each_token(model, kernels, mesh, monkeypatch):
+    using = active.backend() if kernels == "cpu" else xla  # XLA's where there is no compiler
     grid = None if mesh is None else make_mesh(*mesh)
     coders = {"a": topk(), "b": topk(k=None, layer=1)}
     groups = active_features.grouped(coders)
@@ -202,10 +202,20 @@ def test_extraction_lists_the_k_features_of_each_token(model, form, mesh, monkey
     group = groups[0]
     weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
-    run = jax.jit(lambda x, w: active_features._active(
-        x, _Here(), w, segments > 0, first=0, slots=48, k=group.k, form=form,
-        precision="highest", mesh=grid,
-    ))  # fmt: skip
+    run = jax.jit(
+        lambda x, w: active_features._active(
+            x,
+            _Here(),
+            w,
+            segments > 0,
+            first=0,
+            slots=48,
+            k=group.k,
+            using=using,
+            precision="highest",
+            mesh=grid,
+        )
+    )
     monkeypatch.setattr(
         active_features, "token_mask", lambda ctx, x, first: jnp.ones((8, 8, 1), bool)
     )

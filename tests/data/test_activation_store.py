@@ -19,7 +19,7 @@ from safetensors import safe_open
 import store_writer
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.activations.store import ActivationStore, write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.intercept import capture
@@ -56,7 +56,7 @@ def by_hand(model, batches, tokens, first=1):
         for r, c in np.ndindex(batch.tokens.shape):
             segment = batch.segments[r, c]
             start = int(np.argmax(batch.segments[r] == segment))
-            if segment and c - start >= first and batch.counts[r, c]:
+            if segment and c - start >= first and batch.mask[r, c]:
                 for site in SITES:
                     rows[site].append(np.asarray(out.reads[site][:, r, c]))
     return {site: np.stack(x[:tokens], 1) for site, x in rows.items()}
@@ -91,7 +91,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
     class NoA(TokenBatches):
         def __next__(self):
             batch = super().__next__()
-            return batch.replace(counts=batch.counts & (batch.tokens != ord("a") % 297 + 3))
+            return batch.replace(mask=batch.mask & (batch.tokens != ord("a") % 297 + 3))
 
     def batches():
         return NoA(texts(), make()._tokenizer, 4, 32, seed=3)
@@ -228,7 +228,7 @@ def test_more_tokens_extend_a_store_and_the_same_call_changes_nothing(whole, cop
 
 def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, capfd):
     store = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)
-    everything = sum(int(b.counts.sum()) for b in make(epochs=1))
+    everything = sum(int(b.mask.sum()) for b in make(epochs=1))
     assert len(store) == everything and "the text ended" in capfd.readouterr().err
     store.verify()
     again = write_activations(model, make(epochs=1), SITES, tmp_path, 10**5, shard_rows=500)
@@ -284,7 +284,7 @@ def manifest_of(folder, change):
 DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no activations"),
     "cut manifest": (lambda f: os.truncate(f / "manifest.json", 200), "not usable as JSON"),
-    "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest"),
+    "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
     "version": (lambda f: manifest_of(f, lambda m: m.update(version=9)), "of version 1"),
     "lacks": (lambda f: manifest_of(f, lambda m: m.pop("sums")), "lacks sums"),
     "shard gone": (lambda f: (f / "00003.mlp_out.safetensors").unlink(), "is missing"),

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.text import TokenBatches, prefetch, read_documents
+from gemma_scope_jax.data.batches import TokenBatches
+from gemma_scope_jax.data.documents import TextData, open_documents, parse, read_documents
+from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError
 from letters import Letters
 from text_files import CHAT, KINDS, TEXTS, write_corpus
@@ -112,7 +113,7 @@ class Recording(Letters):
 
 
 def equal(a, b):
-    same = lambda x, y: np.array_equal(x.tokens, y.tokens) and np.array_equal(x.counts, y.counts)
+    same = lambda x, y: np.array_equal(x.tokens, y.tokens) and np.array_equal(x.mask, y.mask)
     return len(a) == len(b) and all(
         same(x, y) and np.array_equal(x.segments, y.segments) for x, y in zip(a, b)
     )
@@ -160,12 +161,12 @@ def test_batches_hold_the_documents_in_order_and_leave_little_room():
     batches = list(TokenBatches(TEXTS, tok, 3, 32, seed=5, epochs=2))
     documents = open_documents(TEXTS)
     order = [t for epoch in (0, 1) for t in texts_of(documents, seed=5, epoch=epoch)]
-    rows = [(t, s, c) for b in batches for t, s, c in zip(b.tokens, b.segments, b.counts)]
+    rows = [(t, s, c) for b in batches for t, s, c in zip(b.tokens, b.segments, b.mask)]
     kept = np.concatenate([t[c] for t, _, c in rows])
     np.testing.assert_array_equal(kept, np.concatenate([tok.encode(t, bos=False) for t in order]))
-    for tokens, segments, counts in rows:
+    for tokens, segments, mask in rows:
         starts = np.diff(segments, prepend=0) > 0
-        assert np.all(tokens[starts] == 2) and np.array_equal(counts, (segments > 0) & ~starts)
+        assert np.all(tokens[starts] == 2) and np.array_equal(mask, (segments > 0) & ~starts)
     full = [s for _, s, _ in rows if s.any()][:-1]
     assert max(np.sum(s == 0) for s in full) <= 8  # <bos> and fewer than 8 tokens
 
@@ -192,9 +193,9 @@ def test_rows_may_change_on_resuming():
     a = TokenBatches(TEXTS, Letters(), 2, 32, epochs=1)
     before = [next(a), next(a)]
     b = TokenBatches(TEXTS, Letters(), 5, 50, epochs=1, position=a.position)
-    kept = np.concatenate([x.tokens[x.counts] for x in [*before, *b]])
+    kept = np.concatenate([x.tokens[x.mask] for x in [*before, *b]])
     whole = TokenBatches(TEXTS, Letters(), 2, 32, epochs=1)
-    np.testing.assert_array_equal(kept, np.concatenate([x.tokens[x.counts] for x in whole]))
+    np.testing.assert_array_equal(kept, np.concatenate([x.tokens[x.mask] for x in whole]))
 
 
 @pytest.mark.parametrize("length", [12, 200])
@@ -205,7 +206,7 @@ def test_in_chats_only_what_the_roles_say_counts(tmp_path, gemma_like, roles, le
     path.write_text((json.dumps({"messages": CHAT}) + "\n") * 3)
     data = TextData(files=(str(path),), messages="messages", roles=roles)
     batches = list(TokenBatches(data, tok, 2, length, epochs=1))
-    counted = np.concatenate([b.tokens[b.counts] for b in batches])
+    counted = np.concatenate([b.tokens[b.mask] for b in batches])
     wanted = [
         m["content"]
         for m in CHAT
@@ -221,8 +222,8 @@ def test_in_chats_only_what_the_roles_say_counts(tmp_path, gemma_like, roles, le
 def test_control_tokens_never_count(gemma_like):
     tok = gemma_like
     batch = next(TokenBatches(["the start <end_of_turn> \x00 of turn"], tok, 1, 64))
-    assert tok.special[batch.tokens[~batch.counts]].all()
-    assert not tok.special[batch.tokens[batch.counts]].any()
+    assert tok.special[batch.tokens[~batch.mask]].all()
+    assert not tok.special[batch.tokens[batch.mask]].any()
 
 
 # -------------------------------------------------------------------------------------------------

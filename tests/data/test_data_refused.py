@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from gemma_scope_jax.data.documents import TextData
-from gemma_scope_jax.data.text import TokenBatches, read_documents
+from gemma_scope_jax.data.batches import TokenBatches
+from gemma_scope_jax.data.documents import TextData, read_documents
 from gemma_scope_jax.errors import InputError
 from letters import Letters
 from text_files import CHAT, TEXTS, as_lines, write_corpus
@@ -127,7 +127,8 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(InputError):
             TextData(**bad)
-    for bad in ({"rows": 0}, {"length": 1}, {"shard": (2, 2)}, {"shard": (0, 3)}, {"workers": 0}):
-        options = {"rows": 1, "length": 8, **bad}
+    shards = ({"shard": (2, 2)}, {"shard": (0, 3)})
+    for bad in ({"batch_size": 0}, {"context_size": 1}, {"workers": 0}, *shards):
+        options = {"batch_size": 1, "context_size": 8, **bad}
         with pytest.raises(InputError):
             next(TokenBatches(["a", "b"], Letters(), **options))

@@ -37,7 +37,8 @@ def test_a_huge_order_needs_no_list():
     assert abs(np.mean(places) / n - 0.5) < 0.05
 
 
-def test_the_window_shuffle_loses_nothing_and_looks_no_further_than_its_window():
+def test_the_window_shuffle_loses_nothing():
+    """It looks no further than its window."""
     shuffle = lambda seed: list(shuffled_window(range(100), 10, seed, 0))
     assert sorted(shuffle(0)) == list(range(100)) and shuffle(0) == shuffle(0) != shuffle(1)
     assert all(item <= place + 10 for place, item in enumerate(shuffle(0)))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.data import document_files, text_identity
-from gemma_scope_jax.data.documents import TextData, open_documents, parse
-from gemma_scope_jax.data.text import TokenBatches, counting, fingerprint, read_documents, readings
+from gemma_scope_jax.data.batches import TokenBatches, counting, fingerprint, readings
+from gemma_scope_jax.data.documents import TextData, open_documents, parse, read_documents
 from gemma_scope_jax.data.text_identity import file_digest, file_digests
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.texts import EvaluationText
-from gemma_scope_jax.storage.globs import named_paths
+from gemma_scope_jax.storage.paths import named_paths
 from letters import Letters
 from text_files import write_records
 
@@ -110,7 +110,7 @@ def test_a_name_that_is_not_utf8_is_legible_where_it_is_quoted(tmp_path):
     (tmp_path / "b.txt").write_text("three")
     text = EvaluationText(data, Letters(), rows=1, length=32)
     [batch] = text
-    sources = batch.labels["source"][batch.counts]
+    sources = batch.labels["source"].numbers[batch.mask]
     names = [name.rpartition("/")[2] for name in text.groups["source"]]
     assert names == ["b.txt", r"caf\udce9.txt"]
     assert sorted(sources.tolist()) == [0] * 5 + [1] * 6

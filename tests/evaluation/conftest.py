@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from core_runs import coder, setup
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.evaluation.core_run import evaluate_core
 
 RUNS = 3

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.evaluation.check import _warnings, check, print_report
-from gemma_scope_jax.evaluation.evaluate import Losses
+from gemma_scope_jax.evaluation.figures import Losses
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 

@@ -9,13 +9,14 @@ from assertions import close
 from coders import random_coder
 from core_runs import MEASURED
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.coders.splice import splice
+from gemma_scope_jax.coders.splice import replacement, splice
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import metrics as m
-from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, TextBatch, measure, position_names
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure, position_names
 from gemma_scope_jax.evaluation.figures import ABLATIONS
 from gemma_scope_jax.evaluation.geometry import geometry
-from gemma_scope_jax.evaluation.predictions import compare, final_residual, replaced
+from gemma_scope_jax.evaluation.predictions import compare, final_residual
+from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 
@@ -33,9 +34,10 @@ def batches():
         for row, stops in enumerate(rows):
             for number, (start, stop) in enumerate(zip((0, *stops), stops), 1):
                 segments[row, start:stop] = number
-        counts = rng.random((B, T)) < 0.9
+        mask = rng.random((B, T)) < 0.9
         source = rng.integers(0, 2, (B, T)).astype(np.int32)
-        yield TextBatch(tokens * (segments > 0), segments, counts, {"source": source})
+        labels = {"source": TokenLabels(source, SOURCES)}
+        yield TokenBatch(tokens * (segments > 0), segments, mask, labels)
 
 
 def positions_of(segments):
@@ -101,7 +103,7 @@ class Reference:
             self.log_p.append(log_softmax(out.logits))
             x, y = (np.asarray(seen[s], np.float64).reshape(B * T, D) for s in (c.reads, c.writes))
             position = positions_of(batch.segments)
-            keep = (batch.segments > 0) & (position >= c.first) & batch.counts
+            keep = (batch.segments > 0) & (position >= c.first) & batch.mask
             start = (position == 0) | (np.arange(T) == 0)[None]
             piece = pieces + np.cumsum(start.reshape(-1))
             pieces = piece.max()
@@ -111,7 +113,7 @@ class Reference:
             self.centres.append(np.broadcast_to(y[k].mean(0), y[k].shape))
             self.piece.append(piece[k])
             self.position.append(position.reshape(-1)[k])
-            self.source.append(batch.labels["source"].reshape(-1)[k])
+            self.source.append(batch.labels["source"].numbers.reshape(-1)[k])
         for name in ("y", "back", "f", "centres", "piece", "position", "source"):
             setattr(self, name, np.concatenate(getattr(self, name)))
         self.mean = self.y.mean(0)
@@ -138,12 +140,12 @@ def reference_losses(model, c, mean, log_p):
         for b in range(B):
             for t in range(T - 1):
                 same = batch.segments[b, t] == batch.segments[b, t + 1] > 0
-                if not (same and at[b, t] >= c.first and batch.counts[b, t]):
+                if not (same and at[b, t] >= c.first and batch.mask[b, t]):
                     continue
                 following = batch.tokens[b, t + 1]
                 own.append(-p[b, t, following])
                 position.append(at[b, t])
-                source.append(batch.labels["source"][b, t])
+                source.append(batch.labels["source"].numbers[b, t])
                 for name, log_q in q.items():
                     kl = (np.exp(p[b, t]) * (p[b, t] - log_q[b, t])).sum()
                     top = p[b, t].argmax() == log_q[b, t].argmax()
@@ -286,8 +288,7 @@ def test_a_replacement_model_is_every_splice_at_once(model, kind):
         ),
         "several": (random_coder(F, seed=9, layers=(0, 2), reads="mlp_in", writes="mlp_out"),),
     }[kind]
-    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-    got = final_residual(model, tokens, segments, replaced(coders))
+    got = final_residual(model, batch.plain, replacement(coders))
     reads = [*(splice(c, error=False) for c in coders), capture("resid_final")]
     want = run(model, batch.tokens, reads, segments=batch.segments).reads["resid_final"]
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -295,8 +296,7 @@ def test_a_replacement_model_is_every_splice_at_once(model, kind):
 
 def test_comparing_in_chunks_changes_nothing(model, monkeypatch):
     batch = next(iter(batches()))
-    tokens, segments = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
-    clean = final_residual(model, tokens, segments, ())
+    tokens, clean = jnp.asarray(batch.tokens), final_residual(model, batch.plain, ())
     changed = jnp.stack([clean, clean[::-1], clean * 1.5])
     whole = compare(model, clean, changed, tokens)  # 3 runs, as the other tests
     monkeypatch.setattr("gemma_scope_jax.evaluation.predictions.LOGIT_CHUNK", 7)
@@ -341,6 +341,6 @@ def test_what_cannot_be_measured_is_one_line(model, kind, message):
     elif kind == "empty":
         some = []
     else:
-        some = [TextBatch(batch.tokens, batch.segments, np.zeros((B, T), bool))]
+        some = [batch.replace(mask=np.zeros((B, T), bool))]
     with pytest.raises(InputError, match=message):
         measure(model, coders, some, plan).tallies[0].metrics()

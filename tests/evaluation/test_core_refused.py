@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core_runs import F, coder, setup
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core_run import evaluate_core

@@ -21,8 +21,8 @@ from core_runs import (
     written,
 )
 from gemma_scope_jax.coders.coder import weights_identity
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release.files import load_coder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation import core_run
@@ -133,7 +133,7 @@ def test_all_of_the_text(model, text, capsys):
     config = core_config(data, EvaluationPlan(), model, "fruit", False)
     (result,) = evaluate_core(model, [coder()], data, EvaluationPlan(), config)
     stats = result["eval_result_metrics"]["token_stats"]
-    counted = sum(int(batch.counts.sum()) for batch in data)
+    counted = sum(int(batch.mask.sum()) for batch in data)
     assert stats["total_tokens_eval_sparsity_variance"] == counted
     assert "how they fit, all of the text" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_batches_that_can_be_read_again_are_not_kept(model, text):
     class Batches:
         def __iter__(self):
             for batch in data:
-                alive.append(weakref.ref(batch.counts))
+                alive.append(weakref.ref(batch.mask))
                 assert sum(ref() is not None for ref in alive) < 4
                 yield batch
 

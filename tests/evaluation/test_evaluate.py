@@ -11,7 +11,7 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
-from gemma_scope_jax.data.text import SEPARATOR
+from gemma_scope_jax.data.document_files import SEPARATOR
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import (
     _fit_step,
@@ -269,9 +269,10 @@ def test_what_does_not_fit_is_one_line(model):
 def test_text_in_rows():
     """Every character once, <bos> before every document, batches of one shape."""
     texts = ["abcdefghijklmnopqrstuvw", "", "xyz"]
-    batches = list(text_batches(Letters(), texts, length=12, batch=2))
-    assert {b[0].shape for b in batches} == {(2, 12)}
-    tokens, segments = (np.concatenate([b[i] for b in batches]) for i in range(2))
+    batches = list(text_batches(Letters(), texts, context_size=12, batch_size=2))
+    assert {b.tokens.shape for b in batches} == {(2, 12)}
+    tokens = np.concatenate([b.tokens for b in batches])
+    segments = np.concatenate([b.segments for b in batches])
     characters = Letters().decode_tokens(tokens[segments > 0])
     assert "".join(characters).replace("<bos>", "") == "".join(texts)
     starts = (segments > 0) & (positions_of(segments) == 0)

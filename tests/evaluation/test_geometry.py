@@ -33,7 +33,7 @@ def test_density_summaries():
 
 
 def test_geometry_equals_numpy(monkeypatch):
-    monkeypatch.setattr("gemma_scope_jax.evaluation.geometry.BLOCK", 24)  # 48 is no multiple of it
+    monkeypatch.setattr("gemma_scope_jax.coders.directions.BLOCK", 24)  # 48 is no multiple of it
     c = MEASURED["skip_transcoder"]
     got = geometry(c)
     enc, dec = np.asarray(c.w_enc, np.float64).T, np.asarray(c.w_dec, np.float64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coders import random_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.extraction.store.codec import (
     Entries,
     by_feature,

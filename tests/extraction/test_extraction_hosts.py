@@ -90,7 +90,7 @@ def test_a_mesh_that_cuts_hosts_is_refused(monkeypatch):
 
 if __name__ == "__main__":
     import feature_writer
-    from gemma_scope_jax.model.sharding import join_processes
+    from gemma_scope_jax.model.processes import join_processes
 
     jax.config.update("jax_num_cpu_devices", 4)
     join_processes(sys.argv[1], 2, int(sys.argv[2]))

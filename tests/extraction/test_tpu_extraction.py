@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gemma_scope_jax.coders.active_features import CoderStack, Encoders, active_features
+from gemma_scope_jax.coders.active_features import CoderStack, active_features
+from gemma_scope_jax.coders.coder import Encoder
+from gemma_scope_jax.kernels import xla
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
@@ -58,21 +61,22 @@ def compile_for_tpu(name: str, mesh_shape=None, rows=None, precision: str = "hig
     place = lambda w, sharding: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)
     params = jax.tree.map(place, abstract_params(config), param_shardings(config, mesh))
     x, d = len(layers), config.d_model
-    weights = Encoders(
+    weights = Encoder(
         array(x, d, width, axes=(None, None, "model")),
         array(x, width, axes=(None, "model")),
         array(x, width, axes=(None, "model")),
     )
     members = tuple((f"layer_{layer}", 0) for layer in layers)
     group = CoderStack("resid_post", layers, 1, members, width)
-    batch = [array(rows, LENGTH, axes=("data",), dtype=t) for t in (jnp.int32,) * 2 + (jnp.bool_,)]
+    kinds = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = TokenBatch(*(array(rows, LENGTH, axes=("data",), dtype=kind) for kind in kinds))
     lowered = active_features.lower(
         Model(params, config),
         (weights,),
-        *batch,
+        batch,
         groups=(group,),
         slots=slots,
-        form="xla",
+        using=xla,
         precision=precision,
     )
     return lowered.compile()

@@ -1,4 +1,4 @@
-"""The sparse step against dense brute force: every form, values, gradients, edges, fallbacks."""
+"""The sparse step against dense brute force: every backend, values, gradients, edges, fallbacks."""
 
 import os
 import shutil
@@ -18,7 +18,9 @@ B, D, F, E, K = 21, 9, 70, 37, 12  # no multiple of any tile or vector
 
 CPU = jax.default_backend() == "cpu"
 COMPILER = CPU and any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-FORMS = (*(("cpu",) if COMPILER else ()), "triton", "xla")  # "triton" is interpreted here
+BACKENDS = {"cpu": cpu, "triton": triton, "xla": xla}  # Triton's are interpreted here
+if not COMPILER:
+    del BACKENDS["cpu"]
 on_cpu = pytest.mark.skipif(not CPU, reason="about the kernels for CPUs")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on this machine")
 
@@ -28,9 +30,9 @@ def compiled():
     assert not CPU or cpu.available() == COMPILER
 
 
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    monkeypatch.setattr(xla, "CHUNK", 4 * K * E)  # the XLA form: chunks of four tokens
+@pytest.fixture(params=BACKENDS.values(), ids=list(BACKENDS))
+def kernels(request, monkeypatch):
+    monkeypatch.setattr(xla, "CHUNK", 4 * K * E)  # chunks of four tokens
     monkeypatch.setattr(active, "TOKENS", 8)
     return request.param
 
@@ -89,10 +91,11 @@ CASES = (
 )
 
 
-def test_encode_lists_what_is_above(form):
+def test_encode_lists_what_is_above(kernels):
     x, w, b, low = coder()
     z = np.einsum("sbd,sfd->sbf", x, w) + b[:, None]
-    got = jax.jit(encode_active, static_argnums=(4, 5))(x, w, b, low, 30, form)
+    encode = jax.jit(encode_active, static_argnums=4, static_argnames="using")
+    got = encode(x, w, b, low, 30, using=kernels)
     for s, i in np.ndindex(2, B):
         (wanted,) = np.nonzero(z[s, i] > low[s])
         n = len(wanted)
@@ -104,29 +107,29 @@ def test_encode_lists_what_is_above(form):
     assert got.count.max() > 5
 
 
-def test_encode_reports_overflow_and_keeps_the_first(form):
+def test_encode_reports_overflow_and_keeps_the_first(kernels):
     x, w, b, low = coder()
-    full = encode_active(x, w, b, low, 30, form)
-    few = encode_active(x, w, b, low, 2, form)
+    full = encode_active(x, w, b, low, 30, using=kernels)
+    few = encode_active(x, w, b, low, 2, using=kernels)
     np.testing.assert_array_equal(few.count, full.count)
     np.testing.assert_array_equal(few.feature, full.feature[:, :, :2])
     np.testing.assert_array_equal(few.z, full.z[:, :, :2])
 
 
-def test_ties_and_nan_are_not_active(form):
+def test_ties_and_nan_are_not_active(kernels):
     x = np.ones((1, 2, 1), np.float32)
     w = np.arange(40, dtype=np.float32)[None, :, None]
     b = np.zeros((1, 40), np.float32)
     low = w[:, :, 0].copy()
     low[0, [3, 17, 38]] -= 1.0  # strictly above here only
     low[0, 20] = np.nan
-    got = encode_active(x, w, b, low, 5, form)
+    got = encode_active(x, w, b, low, 5, using=kernels)
     np.testing.assert_array_equal(got.count, [[3, 3]])
     np.testing.assert_array_equal(got.feature[0, 1], [3, 17, 38, 0, 0])
     np.testing.assert_array_equal(got.z[0, 1], [3, 17, 38, 0, 0])
 
 
-def test_encode_gradients_are_the_dense_ones(form):
+def test_encode_gradients_are_the_dense_ones(kernels):
     x, w, b, low = map(jnp.asarray, coder())
     weight = jnp.asarray(draw(5, 2, B, F))
 
@@ -135,7 +138,7 @@ def test_encode_gradients_are_the_dense_ones(form):
         return jnp.sum(jnp.where(z > low[:, None], weight * z**2, 0.0))
 
     def ours(x, w, b, low):
-        a = encode_active(x, w, b, low, 30, form)
+        a = encode_active(x, w, b, low, 30, using=kernels)
         at = jnp.take_along_axis(weight, a.feature, -1)
         # the second term must send nothing: z of an empty slot is a constant
         empty = jnp.arange(30)[None, None, :] >= a.count[..., None]
@@ -151,12 +154,12 @@ def test_encode_gradients_are_the_dense_ones(form):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_decode_and_gradients_are_the_dense_ones(form, case):
+def test_decode_and_gradients_are_the_dense_ones(kernels, case):
     s, pairs, targets, ends = case
     f, feature, count = entries(s)
     w, g = jnp.asarray(draw(7, len(pairs), F, E)), jnp.asarray(draw(8, targets, len(ends), B, E))
     full = jnp.asarray(dense(f, feature, count))
-    ours = lambda f, w: decode_active(f, feature, count, w, pairs, targets, ends, form)
+    ours = lambda f, w: decode_active(f, feature, count, w, pairs, targets, ends, using=kernels)
     wanted = lambda f, w: dense_decode(f, w, pairs, targets, ends)
     y, back = jax.vjp(jax.jit(ours), jnp.asarray(f), w)
     ry, rback = jax.vjp(wanted, full, w)
@@ -171,25 +174,25 @@ def test_decode_and_gradients_are_the_dense_ones(form, case):
     assert np.any((f == 0) & used & (np.asarray(df) != 0))
 
 
-def test_a_feature_twice_on_a_token_counts_twice(form):
+def test_a_feature_twice_on_a_token_counts_twice(kernels):
     f, feature = np.ones((1, 1, 3), np.float32), np.full((1, 1, 3), 4, np.int32)
     w = jnp.asarray(draw(0, 1, F, E))
-    y, back = jax.vjp(lambda w: decode_active(f, feature, jnp.full((1, 1), 2), w, form=form), w)
+    y, back = jax.vjp(lambda w: decode_active(f, feature, jnp.full((1, 1), 2), w, using=kernels), w)
     np.testing.assert_allclose(y[0, 0, 0], 2 * w[0, 4], rtol=1e-6)
     np.testing.assert_allclose(back(jnp.ones((1, 1, 1, E)))[0][0, 4], 2 * np.ones(E), rtol=1e-6)
 
 
-def test_a_long_and_a_wide_case_agree(form):
+def test_a_long_and_a_wide_case_agree(kernels):
     """Several tiles of features and tokens, rows of several vectors."""
     x, w = jnp.asarray(draw(0, 1, 70, 150)), jnp.asarray(draw(1, 1, 9000, 150))
     b, low = jnp.asarray(draw(2, 1, 9000)), jnp.full((1, 9000), 30.0)
 
-    def loss(w, form):
-        a = encode_active(x, w, b, low, 300, form)
-        y = decode_active(a.z, a.feature, a.count, w, form=form)
+    def loss(w, kernels):
+        a = encode_active(x, w, b, low, 300, using=kernels)
+        y = decode_active(a.z, a.feature, a.count, w, using=kernels)
         return jnp.sum((x[:, None] - y) ** 2) / 1e6, a.count
 
-    (got, count), dw = jax.value_and_grad(loss, has_aux=True)(w, form)
+    (got, count), dw = jax.value_and_grad(loss, has_aux=True)(w, kernels)
 
     def wanted(w):
         z = x[0] @ w[0].T + b
@@ -201,7 +204,7 @@ def test_a_long_and_a_wide_case_agree(form):
     np.testing.assert_allclose(dw, grad, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(grad))))
 
 
-def test_overflow_falls_back_inside_jit_cond_and_scan(form):
+def test_overflow_falls_back_inside_jit_cond_and_scan(kernels):
     x, w, b, low = map(jnp.asarray, coder(1))
     w_dec = jnp.asarray(draw(9, 1, F, E))
 
@@ -210,8 +213,10 @@ def test_overflow_falls_back_inside_jit_cond_and_scan(form):
         return jnp.sum(jnp.einsum("sbf,sfe->sbe", jnp.where(z > low[:, None], z, 0.0), w_dec) ** 2)
 
     def loss(w, w_dec, capacity):
-        a = encode_active(x, w, b, low, capacity, form)
-        few = lambda w_dec: jnp.sum(decode_active(a.z, a.feature, a.count, w_dec, form=form) ** 2)
+        a = encode_active(x, w, b, low, capacity, using=kernels)
+        few = lambda w_dec: jnp.sum(
+            decode_active(a.z, a.feature, a.count, w_dec, using=kernels) ** 2
+        )
         return jax.lax.cond(jnp.any(a.count > capacity), lambda d: full(w, d), few, w_dec)
 
     @jax.jit
@@ -237,7 +242,7 @@ def test_kernels_do_not_depend_on_the_run():
 
     def gradients(f, w):
         y, back = jax.vjp(
-            lambda f, w: decode_active(f, feature, count, w, TRIANGLE, form="cpu"), f, w
+            lambda f, w: decode_active(f, feature, count, w, TRIANGLE, using=cpu), f, w
         )
         return y, *back(jnp.asarray(g))
 
@@ -248,13 +253,13 @@ def test_kernels_do_not_depend_on_the_run():
 
 
 @pytest.mark.parametrize("k", (1, 2, 700, 1400))
-def test_kth_largest(form, k):
+def test_kth_largest(kernels, k):
     z = draw(0, 2, 7, 100)
     z[0, :3] = 0.0  # ties, and both zeros
     z[1, 0, :5] = [-0.0, 1e-42, -1e-42, np.inf, -np.inf]
-    got = jax.jit(kth_largest, static_argnums=(1, 2))(z, k, form)
+    got = jax.jit(kth_largest, static_argnums=1, static_argnames="using")(z, k, using=kernels)
     assert got.shape == () and got == np.sort(z.ravel())[::-1][k - 1]
-    assert not np.any(jax.grad(lambda z: kth_largest(z, k, form))(z))
+    assert not np.any(jax.grad(lambda z: kth_largest(z, k, using=kernels))(z))
 
 
 def test_wrong_input_is_one_line():
@@ -291,8 +296,8 @@ def test_the_gpu_kernels_become_triton_code(monkeypatch):
     )
 
     def loss(f, w, feature, count):
-        y = decode_active(f, feature, count, w, TRIANGLE, ends=(256, 4096), form="triton")
-        return jnp.sum(y) + jnp.sum(active.per_feature(f, feature, count, 4096, "triton") ** 2)
+        y = decode_active(f, feature, count, w, TRIANGLE, ends=(256, 4096), using=triton)
+        return jnp.sum(y) + jnp.sum(active.per_feature(f, feature, count, 4096, using=triton) ** 2)
 
     shapes = [
         jax.ShapeDtypeStruct(s, t)
@@ -314,14 +319,15 @@ def test_the_gpu_kernels_become_triton_code(monkeypatch):
 def fresh(tmp_path, monkeypatch):
     """An empty cache folder, and no memory of an earlier compile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu.available.cache_clear()
+    clear = lambda: (cpu.available.cache_clear(), active.backend.cache_clear())
+    clear()
     yield tmp_path
-    cpu.available.cache_clear()
+    clear()
 
 
 @on_cpu
 @pytest.mark.parametrize("why", ("missing", "fails", "readonly"))
-def test_without_kernels_one_line_and_the_xla_form(why, fresh, monkeypatch, capfd, request):
+def test_without_kernels_one_line_and_those_of_xla(why, fresh, monkeypatch, capfd, request):
     if why == "missing":
         monkeypatch.setenv("CXX", str(fresh / "none"))
     elif why == "fails":
@@ -330,13 +336,13 @@ def test_without_kernels_one_line_and_the_xla_form(why, fresh, monkeypatch, capf
         monkeypatch.setattr(cpu, "SOURCE", source)
     else:
         (fresh / "gemma_scope_jax").write_text("in the way of the folder")
-    assert active.sparse_form() == active.sparse_form() == "xla"
+    assert active.backend() is active.backend() is xla
     printed = capfd.readouterr().err
     assert printed.startswith("no CPU kernels") and printed.count("\n") == 1
     expected = {"missing": "no C++ compiler", "fails": "error", "readonly": "gemma_scope_jax"}
     assert expected[why] in printed
     x, w, b, low = coder()
-    got, wanted = encode_active(x, w, b, low, 30), encode_active(x, w, b, low, 30, "xla")
+    got, wanted = encode_active(x, w, b, low, 30), encode_active(x, w, b, low, 30, using=xla)
     np.testing.assert_array_equal(got.z, wanted.z)
 
 

@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import gemma_scope_jax as gs
 from gemma_scope_jax.model import attention_kernels as kernels
 from gemma_scope_jax.model.attention import Tokens, attend
+from gemma_scope_jax.model.batch import default_positions
 from gemma_scope_jax.model.config import Model, init_params
-from gemma_scope_jax.model.gemma import default_positions
 from tiny import tiny
 
 T = 256  # two tiles of queries and keys once BLOCK is 128

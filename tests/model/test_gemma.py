@@ -10,7 +10,7 @@ import pytest
 import gemma_scope_jax as gs
 from gemma_scope_jax.model import attention
 from gemma_scope_jax.model.attention import Tokens, attend, by_document, mix, pattern, visible
-from gemma_scope_jax.model.gemma import default_positions
+from gemma_scope_jax.model.batch import default_positions
 from tiny import tiny_model
 
 LAYERS = 6  # the last one is global
@@ -84,6 +84,7 @@ def numpy_forward(model, ids):
     return {name: np.stack(values) for name, values in sites.items()}
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", list(gs.PRESETS))
 def test_every_site_equals_the_formulas_in_float64(name):
     model = tiny_model(gs.PRESETS[name], seed=1, layers=LAYERS)
@@ -99,7 +100,8 @@ def test_every_site_equals_the_formulas_in_float64(name):
     assert out.logits.dtype == jnp.float32
 
 
-def test_bfloat16_weights_keep_a_bfloat16_residual_and_float32_scales_and_logits():
+def test_dtypes_of_a_bfloat16_model():
+    """The residual is bfloat16; scales and logits are float32."""
     half = jax.eval_shape(lambda: tiny_model(gs.PRESETS["gemma-3-1b"], dtype=jnp.bfloat16))
     sites = ("resid_post", "z", "pre_mlp_scale", "attn_pattern", "logits")
     reads = jax.eval_shape(gs.forward, half, random_ids(1, 5), [gs.capture(s) for s in sites]).reads
@@ -216,6 +218,7 @@ def test_stop_at_layer_leaves_out_the_later_layers(model):
     assert short.logits is None
 
 
+@pytest.mark.law
 def test_a_four_by_two_mesh_equals_one_device(model):
     tokens = random_ids(4, 9)
     work = [gs.capture("z"), gs.steer("resid_post", None, np.ones(32, np.float32))]

@@ -68,6 +68,7 @@ def assert_reads_equal(got, wanted, real, axis, atol=2e-5):
 # The law: with cache == recomputed
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("name", gs.PRESETS)
 def test_a_steered_ragged_batch_equals_recomputing(name):
     model = tiny_model(gs.PRESETS[name])
@@ -295,6 +296,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(watch)
 
 
+@pytest.mark.law
 def test_new_data_compiles_nothing(small, compiled):
     vectors = np.eye(32, dtype=np.float32)
 

@@ -48,6 +48,7 @@ def differ(a, b):
 # Reading
 
 
+@pytest.mark.law
 def test_scan_equals_unrolled(model, plain):
     """A capture of its own in each layer cuts the scan into single layers."""
     unrolled = [gs.capture("resid_post", layer, name=f"{layer}") for layer in range(LAYERS)]
@@ -56,6 +57,7 @@ def test_scan_equals_unrolled(model, plain):
     close([out.reads[f"{layer}"] for layer in range(LAYERS)], plain.reads["resid_post"])
 
 
+@pytest.mark.law
 def test_captures_of_a_subset_equal_the_full_capture_in_the_order_given(model, plain):
     out = gs.run(model, IDS, [gs.capture("resid_post", (5, 0)), gs.capture("mlp_out", 0)])
     close(out.reads["resid_post"], plain.reads["resid_post"][np.array([5, 0])])
@@ -235,6 +237,7 @@ def test_fold_carries_its_state_through_its_layers(model, plain):
 # Gradients
 
 
+@pytest.mark.law
 def test_the_gradient_at_a_site_equals_a_finite_difference(model):
     weights = np.random.default_rng(1).normal(size=(2, T, 300))
     direction = np.random.default_rng(2).normal(size=(2, T, 32)).astype(np.float32)

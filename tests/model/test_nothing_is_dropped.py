@@ -315,7 +315,8 @@ def test_other_weights_than_safetensors(folder, name, message):
     refused(folder, message)
 
 
-def test_one_file_comes_before_an_index_and_saving_removes_what_it_supersedes(model, folder):
+def test_one_file_comes_before_an_index(model, folder):
+    """Saving removes what it supersedes."""
     old = random_model(seed=9)
     split_into_shards(folder)
     shards = sorted(folder.glob("model*"))

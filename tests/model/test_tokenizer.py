@@ -329,5 +329,16 @@ def test_the_real_tokenizer_loads_quickly_and_pieces_are_its_text(real):
     tok = load_tokenizer("gemma-3-27b-it")  # one tokenizer for all sizes: the packaged one serves
     assert time.process_time() - start < 5  # 1 s on a quiet core
     shown = tok.decode_tokens(tok.encode("The capital of France is Paris ᚠ"))
-    assert shown == ["<bos>", "The", " capital", " of", " France", " is", " Paris", " ",
-                     "<0xE1>", "<0x9A>", "<0xA0>"]  # fmt: skip
+    assert shown == [
+        "<bos>",
+        "The",
+        " capital",
+        " of",
+        " France",
+        " is",
+        " Paris",
+        " ",
+        "<0xE1>",
+        "<0x9A>",
+        "<0xA0>",
+    ]

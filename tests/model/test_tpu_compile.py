@@ -99,7 +99,8 @@ def check_gathers(found: list[list], config, model: int) -> int:
 
 
 @pytest.mark.parametrize("size", ["1b", pytest.param("27b", marks=pytest.mark.slow)])
-def test_the_forward_pass_with_captures_and_an_sae_fits_and_gathers_no_stack(size):
+def test_the_forward_pass_fits_and_gathers_no_stack(size):
+    """With captures and an SAE."""
     _, (_, model), _, layers, _, room = PROGRAMS[size]
     found = compiled(size, __file__)
     assert used(found["hbm"]) <= room

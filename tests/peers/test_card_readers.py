@@ -13,7 +13,8 @@ from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.export.anthropic import export_anthropic
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import PRESETS
 from letters import Letters

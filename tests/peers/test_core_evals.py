@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.saelens import save_saelens
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 from gemma_scope_jax.evaluation.core import core_config, core_result, replacement_result
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.figures import frequencies
@@ -225,10 +225,9 @@ def test_losses(model, coder, sae, batches, name):
     close(got.kl_score(), (kl("ablation") - kl("sae")) / kl("ablation"))
 
 
-def test_saelens_keeps_bos_in_the_reconstruction_and_zeroes_it_in_the_ablation(
-    model, coder, sae, batches
-):
-    """`exclude_special_tokens`: what it calls the CE score is our `ce_loss_score_saelens`."""
+def test_what_saelens_does_with_bos(model, coder, sae, batches):
+    """It keeps it in the reconstruction and zeroes it in the ablation (`exclude_special_tokens`):
+    what it calls the CE score is our `ce_loss_score_saelens`."""
     from sae_lens.training.activation_scaler import ActivationScaler
 
     tokens = batches[0].copy()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
 
 pytestmark = [
     pytest.mark.peers,

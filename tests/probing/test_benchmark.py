@@ -119,8 +119,9 @@ def test_every_benchmark_of_tables_in_one_command_and_nothing_twice(
     )
     scr = read_result(next((out / "scr").iterdir()))["eval_result_metrics"]["scr_metrics"]
     assert scr["scr_metric_threshold_500"] in (
-        scr["scr_dir1_threshold_500"], scr["scr_dir2_threshold_500"],
-    )  # fmt: skip
+        scr["scr_dir1_threshold_500"],
+        scr["scr_dir2_threshold_500"],
+    )
 
     # Again with another coder: the model runs for that alone, and the table has both.
     assert cli.main(["benchmark", str(folder / "sae*"), *options]) == 0
@@ -170,9 +171,10 @@ def test_absorption_of_words_that_are_embedded_by_their_letter(folder, tiny, cap
     )
 
 
-def test_a_coder_that_writes_where_nothing_is_spelled_costs_the_others_nothing(
+def test_a_coder_that_cannot_spell_costs_others_nothing(
     folder, tiny, capsys, monkeypatch, compile_once
 ):
+    """It writes where nothing is spelled."""
     tiny()
     real, seen = benchmark.spelling.absorption, []
 
@@ -259,7 +261,7 @@ def test_other_settings_other_weights_and_another_model_are_other_results(folder
     bench = benchmark.Bench(model, tok, coders, epath.Path(folder))
     job = lambda b, n: benchmark.concept_job(
         b, "tpp", folder / "topics.csv", limit=n, ns=(2,)
-    ).path(b)  # fmt: skip
+    ).path(b)
     assert job(bench, 90) != job(bench, 120)
     norm = model.params.final_norm + 1.0
     other = model.replace(params=model.params.replace(final_norm=norm))

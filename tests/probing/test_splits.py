@@ -98,7 +98,8 @@ def test_sae_probes_split_is_balanced_disjoint_and_its_size():
         sae_probes_split(np.repeat([0, 1], 50), HERE)
 
 
-def test_one_against_rest_is_balanced_over_the_others_and_never_tests_what_trained():
+def test_one_against_rest_is_balanced():
+    """It is balanced over the other classes, too, and no text that trained is tested."""
     classes = np.repeat([0, 1, 2, 3], [100, 80, 60, 90])
     questions = one_against_rest(classes, HERE)
     train = set(np.concatenate([s.train for s in questions.values()]))

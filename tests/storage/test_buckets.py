@@ -22,8 +22,10 @@ from gemma_scope_jax.autointerp.explanations import (
     read_explanations,
     write_explanations,
 )
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.paths import folder_path, local_copy
 from gemma_scope_jax.training import feeds

@@ -24,10 +24,11 @@ from gemma_scope_jax.cards.export.neuronpedia import export_neuronpedia
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
 from gemma_scope_jax.cards.labels import write_labels
 from gemma_scope_jax.cards.site import build_site
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
 from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
-from gemma_scope_jax.coders.release.files import load_coder, save_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import ENVELOPE, read_result, write_result
@@ -48,9 +49,14 @@ silent = lambda *_: None
 
 
 coder = partial(
-    random_coder, F, threshold=1.0, layer=0, reads="mlp_in", writes="mlp_out",
+    random_coder,
+    F,
+    threshold=1.0,
+    layer=0,
+    reads="mlp_in",
+    writes="mlp_out",
     info=CoderInfo(model_name="acme/tiny"),
-)  # fmt: skip
+)
 
 
 def result(folder, seed):

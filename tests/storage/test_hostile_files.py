@@ -195,8 +195,10 @@ def test_tensors_of_a_shard_lie_side_by_side(tmp_path, change, said):
 
 def test_little_that_expands_to_much_is_refused(tmp_path, monkeypatch):
     assert inflate(zlib.compress(b"a" * 99), 99) == b"a" * 99
-    for data, most, said in ((zlib.compress(b"a" * 100), 99, "more than 99"),
-                             (zlib.compress(b"abc")[:-3], 99, "cut short")):  # fmt: skip
+    for data, most, said in (
+        (zlib.compress(b"a" * 100), 99, "more than 99"),
+        (zlib.compress(b"abc")[:-3], 99, "cut short"),
+    ):
         with pytest.raises(ValueError, match=said):
             inflate(data, most)
     features(tmp_path / "s")

@@ -19,8 +19,7 @@ from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile, new_folder, write_text
-from gemma_scope_jax.storage.disk import temporary_name
-from gemma_scope_jax.storage.locks import in_turn, only_writer
+from gemma_scope_jax.storage.locks import in_turn, only_writer, temporary_name
 
 HOLDER = """
 import sys
@@ -100,7 +99,9 @@ def test_cards_of_two_runs_are_of_one(tmp_path):
 
 def test_what_a_stage_no_longer_makes_goes(tmp_path):
     make_cards(tmp_path, 1)
-    (tmp_path / ".old.npy").write_bytes(b"of a killed run")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".old.npy.{os.uname().nodename}.{dead.pid}.tmp").write_bytes(b"of a killed run")
     with CardFiles(tmp_path) as files:
         with files.stage("more", 2) as stage:
             stage.put("listed_2", np.zeros(4))

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from coders import random_coder
 from gemma_scope_jax.cards.card_files import CardFiles
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 
 # The features of which cards are made: one of them is never active.
 card_coder = partial(random_coder, threshold=1.0, dead=(5,), info=CoderInfo(l0=10.0))

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.explain import explain_features
-from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 
 KEY = "sk-a-very-secret-key-0123456789"

@@ -8,9 +8,19 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 
 
 def random_coder(
-    width=48, d=32, seed=0, *, layer=1, layers=None, threshold=None, d_out=None, skip=False,
-    dead=(), dtype=jnp.float32, **more,
-):  # fmt: skip
+    width=48,
+    d=32,
+    seed=0,
+    *,
+    layer=1,
+    layers=None,
+    threshold=None,
+    d_out=None,
+    skip=False,
+    dead=(),
+    dtype=jnp.float32,
+    **more,
+):
     """A SparseCoder at `layer`, or a MultiLayerCoder at `layers`; d is the tiny models'.
 
     Weights and biases are normal, of variance 1 / d; thresholds, unless one is given for all, the

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from coders import random_coder
-from gemma_scope_jax.coders.sparse_coder import CoderInfo
+from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.evaluation import core_run
 from gemma_scope_jax.evaluation.core import core_config
@@ -110,6 +110,6 @@ def goes_on(measured, model, text, folder):
 MEASURED = {
     "sae": random_coder(64),
     "skip_transcoder": random_coder(
-        64, seed=1, skip=True, layer=2, reads="mlp_in", writes="mlp_out", first=3
+        64, seed=1, skip=True, layer=3, reads="mlp_in", writes="mlp_out", first=3
     ),
 }

@@ -12,7 +12,8 @@ import numpy as np
 from chat_server import KEY, ChatServer
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.judges import model as mj
-from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, Endpoint
+from gemma_scope_jax.autointerp.judges.chat_client import ChatClient
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 from gemma_scope_jax.autointerp.questions import Question, ShownText
 from gemma_scope_jax.autointerp.scores import SCORES

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma_scope_jax.coders.sparse_coder import CoderInfo, SparseCoder
+from gemma_scope_jax.coders.coder import CoderInfo
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 
 D, F, X = 6, 20, 3
@@ -87,10 +88,18 @@ def agrees(coder, x, features, reconstruction):
 def transcoder(layer=7, skip=True, dtype=jnp.float32, **more):
     cast = lambda a: jnp.asarray(a, dtype)
     return SparseCoder(
-        cast(normal(D, F)), cast(normal(F)), cast(np.abs(normal(F))), cast(normal(F, D)),
-        cast(normal(D)), cast(normal(D, D)) if skip else None, layer=layer, reads="mlp_in",
-        writes="mlp_out", info=CoderInfo("google/gemma-3-270m", "transcoder"), **more,
-    )  # fmt: skip
+        cast(normal(D, F)),
+        cast(normal(F)),
+        cast(np.abs(normal(F))),
+        cast(normal(F, D)),
+        cast(normal(D)),
+        cast(normal(D, D)) if skip else None,
+        layer=layer,
+        reads="mlp_in",
+        writes="mlp_out",
+        info=CoderInfo("google/gemma-3-270m", "transcoder"),
+        **more,
+    )
 
 
 def survives(load, folder, file, seed, flips=60):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.model.config import PRESETS
 from letters import Letters
 from tiny import tiny_model

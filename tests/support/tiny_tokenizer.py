@@ -56,12 +56,25 @@ def tiny_proto() -> pb.ModelProto:
     sentences = [" ".join(p) for p in itertools.permutations(words.split()[:6], 3)] + [words] * 20
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=out, model_type="bpe", vocab_size=360,
-        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", hard_vocab_limit=False,
-        user_defined_symbols=SPECIAL + TEXT_PIECES, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(sentences),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=360,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        hard_vocab_limit=False,
+        user_defined_symbols=SPECIAL + TEXT_PIECES,
+        minloglevel=2,
+    )
     return pb.ModelProto.FromString(out.getvalue())
 
 

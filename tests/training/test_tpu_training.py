@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds
-from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from gemma_scope_jax.training.state import init_state, make_plan, placement
 from tpu import BYTES, ENVIRONMENT, compiled, figures, no_libtpu, used
 
 pytestmark = pytest.mark.skipif(no_libtpu, reason="libtpu is built for Linux on x86-64 only")
@@ -46,22 +47,22 @@ def compile_for_tpu(name: str):
     topology, shape, size, coder, rows, buffer, _ = PROGRAMS[name]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh, config = make_mesh(*shape, devices), preset(f"gemma-3-{size}")
-    plan = steps.make_plan(
+    plan = make_plan(
         TrainConfig(coders=(coder,), rows=rows, length=1024, buffer=buffer, batch=BATCH),
         config,
         mesh,
     )
     at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-    places = steps.placement(plan, config)
-    state = jax.tree.map(at, jax.eval_shape(lambda: steps.init_state(plan, config)), places)
+    places = placement(plan, config)
+    state = jax.tree.map(at, jax.eval_shape(lambda: init_state(plan, config)), places)
     params = jax.tree.map(at, abstract_params(config), param_shardings(config, mesh))
     split = NamedSharding(mesh, PartitionSpec("data"))
-    batch = [jax.ShapeDtypeStruct((rows, 1024), d, sharding=split) for d in (jnp.int32,) * 2]
-    batch.append(jax.ShapeDtypeStruct((rows, 1024), jnp.bool_, sharding=split))
+    kinds = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = TokenBatch(*(jax.ShapeDtypeStruct((rows, 1024), d, sharding=split) for d in kinds))
     program = jax.jit(
         partial(feeds.train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
     )
-    return program.lower(state, Model(params, config), *batch).compile()
+    return program.lower(state, Model(params, config), batch).compile()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,14 +10,16 @@ import pytest
 from etils import epath
 
 from assertions import one_line, same
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.kernels import active, cpu, xla
+from gemma_scope_jax.training import buffer, ends
 from gemma_scope_jax.training import log as progress
-from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.recipe import OptimizerConfig
+from gemma_scope_jax.training.state import init_state, make_plan
 from letters import Letters
 from training_runs import (
     EVERY_KIND,
@@ -50,11 +52,10 @@ def finished(model, tmp_path_factory):
 def activations(model):
     """{(site, layer): [B, D]} of a few sequences, bfloat16 rounded as the buffer does."""
     want = {c: i for c in EVERY_KIND for i in c.layer_tuple}
-    plan = steps.make_plan(recipe(*want), model.config)
+    plan = make_plan(recipe(*want), model.config)
     batch = next(TokenBatches(documents(), Letters(), 16, 32, seed=9))
-    run = jax.jit(lambda *a: steps.model_activations(model, *a, plan))
-    x, counts = run(batch.tokens, batch.segments, batch.counts)
-    keep = np.asarray(counts)
+    x, mask = jax.jit(lambda batch: buffer.model_activations(model, batch, plan))(batch)
+    keep = np.asarray(mask)
     return {(s, i): np.asarray(x[s][n])[keep] for s, ls in plan.sites for n, i in enumerate(ls)}
 
 
@@ -112,12 +113,10 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
     ]
     singles = tuple(str(finished.folder / "coders" / name) for name in list(NAMES)[:2])
     both = coder((3, 4), width=16, init_layers=singles, name="from two")
-    plan = steps.make_plan(recipe(*tuned, both), model.config)
+    plan = make_plan(recipe(*tuned, both), model.config)
     sample = {s: jnp.stack([activations[s, i] for i in ls]) for s, ls in plan.sites}
-    state = training.start(
-        plan, steps.init_state(plan, model.config), sample, training.load_starts(plan.config)
-    )
-    found = training.coders(plan, state, sample)
+    state = ends.start(plan, init_state(plan, model.config), sample, ends.load_starts(plan.config))
+    found = ends.coders(plan, state, sample)
     for c in tuned:
         before, after = finished.coders[c.folder], found[c.folder]
         assert reconstruction(after, c, activations) == pytest.approx(
@@ -138,24 +137,24 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
 def test_the_sparse_step_is_taken_where_it_is_faster(model, monkeypatch):
     """With gathers that XLA writes to memory a coder has to be much wider than with kernels."""
 
-    def capacity(width, form):
-        monkeypatch.setattr(steps.sparse, "sparse_form", lambda: form)
-        plan = steps.make_plan(recipe(coder(3, width=width), sparse=2.0), model.config)
+    def capacity(width, kernels):
+        monkeypatch.setattr(active, "backend", lambda: kernels)
+        plan = make_plan(recipe(coder(3, width=width), sparse=2.0), model.config)
         return plan.capacity(plan.groups[0])
 
-    assert [capacity(w, "cpu") for w in (32, 33, 8192)] == [0, 16, 16]
-    assert [capacity(w, "xla") for w in (8192, 8193)] == [0, 16]
+    assert [capacity(w, cpu) for w in (32, 33, 8192)] == [0, 16, 16]
+    assert [capacity(w, xla) for w in (8192, 8193)] == [0, 16]
 
 
 def test_several_coders_train_as_each_would_alone(model, tmp_path, monkeypatch):
     """In the sparse step, with a threshold near which many pre-activations lie."""
-    monkeypatch.setitem(steps.sparse.FEATURES_A_SLOT, "xla", 2)  # without a compiler, too
+    monkeypatch.setattr(xla, "FEATURES_A_SLOT", 2)  # without a compiler, too
     loss = dataclasses.replace(LOSS, bandwidth=0.1)
     last = coder(4, loss=dataclasses.replace(loss, l0_weight=0.5), target_l0=6.0, seed=1)
     config = recipe(
         coder(3, loss=loss), coder(3, target_l0=5.0, loss=loss), last, tokens=128 * 8, sparse=2.0
     )
-    plan = steps.make_plan(config, model.config)
+    plan = make_plan(config, model.config)
     assert len(plan.groups) == 1 and plan.capacity(plan.groups[0]) == 16
     together = training.train(config, tmp_path / "all", model, documents())
     config = dataclasses.replace(config, coders=(last,))

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture, write
-from gemma_scope_jax.training import end_to_end, feeds
-from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training import buffer, end_to_end, ends, feeds
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.state import first_state, make_plan
+from gemma_scope_jax.training.weights import groups
 from tiny import tiny_model
 
 B, T = 4, 16
@@ -37,51 +38,43 @@ def run():
         optimizer=OptimizerConfig(1e-3, 0),
         model="tiny",
     )
-    plan = steps.make_plan(config, model.config)
+    plan = make_plan(config, model.config)
     tokens = jax.random.randint(jax.random.key(0), (B, T), 5, model.config.vocab, jnp.int32)
     segments = jnp.ones((B, T), jnp.int32)
-    state = steps.first_state(plan, model.config)
-    x, counts = steps.model_activations(model, tokens, segments, jnp.ones((B, T), bool), plan)
-    state = training.start(
-        plan, steps.fill(state, x, counts), {s: a[:, 1:] for s, a in x.items()}, {}
-    )
-    return (
-        plan,
-        model,
-        dataclasses.replace(state, total=jnp.asarray(10, jnp.int32)),
-        tokens,
-        segments,
-    )
+    state = first_state(plan, model.config)
+    batch = TokenBatch(tokens, segments, jnp.ones((B, T), bool))
+    x, mask = buffer.model_activations(model, batch, plan)
+    state = ends.start(plan, buffer.fill(state, x, mask), {s: a[:, 1:] for s, a in x.items()}, {})
+    return (plan, model, dataclasses.replace(state, total=jnp.asarray(10, jnp.int32)), batch)
 
 
 def test_kl_is_that_of_the_model_with_the_reconstruction_in_place(run):
-    plan, model, state, tokens, segments = run
-    counts = np.ones((B, T), bool)
-    counts[1, 5:9] = False
-    new, [parts] = end_to_end.update(state, model, tokens, segments, jnp.asarray(counts), plan)
-    [coder] = training.coders(plan, state, {}).values()
-    clean = forward(model, tokens, [capture("resid_post", 2)], segments=segments)
+    plan, model, state, batch = run
+    mask = np.ones((B, T), bool)
+    mask[1, 5:9] = False
+    batch = batch.replace(mask=jnp.asarray(mask))
+    new, [parts] = end_to_end.update(state, model, batch, plan)
+    [coder] = ends.coders(plan, state, {}).values()
+    clean = forward(model, batch, [capture("resid_post", 2)])
     x = np.asarray(clean.reads["resid_post"], np.float32).reshape(B, T, -1)
     y = np.asarray(coder.decode(coder.encode(x)))
-    counts[:, 0] = False  # <bos>
+    mask[:, 0] = False  # <bos>
     put = lambda x, ctx, y: y.astype(x.dtype)
-    there = np.where(counts[..., None], y, x)
-    spliced = forward(
-        model, tokens, [write("resid_post", 2, put, jnp.asarray(there))], segments=segments
-    )
+    there = np.where(mask[..., None], y, x)
+    spliced = forward(model, batch, [write("resid_post", 2, put, jnp.asarray(there))])
     log = lambda z: jax.nn.log_softmax(jnp.asarray(z, jnp.float32), -1)
     p, q = (np.asarray(log(out.logits), np.float64) for out in (clean, spliced))
     each = np.sum(np.exp(p) * (p - q), -1)
-    assert float(parts["kl"][0]) == pytest.approx(each[counts].mean(), rel=1e-3)
+    assert float(parts["kl"][0]) == pytest.approx(each[mask].mean(), rel=1e-3)
     assert np.isfinite(jax.tree.leaves(new.groups[0].weights)[0]).all()
 
 
 def test_updates_bring_the_kl_down(run):
-    plan, model, state, tokens, segments = run
+    plan, model, state, batch = run
     update = jax.jit(partial(end_to_end.update, plan=plan))
-    counts, kl = jnp.ones((B, T), bool), []
+    kl = []
     for _ in range(25):
-        state, [parts] = update(state, model, tokens, segments, counts)
+        state, [parts] = update(state, model, batch)
         state = dataclasses.replace(state, update=state.update + 1)
         kl.append(float(parts["kl"][0]))
     assert min(kl[-5:]) < 0.8 * kl[0]
@@ -89,7 +82,7 @@ def test_updates_bring_the_kl_down(run):
 
 def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
     """<bos> is many times as large as the others: what it would take does not go from theirs."""
-    plan, _, state, _, _ = run
+    plan, _, state, _ = run
     config = dataclasses.replace(
         plan.config,
         coders=(
@@ -97,38 +90,30 @@ def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
             dataclasses.replace(CODER, activation="batch_topk", seed=1),
         ),
     )
-    [group] = steps.groups(config)
+    [group] = groups(config)
     weights = jax.tree.map(lambda w: jnp.concatenate([w, w]), state.groups[0].weights)
     x = np.random.default_rng(0).standard_normal((2, 1, B * T, weights.w_enc.shape[-1]))
     x = x.astype(np.float32) / np.sqrt(x.shape[-1])
-    counts = np.arange(B * T) % T > 1
+    mask = np.arange(B * T) % T > 1
 
     def reconstructed(x):
-        order = jnp.argsort(~counts, stable=True)
-        rows = order[jnp.arange(B * T) % counts.sum()]
+        order = jnp.argsort(~mask, stable=True)
+        rows = order[jnp.arange(B * T) % mask.sum()]
         found = []
         run = lambda intercept: found.append(intercept.args[0]) or jnp.zeros(())
         end_to_end._divergences(
-            weights,
-            group,
-            jnp.asarray(x),
-            rows,
-            jnp.asarray(counts),
-            (B, T),
-            run,
-            state.scale,
-            plan,
+            weights, group, jnp.asarray(x), rows, jnp.asarray(mask), (B, T), run, state.scale, plan
         )
-        return np.stack(found).reshape(2, B * T, -1)[:, counts]
+        return np.stack(found).reshape(2, B * T, -1)[:, mask]
 
-    large = np.where(counts[:, None], x, 20 * x)
+    large = np.where(mask[:, None], x, 20 * x)
     np.testing.assert_allclose(reconstructed(large), reconstructed(x), rtol=1e-6)
 
 
 def test_a_pass_without_a_token_that_counts_changes_nothing(run):
-    plan, model, state, tokens, segments = run
+    plan, model, state, batch = run
     step = jax.jit(partial(feeds.train_step, plan=plan))
-    new, [parts] = step(state, model, tokens, segments, jnp.zeros((B, T), bool))
+    new, [parts] = step(state, model, batch.replace(mask=jnp.zeros((B, T), bool)))
     for one, other in zip(jax.tree.leaves(new.groups), jax.tree.leaves(state.groups)):
         np.testing.assert_array_equal(one, other)
     assert all(np.isfinite(np.asarray(p)).all() for p in jax.tree.leaves(parts))

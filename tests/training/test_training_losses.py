@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.kernels import active, cpu
+from gemma_scope_jax.kernels import active, cpu, triton, xla
 from gemma_scope_jax.training import objective
-from gemma_scope_jax.training.objective import calibrated, gradients
+from gemma_scope_jax.training.objective import Dials, calibrated, gradients
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig
 from gemma_scope_jax.training.weights import CoderGroup, Weights
 
@@ -245,12 +245,12 @@ def threshold_gradients(name):
 
 
 @functools.cache
-def compiled(name, capacity, form):
-    """`gradients` of a group as one program of weights (the form is only part of the key)."""
+def compiled(name, capacity, kernels):
+    """`gradients` of a group as one program of weights (`kernels` are only part of the key)."""
     p = problem(name)
     x, y, dead, target = (jnp.asarray(v, jnp.float32) for v in (p.x, p.y, p.dead, p.target))
-    weight = p.group.of("l0_weight")
-    return jax.jit(lambda w: gradients(w, x, y, weight, target, dead, p.group, capacity))
+    dials = Dials(p.group.of("l0_weight"), target, dead)
+    return jax.jit(lambda w: gradients(w, x, y, dials, p.group, capacity))
 
 
 def close(got, wanted, rtol):
@@ -262,7 +262,7 @@ def close(got, wanted, rtol):
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_are_those_of_a_float64_forward_pass(name):
     p = problem(name)
-    grads, parts = compiled(name, 0, "")(p.weights())
+    grads, parts = compiled(name, 0, None)(p.weights())
     for n in range(len(p.group.coders)):
         total, r = reference(p, p.arrays, n)
         wanted = {"loss": total, "mse": r["mse"], "fvu": r["fvu"], "l0": r["l0"].mean()}
@@ -280,14 +280,14 @@ def test_losses_and_gradients_are_those_of_a_float64_forward_pass(name):
 @pytest.mark.parametrize("name", JUMPRELU)
 def test_threshold_gradients_are_the_straight_through_estimator(name):
     p = problem(name)
-    grads, _ = compiled(name, 0, "")(p.weights())
+    grads, _ = compiled(name, 0, None)(p.weights())
     close(grads.threshold, threshold_gradients(name), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk"])
 def test_topk_keeps_the_largest_and_trains_no_threshold(name):
     p = problem(name)
-    grads, parts = compiled(name, 0, "")(p.weights())
+    grads, parts = compiled(name, 0, None)(p.weights())
     assert not np.any(grads.threshold)
     np.testing.assert_allclose(parts["l0"], 3.0, rtol=1e-6)
 
@@ -296,15 +296,22 @@ def test_topk_keeps_the_largest_and_trains_no_threshold(name):
 # The sparse step
 
 
-FORMS = (*(("cpu",) if cpu.available() else ()), "xla", "triton")
+KERNELS = {"cpu": cpu, "xla": xla, "triton": triton}
+if not cpu.available():
+    del KERNELS["cpu"]
 
 
 @pytest.mark.parametrize(
-    "name,form",
-    [(n, f) for n in JUMPRELU for f in FORMS if f == FORMS[0] or n in ("sae", "clt", "matryoshka")],
+    "name,kernels",
+    [
+        pytest.param(name, module, id=f"{name}-{kernels}")
+        for name in JUMPRELU
+        for i, (kernels, module) in enumerate(KERNELS.items())
+        if i == 0 or name in ("sae", "clt", "matryoshka")
+    ],
 )
-def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
-    monkeypatch.setattr(active, "sparse_form", lambda: form)
+def test_the_sparse_step_is_the_dense_one(name, kernels, monkeypatch):
+    monkeypatch.setattr(active, "backend", lambda: kernels)
     p = problem(name)
     low = p.arrays["threshold"] - 2.0  # nearly all are active then, more than there are slots
     z = np.stack([reference(p, p.arrays, n)[1]["z"] for n in range(len(p.group.coders))])
@@ -316,7 +323,7 @@ def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
     assert 0 < few < most
     usual, lower = p.weights(), p.weights(threshold=low)
     for w, slots, dense in ((usual, K, 0), (lower, K, 1), (usual, few, 0)):
-        got, wanted = compiled(name, slots, form)(w), compiled(name, 0, "")(w)
+        got, wanted = compiled(name, slots, kernels)(w), compiled(name, 0, None)(w)
         assert np.all(np.asarray(got[1].pop("dense")) == dense)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             close(a, b, 1e-5)
@@ -325,8 +332,7 @@ def test_the_sparse_step_is_the_dense_one(name, form, monkeypatch):
 def test_too_few_slots_change_nothing():
     """One slot a token, of which most need more: the dense step, bit for bit."""
     p = problem("sae")
-    form = active.sparse_form()
-    got, wanted = compiled("sae", 1, form)(p.weights()), compiled("sae", 0, "")(p.weights())
+    got, wanted = compiled("sae", 1, None)(p.weights()), compiled("sae", 0, None)(p.weights())
     assert np.all(np.asarray(got[1].pop("dense")) == 1)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         np.testing.assert_array_equal(a, b)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import training_runner
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.model.config import PRESETS, Model
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 from gemma_scope_jax.training import feeds, train
@@ -31,10 +31,20 @@ CODERS = (
 def config(mesh, store="") -> TrainConfig:
     """A large epsilon: Adam would turn rounding errors of tiny gradients into whole steps."""
     return TrainConfig(
-        coders=CODERS, tokens=128 * 9, rows=8, length=16, buffer=512, batch=128, updates=2,
-        optimizer=OptimizerConfig(1e-3, 10, epsilon=1e-2), checkpoint_every=1e9, model="tiny",
-        sparse=0, mesh=mesh, store=store,
-    )  # fmt: skip
+        coders=CODERS,
+        tokens=128 * 9,
+        rows=8,
+        length=16,
+        buffer=512,
+        batch=128,
+        updates=2,
+        optimizer=OptimizerConfig(1e-3, 10, epsilon=1e-2),
+        checkpoint_every=1e9,
+        model="tiny",
+        sparse=0,
+        mesh=mesh,
+        store=store,
+    )
 
 
 def run(folder, mesh, store=""):
@@ -103,10 +113,13 @@ def test_two_processes_equal_one(tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, __file__, address, str(process), str(tmp_path / "two")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     check_same(tmp_path / "one", tmp_path / "two")
@@ -116,7 +129,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 if __name__ == "__main__":
-    from gemma_scope_jax.model.sharding import join_processes
+    from gemma_scope_jax.model.processes import join_processes
 
     jax.config.update("jax_num_cpu_devices", 4)
     join_processes(sys.argv[1], 2, int(sys.argv[2]))

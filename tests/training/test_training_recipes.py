@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 
 from assertions import one_line
-from gemma_scope_jax.data.text import TextData
+from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig

@@ -21,9 +21,9 @@ import pytest
 from etils import epath
 
 import training_runner
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.locks import only_writer
@@ -75,7 +75,8 @@ def test_a_run_stopped_while_training_resumes_to_the_same_bits(whole, cut):
     assert any(c["dead"] > 0 for row in rows for c in row["coders"].values())
 
 
-def test_what_a_killed_run_logged_beyond_its_checkpoint_is_not_logged_twice(cut, monkeypatch):
+def test_nothing_is_logged_twice(cut, monkeypatch):
+    """What a killed run logged beyond its checkpoint is logged anew, once."""
     monkeypatch.setattr(progress, "EVERY", 0.0)
     with (cut / "log.jsonl").open("a") as log:
         log.write('{"tokens": 1280, "update": 0, "coders": {}}\n{"tokens": 1408, "upd')
@@ -313,7 +314,8 @@ def no_space(limit=4096):
 # Orbax's threads end with exceptions of their own then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_checkpoint_that_cannot_be_written_is_said_and_the_one_before_is_whole(whole, cut):
+def test_a_checkpoint_that_cannot_be_written_is_said(whole, cut):
+    """The one before it is whole."""
     message = "could not be written.*run the same command"
     with pytest.raises(InputError, match=message) as refused, no_space():
         run(cut)

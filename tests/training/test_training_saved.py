@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_scope_jax.coders.jump_relu import as_jump_relu
 
-from gemma_scope_jax.coders.release.files import load_coder
+from gemma_scope_jax.coders.coder import as_jump_relu
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
-from gemma_scope_jax.data.text import TokenBatches
+from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.training import feeds, init, measure
-from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training import buffer, ends, feeds, init, measure
 from gemma_scope_jax.training import train as training
-from gemma_scope_jax.training.held_out import BLOCK, HELD_OUT, SplitBatches, held_out
+from gemma_scope_jax.training.held_out import BLOCK, SplitBatches, held_out, is_held_out
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
 from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 from letters import Letters
@@ -134,8 +133,8 @@ def test_the_log_and_the_card_say_what_the_saved_files_do(run):
         assert f"{said['fvu']:.4g}" in card
 
 
-def test_a_token_of_enormous_norm_has_its_k_features_and_a_jumprelu_far_more(run):
-    """As TopK is saved; one threshold for all would light most of the dictionary."""
+def test_a_token_of_enormous_norm_has_its_k_features(run):
+    """A JumpReLU has far more: one threshold for all would light most of the dictionary."""
     folder, (topk, jump, batch, several), seen = run
     saved = last(folder)["saved"]
     _, sites, layers = seen[0]
@@ -178,29 +177,30 @@ def test_what_is_held_out_is_never_trained_on():
             position = batches.position
             batches = SplitBatches(texts, Letters(), 4, 32, share=0.25, seed=1, position=position)
             continue
-        for tokens, segments, counts in zip(batch.tokens, batch.segments, batch.counts):
+        for tokens, segments, apart in zip(batch.tokens, batch.segments, is_held_out(batch)):
             for n in range(1, segments.max() + 1):
-                ids, marks = tokens[segments == n][1:], counts[segments == n][1:]
+                ids, marks = tokens[segments == n][1:], apart[segments == n][1:]
                 for start in range(len(ids) - 12):  # 12 letters in a row tell where they are
                     key = ids[start : start + 12].tobytes()
-                    side.setdefault(key, set()).add(int(marks[start]))
+                    side.setdefault(key, set()).add(bool(marks[start]))
     assert position and all(len(marks) == 1 for marks in side.values())
-    assert {HELD_OUT} in side.values()
+    assert {True} in side.values()
     with pytest.raises(StopIteration):  # a stream comes once, and is split all the same
         stream = SplitBatches(iter(texts), Letters(), 4, 32, share=0.25)
-        seen = [next(stream).counts]
+        seen = [next(stream)]
         while True:
-            seen.append(next(stream).counts)
-    assert 0.1 < (np.array(seen) == HELD_OUT).sum() / (np.array(seen) > 0).sum() < 0.4
+            seen.append(next(stream))
+    held = sum((batch.mask & is_held_out(batch)).sum() for batch in seen)
+    assert 0.1 < held / sum(batch.mask.sum() for batch in seen) < 0.4
 
 
 def test_a_pass_with_more_than_the_ring_holds_keeps_its_last_in_every_site():
     """No slot is written twice, where devices may choose another of the two for each site."""
     x = {site: jnp.arange(20.0)[None, :, None] + n for n, site in enumerate("ab")}
-    counts = jnp.arange(20) % 4 != 1  # 15 of 20
+    mask = jnp.arange(20) % 4 != 1  # 15 of 20
     ring = {site: jnp.full((1, 6, 1), -1.0) for site in x}
-    ring, slot, filled = steps._write(ring, jnp.int32(4), jnp.int32(4), x, counts)
-    last = np.flatnonzero(counts)[-6:]
+    ring, slot, filled = buffer._write(ring, jnp.int32(4), jnp.int32(4), x, mask)
+    last = np.flatnonzero(mask)[-6:]
     assert sorted(np.asarray(ring["a"]).ravel()) == last.tolist()
     np.testing.assert_array_equal(ring["b"], ring["a"] + 1)
     assert int(slot) == (4 + 15) % 6 and int(filled) == 6
@@ -244,7 +244,7 @@ def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_pat
     """Wild weights are said in the log, the card and on standard error, NaN is not saved."""
     with pytest.raises(InputError, match="learning_rate must be above 0 and at most 1"):
         OptimizerConfig(1e8)
-    names, real = [c.folder for c in CODERS], training.coders
+    names, real = [c.folder for c in CODERS], ends.coders
     shutil.copytree(run[0], tmp_path / "run")  # finished: its coders are only written again
     shutil.rmtree(tmp_path / "run" / "coders")
 
@@ -256,7 +256,7 @@ def test_a_coder_that_went_wrong_is_not_saved_without_a_word(run, model, tmp_pat
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "coders", broken)
+        patch.setattr(ends, "coders", broken)
         with pytest.raises(InputError, match="not saved after .*b_dec holds NaN") as refused:
             training.train(recipe(*CODERS), tmp_path / "run", model, documents())
     assert "\n" not in str(refused.value) and "lower learning rate" in str(refused.value)

@@ -9,7 +9,8 @@ from gemma_scope_jax.training import losses
 from gemma_scope_jax.training.losses import jumprelu, quadratic_l0, step
 
 
-def test_jumprelu_and_step_are_strict_and_their_gradients_are_the_published_ones():
+def test_jumprelu_and_step_are_the_published_ones():
+    """Strict, and with the published gradients."""
     bandwidth = 0.5
     z = jnp.array([[0.2, 0.5, 0.6, 0.9, -1.0], [0.5001, 0.1, 2.0, 0.3, 0.74]])
     threshold = jnp.full((2, 5), 0.5)

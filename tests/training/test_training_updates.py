@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.training import buffer, ends
 from gemma_scope_jax.training import step as steps
-from gemma_scope_jax.training import train as training
+from gemma_scope_jax.training.optimizer import adam, clipped, limited
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig
+from gemma_scope_jax.training.state import init_state, make_plan
 from training_runs import MODEL, coder, recipe
 
 
 def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
     config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=8, batch=8)
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=3))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=3))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=3))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=3))
     x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
     counts = jnp.array([True, False, True, True, True, False])
     for scale in (1, 10, 100):
-        state = steps.fill(state, {"resid_post": scale * x}, counts)
+        state = buffer.fill(state, {"resid_post": scale * x}, counts)
     got = sorted(np.asarray(state.buffer["resid_post"][0, :, 0], np.float32))
     assert got == [10, 30, 40, 50, 100, 300, 400, 500]
 
@@ -28,27 +31,27 @@ def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
 def test_every_activation_is_drawn_once_in_a_sweep():
     config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=12, batch=4)
     small = dataclasses.replace(MODEL, d_model=3)
-    plan = steps.make_plan(config, small)
-    state = steps.init_state(plan, small)
+    plan = make_plan(config, small)
+    state = init_state(plan, small)
     x = jnp.arange(12.0)[None, :, None] * jnp.ones((1, 12, 3))
-    state = steps.fill(state, {"resid_post": x}, jnp.ones(12, bool))
+    state = buffer.fill(state, {"resid_post": x}, jnp.ones(12, bool))
     sweeps = []
     for _ in range(2):
         seen = []
         for _ in range(3):
-            state, batch = steps.draw(state, plan)
+            state, batch = buffer.draw(state, plan)
             seen += np.asarray(batch["resid_post"][0, :, 0], np.float32).tolist()
         assert sorted(seen) == list(range(12))
         sweeps.append(seen)
     assert sweeps[0] != sweeps[1] != list(range(12))
 
 
-def test_model_activations_leave_out_bos_of_every_piece_padding_and_what_the_data_says(model):
-    plan = steps.make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
-    segments, counts = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
-    x, kept = steps.model_activations(
-        model, jnp.array([[2, 5, 6, 2, 7, 0]]), segments, counts, plan
-    )
+def test_model_activations_are_of_tokens_that_count(model):
+    """Left out are <bos> of every piece, padding and what the data says."""
+    plan = make_plan(recipe(coder(2), coder(2, reads="z")), model.config)
+    segments, mask = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.ones((1, 6), bool).at[0, 2].set(False)
+    batch = TokenBatch(jnp.array([[2, 5, 6, 2, 7, 0]]), segments, mask)
+    x, kept = buffer.model_activations(model, batch, plan)
     assert kept.tolist() == [False, True, False, False, True, False]
     assert x["resid_post"].shape == (1, 6, 32) and x["z"].shape == (1, 6, 64)
 
@@ -58,9 +61,9 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
         coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), batch=64
     )
     small = dataclasses.replace(MODEL, d_model=6)
-    plan = steps.make_plan(config, small)
+    plan = make_plan(config, small)
     x = {"resid_post": 30 * jax.random.normal(jax.random.key(1), (2, 64, 6))}
-    state = training.start(plan, steps.init_state(plan, small), x, {})
+    state = ends.start(plan, init_state(plan, small), x, {})
     norms = jnp.sqrt(jnp.mean(jnp.sum(x["resid_post"] ** 2, -1), 1))
     np.testing.assert_allclose(state.scale["resid_post"], norms, rtol=0.2)
     update = jax.jit(lambda s: steps.update(s, x, plan)[0])
@@ -75,8 +78,8 @@ def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
 
 
 def test_products_have_the_precision_asked_for():
-    plan = steps.make_plan(recipe(coder(2, width=16)), dataclasses.replace(MODEL, d_model=6))
-    state = jax.eval_shape(lambda: steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)))
+    plan = make_plan(recipe(coder(2, width=16)), dataclasses.replace(MODEL, d_model=6))
+    state = jax.eval_shape(lambda: init_state(plan, dataclasses.replace(MODEL, d_model=6)))
     x = {"resid_post": jax.ShapeDtypeStruct((1, 128, 6), jnp.float32)}
 
     def products(precision):
@@ -91,13 +94,14 @@ def test_products_have_the_precision_asked_for():
     assert all("HIGH" in line and "HIGHEST" not in line for line in products("tensorfloat32"))
 
 
-def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alone():
+def test_a_gradient_of_unusual_norm_is_cut_alone():
+    """Other kinds of weights and other coders stay as they are."""
     config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    [group] = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    [group] = init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
     rng, moments, squares = np.random.default_rng(0), group.optimizer, []
-    optimizer = steps.optimizer(config)
+    optimizer = adam(config.optimizer)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     for _ in range(4):
         grads = jax.tree.map(normal, group.weights)
@@ -105,18 +109,18 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
             jax.tree.map(
                 jnp.array_equal,
                 grads,
-                steps.clipped(grads, moments, dataclasses.replace(config.optimizer, clip=0.0)),
+                clipped(grads, moments, dataclasses.replace(config.optimizer, clip=0.0)),
             )
         )
         if not squares:  # nothing is usual yet
-            first = steps.clipped(grads, moments, config.optimizer)
+            first = clipped(grads, moments, config.optimizer)
             assert jax.tree.all(jax.tree.map(jnp.array_equal, grads, first))
         squares.append(np.sum(np.asarray(grads.w_enc) ** 2, (1, 2, 3)))
         with jax.numpy_dtype_promotion("standard"):
             _, moments = optimizer.update(grads, moments)
     grads = jax.tree.map(normal, group.weights)
     wild = dataclasses.replace(grads, w_enc=grads.w_enc.at[1].multiply(1000.0))
-    cut = steps.clipped(wild, moments, config.optimizer)
+    cut = clipped(wild, moments, config.optimizer)
     shares = 0.1 * 0.9 ** np.arange(3, -1, -1)
     usual = np.sqrt(shares @ np.array(squares) / shares.sum())
     np.testing.assert_allclose(np.linalg.norm(cut.w_enc[1]), 1.5 * usual[1], rtol=1e-5)
@@ -125,22 +129,22 @@ def test_a_gradient_of_unusual_norm_is_cut_for_its_kind_of_weight_and_coder_alon
         grads.w_enc[1] / np.linalg.norm(grads.w_enc[1]),
         rtol=1e-4,
     )
-    usually = steps.clipped(grads, moments, config.optimizer)
+    usually = clipped(grads, moments, config.optimizer)
     assert jnp.array_equal(cut.w_enc[0], usually.w_enc[0])
     assert jnp.array_equal(cut.b_dec, usually.b_dec)
     wild = dataclasses.replace(grads, threshold=1000.0 * grads.threshold)
-    cut = steps.clipped(wild, moments, config.optimizer)
+    cut = clipped(wild, moments, config.optimizer)
     assert jnp.array_equal(cut.threshold, wild.threshold)
 
 
 def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     config = recipe(coder(2, width=16))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(1e-2, 0, step_limit=2e-2))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     [group] = state.groups
-    moments = steps.optimizer(config).init(group.weights)
-    optimizer, rng = steps.optimizer(config), np.random.default_rng(0)
+    moments = adam(config.optimizer).init(group.weights)
+    optimizer, rng = adam(config.optimizer), np.random.default_rng(0)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     seldom = lambda g: dataclasses.replace(
         g, w_enc=g.w_enc.at[:, :, 3].set(0.0), b_enc=g.b_enc.at[:, :, 3].set(0.0)
@@ -149,7 +153,7 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
         for _ in range(2000):
             _, moments = optimizer.update(seldom(jax.tree.map(normal, group.weights)), moments)
         changes, _ = optimizer.update(jax.tree.map(normal, group.weights), moments)
-    cut = steps.limited(changes, config.optimizer)
+    cut = limited(changes, config.optimizer)
     size = lambda a: np.sqrt(np.mean(np.asarray(a[0, 0, 3]) ** 2))
     assert size(changes.w_enc) > 20 and abs(changes.b_enc[0, 0, 3]) > 2
     np.testing.assert_allclose(size(cut.w_enc), 2.0, rtol=1e-5)  # 2e-2 over the rate of 1e-2
@@ -157,20 +161,20 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     others = np.delete(np.arange(16), 3)
     assert jnp.array_equal(cut.w_enc[:, :, others], changes.w_enc[:, :, others])
     assert jnp.array_equal(cut.threshold, changes.threshold)
-    off = steps.limited(changes, OptimizerConfig(step_limit=0.0))
+    off = limited(changes, OptimizerConfig(step_limit=0.0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, off, changes))
 
 
 def test_features_are_dead_by_how_seldom_they_are_active():
     """Silent, once in a while, half the limit, four times the limit; all were frequent before."""
     loss = LossConfig(dead_after=50, dead_below=0.02, l0_warmup=0)
-    of_two_layers = steps.make_plan(recipe(coder((3, 4), loss=loss)), MODEL)
-    assert float(steps.dead_limit(of_two_layers.groups[0])[0, 0, 0]) == pytest.approx(0.02 * 4 / 64)
+    of_two_layers = make_plan(recipe(coder((3, 4), loss=loss)), MODEL)
+    assert float(of_two_layers.groups[0].dead_limit[0, 0, 0]) == pytest.approx(0.02 * 4 / 64)
     config = recipe(coder(3, loss=loss), coder(4, loss=loss, target_l0=16.0))
-    plan = steps.make_plan(config, MODEL)
-    [group], [state] = plan.groups, steps.init_state(plan, MODEL).groups
+    plan = make_plan(config, MODEL)
+    [group], [state] = plan.groups, init_state(plan, MODEL).groups
     limit = np.array([0.02 * 8 / 64, 0.02 * 16 / 64])[:, None, None]
-    dead = lambda f: steps.dials(dataclasses.replace(state, activity=f), group, jnp.array(0))[2]
+    dead = lambda f: steps.dials(dataclasses.replace(state, activity=f), group, jnp.array(0)).dead
     assert not dead(state.activity).any()  # nobody knows yet
     f = steps.activities(state.activity, jnp.full((2, 1, 64), 0.3), group)
     when = np.zeros((2, 1, 64))
@@ -190,8 +194,8 @@ def test_a_coder_that_starts_silent_learns():
     """Its first gradients are 0, and so is their usual norm: that is no reason to cut the next."""
     config = recipe(coder(2, width=16, threshold=0.5, loss=LossConfig(l0_warmup=0, dead_after=0)))
     config = dataclasses.replace(config, optimizer=OptimizerConfig(3e-2, 0))
-    plan = steps.make_plan(config, dataclasses.replace(MODEL, d_model=6))
-    state = steps.init_state(plan, dataclasses.replace(MODEL, d_model=6))
+    plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
+    state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 6)), jnp.float32)
     x = {"resid_post": 0.1 * x / jnp.linalg.norm(x, axis=-1, keepdims=True)}
     state = dataclasses.replace(state, scale={"resid_post": jnp.ones(1)})
@@ -229,8 +233,8 @@ def test_silent_features_become_features_that_are_used():
             dead_weight=dead_weight,
         )
         config = recipe(coder(2, width=F, target_l0=4, threshold=0.3, loss=loss))
-        plan = steps.make_plan(config, few)
-        state = dataclasses.replace(steps.init_state(plan, few), scale={"resid_post": jnp.ones(1)})
+        plan = make_plan(config, few)
+        state = dataclasses.replace(init_state(plan, few), scale={"resid_post": jnp.ones(1)})
         [group] = state.groups
         weights = dataclasses.replace(
             group.weights,

@@ -64,7 +64,8 @@ def test_folding_is_exact_and_unfolding_undoes_it(config):
 
 
 @pytest.mark.parametrize("name", ["skip transcoder", "crosscoder"])
-def test_unfolding_a_coder_whose_decoders_are_not_of_unit_norm_keeps_its_function(name):
+def test_unfolding_any_decoder_norm_keeps_the_function(name):
+    """The decoders need not be of unit norm."""
     config = KINDS[name]
     w, scales = random_weights(config)
     folded = fold(w, 0, config, scales)

@@ -25,6 +25,7 @@ from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question, Show
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens
+from gemma_scope_jax.model.batch import TokenBatch, padded
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
 from gemma_scope_jax.model.generate import STOP_TOKENS, generate
@@ -138,23 +139,23 @@ Feature: {feature}
 
 
 @partial(jax.jit, static_argnames="slots")
-def _prefix(model: Model, tokens, segments, *, slots: int) -> Cache:
-    """The keys and values of what all prompts begin with, tokens [1, P], with room for more."""
+def _prefix(model: Model, batch: TokenBatch, *, slots: int) -> Cache:
+    """The keys and values of what all prompts begin with, a row, with room for more."""
     cache = init_cache(model.config, 1, slots, model.dtype)
-    return forward(model, tokens, cache=cache, segments=segments, logits="none").cache
+    return forward(model, batch, cache=cache, logits="none").cache
 
 
 @jax.jit
-def _choice_logits(model: Model, prefix: Cache, tokens, segments, places, choices) -> jax.Array:
+def _choice_logits(model: Model, prefix: Cache, batch: TokenBatch, places, choices) -> jax.Array:
     """float32 [B, P, C]: the logits of the tokens `choices` [C] after the positions `places` [B, P]
-    of tokens [B, T], which follow the prefix (a cache of one row)."""
-    rows = tokens.shape[0]
+    of the batch, whose rows follow the prefix (a cache of one row)."""
+    rows = batch.tokens.shape[0]
     wide = lambda x, axis: jnp.repeat(x, rows, axis)
     seen = Tokens(wide(prefix.tokens.positions, 0), wide(prefix.tokens.segments, 0))
     last = wide(prefix.last, 0)
     cache = Cache(wide(prefix.k, 1), wide(prefix.v, 1), seen, prefix.used, last)
     reads = [capture("resid_final")]
-    out = forward(model, tokens, reads, cache=cache, segments=segments, logits="none")
+    out = forward(model, batch, reads, cache=cache, logits="none")
     x = jnp.take_along_axis(out.reads["resid_final"], places[..., None], axis=1)
     params = dataclasses.replace(model.params, embed=model.params.unembedding[choices], head=None)
     return unembed(model.config, params, x)
@@ -335,19 +336,19 @@ class ModelJudge:
         """{key: logits} of prompts that begin with the same `shared` tokens, with up to `length`
         more."""
         room = -(-shared // STEP) * STEP
-        prefix = _padded([prompts[0].ids[:shared]], 1, room)
-        cache = _prefix(self.model, *prefix, slots=room + length)
+        prefix = padded([prompts[0].ids[:shared]], context_size=room)
+        cache = _prefix(self.model, prefix, slots=room + length)
         size = max(1, TOKENS // length)
         most = max(len(p.places) for p in prompts) if many else 1
         width = -(-most // PLACES) * PLACES if many else 1
         found: dict[Any, np.ndarray] = {}
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
-            rows = _padded([p.ids[shared:] for p in some], size, length)
+            batch = padded([p.ids[shared:] for p in some], size, length)
             places = np.zeros((size, width), np.int32)
             for row, p in enumerate(some):
                 places[row, : len(p.places)] = np.array(p.places) - shared
-            logits = np.asarray(_choice_logits(self.model, cache, *rows, places, choices))
+            logits = np.asarray(_choice_logits(self.model, cache, batch, places, choices))
             for row, p in enumerate(some):
                 found[p.key] = logits[row, : len(p.places)].astype(np.float64)
         return found
@@ -378,14 +379,6 @@ def _shared(prompts: Sequence[_Prompt]) -> int:
     in_order = sorted(p.ids[:most].tolist() for p in prompts)
     differ = np.flatnonzero(np.array(in_order[0]) != np.array(in_order[-1]))
     return int(differ[0]) if len(differ) else most
-
-
-def _padded(rows: Sequence[np.ndarray], size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [size, length]."""
-    tokens, segments = np.zeros((2, size, length), np.int32)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], segments[i, : len(ids)] = ids, 1
-    return tokens, segments
 
 
 _TASKS = {

@@ -18,13 +18,12 @@ This module needs no JAX, so that listing the release takes no time.
 import dataclasses
 import difflib
 import functools
-import json
-import math
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.storage.safetensors_files import file_size
 
 # size -> layers, d_model, heads * head_dim. The same numbers as `model.config.PRESETS`.
 SIZES = {
@@ -164,17 +163,10 @@ class Address:
     @property
     def bytes(self) -> int:
         """Size of the folder's weight files, headers included (`examples.safetensors` is not)."""
-        return sum(_file_bytes(file) for file in self.shapes.values())
-
-
-def _file_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Size of a safetensors file of float32 tensors: 8 bytes, padded JSON header, data."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-text // 8) * 8 + end
+        return sum(
+            file_size({name: ("float32", shape) for name, shape in file.items()})
+            for file in self.shapes.values()
+        )
 
 
 def _grid(size: str, category: str) -> Iterator[tuple[tuple[int, ...], str, str, bool, int | None]]:

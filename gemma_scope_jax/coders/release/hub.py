@@ -7,8 +7,7 @@ import contextlib
 from pathlib import Path
 
 from gemma_scope_jax.coders.release.catalog import Address, nearest_addresses
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.disk import disk_error
+from gemma_scope_jax.errors import InputError, disk_error, reason
 
 
 def fetch_folder(address: Address, revision: str | None = None) -> Path:

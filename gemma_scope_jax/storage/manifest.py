@@ -1,0 +1,64 @@
+"""Our own JSON documents on disk: what one must hold to be read, and what tells one from another.
+
+A manifest says what lies in its folder. It is read before anything else, so whatever is wrong with
+it (another program's file, another version, a flipped bit) is one line that says what to do.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.strict_json import parse_json, read_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of document.
+
+    what    as errors call it: "the manifest of activations"
+    marks   what tells it from other documents: {"format": "...", "version": 1}
+    check   `check(content, path)` raises `InputError` unless all that is read has its type and size
+    advice  what to do with one that cannot be used: "write the store again"
+    keys    that it must have besides
+    """
+
+    what: str
+    marks: Mapping[str, Any]
+    check: Callable[[dict[str, Any], Any], None]
+    advice: str
+    keys: tuple[str, ...] = ()
+    mend_text: bool = False  # as in `strict_json.parse_json`
+
+    def read(self, path: Any) -> dict[str, Any]:
+        """The document in a file. Raises `InputError` for one that cannot be used."""
+        return self.parse(read_bytes(path), path)
+
+    def parse(self, data: bytes, path: Any) -> dict[str, Any]:
+        """The document in bytes that were read from `path`, which errors name."""
+        try:
+            content = parse_json(data, path, mend_text=self.mend_text)
+            if not isinstance(content, dict):
+                raise InputError(f"{path}: not {self.what}")
+            for key, wanted in self.marks.items():
+                if (found := content.get(key)) != wanted or isinstance(found, bool):
+                    said = f"{key} is {repr(found)[:60]}, not {wanted!r}"
+                    raise InputError(f"{path}: not {self.what} ({said})")
+            if lacking := sorted(set(self.keys) - set(content)):
+                raise InputError(f"{path}: lacks {', '.join(lacking)}")
+            self.check(content, path)
+        except InputError as error:
+            raise InputError(f"{error}; {self.advice}") from error
+        return content
+
+
+def digest(value: Any, size: int = 8) -> str:
+    """2 `size` hexadecimal digits that tell a value from others (BLAKE2b).
+
+    Bytes and texts count as they are, everything else as JSON with its keys sorted.
+    """
+    text = value if isinstance(value, (str, bytes)) else json.dumps(value, sort_keys=True)
+    data = text.encode() if isinstance(text, str) else text
+    return hashlib.blake2b(data, digest_size=size).hexdigest()

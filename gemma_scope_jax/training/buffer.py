@@ -1,0 +1,116 @@
+"""The shuffle buffer: activations of the model's passes, drawn in random order, at unit norm.
+
+Activations of a pass (without <bos>, padding and what the data leaves out) overwrite the oldest of
+a ring buffer on the device, one a site; updates draw from it in random order. Each layer of each
+site is divided by one scalar so that they have unit mean squared norm; `weights.fold` puts that
+into the weights.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import forward
+from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.sharding import place
+from gemma_scope_jax.training.recipe import CoderConfig
+from gemma_scope_jax.training.state import Sites, TrainPlan, TrainState
+from gemma_scope_jax.training.weights import CoderGroup
+
+
+def model_activations(model: Model, batch: TokenBatch, plan: TrainPlan):
+    """Activations {site: [L, B*T, D]}, and which to use: the batch's mask without <bos>, [B*T]."""
+    out = forward(
+        model,
+        batch,
+        [capture(site, layers) for site, layers in plan.sites],
+        stop_at_layer=plan.stop,
+        logits="none",
+        remat=None,
+    )
+    x = {s: out.reads[s].reshape(len(ls), -1, out.reads[s].shape[-1]) for s, ls in plan.sites}
+    return x, batch.counted(plan.config.first).reshape(-1)
+
+
+def fill(state: TrainState, x: Sites, mask: jax.Array) -> TrainState:
+    """Write the activations in the mask over the oldest of the buffer."""
+    buffer, slot, filled = _write(state.buffer, state.slot, state.filled, x, mask)
+    return dataclasses.replace(state, buffer=buffer, slot=slot, filled=filled)
+
+
+def hold(state: TrainState, x: Sites, mask: jax.Array) -> TrainState:
+    """Write the activations that are held out over the oldest of these."""
+    held, slot, filled = _write(state.held, state.held_slot, state.held_filled, x, mask)
+    return dataclasses.replace(state, held=held, held_slot=slot, held_filled=filled)
+
+
+def _write(ring: Sites, slot: jax.Array, filled: jax.Array, x: Sites, mask: jax.Array):
+    """(ring, slot to write next, slots ever written) with x written into it, where the mask is."""
+    size = next(iter(ring.values())).shape[1]
+    number, new = jnp.cumsum(mask.astype(jnp.int32)), jnp.sum(mask, dtype=jnp.int32)
+    last = mask & (number > new - size)  # no slot is written twice, or sites might choose apart
+    places = jnp.where(last, (slot + number - 1) % size, size)  # beyond the end: dropped
+    write = lambda old, new: old.at[:, places].set(new.astype(old.dtype), mode="drop")
+    ring = {site: write(old, x[site]) for site, old in ring.items()}
+    return ring, (slot + new) % size, jnp.minimum(filled + new, size)
+
+
+def draw(state: TrainState, plan: TrainPlan) -> tuple[TrainState, Sites]:
+    """A batch from the buffer: each slot at most once in a sweep, in another order each time.
+
+    What a sweep leaves over, where the batch does not divide the buffer, waits for the next.
+    """
+    size, batch = state.order.shape[0], plan.config.batch
+    key, shuffle = jax.random.split(state.key)
+    over = state.drawn + batch > size
+    order = jax.lax.cond(
+        over, lambda: jax.random.permutation(shuffle, state.order), lambda: state.order
+    )
+    begin = jnp.where(over, 0, state.drawn)
+    slots = jax.lax.dynamic_slice_in_dim(order, begin, batch)
+    state = dataclasses.replace(state, key=key, order=order, drawn=begin + batch)
+    return state, {site: rows[:, slots] for site, rows in state.buffer.items()}
+
+
+def pairs(
+    plan: TrainPlan, group: CoderGroup, x: Sites, scale: Sites
+) -> tuple[jax.Array, jax.Array]:
+    """What a group reads and what it should write: [N, X, B, D] each, unit mean squared norm."""
+    mesh, layers_of = plan.mesh, dict(plan.sites)
+
+    def pick(site):
+        at = [[layers_of[site].index(layer) for layer in row] for row in group.layers]
+        at = jnp.asarray(at, jnp.int32)
+        rows = x[site][at].astype(jnp.float32) / scale[site][at][..., None, None]
+        return place(mesh, rows, None, None, "data", None)
+
+    read = pick(group.like.reads)
+    return read, read if group.like.target == group.like.reads else pick(group.like.target)
+
+
+def scales(x: Sites, plan: TrainPlan) -> Sites:
+    """Root-mean-square norms of a sample {site: [L, B, D]}: [L] each.
+
+    Rare tokens of enormous norm count as if at `outlier` median norms, or they would decide it.
+    """
+    limit = max(c.loss.outlier for c in plan.config.coders)
+
+    def one(rows):
+        squares = jnp.sum(jnp.square(rows.astype(jnp.float32)), -1)
+        median = jnp.median(squares, 1, keepdims=True)
+        return jnp.sqrt(jnp.mean(jnp.minimum(squares, limit**2 * median), 1))
+
+    return {site: one(rows) for site, rows in x.items()}
+
+
+def scales_of(plan: TrainPlan, coder: CoderConfig, scale: Sites) -> Sites:
+    """The scales of a coder's layers where it reads, "in", and where it writes, "out": [X] each."""
+    layers = dict(plan.sites)
+
+    def pick(site):
+        return scale[site][jnp.asarray([layers[site].index(i) for i in coder.layer_tuple])]
+
+    return {"in": pick(coder.reads), "out": pick(coder.target)}

@@ -1,0 +1,177 @@
+"""What a run carries from update to update, and the plan that its program is compiled from.
+
+`TrainPlan` is static: the recipe, the coders in groups of one shape, the sites that are read, the
+mesh. `TrainState` is data: all that a checkpoint holds.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gemma_scope_jax.kernels import active
+from gemma_scope_jax.model.config import GemmaConfig
+from gemma_scope_jax.model.gemma import site_width
+from gemma_scope_jax.training.held_out import KEPT
+from gemma_scope_jax.training.init import random_weights
+from gemma_scope_jax.training.optimizer import adam
+from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.weights import CoderGroup, Weights, groups
+
+Sites = dict[str, jax.Array]  # site -> activations of its layers [L, ..., D]
+
+
+@flax.struct.dataclass
+class GroupState:
+    """What one group of coders carries from update to update."""
+
+    weights: Weights
+    optimizer: Any
+    activity: jax.Array  # float32 [N, X, F]: recent share of tokens, cut; see `step.activities`
+    l0_start: jax.Array  # float32 [N]: target L0 from which the target comes down
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds: resuming from it continues bit for bit."""
+
+    groups: tuple[GroupState, ...]
+    buffer: Sites  # site -> [L, buffer, D] raw activations, bfloat16; empty with a store
+    slot: jax.Array  # int32: of the buffer, to write next
+    filled: jax.Array  # int32: slots ever written
+    order: jax.Array  # int32 [buffer]: the order in which slots are drawn
+    drawn: jax.Array  # int32: slots of `order` already drawn
+    scale: Sites  # site -> float32 [L]: root-mean-square norm of raw activations; 0 until known
+    update: jax.Array  # int32: updates done
+    total: jax.Array  # int32: updates there will be, known when they begin
+    key: jax.Array
+    held: Sites  # site -> [L, kept, D] the latest activations that are held out; {} with a store
+    held_slot: jax.Array  # int32: of `held`, to write next
+    held_filled: jax.Array  # int32: slots ever written
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """What decides the program of a run: static, and the same for every step."""
+
+    config: TrainConfig
+    groups: tuple[CoderGroup, ...]
+    sites: tuple[tuple[str, tuple[int, ...]], ...]  # each site with the layers somebody reads
+    mesh: Any = None
+
+    @property
+    def stop(self) -> int:
+        """The model's layers that have to run."""
+        return 1 + max(layer for _, layers in self.sites for layer in layers)
+
+    def capacity(self, group: CoderGroup) -> int:
+        """Slots a token (of one layer) in the sparse step, 0 for dense products."""
+        if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
+            return 0
+        target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
+        slots = 16 * int(-(-self.config.sparse * target // 16))
+        least = active.backend().FEATURES_A_SLOT
+        return slots if least * slots < group.like.width else 0
+
+
+def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> TrainPlan:
+    """The plan of a run. Raises `InputError` for layers and sites that the model does not have."""
+    wanted: dict[str, set[int]] = {}
+    for coder in config.coders:
+        for site in (coder.reads, coder.target):
+            site_width(model, site)
+            wanted.setdefault(site, set()).update(coder.layer_tuple)
+    sites = tuple((site, tuple(sorted(layers))) for site, layers in sorted(wanted.items()))
+    return TrainPlan(config, groups(config), sites, mesh)
+
+
+def init_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
+    """Coders at random, an empty buffer."""
+    config = plan.config
+    buffer = 0 if config.store else config.buffer
+    rows = lambda count: {
+        s: jnp.zeros((len(ls), count, site_width(model, s)), jnp.bfloat16)
+        for s, ls in plan.sites
+        if buffer
+    }
+    return TrainState(
+        tuple(_group_state(plan, group, model) for group in plan.groups),
+        rows(buffer),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.arange(max(1, buffer), dtype=jnp.int32),  # Orbax saves no empty arrays
+        jnp.asarray(buffer, jnp.int32),  # all drawn: the first draw shuffles
+        {s: jnp.zeros(len(ls)) for s, ls in plan.sites},
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jax.random.key(config.seed),
+        rows(min(KEPT, buffer)),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def _group_state(plan: TrainPlan, group: CoderGroup, model: GemmaConfig) -> GroupState:
+    d_in, d_out = (site_width(model, s) for s in (group.like.reads, group.like.target))
+    weights = random_weights(group, d_in, d_out, plan.config.seed)
+    start = [c.loss.l0_start or c.target_l0 for c in group.coders]
+    return GroupState(
+        weights,
+        adam(plan.config.optimizer).init(weights),
+        jnp.e * group.dead_limit + jnp.zeros(weights.b_enc.shape),
+        jnp.asarray(start, jnp.float32),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Any) -> TrainState:
+    """Where a state lives on a mesh: features over "model", buffered activations over "data".
+
+    Weights, the optimizer's moments and counters of features split over their feature axis; what
+    has none, or does not divide, is everywhere. `state` may be abstract.
+    """
+
+    def one(path, leaf):
+        names = {getattr(p, "name", getattr(p, "key", "")) for p in path}
+        spec = [None] * leaf.ndim
+        if names & {"w_enc", "b_enc", "threshold", "w_dec", "activity"}:
+            axis, over = 2, "model"
+        elif names & {"buffer", "held"}:
+            axis, over = 1, "data"
+        else:
+            return NamedSharding(mesh, PartitionSpec())
+        if leaf.shape[axis] % mesh.shape[over] == 0:
+            spec[axis] = over
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def first_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
+    """`init_state`, made in place on the plan's mesh."""
+    if plan.mesh is None:
+        return init_state(plan, model)
+    places = placement(plan, model)
+    return jax.jit(lambda: init_state(plan, model), out_shardings=places)()
+
+
+def abstract_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
+    """Shapes, dtypes and places of `first_state`."""
+    shapes = jax.eval_shape(lambda: init_state(plan, model))
+    if plan.mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda _: here, shapes)
+    else:
+        places = state_shardings(shapes, plan.mesh)
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
+    )
+
+
+def placement(plan: TrainPlan, model: GemmaConfig) -> Any:
+    """`state_shardings` of a run, None for one device."""
+    if plan.mesh is None:
+        return None
+    return state_shardings(jax.eval_shape(lambda: init_state(plan, model)), plan.mesh)

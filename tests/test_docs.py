@@ -1,0 +1,260 @@
+"""What the documentation says is so: links lead somewhere, commands are understood, examples run,
+tables are those of the code."""
+
+import ast
+import functools
+import importlib.util
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+import yaml
+from etils import epath
+
+import gemma_scope_jax as gs
+from feature_writer import write
+from gemma_scope_jax import cli
+from gemma_scope_jax.cards import card_files
+from gemma_scope_jax.coders.interop import hooks
+from gemma_scope_jax.coders.release import config as release_config
+from gemma_scope_jax.coders.release.parameters import TENSORS
+from gemma_scope_jax.data.activations import files as activation_files
+from gemma_scope_jax.data.documents import TextData
+from gemma_scope_jax.evaluation.results import ENVELOPE
+from gemma_scope_jax.extraction import manifest
+from gemma_scope_jax.kernels import cpu, triton, xla
+from gemma_scope_jax.training.card import write_card
+from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
+from pages import DOCS, PAGES, ROOT, anchors, blocks, command_lines, links, name_of
+
+FORMATS = ROOT / "docs/formats"
+PACKAGED = sorted((ROOT / "gemma_scope_jax/packaged").glob("gemma-*"))
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def script(path):
+    """A Python file of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- every page ------------------------------------------------------------------------------
+
+
+@pages
+def test_every_local_link_leads_somewhere(page):
+    for link in links(page):
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pages
+def test_every_command_is_understood(page, monkeypatch):
+    understood = []
+    for name, command in cli.COMMANDS.items():
+        stub = functools.wraps(command)(lambda *args, **kwargs: understood.append(1))
+        monkeypatch.setitem(cli.COMMANDS, name, stub)
+    lines = command_lines(page, "gemma-scope")
+    for line in lines:
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0, line
+    assert len(understood) == len(lines)
+
+
+@pages
+def test_every_target_and_script_exists(page):
+    makefile = (ROOT / "Makefile").read_text()
+    for line in command_lines(page, "make"):
+        target = line.split()[1]
+        assert re.search(rf"^{target}:", makefile, re.M), line
+    for line in command_lines(page, ".venv/bin/python"):
+        words = shlex.split(line, comments=True)
+        source = (ROOT / words[1]).read_text()
+        assert all(f'"{w}"' in source for w in words if w.startswith("--")), line
+
+
+@pages
+def test_every_python_block_compiles(page):
+    for language in ("python", "py"):
+        for block in blocks(page, language):
+            compile(block, page.name, "exec")
+
+
+@pages
+def test_files_that_are_named_exist(page):
+    kept = r"`((?:gemma_scope_jax|configs|benchmarks|notebooks|tests|docs)/[\w/.]+\.\w+)`"
+    for name in re.findall(kept, page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("page", [p for p in DOCS if blocks(p, "python")], ids=name_of)
+def test_examples_run(page, capsys):
+    """Those of blocks "python", one after the other; blocks "py" are parts of something."""
+    namespace: dict = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, name_of(page), "exec"), namespace)
+
+
+# ---- the site --------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation():
+    class Plain(yaml.SafeLoader):
+        """YAML as it stands, tags of mkdocs included."""
+
+    Plain.add_multi_constructor("", lambda loader, tag, node: None)
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Plain)["nav"]
+
+    def files(item):
+        if isinstance(item, str):
+            return [item]
+        values = item.values() if isinstance(item, dict) else item
+        return [file for value in values for file in files(value)]
+
+    listed = files(nav)
+    assert sorted(listed) == sorted(str(p.relative_to(ROOT / "docs")) for p in DOCS)
+
+
+def test_the_api_page_lists_every_public_name():
+    made = script(ROOT / "docs/hooks.py").public()
+    named = [line.rpartition(".")[2] for line in made.splitlines() if line.startswith(":::")]
+    assert sorted(named) == gs.__all__ and "<!-- public -->" in (ROOT / "docs/api.md").read_text()
+
+
+def test_links_out_of_the_site_become_their_text():
+    inside = script(ROOT / "docs/hooks.py").inside
+    text = "[a](../../configs/x.py), [b](coders.md#c), [d](../faq.md), [e](https://x.org)"
+    assert inside(text, "guides/training.md") == text.replace("[a](../../configs/x.py)", "a")
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def test_benchmark_tables_are_those_of_the_results():
+    table = script(ROOT / "benchmarks/table.py")
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert page.count("<!-- table: ") == 3 and table.renewed(page) == page
+
+
+def test_a_json_line_is_a_row_with_its_numbers(tmp_path):
+    table = script(ROOT / "benchmarks/table.py")
+    (tmp_path / "x").write_text(
+        'text\n{"name": "a", "ours": 1234.5, "agree": true}\n{"name": "b", "ratio": 0.5}\n'
+    )
+    assert table.table(table.read(tmp_path / "x")).splitlines() == [
+        "| name | ours | agree | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        "| a | 1,234 | yes |  |",
+        "| b |  |  | 0.50 |",
+    ]
+
+
+def test_the_rooms_are_those_that_imports_follow():
+    tree = ast.parse((ROOT / "tests/test_imports.py").read_text())
+    given = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "ROOMS"
+    ]
+    rooms = ast.literal_eval(given[0])
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    said = {row[0].strip("`"): row[2] for row in rows if len(row) == 3 and row[0][:1] == "`"}
+    there = {p.name for p in (ROOT / "gemma_scope_jax").iterdir() if (p / "__init__.py").exists()}
+    assert there <= set(said) | {"errors", "progress"}
+    for room in there - {"cli"}:
+        assert said[room] == ", ".join(rooms[room]), room
+
+
+def test_hook_names_are_those_that_are_read():
+    page = (ROOT / "docs/migration.md").read_text(encoding="utf-8").split("## Hook names")[1]
+    for hook, site in hooks.TRANSFORMER_LENS.items():
+        row = next(
+            line for line in page.splitlines() if line.startswith("|") and f"`{hook}`" in line
+        )
+        assert f"`{site}`" in row, hook
+    assert all(f"`{hook}`" in page for hook in hooks.AMBIGUOUS)
+
+
+def test_features_a_slot_are_those_of_the_kernels():
+    page = (ROOT / "docs/methods/sparse_step.md").read_text(encoding="utf-8")
+    found = [int(n) for n in re.findall(r"\| (\d+) features a slot \|", page)]
+    assert found == [kernel.FEATURES_A_SLOT for kernel in (cpu, triton, xla)]
+
+
+# ---- cards -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", PACKAGED, ids=lambda p: p.name)
+def test_packaged_cards_say_what_the_text_was(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "[English text and code](" in card
+    for file in (*folder.glob("*.json"), folder / "README.md"):
+        assert not re.search(r"~/|/home/|/root/|\.cache", file.read_text(encoding="utf-8")), file
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path):
+    coder = CoderConfig(layers=3, init_from="/home/me/coders/sae")
+    data = TextData(files=("~/secret/plans/texts/*.txt", "more/*.txt"))
+    config = TrainConfig((coder,), data, model="gemma-3-270m")
+    write_card(epath.Path(tmp_path), coder.folder, config, epath.Path(tmp_path / "none"), 1000)
+    card, recipe = ((tmp_path / n).read_text() for n in ("README.md", "train_config.json"))
+    assert "1,000 tokens of texts/*.txt more/*.txt" in card.replace("\\", "")
+    assert "secret" not in card + recipe and "/home" not in recipe
+    assert json.loads(recipe)["coders"][0]["init_from"] == "coders/sae"
+
+
+# ---- formats ---------------------------------------------------------------------------------
+
+
+def test_formats_name_every_key_and_array():
+    said = {page.stem: page.read_text(encoding="utf-8") for page in FORMATS.glob("*.md")}
+
+    def lacks(page, names):
+        return [name for name in names if f"`{name}`" not in said[page]]
+
+    keys = {*activation_files._KEYS, *activation_files.FORMAT}
+    assert not lacks("activation_store", keys)
+    assert not lacks("feature_store", {*manifest._SAME, *manifest.FORMAT})
+    assert not lacks("results", ENVELOPE)
+    assert not lacks("coders", {*TENSORS.values(), *release_config._TYPES})
+    for module, site in release_config.SITES.items():
+        assert f"| `{module}` | `{site}` |" in said["coders"]
+    arrays = re.findall(r"^    (\w+(?:, \w+)*) ", card_files.__doc__, re.M)
+    arrays = [name for names in arrays for name in names.split(", ") if name.islower()]
+    assert len(arrays) > 20 and not lacks("cards", [a for a in arrays if a[0] != "_"])
+
+
+def test_a_shard_is_read_as_its_page_says(tmp_path):
+    """The reader of docs/formats/feature_store.md, which knows nothing of the package."""
+    namespace: dict = {}
+    exec(blocks(FORMATS / "feature_store.md", "python")[0], namespace)
+    store = write(tmp_path / "store", count=60)
+    tokens, features, values, rows = [], [], [], 0
+    for path in sorted((tmp_path / "store").glob("shard-*.features")):
+        footer, block = namespace["read_shard"](path)
+        for n, segment in enumerate(footer["segments"]):
+            tokens.append(block(n, "tokens"))
+            counts = block(n, "0.count").astype(int)
+            exponent, parts = segment["coders"][0]["exponent"], segment["coders"][0]["token_parts"]
+            steps = np.concatenate([block(n, f"0.feature.{p}") for p in range(len(parts))])
+            found = np.concatenate([block(n, f"0.value.{p}") for p in range(len(parts))])
+            ends = np.cumsum(counts)
+            for end, count in zip(ends, counts):
+                features.append(np.cumsum(steps[end - count : end], dtype=np.int64))
+            values.append(found.astype(np.float32) * 2.0**exponent)
+            rows += segment["tokens"]
+    assert rows == len(store) > 500
+    ours = [segment.by_token() for segment in store.segments()]
+    np.testing.assert_array_equal(np.concatenate(features), np.concatenate([o.ids for o in ours]))
+    np.testing.assert_array_equal(np.concatenate(values), np.concatenate([o.values for o in ours]))
+    np.testing.assert_array_equal(
+        np.concatenate(tokens), np.concatenate([s.tokens for s in store.segments()])
+    )
