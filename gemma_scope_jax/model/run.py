@@ -14,7 +14,7 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model.arguments import is_abstract
-from gemma_scope_jax.model.batch import check_ids, integers
+from gemma_scope_jax.model.batch import check_ids, integers, tokens_and_segments
 from gemma_scope_jax.model.buckets import bucket, cut, filled, widened
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, Logits, Output, check_pass, one_pass
