@@ -25,7 +25,7 @@ from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 @own_mesh
 def run(
     model: Model,
-    tokens,
+    tokens: Any,
     intercepts=(),
     *,
     positions=None,
@@ -49,9 +49,9 @@ def run(
     in one thing alone are compiled again and again.
     """
     tokens, segments = tokens_and_segments(tokens, segments)
-    items, room = hooks.flatten(intercepts), model.config.context
-    tokens = integers("tokens", tokens)
-    positions, segments = integers("positions", positions), integers("segments", segments)
+    tokens, segments = integers("tokens", tokens), integers("segments", segments)
+    positions, items = integers("positions", positions), hooks.flatten(intercepts)
+    room = model.config.context
     check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
     if isinstance(tokens, np.ndarray):
         check_ids(model.config, tokens)
