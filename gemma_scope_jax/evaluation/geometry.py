@@ -57,10 +57,11 @@ def geometry(coder: Coder) -> Geometry:
         enc, dec = float32(coder.encoder(i).w_enc).T, written(coder, layer)
         *found, norms[i, :, i:] = map(np.asarray, _norms(enc, dec, outputs=X - i))
         each.append([*found, _nearest(enc), _nearest(dec)])
-    enc_norm, dec_norm, *cosines = (np.stack(a).reshape(shape) for a in zip(*each))
+    columns = (np.stack(a).reshape(shape) for a in zip(*each))
+    enc_norm, dec_norm, same, near_enc, near_dec = columns
     bias, threshold = (np.asarray(float32(a)) for a in (coder.b_enc, coder.threshold))
     by_layer = norms if coder.multi_layer else None
-    return Geometry(bias, enc_norm, dec_norm, threshold, *cosines, by_layer)
+    return Geometry(bias, enc_norm, dec_norm, threshold, same, near_enc, near_dec, by_layer)
 
 
 @partial(jax.jit, static_argnames="outputs")
