@@ -18,7 +18,6 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens, by_document
 from gemma_scope_jax.model.config import GemmaConfig
-from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
 
 
 @flax.struct.dataclass
@@ -123,6 +122,9 @@ def tokens(
     the messages. If any text is a chat, `labels["role"]` gives the role of each token: "turn" (the
     template), "system", "user" or "model". Raises `InputError` for anything but texts and chats.
     """
+    # here, because the tokenizer's files lie with checkpoints, whose loader shards batches
+    from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
+
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
     if isinstance(texts, str) or _is_chat(texts):
