@@ -122,7 +122,7 @@ def tokens(
     the messages. If any text is a chat, `labels["role"]` gives the role of each token: "turn" (the
     template), "system", "user" or "model". Raises `InputError` for anything but texts and chats.
     """
-    # here, as tokenizers are found by what finds checkpoints, whose shardings know of batches
+    # here, because the tokenizer's files lie with checkpoints, whose loader shards batches
     from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
 
     if isinstance(tokenizer, str | os.PathLike):
