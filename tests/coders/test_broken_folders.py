@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder
+from gemma_scope_jax.coders import load
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
@@ -363,7 +364,7 @@ def test_errors_of_the_hub_say_what_to_do(monkeypatch, error, words):
 def test_packaged_coders_go_by_their_folder_name(tmp_path, monkeypatch):
     publish(tmp_path, SAE)
     shutil.move(tmp_path / REPO / SAE, tmp_path / "gemma-3-270m-resid-post-12")
-    monkeypatch.setattr(files, "PACKAGED", tmp_path)
+    monkeypatch.setattr(load, "PACKAGED", tmp_path)
     coder = load_coder("gemma-3-270m-resid-post-12")
     assert (coder.layer, coder.info.path) == (12, "gemma-3-270m-resid-post-12")
     with pytest.raises(InputError, match="did you mean gemma-3-270m-resid-post-12"):

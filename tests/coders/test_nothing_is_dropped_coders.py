@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from gemma_scope_jax.coders.interop.circuit_tracer import HARMLESS as YAML_HARMLESS
 from gemma_scope_jax.coders.interop.hooks import read_tensors
 from gemma_scope_jax.coders.interop.saelens_keys import HARMLESS as SAELENS_HARMLESS
-from gemma_scope_jax.coders.load import load_coder
+from gemma_scope_jax.coders.load import load_coder, load_coders
 from gemma_scope_jax.coders.release.config import HARMLESS, untrained_positions
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
@@ -106,7 +106,7 @@ def edit_tensors(path, **tensors):
 
 def refused(folder, *words):
     with pytest.raises(InputError) as why:
-        load_coder(folder)
+        load_coders(folder)
     text = str(why.value)
     assert "\n" not in text and len(text) < 700
     assert all(word in text for word in words), text
@@ -117,7 +117,7 @@ def at(request, tmp_path):
     """(folder, config, tensors' file, a tensor) of each format, which loads."""
     make, config, file, tensor = FORMATS[request.param]
     folder = make(tmp_path)
-    load_coder(folder)
+    load_coders(folder)
     return folder, folder / config, folder / file, tensor
 
 
@@ -176,7 +176,7 @@ def test_values_that_no_config_needs(at, what):
         key = "release" if config.name == "cfg.json" else "note"
         config.write_text(f'{text.rstrip()[:-1]}, "{key}": {JSON[what]}}}')
     else:
-        load_coder(folder)
+        load_coders(folder)
         return
     refused(folder, config.name)
 
@@ -280,7 +280,7 @@ def test_keys_of_saelens_that_are_consulted(tmp_path):
 def test_keys_that_are_known_to_change_nothing(tmp_path, harmless, make, config):
     folder = make(tmp_path)
     edit_config(folder / config, **harmless)
-    load_coder(folder)
+    load_coders(folder)
 
 
 @pytest.mark.parametrize("name, first", [

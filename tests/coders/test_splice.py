@@ -114,7 +114,7 @@ def close(a, b, tolerance=2e-5):
 
 def observe(model, coder, *work):
     """Run `work` between captures of what the coder reads and of what it writes."""
-    layers = getattr(coder, "layers", None) or coder.layer
+    layers = coder.layers if coder.multi_layer else coder.layer
     capture = lambda site, name: gs.capture(site, layers, name=name)
     around = [capture(coder.reads, "read"), capture(coder.writes, "before"), *work]
     around.append(capture(coder.writes, "after"))

@@ -8,7 +8,7 @@ import pytest
 import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
-from gemma_scope_jax.coders.release import files
+from gemma_scope_jax.coders import load
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.data.document_files import SEPARATOR
@@ -282,10 +282,10 @@ def test_text_in_rows():
 @pytest.mark.real
 def test_the_packaged_transcoders_compute_what_the_mlps_do():
     """One pass for all 18 layers, on the bundled sample, which none of them was trained on."""
-    names = [p.name for p in files.PACKAGED.glob("gemma-3-270m-transcoder-*")]
+    names = [p.name for p in load.PACKAGED.glob("gemma-3-270m-transcoder-*")]
     coders = sorted(map(gs.load_coder, names), key=lambda coder: coder.layer)
     assert [coder.layer for coder in coders] == list(range(18))
-    documents = (files.PACKAGED / "sample.txt").read_text(encoding="utf-8").split(SEPARATOR)
+    documents = (load.PACKAGED / "sample.txt").read_text(encoding="utf-8").split(SEPARATOR)
     model, tok = gs.load_model("gemma-3-270m"), gs.load_tokenizer("gemma-3-270m")
     found = evaluate_all(model, coders, text_batches(tok, documents), delta_loss=False)
     assert np.mean([metrics.typical.fvu for metrics in found]) < 0.5
