@@ -16,7 +16,8 @@ from gemma_scope_jax.extraction.store.segment import Segment
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json
-from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out
+from gemma_scope_jax.storage.safetensors_files import array_bytes
+from gemma_scope_jax.storage.safetensors_layout import lay_out
 
 FORMATS = ("delphi",)
 _HELD = 50_000_000  # entries of a delphi file, which delphi reads whole

@@ -7,7 +7,6 @@ the safetensors library.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,23 +17,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.safetensors_layout import CODES, lay_out
 from gemma_scope_jax.storage.strict_json import parse_json
-
-MOST_HEADER = 100_000_000  # bytes; the library's own limit
-# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
-_CODES = {
-    "int64": ("I64", 8),
-    "float32": ("F32", 4),
-    "uint32": ("U32", 4),
-    "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2),
-    "uint16": ("U16", 2),
-    "int8": ("I8", 1),
-}
-
 
 # -------------------------------------------------------------------------------------------------
 # Reading
+
+
+MOST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 @contextmanager
@@ -91,7 +81,7 @@ def map_safetensors(
     places = {name: _place(name, header[name], *wanted[name]) for name in wanted}
     for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
         dtype, shape = wanted[name]
-        expected = end + math.prod(shape) * _CODES[dtype][1]
+        expected = end + math.prod(shape) * CODES[dtype][1]
         if (start, stop) != (end, expected):
             raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {expected}")
         end = stop
@@ -107,7 +97,7 @@ def map_safetensors(
 def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Where a header's entry says that a tensor begins and ends; ValueError if it is another."""
     entry = entry if isinstance(entry, dict) else {}
-    if (entry.get("dtype"), entry.get("shape")) != (_CODES[dtype][0], list(shape)):
+    if (entry.get("dtype"), entry.get("shape")) != (CODES[dtype][0], list(shape)):
         said = f"{entry.get('dtype')} {entry.get('shape')}"
         raise ValueError(f"{name} is {said}, not {dtype} {list(shape)}")
     match entry.get("data_offsets"):
@@ -144,34 +134,6 @@ def write_safetensors(
     for name in places:
         for chunk in tensors[name].chunks:
             file.write(array_bytes(chunk))
-
-
-def lay_out(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
-    where in the file it begins and ends. A file that can be sought may be written in any order.
-    """
-    kinds, header, end = list(_CODES), {}, 0
-    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
-        dtype, shape = tensors[name]
-        code, size = _CODES[dtype]
-        start, end = end, end + size * math.prod(shape)
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    about = {"__metadata__": dict(metadata)} if metadata else {}
-    text = json.dumps(about | header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    places = {
-        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
-        for name, entry in header.items()
-    }
-    return len(text).to_bytes(8, "little") + text, places
-
-
-def file_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of a safetensors file of tensors of (dtype, shape), without metadata."""
-    return max(end for _, end in lay_out(tensors)[1].values())
 
 
 def array_bytes(array: np.ndarray) -> memoryview:

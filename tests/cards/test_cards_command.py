@@ -17,6 +17,7 @@ from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.atomic import new_folder
+from gemma_scope_jax.storage.locks import temporary_name
 from tiny import tiny_model
 
 ABOUT = {"model_name": "acme/tiny"}
@@ -157,7 +158,7 @@ def test_a_run_killed_at_once_goes_on(tiny, one, tmp_path, monkeypatch):
         patch.setattr(build, "gather_examples", stop)
         cards(one, *options)
     made = tmp_path / "out" / "one" / "cards"
-    (made / ".density.npy").write_bytes(b"half")  # as SIGKILL leaves it
+    (made / temporary_name("density.npy")).write_bytes(b"half")  # as SIGKILL leaves it
     (made / "cards.json").rename(made / ".cards.json")
     assert cards(one, *options) == 0
 

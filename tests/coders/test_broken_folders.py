@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import load_file, save_file
 
+from gemma_scope_jax.coders import load
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder
-from gemma_scope_jax.coders import load
 from gemma_scope_jax.coders.release import files
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError

@@ -25,7 +25,7 @@ from gemma_scope_jax.coders.release.catalog import (
 )
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.storage.safetensors_files import file_size
+from gemma_scope_jax.storage.safetensors_layout import file_size
 
 # Taken from the pretrained_saes.yaml of the sae-lens 6.54.12 wheel: the number of its Gemma Scope 2
 # entries by repository and folder, and the sha256 of its sorted lines "{address} {l0}", joined by
@@ -289,7 +289,7 @@ def test_the_catalogue_needs_no_jax(module):
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     ours = {name for name in imported if name.startswith("gemma_scope_jax")}
-    sizes = "gemma_scope_jax.storage.safetensors_files"  # imported where a size is asked for
+    sizes = "gemma_scope_jax.storage.safetensors_layout"
     assert ours <= {"gemma_scope_jax.errors", "gemma_scope_jax.coders.release.catalog", sizes}
     assert not {name.split(".")[0] for name in imported} & {"jax", "flax", "numpy"}
 

@@ -285,7 +285,7 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "holds no activations"),
     "cut manifest": (lambda f: os.truncate(f / "manifest.json", 200), "not usable as JSON"),
     "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
-    "version": (lambda f: manifest_of(f, lambda m: m.update(version=9)), "of version 1"),
+    "version": (lambda f: manifest_of(f, lambda m: m.update(version=9)), "version is 9, not 1"),
     "lacks": (lambda f: manifest_of(f, lambda m: m.pop("sums")), "lacks sums"),
     "shard gone": (lambda f: (f / "00003.mlp_out.safetensors").unlink(), "is missing"),
     "shard cut": (lambda f: os.truncate(f / "00003.mlp_out.safetensors", 99), "has 99 bytes"),

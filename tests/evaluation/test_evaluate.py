@@ -7,8 +7,8 @@ import pytest
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders import load
+from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.data.document_files import SEPARATOR

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.manifest import Format, digest
-from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out, map_safetensors
+from gemma_scope_jax.storage.safetensors_files import array_bytes, map_safetensors
+from gemma_scope_jax.storage.safetensors_layout import lay_out
 from gemma_scope_jax.storage.strict_json import field
 
 STORE = Format(

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.storage.safetensors_layout import file_size
 
 # size -> layers, d_model, heads * head_dim. The same numbers as `model.config.PRESETS`.
 SIZES = {
@@ -162,8 +163,6 @@ class Address:
     @property
     def bytes(self) -> int:
         """Size of the folder's weight files, headers included (`examples.safetensors` is not)."""
-        from gemma_scope_jax.storage.safetensors_files import file_size  # listing needs no numpy
-
         return sum(
             file_size({name: ("float32", shape) for name, shape in file.items()})
             for file in self.shapes.values()

@@ -19,7 +19,8 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile
 from gemma_scope_jax.storage.manifest import Format
 from gemma_scope_jax.storage.paths import is_remote
-from gemma_scope_jax.storage.safetensors_files import array_bytes, lay_out, map_safetensors
+from gemma_scope_jax.storage.safetensors_files import array_bytes, map_safetensors
+from gemma_scope_jax.storage.safetensors_layout import lay_out
 from gemma_scope_jax.storage.strict_json import field
 
 MANIFEST = "manifest.json"

@@ -1,0 +1,48 @@
+"""How a safetensors file lies on the disk, from names, dtypes and shapes alone.
+
+The bytes are those of the safetensors library. The standard library is all that this takes: the
+catalogue lists sizes without numpy.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+
+# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
+CODES = {
+    "int64": ("I64", 8),
+    "float32": ("F32", 4),
+    "uint32": ("U32", 4),
+    "bfloat16": ("BF16", 2),
+    "float16": ("F16", 2),
+    "uint16": ("U16", 2),
+    "int8": ("I8", 1),
+}
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
+    where in the file it begins and ends. A file that can be sought may be written in any order.
+    """
+    kinds, header, end = list(CODES), {}, 0
+    for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
+        dtype, shape = tensors[name]
+        code, size = CODES[dtype]
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    about = {"__metadata__": dict(metadata)} if metadata else {}
+    text = json.dumps(about | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    places = {
+        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def file_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of a safetensors file of tensors of (dtype, shape), without metadata."""
+    return max(end for _, end in lay_out(tensors)[1].values())
