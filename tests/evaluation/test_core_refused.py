@@ -108,8 +108,8 @@ def test_what_cannot_be_a_coder_is_said(model, text, tmp_path, capsys, factor, t
     (result,) = evaluate_core(model, [bad], data, plan, config, str(tmp_path))
     for found in (result, read_result(next(tmp_path.glob("core/*.json")))):
         assert any(re.match(message, w) for w in found["eval_result_unstructured"]["warnings"])
-    (said,) = core_doubts([result])
-    assert re.match(f"sae-resid_post-layer-1: .*{message}", said)
+    said = core_doubts([result])
+    assert any(re.match(f"sae-resid_post-layer-1: .*{message}", line) for line in said)
 
 
 def test_frontier():
@@ -140,8 +140,8 @@ def test_names_of_results(tmp_path):
     ("content", "message"),
     [
         ("{", "not usable as JSON"),
-        ("[]", "has no 'eval_type_id'"),
-        ('{"eval_type_id": "core"}', "has no 'eval_config'"),
+        ("[]", "not the result of an evaluation"),
+        ('{"eval_type_id": "core"}', "lacks .*eval_config"),
     ],
 )
 def test_files_that_are_no_results(tmp_path, content, message):

@@ -64,8 +64,9 @@ def test_documents_have_saebenchs_schema(measured):
 
 
 def test_finished_coders_are_read_and_new_ones_measured(
-    measured, model, folders, text, monkeypatch, capsys
+    measured, model, folders, text, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     out, coders, results = measured
     data, plan, config = setup(model, text)
     seen = []
@@ -77,7 +78,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     assert seen == [] and again == results
     more = evaluate_core(model, [coders[0], load_coder(folders / "sae_1")], data, plan, config, out)
     assert seen == [1] and more[0] == results[0]
-    assert "measured before" in capsys.readouterr().err
+    assert "measured before" in caplog.text
     monkeypatch.chdir(text)  # a text is known by its content, not by how its path is spelled
     near, near_plan, spelled = setup(model, "../" + text.name)
     spelled["dataset"] = "./" + text.name
@@ -128,15 +129,16 @@ def test_killed_when_all_is_written(measured, model, text, tmp_path, monkeypatch
     assert not steps and not list(tmp_path.glob("partial-*"))
 
 
-def test_all_of_the_text(model, text, capsys):
+def test_all_of_the_text(model, text, caplog):
     """Without a number of tokens: the text's own, which nobody knows before."""
+    caplog.set_level("INFO")
     data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
     config = core_config(data, EvaluationPlan(), model, "fruit", False)
     (result,) = evaluate_core(model, [coder()], data, EvaluationPlan(), config)
     stats = result["eval_result_metrics"]["token_stats"]
     counted = sum(int(batch.mask.sum()) for batch in data)
     assert stats["total_tokens_eval_sparsity_variance"] == counted
-    assert "how they fit, all of the text" in capsys.readouterr().err
+    assert "how they fit, all of the text" in caplog.text
 
 
 def test_batches_that_can_be_read_again_are_not_kept(model, text):
