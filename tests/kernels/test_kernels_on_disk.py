@@ -35,7 +35,7 @@ def test_kernels_that_are_damaged_are_made_again(compiler):
     assert cpu._library().read_bytes() == whole and not file.is_symlink()
 
 
-def test_kernels_are_the_users_own(compiler, monkeypatch, capsys):
+def test_kernels_are_the_users_own(compiler, monkeypatch, caplog):
     folder = cpu._library().parent
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
@@ -47,5 +47,5 @@ def test_kernels_are_the_users_own(compiler, monkeypatch, capsys):
         assert not cpu.available()
     finally:
         cpu.available.cache_clear()
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "belongs to another user" in said and "set XDG_CACHE_HOME" in said
