@@ -51,6 +51,9 @@ def run(
     tokens, segments = tokens_and_segments(tokens, segments)
     tokens, segments = integers("tokens", tokens), integers("segments", segments)
     positions, items = integers("positions", positions), hooks.flatten(intercepts)
+    model, tokens, items, positions, segments, cache = on_auto_axes(
+        (model, tokens, items, positions, segments, cache)
+    )
     room = model.config.context
     check_pass(model, tokens, items, positions, segments, cache, stop_at_layer, remat, logits)
     if isinstance(tokens, np.ndarray):
@@ -76,7 +79,6 @@ def run(
         note("run", items, tokens.shape, (*fixed, *given))
     data = {"positions": positions, "segments": segments, "cache": cache, "stop_data": stop_data}
     data["length"] = None if size == length else np.int32(length)
-    model, tokens, items, data = on_auto_axes((model, tokens, items, data))
     out = _run(model, tokens, items, **data, stop_at_layer=stop, remat=remat, logits=logits)
     return out if size == length else cut(out, items, length, size)
 

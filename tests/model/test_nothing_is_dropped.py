@@ -26,6 +26,7 @@ from gemma_scope_jax.autointerp.judges import model as model_judge
 from gemma_scope_jax.coders.directions import _extreme_tokens, extreme_logits
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 from gemma_scope_jax.model.checkpoints.huggingface_config import HARMLESS, huggingface_config
@@ -160,15 +161,11 @@ def test_decoder_rows_are_read_with_the_head(model):
 
 
 def test_a_judge_with_a_head_of_its_own_chooses_with_it(model):
-    own, ids, ones = (
-        untied(model),
-        np.arange(3, 11, dtype=np.int32)[None],
-        np.ones((1, 8), np.int32),
-    )
-    prefix = model_judge._prefix(own, ids[:, :4], ones[:, :4], slots=8)
+    own, ids = untied(model), np.arange(3, 11, dtype=np.int32)[None]
+    first, rest = (TokenBatch(part, np.ones_like(part)) for part in (ids[:, :4], ids[:, 4:]))
+    prefix = model_judge._prefix(own, first, slots=8)
     choices, last = np.array([5, 9], np.int32), np.array([[3]], np.int32)
-    rest = ids[:, 4:], ones[:, 4:], last, choices
-    logits = model_judge._choice_logits(own, prefix, *rest)[0, 0]
+    logits = model_judge._choice_logits(own, prefix, rest, last, choices)[0, 0]
     np.testing.assert_allclose(logits, run(own, ids).logits[0, -1, choices], rtol=1e-4, atol=1e-3)
 
 
