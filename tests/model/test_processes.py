@@ -128,13 +128,13 @@ def test_where_one_goes_the_others_say_so_and_end(address, how, codes, line):
     got, said = run(address, 3, how)
     assert got == codes, said
     for code, lines in zip(codes, said):
-        assert code != 2 or lines == [f"error: {line}; so this one ends"]
+        assert code != 2 or lines == [f"{line}; so this one ends"]
 
 
 def test_jax_does_not_abort_when_its_coordinator_dies(address):
     codes, said = run(address, 2, "0 dies in jax")
     assert codes == [3, 2], said
-    assert said[1] == ["error: process 0 has died; so this one ends"]
+    assert said[1] == ["process 0 has died; so this one ends"]
 
 
 if __name__ == "__main__":

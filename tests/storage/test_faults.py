@@ -96,10 +96,10 @@ def exports(made):
     tok, one = Letters(), coder(seed=0)
     return {
         "site": lambda f, _: build_site(cards, f, tok),
-        "saedashboard": lambda f, _: export_saedashboard(cards, one, tok, f, silent),
-        "neuronpedia": lambda f, _: export_neuronpedia(cards, one, tok, f, silent),
-        "anthropic": lambda f, _: export_anthropic({0: cards}, tok, f, silent),
-        "anthropic json": lambda f, _: export_anthropic_json({0: cards}, tok, f, silent),
+        "saedashboard": lambda f, _: export_saedashboard(cards, one, tok, f),
+        "neuronpedia": lambda f, _: export_neuronpedia(cards, one, tok, f),
+        "anthropic": lambda f, _: export_anthropic({0: cards}, tok, f),
+        "anthropic json": lambda f, _: export_anthropic_json({0: cards}, tok, f),
         "delphi": lambda f, _: export_store(store, f, "delphi", splits=2),
     }
 
