@@ -14,6 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as pb
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import tokenizer_files
+from gemma_scope_jax.model.checkpoints import load
 from gemma_scope_jax.model.tokenizer import load_tokenizer
 from tiny_tokenizer import (
     RESERVED,
@@ -72,7 +73,7 @@ def test_names(files, monkeypatch):
         return tokenizer_files.epath.Path(here)
 
     here = files["model"].parent
-    monkeypatch.setattr(tokenizer_files, "find_checkpoint", find)
+    monkeypatch.setattr(load, "find_checkpoint", find)
     monkeypatch.setattr(tokenizer_files, "is_packaged_model_installed", lambda: False)
     assert load_tokenizer("gemma-3-1b-it").bos_id == 2
     assert load_tokenizer("someone/tuned").bos_id == 2

@@ -6,6 +6,7 @@ import re
 import time
 from http import HTTPStatus
 from http.server import HTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec.config
@@ -115,8 +116,12 @@ def test_features_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):
     for index in (1, 0):
         store = write("gs://bucket/features", (index, 2), count=100)
     assert store.complete and len(store) == len(whole)
-    for name in os.listdir(whole.folder):
-        assert (bucket / "features" / name).read_bytes() == (whole.folder / name).read_bytes()
+    local = Path(whole.folder)
+    names = {p.relative_to(local) for p in local.rglob("*") if p.is_file()}
+    remote = bucket / "features"
+    assert len(names) > 3
+    for name in names:
+        assert (remote / name).read_bytes() == (local / name).read_bytes()
     store.verify()
     rows, values = store.feature(7)
     assert (rows == whole.feature(7)[0]).all() and (values == whole.feature(7)[1]).all()
