@@ -27,7 +27,7 @@ from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.training import checkpoints, feeds, step, train
+from gemma_scope_jax.training import checkpoints, feeds, optimizer, state, train
 from gemma_scope_jax.training import log as progress
 from letters import Letters
 from tiny import tiny_model
@@ -258,7 +258,7 @@ def damage(checkpoint, how):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(whole, cut, caplog, how):
     damage(cut / "checkpoints" / "9", how)
     same_bits(run(cut), whole)
-    lines = [x for x in caplog.messages if "damaged" in x]
+    lines = [x for x in caplog.messages if "damaged, set aside" in x]
     assert len(lines) == 1 and str(cut / "damaged-checkpoint-9") in lines[0]
 
 
@@ -279,7 +279,8 @@ def test_trouble_that_is_not_the_files_sets_no_checkpoint_aside(whole, cut, monk
 def test_a_checkpoint_of_another_version_is_not_set_aside(cut, monkeypatch):
     """Its state has other fields: there, the optimizer's first moments."""
     with monkeypatch.context() as patch:
-        patch.setattr(step, "optimizer", lambda config: optax.scale_by_adam(0.9))
+        for module in (state, optimizer):
+            patch.setattr(module, "adam", lambda config: optax.scale_by_adam(0.9))
         with pytest.raises(InputError, match="another version of gemma_scope_jax") as refused:
             run(cut)
     assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
