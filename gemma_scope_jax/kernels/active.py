@@ -173,7 +173,7 @@ def _encode(x, w_enc, b_enc, low, capacity: int, using: Backend) -> ActiveEntrie
 
 
 def _encode_fwd(x, w_enc, b_enc, low, capacity, using):
-    active = _encode(x, w_enc, b_enc, low, capacity, using)
+    active: ActiveEntries = _encode(x, w_enc, b_enc, low, capacity, using)
     return active, (x, low, active.feature, active.count)
 
 

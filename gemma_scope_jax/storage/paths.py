@@ -81,7 +81,8 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second run has nothing to compile."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    # JAX before 0.11 has no types for its settings.
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         try:
             jax.config.update("jax_compilation_cache_dir", str(private_cache("compiled")))
         except InputError as error:
