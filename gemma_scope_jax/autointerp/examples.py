@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.tokenizer import Tokenizer
 
 POOL = 4096  # random windows drawn once, among which each feature finds its silent ones
 HELD = 1 << 24  # entries of neighbouring features that are read together, and held
@@ -109,7 +110,7 @@ class Corpus:
     """A store seen through one coder (and one layer of it), with what all features share."""
 
     store: Any  # extraction.store.FeatureStore
-    tok: Any
+    tokenizer: Tokenizer
     sampling: Sampling
     coder: str | None
     layer: int | None
@@ -183,13 +184,13 @@ def in_test(pieces: np.ndarray, seed: int) -> np.ndarray:
 
 def open_corpus(
     store: Any,
-    tok: Any,
+    tokenizer: Tokenizer,
     sampling: Sampling = Sampling(),
     coder: str | None = None,
     layer: int | None = None,
 ) -> Corpus:
     """One pass over the store's tokens. Raises `InputError` if there are too few pieces."""
-    counts, starts = np.zeros(tok.vocab_size, np.int64), []
+    counts, starts = np.zeros(tokenizer.vocab_size, np.int64), []
     pool, keys = np.zeros(0, np.int64), np.zeros(0, np.uint64)
     for segment in store.segments():
         rows = segment.start + np.arange(len(segment.tokens), dtype=np.int64)
@@ -207,7 +208,9 @@ def open_corpus(
     order = np.argsort(pool)
     tokens = np.zeros((len(pool), sampling.length), np.int32)
     tokens[order] = store.windows(pool[order], *sides(sampling.length))
-    return Corpus(store, tok, sampling, coder, layer, pool, tokens, np.concatenate(starts), counts)
+    return Corpus(
+        store, tokenizer, sampling, coder, layer, pool, tokens, np.concatenate(starts), counts
+    )
 
 
 def peaks(rows: np.ndarray, values: np.ndarray, pieces: np.ndarray, length: int) -> np.ndarray:
@@ -300,7 +303,7 @@ def _examples(corpus: Corpus, rows, values, centres, quantile) -> list[Window]:
     found = _values_around(corpus, rows, values, centres)
     pieces = corpus.pieces(centres)
     return [
-        _example(corpus.tok, *some)
+        _example(corpus.tokenizer, *some)
         for some in zip(tokens, found, centres.tolist(), pieces.tolist(), quantile.tolist())
     ]
 
@@ -310,11 +313,11 @@ def _values_around(corpus: Corpus, rows, values, centres) -> np.ndarray:
     return values_at(rows, values, centres[:, None] + np.arange(-before, after + 1)[None, :])
 
 
-def _example(tok, tokens, values, row, piece, quantile=-1, other=None) -> Window:
+def _example(tokenizer, tokens, values, row, piece, quantile=-1, other=None) -> Window:
     """Cut a window to its own piece and take `<bos>` out of it."""
-    kept = (tokens >= 0) & (tokens != tok.bos_id)
+    kept = (tokens >= 0) & (tokens != tokenizer.bos_id)
     centre = int(kept[: sides(len(tokens))[0]].sum())
-    text = tuple(tok.decode_tokens(tokens[kept]))
+    text = tuple(tokenizer.decode_tokens(tokens[kept]))
     other = None if other is None else other[kept]
     return Window(text, values[kept], centre, row, piece, quantile, other)
 
@@ -347,7 +350,7 @@ def _silent(corpus: Corpus, rows: np.ndarray, count: int) -> list[Window]:
     zeros, rows = np.zeros(corpus.sampling.length, np.float32), corpus.pool[free]
     pieces = corpus.pieces(rows)
     return [
-        _example(corpus.tok, tokens, zeros, row, piece)
+        _example(corpus.tokenizer, tokens, zeros, row, piece)
         for tokens, row, piece in zip(corpus.pool_tokens[free], rows.tolist(), pieces.tolist())
     ]
 
@@ -373,5 +376,5 @@ def _hard_negatives(corpus: Corpus, rows: np.ndarray, neighbours: Sequence[int])
         zeros = np.zeros(s.length, np.float32)
         for i, tokens, other in zip(at.tolist(), corpus.windows(theirs[at]), others):
             place = int(theirs[i]), int(pieces[i])
-            found.append(_example(corpus.tok, tokens, zeros, *place, -1, other))
+            found.append(_example(corpus.tokenizer, tokens, zeros, *place, -1, other))
     return found

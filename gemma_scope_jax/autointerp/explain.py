@@ -1,6 +1,6 @@
 """Explaining features and scoring the explanations: examples, questions, answers, the file.
 
-    corpus = open_corpus(FeatureStore("store"), tok)
+    corpus = open_corpus(FeatureStore("store"), tokenizer)
     explain_features(corpus, judge, [3, 17], ("detection", "fuzzing"), folder, coder="my coder")
 
 Every finished feature is in explanations.json within seconds. An endpoint's answers are on file at
@@ -29,6 +29,7 @@ from gemma_scope_jax.autointerp.prompts import lengths, messages
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, Question, explain_question
 from gemma_scope_jax.autointerp.scores import SCORES, short_score
 from gemma_scope_jax.errors import InputError, nearest, shown
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
@@ -331,13 +332,13 @@ def plan(
         for name in scores:
             questions += SCORES[name][0](material, PLACEHOLDER, corpus.sampling)
         for q in questions:
-            totals = [a + b for a, b in zip(totals, _size(corpus.tok, q))]
+            totals = [a + b for a, b in zip(totals, _size(corpus.tokenizer, q))]
     looked = max(1, len(features[::step][:looked_at]))
     requests, into, usual, most = (round(t / looked * len(features)) for t in totals)
     price = lambda out: (into * prices[0] + out * prices[1]) / 1e6
     return JudgeEstimate(len(features), requests, into, usual, most, price(usual), price(most))
 
 
-def _size(tok: Any, question: Question) -> tuple[int, int, int, int]:
+def _size(tokenizer: Tokenizer, question: Question) -> tuple[int, int, int, int]:
     text = "".join(m["content"] for m in messages(question))
-    return (1, len(tok.encode(text)) + 10, *lengths(question))
+    return (1, len(tokenizer.encode(text)) + 10, *lengths(question))

@@ -1,6 +1,6 @@
 """Explaining the features of a coder from its feature store, from beginning to end.
 
-    job = open_explanation_job(FeatureStore("store"), coder, tok, sample=50, thorough=True)
+    job = open_explanation_job(FeatureStore("store"), coder, tokenizer, sample=50, thorough=True)
     judge = open_judge(Endpoint(url, model, key), job.answer_file())
     report = job.run(judge)
 
@@ -44,6 +44,7 @@ from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.paths import cache_folder, is_remote
 
 LOG = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class ExplanationJob:
 def open_explanation_job(
     store: Any,
     coder: Coder,
-    tok: Any,
+    tokenizer: Tokenizer,
     *,
     features: str | Sequence[int] = "",
     sample: int | None = None,
@@ -141,7 +142,7 @@ def open_explanation_job(
     sampling = sampling or Sampling()
     name = name_in_store(store, coder, name)
     store.place(name, layer)  # of several layers, one must be named
-    corpus = open_corpus(store, tok, sampling, name, layer)
+    corpus = open_corpus(store, tokenizer, sampling, name, layer)
     fired = store.fired(name, layer)
     if isinstance(features, str):
         chosen = choose_features(features, sample, fired, sampling, thorough)
@@ -200,7 +201,7 @@ def parse_features(text: str, width: int) -> list[int]:
 
 
 def open_judge(
-    kind: Endpoint | Model | None, answers: Path, *, tok: Any = None, name: str = ""
+    kind: Endpoint | Model | None, answers: Path, *, tokenizer: Tokenizer | None = None, name: str = ""
 ) -> Judge:
     """What explains and scores: a chat endpoint, a Gemma on this machine, or token statistics.
 
@@ -214,7 +215,7 @@ def open_judge(
         LOG.warning("%s: %d damaged lines, asked again", answers, held.damaged)
     if isinstance(kind, Endpoint):
         return EndpointJudge(ChatClient(kind, held))
-    return ModelJudge(kind, tok, name, held)
+    return ModelJudge(kind, tokenizer, name, held)
 
 
 def close_judge(judge: Judge) -> None:

@@ -1,6 +1,6 @@
 """All cards of a coder in one go, from a feature store or from published examples.
 
-    cards = build_cards(store, coder, "out/cards", model=model, tok=tok)
+    cards = build_cards(store, coder, "out/cards", model=model, tokenizer=tokenizer)
     cards["largest"][4510], cards.groups(4510)[0].examples
 
 What each array holds: see `card_files.py`. The work is in stages, each of which is kept; the same
@@ -25,6 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
@@ -36,7 +37,7 @@ def build_cards(
     *,
     layer: int | None = None,
     model: Model | None = None,
-    tok: Any = None,
+    tokenizer: Tokenizer | None = None,
     settings: CardSettings | None = None,
     gain: Gain = "exact",
     compare: Mapping[str, Coder] | None = None,
@@ -44,8 +45,8 @@ def build_cards(
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
 
     source: a feature store, or the path of an examples.safetensors.
-    model, tok: for the logit tokens; without them a store's cards have none, and those of published
-        examples have the file's.
+    model, tokenizer: for the logit tokens; without them a store's cards have none, and those of
+        published examples have the file's.
     compare: other coders by name, whose decoders are looked through for similar features.
     Raises `InputError` for a store that lacks the coder or is another model's, and for coders that
     cannot be compared.
@@ -64,7 +65,7 @@ def build_cards(
             weights,
             layer,
             model=model,
-            tok=tok,
+            tokenizer=tokenizer,
             settings=settings,
             gain=gain,
             others=others,
@@ -80,7 +81,7 @@ def _make(
     layer: int,
     *,
     model: Model | None,
-    tok: Any,
+    tokenizer: Tokenizer,
     settings: CardSettings,
     gain: Gain,
     others: Mapping[str, Coder],
@@ -102,7 +103,7 @@ def _make(
     if not files.has("examples", made_of):
         with files.stage("examples", made_of) as stage:
             if from_file:
-                vocab = None if tok is None else len(tok.special)
+                vocab = None if tokenizer is None else len(tokenizer.special)
                 read_published(Path(source), coder.width, settings, stage, vocab)
             else:
                 stage.facts |= {"strongest_only": None, **_text(source.manifest)}
@@ -117,7 +118,7 @@ def _make(
         files.drop("logits")
     if model is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
-            decoders.write_logits(model, coder, tok, layer, gain, context(stage))
+            decoders.write_logits(model, coder, tokenizer, layer, gain, context(stage))
     if not files.has("neighbours", [weights, k]):
         with files.stage("neighbours", [weights, k]) as stage:
             decoders.write_neighbours(coder, layer, context(stage))

@@ -1,7 +1,6 @@
 """What features write, into a card: the tokens they push, and which features write alike."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from gemma_scope_jax.coders.directions import (
     written,
 )
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 
 
@@ -30,7 +30,12 @@ class CardContext:
 
 
 def write_logits(
-    model: Model, coder: Coder, tok: Any, layer: int | None, gain: Gain, context: CardContext
+    model: Model,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    layer: int | None,
+    gain: Gain,
+    context: CardContext,
 ) -> None:
     """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
     k, bins = context.settings.listed, context.settings.bins
@@ -47,7 +52,9 @@ def write_logits(
     }
     arrays = [context.stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
     every, progress = np.arange(F), Progress(F, "features", what="logits")
-    for chunk in extreme_logits(model, coder, tok, every, k=k, gain=gain, bins=bins, layer=layer):
+    for chunk in extreme_logits(
+        model, coder, tokenizer, every, k=k, gain=gain, bins=bins, layer=layer
+    ):
         progress.at(done)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):

@@ -22,6 +22,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.manifest import Format
 from gemma_scope_jax.storage.strict_json import field
@@ -39,7 +40,7 @@ Label = dict[
 def build_labels(
     model: Model,
     coder: SparseCoder,
-    tok: Any,
+    tokenizer: Tokenizer,
     texts: Iterable[tuple[str, str]],
     *,
     examples: int = 3,
@@ -64,33 +65,33 @@ def build_labels(
         store = extract(
             model,
             {"coder": coder},
-            tok,
+            tokenizer,
             [text for _, text in named],
             f"{folder}/store",
             seed=None,
             length=length,
         )
         cards = build_cards(
-            store, coder, f"{folder}/cards", model=model, tok=tok, settings=settings
+            store, coder, f"{folder}/cards", model=model, tokenizer=tokenizer, settings=settings
         )
-        return labels_of(cards, tok, examples, lambda e: named[e.document][0])
+        return labels_of(cards, tokenizer, examples, lambda e: named[e.document][0])
 
 
 def labels_of(
     cards: FeatureCards,
-    tok: Any,
+    tokenizer: Tokenizer,
     examples: int = 3,
     source: Callable[[Example], str] = lambda example: example.source,
 ) -> dict[str, Any]:
     """The label material of cards: their `examples` strongest examples, control tokens left out."""
 
     def words(name: str, feature: int) -> list[str]:
-        return tok.decode_tokens(cards[name][feature]) if name in cards else []
+        return tokenizer.decode_tokens(cards[name][feature]) if name in cards else []
 
     def snippet(example: Example) -> dict[str, Any]:
-        kept = [(i, v) for i, v in zip(example.ids, example.values) if not tok.special[i]]
+        kept = [(i, v) for i, v in zip(example.ids, example.values) if not tokenizer.special[i]]
         return {
-            "tokens": tok.decode_tokens([i for i, _ in kept]),
+            "tokens": tokenizer.decode_tokens([i for i, _ in kept]),
             "values": [float(f"{v:.3g}") for _, v in kept],
             "source": source(example),
         }

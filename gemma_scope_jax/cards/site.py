@@ -21,6 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
 from gemma_scope_jax.cards.card_files import FeatureCards
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder, write_text
 from gemma_scope_jax.web.pages import inert_json, page_template
@@ -37,7 +38,7 @@ TITLE = "{{title}}"
 def build_site(
     cards: FeatureCards,
     folder: Path,
-    tok: Any,
+    tokenizer: Tokenizer,
     *,
     explanations: Mapping[int, Explanation] | None = None,
     sites: Mapping[str, str] | None = None,
@@ -52,7 +53,7 @@ def build_site(
         postings = _Postings(data)
         for start in tracked(range(0, len(cards), CHUNK), "site"):
             features = range(start, min(start + CHUNK, len(cards)))
-            words, ids = _vocabulary(cards, features, tok)
+            words, ids = _vocabulary(cards, features, tokenizer)
             place = partial(np.searchsorted, ids)
             made = [_card(cards, f, place) for f in features]
             _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
@@ -60,7 +61,7 @@ def build_site(
             for f in features:
                 postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
         postings.finish(len(cards))
-        _write(data, "list", _overview(cards, name, tok, explanations, sites or {}))
+        _write(data, "list", _overview(cards, name, tokenizer, explanations, sites or {}))
     text = page_template(__package__, "site.html").replace(TITLE, html.escape(name))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]
 
@@ -69,14 +70,16 @@ def _write(data: Path, name: str, value: Any) -> None:
     (data / f"{name}.js").write_text(f'cards("{name}",{inert_json(value)})\n', encoding="utf-8")
 
 
-def _vocabulary(cards: FeatureCards, features: range, tok: Any) -> tuple[list[str], np.ndarray]:
+def _vocabulary(
+    cards: FeatureCards, features: range, tokenizer: Tokenizer
+) -> tuple[list[str], np.ndarray]:
     """The tokens of some cards as text, and their ids in order."""
     here = slice(features.start, features.stop)
     lists = [cards["example_tokens"][here].ravel()]
     lists += [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
     ids = np.unique(np.concatenate(lists))
     ids = ids[ids >= 0]
-    return tok.decode_tokens(ids), ids
+    return tokenizer.decode_tokens(ids), ids
 
 
 Locate = Callable[[Any], np.ndarray]
@@ -128,7 +131,9 @@ def _example(example: Any, largest: float, place: Locate) -> list[Any]:
     return [where, example.at, place(example.ids).tolist(), pairs]
 
 
-def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> dict[str, Any]:
+def _overview(
+    cards, name: str, tokenizer, explanations, sites: Mapping[str, str]
+) -> dict[str, Any]:
     m, width = cards.manifest, len(cards)
     some = np.asarray(cards["top_ids"][:, :RAISED]) if "top_ids" in cards else np.zeros((0, 0), int)
     ids = np.unique(some)
@@ -154,7 +159,7 @@ def _overview(cards, name: str, tok, explanations, sites: Mapping[str, str]) -> 
         "density": [float(f"{v:.6g}") for v in cards["density"].tolist()],
         "largest": [_short(v) for v in cards["largest"].tolist()],
         "mean": [_short(v) for v in cards["mean"].tolist()],
-        "words": tok.decode_tokens(ids),
+        "words": tokenizer.decode_tokens(ids),
         "raises": np.searchsorted(ids, some).tolist(),
         "labels": labels,
         "notes": notes,

@@ -1,7 +1,7 @@
 """The feature cards of any coders as one web site: what is to be made, checked, and then made.
 
     sites = plan_card_sites([coder], "out")
-    build_card_sites(sites, "out", tok, store, model=model)
+    build_card_sites(sites, "out", tokenizer, store, model=model)
 
 A coder of several layers has a site for each. Planning reads no text and no weights of the model,
 so that whatever cannot be made is known before they are loaded.
@@ -33,6 +33,7 @@ from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.directions import Gain, check_comparable
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import is_remote
 
@@ -100,7 +101,7 @@ def plan_card_sites(
 def build_card_sites(
     sites: Sequence[CardSite],
     folder: str | os.PathLike,
-    tok: Any,
+    tokenizer: Tokenizer,
     store: Any = None,
     *,
     model: Model | None = None,
@@ -134,14 +135,16 @@ def build_card_sites(
                 out / one.name / "cards",
                 layer=one.layer,
                 model=model,
-                tok=tok,
+                tokenizer=tokenizer,
                 settings=settings,
                 gain=gain,
                 compare=one.compared,
             )
-            build_site(cards, out / one.name, tok, explanations=one.explained, sites=one.sites)
-            _export(cards, one, tok, out / one.name, export, heads)
-        _export_layers(made, tok, out, export)
+            build_site(
+                cards, out / one.name, tokenizer, explanations=one.explained, sites=one.sites
+            )
+            _export(cards, one, tokenizer, out / one.name, export, heads)
+        _export_layers(made, tokenizer, out, export)
         write_index(out, list(made))
     return out / "index.html"
 
@@ -203,18 +206,23 @@ def _folders(named: list[tuple[str, int, bool]]) -> list[str]:
 
 
 def _export(
-    cards: FeatureCards, one: CardSite, tok: Any, folder: Path, export: Sequence[str], heads: Any
+    cards: FeatureCards,
+    one: CardSite,
+    tokenizer: Tokenizer,
+    folder: Path,
+    export: Sequence[str],
+    heads: Any,
 ) -> None:
     """The files that hold the features of one coder's layer."""
     if "saedashboard" in export:
-        export_saedashboard(cards, one.coder, tok, folder / "saedashboard", heads=heads)
+        export_saedashboard(cards, one.coder, tokenizer, folder / "saedashboard", heads=heads)
     if "neuronpedia" in export:
         more = {"heads": heads, "explanations": one.explained}
-        export_neuronpedia(cards, one.coder, tok, folder / "neuronpedia", **more)
+        export_neuronpedia(cards, one.coder, tokenizer, folder / "neuronpedia", **more)
 
 
 def _export_layers(
-    made: Mapping[str, FeatureCards], tok: Any, out: Path, export: Sequence[str]
+    made: Mapping[str, FeatureCards], tokenizer: Tokenizer, out: Path, export: Sequence[str]
 ) -> None:
     """Files for graph viewers: of all layers together where each is there once."""
     layers = {cards.manifest["layer"]: cards for cards in made.values()}
@@ -225,6 +233,6 @@ def _export_layers(
     )
     for folder, some in sets.items():
         if "anthropic" in export:
-            export_anthropic(some, tok, folder / "anthropic")
+            export_anthropic(some, tokenizer, folder / "anthropic")
         if "anthropic-json" in export:
-            export_anthropic_json(some, tok, folder / "anthropic-json")
+            export_anthropic_json(some, tokenizer, folder / "anthropic-json")

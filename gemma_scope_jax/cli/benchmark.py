@@ -57,7 +57,7 @@ def command(
     result = gs.benchmark(
         shared.load_model(opened.model, dtype),
         opened.coders,
-        opened.tok,
+        opened.tokenizer,
         out,
         tables,
         protocol=protocol,

@@ -81,13 +81,13 @@ def command(
     def extracted() -> gs.FeatureStore:
         folder = Path(out, "store")
         return gs.extract(
-            weights, opened.coders, opened.tok, data, folder, tokens=tokens, length=length
+            weights, opened.coders, opened.tokenizer, data, folder, tokens=tokens, length=length
         )
 
     page = gs.build_card_sites(
         sites,
         out,
-        opened.tok,
+        opened.tokenizer,
         extracted if has_text else filled,
         model=weights,
         settings=settings,

@@ -27,7 +27,9 @@ def command(
     opened = shared.open_coders(coder, model)
     (loaded,) = opened.coders
     weights = shared.load_model(opened.model, dtype)
-    batches = gs.text_batches(opened.tok, documents, context_size=min(256, opened.shape.context))
+    batches = gs.text_batches(
+        opened.tokenizer, documents, context_size=min(256, opened.shape.context)
+    )
     with shared.stage("compiling and running"):
         report = gs.check_coder(weights, loaded, batches)
     if json:

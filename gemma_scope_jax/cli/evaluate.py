@@ -61,7 +61,9 @@ def command(
     if length > opened.shape.context:
         context = opened.shape.context
         raise InputError(f"--length {length} is more than the model's context of {context}")
-    text = gs.EvaluationText(source, opened.tok, tokens=tokens, rows=rows, length=length, seed=seed)
+    text = gs.EvaluationText(
+        source, opened.tokenizer, tokens=tokens, rows=rows, length=length, seed=seed
+    )
     results = gs.evaluate_coders(
         shared.load_model(opened.model, dtype),
         opened.coders,

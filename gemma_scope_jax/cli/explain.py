@@ -114,11 +114,11 @@ def command(
         opened, loaded = gs.FeatureStore(store), gs.load_coder(coder)
         # the coder says which model it is for; a store's name of it tells no -pt from -it
         own = loaded.info.model_name.removeprefix("google/") or opened.manifest["model"]["name"]
-        tok = gs.load_tokenizer(model or own)
+        tokenizer = gs.load_tokenizer(model or own)
         job = gs.open_explanation_job(
             opened,
             loaded,
-            tok,
+            tokenizer,
             features=features,
             sample=sample,
             thorough=kind != "statistics",
@@ -135,7 +135,7 @@ def command(
     judged: Any = endpoint
     if kind == "model":
         judged = shared.load_model(asked.model or model or own, dtype)
-    made = gs.open_judge(judged, path, tok=tok, name=asked.model or model or own)
+    made = gs.open_judge(judged, path, tokenizer=tokenizer, name=asked.model or model or own)
     report = job.run(made)
     _print_report(report, job, made)
     if status := gs.judge_status(made):

@@ -68,7 +68,13 @@ def command(
         share=share,
     )
     gs.check_extraction(opened.shape, opened.coders, out, **settings)
-    given = (shared.load_model(opened.model, dtype, mesh), opened.coders, opened.tok, data, out)
+    given = (
+        shared.load_model(opened.model, dtype, mesh),
+        opened.coders,
+        opened.tokenizer,
+        data,
+        out,
+    )
     if not plan:
         shared.print_store(gs.extract(*given, **settings, profile=profile or None), json)
         return

@@ -41,13 +41,13 @@ def command(
         gs.check_writable(html)
     opened = shared.open_coders(coder, model, one_layer=True)
     (loaded,) = opened.coders
-    gs.check_text(opened.shape, loaded, opened.tok, text, top_k=top_k)
+    gs.check_text(opened.shape, loaded, opened.tokenizer, text, top_k=top_k)
     labels = gs.read_labels(loaded.info.folder, loaded.width)
     known = gs.read_explanations(explanations or gs.explained_folder(loaded.info), loaded.width)
     weights = shared.load_model(opened.model, dtype)
     with shared.stage("compiling and running (what was compiled before is taken from the cache)"):
         seen = gs.inspect_text(
-            weights, loaded, opened.tok, text, top_k=top_k, labels=labels, explanations=known
+            weights, loaded, opened.tokenizer, text, top_k=top_k, labels=labels, explanations=known
         )
     if html is not None:
         gs.write_text(html, gs.inspection_page(seen))

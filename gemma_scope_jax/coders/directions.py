@@ -20,6 +20,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 
 ROWS = 128  # decoder rows through the unembedding at a time: logits [128, V] are 134 MB
@@ -91,7 +92,7 @@ def _extreme_tokens(model: Model, rows, allowed, *, k: int, gain: Gain, bins: in
 def extreme_logits(
     model: Model,
     coder: Coder,
-    tok: Any,
+    tokenizer: Tokenizer,
     features: Any,
     *,
     k: int = 10,
@@ -108,7 +109,7 @@ def extreme_logits(
     if coder.writes not in TO_LOGITS:
         raise InputError(f"features at {coder.writes} do not write to the residual stream")
     special = np.ones(model.config.vocab, bool)  # as are rows of the embedding that no token has
-    special[: len(tok.special)] = tok.special[: len(special)]
+    special[: len(tokenizer.special)] = tokenizer.special[: len(special)]
     features, allowed = np.asarray(features, np.int32), jnp.asarray(~special)
     chunk = min(ROWS, 1 << max(0, len(features) - 1).bit_length())
     for start in range(0, len(features), chunk):
@@ -122,7 +123,13 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model, coder: Coder, tok: Any, features: Any, *, k: int = 10, gain: Gain = "exact"
+    model: Model,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    features: Any,
+    *,
+    k: int = 10,
+    gain: Gain = "exact",
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
@@ -130,9 +137,9 @@ def logit_tokens(
     """
     if coder.writes not in TO_LOGITS or not len(features):
         return [([], []) for _ in features]
-    chunks = extreme_logits(model, coder, tok, features, k=k, gain=gain)
+    chunks = extreme_logits(model, coder, tokenizer, features, k=k, gain=gain)
     return [
-        (tok.decode_tokens(top), tok.decode_tokens(bottom))
+        (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
         for chunk in chunks
         for top, bottom in zip(chunk[0], chunk[2])
     ]

@@ -1,7 +1,7 @@
 """Coders by name with all that goes with them but the model's weights, which load last.
 
     opened = open_coders(["gemma-3-270m-resid-post-12-width-4k-l0-50"])
-    opened.tok.encode("a text"); opened.shape.layers
+    opened.tokenizer.encode("a text"); opened.shape.layers
     model = load_model(opened.model)
 
 Whatever does not fit is known before gigabytes are read.
@@ -28,7 +28,7 @@ class OpenedCoders:
     coders: CoderSet
     model: str  # as `load_model` takes it
     shape: GemmaConfig
-    tok: Tokenizer
+    tokenizer: Tokenizer
 
 
 def open_coders(

@@ -28,6 +28,7 @@ from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.manifest import digest
 
 _PLACE = ("epoch", "document", "offset")
@@ -143,7 +144,7 @@ class TokenBatches:
 def fingerprint(
     documents: Documents,
     data: TextData,
-    tok: Any,
+    tokenizer: Tokenizer,
     seed: int | None,
     shard: HostShard = (0, 1),
     *,
@@ -159,7 +160,7 @@ def fingerprint(
         del settings[name]
     if not isinstance(documents, StreamedDocuments):
         del settings["shuffle_window"]
-    sample = tok.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
+    sample = tokenizer.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
     parts = [identity, settings, seed, list(shard), sample]
     return digest(json.dumps(parts))
@@ -198,27 +199,31 @@ def counting(
         yield batch, after
 
 
-def encode_record(tok: Any, record: Record, data: TextData) -> tuple[np.ndarray, np.ndarray]:
+def encode_record(
+    tokenizer: Tokenizer, record: Record, data: TextData
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a document without <bos>, int32 [n], and its mask: which to use, bool [n]."""
-    return labelled_record(tok, record, data)[:2]
+    return labelled_record(tokenizer, record, data)[:2]
 
 
 def labelled_record(
-    tok: Any, record: Record, data: TextData
+    tokenizer: Tokenizer, record: Record, data: TextData
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`encode_record`, and the number of each token's role in `SPAN_ROLES`; -1 outside of chats."""
     no_roles = lambda n: np.full(n, -1, np.int32)
     if record.kind == "tokens":
         ids, mask = record.value
-        if ids[0] != tok.bos_id:
-            raise InputError(f"{record.where} begins with token {ids[0]}, not <bos> ({tok.bos_id})")
+        if ids[0] != tokenizer.bos_id:
+            raise InputError(
+                f"{record.where} begins with token {ids[0]}, not <bos> ({tokenizer.bos_id})"
+            )
         return ids[1:], mask[1:], no_roles(len(ids) - 1)
     try:
         document = parse(record, data)
         if isinstance(document, str):
-            ids = tok.encode(document, bos=False)
-            return ids, ~tok.special[ids], no_roles(len(ids))
-        chat = tok.chat(document, add_generation_prompt=False)
+            ids = tokenizer.encode(document, bos=False)
+            return ids, ~tokenizer.special[ids], no_roles(len(ids))
+        chat = tokenizer.chat(document, add_generation_prompt=False)
     except InputError as error:
         if data.skip_bad:
             return no_roles(0), np.zeros(0, bool), no_roles(0)
@@ -226,7 +231,7 @@ def labelled_record(
         hint = "" if record.kind == "string" else " (or set skip_bad=True)"
         raise InputError(f"{where}{error}{hint}") from error
     ids, said = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
-    return ids, said & ~tok.special[ids], chat.roles[1:]
+    return ids, said & ~tokenizer.special[ids], chat.roles[1:]
 
 
 def _check_shard(shard: HostShard, documents: Documents) -> None:

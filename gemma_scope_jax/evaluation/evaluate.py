@@ -1,6 +1,6 @@
 """Evaluate coders inside their model: how they fit, and what they cost the model.
 
-    metrics = gs.evaluate(model, coder, gs.tokens([text], tok))
+    metrics = gs.evaluate(model, coder, gs.tokens([text], tokenizer))
     metrics.l0, metrics.fvu, metrics.delta_loss, metrics.typical.fvu
 
 Two passes. The first reads the activations that any of the coders needs, once for all, and stops
@@ -31,6 +31,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import forward
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
+from gemma_scope_jax.model.tokenizer import Tokenizer
 
 __all__ = ["Losses", "Metrics", "EvaluationPlan", "evaluate", "evaluate_all", "measure"]
 
@@ -352,10 +353,10 @@ def _add_losses(
 
 
 def text_batches(
-    tok: Any, texts: Iterable[str], *, context_size: int = 256, batch_size: int = 4
+    tokenizer: Tokenizer, texts: Iterable[str], *, context_size: int = 256, batch_size: int = 4
 ) -> Iterator[TokenBatch]:
     """Batches [batch_size, context_size] of packed `texts`, with every token in their mask: <bos>
     is left out by the `first` of coders."""
-    encode = lambda text: tok.encode(text, bos=False)
-    for packed in pack(texts, encode, batch_size, context_size, tok.bos_id):
+    encode = lambda text: tokenizer.encode(text, bos=False)
+    for packed in pack(texts, encode, batch_size, context_size, tokenizer.bos_id):
         yield packed.plain

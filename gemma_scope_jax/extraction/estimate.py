@@ -17,6 +17,7 @@ from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 
 
@@ -39,7 +40,7 @@ class Estimate:
 
 
 def plan_extraction(
-    model: Model, coders: Any, tok: Any, source: Any, folder: Any, **settings: Any
+    model: Model, coders: Any, tokenizer: Tokenizer, source: Any, folder: Any, **settings: Any
 ) -> Estimate:
     """An `Estimate` for `extract` with the same arguments. Compiles the program, runs one batch.
 
@@ -49,7 +50,7 @@ def plan_extraction(
     share, tokens = settings.get("share", (0, 1)), settings.pop("tokens", None)
     if hosts.count_of(model) > 1:
         raise InputError("a plan is made by one process: leave out --coordinator")
-    job = job_of(model, named, tok, source, **settings)
+    job = job_of(model, named, tokenizer, source, **settings)
     plan = manifests.plan_of(manifests.settle(path, job, tokens)[0], job)
     documents, mean, there = plan.documents, plan.mean, set(manifests.shards_there(path))
     mine = [s for s in range(plan.shards) if s % share[1] == share[0]]

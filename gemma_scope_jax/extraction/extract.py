@@ -1,6 +1,6 @@
 """Sparse features of a text, by the billion: model, coders and text in, a store of what fires out.
 
-    store = extract(model, {"sae": sae}, tok, TextData(files=("*.txt",)), "store", tokens=1_000_000)
+    store = extract(model, {"sae": sae}, tokenizer, TextData(files=("*.txt",)), "store", tokens=10**6)
 
 The device runs a batch while the host writes the one before. Each shard is whole or not there, so
 the same call goes on after a kill at any moment; several processes, on one machine or on many, make
@@ -36,7 +36,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.profile import StepTrace
 from gemma_scope_jax.model.sharding import mesh_of, own_mesh
-from gemma_scope_jax.model.tokenizer import fit_tokenizer
+from gemma_scope_jax.model.tokenizer import Tokenizer, fit_tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import in_turn
 from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
@@ -48,7 +48,7 @@ LOG = logging.getLogger(__name__)
 def extract(
     model: Model,
     coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
-    tok: Any,
+    tokenizer: Tokenizer,
     source: Any,
     folder: str | os.PathLike,
     *,
@@ -89,7 +89,7 @@ def extract(
     named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
-    job = job_of(model, named, tok, source, rows=rows, length=length, seed=seed, values=values,
+    job = job_of(model, named, tokenizer, source, rows=rows, length=length, seed=seed, values=values,
                  slots=slots, precision=precision, shard_tokens=shard_tokens,
                  share=share)  # fmt: skip
     path = folder_path(folder)
@@ -166,7 +166,7 @@ def check_extraction(
 def job_of(
     model: Model,
     named: Mapping[str, Coder],
-    tok: Any,
+    tokenizer: Tokenizer,
     source: Any,
     *,
     rows: int | None = None,
@@ -188,7 +188,7 @@ def job_of(
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
     return manifests.ExtractionJob(
-        text=open_text(source, fit_tokenizer(tok, model.config), seed),
+        text=open_text(source, fit_tokenizer(tokenizer, model.config), seed),
         rows=rows, length=length, values=values,
         slots=min(slots, widest), precision=precision,
         shard_tokens=shard_tokens,

@@ -23,6 +23,7 @@ from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.model.batch import TokenBatch
+from gemma_scope_jax.model.tokenizer import Tokenizer
 
 SAMPLE = 2_000_000  # tokens counted before the start: a target up to here is met to the document
 FEW = 200_000  # likewise where all the text is wanted
@@ -35,16 +36,16 @@ class Text:
 
     documents: Documents
     data: TextData
-    tok: Any
+    tokenizer: Tokenizer
     seed: int | None
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.documents, self.data, self.tok, self.seed)
+        return fingerprint(self.documents, self.data, self.tokenizer, self.seed)
 
     def same_text(self, there: Any) -> bool:
         """Whether `there` is the `fingerprint` of this text, also as older versions gave it."""
-        return same_text(there, self.documents, self.data, self.tok, self.seed)
+        return same_text(there, self.documents, self.data, self.tokenizer, self.seed)
 
     @property
     def shuffled(self) -> int | None:
@@ -77,10 +78,10 @@ class Text:
         yield from itertools.islice(enumerate(some), start, stop)
 
     def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        return encode_record(self.tok, record, self.data)
+        return encode_record(self.tokenizer, record, self.data)
 
 
-def open_text(source: Any, tok: Any, seed: int | None) -> Text:
+def open_text(source: Any, tokenizer: Tokenizer, seed: int | None) -> Text:
     """`source` as the trainer's. Raises `InputError` for what can be read only once."""
     data = source if isinstance(source, TextData) else TextData()
     documents = open_documents(source)
@@ -88,7 +89,7 @@ def open_text(source: Any, tok: Any, seed: int | None) -> Text:
         raise InputError(
             "an iterator can be read only once; give a list or a function that returns an iterator"
         )
-    return Text(documents, data, tok, seed)
+    return Text(documents, data, tokenizer, seed)
 
 
 class Size(NamedTuple):
@@ -213,7 +214,7 @@ class ShardPlan:
                 yield Piece(0, place, ids, mask)
 
         place = offset = 0
-        bos = self.text.tok.bos_id
+        bos = self.text.tokenizer.bos_id
         for batch, _ in fill_rows(pieces(), self.rows, self.length, bos):
             found = []
             for length in _piece_lengths(batch.segments):

@@ -1,6 +1,6 @@
 """What a model and a coder see in one text: next tokens, features token by token, and the figures.
 
-    seen = inspect_text(model, coder, tok, "The capital of France is")
+    seen = inspect_text(model, coder, tokenizer, "The capital of France is")
     seen.next[0].token, seen.features[3], seen.figures["fvu"]
 
 `Inspection` is plain data: `as_dict` is its JSON, `inspect_page.py` makes the web page of it and
@@ -29,6 +29,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import forward, unembed
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
+from gemma_scope_jax.model.tokenizer import Tokenizer
 
 NEXT = 10  # next tokens listed
 STRETCH, MOST = 160, 400  # features are chosen for every stretch of tokens, so many in all
@@ -146,7 +147,7 @@ def _stand_for(values: np.ndarray, features: np.ndarray, count: int) -> list[int
 
 
 def check_text(
-    config: GemmaConfig, coder: SparseCoder, tok: Any, text: str, *, top_k: int = 5
+    config: GemmaConfig, coder: SparseCoder, tokenizer: Tokenizer, text: str, *, top_k: int = 5
 ) -> np.ndarray:
     """The tokens of a text that can be inspected, int32 [T], before a model is loaded.
 
@@ -156,7 +157,7 @@ def check_text(
         raise InputError(f"top-k {top_k}: this coder has {coder.width} features")
     if not text.strip():
         raise InputError("the text is empty: there is nothing to inspect")
-    ids = tok.encode(text)
+    ids = tokenizer.encode(text)
     if len(ids) <= coder.first:
         raise InputError(
             f"the text has {len(ids)} tokens, and this coder skips the first {coder.first}"
@@ -173,7 +174,7 @@ def check_text(
 def inspect_text(
     model: Model,
     coder: SparseCoder,
-    tok: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     top_k: int = 5,
@@ -192,7 +193,7 @@ def inspect_text(
     """
     if shown < 1:
         raise InputError(f"shown is {shown}: at least one feature must be")
-    ids = check_text(model.config, coder, tok, text, top_k=top_k)
+    ids = check_text(model.config, coder, tokenizer, text, top_k=top_k)
     batch = _padded(ids, model.config.context)
     figures = evaluate(model, coder, batch).as_dict()  # also checks the fit
     k = min(max(top_k, LISTED), coder.width)
@@ -205,7 +206,7 @@ def inspect_text(
     following = [
         NextToken(*row)
         for row in zip(
-            tok.decode_tokens(next_ids), next_ids.tolist(), chances.tolist(), logits.tolist()
+            tokenizer.decode_tokens(next_ids), next_ids.tolist(), chances.tolist(), logits.tolist()
         )
     ]
     per_token = [
@@ -223,12 +224,12 @@ def inspect_text(
         width=coder.width,
         first=coder.first,
         ids=ids.tolist(),
-        tokens=tok.decode_tokens(ids),
+        tokens=tokenizer.decode_tokens(ids),
         next=following,
         features=per_token,
         strongest=strongest,
         heat=heat[: len(strongest), : len(ids)].tolist(),
-        labels=_explained(_labels_of(model, coder, tok, named, labels), explanations or {}),
+        labels=_explained(_labels_of(model, coder, tokenizer, named, labels), explanations or {}),
         figures=figures,
     )
 
@@ -239,11 +240,13 @@ def _padded(ids: np.ndarray, context: int) -> TokenBatch:
     return padded([ids], context_size=length)
 
 
-def _labels_of(model, coder, tok, features: list[int], labels: Labels | None) -> dict[int, Label]:
+def _labels_of(
+    model, coder, tokenizer, features: list[int], labels: Labels | None
+) -> dict[int, Label]:
     if labels is not None:
         return {f: labels[f] for f in features}
     empty = {"examples": [], "density": None}
-    pairs = logit_tokens(model, coder, tok, features)
+    pairs = logit_tokens(model, coder, tokenizer, features)
     return {f: {"top_logits": t, "bottom_logits": b, **empty} for f, (t, b) in zip(features, pairs)}
 
 

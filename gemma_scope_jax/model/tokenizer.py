@@ -299,22 +299,22 @@ def _spans(roles: list[str]) -> tuple[Span, ...]:
     return tuple(Span(a, b, roles[a]) for a, b in zip(edges, edges[1:]))
 
 
-def fit_tokenizer(tok: Any, config: GemmaConfig) -> Any:
-    """`tok` with an id for each row of the model's embedding; rows that no token has are shown by
-    number (an embedding is often padded). Called where a tokenizer and a model come together.
+def fit_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> Any:
+    """`tokenizer` with an id for each row of the model's embedding; rows without a token are shown
+    by number (an embedding is often padded). Called where a tokenizer and a model come together.
 
     Raises `InputError` if the tokenizer has more ids than the embedding has rows: they would be
     run as other tokens.
     """
-    count = len(tok.special)
+    count = len(tokenizer.special)
     if count > config.vocab:
         raise InputError(
             f"the tokenizer has {count} tokens, but {config.name} has {config.vocab}: it is the "
             "tokenizer of another model"
         )
-    if count == config.vocab or not isinstance(tok, Tokenizer):
-        return tok
-    return Tokenizer(tok._model, config.vocab, tok._foreign_template)
+    if count == config.vocab or not isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    return Tokenizer(tokenizer._model, config.vocab, tokenizer._foreign_template)
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:

@@ -28,6 +28,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing.logistic import f1, fit_logistic, l1_logistic
 from gemma_scope_jax.probing.pooling import along_decoder, typical_scale
 from gemma_scope_jax.probing.tables import held_out
@@ -61,10 +62,10 @@ class Spelling:
     at: int  # negative
 
 
-def alphabetic_tokens(tok: Any) -> tuple[np.ndarray, list[str]]:
+def alphabetic_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
     """The vocabulary's ids whose text is a to z in either case, with or without a space before; of
     several ids of one text, which would be a word that both trains and tests, the first."""
-    texts = tok.decode_tokens(np.arange(len(tok.special)))
+    texts = tokenizer.decode_tokens(np.arange(len(tokenizer.special)))
     wanted = set(LETTERS + LETTERS.upper())
     once = dict(zip(reversed(texts), reversed(range(len(texts)))))
     found = [i for t, i in once.items() if (w := t.removeprefix(" ")) and set(w) <= wanted]
@@ -72,12 +73,14 @@ def alphabetic_tokens(tok: Any) -> tuple[np.ndarray, list[str]]:
     return np.array(found, np.int32), [texts[i] for i in found]
 
 
-def spelling_prompts(tok: Any, per_letter: int | None = 200, *, seed: int = SEED) -> Spelling:
+def spelling_prompts(
+    tokenizer: Tokenizer, per_letter: int | None = 200, *, seed: int = SEED
+) -> Spelling:
     """Up to `per_letter` words for each letter (None: all), each in a prompt with ten others.
 
     Raises `InputError` if the vocabulary has too few words.
     """
-    ids, words = alphabetic_tokens(tok)
+    ids, words = alphabetic_tokens(tokenizer)
     if len(ids) <= EXAMPLES:
         raise InputError(f"the vocabulary has {len(ids)} words of letters a to z: too few to spell")
     letters = np.array([LETTERS.index(w.strip()[0].lower()) for w in words])
@@ -87,14 +90,14 @@ def spelling_prompts(tok: Any, per_letter: int | None = 200, *, seed: int = SEED
         some = np.flatnonzero(letters == letter)
         chosen.append(draw.permutation(some)[:per_letter])
     chosen = np.concatenate(chosen)
-    encode = lambda text: tok.encode(text, bos=False)
+    encode = lambda text: tokenizer.encode(text, bos=False)
     question, newline = encode(QUESTION), encode("\n")
     answers = [np.append(encode(f" {letter.upper()}"), newline) for letter in LETTERS]
     prompts = []
     for word in chosen:
         others = draw.choice(len(ids), EXAMPLES + 1, replace=False)
         others = others[others != word][:EXAMPLES]
-        parts: list[Any] = [[tok.bos_id], newline]
+        parts: list[Any] = [[tokenizer.bos_id], newline]
         for other in others:
             parts += [[ids[other]], question, answers[letters[other]]]
         prompts.append(np.concatenate([*parts, [ids[word]], question]).astype(np.int32))

@@ -1,7 +1,7 @@
 """Benchmarks of coders from beginning to end: tables and coders in, one comparison out.
 
     tables = benchmark_tables(probing=["tables/*.csv"], tpp=["topics.csv"])
-    result = benchmark(model, coders, tok, "out", tables, absorption=True)
+    result = benchmark(model, coders, tokenizer, "out", tables, absorption=True)
     print(result.table)
 
 Tables are read and checked by `benchmark_tables`, before a model is loaded.
@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -21,6 +20,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.evaluation.results import write_result
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing.jobs import (
     Bench,
     absorption_job,
@@ -79,7 +79,7 @@ def benchmark_tables(
 def benchmark(
     model: Model,
     coders: Sequence[SparseCoder],
-    tok: Any,
+    tokenizer: Tokenizer,
     folder: str | os.PathLike,
     tables: Mapping[str, Sequence[Path]],
     *,
@@ -104,7 +104,7 @@ def benchmark(
         raise InputError(f"no protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
     if not any(tables.values()) and not absorption:
         raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
-    bench = Bench(model, tok, by_name(coders), folder_path(folder))
+    bench = Bench(model, tokenizer, by_name(coders), folder_path(folder))
     jobs = []
     if files := tables.get("probing"):
         jobs, skipped = probing_jobs(bench, files, PROTOCOLS[protocol], limit=limit, ks=ks)

@@ -28,6 +28,7 @@ from gemma_scope_jax.evaluation.results import coder_id, plain
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing import absorption as spelling
 from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.pooling import (
@@ -60,7 +61,7 @@ class Bench:
     """What is measured, and where results are kept."""
 
     model: Model
-    tok: Any
+    tokenizer: Tokenizer
     coders: Mapping[str, SparseCoder]
     folder: epath.Path
 
@@ -293,7 +294,7 @@ def _pooled(
         if (place := (coder.reads, coder.layer)) in places - {(c.reads, c.layer) for c in coders}:
             coders.append(coder)
             places.discard(place)
-    ids = encode_texts(bench.tok, texts, min(context, bench.model.config.context), keep)
+    ids = encode_texts(bench.tokenizer, texts, min(context, bench.model.config.context), keep)
     pooled = pool(bench.model, coders, ids, how=how, first=bench.first, report=report)
     for (site, layer), x in pooled.raw.items():
         if not np.isfinite(x).all():
@@ -355,7 +356,7 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
     family, names = "absorption_first_letter", tuple(bench.coders)
 
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, dict[str, Any]]:
-        task = spelling.spelling_prompts(bench.tok, per_letter)
+        task = spelling.spelling_prompts(bench.tokenizer, per_letter)
         coders = {name: bench.coders[name] for name in names if name in missing}
         places = sorted(places_of(list(coders.values())))
         passed, scored = _stages(report, len(coders))

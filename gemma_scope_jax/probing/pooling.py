@@ -22,6 +22,7 @@ from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Report
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
@@ -46,14 +47,14 @@ class Pooled(NamedTuple):
 
 
 def encode_texts(
-    tok: Any, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
+    tokenizer: Tokenizer, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
 ) -> list[np.ndarray]:
     """Token ids of each text, <bos> first, at most `most` of them: its first or its last tokens."""
     if most < 2:
         raise InputError(f"a text needs room for <bos> and a token, not {most}")
     encoded = []
     for text in texts:
-        ids = tok.encode(text)
+        ids = tokenizer.encode(text)
         if len(ids) > most:
             ids = ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
         encoded.append(ids)

@@ -36,7 +36,7 @@ def plain_logits(judge, ids):
 def test_yes_and_no_are_those_of_a_plain_pass(judge):
     question = Question("classify", tuple(TEXTS), "words of turn")
     (answer,) = judge.answer([question])
-    tok = judge.tok
+    tok = judge.tokenizer
 
     def odds(text):
         prompt = mj.CLASSES.format(feature="words of turn", text=text)
@@ -55,7 +55,7 @@ def test_intruders_are_those_of_a_plain_pass(judge):
     (answer,) = judge.answer([Question("intruder", tuple(texts))])
     lines = "1. the<< start>>\n2. <<a>> turn\n3. of one"
     prompt = mj.INTRUDER.format(texts=lines)
-    rows = [judge.tok.encode(f"{prompt} {i}").tolist() for i in (1, 2, 3)]
+    rows = [judge.tokenizer.encode(f"{prompt} {i}").tolist() for i in (1, 2, 3)]
     logits = plain_logits(judge, np.array(rows[0][:-1], np.int32))[-1]
     assert len({tuple(r[:-1]) for r in rows}) == 1
     assert answer.values == (float(np.argmax([logits[r[-1]] for r in rows])),)
@@ -64,7 +64,7 @@ def test_intruders_are_those_of_a_plain_pass(judge):
 def test_simulated_strengths_are_expected_digits(judge):
     question = Question("simulate", (shown("the| start\n| of"),), "words")
     (answer,) = judge.answer([question])
-    tok, head = judge.tok, mj.SIMULATE.format(feature="words")
+    tok, head = judge.tokenizer, mj.SIMULATE.format(feature="words")
     ids, wanted = tok.encode(head).tolist(), []
     digits = [tok.encode(f": {d}", bos=False)[-1] for d in range(10)]
     before = tok.encode(": 0", bos=False)[:-1].tolist()
@@ -112,14 +112,14 @@ def test_explanations_are_greedy_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(mj, "STOP_TOKENS", tuple(range(0, 300, 3)))
     (answer,) = judge.answer([Question("explain", (texts,))])
     prompt = mj.EXPLAIN.format(texts="the<< start>> of")
-    ids = judge.tok.encode(prompt).tolist()
+    ids = judge.tokenizer.encode(prompt).tolist()
     n = len(ids)
     for _ in range(mj.NEW):
         token = int(plain_logits(judge, np.array(ids, np.int32))[-1].argmax())
-        if token in (*mj.STOP_TOKENS, judge.tok.encode("\n", bos=False)[-1]):
+        if token in (*mj.STOP_TOKENS, judge.tokenizer.encode("\n", bos=False)[-1]):
             break
         ids.append(token)
-    text = judge.tok.decode(np.array(ids[n:], np.int32)).strip().split("\n")[0]
+    text = judge.tokenizer.decode(np.array(ids[n:], np.int32)).strip().split("\n")[0]
     assert answer.text == text.strip(" .\"'*`") != "" and answer.values == ()
     monkeypatch.setattr(mj, "generate", lambda *a, **k: pytest.fail("asked twice"))
     assert judge.answer([Question("explain", (texts,))]) == [answer]
@@ -156,7 +156,7 @@ def test_an_instructed_model_is_asked_in_its_template(monkeypatch):
             Question("simulate", (TEXTS[0],), "f"),
         ]
     )
-    tok = judge.tok
+    tok = judge.tokenizer
     for prompt in seen:
         assert prompt.ids[:2].tolist() == [tok.bos_id, tok.start_of_turn_id]
         assert tok.end_of_turn_id in prompt.ids.tolist()
@@ -176,12 +176,12 @@ def test_an_instructed_model_is_asked_in_its_template(monkeypatch):
     ],
 )
 def test_a_name_says_whether_a_model_is_instructed(judge, name, instructed):
-    assert mj.ModelJudge(judge.model, judge.tok, name).instructed is instructed
+    assert mj.ModelJudge(judge.model, judge.tokenizer, name).instructed is instructed
 
 
 def test_a_prompt_beyond_the_context(judge):
     short = dataclasses.replace(judge.model.config, context=64)
-    small = mj.ModelJudge(Model(judge.model.params, short), judge.tok, "x")
+    small = mj.ModelJudge(Model(judge.model.params, short), judge.tokenizer, "x")
     tasks = ("classify", "intruder", "simulate", "select")
     asked = [Question(task, (TEXTS[0], TEXTS[1]), "x") for task in tasks]
     asked.append(Question("explain", (ShownText(("a",), (True,), (9,)),)))
@@ -198,7 +198,7 @@ def test_a_prompt_may_fill_the_context(judge):
     ]
     for context, fits in ((max(lengths), True), (max(lengths) - 1, False)):
         config = dataclasses.replace(judge.model.config, context=context)
-        small = mj.ModelJudge(Model(judge.model.params, config), judge.tok, "gemma-3-270m")
+        small = mj.ModelJudge(Model(judge.model.params, config), judge.tokenizer, "gemma-3-270m")
         if fits:
             assert small.answer(questions)[0].values == judge.answer(questions)[0].values
         else:

@@ -73,7 +73,7 @@ def store(model, coder, texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cards(store, coder, model, tmp_path_factory):
     return build_cards(
-        store, coder, tmp_path_factory.mktemp("cards"), model=model, tok=tok, settings=SETTINGS
+        store, coder, tmp_path_factory.mktemp("c"), model=model, tokenizer=tok, settings=SETTINGS
     )
 
 
@@ -275,11 +275,11 @@ def test_another_model_is_told_by_its_weights(model, coder, store, cards, tmp_pa
     """Of two that share a name, as -pt and -it do: no store of the one, no logits of the other."""
     other = model.replace(params=model.params.replace(final_norm=model.params.final_norm + 0.5))
     with pytest.raises(InputError, match="features of another model .tiny-gemma-3-270m"):
-        build_cards(store, coder, tmp_path / "a", model=other, tok=tok, settings=SETTINGS)
+        build_cards(store, coder, tmp_path / "a", model=other, tokenizer=tok, settings=SETTINGS)
     assert not (tmp_path / "a" / "density.npy").exists()
     publish_examples(tmp_path, np.random.default_rng(0))
     examples = tmp_path / "examples.safetensors"
-    build = lambda m: build_cards(examples, coder, tmp_path / "b", model=m, tok=tok)
+    build = lambda m: build_cards(examples, coder, tmp_path / "b", model=m, tokenizer=tok)
     before = np.array(build(model)["top_logits"])
     after = np.array(build(other)["top_logits"])
     assert np.abs(after - before).max() > 1e-3

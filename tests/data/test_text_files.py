@@ -22,10 +22,10 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
 MARK = b"\xef\xbb\xbf"
 
 
-def batches(path, tok=None, rows=1, length=32, **options):
+def batches(path, tokenizer=None, rows=1, length=32, **options):
     read = {k: options.pop(k) for k in ("epochs", "position") if k in options}
     data = TextData(files=(str(path),), **options)
-    return TokenBatches(data, tok or Letters(), rows, length, **read)
+    return TokenBatches(data, tokenizer or Letters(), rows, length, **read)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_a_text_that_was_edited_is_noticed_and_one_that_was_moved_goes_on(
     manifest = json.loads((store / "manifest.json").read_text())
     text = work.open_text(files(moved.rename(path)), Letters(), 0)
     manifest["data"]["text"] = fingerprint(
-        text.documents, text.data, text.tok, text.seed, named=True
+        text.documents, text.data, text.tokenizer, text.seed, named=True
     )
     (store / "manifest.json").write_text(json.dumps(manifest))  # as of an older version
     for shard in store.glob("shard-*"):

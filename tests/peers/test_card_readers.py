@@ -50,7 +50,7 @@ def cards(coder, tmp_path_factory):
     texts = ["".join(map(chr, rng.integers(65, 120, 100))) for _ in range(6)]
     store = extract(model, {"sae": coder}, tok, texts, tmp / "store", length=64)
     settings = CardSettings(top=4, each=2)
-    return build_cards(store, coder, tmp / "cards", model=model, tok=tok, settings=settings)
+    return build_cards(store, coder, tmp / "cards", model=model, tokenizer=tok, settings=settings)
 
 
 def test_saedashboard_reads_its_batches(cards, coder, tmp_path):

@@ -6,7 +6,7 @@ from gemma_scope_jax.coders import opened
 from letters import Letters
 
 
-def give_tiny(monkeypatch, model, tok=Letters, *, names=("tiny",), models=None):
+def give_tiny(monkeypatch, model, tokenizer=Letters, *, names=("tiny",), models=None):
     """The names `names` are `model`, whose tokenizer `tok` makes; no cache is written.
 
     models: a model for each dtype, in place of the one.
@@ -15,8 +15,8 @@ def give_tiny(monkeypatch, model, tok=Letters, *, names=("tiny",), models=None):
     config = lambda name: model.config if name in names else real(name)
     loaded = lambda name, dtype, progress: (models or {}).get(dtype, model)
     monkeypatch.setattr(opened, "model_config", config)
-    monkeypatch.setattr(opened, "load_tokenizer", lambda name: tok())
-    monkeypatch.setattr(gs, "load_tokenizer", lambda name: tok())
+    monkeypatch.setattr(opened, "load_tokenizer", lambda name: tokenizer())
+    monkeypatch.setattr(gs, "load_tokenizer", lambda name: tokenizer())
     monkeypatch.setattr(gs, "load_model", loaded)
     monkeypatch.setattr(gs, "use_compilation_cache", lambda: None)
 

@@ -30,7 +30,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache, unembed
 from gemma_scope_jax.model.generate import STOP_TOKENS, generate
 from gemma_scope_jax.model.intercept import capture
-from gemma_scope_jax.model.tokenizer import fit_tokenizer
+from gemma_scope_jax.model.tokenizer import Tokenizer, fit_tokenizer
 
 SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
 PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
@@ -180,8 +180,10 @@ class ModelJudge:
 
     method, parallel, answered = "model", 1, True
 
-    def __init__(self, model: Model, tok: Any, name: str, answers: AnswerFile | None = None):
-        self.model, self.tok = model, fit_tokenizer(tok, model.config)
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, name: str, answers: AnswerFile | None = None
+    ):
+        self.model, self.tokenizer = model, fit_tokenizer(tokenizer, model.config)
         self.name, self.answers = name, answers
         self.instructed = instruction_tuned(name)
 
@@ -201,18 +203,20 @@ class ModelJudge:
 
     def _ids(self, text: str) -> np.ndarray:
         if not self.instructed:
-            return self.tok.encode(text)
-        return self.tok.chat([{"role": "user", "content": text}]).ids
+            return self.tokenizer.encode(text)
+        return self.tokenizer.chat([{"role": "user", "content": text}]).ids
 
     def _choice(self, text: str, choices: Sequence[str]) -> _Prompt:
         """A prompt after which one of `choices` comes. They are told apart by their first tokens
         that differ; what they share belongs to the prompt."""
         prompt = self._ids(text).tolist()
         if self.instructed:
-            tails = [self.tok.encode(c.strip().capitalize(), bos=False).tolist() for c in choices]
+            tails = [
+                self.tokenizer.encode(c.strip().capitalize(), bos=False).tolist() for c in choices
+            ]
             rows = [prompt + tail for tail in tails]
         else:
-            rows = [self.tok.encode(text + c).tolist() for c in choices]
+            rows = [self.tokenizer.encode(text + c).tolist() for c in choices]
         shared = 0
         while all(len(r) > shared for r in rows) and len({r[shared] for r in rows}) == 1:
             shared += 1
@@ -264,14 +268,18 @@ class ModelJudge:
 
     def _simulation(self, question: Question) -> _Prompt:
         head = self._ids(SIMULATE.format(feature=question.explanation)).tolist()
-        digits = [self.tok.encode(f": {d}", bos=False).tolist() for d in DIGITS]
+        digits = [self.tokenizer.encode(f": {d}", bos=False).tolist() for d in DIGITS]
         before = digits[0][:-1]
         if any(d[:-1] != before for d in digits) or len({d[-1] for d in digits}) != 10:
             raise InputError("this tokenizer does not write digits as single tokens")
         ids, places = head, []
-        after = self.tok.encode(f"{OPEN}\n", bos=False).tolist()
+        after = self.tokenizer.encode(f"{OPEN}\n", bos=False).tolist()
         for token in question.examples[0].tokens:
-            ids = [*ids, *self.tok.encode(token.replace("\n", "\\n"), bos=False).tolist(), *before]
+            ids = [
+                *ids,
+                *self.tokenizer.encode(token.replace("\n", "\\n"), bos=False).tolist(),
+                *before,
+            ]
             places.append(len(ids) - 1)
             ids += after
         return _Prompt(np.array(ids, np.int32), tuple(places), tuple(d[-1] for d in digits))
@@ -303,12 +311,12 @@ class ModelJudge:
 
     def _continued(self, ids: np.ndarray) -> tuple[str, bool]:
         """What the model says, and whether it would have gone on."""
-        line_ends = [int(i) for i in self.tok.encode("\n", bos=False)]
+        line_ends = [int(i) for i in self.tokenizer.encode("\n", bos=False)]
         ends = {*STOP_TOKENS, *line_ends[-1:]}
         out = generate(self.model, [ids], NEW, stop_tokens=tuple(ends))
         said = np.asarray(out.tokens)[0, : int(out.lengths[0])]
         is_cut = int(said[-1]) not in ends
-        return without_thoughts(self.tok.decode(said if is_cut else said[:-1])), is_cut
+        return without_thoughts(self.tokenizer.decode(said if is_cut else said[:-1])), is_cut
 
     # --- batches ---------------------------------------------------------------------------------
 

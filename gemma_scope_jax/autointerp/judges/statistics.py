@@ -84,7 +84,7 @@ def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: floa
     """F, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), and its
     tokens, the most frequent first. An entry of `ids` stands for `each` firings."""
     special = ids < 0
-    special[~special] = corpus.tok.special[ids[~special]]
+    special[~special] = corpus.tokenizer.special[ids[~special]]
     known, inverse, n = np.unique(ids[~special], return_inverse=True, return_counts=True)
     if not len(known):
         return 0.0, 0.0, 0.0, {}
@@ -93,7 +93,7 @@ def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: floa
     total = np.maximum(corpus.counts[known], hits)
     chosen, best = best_set(hits, total, len(ids) * each)
     hit, everywhere = hits[chosen].sum(), total[chosen].sum()
-    names = corpus.tok.decode_tokens(known[chosen])
+    names = corpus.tokenizer.decode_tokens(known[chosen])
     pairs = zip((hits / total)[chosen].tolist(), (sums / total)[chosen].tolist())
     return best, hit / (len(ids) * each), hit / everywhere, dict(zip(names, pairs))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import rounded
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder, write_bytes
 
@@ -32,7 +33,9 @@ def cantor(layer: int, feature: int) -> int:
     return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 
-def feature_files(cards: FeatureCards, tok: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def feature_files(
+    cards: FeatureCards, tokenizer: Tokenizer
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(feature, its file) for all features in order; silent ones have no examples."""
     layer = cards.manifest["layer"]
     for start in range(0, len(cards), BLOCK):
@@ -44,9 +47,9 @@ def feature_files(cards: FeatureCards, tok: Any) -> Iterator[tuple[int, dict[str
                 {
                     "transcoder_id": str(cards.manifest["coder"]),
                     "index": cantor(layer, f),
-                    "examples_quantiles": _quantiles(cards, f, tok),
-                    "top_logits": _tokens(cards, "top_ids", f, tok),
-                    "bottom_logits": _tokens(cards, "bottom_ids", f, tok),
+                    "examples_quantiles": _quantiles(cards, f, tokenizer),
+                    "top_logits": _tokens(cards, "top_ids", f, tokenizer),
+                    "bottom_logits": _tokens(cards, "bottom_ids", f, tokenizer),
                     "act_min": 0.0,
                     "act_max": round(float(cards["largest"][f]), 5),
                     "quantile_values": rounded(percentiles[f - start]),
@@ -56,11 +59,11 @@ def feature_files(cards: FeatureCards, tok: Any) -> Iterator[tuple[int, dict[str
             )
 
 
-def _tokens(cards: FeatureCards, name: str, f: int, tok: Any) -> list[str]:
-    return tok.decode_tokens(cards[name][f][:TOP]) if name in cards else []
+def _tokens(cards: FeatureCards, name: str, f: int, tokenizer: Tokenizer) -> list[str]:
+    return tokenizer.decode_tokens(cards[name][f][:TOP]) if name in cards else []
 
 
-def _quantiles(cards: FeatureCards, f: int, tok: Any) -> list[dict[str, Any]]:
+def _quantiles(cards: FeatureCards, f: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The groups of examples; one that was shown before is marked as repeated."""
     found, seen = [], set()
     for number, group in enumerate(cards.groups(f)):
@@ -72,7 +75,7 @@ def _quantiles(cards: FeatureCards, f: int, tok: Any) -> list[dict[str, Any]]:
                     "tokens_acts_list": rounded(e.values),
                     "train_token_ind": e.at,
                     "is_repeated_datapoint": place in seen,
-                    "tokens": tok.decode_tokens(e.ids),
+                    "tokens": tokenizer.decode_tokens(e.ids),
                 }
             )
             seen.add(place)
@@ -87,14 +90,18 @@ def _text(value: Any) -> bytes:
     return text.encode()
 
 
-def export_anthropic(coders: Mapping[int, FeatureCards], tok: Any, folder: Path) -> None:
+def export_anthropic(
+    coders: Mapping[int, FeatureCards], tokenizer: Tokenizer, folder: Path
+) -> None:
     """Write the packed form of the cards of one or several layers: `folder`/features."""
     index = {}
     with new_folder(folder / "features", "index.json.gz") as new:
         for layer, cards in sorted(coders.items()):
             offsets = [0]
             with open(new / f"layer_{layer}.bin", "wb") as file:
-                for _, value in tracked(feature_files(cards, tok), "feature files", len(cards)):
+                for _, value in tracked(
+                    feature_files(cards, tokenizer), "feature files", len(cards)
+                ):
                     data = zlib.compress(_text(value))
                     file.write(len(data).to_bytes(4, "little") + data)
                     offsets.append(offsets[-1] + 4 + len(data))
@@ -102,10 +109,12 @@ def export_anthropic(coders: Mapping[int, FeatureCards], tok: Any, folder: Path)
         write_bytes(new / "index.json.gz", gzip.compress(_text(index), mtime=0))  # type: ignore[arg-type]
 
 
-def export_anthropic_json(coders: Mapping[int, FeatureCards], tok: Any, folder: Path) -> None:
+def export_anthropic_json(
+    coders: Mapping[int, FeatureCards], tokenizer: Tokenizer, folder: Path
+) -> None:
     """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
     with new_folder(folder, "[0-9]*.json") as new:
         for layer, cards in sorted(coders.items()):
-            for f, value in tracked(feature_files(cards, tok), "feature files", len(cards)):
+            for f, value in tracked(feature_files(cards, tokenizer), "feature files", len(cards)):
                 if value["act_max"] > 0:
                     (new / f"{cantor(layer, f)}.json").write_bytes(_text(value))

@@ -22,6 +22,7 @@ from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
@@ -47,7 +48,7 @@ SAME = tuple(
 def export_neuronpedia(
     cards: FeatureCards,
     coder: Coder,
-    tok: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     heads: int | None = None,
@@ -62,7 +63,7 @@ def export_neuronpedia(
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
         progress = Progress(len(cards), "features", what="Neuronpedia")
-        for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
+        for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
             progress.at(batch[0])
             rows = [_feature(cards, feature, place, coder) for feature in features]
             shown = [a for feature in features for a in _activations(feature, place)]

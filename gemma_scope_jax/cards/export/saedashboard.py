@@ -24,6 +24,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import written
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
@@ -33,13 +34,18 @@ LONGEST = 120  # letters of a name that becomes a folder's
 
 
 def export_saedashboard(
-    cards: FeatureCards, coder: Coder, tok: Any, folder: Path, *, heads: int | None = None
+    cards: FeatureCards,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    heads: int | None = None,
 ) -> None:
     """Write the batches of `cards`; heads: of the model, for coders that read attention heads."""
     with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)
         progress = Progress(len(cards), "features", what="SAEDashboard")
-        for number, (batch, features) in enumerate(batches(cards, coder, tok, heads)):
+        for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
             progress.at(batch[0])
             _write(new / f"batch-{number}.json", {**about, "features": features})
         _write(new / "run_settings.json", _settings(cards, about))
@@ -57,14 +63,14 @@ def _write(path: Path, value: Any) -> None:
 
 
 def batches(
-    cards: FeatureCards, coder: Coder, tok: Any, heads: int | None = None
+    cards: FeatureCards, coder: Coder, tokenizer: Tokenizer, heads: int | None = None
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     """The features that are active, 128 at a time: their numbers and their dashboards."""
     active = np.flatnonzero(np.asarray(cards["largest"]) > 0)
     rows = np.asarray(written(coder, cards.manifest["layer"]))
     for start in range(0, len(active), BATCH):
         batch = active[start : start + BATCH].tolist()
-        yield batch, [_feature(cards, f, rows[f], tok, heads) for f in batch]
+        yield batch, [_feature(cards, f, rows[f], tokenizer, heads) for f in batch]
 
 
 def silent(cards: FeatureCards) -> list[int]:
@@ -105,7 +111,9 @@ def text_facts(cards: FeatureCards) -> dict[str, Any]:
     return {**facts, "dataset": m["text"]}
 
 
-def _feature(cards: FeatureCards, f: int, row: np.ndarray, tok: Any, heads: int | None) -> dict:
+def _feature(
+    cards: FeatureCards, f: int, row: np.ndarray, tokenizer: Tokenizer, heads: int | None
+) -> dict:
     correlated = cards.listed("correlated", f, "pearson", "cosine")
     aligned = np.argsort(-row, kind="stable")[:ALIGNED]
     size = float(np.abs(row).sum()) or 1.0
@@ -125,13 +133,13 @@ def _feature(cards: FeatureCards, f: int, row: np.ndarray, tok: Any, heads: int 
         "correlated_features_indices": [i for i, _, _ in correlated],
         "correlated_features_pearson": rounded([r for _, r, _ in correlated]),
         "correlated_features_l1": rounded([c for _, _, c in correlated]),
-        **_logits(cards, f, tok),
+        **_logits(cards, f, tokenizer),
         "frac_nonzero": round(float(cards["density"][f]), 9),
         "freq_hist_data_bar_values": rounded(_middles(0.0, largest, len(counts))),
         "freq_hist_data_bar_heights": counts.astype(float).tolist(),
         **text_facts(cards),
         "decoder_weights_dist": by_head,
-        "activations": _activations(cards, f, tok),
+        "activations": _activations(cards, f, tokenizer),
         "vector": [],
     }
 
@@ -144,12 +152,12 @@ def _middles(low: float, high: float, bins: int) -> np.ndarray:
     return low + (high - low) * (np.arange(bins) + 0.5) / bins
 
 
-def _logits(cards: FeatureCards, f: int, tok: Any) -> dict[str, Any]:
+def _logits(cards: FeatureCards, f: int, tokenizer: Tokenizer) -> dict[str, Any]:
     found: dict[str, Any] = {"neg_str": [], "neg_values": [], "pos_str": [], "pos_values": []}
     found |= {"logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": []}
     if "top_ids" in cards:
         for side, end in (("pos", "top"), ("neg", "bottom")):
-            found[f"{side}_str"] = tok.decode_tokens(cards[f"{end}_ids"][f])
+            found[f"{side}_str"] = tokenizer.decode_tokens(cards[f"{end}_ids"][f])
             found[f"{side}_values"] = rounded(cards[f"{end}_logits"][f])
     if "logit_histogram" in cards:
         heights = cards["logit_histogram"][f]
@@ -159,7 +167,7 @@ def _logits(cards: FeatureCards, f: int, tok: Any) -> dict[str, Any]:
     return found
 
 
-def _activations(cards: FeatureCards, f: int, tok: Any) -> list[dict[str, Any]]:
+def _activations(cards: FeatureCards, f: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     found, groups = [], cards.groups(f)
     for number, group in enumerate(groups):
         share = group.count / max(groups[0].count, 1)
@@ -168,7 +176,7 @@ def _activations(cards: FeatureCards, f: int, tok: Any) -> list[dict[str, Any]]:
             found.append(
                 {
                     **dict(zip(("bin_min", "bin_max", "bin_contains"), rounded(bins))),
-                    "tokens": tok.decode_tokens(example.ids),
+                    "tokens": tokenizer.decode_tokens(example.ids),
                     "values": rounded(example.values),
                     "qualifying_token_index": example.at,
                 }
