@@ -11,7 +11,8 @@ batches of 8 x 256 tokens, and nothing is done with the activations.
 The three take turns, on the same text in float32 (or --dtype bfloat16); the active features are
 compared before the times are: the same, but for those within 1e-4 of their threshold, relative to
 the token's largest activation. The floor is the model's and the encoders' products at the best
-matmul rate measured in float32. On a GPU: --device gpu --rows 32 --length 1024 --tokens 1048576.
+matmul rate measured in float32. On a GPU:
+--device gpu --batch-size 32 --context-size 1024 --tokens 1048576.
 """
 
 import argparse
@@ -117,8 +118,8 @@ def ours(args) -> None:
             tok,
             texts,
             folder / "store",
-            rows=args.rows,
-            length=args.length,
+            batch_size=args.batch_size,
+            context_size=args.context_size,
             precision=args.precision,
         )
         return len(store) / (time.perf_counter() - start)
@@ -132,8 +133,8 @@ def ours(args) -> None:
             open_text(texts, tok, 0),
             held["documents"],
             held["per_shard"],
-            args.rows,
-            args.length,
+            args.batch_size,
+            args.context_size,
             held["mean"],
         )
         packed = [p.batch for p in plan.batches(range(plan.shards)) if isinstance(p, Packed)]
@@ -295,8 +296,8 @@ def compare_features(coders: str, folder: str) -> tuple[float, float, float, int
 
 def compare(coders: str, args, folder: str) -> dict:
     given: list = ["--coders", coders, "--folder", folder]
-    for name in ("dtype", "device", "tokens", "rows", "length", "precision"):
-        given += [f"--{name}", getattr(args, name)]
+    for name in ("dtype", "device", "tokens", "batch_size", "context_size", "precision"):
+        given += [f"--{name.replace('_', '-')}", getattr(args, name)]
     start = lambda python, role: Side(python, __file__, role, *given, HF_HUB_OFFLINE="1")
     sides = {"ours": start(sys.executable, "ours")}
     size = sides["ours"].ask("prepare")
@@ -313,7 +314,7 @@ def compare(coders: str, args, folder: str) -> dict:
     for side in sides.values():
         side.close()
     rate = {name: statistics.median(some) for name, some in rates.items()}
-    floor = product / flops(coders, args.length)
+    floor = product / flops(coders, args.context_size)
     print(
         f"{coders}, {args.dtype}: ours {rate['ours']:.0f}, of which the program alone "
         f"{rate['device']:.0f}, bare forward {rate['forward']:.0f}, "
@@ -341,8 +342,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--tokens", type=int, default=40_960)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context-size", type=int, default=256)
     parser.add_argument("--precision", default="highest")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers/bin/python")

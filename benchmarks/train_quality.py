@@ -77,7 +77,7 @@ def runs(folder: Path, tokens: int) -> dict:
             coders,
             store=str(folder / "store"),
             tokens=tokens,
-            batch=BATCH,
+            train_batch_size=BATCH,
             updates=UPDATES,
             optimizer=OptimizerConfig(RATE, WARMUP, DECAY),
         )
@@ -115,7 +115,7 @@ def stores(folder: Path, tokens: int):
                 runs(folder, tokens)["plain"],
                 store="",
                 tokens=count,
-                length=512,
+                context_size=512,
                 buffer=8192,
                 data=TextData(files=(f"{corpus}/{text}",)),
             )

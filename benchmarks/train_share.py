@@ -59,7 +59,7 @@ def model_flops(model: Model, plan: TrainPlan, length: int) -> float:
 
 
 def random_batch(model: Model, args, seed: int) -> TokenBatch:
-    shape = (args.rows, args.length)
+    shape = (args.batch_size, args.context_size)
     tokens = jax.random.randint(jax.random.key(seed), shape, 10, model.config.vocab - 10, jnp.int32)
     return TokenBatch(tokens, jnp.ones(shape, jnp.int32), jnp.ones(shape, bool))
 
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--width", type=int, nargs="+", default=[131_072])
     parser.add_argument("--precision", default="default", help="see TrainConfig.precision")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--context-size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     model = random_model(args.model)
@@ -93,13 +93,13 @@ def main() -> None:
     for width in args.width:
         loss = LossConfig(l0_warmup=0, dead_weight=1e-3)
         coder = CoderConfig(args.layer, width=width, target_l0=50, threshold=None, loss=loss)
-        size = args.rows * args.length
+        size = args.batch_size * args.context_size
         config = TrainConfig(
             (coder,),
-            rows=args.rows,
-            length=args.length,
+            batch_size=args.batch_size,
+            context_size=args.context_size,
             buffer=8 * size,
-            batch=size,
+            train_batch_size=size,
             precision=args.precision,
         )
         peak = peak or measured_peak(config)
@@ -122,7 +122,7 @@ def main() -> None:
                 times.append(time.perf_counter() - begin)
             seconds = float(np.median(times[2:]))
             d = preset(args.model).d_model
-            flops = model_flops(model, plan, args.length) + 10 * d * width
+            flops = model_flops(model, plan, args.context_size) + 10 * d * width
             row = {
                 "name": f"train_share_{width // 1024}k",
                 "model": args.model,

@@ -116,7 +116,7 @@ def ours(args) -> None:
     config = TrainConfig(
         (coder,),
         store="given below",
-        batch=batch,
+        train_batch_size=batch,
         precision=args.precision,
         optimizer=OptimizerConfig(RATE, warmup=0),
     )
@@ -169,7 +169,7 @@ def ours(args) -> None:
         """The most tokens of a batch with more entries than slots, whose rows are done densely."""
         w, capacity = states["sparse"].groups[0].weights, plan["sparse"].capacity(group)
         low = w.threshold[0] - 0.5 * BANDWIDTH
-        bias = encoder_bias(w, group.like.centred)[0]
+        bias = encoder_bias(w, group.template.apply_b_dec_to_input)[0]
         counts = [
             active.encode_active(b[site], w.w_enc[0], bias, low, max(1, capacity)).count
             for b in batches

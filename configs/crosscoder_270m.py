@@ -26,10 +26,10 @@ config = gs.TrainConfig(
     data=gs.TextData(files=("~/.cache/gemma-scope-corpus/train/*.txt",)),
     model="gemma-3-270m",
     tokens=4_200_000,
-    rows=4,
-    length=512,
+    batch_size=4,
+    context_size=512,
     buffer=65_536,
-    batch=1024,
+    train_batch_size=1024,
     updates=2,
     optimizer=gs.OptimizerConfig(learning_rate=1.5e-3, warmup=100, decay=0.25),
 )

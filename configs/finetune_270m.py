@@ -35,10 +35,10 @@ config = gs.TrainConfig(
     data=gs.TextData(files=("~/.cache/gemma-scope-corpus/train/*.txt",)),
     model="gemma-3-270m",
     tokens=400_000,
-    rows=1,
-    length=512,
+    batch_size=1,
+    context_size=512,
     buffer=8192,
-    batch=512,
+    train_batch_size=512,
     updates=1,
     optimizer=gs.OptimizerConfig(learning_rate=2e-4, warmup=20, decay=0.25),
 )

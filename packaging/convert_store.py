@@ -79,6 +79,8 @@ def convert(old: Path, new: Path) -> None:
         raise InputError(f"{old}: holds no feature store of version 1")
     new.mkdir(parents=True)
     manifest["version"] = manifests.FORMAT["version"]
+    for was, name in (("rows", "batch_size"), ("length", "context_size")):
+        manifest["data"][name] = manifest["data"].pop(was)
     lists, store = manifests.lists(manifest), manifests.store_digest(manifest)
     shards = []
     with ThreadPoolExecutor() as pool:

@@ -201,7 +201,11 @@ def parse_features(text: str, width: int) -> list[int]:
 
 
 def open_judge(
-    kind: Endpoint | Model | None, answers: Path, *, tokenizer: Tokenizer | None = None, name: str = ""
+    kind: Endpoint | Model | None,
+    answers: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    name: str = "",
 ) -> Judge:
     """What explains and scores: a chat endpoint, a Gemma on this machine, or token statistics.
 
@@ -215,6 +219,8 @@ def open_judge(
         LOG.warning("%s: %d damaged lines, asked again", answers, held.damaged)
     if isinstance(kind, Endpoint):
         return EndpointJudge(ChatClient(kind, held))
+    if tokenizer is None:
+        raise InputError("a model that explains or scores needs its tokenizer=")
     return ModelJudge(kind, tokenizer, name, held)
 
 

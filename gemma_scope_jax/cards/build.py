@@ -16,7 +16,7 @@ from typing import Any
 from gemma_scope_jax.cards import decoders
 from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
 from gemma_scope_jax.cards.correlations import correlate
-from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, gather_examples
+from gemma_scope_jax.cards.examples import OUTLIER, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.coders.directions import Gain
@@ -51,6 +51,8 @@ def build_cards(
     Raises `InputError` for a store that lacks the coder or is another model's, and for coders that
     cannot be compared.
     """
+    if model is not None and tokenizer is None:
+        raise InputError("cards with logit tokens need the model and its tokenizer=")
     settings = settings or CardSettings()
     layer = coder.layers[coder.source(layer)]
     others = compare or {}
@@ -81,7 +83,7 @@ def _make(
     layer: int,
     *,
     model: Model | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     settings: CardSettings,
     gain: Gain,
     others: Mapping[str, Coder],
@@ -98,7 +100,7 @@ def _make(
         if model is not None:
             _check_model(source, model)
         origin = {"store": digest(source.manifest), "tokens": len(source), "coder": name}
-    made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": ENORMOUS}
+    made_of = {"from": origin, "settings": dataclasses.asdict(settings), "enormous": OUTLIER}
 
     if not files.has("examples", made_of):
         with files.stage("examples", made_of) as stage:
@@ -116,7 +118,7 @@ def _make(
     logits = [weights, gain, k, settings.bins, model and model_identity(model)]
     if model is None and (files.manifest.get("stages", {}).get("logits") or [])[:4] != logits[:4]:
         files.drop("logits")
-    if model is not None and not files.has("logits", logits):
+    if model is not None and tokenizer is not None and not files.has("logits", logits):
         with files.stage("logits", logits) as stage:
             decoders.write_logits(model, coder, tokenizer, layer, gain, context(stage))
     if not files.has("neighbours", [weights, k]):
@@ -182,5 +184,5 @@ def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "text": " ".join(names),
         "prompts": manifest["documents"],
-        "prompt_tokens": data["length"],
+        "prompt_tokens": data["context_size"],
     }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import typical_tokens
+from gemma_scope_jax.cards.examples import without_outliers
 from gemma_scope_jax.progress import tracked
 
 ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
@@ -83,7 +83,7 @@ def _matrix(store, coder: str, layer: int, some: list[int], width: int):
         segment = store.segment(i)
         offsets, features, values = segment.by_token(coder, layer)
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        mask = typical_tokens(rows, values, segment.counted_by(coder))
+        mask = without_outliers(rows, values, segment.counted_by(coder))
         shape = (len(offsets) - 1, width)
         parts.append(sparse.csr_array((values.astype(np.float64), features, offsets), shape)[mask])
     return sparse.vstack(parts, format="csr")

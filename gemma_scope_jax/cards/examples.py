@@ -5,7 +5,7 @@ kept is a table of the best candidates so far, F rows, so memory does not grow w
 
 A few tokens of Gemma's residual stream have several times the usual norm, and what is active on
 them is enormous. They say nothing about any one feature, so a token is left out of everything but
-`density` if its activations sum to more than `ENORMOUS` times the median of its segment; the others
+`density` if its activations sum to more than `OUTLIER` times the median of its segment; the others
 are the typical ones. The metrics go by the norm, which a store does not hold: with the packaged SAE
 the two rules name the same tokens, whose sums are 6 to 8 times the median, where no other token's
 is 4 times.
@@ -21,7 +21,7 @@ from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.progress import tracked
 
-ENORMOUS = 5.0
+OUTLIER = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,20 @@ def by_feature(segment: Any, coder: str, layer: int) -> SegmentActivations:
     return SegmentActivations(features, rows, values)
 
 
-def typical_tokens(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+def without_outliers(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """bool [n]: the counted tokens that are not of enormous activation; see the module's rule.
 
     rows, values: the token and the activation of every active feature, [e]; counted bool [n].
     """
     sums = np.bincount(rows, values, minlength=len(counted))
     some = sums[counted & (sums > 0)]
-    return counted & (sums <= ENORMOUS * (np.median(some) if some.size else 0.0))
+    return counted & (sums <= OUTLIER * (np.median(some) if some.size else 0.0))
 
 
 def typical(segment: Any, coder: str, layer: int) -> SegmentActivations:
     """The active features of a segment on its typical tokens."""
     active = by_feature(segment, coder, layer)
-    kept = typical_tokens(active.rows, active.values, segment.counted_by(coder))[active.rows]
+    kept = without_outliers(active.rows, active.values, segment.counted_by(coder))[active.rows]
     return SegmentActivations(*(a[kept] for a in active))
 
 

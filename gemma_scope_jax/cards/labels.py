@@ -45,14 +45,14 @@ def build_labels(
     *,
     examples: int = 3,
     logits: int = 10,
-    length: int = 128,
+    context_size: int = 128,
 ) -> dict[str, Any]:
     """The label material of every feature of `coder`, as `write_labels` takes it.
 
     texts: (source, text) pairs; the source is named beside each snippet. They should be long and
         of many kinds, and their licences must let snippets be shipped with the labels.
-    examples: snippets a feature, each from another piece, at most `length` tokens long, of a text;
-        logits: tokens listed.
+    examples: snippets a feature, each from another piece of a text, at most `context_size` tokens
+        long; logits: tokens listed.
     Raises `InputError` if the coder does not fit the model or the texts are empty.
     """
     named = list(texts)
@@ -69,7 +69,7 @@ def build_labels(
             [text for _, text in named],
             f"{folder}/store",
             seed=None,
-            length=length,
+            context_size=context_size,
         )
         cards = build_cards(
             store, coder, f"{folder}/cards", model=model, tokenizer=tokenizer, settings=settings

@@ -27,7 +27,7 @@ def command(
     out: shared.Folder,
     data: TextOptions = TextOptions(),
     tokens: int = 1_000_000,
-    length: int = 1024,
+    context_size: int = 1024,
     store: shared.Folder = "",
     model: shared.Model = "",
     dtype: shared.Dtype = "auto",
@@ -47,7 +47,7 @@ def command(
         out: The folder for the store, the cards, the sites and the exports.
         data: The text.
         tokens: Read about so many tokens of the text, <bos> included, in whole documents.
-        length: The tokens of a row.
+        context_size: The tokens of a sequence.
         store: Show features from this folder, which `gemma-scope extract` has filled, instead of
             reading text.
         dtype: The dtype of the model; auto is the store's or, with text, float32 on a CPU and
@@ -81,7 +81,13 @@ def command(
     def extracted() -> gs.FeatureStore:
         folder = Path(out, "store")
         return gs.extract(
-            weights, opened.coders, opened.tokenizer, data, folder, tokens=tokens, length=length
+            weights,
+            opened.coders,
+            opened.tokenizer,
+            data,
+            folder,
+            tokens=tokens,
+            context_size=context_size,
         )
 
     page = gs.build_card_sites(

@@ -48,14 +48,14 @@ def print_report(report: Any, coder: Any, model: str, source: str) -> None:
     print(f"  L0          {m.l0:8.1f}{target}")
     print(
         f"  FVU         {m.fvu:8.3f}  ({m.typical.fvu:.3f} without the "
-        f"{m.all.tokens - m.typical.tokens} tokens of enormous norm)"
+        f"{m.all.tokens - m.typical.tokens} outlier tokens)"
     )
     print(
         f"  delta loss  {m.delta_loss:+8.3f}  nats a token ({losses.clean:.3f} -> "
         f"{losses.spliced:.3f}; {losses.ablated:.3f} with zeros in its place)"
     )
     print(f"  never fired {m.dead:8,}  of {m.density.size:,} features, on this text")
-    print("\nwhere it fits, without the tokens of enormous norm:     FVU      L0")
+    print("\nwhere it fits, without outlier tokens:     FVU      L0")
     for a in sorted([report.stated, *report.alternatives], key=lambda a: a.fit.fvu):
         note = "  <- its config" if a is report.stated else ""
         print(f"  {a.name:50s} {a.fit.fvu:9.3f} {a.fit.l0:7.1f}{note}")

@@ -17,8 +17,8 @@ def command(
     data: TextOptions = TextOptions(roles=("system", "user", "model")),
     tokens: int = 100_000,
     loss_tokens: int = 16_000,
-    length: int = 256,
-    rows: int = 4,
+    context_size: int = 256,
+    batch_size: int = 4,
     seed: int = 0,
     replacement: bool = False,
     skip_geometry: bool = False,
@@ -39,8 +39,8 @@ def command(
         tokens: Read about so many tokens, <bos> included, in whole batches, to measure how the
             coders fit.
         loss_tokens: Run the whole model, changed and unchanged, on the first so many of them.
-        length: The tokens of a row.
-        rows: The rows of a batch.
+        context_size: The tokens of a sequence.
+        batch_size: The sequences of a batch.
         seed: The random seed of the documents' order.
         replacement: Also measure the model with all the coders in place at once.
         skip_geometry: Leave out norms and cosines of features, whose time grows with the width
@@ -58,11 +58,18 @@ def command(
         gs.check_writable(out)
     source, dataset = _text(data)
     opened = shared.open_coders(coders, model)
-    if length > opened.shape.context:
+    if context_size > opened.shape.context:
         context = opened.shape.context
-        raise InputError(f"--length {length} is more than the model's context of {context}")
+        raise InputError(
+            f"--context-size {context_size} is more than the model's context of {context}"
+        )
     text = gs.EvaluationText(
-        source, opened.tokenizer, tokens=tokens, rows=rows, length=length, seed=seed
+        source,
+        opened.tokenizer,
+        tokens=tokens,
+        batch_size=batch_size,
+        context_size=context_size,
+        seed=seed,
     )
     results = gs.evaluate_coders(
         shared.load_model(opened.model, dtype),

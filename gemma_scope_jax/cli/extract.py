@@ -18,8 +18,8 @@ def command(
     tokens: int | None = None,
     model: shared.Model = "",
     dtype: shared.Dtype = "auto",
-    rows: int | None = None,
-    length: int = 1024,
+    batch_size: int | None = None,
+    context_size: int = 1024,
     seed: int = 0,
     in_order: bool = False,
     values: Literal["float16", "float32"] = "float16",
@@ -41,8 +41,8 @@ def command(
         out: The folder of the store, local or gs://.
         data: The text.
         tokens: Read about so many tokens, <bos> included, in whole documents. The default is all.
-        rows: The rows of a batch. The default is 2,048 tokens on a CPU, 32,768 elsewhere.
-        length: The tokens of a row.
+        batch_size: Sequences of a batch. The default is 2,048 tokens on a CPU, 32,768 elsewhere.
+        context_size: The tokens of a sequence.
         seed: The random seed of the documents' order.
         in_order: Read the documents in the order of the files.
         values: How activations are stored.
@@ -59,8 +59,8 @@ def command(
     opened = shared.open_coders(coders, model, decoders=False)
     settings: dict[str, Any] = dict(
         tokens=tokens,
-        rows=rows,
-        length=length,
+        batch_size=batch_size,
+        context_size=context_size,
         seed=None if in_order else seed,
         values=values,
         slots=slots,
@@ -87,19 +87,21 @@ def command(
 
 def print_plan(found: Any) -> None:
     """What an extraction would take, in a few lines."""
-    rows, length = found.batch
+    batch_size, context_size = found.batch
     done = f", {found.shards_done} of them there" if found.shards_done else ""
     free = "" if found.bytes_free is None else f" ({shared.size(found.bytes_free)} free)"
     limit = "" if found.memory_limit is None else f" of {shared.size(found.memory_limit)}"
     print(
         f"text     {found.tokens:,} tokens in {found.documents:,} documents, {found.shards} "
-        f"shards{done}; batches of {rows} x {length}"
+        f"shards{done}; batches of {batch_size} x {context_size}"
     )
     each = f"{found.bytes_per_token:.0f} bytes a token"
     print(f"disk     about {shared.size(found.bytes)}{free}, {each}")
     print(f"memory   {shared.size(found.memory)}{limit} on a device")
     if found.tokens_per_second is None or found.seconds is None:
-        print("time     unknown: the memory does not suffice; take fewer --rows, or a mesh")
+        print(
+            "time     unknown: the memory does not suffice; take a smaller --batch-size, or a mesh"
+        )
         return
     units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
     each, unit = next((n, unit) for n, unit in units if found.seconds >= 1.5 * n or n == 1)

@@ -5,7 +5,7 @@ the entries that are active, so that of [tokens, F] activations nothing but thos
 Coders of one shape and site are stacked and share the loop over layers: the program of 26 of them
 compiles like that of one.
 
-A token has room for `slots` entries; the few with more (tokens of enormous norm have thousands)
+A token has room for `slots` entries; the few with more (outlier tokens have thousands)
 are `spilled`: their whole rows are returned. On a mesh the features are split over its axis
 "model", and each part finds its own entries.
 

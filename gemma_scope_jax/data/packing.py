@@ -46,7 +46,8 @@ def fill_rows(
     """
     if batch_size < 1 or context_size < 2:
         raise InputError(
-            f"rows must hold <bos> and a token: batch {batch_size}, length {context_size}"
+            f"batch_size {batch_size}, context_size {context_size}: a sequence must hold <bos> and "
+            "a token"
         )
     names, shape = names or {}, (batch_size, context_size)
 

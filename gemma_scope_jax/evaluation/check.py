@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits, float32
-from gemma_scope_jax.evaluation.evaluate import Batches, evaluate, several
+from gemma_scope_jax.evaluation.evaluate import Batches, batch_list, evaluate
 from gemma_scope_jax.evaluation.figures import Metrics
 from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
 from gemma_scope_jax.model.batch import TokenBatch, as_batch
@@ -88,7 +88,7 @@ def check_coder(model: Model, coder: Coder, batches: Batches) -> CheckReport:
 
     Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
     """
-    batches = [as_batch(batch) for batch in several(batches)]
+    batches = [as_batch(batch) for batch in batch_list(batches)]
     metrics = evaluate(model, coder, batches, ablation=True)
     ways = list(_ways(model.config, coder))
     sums: list[Any] = [None] * len(ways)

@@ -53,15 +53,15 @@ def core_config(
     """How it is measured (SAEBench's `CoreEvalConfig` and what we have beyond): equal configs on
     the same coder give the same figures."""
     identity = model_identity(model)
-    size = text.rows * text.length
+    size = text.batch_size * text.context_size
     batches = lambda tokens: 0 if tokens is None else -(-tokens // size)  # 0: all of the text
     loss = text.tokens if plan.loss_tokens is None else plan.loss_tokens
     return {
         "model_name": identity["name"], "llm_dtype": identity["dtype"],
-        "batch_size_prompts": text.rows,
+        "batch_size_prompts": text.batch_size,
         "n_eval_reconstruction_batches": batches(loss),
         "n_eval_sparsity_variance_batches": batches(text.tokens), "dataset": dataset,
-        "context_size": text.length, "compute_kl": loss != 0, "compute_ce_loss": loss != 0,
+        "context_size": text.context_size, "compute_kl": loss != 0, "compute_ce_loss": loss != 0,
         "compute_l2_norms": True, "compute_sparsity_metrics": True,
         "compute_variance_metrics": True, "compute_featurewise_density_statistics": True,
         "compute_featurewise_weight_based_metrics": geometry,

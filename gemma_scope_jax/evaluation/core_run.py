@@ -72,11 +72,12 @@ def evaluate_coders(
     out          a folder, local or gs://, for the documents and plots; the same call goes on where
                  it was killed, and computes nothing twice
     dataset      what the text is called in the documents
-    Raises `InputError` as `evaluate_core` does, and for rows beyond the model's context.
+    Raises `InputError` as `evaluate_core` does, and for sequences beyond the model's context.
     """
-    if data.length > model.config.context:
+    if data.context_size > model.config.context:
         raise InputError(
-            f"--length {data.length} is more than the model's context of {model.config.context}"
+            f"--context-size {data.context_size} is more than the model's context of "
+            f"{model.config.context}"
         )
     if replacement and loss_tokens == 0:
         raise InputError("--replacement measures losses: give --loss-tokens")

@@ -168,7 +168,7 @@ def measure(
             measured.restore(saved)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
-    ready, batches = partial(_ready, model.config), several(batches)
+    ready, batches = partial(_ready, model.config), batch_list(batches)
     again = batches is not iter(batches)  # else what the second pass needs is kept
     kept: list[TokenBatch] = []
     held = 0
@@ -187,7 +187,7 @@ def measure(
     return measured
 
 
-def several(batches: Batches) -> Iterable[Batch]:
+def batch_list(batches: Batches) -> Iterable[Batch]:
     """Batches to go through, where one may be given alone."""
     return [batches] if isinstance(batches, TokenBatch) else batches
 

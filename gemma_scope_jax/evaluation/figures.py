@@ -78,7 +78,7 @@ class Metrics:
     """The figures of a coder on a text; how they are defined: see `metrics.py`."""
 
     all: Fit  # every token but padding and those before `coder.first`
-    typical: Fit  # without the tokens of enormous norm
+    typical: Fit  # without outlier tokens
     layers: tuple[Fit, ...]  # of `all`, one a layer of the coder
     density: np.ndarray  # [F], [X, F] for several layers: share of tokens on which a feature fires
     consistency: np.ndarray  # like density: tokens a piece of a document, of those it fires in

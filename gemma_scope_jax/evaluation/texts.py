@@ -30,7 +30,7 @@ class EvaluationText:
     """Batches of text, made anew by each iteration.
 
     tokens      stop at the batch that reaches so many, <bos> included; None: all of the text
-    rows, length  of a batch
+    batch_size, context_size  sequences of a batch, and tokens of each
     document    tokens taken of each document
     seed        of the order of documents
     """
@@ -38,16 +38,16 @@ class EvaluationText:
     data: TextData | Sequence[str]
     tokenizer: Any
     tokens: int | None = None
-    rows: int = 4
-    length: int = 256
+    batch_size: int = 4
+    context_size: int = 256
     document: int = 1024
     seed: int = 0
 
     def __post_init__(self):
-        if self.rows < 1 or self.length < 2 or self.document < 1:
+        if self.batch_size < 1 or self.context_size < 2 or self.document < 1:
             raise InputError(
-                f"batches of {self.rows} rows of {self.length}, {self.document} tokens a document: "
-                "rows must hold <bos> and a token"
+                f"batch_size {self.batch_size}, context_size {self.context_size}, {self.document} "
+                "tokens a document: a sequence must hold <bos> and a token"
             )
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"evaluate on at least one token, not {self.tokens}")
@@ -93,7 +93,7 @@ class EvaluationText:
         """Tells these batches from others; 16 hexadecimal digits. `named`: see `data.batches`."""
         about = (self.documents, self._settings, self.tokenizer, self.seed)
         text = fingerprint(*about, named=named)
-        shape = [text, self.tokens, self.rows, self.length, self.document]
+        shape = [text, self.tokens, self.batch_size, self.context_size, self.document]
         return digest(shape)
 
     def same_text(self, there: Any) -> bool:
@@ -107,7 +107,7 @@ class EvaluationText:
     def __iter__(self) -> Iterator[TokenBatch]:
         read, groups = 0, self.groups
         pieces, bos = self._pieces(groups.get("source", ())), self.tokenizer.bos_id
-        for batch, _ in fill_rows(pieces, self.rows, self.length, bos, groups):
+        for batch, _ in fill_rows(pieces, self.batch_size, self.context_size, bos, groups):
             yield batch
             read += batch.size
             if self.tokens is not None and read >= self.tokens:

@@ -29,7 +29,7 @@ class Estimate:
     tokens: int
     shards: int
     shards_done: int
-    batch: tuple[int, int]  # rows, length
+    batch: tuple[int, int]  # sequences, tokens of each
     bytes_per_token: float
     bytes: int
     bytes_free: int | None  # None: a bucket
@@ -58,14 +58,14 @@ def plan_extraction(
     ahead = sum(map(plan.in_shard, left)) * mean
     size = token_bytes(named, job.values) * plan.share
     runner = Runner(model, named, job.slots, job.precision)
-    memory, limit = _memory(runner, job.rows, job.length)
+    memory, limit = _memory(runner, job.batch_size, job.context_size)
     rate = None if limit is not None and memory > limit else _rate(runner, plan)
     return Estimate(
         documents=documents,
         tokens=int(sum(map(plan.in_shard, mine)) * mean),
         shards=len(mine),
         shards_done=len(mine) - len(left),
-        batch=(job.rows, job.length),
+        batch=(job.batch_size, job.context_size),
         bytes_per_token=size,
         bytes=int(size * ahead),
         bytes_free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
@@ -76,9 +76,9 @@ def plan_extraction(
     )
 
 
-def _memory(runner: Runner, rows: int, length: int) -> tuple[int, int | None]:
+def _memory(runner: Runner, batch_size: int, context_size: int) -> tuple[int, int | None]:
     """Bytes of a device that the compiled program takes, and how many there are, if known."""
-    ids = np.zeros((rows, length), np.int32)
+    ids = np.zeros((batch_size, context_size), np.int32)
     compiled = runner.compiled(TokenBatch(ids, ids, ids > 0))
     found = compiled.memory_analysis()
     names = ("argument", "output", "temp", "generated_code")

@@ -72,7 +72,7 @@ def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
     A piece of a document is a row, padded with 0 to the store's length. delphi takes activations
     as they are: what float16 does not hold (it ends at 65504) raises `InputError`.
     """
-    length = store.manifest["data"]["length"]
+    length = store.manifest["data"]["context_size"]
     shape = sum(_piece_count(segment) for segment in store.segments()), length
     config = partial(write_json, value=_delphi_config(store, *shape))
     work = [
@@ -167,7 +167,7 @@ def _delphi_config(store: FeatureStore, rows: int, length: int) -> dict[str, Any
         "dataset_split": "",
         "dataset_name": "",
         "dataset_column": "text",
-        "batch_size": data["rows"],
+        "batch_size": data["batch_size"],
         "ctx_len": length,
         "n_tokens": rows * length,
     }

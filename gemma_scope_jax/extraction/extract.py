@@ -1,6 +1,6 @@
 """Sparse features of a text, by the billion: model, coders and text in, a store of what fires out.
 
-    store = extract(model, {"sae": sae}, tokenizer, TextData(files=("*.txt",)), "store", tokens=10**6)
+    store = extract(model, {"sae": sae}, tokenizer, TextData(("*.txt",)), "store", tokens=10**6)
 
 The device runs a batch while the host writes the one before. Each shard is whole or not there, so
 the same call goes on after a kill at any moment; several processes, on one machine or on many, make
@@ -53,8 +53,8 @@ def extract(
     folder: str | os.PathLike,
     *,
     tokens: int | None = None,
-    rows: int | None = None,
-    length: int = 1024,
+    batch_size: int | None = None,
+    context_size: int = 1024,
     seed: int | None = 0,
     values: str = "float16",
     slots: int | None = None,
@@ -71,7 +71,8 @@ def extract(
     folder     the same call continues what was begun there; more `tokens` extend it
     tokens     read by the model, `<bos>` included, about: whole documents, to one of them up to two
                million; None: all
-    rows, length  of a process's batch; rows=None: 2,048 tokens on a CPU, 32,768 elsewhere
+    batch_size     sequences of a process's batch; None: 2,048 tokens on a CPU, 32,768 elsewhere
+    context_size   tokens of a sequence
     seed       of the documents' order; None: as they lie
     values     "float16", as many bits of a float32 as float16 has, or "float32"
     slots      features a token has room for; more are right, too, but slower
@@ -89,9 +90,11 @@ def extract(
     named = dict(CoderSet(coders).items())
     if share == (0, 1):
         share = (jax.process_index(), jax.process_count())
-    job = job_of(model, named, tokenizer, source, rows=rows, length=length, seed=seed, values=values,
-                 slots=slots, precision=precision, shard_tokens=shard_tokens,
-                 share=share)  # fmt: skip
+    job = job_of(
+        model, named, tokenizer, source, batch_size=batch_size, context_size=context_size,
+        seed=seed, values=values, slots=slots, precision=precision, shard_tokens=shard_tokens,
+        share=share,
+    )  # fmt: skip
     path = folder_path(folder)
     try:
         with in_turn(path):  # several processes fill the folder, and must agree on what with
@@ -117,8 +120,8 @@ def extract(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise InputError(
-            "the device's memory does not suffice: take fewer rows, fewer coders at a time, or a "
-            f"mesh ({reason(error)})"
+            "the device's memory does not suffice: take a smaller batch_size, fewer coders at a "
+            f"time, or a mesh ({reason(error)})"
         ) from error
     except Exception as error:
         if not is_remote(path):
@@ -133,8 +136,8 @@ def check_extraction(
     folder: str | os.PathLike | None = None,
     *,
     tokens: int | None = None,
-    rows: int | None = None,
-    length: int = 1024,
+    batch_size: int | None = None,
+    context_size: int = 1024,
     seed: int | None = 0,
     values: str = "float16",
     slots: int | None = None,
@@ -154,9 +157,9 @@ def check_extraction(
         raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
     if not 0 <= share[0] < share[1]:
         raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
-    if not 2 <= length <= config.context:
-        raise InputError(f"length {length}: {config.name} takes 2 to {config.context}")
-    for name, value in {"rows": rows, "slots": slots, "tokens": tokens}.items():
+    if not 2 <= context_size <= config.context:
+        raise InputError(f"context_size {context_size}: {config.name} takes 2 to {config.context}")
+    for name, value in {"batch_size": batch_size, "slots": slots, "tokens": tokens}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     if folder is not None:
@@ -169,8 +172,8 @@ def job_of(
     tokenizer: Tokenizer,
     source: Any,
     *,
-    rows: int | None = None,
-    length: int = 1024,
+    batch_size: int | None = None,
+    context_size: int = 1024,
     seed: int | None = 0,
     values: str = "float16",
     slots: int | None = None,
@@ -180,28 +183,28 @@ def job_of(
 ) -> manifests.ExtractionJob:
     """The settings of an extraction, checked."""
     check_extraction(
-        model.config, named, rows=rows, length=length, values=values, slots=slots,
-        precision=precision, share=share,
+        model.config, named, batch_size=batch_size, context_size=context_size, values=values,
+        slots=slots, precision=precision, share=share,
     )  # fmt: skip
-    rows = _rows_for(model, length) if rows is None else rows
-    hosts.check(model, rows)
+    batch_size = _batch_size_for(model, context_size) if batch_size is None else batch_size
+    hosts.check(model, batch_size)
     widest = max(coder.width for coder in named.values())
     slots = on_device.slots_for(list(named.values())) if slots is None else slots
     return manifests.ExtractionJob(
         text=open_text(source, fit_tokenizer(tokenizer, model.config), seed),
-        rows=rows, length=length, values=values,
+        batch_size=batch_size, context_size=context_size, values=values,
         slots=min(slots, widest), precision=precision,
         shard_tokens=shard_tokens,
         model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
     )  # fmt: skip
 
 
-def _rows_for(model: Model, length: int) -> int:
-    """Rows of a batch that keep a device busy."""
-    rows = max(1, (2048 if jax.default_backend() == "cpu" else 32768) // length)
+def _batch_size_for(model: Model, context_size: int) -> int:
+    """Sequences of a batch that keep a device busy."""
+    size = max(1, (2048 if jax.default_backend() == "cpu" else 32768) // context_size)
     mesh = mesh_of(model.params.embed)
     own = 1 if mesh is None else mesh.shape["data"] // hosts.count_of(model)
-    return -(-rows // own) * own
+    return -(-size // own) * own
 
 
 def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: int, values: str):
@@ -316,7 +319,7 @@ def _results_in_step(
     What is run again for want of slots is decided by all alike, so all start the same programs in
     the same order.
     """
-    zeros = np.zeros((job.rows, job.length), np.int32)
+    zeros = np.zeros((job.batch_size, job.context_size), np.int32)
     blank = TokenBatch(zeros, zeros, zeros > 0)
     waiting: collections.deque = collections.deque()
     for event in hosts.in_step(event for event, _ in batches):

@@ -28,8 +28,8 @@ def count_of(model: Model) -> int:
     return 1 if mesh is None else len({d.process_index for d in mesh.devices.flat})
 
 
-def check(model: Model, rows: int) -> None:
-    """Raise `InputError` unless hosts have whole rows of the mesh, which split `rows`."""
+def check(model: Model, batch_size: int) -> None:
+    """Raise `InputError` unless hosts have whole rows of the mesh, which split `batch_size`."""
     mesh, hosts = mesh_under(model), count_of(model)
     if hosts == 1:
         return
@@ -38,9 +38,10 @@ def check(model: Model, rows: int) -> None:
         raise InputError(
             'the mesh\'s axis "model" spans hosts: make it as long as the devices of one, or less'
         )
-    if rows % (len(owners) // hosts):
+    if batch_size % (len(owners) // hosts):
         raise InputError(
-            f"rows {rows} do not split over the {len(owners) // hosts} rows of the mesh of a host"
+            f"batch_size {batch_size} does not split over the {len(owners) // hosts} rows of a "
+            "host's mesh"
         )
 
 

@@ -36,8 +36,8 @@ class ExtractionJob:
     """The settings of an extraction."""
 
     text: Text
-    rows: int
-    length: int
+    batch_size: int
+    context_size: int
     values: str
     slots: int
     precision: str
@@ -51,7 +51,7 @@ class ExtractionJob:
         half empty. So there are about `SHARDS`, but none has less than `FEWEST` batches or more
         than `MOST`.
         """
-        batch = self.rows * self.length
+        batch = self.batch_size * self.context_size
         fitting = max(size.documents * size.mean / SHARDS, FEWEST * batch)
         tokens = self.shard_tokens or min(fitting, max(LONGEST, MOST * batch))
         return max(1, round(tokens / max(size.mean, 1.0)))
@@ -63,8 +63,8 @@ class ExtractionJob:
             "files": [shown(f) for f in self.text.data.files],
             "tfds": self.text.data.tfds,
             "seed": self.text.seed,
-            "rows": self.rows,
-            "length": self.length,
+            "batch_size": self.batch_size,
+            "context_size": self.context_size,
             "roles": list(self.text.data.roles) if self.text.data.messages else None,
         }
         return {
@@ -176,7 +176,7 @@ def plan_of(manifest: Mapping[str, Any], job: ExtractionJob) -> ShardPlan:
     m = manifest
     share = m.get("share", 1.0)  # of older stores the mean is of tokens that count
     return ShardPlan(
-        job.text, m["documents"], m["per_shard"], job.rows, job.length, m["mean"], share
+        job.text, m["documents"], m["per_shard"], job.batch_size, job.context_size, m["mean"], share
     )
 
 
@@ -251,7 +251,7 @@ def _check_manifest(m: dict[str, Any], path: Any) -> None:
     for key in ("name", "dtype", "weights"):
         field(field(m, "model", dict, path), key, str, path)
     data = field(m, "data", dict, path)
-    for key in ("rows", "length"):
+    for key in ("batch_size", "context_size"):
         field(data, key, int, path, least=1, most=1 << 40)
     for name in field(data, "files", list, path, default=[]):
         if not isinstance(name, str):

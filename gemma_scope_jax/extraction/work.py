@@ -162,13 +162,13 @@ class Ended:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """`documents` of the text's order, `per_shard` in each shard, in batches [rows, length]."""
+    """`documents` of the text's order, `per_shard` in each shard, in batches [B, T]."""
 
     text: Text
     documents: int
     per_shard: int
-    rows: int
-    length: int
+    batch_size: int
+    context_size: int
     mean: float  # tokens a document, about
     share: float = 1.0  # of them that count, about
 
@@ -215,7 +215,7 @@ class ShardPlan:
 
         place = offset = 0
         bos = self.text.tokenizer.bos_id
-        for batch, _ in fill_rows(pieces(), self.rows, self.length, bos):
+        for batch, _ in fill_rows(pieces(), self.batch_size, self.context_size, bos):
             found = []
             for length in _piece_lengths(batch.segments):
                 while offset == documents[place][2]:

@@ -40,7 +40,7 @@ def figure_lines(figures: dict) -> list[str]:
     return [
         f"L0 {number(figures['l0'], '.1f')} active features a token",
         f"FVU {number(figures['fvu'], '.3f')} of the variance unexplained "
-        f"({number(figures['typical']['fvu'], '.3f')} without tokens of enormous norm)",
+        f"({number(figures['typical']['fvu'], '.3f')} without outlier tokens)",
         f"delta loss {number(figures['delta_loss'], '+.3f')} nats a token on reconstructions "
         f"({number(losses.get('clean'), '.3f')} -> {number(losses.get('spliced'), '.3f')})",
     ]

@@ -63,7 +63,7 @@ def draw(state: TrainState, plan: TrainPlan) -> tuple[TrainState, Sites]:
 
     What a sweep leaves over, where the batch does not divide the buffer, waits for the next.
     """
-    size, batch = state.order.shape[0], plan.config.batch
+    size, batch = state.order.shape[0], plan.config.train_batch_size
     key, shuffle = jax.random.split(state.key)
     over = state.drawn + batch > size
     order = jax.lax.cond(
@@ -87,14 +87,16 @@ def pairs(
         rows = x[site][at].astype(jnp.float32) / scale[site][at][..., None, None]
         return place(mesh, rows, None, None, "data", None)
 
-    read = pick(group.like.reads)
-    return read, read if group.like.target == group.like.reads else pick(group.like.target)
+    read = pick(group.template.reads)
+    return read, read if group.template.target == group.template.reads else pick(
+        group.template.target
+    )
 
 
 def scales(x: Sites, plan: TrainPlan) -> Sites:
     """Root-mean-square norms of a sample {site: [L, B, D]}: [L] each.
 
-    Rare tokens of enormous norm count as if at `outlier` median norms, or they would decide it.
+    Rare outlier tokens count as if at `outlier` median norms, or they would decide it.
     """
     limit = max(c.loss.outlier for c in plan.config.coders)
 

@@ -106,7 +106,7 @@ def _function(coder: CoderConfig) -> str:
     if coder.activation == "jumprelu":
         return ""
     if coder.k is not None:
-        over = " over all layers together" if coder.several else ""
+        over = " over all layers together" if coder.is_multi_layer else ""
         return f" It keeps the {coder.k} largest features of each token{over} (`k` in config.json)."
     return (
         f" It was trained as {coder.activation} and saved as a JumpReLU coder with one threshold, "

@@ -38,12 +38,12 @@ class Checkpoints:
         except OSError as error:
             raise disk_error(folder, error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, int, Any, Any] | None:
+    def restore(self, template: TrainState) -> tuple[TrainState, int, Any, Any] | None:
         """(state, passes done, position in the data, `made_with`): the newest that can be read;
         None: none yet.
 
-        `like` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s). A damaged checkpoint is
-        named, set aside and the one before it taken. Raises `InputError` if none is left whole, and
+        `template` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s). A damaged checkpoint
+        is named, set aside and the one before it taken. Raises `InputError` if none is left whole, and
         when something else than the files stands in the way: memory, permissions, the network.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
@@ -53,7 +53,8 @@ class Checkpoints:
                 both = self.manager.restore(
                     step,
                     args=self.args.Composite(
-                        state=self.args.StandardRestore(_raw(like)), data=self.args.JsonRestore()
+                        state=self.args.StandardRestore(_raw(template)),
+                        data=self.args.JsonRestore(),
                     ),
                 )
                 data = both["data"]

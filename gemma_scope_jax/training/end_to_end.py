@@ -53,7 +53,7 @@ def update(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan):
     done, parts = [], []
     for group, old in zip(plan.groups, state.groups):
         part: Any = None
-        if group.like.loss.kl_weight:
+        if group.template.loss.kl_weight:
             read, target = buffer.pairs(plan, group, x, state.scale)
             new, part = _update_group(
                 old, group, read, target, mask, batch.tokens.shape, run, state, plan
@@ -88,7 +88,7 @@ def _divergences(
     BatchTopK keeps its share of the tokens in the mask, `rows`, not of <bos> and padding, too.
     """
     codes, edge = encode(w, x, group), None
-    if group.like.activation == "batch_topk":
+    if group.template.activation == "batch_topk":
         edge = cutoff(codes.z[:, :, rows], group)
     outputs = [out[:, -1] for out in decode(w, activate(codes, group, edge)[0], codes, x, group)]
     found = []

@@ -91,7 +91,7 @@ def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder
             }
             info = CoderInfo(
                 model_name=name,
-                type=kind[c.several, c.target != c.reads],
+                type=kind[c.is_multi_layer, c.target != c.reads],
                 l0=c.target_l0,
                 width=width,
             )

@@ -72,14 +72,14 @@ def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
     """Bytes of a device that the compiled step takes, with all that goes in and comes out."""
     c = plan.config
     if c.store:
-        rows = c.updates * c.batch
+        rows = c.updates * c.train_batch_size
         x = {
             site: jax.ShapeDtypeStruct((len(layers), rows, site_width(shape, site)), jnp.float32)
             for site, layers in plan.sites
         }
         step, inputs = partial(store_step, plan=plan), (x,)
     else:
-        ids = jax.ShapeDtypeStruct((c.rows, c.length), jnp.int32)
+        ids = jax.ShapeDtypeStruct((c.batch_size, c.context_size), jnp.int32)
         mask = jax.ShapeDtypeStruct(ids.shape, bool)
         batch = TokenBatch(ids, ids, mask, {"split": TokenLabels(ids, SIDES)})
         model = Model(abstract_params(shape, c.model_dtype), shape)

@@ -46,7 +46,7 @@ def train_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPl
     """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
     state = fill_step(state, model, batch, plan)
     by_effect = None
-    if any(group.like.loss.kl_weight for group in plan.groups):
+    if any(group.template.loss.kl_weight for group in plan.groups):
         with steps.precision(plan.config):
             trained = dataclasses.replace(batch, mask=batch.counted(0) & ~is_held_out(batch))
             state, by_effect = end_to_end.update(state, model, trained, plan)
@@ -83,8 +83,8 @@ def token_batches(
     return kind(
         config.data if data is None else data,
         fit_tokenizer(load_tokenizer(config.model), model),
-        batch_size=config.rows,
-        context_size=config.length,
+        batch_size=config.batch_size,
+        context_size=config.context_size,
         seed=config.seed,
         position=position,
     )

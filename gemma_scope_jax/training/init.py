@@ -64,7 +64,7 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
     target L0 with nothing dead, instead of spending itself on getting there from half of all
     features.
     """
-    if group.like.threshold is not None:
+    if group.template.threshold is not None:
         return w
     mean_x, mean_y = jnp.mean(x, 2), jnp.mean(y, 2)
     b_dec = mean_y
@@ -77,12 +77,12 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
         b_dec = mean_y - jnp.einsum("nxd,nxde->nxe", mean_x, skip)
         w = dataclasses.replace(w, w_skip=skip)
     b_enc = w.b_enc
-    if not group.like.centred:
+    if not group.template.apply_b_dec_to_input:
         b_enc = -jnp.einsum("nxfd,nxd->nxf", w.w_enc, mean_x)
     w = dataclasses.replace(w, b_dec=b_dec, b_enc=b_enc)
     starts = [c.loss.l0_start or c.target_l0 for c in group.coders]
-    share = [l0 / (group.X * group.like.width) for l0 in starts]
-    bias = encoder_bias(w, group.like.centred)
+    share = [l0 / (group.X * group.template.width) for l0 in starts]
+    bias = encoder_bias(w, group.template.apply_b_dec_to_input)
     rows = [
         [_exceeded(w.w_enc[n, i] @ x[n, i].T, share[n]) for i in range(group.X)]
         for n in range(len(group.coders))
@@ -185,5 +185,5 @@ def _alone(coder: Coder, config: CoderConfig, i: int, scales: Mapping[str, Any])
 def expected_l0(w: Weights, group: CoderGroup, n: int, x: jax.Array) -> jax.Array:
     """The mean L0 of coder `n` of a group on x [X, B, D] of unit mean squared norm."""
     z = jnp.einsum("xbd,xfd->xbf", float32(x), w.w_enc[n])
-    z = z + encoder_bias(w, group.like.centred)[n][:, None, :]
+    z = z + encoder_bias(w, group.template.apply_b_dec_to_input)[n][:, None, :]
     return jnp.mean(jnp.sum(z > w.threshold[n][:, None, :], (0, 2)))

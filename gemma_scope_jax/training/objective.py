@@ -62,15 +62,16 @@ def gradients(w: Weights, x, y, dials: Dials, group: CoderGroup, capacity: int):
     tokens; a sparse step adds `dense`, 1 where too many tokens needed more than K and all was done
     densely.
     """
-    if not capacity or group.like.activation != "jumprelu":
+    if not capacity or group.template.activation != "jumprelu":
         return _dense_gradients(w, x, y, dials, group)
     shape = x.shape[:3]
     slots = shape[0] * shape[1]
-    low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.like.loss.bandwidth
+    low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.template.loss.bandwidth
 
     def find(w_enc, b_enc, b_dec):
         bias = encoder_bias(
-            dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec), group.like.centred
+            dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec),
+            group.template.apply_b_dec_to_input,
         )
         flat: Any = [a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low)]
         found = active.encode_active(flat[0], flat[1], flat[2], flat[3], capacity)
@@ -115,7 +116,7 @@ def encode(w: Weights, x: jax.Array, group: CoderGroup) -> Codes:
         z = (x[0, 0] @ w.w_enc[0, 0].T)[None, None]
     else:
         z = jnp.einsum("nxbd,nxfd->nxbf", x, w.w_enc)
-    z = z + encoder_bias(w, group.like.centred)[:, :, None, :]
+    z = z + encoder_bias(w, group.template.apply_b_dec_to_input)[:, :, None, :]
     z = place(mesh_of(w.w_enc), z, None, None, "data", "model")
     return Codes(z, w.threshold[:, :, None, :])
 
@@ -125,7 +126,7 @@ def activate(codes: Codes, group: CoderGroup, edge: Any = None) -> tuple[jax.Arr
 
     `edge`: what TopK and BatchTopK keep, if not the `cutoff` of these very codes.
     """
-    z, config = codes.z, group.like
+    z, config = codes.z, group.template
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
@@ -152,8 +153,8 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
 
     TopK takes the k largest of a token over all layers, BatchTopK the k B largest of the batch.
     """
-    k, (N, X, B, F) = int(group.like.target_l0), z.shape
-    if group.like.activation == "topk":
+    k, (N, X, B, F) = int(group.template.target_l0), z.shape
+    if group.template.activation == "topk":
         together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
         return jax.lax.top_k(together, k)[0][:, None, :, -1:]
     kth = [active.kth_largest(jax.lax.stop_gradient(z[n]), k * B) for n in range(N)]
@@ -201,7 +202,7 @@ def per_feature(codes: Codes, values: jax.Array, group: CoderGroup) -> jax.Array
     N, X = values.shape[:2]
     flat = lambda a: a.reshape(N * X, *a.shape[2:])
     sums = active.per_feature(
-        flat(values), flat(codes.feature), flat(codes.count), group.like.width
+        flat(values), flat(codes.feature), flat(codes.count), group.template.width
     )
     return sums.reshape(N, X, -1)
 
@@ -211,7 +212,7 @@ def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=Non
 
     `kl` [N], where given, joins the reconstruction as equation (6) says.
     """
-    config, B = group.like.loss, x.shape[2]
+    config, B = group.template.loss, x.shape[2]
     f, on = activate(codes, group)
     outputs = decode(w, f, codes, x, group)
     count = lambda f, on: jnp.sum(on, (1, 3))
@@ -220,7 +221,7 @@ def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=Non
     above = lambda codes: jax.nn.relu(codes.z - codes.threshold)
     l0, sparsity = jnp.sum(on, (1, 3)), count(f, on)  # [N, B]
     fired = per_feature(codes, on, group)  # [N, X, F]
-    edge = cutoff(codes.z, group) if group.like.activation != "jumprelu" else None
+    edge = cutoff(codes.z, group) if group.template.activation != "jumprelu" else None
     excess: Any = per_feature(codes, above(codes), group) if edge is None else None
     if codes.rest is not None:
         rows = codes.rest
@@ -237,7 +238,7 @@ def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=Non
         excess = excess + jnp.sum(above(rows.codes) * keep, 2)
     whole, nested, variance = reconstruction(outputs, y, config.outlier)
     total = nested if kl is None else losses.end_to_end(nested, kl, config.kl_weight)
-    if group.like.activation == "jumprelu":
+    if group.template.activation == "jumprelu":
         total = total + dials.l0_weight * _penalty(sparsity, dials.l0_target, config)
         if config.frequency_weight:
             share = losses.share_of_tokens(fired, excess, w.threshold, B, config.bandwidth)
@@ -314,7 +315,7 @@ def _below_cutoff(w: Weights, mean_x, z, edge, group: CoderGroup) -> jax.Array:
 def _mean_z(w: Weights, mean_x, group: CoderGroup) -> jax.Array:
     """Pre-activations of the mean token: [N, X, F]."""
     z = jnp.einsum("nxd,nxfd->nxf", mean_x, w.w_enc)
-    return z + encoder_bias(w, group.like.centred)
+    return z + encoder_bias(w, group.template.apply_b_dec_to_input)
 
 
 def calibrated(w: Weights, x: jax.Array, group: CoderGroup) -> Weights:
@@ -324,7 +325,7 @@ def calibrated(w: Weights, x: jax.Array, group: CoderGroup) -> Weights:
     were, more pre-activations are large. For BatchTopK this is the cut-off of training itself, on a
     larger batch; TopK's fixed count a token becomes a mean. None is below 0.
     """
-    batch = dataclasses.replace(group.like, activation="batch_topk")
+    batch = dataclasses.replace(group.template, activation="batch_topk")
     batch = CoderGroup(group.members, (batch, *group.coders[1:]))
     edge = jnp.squeeze(cutoff(encode(w, x, group).z, batch), -1)
     edge = jnp.maximum(jnp.nextafter(edge, -jnp.inf), 0.0)  # JumpReLU is strict, and a ReLU

@@ -66,7 +66,7 @@ def across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[
 def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
     """Gradients of a coder, of each kind of weight, of at most `clip` times their usual norm.
 
-    That is the root of Adam's second moments, summed. A token of enormous norm has thousands of
+    That is the root of Adam's second moments, summed. An outlier token has thousands of
     active features; Adam moves each at its full rate, together they overshoot, and at high learning
     rates one such batch could undo a run. Thresholds are left alone: theirs has to answer an L0
     that is off at once, and one token cannot move them far.

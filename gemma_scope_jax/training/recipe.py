@@ -199,7 +199,7 @@ class CoderConfig:
         return (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
 
     @property
-    def several(self) -> bool:
+    def is_multi_layer(self) -> bool:
         return not isinstance(self.layers, int)
 
     @property
@@ -208,7 +208,7 @@ class CoderConfig:
         return self.writes or self.reads
 
     @property
-    def centred(self) -> bool:
+    def apply_b_dec_to_input(self) -> bool:
         """Whether b_dec is subtracted from the input."""
         return self.input_bias and self.target == self.reads
 
@@ -217,7 +217,7 @@ class CoderConfig:
         """Its folder, named as in the release, with the width and the target L0 in figures."""
         if self.name:
             return self.name
-        if self.several:
+        if self.is_multi_layer:
             kind = "crosscoder" if self.target == self.reads else "clt"
             layers = list(self.layer_tuple)
             run = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
@@ -281,19 +281,19 @@ class TrainConfig:
     """The dtype of the model's matrices: bfloat16 or float32."""
     tokens: int = 4_000_000
     """Tokens that the model reads, <bos> included; from a store, the activations drawn."""
-    rows: int = 4
+    batch_size: int = 4
     """Sequences of a model pass."""
-    length: int = 1024
+    context_size: int = 1024
     """Tokens of a sequence."""
     first: int = 1
     """Leading positions that are not trained on: 1 for <bos>, 4 for chats."""
     buffer: int = 131_072
     """Activations that are shuffled on the device."""
-    batch: int = 4096
+    train_batch_size: int = 4096
     """Activations of an update."""
     updates: int = 1
-    """Optimizer updates of a model pass: an activation is seen updates * batch / (rows * length)
-    times on average."""
+    """Optimizer updates of a model pass: an activation is seen updates * train_batch_size /
+    (batch_size * context_size) times on average."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam, the same for all coders."""
     sparse: float = 4.0
@@ -318,7 +318,15 @@ class TrainConfig:
     """Where curves go beside log.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
-        counts = ("tokens", "rows", "length", "buffer", "batch", "updates", "keep")
+        counts = (
+            "tokens",
+            "batch_size",
+            "context_size",
+            "buffer",
+            "train_batch_size",
+            "updates",
+            "keep",
+        )
         _whole(self, 1, *counts)
         _whole(self, 0, "first", "seed")
         _not_negative(self, "sparse", "checkpoint_every")
@@ -333,7 +341,9 @@ class TrainConfig:
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.track:
             _one_of("track", name, ("tensorboard", "wandb"))
-        if not self.store and self.buffer < max(self.batch, 2 * self.rows * self.length):
+        if not self.store and self.buffer < max(
+            self.train_batch_size, 2 * self.batch_size * self.context_size
+        ):
             raise InputError(f"buffer {self.buffer} must hold a batch and two model passes")
         if not self.store and self.tokens <= self.buffer:
             raise InputError(f"tokens {self.tokens} do not fill the buffer of {self.buffer}")
@@ -348,7 +358,11 @@ class TrainConfig:
 
     @property
     def tokens_a_pass(self) -> int:
-        return self.updates * self.batch if self.store else self.rows * self.length
+        return (
+            self.updates * self.train_batch_size
+            if self.store
+            else self.batch_size * self.context_size
+        )
 
     @property
     def held_share(self) -> float:

@@ -74,7 +74,7 @@ class TrainPlan:
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
         slots = 16 * int(-(-self.config.sparse * target // 16))
         least = active.backend().FEATURES_A_SLOT
-        return slots if least * slots < group.like.width else 0
+        return slots if least * slots < group.template.width else 0
 
 
 def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> TrainPlan:
@@ -115,7 +115,7 @@ def init_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
 
 
 def _group_state(plan: TrainPlan, group: CoderGroup, model: GemmaConfig) -> GroupState:
-    d_in, d_out = (site_width(model, s) for s in (group.like.reads, group.like.target))
+    d_in, d_out = (site_width(model, s) for s in (group.template.reads, group.template.target))
     weights = random_weights(group, d_in, d_out, plan.config.seed)
     start = [c.loss.l0_start or c.target_l0 for c in group.coders]
     return GroupState(

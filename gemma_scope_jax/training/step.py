@@ -33,7 +33,7 @@ def _update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, l
     done, parts = [], []
     for group, old in zip(plan.groups, state.groups):
         part = None
-        if not group.like.loss.kl_weight:
+        if not group.template.loss.kl_weight:
             read, write = pairs(plan, group, x, state.scale)
             now = dials(old, group, state.update)
             grads, part = gradients(old.weights, read, write, now, group, plan.capacity(group))
@@ -45,7 +45,7 @@ def _update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, l
 
 def dials(state: GroupState, group: CoderGroup, update: jax.Array) -> Dials:
     """What the losses of a group are weighted by at an update."""
-    config = group.like.loss
+    config = group.template.loss
     ramp = jnp.minimum(1.0, update.astype(jnp.float32) / max(1, config.l0_warmup))
     target = state.l0_start + ramp * (group.of("target_l0") - state.l0_start)
     dead = jax.nn.relu(1.0 - state.activity / group.dead_limit)
@@ -58,7 +58,7 @@ def activities(old: jax.Array, share: jax.Array, group: CoderGroup) -> jax.Array
     It is cut at e times the limit, where all features in use are, so that one that falls silent is
     known to be dead after `dead_after` updates, however often it was active before.
     """
-    new = old + (share - old) / max(1, group.like.loss.dead_after)
+    new = old + (share - old) / max(1, group.template.loss.dead_after)
     return jnp.minimum(new, jnp.e * group.dead_limit)
 
 

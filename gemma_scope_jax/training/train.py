@@ -131,7 +131,7 @@ def run_mesh(config: TrainConfig) -> Any:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
         data = config.mesh[0]
-        for name in ("batch",) if config.store else ("batch", "rows"):
+        for name in ("train_batch_size",) if config.store else ("train_batch_size", "batch_size"):
             if getattr(config, name) % data:
                 raise InputError(
                     f"{name} {getattr(config, name)} must be a multiple of the {data} devices that "

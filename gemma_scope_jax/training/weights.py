@@ -29,7 +29,7 @@ class CoderGroup:
     coders: tuple[CoderConfig, ...]
 
     @property
-    def like(self) -> CoderConfig:
+    def template(self) -> CoderConfig:
         """The first coder: what all have in common."""
         return self.coders[0]
 
@@ -45,13 +45,13 @@ class CoderGroup:
     @property
     def ends(self) -> tuple[int, ...]:
         """Where the M nested reconstructions end; the last one is the whole."""
-        return (*self.like.prefixes, self.like.width)
+        return (*self.template.prefixes, self.template.width)
 
     @property
     def dead_limit(self) -> jax.Array:
         """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
-        mean = self.of("target_l0") / (self.X * self.like.width)
-        return (self.like.loss.dead_below * mean)[:, None, None]
+        mean = self.of("target_l0") / (self.X * self.template.width)
+        return (self.template.loss.dead_below * mean)[:, None, None]
 
     def of(self, field: str) -> jax.Array:
         """A number of each coder's config, or of its loss, as float32 [N]."""
@@ -66,8 +66,16 @@ def groups(config: TrainConfig) -> tuple[CoderGroup, ...]:
         loss = dataclasses.replace(c.loss, l0_weight=0.0, frequency_weight=0.0, dead_weight=0.0)
         k = c.target_l0 if c.activation != "jumprelu" else 0  # decides the program
         uses = (c.loss.frequency_weight > 0, c.loss.dead_weight > 0)
-        key = (len(c.layer_tuple), c.several, c.reads, c.target, c.width, c.activation, c.skip)
-        key += (c.centred, c.prefixes, loss, k, uses, c.threshold is None)
+        key = (
+            len(c.layer_tuple),
+            c.is_multi_layer,
+            c.reads,
+            c.target,
+            c.width,
+            c.activation,
+            c.skip,
+        )
+        key += (c.apply_b_dec_to_input, c.prefixes, loss, k, uses, c.threshold is None)
         found.setdefault(key, []).append(i)
     return tuple(CoderGroup(tuple(m), tuple(config.coders[i] for i in m)) for m in found.values())
 
@@ -80,7 +88,9 @@ class Weights:
     b_enc: jax.Array  # [N, X, F]
     threshold: jax.Array  # [N, X, F]
     w_dec: tuple[jax.Array, ...]  # of output layer j from the layers up to it: [N, j + 1, F, E]
-    b_dec: jax.Array  # [N, X, E]; subtracted from the input, too, if the coder is `centred`
+    b_dec: (
+        jax.Array
+    )  # [N, X, E]; subtracted from the input, too, if the coder is `apply_b_dec_to_input`
     w_skip: jax.Array | None = None  # [N, X, D, E]
 
 
@@ -109,9 +119,9 @@ def unit_rows(w: Weights) -> Weights:
     )
 
 
-def encoder_bias(w: Weights, centred: bool) -> jax.Array:
+def encoder_bias(w: Weights, apply_b_dec_to_input: bool) -> jax.Array:
     """b_enc with the decoder bias that a centred coder subtracts from its input: [N, X, F]."""
-    if not centred:
+    if not apply_b_dec_to_input:
         return w.b_enc
     return w.b_enc - jnp.einsum("nxfd,nxd->nxf", w.w_enc, w.b_dec)
 
@@ -138,7 +148,7 @@ def fold(
     """
     c_in, c_out, units = scales["in"], scales["out"], _feature_units(config.k, scales["out"])
     w_enc = jnp.swapaxes(w.w_enc[n], -1, -2) * (units / c_in)[:, None, None]
-    b_enc = encoder_bias(w, config.centred)[n] * units[:, None]
+    b_enc = encoder_bias(w, config.apply_b_dec_to_input)[n] * units[:, None]
     threshold, b_dec = w.threshold[n] * units[:, None], w.b_dec[n] * c_out[:, None]
     if config.k is not None:
         threshold = jnp.zeros_like(threshold)
@@ -146,7 +156,7 @@ def fold(
     places: dict[str, Any] = dict(reads=config.reads, writes=config.target, first=first)
     places["k"] = config.k
     places["info"] = info or CoderInfo()
-    if not config.several:
+    if not config.is_multi_layer:
         return SparseCoder(
             w_enc[0],
             b_enc[0],
@@ -212,7 +222,7 @@ def unfold(coder: Coder, config: CoderConfig, scales: Mapping) -> Weights:
     w_enc = jnp.swapaxes(stack(coder.w_enc), -1, -2) * (c_in / units)[:, None, None]
     b_dec = stack(coder.b_dec) / c_out[:, None]
     b_enc = stack(coder.b_enc) / units[:, None]
-    if config.centred:
+    if config.apply_b_dec_to_input:
         b_enc = b_enc + jnp.einsum("xfd,xd->xf", w_enc, b_dec)
     w_dec = tuple(
         jnp.stack([float32(coder.decoder(i, j)) * (units[i] / c_out[j]) for i in range(j + 1)])

@@ -24,7 +24,7 @@ def made(tmp_path_factory, model):
         give_tiny(patch, model)
         assert command(
             "cards", tmp / "one", tmp / "two", "--text", tmp / "text.txt", "--tokens", 5000,
-            "--length", 64,
+            "--context-size", 64,
             "--out", tmp / "out", "--model", "tiny", "--top", 9, "--each", 2, "--before", 14,
             "--after", 9, "--compare", tmp / "two", "--export", "saedashboard", "neuronpedia",
             "anthropic", "anthropic-json",

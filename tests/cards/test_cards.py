@@ -9,7 +9,7 @@ from gemma_scope_jax.autointerp.examples import Sampling, open_corpus
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.card_files import CardFiles
 from gemma_scope_jax.cards.correlations import LEAST, correlate
-from gemma_scope_jax.cards.examples import ENORMOUS, CardSettings, chance
+from gemma_scope_jax.cards.examples import OUTLIER, CardSettings, chance
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.directions import extreme_logits
 from gemma_scope_jax.errors import InputError
@@ -63,8 +63,8 @@ def store(model, coder, texts, tmp_path_factory):
         tok,
         texts,
         folder,
-        rows=2,
-        length=48,
+        batch_size=2,
+        context_size=48,
         values="float32",
         shard_tokens=200,
     )
@@ -99,7 +99,7 @@ def seen(store):
                 everything[row, int(features[e])] = float(values[e])
         middle = np.median([s for s, c in zip(sums, segment.counted) if c and s > 0])
         for t, total in enumerate(sums):
-            if segment.counted[t] and total <= ENORMOUS * middle:
+            if segment.counted[t] and total <= OUTLIER * middle:
                 typical.add(segment.start + t)
     usual = {(row, f): v for (row, f), v in everything.items() if row in typical}
     return everything, usual, place, typical
@@ -228,8 +228,8 @@ def test_a_later_first_beside_another_coder_changes_nothing(model, coder, texts,
             tok,
             texts,
             tmp_path / f"{i}",
-            rows=2,
-            length=48,
+            batch_size=2,
+            context_size=48,
             values="float32",
             shard_tokens=200,
         )

@@ -57,7 +57,7 @@ def test_layers_have_their_own_explanations_and_links(tiny, tmp_path):
         write_explanations(tmp_path / f"a/layer_{layer}", "a", {3: entry(f"of layer {layer}")})
     (tmp_path / "text.txt").write_text(FOX * 6)
     out = tmp_path / "out"
-    options = ("--text", tmp_path / "text.txt", "--length", 64, "--out", out)
+    options = ("--text", tmp_path / "text.txt", "--context-size", 64, "--out", out)
     assert cards(tmp_path / "a", tmp_path / "b", *options, "--compare", tmp_path / "b") == 0
     for layer in (1, 2):
         seen = overview(out / f"a-layer-{layer}")
@@ -69,7 +69,7 @@ def test_layers_have_their_own_explanations_and_links(tiny, tmp_path):
 def test_explanations_from_elsewhere(tiny, one, tmp_path, capsys):
     write_explanations(one, "one", {3: entry("beside it")})
     write_explanations(tmp_path / "x", "one", {3: entry("elsewhere")})
-    options = ("--text", tmp_path / "text.txt", "--length", 64, "--out", tmp_path / "out")
+    options = ("--text", tmp_path / "text.txt", "--context-size", 64, "--out", tmp_path / "out")
     for given, label in {
         (): "beside it",
         ("--explanations", tmp_path / "x"): "elsewhere",
@@ -93,7 +93,7 @@ def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, m
     }
     give_tiny(monkeypatch, loaded["float32"], models=loaded)
     store = tmp_path / "store"
-    text = ("--text", tmp_path / "text.txt", "--length", 64, "--model", "tiny")
+    text = ("--text", tmp_path / "text.txt", "--context-size", 64, "--model", "tiny")
     assert command("extract", one, *text, "--dtype", "bfloat16", "--out", store) == 0
     capsys.readouterr()
     assert cards(one, "--store", store, "--out", tmp_path / "cards") == 0
@@ -108,11 +108,12 @@ def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, m
 def test_json_records(tiny, one, tmp_path):
     lines = [{"body": FOX * 3}, {"body": 5}, {"body": FOX}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options = ("--text", tmp_path / "a.jsonl", "--field", "body", "--skip-bad", "--length", 32)
+    options = ("--text", tmp_path / "a.jsonl", "--field", "body", "--skip-bad")
+    options += ("--context-size", 32)
     assert cards(one, *options, "--out", tmp_path / "field") == 0
     manifest = FeatureCards(tmp_path / "field" / "one" / "cards").manifest
     assert manifest["prompt_tokens"] == 32 and manifest["tokens"] > 3 * len(FOX)
-    assert cards(one, *options[:4], "--length", 32, "--out", tmp_path / "bad") == 2
+    assert cards(one, *options[:4], "--context-size", 32, "--out", tmp_path / "bad") == 2
 
 
 # --- nothing of others is lost -------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_json_records(tiny, one, tmp_path):
 def test_other_folders_are_left_alone(tiny, one, tmp_path, capsys):
     (one / "data").mkdir()
     (one / "data" / "mine.txt").write_text("precious")
-    options = ("--text", tmp_path / "text.txt", "--length", 64)
+    options = ("--text", tmp_path / "text.txt", "--context-size", 64)
     assert cards(one, *options, "--out", tmp_path) == 2
     assert "is the coder itself" in capsys.readouterr().err
     other = tmp_path / "out" / "one" / "data"
@@ -152,7 +153,7 @@ def test_a_run_killed_at_once_goes_on(tiny, one, tmp_path, monkeypatch):
     """Its folder is known as its own before anything is in it."""
     from gemma_scope_jax.cards import build
 
-    options = ("--text", tmp_path / "text.txt", "--length", 64, "--out", tmp_path / "out")
+    options = ("--text", tmp_path / "text.txt", "--context-size", 64, "--out", tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(SystemError):
         stop = lambda *_: (_ for _ in ()).throw(SystemError)
         patch.setattr(build, "gather_examples", stop)

@@ -81,7 +81,7 @@ def test_coders_of_several_layers(tiny, tmp_path):
     save_coder(crosscoder, tmp_path / "cross", config_extra={"model_name": "acme/tiny"})
     (tmp_path / "text.txt").write_text("a quick brown fox jumps over the lazy dog " * 9)
     options = ("--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--model", "tiny",
-               "--length", 64)  # fmt: skip
+               "--context-size", 64)  # fmt: skip
     assert command("cards", tmp_path / "cross", *options) == 0
     made = [FeatureCards(tmp_path / "out" / f"cross-layer-{i}" / "cards") for i in (1, 2)]
     assert [c.manifest["layer"] for c in made] == [1, 2]

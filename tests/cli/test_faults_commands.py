@@ -115,18 +115,18 @@ def made(tmp_path_factory, model):
     (folder / "text.txt").write_text("\n\f\n".join([TEXT] * 12))
     with pytest.MonkeyPatch.context() as patch:
         give_tiny(patch, model)
-        text = ("--text", folder / "text.txt", "--model", "tiny", "--length", 64)
+        text = ("--text", folder / "text.txt", "--model", "tiny", "--context-size", 64)
         assert command("extract", folder / "one", "--out", folder / "store", *text) == 0
     return folder
 
 
 def commands(made, out):
-    text = ("--text", made / "text.txt", "--model", "tiny", "--length", 64)
+    text = ("--text", made / "text.txt", "--model", "tiny", "--context-size", 64)
     return {
         "inspect": ("inspect", TEXT, "--coder", made / "one", "--model", "tiny",
                     "--html", out / "page.html"),
         "evaluate": ("evaluate", made / "one", *text, "--tokens", 200, "--loss-tokens", 0,
-                     "--rows", 2, "--skip-geometry", "--out", out),
+                     "--batch-size", 2, "--skip-geometry", "--out", out),
         "cards": ("cards", made / "one", *text, "--tokens", 500, "--out", out, "--top", 3,
                   "--each", 1),
         "explain": ("explain", made / "one", "--store", made / "store", "--model", "tiny",

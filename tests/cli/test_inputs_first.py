@@ -34,7 +34,7 @@ def folder(monkeypatch, tmp_path):
     (tmp_path / "config.py").write_text(
         "import gemma_scope_jax as gs\n"
         "config = gs.TrainConfig(coders=(gs.CoderConfig(2, width=64, target_l0=4),), "
-        "tokens=9000, rows=2, length=32, buffer=1024, batch=64, "
+        "tokens=9000, batch_size=2, context_size=32, buffer=1024, train_batch_size=64, "
         f"data=gs.TextData(files=({str(tmp_path / 'text.txt')!r},)))\n"
     )
     return tmp_path
@@ -63,16 +63,16 @@ def wrong(folder):
     yield ("check", one, *TINY, "--text", folder / "none.txt"), "no text files match"
     for name in ("extract", "cards"):
         yield (name, one, *TINY, "--text", folder / "none.txt", "--out", new), "no text files match"
-        yield (name, one, *given, "--length", 64, "--out", blocked), "text.txt is no folder"
-    yield ("extract", one, *given, "--out", new, "--length", 65), "takes 2 to 64"
-    yield ("extract", one, *given, "--out", new, "--length", 64, "--slots", 0), "slots 0"
+        yield (name, one, *given, "--context-size", 64, "--out", blocked), "text.txt is no folder"
+    yield ("extract", one, *given, "--out", new, "--context-size", 65), "takes 2 to 64"
+    yield ("extract", one, *given, "--out", new, "--context-size", 64, "--slots", 0), "slots 0"
     yield ("extract", one, *given, "--out", new, "--roles", "nobody"), "no such role"
     yield ("cards", one, *given, "--out", new, "--top", 0), "top is 0"
     yield ("cards", one, *TINY, "--store", folder / "none", "--out", new), "none"
     yield ("evaluate", one, *given, "--out", blocked), "text.txt is no folder"
     yield ("evaluate", one, *TINY, "--text", folder / "none.txt"), "no text files match"
-    yield ("evaluate", one, *given, "--length", 65), "more than the model's context"
-    yield ("evaluate", one, *given, "--length", 64, "--rows", 0), "rows"
+    yield ("evaluate", one, *given, "--context-size", 65), "more than the model's context"
+    yield ("evaluate", one, *given, "--context-size", 64, "--batch-size", 0), "batch_size"
     table = ("--tpp", folder / "table.csv")
     yield ("benchmark", one, *table, *TINY), "table.csv"
     yield ("benchmark", one, "--probing", folder / "none.csv", *TINY), "none.csv"
@@ -110,5 +110,5 @@ def test_what_is_wrong_is_one_line_before_weights_are_read(folder, capsys):
 
 def test_a_right_command_line_loads_it(folder):
     with pytest.raises(AssertionError, match="before its inputs"):
-        text = ("--text", folder / "text.txt", "--length", 64)
+        text = ("--text", folder / "text.txt", "--context-size", 64)
         command("extract", folder / "one", *TINY, *text, "--out", folder / "new")

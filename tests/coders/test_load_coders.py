@@ -104,7 +104,7 @@ def text(tmp_path_factory):
 
 def test_commands_of_several_coders_take_a_set(tiny, several, text, tmp_path, capsys):
     options = ("--model", "tiny", "--text", text)
-    places = ("--tokens", 200, "--length", 32)
+    places = ("--tokens", 200, "--context-size", 32)
     assert command("evaluate", several, *options, *places, "--loss-tokens", 100,
                    "--replacement", "--json") == 0  # fmt: skip
     found = json.loads(capsys.readouterr().out)
@@ -136,7 +136,7 @@ def test_commands_of_one_coder_say_how_to_name_it(tiny, several, text, tmp_path,
         "explain": ("explain", several, "--store", tmp_path / "store", "--judge", "statistics"),
     }[name]
     if name == "explain":
-        extracted = ("--model", "tiny", "--text", text, "--tokens", 100, "--length", 32)
+        extracted = ("--model", "tiny", "--text", text, "--tokens", 100, "--context-size", 32)
         assert command("extract", several, *extracted, "--out", tmp_path / "store") == 0
     capsys.readouterr()
     assert command(*argv) == 2

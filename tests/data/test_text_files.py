@@ -108,7 +108,7 @@ def test_a_name_that_is_not_utf8_is_legible_where_it_is_quoted(tmp_path):
     (where, _) = [record.where for record in open_documents(data).in_order()]
     assert where == rf"{tmp_path}/caf\udce9.txt, byte 0"
     (tmp_path / "b.txt").write_text("three")
-    text = EvaluationText(data, Letters(), rows=1, length=32)
+    text = EvaluationText(data, Letters(), batch_size=1, context_size=32)
     [batch] = text
     sources = batch.labels["source"].numbers[batch.mask]
     names = [name.rpartition("/")[2] for name in text.groups["source"]]

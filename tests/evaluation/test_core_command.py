@@ -21,9 +21,9 @@ def test_the_command(tiny, folders, text, capsys):
     options = [
         "--model",
         "tiny",
-        "--length",
+        "--context-size",
         "32",
-        "--rows",
+        "--batch-size",
         "2",
         "--tokens",
         "200",
@@ -54,9 +54,10 @@ def test_results_say_nothing_of_where_things_are_on_this_machine(
     other = tmp_path / "sae_0"  # another coder of the same name
     save_coder(coder(seed=5, layer=2), other, config_extra={"model_name": "acme/tiny"})
     out = tmp_path / "out"
-    arguments = ["evaluate", f"{folders}/sae_0", str(other), "--model", "tiny", "--length", "32",
-                 "--rows", "2", "--tokens", "100", "--loss-tokens", "60", "--replacement",
-                 "--text", f"{text}/*.txt", "--out", str(out), "--skip-geometry"]  # fmt: skip
+    arguments = ["evaluate", f"{folders}/sae_0", str(other), "--model", "tiny",
+                 "--context-size", "32", "--batch-size", "2", "--tokens", "100",
+                 "--loss-tokens", "60", "--replacement", "--skip-geometry",
+                 "--text", f"{text}/*.txt", "--out", str(out)]  # fmt: skip
     assert cli.main(arguments) == 0
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len([path for path in files if path.suffix == ".json"]) == 3
@@ -72,7 +73,8 @@ def test_results_say_nothing_of_where_things_are_on_this_machine(
 def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(['{"text": "plums and pears, figs and sloes"}', '{"no": 1}'] * 9))
-    arguments = ["evaluate", f"{folders}/sae_0", "--model", "tiny", "--length", "32", "--rows", "2",
+    arguments = ["evaluate", f"{folders}/sae_0", "--model", "tiny",
+                 "--context-size", "32", "--batch-size", "2",
                  "--tokens", "60", "--loss-tokens", "0", "--text", str(path)]  # fmt: skip
     assert cli.main(arguments) == 2
     assert "set skip_bad" in capsys.readouterr().err
@@ -81,7 +83,7 @@ def test_records_that_cannot_be_used(tiny, folders, tmp_path, capsys):
 
 def test_without_losses_or_text(tiny, folders, capsys):
     """On the bundled sample, with a warning; no number stands where nothing was measured."""
-    options = ["--model", "tiny", "--length", "32", "--rows", "2", "--tokens", "100"]
+    options = ["--model", "tiny", "--context-size", "32", "--batch-size", "2", "--tokens", "100"]
     assert cli.main(["evaluate", f"{folders}/sae_0", *options, "--loss-tokens", "0"]) == 0
     out, err = capsys.readouterr()
     assert "warning: no --text" in err and "too short" in err
@@ -93,8 +95,8 @@ BAD = {
     "no_text": (["--text", "/nowhere/*.txt"], "no text files match /nowhere"),
     "no_tokens": (["--tokens", "0"], "too few"),
     "no_losses": (["--replacement", "--loss-tokens", "0"], "--replacement measures losses"),
-    "too_long": (["--length", "65"], "more than the model's context of 64"),
-    "no_rows": (["--rows", "0"], "rows must hold"),
+    "too_long": (["--context-size", "65"], "more than the model's context of 64"),
+    "no_rows": (["--batch-size", "0"], "a sequence must hold"),
     "two_texts": (["--text", "TEXT", "--tfds", "news"], "either files or tfds"),
     "chats": (["--messages", "m"], "--messages needs --text"),
     "chats_in_text": (["--messages", "m", "--text", "TEXT"], "plain text holds no chats"),
@@ -112,7 +114,7 @@ def test_bad_input_is_one_line(tiny, folders, text, capsys, case):
     more = [named.get(a, a) for a in more]
     coders = [] if case == "no_coder" else [f"{folders}/sae_0"]
     code = cli.main(["evaluate", *coders, *more, "--model", "tiny",
-                     *(["--length", "32"] if "--length" not in more else [])])  # fmt: skip
+                     *(() if "--context-size" in more else ("--context-size", "32"))])  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
     if case in ("no_text", "two_texts", "role"):  # before anything is loaded

@@ -132,7 +132,9 @@ def test_killed_when_all_is_written(measured, model, text, tmp_path, monkeypatch
 def test_all_of_the_text(model, text, caplog):
     """Without a number of tokens: the text's own, which nobody knows before."""
     caplog.set_level("INFO")
-    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
+    data = EvaluationText(
+        TextData(files=(f"{text}/a.txt",)), Letters(), batch_size=2, context_size=32
+    )
     config = core_config(data, EvaluationPlan(), model, "fruit", False)
     (result,) = evaluate_core(model, [coder()], data, EvaluationPlan(), config)
     stats = result["eval_result_metrics"]["token_stats"]
@@ -142,7 +144,9 @@ def test_all_of_the_text(model, text, caplog):
 
 
 def test_batches_that_can_be_read_again_are_not_kept(model, text):
-    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=1, length=32)
+    data = EvaluationText(
+        TextData(files=(f"{text}/a.txt",)), Letters(), batch_size=1, context_size=32
+    )
     alive = []
 
     class Batches:

@@ -30,7 +30,9 @@ class ChattyLetters(Letters):
 
 
 def test_every_token_is_there_once_with_its_source(text):
-    data = EvaluationText(TextData(files=(f"{text}/*.txt",)), Letters(), rows=2, length=32)
+    data = EvaluationText(
+        TextData(files=(f"{text}/*.txt",)), Letters(), batch_size=2, context_size=32
+    )
     names = data.groups["source"]
     read = {name: [] for name in names}
     for batch in data:
@@ -50,11 +52,15 @@ def test_every_token_is_there_once_with_its_source(text):
 
 def test_the_same_text_is_the_same_batches(text):
     """Another text has another fingerprint."""
-    data = EvaluationText(TextData(files=(f"{text}/a.txt",)), Letters(), rows=2, length=32)
+    data = EvaluationText(
+        TextData(files=(f"{text}/a.txt",)), Letters(), batch_size=2, context_size=32
+    )
     for one, two in zip(data, data):
         np.testing.assert_array_equal(one.tokens, two.tokens)
-    other = EvaluationText(TextData(files=(f"{text}/b.txt",)), Letters(), rows=2, length=32)
-    longer = EvaluationText(data.data, Letters(), rows=2, length=32, tokens=10)
+    other = EvaluationText(
+        TextData(files=(f"{text}/b.txt",)), Letters(), batch_size=2, context_size=32
+    )
+    longer = EvaluationText(data.data, Letters(), batch_size=2, context_size=32, tokens=10)
     assert len({data.fingerprint(), other.fingerprint(), longer.fingerprint()}) == 3
     assert len(list(longer)) == 1 and data.groups == {}
 
@@ -64,7 +70,7 @@ def test_roles_of_chats(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"m": chats[0]}) + "\n")
     data = TextData(files=(str(path),), messages="m", roles=("model",))
-    some = EvaluationText(data, ChattyLetters(), rows=1, length=24)
+    some = EvaluationText(data, ChattyLetters(), batch_size=1, context_size=24)
     (batch,) = some
     said = lambda mask: "".join(Letters().decode_tokens(batch.tokens[mask]))
     role = batch.labels["role"].where
@@ -79,7 +85,7 @@ def test_figures_by_role(model, tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"m": chat}) + "\n")
     data = TextData(files=(str(path),), messages="m", roles=("user", "model"))
-    some = EvaluationText(data, ChattyLetters(), rows=2, length=32)
+    some = EvaluationText(data, ChattyLetters(), batch_size=2, context_size=32)
     plan = EvaluationPlan(loss_tokens=0, groups=some.groups)
     found = measure(model, [coder()], some, plan).tallies[0].metrics()
     rows = {row["name"]: row["tokens"] for row in found.groups["role"]}
@@ -88,6 +94,8 @@ def test_figures_by_role(model, tmp_path):
 
 
 def test_only_the_beginning_of_a_document():
-    data = EvaluationText(["abcdefghij" * 3, "xyz"], Letters(), document=12, rows=1, length=64)
+    data = EvaluationText(
+        ["abcdefghij" * 3, "xyz"], Letters(), document=12, batch_size=1, context_size=64
+    )
     (batch,) = data
     assert batch.mask.sum() == 12 + 3

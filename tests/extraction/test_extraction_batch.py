@@ -24,7 +24,7 @@ def test_a_batch_is_extracted_as_it_would_be_encoded(tmp_path):
     )  # fmt: skip
     batch = gs.tokens(TEXTS, Letters())
     batch = batch.replace(mask=batch.mask & (batch.tokens % 3 > 0))
-    options = dict(rows=2, length=32, seed=None, values="float32")
+    options = dict(batch_size=2, context_size=32, seed=None, values="float32")
     store = gs.extract(model, {"sae": coder}, Letters(), batch, tmp_path, **options)
 
     x = gs.run(model, batch, [gs.capture("resid_post", 1)]).reads["resid_post"]

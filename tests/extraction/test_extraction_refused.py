@@ -70,8 +70,8 @@ def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
         (dict(values="int4"), "values are stored as float16 or float32, not 'int4'"),
         (dict(precision="best"), "precision is highest, high, default, not 'best'"),
         (dict(share=(3, 3)), r"share \(3, 3\): must be"),
-        (dict(length=100_000), "length 100000: .* takes 2 to"),
-        (dict(rows=0), "rows 0: must be at least 1"),
+        (dict(context_size=100_000), "context_size 100000: .* takes 2 to"),
+        (dict(batch_size=0), "batch_size 0: must be at least 1"),
         (dict(slots=0), "slots 0: must be at least 1"),
         (dict(tokens=0), "tokens must be at least 1"),
         (dict(source=[]), "the list of documents is empty"),
@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(model, tmp_path, changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(rows=4), "another data .rows 2 there, 4 now"),
+        (dict(batch_size=4), "another data .batch_size 2 there, 4 now"),
         (dict(seed=1), "another data .text"),
         (dict(slots=9), "another slots"),
         (dict(coders={"a": CODERS["b"]}), "another coders .weights"),

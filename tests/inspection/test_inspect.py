@@ -193,7 +193,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def labels(model, coder, texts):
-    return build_labels(model, coder, tok, texts, examples=2, logits=5, length=32)
+    return build_labels(model, coder, tok, texts, examples=2, logits=5, context_size=32)
 
 
 def test_examples_are_the_strongest(model, coder, texts, labels):

@@ -48,7 +48,7 @@ def cards(coder, tmp_path_factory):
     model, tmp = tiny_model(PRESETS["gemma-3-270m"], layers=4), tmp_path_factory.mktemp("cards")
     rng = np.random.default_rng(0)
     texts = ["".join(map(chr, rng.integers(65, 120, 100))) for _ in range(6)]
-    store = extract(model, {"sae": coder}, tok, texts, tmp / "store", length=64)
+    store = extract(model, {"sae": coder}, tok, texts, tmp / "store", context_size=64)
     settings = CardSettings(top=4, each=2)
     return build_cards(store, coder, tmp / "cards", model=model, tokenizer=tok, settings=settings)
 

@@ -281,7 +281,7 @@ def test_saebench_reads_our_documents(model, coder):
     output = peer("sae_bench.evals.core.eval_output")
     pydantic = peer("pydantic")
     coder = coder.replace(first=1)
-    data = EvaluationText(["plums and pears " * 20] * 6, Letters(), rows=2, length=32)
+    data = EvaluationText(["plums and pears " * 20] * 6, Letters(), batch_size=2, context_size=32)
     plan = EvaluationPlan(
         loss_tokens=60, ablations=("zero", "mean"), positions=True, replacement=True
     )

@@ -83,7 +83,7 @@ def made(tmp_path_factory, model):
     """A store of each kind, and cards."""
     folder = tmp_path_factory.mktemp("made")
     texts = ["abcdefgh" * 4, "bcd" * 9]
-    settings = dict(rows=2, length=32, slots=4)
+    settings = dict(batch_size=2, context_size=32, slots=4)
     extract(model, {"one": coder(seed=0)}, Letters(), texts, folder / "store", **settings)
     store_writer.write(folder / "activations", tokens=60)
     make_cards(folder / "cards", belongs=["0123abcd", 0, "store"])
@@ -219,7 +219,7 @@ def test_cards_that_cannot_be_written_are_not_there_and_the_others_stay(tmp_path
 
 
 def test_stores_go_on_after_every_fault(model, tmp_path):
-    texts, settings = ["abcdefgh" * 4], dict(rows=2, length=32, slots=4)
+    texts, settings = ["abcdefgh" * 4], dict(batch_size=2, context_size=32, slots=4)
     writers = {
         "features": lambda f: extract(model, {"a": coder(seed=0)}, Letters(), texts, f, **settings),
         "activations": lambda f: store_writer.write(f, tokens=60),

@@ -59,7 +59,7 @@ coder = partial(random_coder, info=CoderInfo(l0=10.0))
 
 def setup(model, text, loss_tokens=150):
     data = EvaluationText(
-        TextData(files=(f"{text}/*.txt",)), Letters(), tokens=400, rows=2, length=32
+        TextData(files=(f"{text}/*.txt",)), Letters(), tokens=400, batch_size=2, context_size=32
     )
     plan = EvaluationPlan(
         loss_tokens=loss_tokens, ablations=("zero", "mean"), positions=True, groups=data.groups

@@ -6,7 +6,7 @@ import numpy as np
 
 from coders import random_coder
 
-SETTINGS = dict(rows=2, length=32, slots=24, shard_tokens=300, values="float32")
+SETTINGS = dict(batch_size=2, context_size=32, slots=24, shard_tokens=300, values="float32")
 
 
 CODERS = {

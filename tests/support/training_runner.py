@@ -31,10 +31,10 @@ def config(**options):
     common = dict(
         coders=(coder,),
         tokens=128 * PASSES,
-        rows=4,
-        length=32,
+        batch_size=4,
+        context_size=32,
         buffer=512,
-        batch=128,
+        train_batch_size=128,
         updates=3,
         optimizer=OptimizerConfig(3e-3, 10),
         checkpoint_every=0.0,

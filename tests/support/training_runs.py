@@ -35,10 +35,10 @@ def recipe(*coders, **options):
     common = dict(
         coders=coders,
         tokens=128 * 30,
-        rows=4,
-        length=32,
+        batch_size=4,
+        context_size=32,
         buffer=512,
-        batch=128,
+        train_batch_size=128,
         updates=3,
         optimizer=OptimizerConfig(3e-3, 10),
         checkpoint_every=1e9,
@@ -53,7 +53,7 @@ def run_by_hand(w, n, config, x):
     a = jax.tree.map(lambda v: np.asarray(v, np.float64)[n], w)
     f, y = [], []
     for i in range(len(x)):
-        rows = x[i] - a.b_dec[i] if config.centred else x[i]
+        rows = x[i] - a.b_dec[i] if config.apply_b_dec_to_input else x[i]
         z = rows @ a.w_enc[i].T + a.b_enc[i]
         f.append(z * (z > a.threshold[i]))
         y.append(sum(f[k] @ a.w_dec[i][k] for k in range(i + 1)) + a.b_dec[i])
@@ -98,9 +98,9 @@ def reconstruction(coder, config, activations):
         return np.stack([activations[site, i] for i in config.layer_tuple])
 
     x, y = rows(config.reads), rows(config.target)
-    out = coder.reconstruct(x if config.several else x[0])
-    f = np.asarray(coder.encode(x if config.several else x[0]))
-    l0 = (f > 0).sum((0, 2)).mean() if config.several else (f > 0).sum(-1).mean()
+    out = coder.reconstruct(x if config.is_multi_layer else x[0])
+    f = np.asarray(coder.encode(x if config.is_multi_layer else x[0]))
+    l0 = (f > 0).sum((0, 2)).mean() if config.is_multi_layer else (f > 0).sum(-1).mean()
     scale = np.sum(y**2, -1).mean(-1)
     error = (np.sum((y - np.asarray(out).reshape(y.shape)) ** 2, -1).mean(-1) / scale).sum()
     variance = (np.sum((y - y.mean(1, keepdims=True)) ** 2, -1).mean(-1) / scale).sum()

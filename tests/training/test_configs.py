@@ -117,7 +117,7 @@ def test_every_option_of_a_command_has_its_help_at_its_field(kind):
 def test_a_warm_up_may_be_a_share_of_the_updates(tokens, store):
     loss = LossConfig(l0_warmup=0.5)
     coders = (CoderConfig(3, loss=loss), CoderConfig(4))
-    shape = dict(rows=4, length=512, buffer=65_536, batch=1024, updates=2)
+    shape = dict(batch_size=4, context_size=512, buffer=65_536, train_batch_size=1024, updates=2)
     config = TrainConfig(coders, tokens=tokens, store=store, **shape)
     first, other = config.warmed.coders
     trained = tokens - (0 if store else 65_536)  # tokens from which updates are made
@@ -147,8 +147,8 @@ def test_a_plan_says_what_a_run_takes(tmp_path, monkeypatch, store):
     (tmp_path / "a.txt").write_text("some text")
     data = gs.TextData(files=(str(tmp_path / "a.txt"),))
     config = TrainConfig(
-        (CoderConfig(2, width=64, target_l0=4),), data=data, tokens=4096, rows=2, length=32,
-        buffer=1024, batch=64, store="activations" * store, mesh=(1, 1),
+        (CoderConfig(2, width=64, target_l0=4),), data=data, tokens=4096, batch_size=2,
+        context_size=32, buffer=1024, train_batch_size=64, store="activations" * store, mesh=(1, 1),
     )  # fmt: skip
     found = estimate.plan_training(config, tmp_path / "out")
     assert (found.coders, found.tokens) == (1, 4096) and not (tmp_path / "out").exists()

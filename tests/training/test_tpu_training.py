@@ -48,7 +48,13 @@ def compile_for_tpu(name: str):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh, config = make_mesh(*shape, devices), preset(f"gemma-3-{size}")
     plan = make_plan(
-        TrainConfig(coders=(coder,), rows=rows, length=1024, buffer=buffer, batch=BATCH),
+        TrainConfig(
+            coders=(coder,),
+            batch_size=rows,
+            context_size=1024,
+            buffer=buffer,
+            train_batch_size=BATCH,
+        ),
         config,
         mesh,
     )

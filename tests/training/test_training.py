@@ -76,7 +76,7 @@ def test_a_coder_of_every_kind_learns_and_loads_back(finished, activations):
             np.testing.assert_array_equal(a, b)
         assert (loaded.kind, loaded.reads, loaded.writes) == (kind, config.reads, config.target)
         assert loaded.info.l0 == 8 and loaded.first == 1
-        layers = loaded.layers if config.several else (loaded.layer,)
+        layers = loaded.layers if config.is_multi_layer else (loaded.layer,)
         assert layers == config.layer_tuple
         curve = [row[name]["fvu"] for row in rows]
         assert curve[-1] < 0.7 * curve[0], name
@@ -122,7 +122,7 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
         assert reconstruction(after, c, activations) == pytest.approx(
             reconstruction(before, c, activations), rel=1e-4
         )
-        if not c.several:  # there the norm of a decoder depends on all layers' scales
+        if not c.is_multi_layer:  # there the norm of a decoder depends on all layers' scales
             same(after, before)
     # The crosscoder's first layer is the first features of the first SAE, and its target L0 starts
     # where it is.
@@ -130,7 +130,7 @@ def test_finetuning_starts_at_the_finished_coder_or_coders(finished, model, acti
     on = np.asarray(found["from two"].encode(x)) > 0
     first = finished.coders[list(NAMES)[0]].encode(x[0])[:, :16] > 0
     np.testing.assert_array_equal(on[0], first)
-    [start] = [g.l0_start for g, like in zip(state.groups, plan.groups) if like.like is both]
+    [start] = [g.l0_start for g, group in zip(state.groups, plan.groups) if group.template is both]
     assert start == pytest.approx(max(8, on.sum((0, 2)).mean()), rel=1e-4)
 
 

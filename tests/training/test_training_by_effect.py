@@ -30,10 +30,10 @@ def run():
     config = TrainConfig(
         (CODER,),
         tokens=10 * B * T,
-        rows=B,
-        length=T,
+        batch_size=B,
+        context_size=T,
         buffer=2 * B * T,
-        batch=B * T,
+        train_batch_size=B * T,
         sparse=0,
         optimizer=OptimizerConfig(1e-3, 0),
         model="tiny",

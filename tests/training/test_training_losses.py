@@ -77,7 +77,7 @@ class Problem:
 @functools.cache
 def problem(name):
     group, rng = CoderGroup(tuple(range(len(CASES[name]))), CASES[name]), np.random.default_rng(7)
-    same = group.like.target == group.like.reads
+    same = group.template.target == group.template.reads
     N, X, d, e = len(group.coders), group.X, D, D if same else E
     draw = lambda *s: rng.standard_normal(s).astype(np.float32).astype(np.float64)
     x = draw(N, X, B, d) / 2
@@ -88,15 +88,15 @@ def problem(name):
         "b_enc": draw(N, X, F) / 8,
         "w_dec": [draw(N, j + 1, F, e) / 2 for j in range(X)],
         "b_dec": draw(N, X, e) / 4,
-        "w_skip": draw(N, X, d, e) / 4 if group.like.skip else None,
+        "w_skip": draw(N, X, d, e) / 4 if group.template.skip else None,
     }
     # Each threshold midway between two of the feature's values: 2 of 9 tokens are active.
-    z = np.stack([pre_activations(arrays, x, n, group.like) for n in range(N)])
+    z = np.stack([pre_activations(arrays, x, n, group.template) for n in range(N)])
     order = np.sort(z, 2)
     arrays["threshold"] = np.maximum((order[:, :, -3] + order[:, :, -2]) / 2, 0.05)
     dead = np.maximum(1 - 3 * rng.random((N, X, F)), 0)
     made = Problem(group, arrays, x, y, dead, np.array([3.0, 4.0])[:N])
-    if group.like.activation == "jumprelu":
+    if group.template.activation == "jumprelu":
         gap = np.abs(z - arrays["threshold"][:, :, None])
         assert gap.min() > 1e-4 and np.sum(gap < LOSS.bandwidth / 2) > 5
     return made
@@ -106,7 +106,7 @@ def pre_activations(a, x, n, config):
     """[X, B, F] of coder n."""
     z = []
     for i in range(x.shape[1]):
-        rows = x[n, i] - a["b_dec"][n, i] if config.centred else x[n, i]
+        rows = x[n, i] - a["b_dec"][n, i] if config.apply_b_dec_to_input else x[n, i]
         z.append(rows @ a["w_enc"][n, i].T + a["b_enc"][n, i])
     return np.stack(z)
 
@@ -183,9 +183,9 @@ def differences(name):
     p = problem(name)
     a = jax.tree.map(np.copy, p.arrays)
     N = len(p.group.coders)
-    topk = p.group.like.activation != "jumprelu"
-    start = [pre_activations(a, p.x, n, p.group.like) for n in range(N)]
-    fixed = [(kept(z, p.group.like)[1], None) if topk else (None, z) for z in start]
+    topk = p.group.template.activation != "jumprelu"
+    start = [pre_activations(a, p.x, n, p.group.template) for n in range(N)]
+    fixed = [(kept(z, p.group.template)[1], None) if topk else (None, z) for z in start]
 
     def slopes(v):
         out = np.zeros_like(v)

@@ -33,10 +33,10 @@ def config(mesh, store="") -> TrainConfig:
     return TrainConfig(
         coders=CODERS,
         tokens=128 * 9,
-        rows=8,
-        length=16,
+        batch_size=8,
+        context_size=16,
         buffer=512,
-        batch=128,
+        train_batch_size=128,
         updates=2,
         optimizer=OptimizerConfig(1e-3, 10, epsilon=1e-2),
         checkpoint_every=1e9,

@@ -36,10 +36,10 @@ def recipe(*coders, **options):
     common = dict(
         coders=coders,
         tokens=128 * 16,
-        rows=4,
-        length=32,
+        batch_size=4,
+        context_size=32,
         buffer=512,
-        batch=128,
+        train_batch_size=128,
         updates=3,
         optimizer=OptimizerConfig(3e-3, 10),
         checkpoint_every=1e9,
@@ -302,7 +302,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
     z = np.einsum("xnd,xfd->nxf", x, np.asarray(w.w_enc[0])).reshape(50, -1)
     want = np.argsort(-np.maximum(z, 0), 1, kind="stable")[:, :5]
     raw = x * np.asarray(scale)[:, None, None]
-    f = np.asarray(folded.encode(raw if config.several else raw[0])).reshape(X, 50, 16)
+    f = np.asarray(folded.encode(raw if config.is_multi_layer else raw[0])).reshape(X, 50, 16)
     f = np.moveaxis(f, 0, 1).reshape(50, -1)
     for row, chosen, values in zip(f, want, z):
         assert set(np.flatnonzero(row)) == {c for c in chosen if values[c] > 0}

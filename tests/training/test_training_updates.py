@@ -17,7 +17,13 @@ from training_runs import MODEL, coder, recipe
 
 
 def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
-    config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=8, batch=8)
+    config = recipe(
+        CoderConfig(0, width=8, target_l0=2),
+        batch_size=1,
+        context_size=4,
+        buffer=8,
+        train_batch_size=8,
+    )
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=3))
     state = init_state(plan, dataclasses.replace(MODEL, d_model=3))
     x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
@@ -29,7 +35,13 @@ def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
 
 
 def test_every_activation_is_drawn_once_in_a_sweep():
-    config = recipe(CoderConfig(0, width=8, target_l0=2), rows=1, length=4, buffer=12, batch=4)
+    config = recipe(
+        CoderConfig(0, width=8, target_l0=2),
+        batch_size=1,
+        context_size=4,
+        buffer=12,
+        train_batch_size=4,
+    )
     small = dataclasses.replace(MODEL, d_model=3)
     plan = make_plan(config, small)
     state = init_state(plan, small)
@@ -58,7 +70,7 @@ def test_model_activations_are_of_tokens_that_count(model):
 
 def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
     config = recipe(
-        coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), batch=64
+        coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), train_batch_size=64
     )
     small = dataclasses.replace(MODEL, d_model=6)
     plan = make_plan(config, small)

@@ -28,7 +28,7 @@ KINDS = {
 def random_weights(config, seed=0):
     """Two coders of unit decoder norm, D = 6, E = 6 or, of one layer, 5; and their scales."""
     rng, X, F = np.random.default_rng(seed), len(config.layer_tuple), config.width
-    D, E = 6, 6 if config.target == config.reads or config.several else 5
+    D, E = 6, 6 if config.target == config.reads or config.is_multi_layer else 5
     draw = lambda *s: jnp.asarray(rng.standard_normal((2, *s)), jnp.float32)
     w = Weights(
         draw(X, F, D),
@@ -51,12 +51,12 @@ def test_folding_is_exact_and_unfolding_undoes_it(config):
     scale = {k: np.asarray(v, np.float64)[:, None, None] for k, v in scales.items()}
     f, y = run_by_hand(w, 1, config, x)
     raw = jnp.asarray(x * scale["in"], jnp.float32)
-    raw = raw if config.several else raw[0]
+    raw = raw if config.is_multi_layer else raw[0]
     both = (f * scale["out"], y * scale["out"])
     assert np.any(f > 0)
     same(
         (folded.encode(raw), folded.reconstruct(raw)),
-        both if config.several else (both[0][0], both[1][0]),
+        both if config.is_multi_layer else (both[0][0], both[1][0]),
     )
     assert (folded.reads, folded.writes, folded.first) == (config.reads, config.target, 4)
     back = unfold(folded, config, scales)
@@ -75,7 +75,7 @@ def test_unfolding_any_decoder_norm_keeps_the_function(name):
     squares = sum(jnp.sum(b[0, 0] ** 2, -1) for b in unfolded.w_dec)
     np.testing.assert_allclose(squares, 1.0, rtol=1e-5)
     x = 300 * np.random.default_rng(1).standard_normal((len(config.layer_tuple), 20, 6))
-    x = jnp.asarray(x if config.several else x[0], jnp.float32)
+    x = jnp.asarray(x if config.is_multi_layer else x[0], jnp.float32)
     same(fold(unfolded, 0, config, scales).reconstruct(x), odd.reconstruct(x))
 
 
