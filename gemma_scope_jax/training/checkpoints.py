@@ -42,9 +42,9 @@ class Checkpoints:
         """(state, passes done, position in the data, `made_with`): the newest that can be read;
         None: none yet.
 
-        `template` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`s). A damaged checkpoint
-        is named, set aside and the one before it taken. Raises `InputError` if none is left whole, and
-        when something else than the files stands in the way: memory, permissions, the network.
+        `template` gives shapes, dtypes and shardings (`jax.ShapeDtypeStruct`). A damaged checkpoint
+        is named and set aside, and the one before it is taken. Raises `InputError` if none is left,
+        and when something other than the files is at fault: memory, permissions, the network.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
