@@ -47,11 +47,11 @@ class Run:
         begin = time.perf_counter()
         self.state, parts = self.feed.step(self.state, self.batch, True)
         jax.block_until_ready(self.state)
-        return time.perf_counter() - begin, [float(x) for p in parts for x in p["loss"]]
+        return time.perf_counter() - begin, [float(x) for p in parts or () for x in p["loss"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/sweep_270m.py")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -67,10 +67,10 @@ def main() -> None:
     same = all(abs(one[0] / both - 1) < 1e-3 for both, one in zip(losses[0], losses[1:]))
     times = [[run.step()[0] for run in runs] for _ in range(args.rounds)]
     seconds = [statistics.median(column) for column in zip(*times)]
-    tokens, ratio = config.rows * config.length, seconds[0] / sum(seconds[1:])
+    tokens, ratio = config.batch_size * config.context_size, seconds[0] / sum(seconds[1:])
     print(
         f"{len(config.coders)} coders, {tokens} tokens through the model and {config.updates} "
-        f"updates of {config.batch} a pass"
+        f"updates of {config.train_batch_size} a pass"
     )
     print(
         f"  one run {seconds[0]:.2f} s a pass; single runs "

@@ -38,19 +38,21 @@ class Side:
             cwd=ROOT,
             env=os.environ | variables,
         )
-        for line in self.process.stdout:
+        assert self.process.stdin and self.process.stdout
+        self.write, self.read = self.process.stdin, self.process.stdout
+        for line in self.read:
             if line.strip() == "ready":
                 return
         raise SystemExit(f"the {role} side stopped: see its message above")
 
     def ask(self, *line: Any) -> Any:
-        self.process.stdin.write(" ".join(map(str, line)) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        self.write.write(" ".join(map(str, line)) + "\n")
+        self.write.flush()
+        answer = self.read.readline()
         if not answer:
             raise SystemExit(f"the {self.role} side stopped at {line}: see its message above")
         return json.loads(answer)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.write.close()
         self.process.wait()

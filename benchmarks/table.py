@@ -53,7 +53,7 @@ def renewed(page: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE.jsonl")
     parser.add_argument("--write", type=Path, metavar="PAGE.md")
     args = parser.parse_args()

@@ -254,7 +254,7 @@ def at_l0(rows: list[dict], l0: float, key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--folder", type=Path, default=ROOT / "out/train_quality")
     parser.add_argument(

@@ -77,7 +77,7 @@ def measured_peak(config: TrainConfig, n: int = 8192) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--width", type=int, nargs="+", default=[131_072])
@@ -114,11 +114,11 @@ def main() -> None:
                 state = fill(state, model, batches[0])
             state = start(plan, state, state.buffer, {})
             state = dataclasses.replace(state, total=jnp.asarray(10_000, jnp.int32))
-            times, parts = [], None
+            times, last = [], {}
             for i in range(args.steps + 2):
                 begin = time.perf_counter()
-                state, parts = train(state, model, batches[i % 4])
-                jax.block_until_ready((state, parts))
+                state, (last,) = train(state, model, batches[i % 4])
+                jax.block_until_ready((state, last))
                 times.append(time.perf_counter() - begin)
             seconds = float(np.median(times[2:]))
             d = preset(args.model).d_model
@@ -131,8 +131,8 @@ def main() -> None:
                 "tokens/s": size / seconds,
                 "share": flops * size / seconds / peak,
                 "peak": peak,
-                "l0": float(parts[0]["l0"][0]),
-                "dense": float(parts[0].get("dense", jnp.ones(1))[0]),
+                "l0": float(last["l0"][0]),
+                "dense": float(last.get("dense", jnp.ones(1))[0]),
                 "device": jax.devices()[0].device_kind,
             }
             rows.append(row)

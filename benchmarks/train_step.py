@@ -150,11 +150,11 @@ def ours(args) -> None:
 
     def compare(file, name="sparse"):
         capacity, dead = plan[name].capacity(group), jnp.zeros((1, 1, width))
-        numbers = jnp.full(1, PENALTY), jnp.full(1, float(L0))
+        dials = objective.Dials(jnp.full(1, PENALTY), jnp.full(1, float(L0)), dead)
         call = jax.jit(partial(objective.gradients, group=group, capacity=capacity))
         with jax.default_matmul_precision("float32"):
-            grads, parts = call(states[name].groups[0].weights, first, first, *numbers, dead)
-        np.savez(file, **flat(grads))
+            grads, parts = call(states[name].groups[0].weights, first, first, dials)
+        np.savez(file, **flat(grads))  # pyright: ignore[reportArgumentType]
         return {k: float(parts[k][0]) for k in AGREE}
 
     def update(name, i):
@@ -359,7 +359,7 @@ def compare(width: int, args, folder: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)

@@ -102,7 +102,7 @@ def card_section(found: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN/coders/FOLDER")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--loss-tokens", type=int, default=16_000)
