@@ -43,7 +43,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def command_lines(page: Path, program: str) -> list[str]:
     """The lines of indented blocks and shell blocks that begin with a program's name."""
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))  # lines that go on
     shell = "".join(re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, re.S | re.M))
     indented = re.findall(r"^ {4}(\S.*)$", _FENCED.sub("", text), re.M)
     lines = [line.strip() for line in [*indented, *shell.splitlines()]]
