@@ -10,27 +10,25 @@ def binary_metrics(
 ) -> dict[str, float | int | None]:
     """accuracy, balanced_accuracy, f1 (of the positives), auc (with confidences) and n.
 
-    truth, said: 0 or 1 of each example. What is undefined is None: everything without examples,
-    balanced accuracy and auc without examples of both kinds, F1 without positives, said or true.
+    truth, said: 0 or 1 for each example. Undefined figures are None: all of them without examples,
+    balanced accuracy and AUC without both classes, F1 without positives in either.
     """
     t, s = np.asarray(truth, np.float64) > 0.5, np.asarray(said, np.float64) > 0.5
     n = len(t)
     if n == 0:
         return {"accuracy": None, "balanced_accuracy": None, "f1": None, "n": 0}
-    hit, missed, false = int((t & s).sum()), int((t & ~s).sum()), int((~t & s).sum())
-    silent = n - hit - missed - false
-    balanced = None
-    if hit + missed and silent + false:
-        balanced = 0.5 * (hit / (hit + missed) + silent / (silent + false))
-    f1 = 2 * hit / (2 * hit + missed + false) if hit + missed + false else None
-    found = {"accuracy": (hit + silent) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
+    tp, fn, fp = int((t & s).sum()), int((t & ~s).sum()), int((~t & s).sum())
+    tn = n - tp - fn - fp
+    balanced = 0.5 * (tp / (tp + fn) + tn / (tn + fp)) if tp + fn and tn + fp else None
+    f1 = 2 * tp / (2 * tp + fn + fp) if tp + fn + fp else None
+    found = {"accuracy": (tp + tn) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
         found["auc"] = _area(t, np.asarray(confidence, np.float64))
     return found
 
 
 def _area(truth: np.ndarray, scores: np.ndarray) -> float | None:
-    """The chance that a true example scores above a false one, ties half: Mann and Whitney's U."""
+    """AUC, by the Mann-Whitney U statistic; None without both classes."""
     from scipy.stats import rankdata
 
     above, below = int(truth.sum()), int((~truth).sum())
@@ -41,7 +39,7 @@ def _area(truth: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's correlation of a and b [n] in float64; None if one of them does not vary."""
+    """Pearson's correlation of a and b [n] in float64; None if either is constant."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(x) < 2:
         return None

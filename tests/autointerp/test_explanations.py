@@ -30,9 +30,12 @@ def test_explanations_are_written_and_read(tmp_path):
     [
         ("{", "not usable as JSON"),
         ("[]", "not explanations of features"),
-        ('{"format": 1, "explanations": {"x": {}}}', "'x' is no feature's number"),
-        ('{"format": 1, "explanations": {"01": {}}}', "'01' is no feature's number"),
-        ('{"format": 1, "explanations": {"%s": {}}}' % ("9" * 400), "is no feature's number"),
+        ('{"format": 1, "explanations": {"x": {}}}', "'x' is not the number of a feature"),
+        ('{"format": 1, "explanations": {"01": {}}}', "'01' is not the number of a feature"),
+        (
+            '{"format": 1, "explanations": {"%s": {}}}' % ("9" * 400),
+            "is not the number of a feature",
+        ),
         ('{"format": 1, "explanations": [1]}', "explanations is .1., not an object"),
         ('{"format": true, "explanations": {}}', "format is True"),
         ('{"format": 1, "explanations": {"3": {"scores": {"x": {"n": NaN}}}}}', "NaN"),

@@ -1,4 +1,4 @@
-"""A chat endpoint as a judge: a request a question, in parallel, asked again if not understood."""
+"""A chat endpoint as a judge: one request per question, in parallel, asked again if need be."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +8,8 @@ from gemma_scope_jax.autointerp.judges.replies import CUT, NoAnswer
 from gemma_scope_jax.autointerp.prompts import complaint, lengths, messages, parse
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question
 
-ASKED = 3  # times, before an answer counts as not understood
-REPEATED = 2000  # letters of an answer that was not understood, when asked again
+ASKED = 3  # times, before a question has no answer
+REPEATED = 2000  # letters of an answer that are quoted when it was not understood
 
 
 class EndpointJudge:
@@ -31,15 +31,15 @@ class EndpointJudge:
         self.client.answered = value
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order; a question without an answer that has the form has `values` None."""
+        """The answers, in order; `values` is None without one in the required form."""
         try:
             answers = self._pool.map(self._ask, questions)
-        except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
+        except RuntimeError:  # the pool was closed
             raise Stopped from None
         return list(answers)
 
     def _ask(self, question: Question) -> Answer:
-        """Asked again, told what was wrong, if the answer does not have the form."""
+        """Ask; if the answer does not have the required form, say so and ask again."""
         first = conversation = messages(question)
         most = lengths(question)[1]
         read = lambda reply: parse(question, reply.text, reply.logprobs)
@@ -61,6 +61,6 @@ class EndpointJudge:
         return Answer(lost.words, why=lost.why)
 
     def close(self) -> None:
-        """Wait for what is under way; what has not been sent is not."""
+        """Wait for requests under way; send no others."""
         self.client.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
