@@ -112,7 +112,7 @@ def test_every_benchmark_of_tables_in_one_command_and_nothing_twice(
     (share,) = probing["eval_result_unstructured"][  # texts of three letters occur twice
         "share_of_tested_rows_with_texts_trained_on"
     ].values()
-    assert 0 < share < 1 and f"{100 * share:.0f} % of the rows that test have texts" in shown.out
+    assert 0 < share < 1 and f"{100 * share:.0f} % of the test rows have texts" in shown.out
     tpp = read_result(next((out / "tpp").iterdir()))["eval_result_metrics"]["tpp_metrics"]
     assert tpp["tpp_threshold_2_total_metric"] == pytest.approx(
         tpp["tpp_threshold_2_intended_diff_only"] - tpp["tpp_threshold_2_unintended_diff_only"]
@@ -314,7 +314,7 @@ def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile
     [
         ([], "nothing to measure"),
         (["--absorption", "--words", "3"], "3 words a letter are too few"),
-        (["--probing", "{}/moods.csv", "--limit", "0"], "--limit 0"),
+        (["--probing", "{}/moods.csv", "--limit", "0"], "limit is 0"),
         (["--probing", "{}/none*.csv"], "there is none"),
         (["--probing", "{}/moods.csv", "--without", "mo*"], "leaves no table"),
         (["--probing", "{}/years.csv"], "no table to probe; the first: .*120 different labels"),
@@ -325,7 +325,7 @@ def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile
         (["--tpp", "{}/topics.csv", "--limit", "6"], "too small"),
         (["--tpp", "{}/topics.csv", "--limit", "2"], "limit of 2 .* too small for 3 classes"),
         (["--scr", "{}/people.csv", "--limit", "3"], "limit of 3 .* too small for 4 classes"),
-        (["--scr", "{}/people.csv", "--limit", "20"], "one has 5 texts among 20; SCR needs 10"),
+        (["--scr", "{}/people.csv", "--limit", "20"], "has 5 texts among 20; SCR needs 10"),
         (
             ["--probing", "{}/moods.csv", "--protocol", "saebench", "--limit", "1"],
             "limit of 1 .* too small for 2 classes",

@@ -160,7 +160,7 @@ def test_sae_probes_draws_stay_and_the_user_is_told(tmp_path, caplog):
     both = sum(task.texts[i] in trained for i in split.test)
     said = caplog.text
     assert 90 < both <= len(split.test) == 99
-    assert f"{both} of the 99 rows that test have one that was trained on" in said
+    assert f"{both} of the 99 test rows have texts that are also trained on" in said
     assert task.repeated == both / 99
     unique = table(tmp_path / "u.csv", [(f"statement {i}", i % 2) for i in range(480)])
     (other,) = sae_probes(unique).questions.values()
