@@ -1,6 +1,4 @@
-"""What features write, into a card: the tokens they push, and which features write alike."""
-
-import dataclasses
+"""What features write: the tokens they promote and suppress, and features with similar rows."""
 
 import numpy as np
 
@@ -10,7 +8,6 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import (
     TO_LOGITS,
     Gain,
-    check_comparable,
     extreme_logits,
     most_similar,
     unit_rows,
@@ -21,24 +18,17 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 
 
-@dataclasses.dataclass(frozen=True)
-class CardContext:
-    """Where a stage of the cards writes its arrays, and how long they are."""
-
-    stage: Stage
-    settings: CardSettings
-
-
 def write_logits(
     model: Model,
     coder: Coder,
     tokenizer: Tokenizer,
     layer: int | None,
     gain: Gain,
-    context: CardContext,
+    settings: CardSettings,
+    stage: Stage,
 ) -> None:
-    """Make `top_ids` to `logit_histogram`, but for a coder that does not write to the stream."""
-    k, bins = context.settings.listed, context.settings.bins
+    """Make `top_ids` to `logit_histogram`, unless the coder does not write to the stream."""
+    k, bins = settings.listed, settings.bins
     if coder.writes not in TO_LOGITS:
         return
     F, done = coder.width, 0
@@ -50,11 +40,9 @@ def write_logits(
         "logit_range": (2, np.float32),
         "logit_histogram": (bins, np.int32),
     }
-    arrays = [context.stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
-    every, progress = np.arange(F), Progress(F, "features", what="logits")
-    for chunk in extreme_logits(
-        model, coder, tokenizer, every, k=k, gain=gain, bins=bins, layer=layer
-    ):
+    arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
+    progress, options = Progress(F, "features", what="logits"), {"gain": gain, "layer": layer}
+    for chunk in extreme_logits(model, coder, tokenizer, np.arange(F), k=k, bins=bins, **options):
         progress.at(done)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):
@@ -62,12 +50,11 @@ def write_logits(
         done += size
 
 
-def write_neighbours(coder: Coder, layer: int | None, context: CardContext) -> None:
+def write_neighbours(coder: Coder, layer: int | None, k: int, stage: Stage) -> None:
     """Make `neighbour_ids` and `neighbour_cosines`."""
-    k = context.settings.listed
     ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
-    context.stage.put("neighbour_ids", ids)
-    context.stage.put("neighbour_cosines", cosines)
+    stage.put("neighbour_ids", ids)
+    stage.put("neighbour_cosines", cosines)
 
 
 def write_comparison(
@@ -76,15 +63,11 @@ def write_comparison(
     other: Coder,
     other_layer: int | None,
     number: int,
-    context: CardContext,
+    k: int,
+    stage: Stage,
 ) -> None:
-    """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder.
-
-    Raises `InputError` for coders that do not write vectors of one size.
-    """
-    check_comparable(coder, layer, other, other_layer)
+    """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder."""
     mine, theirs = written(coder, layer), written(other, other_layer)
-    k, stage = context.settings.listed, context.stage
     ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
     stage.put(f"compared_{number}_ids", ids)
     stage.put(f"compared_{number}_cosines", cosines)

@@ -10,14 +10,13 @@ GAP = 2  # between columns
 
 
 def visible(token: str) -> str:
-    """A token on one line: line breaks and tabs as signs, other control characters escaped."""
+    """A token on one line: line breaks and tabs as symbols, other control characters escaped."""
     signs = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(signs.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in token)
 
 
 def label_text(label: Label, width: int = 60) -> str:
-    """One line of label material: its explanation if there is one, what the feature makes likely,
-    and where it was strongest."""
+    """One line of label material: the explanation, or else an example; and the logit tokens."""
     words = ", ".join(visible(t).strip() or visible(t) for t in label["top_logits"][:4])
     if "explanation" in label:
         text = visible(label["explanation"])
@@ -34,7 +33,7 @@ def label_text(label: Label, width: int = 60) -> str:
 
 
 def figure_lines(figures: dict) -> list[str]:
-    """L0, FVU and delta loss as sentences; undefined figures (one token has no variance) as n/a."""
+    """L0, FVU and delta loss in words; n/a if undefined, as one token has no variance."""
     number = lambda value, form: "n/a" if value is None else format(value, form)
     losses = figures["loss"] or {}
     return [
@@ -47,9 +46,9 @@ def figure_lines(figures: dict) -> list[str]:
 
 
 def inspection_tables(seen: Inspection, width: int) -> list[Any]:
-    """The next tokens, each token with its features, and the figures, for rich to print.
+    """The next tokens, the features of each token, and the metrics, for rich to print.
 
-    width: characters a line.
+    width: characters per line.
     """
     from rich.table import Table
     from rich.text import Text
@@ -75,8 +74,8 @@ def inspection_tables(seen: Inspection, width: int) -> list[Any]:
 
 
 def _features_table(seen: Inspection, width: int) -> Any:
-    """A row a token and feature. Labels have the room that the others leave: where lines are too
-    long, rich would take from all columns alike, until numbers and tokens are gone."""
+    """One row per token and feature. Labels get the remaining width: left alone, rich would shrink
+    all columns of a line that is too long, numbers and tokens included."""
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
@@ -85,7 +84,7 @@ def _features_table(seen: Inspection, width: int) -> Any:
     for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
         name = visible(token)
         if not features:
-            reason = "not seen by the coder" if position < seen.first else "no feature is active"
+            reason = "not read by the coder" if position < seen.first else "no feature is active"
             rows.append((name, "", "", reason))
         for feature, activation in features:
             label = label_text(seen.labels[feature], 76)

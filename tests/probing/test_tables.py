@@ -41,7 +41,7 @@ def test_a_row_without_a_label_is_refused_with_its_number(tmp_path, gap):
         rows[5][column] = gap
         with pytest.raises(InputError, match=r"row 7: the (job|sex) is"):
             scr_task(table(tmp_path / "s.csv", rows, "text,job,sex"))
-    with pytest.raises(InputError, match=r"row 3: the prompt is (empty|'.+'): there is no text"):
+    with pytest.raises(InputError, match=r"row 3: the prompt is (empty|'.+'); leave"):
         table(tmp_path / "t.csv", [("a", 1), (gap, 2)])
 
 

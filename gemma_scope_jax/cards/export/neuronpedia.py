@@ -1,10 +1,10 @@
-"""Cards as the tree that Neuronpedia's bulk import reads.
+"""Exports cards as the folder tree of Neuronpedia's bulk import.
 
     MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
     MODEL/LAYER-SET/features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz
     MODEL/LAYER-SET/explanations/batch-N.jsonl.gz      if there are any
 
-Creator, release and links are the importer's business and stay empty or placeholders.
+Creator, release and links are left to the importer: empty, or placeholders.
 
 Source: sae-dashboard, neuronpedia/neuronpedia_export.py, and the rows of neuronpedia's own tables.
 """
@@ -27,7 +27,7 @@ from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
-# What a feature's row has as a dashboard has it.
+# The keys of a feature's row that a dashboard has, too.
 SAME = tuple(
     f"{table}_{column}"
     for table, columns in {
@@ -65,16 +65,16 @@ def export_neuronpedia(
         progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
             progress.at(batch[0])
-            rows = [_feature(cards, feature, place, coder) for feature in features]
-            shown = [a for feature in features for a in _activations(feature, place)]
-            said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
-            for table, lines in (
-                ("features", rows),
-                ("activations", shown),
-                ("explanations", said),
-            ):
-                if lines:
-                    _write(new / table / f"batch-{number}.jsonl.gz", lines)
+            tables = {
+                "features": [_feature(cards, f, place, coder) for f in features],
+                "activations": [a for f in features for a in _activations(f, place)],
+                "explanations": [
+                    _explanation(f, explanations[f], place) for f in batch if f in explanations
+                ],
+            }
+            for table, rows in tables.items():
+                if rows:
+                    _write(new / table / f"batch-{number}.jsonl.gz", rows)
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -131,7 +131,9 @@ def _hub(address: str) -> dict[str, str | None]:
     return {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
 
 
-def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder: Coder) -> dict:
+def _feature(
+    cards: FeatureCards, feature: dict[str, Any], place: Mapping[str, Any], coder: Coder
+) -> dict[str, Any]:
     f = feature["feature_index"]
     near = cards.listed("neighbour", f, "cosines")
     return {
@@ -146,11 +148,8 @@ def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder
 
 
 def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) -> str:
-    """A cuid's 25 letters and digits: the same for a row every time, another for every other row.
-
-    120 bits of a digest of all that names the row; cut-off names would be those of other coders'
-    rows, too.
-    """
+    """An id of 25 letters and digits, like a cuid, that depends only on the row: 120 bits of a
+    digest of its whole name, as a truncated name may be that of another coder's row."""
     name = json.dumps([table, place["modelId"], place["layer"], feature, number])
     left, digits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest()), ""
     for _ in range(24):  # 36^24 is above 2^120
@@ -159,7 +158,7 @@ def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) 
     return f"c{digits}"
 
 
-def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows, f = [], feature["feature_index"]
     for number, a in enumerate(feature["activations"]):
         values = a["values"]
