@@ -77,9 +77,8 @@ class AnswerFile:
         try:
             return _entry(os.pread(self._file, place[1], place[0]), "a line")[1]
         except (OSError, InputError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({reason(error)}); was it changed?"
-            ) from None
+            why = reason(error)
+            raise InputError(f"{self.path}: cannot be read ({why}); was it changed?") from None
 
     def put(self, key: str, answer: Any) -> None:
         """Append an answer (JSON data)."""

@@ -245,7 +245,7 @@ def gather(corpus: Corpus, feature: int, neighbours: Sequence[int] = ()) -> Mate
     if min(len(train), len(test)) < s.least:
         return None
     train = train[top_and_weighted(values[train], s.top, s.weighted, rng)]
-    quantile = quantiles_of(len(test), s.quantiles)
+    quantile = np.arange(len(test)) * min(s.quantiles, len(test)) // len(test)
     drawn = spread(quantile, s.test, rng)
     strong = test[top_and_weighted(values[test], 2, 2, rng)]
     firing = lambda at, quantile=-1: _windows(
@@ -267,17 +267,12 @@ def top_and_weighted(
 ) -> np.ndarray:
     """Indices of the `top` largest of values [n] (descending), then of `weighted` of the others
     drawn in proportion to the value, without replacement, strongest first (SAEBench)."""
-    first, rest = np.arange(min(top, len(values))), np.arange(min(top, len(values)), len(values))
+    first, rest = np.split(np.arange(len(values)), [top])
     if not weighted or not len(rest):
         return first
     chance = values[rest].astype(np.float64)
     drawn = rng.choice(rest, min(weighted, len(rest)), replace=False, p=chance / chance.sum())
     return np.concatenate([first, np.sort(drawn)])
-
-
-def quantiles_of(n: int, quantiles: int) -> np.ndarray:
-    """int [n]: the quantile of each of n ordered examples; sizes differ by at most one."""
-    return np.arange(n) * min(quantiles, n) // n
 
 
 def spread(quantile: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,18 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemma_scope_jax.autointerp import explain
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.examples import Corpus, Sampling, open_corpus
-from gemma_scope_jax.autointerp.explain import (
-    ExplainReport,
-    JudgeEstimate,
-    check_scores,
-    explain_features,
-    fingerprint,
-    is_by,
-    plan,
-    unfinished,
-)
 from gemma_scope_jax.autointerp.explanations import (
     Explanation,
     explained_folder,
@@ -53,9 +44,7 @@ LOG = logging.getLogger(__name__)
 ANSWERS = "explanations.answers.jsonl"
 
 
-class FeatureLabels(Protocol):
-    """The label material of features, as of `cards.labels.Labels`."""
-
+class FeatureLabels(Protocol):  # as `cards.labels.Labels`
     def __getitem__(self, feature: int) -> Mapping[str, Any]: ...
 
 
@@ -78,12 +67,12 @@ class ExplanationJob:
     def todo(self, method: str, name: str) -> list[int]:
         """The features that a judge (its `method` and `name`) has yet to explain or score."""
         entries = read_explanations(self.folder)
-        return unfinished(self.corpus, method, name, self.features, self.scores, entries)
+        return explain.unfinished(self.corpus, method, name, self.features, self.scores, entries)
 
-    def estimate(self, endpoint: Endpoint) -> JudgeEstimate:
+    def estimate(self, endpoint: Endpoint) -> explain.JudgeEstimate:
         """What the remaining features will take and cost through `endpoint`."""
         todo = self.todo("endpoint", endpoint.name)
-        return plan(self.corpus, todo, self.scores, (endpoint.price_in, endpoint.price_out))
+        return explain.plan(self.corpus, todo, self.scores, (endpoint.price_in, endpoint.price_out))
 
     def answer_file(self, path: str | os.PathLike = "") -> Path:
         """The file that keeps answers: `path`; else beside explanations.json, or in the cache if
@@ -96,10 +85,10 @@ class ExplanationJob:
             return cache_folder() / "explain" / ANSWERS
         return Path(self.folder).expanduser() / ANSWERS
 
-    def run(self, judge: Judge) -> ExplainReport:
+    def run(self, judge: Judge) -> explain.ExplainReport:
         """Explain and score, then close the judge. See `explain_features`."""
         try:
-            return explain_features(
+            return explain.explain_features(
                 self.corpus,
                 judge,
                 self.features,
@@ -121,13 +110,9 @@ class ExplanationJob:
     def explained(self, judge: Judge) -> tuple[dict[int, Explanation], list[Explanation]]:
         """All entries of the file, and this judge's entries of the job's features."""
         entries = read_explanations(self.folder, self.coder.width)
-        drawn, some = fingerprint(self.corpus), dict.fromkeys(self.features)
-        ours = [
-            entries[f]
-            for f in some
-            if f in entries and is_by(entries[f], judge.method, judge.name, drawn)
-        ]
-        return entries, ours
+        drawn = explain.fingerprint(self.corpus)
+        some = [entries[f] for f in dict.fromkeys(self.features) if f in entries]
+        return entries, [e for e in some if explain.is_by(e, judge.method, judge.name, drawn)]
 
 
 def open_explanation_job(
@@ -156,7 +141,7 @@ def open_explanation_job(
     folder    for explanations.json, local or gs://; default: beside the coder
     Raises `InputError`.
     """
-    check_scores(scores)
+    explain.check_scores(scores)
     sampling = sampling or Sampling()
     name = name_in_store(store, coder, name)
     store.place(name, layer)  # raises for a coder of several layers if none is given

@@ -23,19 +23,13 @@ def binary_metrics(
     f1 = 2 * tp / (2 * tp + fn + fp) if tp + fn + fp else None
     found = {"accuracy": (tp + tn) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
-        found["auc"] = _area(t, np.asarray(confidence, np.float64))
+        from scipy.stats import rankdata
+
+        p, u = tp + fn, None  # AUC, by the Mann-Whitney U statistic
+        if p and n - p:
+            u = rankdata(np.asarray(confidence, np.float64))[t].sum() - p * (p + 1) / 2
+        found["auc"] = None if u is None else float(u / (p * (n - p)))
     return found
-
-
-def _area(truth: np.ndarray, scores: np.ndarray) -> float | None:
-    """AUC, by the Mann-Whitney U statistic; None without both classes."""
-    from scipy.stats import rankdata
-
-    above, below = int(truth.sum()), int((~truth).sum())
-    if not above or not below:
-        return None
-    u = rankdata(scores)[truth].sum() - above * (above + 1) / 2
-    return float(u / (above * below))
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
+from gemma_scope_jax.autointerp.questions import Answer, Question
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
@@ -69,16 +69,14 @@ def messages(question: Question) -> Messages:
     if task == "simulate":
         body = json.dumps(list(question.examples[0].tokens), ensure_ascii=False)
     else:
-        texts = enumerate(question.examples, 1)
-        body = "\n".join(f"{i}. {s.text()}{_strengths(s)}" for i, s in texts)
+        lines = []
+        for i, s in enumerate(question.examples, 1):
+            lines.append(f"{i}. {s.text()}")
+            pairs = zip(s.tokens, s.marks, s.strengths)
+            if named := [f"{json.dumps(t, ensure_ascii=False)} {n}" for t, m, n in pairs if m]:
+                lines.append(f"   active: {', '.join(named[:10])}")
+        body = "\n".join(lines)
     return [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": about + body}]
-
-
-def _strengths(shown: ShownText) -> str:
-    """Up to ten marked tokens of a text, with their strengths."""
-    pairs = zip(shown.tokens, shown.marks, shown.strengths)
-    named = [f"{json.dumps(t, ensure_ascii=False)} {s}" for t, m, s in pairs if m]
-    return f"\n   active: {', '.join(named[:10])}" if named else ""
 
 
 def lengths(question: Question) -> tuple[int, int]:
@@ -113,7 +111,8 @@ def parse(question: Question, text: str, logprobs: Sequence[Any] | None = None) 
     text = without_thoughts(text)
     if len(text) > MOST:
         return None
-    text = _unfenced(text)
+    blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+    text = blocks[-1] if blocks and text.rstrip().endswith("```") else text
     if question.task == "explain":
         phrase = explanation_in(text)
         return Answer(phrase, ()) if phrase else None
@@ -161,12 +160,6 @@ def without_thoughts(text: str) -> str:
     return "" if _OPEN.match(text.lstrip()) else text
 
 
-def _unfenced(text: str) -> str:
-    """The inside of the last code block, if the text ends with one."""
-    blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
-    return blocks[-1] if blocks and text.rstrip().endswith("```") else text
-
-
 _EXCUSE = re.compile(
     r"\s*((i am|i['’]m)? ?(very |so )?(sorry|afraid)\b.{0,40}?|i apologi[sz]e.{0,40}?)?"
     r"\bi(['’]m unable to| am unable to| can(no|['’])t| can not| won['’]t| will not)( \w+)?"
@@ -175,18 +168,15 @@ _EXCUSE = re.compile(
 )
 
 
-def _unquoted(line: str) -> str:
-    """A line without the quotes or stars around it."""
-    found = re.fullmatch(r"([\"'“”‘’`*_]+)(.*?)[\"'“”‘’`*_.]+", line)
-    return found[2] if found and found[1][0] not in found[2] else line
-
-
 def explanation_in(text: str) -> str:
     """The explanation in an answer: its last line, at most `LONGEST` letters, safe to print; "" if
     there is none, or an excuse."""
     text = _from_json(text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or _EXCUSE.match(_unquoted(lines[0])):
+    if not lines:
+        return ""
+    quoted = _QUOTED.fullmatch(lines[0])
+    if _EXCUSE.match(quoted[2] if quoted and quoted[1][0] not in quoted[2] else lines[0]):
         return ""
     phrase = _LEAD.sub("", lines[-1])
     phrase = _LONE.sub("\ufffd", phrase.strip(" \"'*`.")[:LONGEST])
@@ -196,6 +186,7 @@ def explanation_in(text: str) -> str:
 _LEAD = re.compile(
     r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", re.IGNORECASE
 )
+_QUOTED = re.compile(r"([\"'“”‘’`*_]+)(.*?)[\"'“”‘’`*_.]+")
 _LONE = re.compile("[\ud800-\udfff]")
 
 

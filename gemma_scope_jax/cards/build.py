@@ -13,13 +13,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards
+import numpy as np
+
+from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, Stage
 from gemma_scope_jax.cards.correlations import correlate
-from gemma_scope_jax.cards.decoders import write_comparison, write_logits, write_neighbours
 from gemma_scope_jax.cards.examples import OUTLIER, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
 from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
-from gemma_scope_jax.coders.directions import Gain, check_comparable
+from gemma_scope_jax.coders.directions import (
+    TO_LOGITS,
+    Gain,
+    check_comparable,
+    extreme_logits,
+    most_similar,
+    unit_rows,
+    written,
+)
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
@@ -27,6 +36,7 @@ from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.strict_json import field
 
@@ -93,19 +103,73 @@ def build_cards(
             files.drop("logits")
         if model is not None and tokenizer is not None and not files.has("logits", logits):
             with files.stage("logits", logits) as stage:
-                write_logits(model, coder, tokenizer, layer, gain, settings, stage)
+                _write_logits(model, coder, tokenizer, layer, gain, settings, stage)
         if not files.has("neighbours", [weights, k]):
             with files.stage("neighbours", [weights, k]) as stage:
-                write_neighbours(coder, layer, k, stage)
+                ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
+                stage.put("neighbour_ids", ids)
+                stage.put("neighbour_cosines", cosines)
         compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
         if not files.has("compared", compared):
             with files.stage("compared", compared) as stage:
                 stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
                 for number, other in enumerate(others.values()):
-                    write_comparison(
+                    _write_comparison(
                         coder, layer, other, same_layer(other, layer), number, k, stage
                     )
     return FeatureCards(folder)
+
+
+def _write_logits(
+    model: Model,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    layer: int | None,
+    gain: Gain,
+    settings: CardSettings,
+    stage: Stage,
+) -> None:
+    """Make `top_ids` to `logit_histogram`, unless the coder does not write to the stream."""
+    k, bins = settings.listed, settings.bins
+    if coder.writes not in TO_LOGITS:
+        return
+    F, done = coder.width, 0
+    shapes = {
+        "top_ids": (k, np.int32),
+        "top_logits": (k, np.float32),
+        "bottom_ids": (k, np.int32),
+        "bottom_logits": (k, np.float32),
+        "logit_range": (2, np.float32),
+        "logit_histogram": (bins, np.int32),
+    }
+    arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
+    progress, options = Progress(F, "features", what="logits"), {"gain": gain, "layer": layer}
+    for chunk in extreme_logits(model, coder, tokenizer, np.arange(F), k=k, bins=bins, **options):
+        progress.at(done)
+        size = len(chunk[0])
+        for array, found in zip(arrays, chunk):
+            array[done : done + size] = found
+        done += size
+
+
+def _write_comparison(
+    coder: Coder,
+    layer: int | None,
+    other: Coder,
+    other_layer: int | None,
+    number: int,
+    k: int,
+    stage: Stage,
+) -> None:
+    """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder."""
+    mine, theirs = written(coder, layer), written(other, other_layer)
+    ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
+    stage.put(f"compared_{number}_ids", ids)
+    stage.put(f"compared_{number}_cosines", cosines)
+    same = np.full(len(mine), np.nan, np.float32)
+    both = min(len(mine), len(theirs))
+    same[:both] = (unit_rows(mine[:both]) * unit_rows(theirs[:both])).sum(-1)
+    stage.put(f"compared_{number}_same", same)
 
 
 def same_layer(other: Coder, layer: int) -> int | None:

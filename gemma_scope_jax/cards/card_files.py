@@ -215,7 +215,9 @@ def _check_manifest(manifest: dict[str, Any], path: Any) -> None:
         if manifest.get(key) is None:
             manifest.pop(key, None)
     for names in manifest.get("arrays", {}).values():
-        if not isinstance(names, list) or not all(map(_is_name, names)):
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.isidentifier() for name in names
+        ):
             raise InputError(f"{path}: 'arrays' holds something other than lists of names")
 
 
@@ -223,11 +225,6 @@ _ADVICE = "delete it, and make the cards again"
 _FORMAT = Format(
     "the manifest of cards", {"format": FORMAT}, _check_manifest, _ADVICE, mend_text=True
 )
-
-
-def _is_name(name: Any) -> bool:
-    """Whether this can be the name of an array, which is not a path."""
-    return isinstance(name, str) and name.isidentifier()
 
 
 def _check_finished(manifest: dict[str, Any], path: Path) -> None:

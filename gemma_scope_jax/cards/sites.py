@@ -79,12 +79,14 @@ def plan_card_sites(
         raise InputError(f"{explanations}: explains one coder, but several are given")
     out = _local(folder)
     pairs = [(c, layer) for c in coders for layer in c.layers]
-    names = _folders([(public_name(c), layer, len(c.layers) > 1) for c, layer in pairs])
+    names = _folders(pairs)
     pages = {(c.info.path, i): f"../{name}/index.html" for (c, i), name in zip(pairs, names)}
-    called, planned = _names(compare), []
+    called, planned = [public_name(coder) for coder in compare], []
+    long = lambda coder: "/".join(Path(coder.info.path).parts[-2:])  # of namesakes
+    others = {n if called.count(n) == 1 else long(c): c for n, c in zip(called, compare)}
     for (coder, layer), name in zip(pairs, names):
         _check_free(out / name, coder)
-        compared = {n: c for n, c in called.items() if c.info.path != coder.info.path}
+        compared = {n: c for n, c in others.items() if c.info.path != coder.info.path}
         sites = {}
         for n, other in compared.items():
             theirs = same_layer(other, layer)
@@ -92,7 +94,12 @@ def plan_card_sites(
             place = (other.info.path, other.layers[other.source(theirs)])
             sites |= {n: pages[place]} if place in pages else {}
         explained = _explained(coder, layer, explanations)
-        examples = _examples(coder) if published else None
+        examples = find_examples(coder) if published else None
+        if published and examples is None:
+            raise InputError(
+                f"{public_name(coder)}: no examples are published beside it: give text or a "
+                "feature store"
+            )
         planned.append(CardSite(coder, layer, name, examples, compared, sites, explained))
     if explanations and not any(one.explained for one in planned):
         raise InputError(f"{explanations}: holds no explanations of this coder's features")
@@ -185,28 +192,12 @@ def _explained(coder: Coder, layer: int, given: str) -> dict[int, Explanation]:
     return read_explanations(layer_folder(folder, layers, layer), coder.width) if folder else {}
 
 
-def _examples(coder: Coder) -> Path:
-    if (found := find_examples(coder)) is None:
-        raise InputError(
-            f"{public_name(coder)}: no examples are published beside it: give text or a feature "
-            "store"
-        )
-    return found
-
-
-def _names(coders: Sequence[Coder]) -> dict[str, Coder]:
-    """Coders by name; namesakes have their folder's parent in front."""
-    names = [public_name(coder) for coder in coders]
-    long = lambda coder: "/".join(Path(coder.info.path).parts[-2:])
-    return {n if names.count(n) == 1 else long(c): c for n, c in zip(names, coders)}
-
-
-def _folders(named: list[tuple[str, int, bool]]) -> list[str]:
-    """The name of a folder for each (coder, layer, whether the coder has several)."""
+def _folders(pairs: Sequence[tuple[Coder, int]]) -> list[str]:
+    """The name of a folder for each coder and layer."""
     names = []
-    for name, layer, several in named:
-        short = re.sub(r"[^A-Za-z0-9._-]+", "__", name).strip("._") or "coder"
-        names.append(f"{short}-layer-{layer}" if several else short)
+    for coder, layer in pairs:
+        short = re.sub(r"[^A-Za-z0-9._-]+", "__", public_name(coder)).strip("._") or "coder"
+        names.append(f"{short}-layer-{layer}" if len(coder.layers) > 1 else short)
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]
     return names

@@ -29,17 +29,7 @@ from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing import absorption as spelling
-from gemma_scope_jax.probing import scr_tpp
-from gemma_scope_jax.probing.pooling import (
-    Pooled,
-    SiteLayer,
-    encode_rows,
-    encode_texts,
-    largest_first,
-    narrowed,
-    places_of,
-    pool,
-)
+from gemma_scope_jax.probing import pooling, scr_tpp
 from gemma_scope_jax.probing.probing import Protocol, make_task, probe_task
 from gemma_scope_jax.probing.tables import read_table
 from gemma_scope_jax.progress import Progress, Report
@@ -72,9 +62,9 @@ class Bench:
     @property
     def first(self) -> int:
         """The first position that is included in means: the same for all coders."""
-        return largest_first(self.coders.values())
+        return pooling.largest_first(self.coders.values())
 
-    def raw(self) -> dict[str, SiteLayer]:
+    def raw(self) -> dict[str, pooling.SiteLayer]:
         """The activations that the coders read, by name."""
         places = {(c.reads, c.layer) for c in self.coders.values()}
         return {raw_name(*place): place for place in sorted(places)}
@@ -271,13 +261,15 @@ def _pooled(
     report: Report,
     how: Literal["mean"] | int = "mean",
     keep: Literal["first", "last"] = "first",
-) -> tuple[list[str], Pooled]:
+) -> tuple[list[str], pooling.Pooled]:
     """The names of the coders among `missing`; their features, and all activations needed."""
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}
     coders = [bench.coders[name] for name in names]
-    ids = encode_texts(bench.tokenizer, texts, min(context, bench.model.config.context), keep)
-    pooled = pool(
+    ids = pooling.encode_texts(
+        bench.tokenizer, texts, min(context, bench.model.config.context), keep
+    )
+    pooled = pooling.pool(
         bench.model, coders, ids, how=how, first=bench.first, places=list(places), report=report
     )
     for (site, layer), x in pooled.raw.items():
@@ -311,7 +303,7 @@ def concept_job(
         for name, f in zip(names, pooled.features):
             coder = bench.coders[name]
             place = (coder.writes, coder.layer)
-            some = narrowed(coder, f.columns)
+            some = pooling.narrowed(coder, f.columns)
             results[name] = score(task, fit(*place), some, pooled.raw[place], f.values, ns)
             scored(len(results), len(names))
         return results
@@ -334,15 +326,15 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
         task = spelling.spelling_prompts(bench.tokenizer, per_letter)
         coders = {name: bench.coders[name] for name in names if name in missing}
-        places = sorted(places_of(list(coders.values())))
+        places = sorted(pooling.places_of(list(coders.values())))
         passed, scored = _stages(report, len(coders))
         x = _word_activations(bench, job.path(bench).with_suffix(""), task, places, passed)
         fit = functools.cache(lambda *place: spelling.fit_letters(x[place], task.letters))
         results: dict[str, Result] = {}
         for name, coder in coders.items():
             place = (coder.writes, coder.layer)
-            probes, f = fit(*place), encode_rows(coder, x[coder.reads, coder.layer])
-            some = narrowed(coder, f.columns)
+            probes, f = fit(*place), pooling.encode_rows(coder, x[coder.reads, coder.layer])
+            some = pooling.narrowed(coder, f.columns)
             try:
                 found = spelling.absorption(some, x[place], f.values, task.letters, probes)
                 results[name] = _numbered(found, f.columns)
@@ -361,9 +353,9 @@ def _word_activations(
     bench: Bench,
     folder: epath.Path,
     task: spelling.Spelling,
-    places: Sequence[SiteLayer],
+    places: Sequence[pooling.SiteLayer],
     report: Report,
-) -> dict[SiteLayer, np.ndarray]:
+) -> dict[pooling.SiteLayer, np.ndarray]:
     """Activations [W, D] at each of `places` on the words of the prompts.
 
     Kept in files of `CHUNK` words in `folder`: the whole vocabulary takes hours, which may be
@@ -375,7 +367,7 @@ def _word_activations(
     for start in range(0, len(task.prompts), CHUNK):
         file, some = folder / f"{start:06d}.npz", task.prompts[start : start + CHUNK]
         if not file.exists():
-            found = pool(bench.model, (), some, how=task.at, places=places, lengths=lengths)
+            found = pooling.pool(bench.model, (), some, how=task.at, places=places, lengths=lengths)
             data = io.BytesIO()
             np.savez(data, *[found.raw[place] for place in places])
             write_bytes(file, data.getvalue())

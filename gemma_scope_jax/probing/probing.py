@@ -21,18 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gemma_scope_jax.probing import tables
 from gemma_scope_jax.probing.logistic import accuracy, auc, fit_logistic, weighted_f1
-from gemma_scope_jax.probing.tables import (
-    SEED,
-    Split,
-    Table,
-    Task,
-    classes_of,
-    first_of_each,
-    one_against_rest,
-    sae_probes_split,
-    task_of,
-)
 from gemma_scope_jax.progress import Report
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
@@ -74,8 +64,8 @@ class Score:
 
 
 def make_task(
-    table: Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
-) -> Task:
+    table: tables.Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
+) -> tables.Task:
     """The questions of a table with a column `target`, on at most `limit` of its examples.
 
     Rows with the same text are never on both sides, except under sae-probes, whose draws are its
@@ -85,14 +75,14 @@ def make_task(
     """
     labels = table.column("target", "label", "class")
     most = 2 if protocol.name == "sae-probes" else 20
-    names, classes = classes_of(labels, table.path, most)
-    kept = first_of_each(classes, limit)
+    names, classes = tables.classes_of(labels, table.path, most)
+    kept = tables.first_of_each(classes, limit)
     if protocol.name == "sae-probes":
-        questions = {names[1]: sae_probes_split(classes[kept], table.path)}
+        questions = {names[1]: tables.sae_probes_split(classes[kept], table.path)}
     else:
-        found = one_against_rest(classes[kept], table.path, table.numbered(kept))
+        found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
         questions = {names[c]: split for c, split in found.items()}
-    task = task_of(table, kept, classes, questions, quiet=quiet)
+    task = tables.task_of(table, kept, classes, questions, quiet=quiet)
     used = np.unique(np.concatenate([r for s in questions.values() for r in (s.train, s.test)]))
     at = lambda rows: np.searchsorted(used, rows)  # without the texts that no question uses
     questions = {
@@ -121,7 +111,7 @@ def rank(x: np.ndarray, y: np.ndarray, by_scale: bool = False) -> np.ndarray:
     return np.argsort(-np.abs(apart), kind="stable")
 
 
-def folds(y: np.ndarray, seed: int = SEED) -> list[np.ndarray]:
+def folds(y: np.ndarray, seed: int = tables.SEED) -> list[np.ndarray]:
     """Rows to hold out in turn to choose C: of 128 examples or more the last fifth, at most 100;
     of fewer, six random parts with the same shares of both classes (sae-probes)."""
     count = len(y)
@@ -151,7 +141,7 @@ def choose_strength(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def probe(
-    x: np.ndarray, split: Split, ks: Sequence[int], protocol: Protocol, *, full: bool = False
+    x: np.ndarray, split: tables.Split, ks: Sequence[int], protocol: Protocol, *, full: bool = False
 ) -> dict[str, Score]:
     """Scores of sparse probes on x [N, F], by k (at most F); "full": of a probe on all columns."""
     train, test = x[split.train], x[split.test]
@@ -169,7 +159,7 @@ def probe(
     return found
 
 
-def _score(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) -> Score:
+def _score(train: np.ndarray, test: np.ndarray, split: tables.Split, *, tuned: bool) -> Score:
     """A probe on [N, K], trained and tested."""
     c = choose_strength(train, split.train_y) if tuned else 1.0
     scores = fit_logistic(train[None], split.train_y[None], c).scores(test[None])[0, 0]
@@ -178,7 +168,7 @@ def _score(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) ->
 
 
 def probe_task(
-    task: Task,
+    task: tables.Task,
     subjects: Mapping[str, np.ndarray],
     protocol: Protocol,
     ks: Sequence[int] = (),

@@ -30,19 +30,9 @@ import numpy as np
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.probing import tables
 from gemma_scope_jax.probing.logistic import accuracy, fit_logistic
 from gemma_scope_jax.probing.pooling import along_decoder, typical_scale
-from gemma_scope_jax.probing.tables import (
-    SEED,
-    Split,
-    Table,
-    Task,
-    classes_of,
-    first_of_each,
-    held_out,
-    one_against_rest,
-    task_of,
-)
 
 ABLATED = (2, 5, 10, 20, 50, 100, 500)  # numbers of features
 CONTEXT = 128  # tokens of a text at most
@@ -60,15 +50,9 @@ class Probe:
         return np.asarray(x, np.float64) @ self.w + self.b
 
 
-def fit_probe(x: np.ndarray, split: Split) -> Probe:
-    """A probe on the training rows of x [N, D]."""
-    rows = x[split.train]
-    scale = typical_scale(rows)
-    fitted = fit_logistic(rows[None] * scale, split.train_y[None], 1.0)
-    return Probe(fitted.w[0, 0] * scale, float(fitted.b[0, 0]))
-
-
-def effects(f: np.ndarray, split: Split, products: np.ndarray, *, both_ways: bool) -> np.ndarray:
+def effects(
+    f: np.ndarray, split: tables.Split, products: np.ndarray, *, both_ways: bool
+) -> np.ndarray:
     """Effects float64 [F] of features f [N, F] on a probe with `products` w_dec @ w [F].
 
     both_ways: absolute effects, whichever class a feature is for (SCR); else only features that are
@@ -92,27 +76,33 @@ def ablated(
     return scores - np.asarray(f[:, chosen], np.float64) @ products[chosen]
 
 
-def fit_probes(task: Task, x: np.ndarray) -> dict[str, Probe]:
+def fit_probes(task: tables.Task, x: np.ndarray) -> dict[str, Probe]:
     """The probes of a task on its texts' activations x [N, D]: the same for every coder there."""
-    return {name: fit_probe(x, split) for name, split in task.questions.items()}
+    probes = {}
+    for name, split in task.questions.items():
+        rows = x[split.train]
+        scale = typical_scale(rows)
+        fitted = fit_logistic(rows[None] * scale, split.train_y[None], 1.0)
+        probes[name] = Probe(fitted.w[0, 0] * scale, float(fitted.b[0, 0]))
+    return probes
 
 
-def tpp_task(table: Table, limit: int | None = None, *, quiet: bool = False) -> Task:
+def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
     """A question for each of three classes or more, from a table with a column `target`, `label` or
     `class`; see `probing.make_task`. Raises `InputError`."""
-    names, classes = classes_of(table.column("target", "label", "class"), table.path)
+    names, classes = tables.classes_of(table.column("target", "label", "class"), table.path)
     if len(names) < 3:
         raise InputError(
             f"{table.path}: TPP compares classes: it needs at least 3, not {len(names)}"
         )
-    kept = first_of_each(classes, limit)
-    found = one_against_rest(classes[kept], table.path, table.numbered(kept))
+    kept = tables.first_of_each(classes, limit)
+    found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
     questions = {names[c]: split for c, split in found.items()}
-    return task_of(table, kept, classes, questions, quiet=quiet)
+    return tables.task_of(table, kept, classes, questions, quiet=quiet)
 
 
 def tpp(
-    task: Task,
+    task: tables.Task,
     probes: Mapping[str, Probe],
     coder: SparseCoder,
     x: np.ndarray,
@@ -148,7 +138,7 @@ def tpp(
     return {"clean": dict(zip(names, clean)), "by_n": by_n, "by_class": by_class}
 
 
-def scr_task(table: Table, limit: int | None = None, *, quiet: bool = False) -> Task:
+def scr_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
     """A question about each of two attributes on balanced texts, then "biased", from a table with
     two columns of two values each; see `probing.make_task`. Raises `InputError`."""
     if len(table.columns) != 2:
@@ -159,33 +149,35 @@ def scr_task(table: Table, limit: int | None = None, *, quiet: bool = False) -> 
     first, second = table.columns
     y: list[np.ndarray] = []
     for name in (first, second):
-        values, which = classes_of(table.column(name), table.path)
+        values, which = tables.classes_of(table.column(name), table.path)
         if len(values) != 2:
             raise InputError(f"{table.path}: {name} has {len(values)} values; SCR needs 2")
         y.append(which)
     quadrant = 2 * y[0] + y[1]
-    kept = first_of_each(quadrant, limit)
+    kept = tables.first_of_each(quadrant, limit)
     y = [v[kept] for v in y]
     combination = f"{table.path}: one of the four combinations of {first} and {second} has"
     if (fewest := np.bincount(quadrant[kept], minlength=4).min()) < 10:
         among = "" if limit is None else f" among {limit}"
         raise InputError(f"{combination} {fewest} texts{among}; SCR needs 10")
     sides = []
-    for parts in held_out(quadrant[kept], SEED, table.numbered(kept)):
+    for parts in tables.held_out(quadrant[kept], tables.SEED, table.numbered(kept)):
         if not (each := min(map(len, parts))):
             raise InputError(f"{combination} too few texts that occur nowhere else")
         balanced = np.concatenate([rows[:each] for rows in parts])
         agreeing = np.concatenate([parts[q][: 2 * each] for q in (0, 3)])
         sides.append((balanced, agreeing))
     (train, biased), (test, _) = sides
-    questions = {name: Split(train, v[train], test, v[test]) for name, v in zip((first, second), y)}
+    questions = {
+        name: tables.Split(train, v[train], test, v[test]) for name, v in zip((first, second), y)
+    }
     nowhere = np.zeros(0, np.int64)
-    questions["biased"] = Split(biased, y[0][biased], nowhere, nowhere)
-    return task_of(table, kept, quadrant, questions, quiet=quiet)
+    questions["biased"] = tables.Split(biased, y[0][biased], nowhere, nowhere)
+    return tables.task_of(table, kept, quadrant, questions, quiet=quiet)
 
 
 def scr(
-    task: Task,
+    task: tables.Task,
     probes: Mapping[str, Probe],
     coder: SparseCoder,
     x: np.ndarray,

@@ -73,9 +73,9 @@ def tiny(monkeypatch):
 
 def measured(monkeypatch):
     """The names of the tasks for which the model ran, as they come."""
-    names, real = [], benchmark.pool
+    names, real = [], benchmark.pooling.pool
     monkeypatch.setattr(
-        benchmark,
+        benchmark.pooling,
         "pool",
         lambda m, coders, texts, **o: names.append(len(coders)) or real(m, coders, texts, **o),
     )
@@ -224,13 +224,13 @@ def test_activations_of_words_are_kept_and_serve_other_coders(
     tiny()
     monkeypatch.setattr(benchmark, "CHUNK", 100)
     options = ["--absorption", "--words", "9", "--model", "tiny", "--out"]
-    passes, real = measured(monkeypatch), benchmark.pool
+    passes, real = measured(monkeypatch), benchmark.pooling.pool
     stopped = iter([real, real])
-    monkeypatch.setattr(benchmark, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o))
+    monkeypatch.setattr(benchmark.pooling, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o))
     out = str(folder / "kept")
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 130
     assert len(passes) == 2
-    monkeypatch.setattr(benchmark, "pool", real)
+    monkeypatch.setattr(benchmark.pooling, "pool", real)
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 0
     assert len(passes) == 3  # 234 words in files of 100
     whole = str(folder / "at once")
@@ -282,7 +282,7 @@ def test_features_have_their_own_numbers(folder, tiny, compile_once):
     ((found,),) = [[r["sae"]["4"] for r in benchmark.run_jobs(bench, jobs)]]
     task = benchmark.make_task(benchmark.read_table(folder / "moods.csv"), protocol)
     ids = [np.asarray(Letters().encode(text), np.int32) for text in task.texts]
-    pooled = benchmark.pool(model, [coder], ids, how=-1)
+    pooled = benchmark.pooling.pool(model, [coder], ids, how=-1)
     dense = np.asarray(coder.encode(pooled.raw[coder.reads, coder.layer]))
     want = benchmark.probe_task(task, {"sae": dense}, protocol, (4,))["sae"]["4"]
     assert found["features"] == list(want["features"])

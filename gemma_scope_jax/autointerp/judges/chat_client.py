@@ -24,26 +24,9 @@ from typing import Any
 from urllib.parse import quote
 
 from gemma_scope_jax.autointerp.answers import AnswerFile, request_key
+from gemma_scope_jax.autointerp.judges import replies
 from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.judges.http_post import Response, post
-from gemma_scope_jax.autointerp.judges.replies import (
-    CUT,
-    FAILED,
-    FILTERED,
-    REFUSED,
-    UNUSABLE,
-    BadReply,
-    Failure,
-    NoAnswer,
-    Reply,
-    error_of,
-    is_filtered,
-    parsed,
-    read_reply,
-    takes_no_system,
-    usage_of,
-    without_system,
-)
 from gemma_scope_jax.autointerp.prompts import Messages
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
@@ -82,7 +65,7 @@ class _Again(Exception):
 
 
 class ChatClient:
-    """Sends messages, from any number of threads, and counts requests and tokens."""
+    """Sends messages, from any number of threads; counts requests and tokens."""
 
     def __init__(
         self, endpoint: Endpoint, answers: AnswerFile, notify: Callable[[str], None] = LOG.info
@@ -97,7 +80,9 @@ class ChatClient:
         self._failing: set[str] = set()  # keys of questions that failed since the last answer
         self._hold = 0.0  # nobody sends before this time (monotonic)
         self._no_system = False  # whether the model's template turned out to lack a system role
-        self._secrets = _forms_of(endpoint.key)
+        key = endpoint.key  # as it is, as in URLs, and as JSON may escape it
+        forms = (key, quote(key, safe=""), key.replace("/", "\\/"))
+        self._secrets = tuple(dict.fromkeys(forms)) if len(key) >= SECRET else ()
 
     @property
     def cost(self) -> float:
@@ -122,9 +107,9 @@ class ChatClient:
         self,
         messages: Messages,
         max_tokens: int,
-        fits: Callable[[Reply], bool] = lambda _: True,
+        fits: Callable[[replies.Reply], bool] = lambda _: True,
         kept_as: Messages | None = None,
-    ) -> Reply:
+    ) -> replies.Reply:
         """The reply to a conversation, from the file of answers if it is there.
 
         fits: whether a reply can be used; only these are kept, and none that was cut off.
@@ -136,13 +121,16 @@ class ChatClient:
         """
         body = self.body(messages, max_tokens)
         key = request_key([self.endpoint.address, self.body(kept_as or messages, max_tokens)])
-        kept = _kept_reply(self.answers.get(key))
-        if kept is not None and fits(kept):
-            self.answered = True
-            return kept
+        held = self.answers.get(key)
+        if isinstance(held, dict) and isinstance(held.get("text"), str):
+            logprobs = held.get("logprobs")
+            kept = replies.Reply(held["text"], logprobs if isinstance(logprobs, list) else None)
+            if fits(kept):
+                self.answered = True
+                return kept
         try:
             reply = self._send(body, key)
-        except NoAnswer as error:
+        except replies.NoAnswer as error:
             self.lose(error)
             raise
         if not reply.is_cut and fits(reply):
@@ -151,17 +139,15 @@ class ChatClient:
             self.answers.put(key, {"text": reply.text, **more})
         return reply
 
-    def lose(self, error: NoAnswer) -> None:
+    def lose(self, error: replies.NoAnswer) -> None:
         """Count an unanswered question, and report the first few."""
         with self._lock:
             self.refused += 1
             count, hopeless = self.refused, not self.answered and self.refused >= REFUSALS
         if hopeless:
-            what = "refuses every request" if error.why in (REFUSED, FILTERED) else error.why
-            raise InputError(
-                f"{self.endpoint.url}: {what} ({error.words}); none of {count} questions is "
-                "answered"
-            )
+            is_refused = error.why in (replies.REFUSED, replies.FILTERED)
+            what = f"{'refuses every request' if is_refused else error.why} ({error.words})"
+            raise InputError(f"{self.endpoint.url}: {what}; none of {count} questions is answered")
         if count <= SAID:
             more = "; others like it are counted at the end" if count == SAID else ""
             self._say(f"a question has no answer: {error}{more}")
@@ -169,7 +155,7 @@ class ChatClient:
     def _say(self, line: str) -> None:
         self.notify(shown(f"endpoint: {self._clean(line)}"))
 
-    def _send(self, body: dict[str, Any], key: str) -> Reply:
+    def _send(self, body: dict[str, Any], key: str) -> replies.Reply:
         e, tries, before = self.endpoint, 0, self.requests
         while True:
             try:
@@ -195,7 +181,7 @@ class ChatClient:
         """The exception for a request that failed `tries` times: only this question is lost, unless
         others fail too. before: requests answered when it was first sent."""
         if error.unusable:
-            return NoAnswer(UNUSABLE, str(error))
+            return replies.NoAnswer(replies.UNUSABLE, str(error))
         if not error.general:
             with self._lock:
                 if self.requests == before:  # else the server answers other questions
@@ -203,7 +189,7 @@ class ChatClient:
                 failing = len(self._failing)
             if failing < FAILURES:
                 often = "once" if tries == 1 else f"{tries} times"
-                return NoAnswer(FAILED, f"{often}: {error}")
+                return replies.NoAnswer(replies.FAILED, f"{often}: {error}")
         return InputError(
             f"{self.endpoint.url}: no answer after {tries} tries ({error}); what is answered "
             "is kept, and the same command resumes"
@@ -219,15 +205,16 @@ class ChatClient:
                 raise Stopped
             yield
 
-    def _once(self, body: dict[str, Any]) -> Reply:
+    def _once(self, body: dict[str, Any]) -> replies.Reply:
         """One request, and another if the model turns out to have no system role."""
-        plain = {**body, "messages": without_system(body["messages"])}
+        plain = {**body, "messages": replies.without_system(body["messages"])}
         if self._no_system:
             return self._posted(plain)
         try:
             return self._posted(body)
-        except NoAnswer as error:
-            if plain == body or error.why != REFUSED or not takes_no_system(error.words):
+        except replies.NoAnswer as error:
+            lacks_role = error.why == replies.REFUSED and replies.takes_no_system(error.words)
+            if plain == body or not lacks_role:
                 raise
         reply = self._posted(plain)
         with self._lock:
@@ -236,7 +223,7 @@ class ChatClient:
             self._say("the model takes no system role: its text now begins the user's message")
         return reply
 
-    def _posted(self, body: dict[str, Any]) -> Reply:
+    def _posted(self, body: dict[str, Any]) -> replies.Reply:
         e, data = self.endpoint, json.dumps(body, allow_nan=False).encode()
         try:
             response = post(e.address, data, HEADERS | e.headers, e.timeout, LARGEST_REPLY)
@@ -251,7 +238,7 @@ class ChatClient:
             return self._read(response, body)
         raw = self._raw(response)
         try:
-            message = error_of(parse_json(raw, "", mend_text=True))[1]
+            message = replies.error_of(parse_json(raw, "", mend_text=True))[1]
         except InputError:
             message = raw
         said = f"{response.status} {self._words(message) or self._words(response.phrase)}"
@@ -264,10 +251,10 @@ class ChatClient:
     def _meaning(self, code: int, said: str, raw: str, wait: float | None = None) -> Exception:
         """The exception for an error of the server. raw: its whole text."""
         where = self.endpoint.url
-        if is_filtered(code, raw):
-            return NoAnswer(FILTERED, said)
-        if code in (400, 413, 422, 451) or (code == 500 and takes_no_system(said)):
-            return NoAnswer(REFUSED, said)
+        if replies.is_filtered(code, raw):
+            return replies.NoAnswer(replies.FILTERED, said)
+        if code in (400, 413, 422, 451) or (code == 500 and replies.takes_no_system(said)):
+            return replies.NoAnswer(replies.REFUSED, said)
         if code in (429, 503) and "insufficient_quota" not in raw:
             if wait is not None and wait > LONGEST_WAIT:
                 return InputError(f"{where}: {said}: asks to wait {wait:.0f} s; try again then")
@@ -277,39 +264,39 @@ class ChatClient:
         hint = "; is the right key in the variable?" if code in (401, 403) else ""
         return InputError(f"{where}: {said}{hint}")
 
-    def _read(self, response: Response, body: Mapping[str, Any]) -> Reply:
+    def _read(self, response: Response, body: Mapping[str, Any]) -> replies.Reply:
         """The answer in a reply of status 200. Raises the reason if there is none."""
         form = str(response.headers.get("Content-Encoding") or "identity")
         if form.lower() != "identity":
             raise _Again(f"a reply compressed by {self._words(form)}, unasked", unusable=True)
         try:
-            reply = parsed(response.body)
-            spent = usage_of(reply)
+            reply = replies.parsed(response.body)
+            spent = replies.usage_of(reply)
             with self._lock:
                 self.uncounted += spent is None
                 self.tokens_in += spent[0] if spent else 0
                 self.tokens_out += spent[1] if spent else 0
-            found = read_reply(reply)
-        except NoAnswer as error:
-            raise NoAnswer(error.why, self._words(error.words)) from None
-        except (InputError, BadReply) as error:
+            found = replies.read_reply(reply)
+        except replies.NoAnswer as error:
+            raise replies.NoAnswer(error.why, self._words(error.words)) from None
+        except (InputError, replies.BadReply) as error:
             text = f"the reply is not a chat completion: {self._words(error)}"
             raise _Again(text, unusable=True) from None
-        except Failure as error:
+        except replies.Failure as error:
             said = f"{error.code or ''} {self._words(error)}".strip()
             raw = self._raw(response)
             if error.code is not None:
                 raise self._meaning(error.code, said, raw) from None
-            if is_filtered(400, raw):
-                raise NoAnswer(FILTERED, said) from None
+            if replies.is_filtered(400, raw):
+                raise replies.NoAnswer(replies.FILTERED, said) from None
             raise _Again(said, unusable=True) from None
         if found.is_cut and not found.text.strip():
-            raise NoAnswer(CUT, self.cut_off(body))
+            raise replies.NoAnswer(replies.CUT, self.cut_off(body))
         with self._lock:
             self.requests += 1
             self._failing.clear()
         logprobs = found.logprobs if self.endpoint.logprobs else None
-        return Reply(self._clean(found.text), logprobs, found.is_cut)
+        return replies.Reply(self._clean(found.text), logprobs, found.is_cut)
 
     def cut_off(self, body: Mapping[str, Any]) -> str:
         """What to say of an answer that was cut off."""
@@ -330,21 +317,6 @@ class ChatClient:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
-
-
-def _forms_of(key: str) -> tuple[str, ...]:
-    """A key as it is, as in URLs, and as JSON may escape it."""
-    if len(key) < SECRET:
-        return ()
-    return tuple(dict.fromkeys((key, quote(key, safe=""), key.replace("/", "\\/"))))
-
-
-def _kept_reply(kept: Any) -> Reply | None:
-    """The reply in an entry of the file of answers; None if it is not one."""
-    if not isinstance(kept, dict) or not isinstance(kept.get("text"), str):
-        return None
-    logprobs = kept.get("logprobs")
-    return Reply(kept["text"], logprobs if isinstance(logprobs, list) else None)
 
 
 def retry_after(value: str | None) -> float | None:

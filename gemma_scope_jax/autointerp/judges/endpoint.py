@@ -64,8 +64,8 @@ class Endpoint:
     def name(self) -> str:
         """The name in explanations.json: the model, and a checksum of the options that change its
         answers."""
-        more = {"options": dict(self.options)} if self.options else {}
-        more |= {"logprobs": True} if self.logprobs else {}
+        more = {"options": dict(self.options), "logprobs": self.logprobs}
+        more = {key: value for key, value in more.items() if value}
         return f"{self.model} (options {request_key(more)[:8]})" if more else self.model
 
     @property

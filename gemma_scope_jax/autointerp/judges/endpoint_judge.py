@@ -50,11 +50,12 @@ class EndpointJudge:
                 if not reply.is_cut and (answer := read(reply)) is not None:
                     return answer
                 said = {"role": "assistant", "content": reply.text[:REPEATED] or "(nothing)"}
-                complain = {"role": "user", "content": complaint(question)}
-                conversation = [*conversation, said, complain]
-            body = self.client.body(conversation, most)
-            lost = NoAnswer(CUT, self.client.cut_off(body)) if reply.is_cut else None
-            lost = lost or NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
+                conversation = [*conversation, said]
+                conversation.append({"role": "user", "content": complaint(question)})
+            if reply.is_cut:
+                lost = NoAnswer(CUT, self.client.cut_off(self.client.body(conversation, most)))
+            else:
+                lost = NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
             self.client.lose(lost)
         except NoAnswer as error:
             lost = error

@@ -115,7 +115,7 @@ class _Connections(urllib.request.AbstractHTTPHandler):
         return self.do_open(self._timed(http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self._timed(http.client.HTTPSConnection), req, context=_trust())
+        return self.do_open(self._timed(http.client.HTTPSConnection), req, context=_context())
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -129,7 +129,7 @@ class _Connections(urllib.request.AbstractHTTPHandler):
 
 
 @functools.cache
-def _trust() -> ssl.SSLContext:
+def _context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -152,8 +152,8 @@ class RuleJudge:
             strengths = rule.strengths(question.examples[0].tokens)
             return Answer("", tuple(mean for _, mean in strengths))
         shares = [_at_marks(rule, s) for s in question.examples]
-        said = tuple(float(named) for named, _ in shares)
-        return Answer("", said, tuple(share for _, share in shares))
+        said, confidence = zip(*shares)
+        return Answer("", tuple(map(float, said)), confidence)
 
 
 def _odd_one_out(examples: Sequence[ShownText]) -> int:

@@ -88,7 +88,10 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
     m, facts, text = cards.manifest, batch_facts(cards), text_facts(cards)
     model, name = facts["model_id"], facts["sae_set"]
     by = {"creatorId": CREATOR, "createdAt": now}
-    title = f"{m['coder']}"
+    title, hub = f"{m['coder']}", {"hfRepoId": None, "hfFolderId": None}
+    if title.startswith("gemma-scope-2-"):  # an address of the release
+        repo, _, folder = title.partition("/")
+        hub = {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
     return {
         "release": {
             "name": name, "description": title, "descriptionShort": title, "creatorName": CREATOR,
@@ -113,7 +116,7 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
         "source": {
             "id": source, "modelId": model, "setName": name, "hasDashboards": True,
             "inferenceEnabled": False, "inferenceHosts": [], "saelensConfig": None,
-            "saelensRelease": None, "saelensSaeId": None, **_hub(str(m["coder"])),
+            "saelensRelease": None, "saelensSaeId": None, **hub,
             "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False,
             "hasUmapLogSparsity": False, "hasUmapClusters": False,
             "num_prompts": text["n_prompts_total"],
@@ -121,14 +124,6 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "notes": f"{m['kind']} of {m['reads']}, layer {m['layer']}", **by,
         },
     }  # fmt: skip
-
-
-def _hub(address: str) -> dict[str, str | None]:
-    """The repository and folder of an address of the release."""
-    if not address.startswith("gemma-scope-2-"):
-        return {"hfRepoId": None, "hfFolderId": None}
-    repo, _, folder = address.partition("/")
-    return {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
 
 
 def _feature(
