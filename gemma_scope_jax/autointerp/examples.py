@@ -248,9 +248,11 @@ def gather(corpus: Corpus, feature: int, neighbours: Sequence[int] = ()) -> Mate
     quantile = np.arange(len(test)) * min(s.quantiles, len(test)) // len(test)
     drawn = spread(quantile, s.test, rng)
     strong = test[top_and_weighted(values[test], 2, 2, rng)]
-    firing = lambda at, quantile=-1: _windows(
-        corpus, rows[at], _values_around(corpus, rows, values, rows[at]), quantile
-    )
+
+    def firing(at: np.ndarray, quantile: np.ndarray | int = -1) -> list[Window]:
+        around = _values_around(corpus, rows, values, rows[at])
+        return _windows(corpus, rows[at], around, quantile)
+
     hard = _hard_negatives(corpus, rows, neighbours)[: s.hard]
     return Material(
         feature=feature,

@@ -26,16 +26,16 @@ from gemma_scope_jax.autointerp.explanations import (
 from gemma_scope_jax.autointerp.judges.chat_client import Stopped
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.prompts import lengths, messages
-from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, Question, explain_question
+from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, explain_question
 from gemma_scope_jax.autointerp.scores import SCORES, short_score
 from gemma_scope_jax.errors import InputError, nearest, shown
-from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress
+SIZED = 8  # features from whose questions a run is estimated
 PLACEHOLDER = (
     "an explanation of about twenty words stands here while nobody has been asked what " * 2
 )
@@ -155,16 +155,15 @@ def unfinished(
     entries: Mapping[int, Explanation],
 ) -> list[int]:
     """The `features` that a judge (its `method` and `name`) has yet to explain or score."""
-    drawn = fingerprint(corpus)
-
-    def is_finished(entry: Explanation | None) -> bool:
-        if entry is None:
-            return False
-        if method == "statistics" and entry["method"] != "statistics":
-            return True
-        return is_by(entry, method, name, drawn) and set(scores) <= set(entry["scores"])
-
-    return [f for f in features if not is_finished(entries.get(f))]
+    drawn, todo = fingerprint(corpus), []
+    for f in features:
+        entry = entries.get(f)
+        if entry and method == "statistics" and entry["method"] != "statistics":
+            continue
+        is_ours = entry and is_by(entry, method, name, drawn)
+        if not entry or not is_ours or not set(scores) <= set(entry["scores"]):
+            todo.append(f)
+    return todo
 
 
 @dataclasses.dataclass
@@ -205,10 +204,8 @@ class _ExplainRun:
     def explained(
         self, material: Material, entry: Explanation | None
     ) -> tuple[Explanation | None, list[Answer]]:
-        """The new entry, None if nothing was learnt, and the answers without values.
-
-        A score is left out if none of its questions has an answer: the next run asks again.
-        """
+        """The new entry, None if nothing was learnt, and the answers without values. A score is
+        left out if none of its questions has an answer: the next run asks again."""
         is_new = entry is None
         if entry is None:
             (answer,) = self.judge.answer([explain_question(material.train)])
@@ -305,32 +302,22 @@ class JudgeEstimate:
 
 
 def plan(
-    corpus: Corpus,
-    features: Sequence[int],
-    scores: Sequence[str],
-    prices: tuple[float, float],
-    *,
-    looked_at: int = 8,
+    corpus: Corpus, features: Sequence[int], scores: Sequence[str], prices: tuple[float, float]
 ) -> JudgeEstimate:
     """Estimate what explaining `features` will ask; prices in dollars per million tokens in, out.
-
     Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again because
-    the answer was not understood are not included.
-    """
+    the answer was not understood are not included."""
     check_scores(scores)
-    some = features[:: max(1, len(features) // looked_at)][:looked_at]
+    some = features[:: max(1, len(features) // SIZED)][:SIZED]
     totals = [0, 0, 0, 0]
     for material in filter(None, (gather(corpus, f) for f in some)):
         questions = [explain_question(material.train)]
         for name in scores:
             questions += SCORES[name][0](material, PLACEHOLDER, corpus.sampling)
         for q in questions:
-            totals = [a + b for a, b in zip(totals, _size(corpus.tokenizer, q))]
+            text = "".join(m["content"] for m in messages(q))
+            size = (1, len(corpus.tokenizer.encode(text)) + 10, *lengths(q))
+            totals = [a + b for a, b in zip(totals, size)]
     requests, into, usual, most = (round(t / max(1, len(some)) * len(features)) for t in totals)
     price = lambda out: (into * prices[0] + out * prices[1]) / 1e6
     return JudgeEstimate(len(features), requests, into, usual, most, price(usual), price(most))
-
-
-def _size(tokenizer: Tokenizer, question: Question) -> tuple[int, int, int, int]:
-    text = "".join(m["content"] for m in messages(question))
-    return (1, len(tokenizer.encode(text)) + 10, *lengths(question))

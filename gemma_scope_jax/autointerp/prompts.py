@@ -26,30 +26,26 @@ ROLE = (
 )
 MARKS = "Tokens between << and >> are marked. "
 SYSTEM = {
-    "explain": ROLE
-    + MARKS
-    + "Here the marked tokens are those on which one feature is active; how strongly, 0 to 10, "
+    "explain": f"{ROLE}{MARKS}"
+    "Here the marked tokens are those on which one feature is active; how strongly, 0 to 10, "
     "is listed after each text. Say in one phrase of at most 20 words what makes the feature "
     "active: the words themselves, their parts, what stands before or after them, or the subject "
     "of the text. Be as general as the texts demand and as precise as they allow. Answer with the "
     "phrase alone.",
-    "classify": ROLE + "Given what a feature is said to respond to, judge for each numbered text "
+    "classify": f"{ROLE}Given what a feature is said to respond to, judge for each numbered text "
     "whether the feature is active somewhere in it. Answer with a JSON list that has one number "
     "for each text, in order: 1 if active, 0 if not. Nothing else.",
-    "marked": ROLE + MARKS + "Given what a feature is said to respond to, judge for each numbered "
+    "marked": f"{ROLE}{MARKS}Given what a feature is said to respond to, judge for each numbered "
     "text whether the marked tokens are ones on which the feature is active. Answer with a JSON "
     "list that has one number for each text, in order: 1 if so, 0 if not. Nothing else.",
-    "select": ROLE + "Given what a feature is said to respond to and some numbered texts in random "
+    "select": f"{ROLE}Given what a feature is said to respond to and some numbered texts in random "
     "order, name the texts in which it is active at least once. Answer with their numbers, "
     'separated by commas, or with "None". Nothing else.',
-    "intruder": ROLE
-    + MARKS
-    + "In all numbered texts but one, the marked tokens are those on which "
+    "intruder": f"{ROLE}{MARKS}In all numbered texts but one, the marked tokens are those on which "
     "one and the same feature is active; in one text they are marked at random. Find that text. "
     "Answer with its number in square brackets, as in [2]. Nothing else.",
-    "simulate": ROLE
-    + "Given what a feature is said to respond to and a text as a JSON list of its "
-    "tokens, estimate how active the feature is on each token, as a whole number from 0 to 10. "
+    "simulate": f"{ROLE}Given what a feature is said to respond to and a text as a JSON list of "
+    "its tokens, estimate how active the feature is on each token, as a whole number from 0 to 10. "
     "Answer with a JSON list that has one number for each token, in order. Nothing else.",
 }
 # Tokens of an answer, or of each value in it: usual, and at most.
@@ -146,11 +142,9 @@ _OPEN, _CLOSE = (
 
 
 def without_thoughts(text: str) -> str:
-    """An answer without its thoughts; "" if it was cut off in them.
-
-    A closing mark ends a thought if the text begins with a thought or has no opening mark, or if
-    the line ends there. Otherwise it may be part of a sentence about such marks.
-    """
+    """An answer without its thoughts; "" if it was cut off in them. A closing mark ends a thought
+    if the text begins with a thought or has no opening mark, or if the line ends there. Otherwise
+    it may be part of a sentence about such marks."""
     opening = _OPEN.search(text)
     thought = opening is None or not text[: opening.start()].strip()
     for end in [*_CLOSE.finditer(text)][::-1]:
@@ -243,7 +237,7 @@ def digits_only(logprobs: list[Any]) -> list[dict[str, Any]]:
         return [t for t in some if str(t.get("token")).strip() in ("0", "1")]
 
     def pair(token: dict[str, Any]) -> dict[str, Any]:
-        value = token.get("logprob")
+        value: Any = token.get("logprob")
         is_one = isinstance(value, (int, float)) and value <= 1e-3  # -Infinity is cut to -1e4
         return {"token": token["token"], "logprob": float(max(value, -1e4)) if is_one else None}
 

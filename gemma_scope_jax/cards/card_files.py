@@ -72,17 +72,12 @@ class ExampleGroup:
 
 
 class CardFiles:
-    """The arrays of a folder while they are made; those of a stage appear together.
-
-    The folder is locked against other processes until `close`, or the end of a `with` block.
-    """
+    """The arrays of a folder while they are made; those of a stage appear together. The folder is
+    locked against other processes until `close`, or the end of a `with` block."""
 
     def __init__(self, folder: str | os.PathLike, belongs: Any = None):
-        """Removes cards from the folder that do not belong to `belongs` (JSON).
-
-        Raises `InputError` for a folder with other arrays, and while another process makes cards
-        there.
-        """
+        """Removes cards from the folder that do not belong to `belongs` (JSON). Raises `InputError`
+        for a folder with other arrays, and while another process makes cards there."""
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         self.folder = Path(folder)
@@ -173,10 +168,8 @@ class Stage:
         self._files: dict[str, WholeFile] = {}
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
-        """A memory-mapped array filled with `fill`, with its space on the disk reserved.
-
-        Raises `InputError` without that space.
-        """
+        """A memory-mapped array filled with `fill`, with its space on the disk reserved. Raises
+        `InputError` without that space."""
         path, kind = self.folder / f"{name}.npy", np.dtype(dtype)
         header: dict[str, Any] = {"fortran_order": False, "shape": shape}
         header["descr"] = np.lib.format.dtype_to_descr(kind)
@@ -243,9 +236,7 @@ def _check_finished(manifest: dict[str, Any], path: Path) -> None:
 
 class FeatureCards:
     """The cards in a folder: `cards[name]` is an array, `cards.groups(feature)` its examples.
-
-    Raises `InputError` for a folder without finished cards.
-    """
+    Raises `InputError` for a folder without finished cards."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -337,10 +328,8 @@ class FeatureCards:
         return [row for row in zip(ids.tolist(), *columns) if row[0] >= 0]
 
     def percentiles(self, features: slice) -> np.ndarray:
-        """float64 [n, 99]: the 1st to 99th percentiles of each feature's activations.
-
-        Read from the histogram: exact to one bin, 1 / bins of the largest activation.
-        """
+        """float64 [n, 99]: the 1st to 99th percentiles of each feature's activations. Read from the
+        histogram: exact to one bin, 1 / bins of the largest activation."""
         counts = np.asarray(self["histogram"][features], np.float64)
         largest = np.asarray(self["largest"][features], np.float64)
         bins = counts.shape[1]

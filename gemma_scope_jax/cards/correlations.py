@@ -24,11 +24,9 @@ PAIRS = 1 << 21  # pairs of features in a block, if all are active together
 def correlate(
     store: FeatureStore, coder: str, layer: int, k: int, stage: Stage, entries: int = ENTRIES
 ) -> None:
-    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest, at least `LEAST`.
-
-    The cosine is that of the uncentred activations. Of a store with more than `entries` active
-    features, evenly spaced segments are used.
-    """
+    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest, at least `LEAST`. The
+    cosine is that of the uncentred activations. Of a store with more than `entries` active
+    features, evenly spaced segments are used."""
     fired = store.fired(coder, layer)
     width, segments = len(fired), store.segment_count
     count = max(1, int(segments * min(1.0, entries / max(int(fired.sum()), 1))))

@@ -181,10 +181,8 @@ class Sample:
 def gather_examples(
     store: FeatureStore, coder: str, layer: int, settings: CardSettings, stage: Stage
 ) -> None:
-    """Make the arrays `density` to `example_values` from a feature store.
-
-    Raises `InputError` if no feature of the coder is active in the store.
-    """
+    """Make the arrays `density` to `example_values` from a feature store. Raises `InputError` if no
+    feature of the coder is active in the store."""
     s = settings
     fired = np.asarray(store.fired(coder, layer), np.int64)
     width = len(fired)

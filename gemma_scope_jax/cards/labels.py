@@ -17,7 +17,6 @@ from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import is_number
 from gemma_scope_jax.cards.build import build_cards
-from gemma_scope_jax.cards.card_files import Example, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
@@ -67,38 +66,21 @@ def build_labels(
         store = extract(model, {"coder": coder}, tokenizer, plain, out, **options)
         options = {"model": model, "tokenizer": tokenizer, "settings": settings}
         cards = build_cards(store, coder, f"{folder}/cards", **options)
-        return _labels_of(cards, tokenizer, examples, [source for source, _ in named])
-
-
-def _labels_of(
-    cards: FeatureCards, tokenizer: Tokenizer, examples: int, sources: list[str]
-) -> dict[str, Any]:
-    """The label material of cards: their strongest examples, without control tokens. sources: of
-    each document."""
-
-    def words(name: str, feature: int) -> list[str]:
-        return tokenizer.decode_tokens(cards[name][feature]) if name in cards else []
-
-    def snippet(example: Example) -> dict[str, Any]:
-        kept = [(i, v) for i, v in zip(example.ids, example.values) if not tokenizer.special[i]]
-        return {
-            "tokens": tokenizer.decode_tokens([i for i, _ in kept]),
-            "values": [float(f"{v:.3g}") for _, v in kept],
-            "source": sources[example.document],
-        }
-
-    features = [
-        {
-            "top_logits": words("top_ids", f),
-            "bottom_logits": words("bottom_ids", f),
-            "examples": [
-                s for e in cards.groups(f)[0].examples[:examples] if (s := snippet(e))["tokens"]
-            ],
-            "density": round(float(cards["density"][f]), 7),
-        }
-        for f in range(len(cards))
-    ]
-    return {"format": FORMAT, "tokens": cards.tokens, "features": features}
+        words = lambda key, f: tokenizer.decode_tokens(cards[key][f]) if key in cards else []
+        features = []
+        for f in range(len(cards)):
+            label = {"top_logits": words("top_ids", f), "bottom_logits": words("bottom_ids", f)}
+            snippets = []
+            for e in cards.groups(f)[0].examples[:examples]:
+                kept = [(i, v) for i, v in zip(e.ids, e.values) if not tokenizer.special[i]]
+                tokens = tokenizer.decode_tokens([i for i, _ in kept])
+                values = [float(f"{v:.3g}") for _, v in kept]
+                if tokens:  # others than control tokens
+                    source = named[e.document][0]
+                    snippets.append({"tokens": tokens, "values": values, "source": source})
+            density = round(float(cards["density"][f]), 7)
+            features.append({**label, "examples": snippets, "density": density})
+        return {"format": FORMAT, "tokens": cards.tokens, "features": features}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -128,10 +110,8 @@ def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
 
 
 def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
-    """The label material beside a coder of `width` features; None if there is none.
-
-    Raises `InputError` for a file that cannot be used or is another coder's.
-    """
+    """The label material beside a coder of `width` features; None if there is none. Raises
+    `InputError` for a file that cannot be used or is another coder's."""
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None

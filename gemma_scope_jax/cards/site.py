@@ -52,7 +52,11 @@ def build_site(
         postings = _Postings(data)
         for start in tracked(range(0, len(cards), CHUNK), "site"):
             features = range(start, min(start + CHUNK, len(cards)))
-            words, ids = _vocabulary(cards, features, tokenizer)
+            here = slice(features.start, features.stop)
+            lists = [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
+            ids = np.unique(np.concatenate([cards["example_tokens"][here].ravel(), *lists]))
+            ids = ids[ids >= 0]
+            words = tokenizer.decode_tokens(ids)
             place = partial(np.searchsorted, ids)
             made = [_card(cards, f, place) for f in features]
             _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
@@ -67,18 +71,6 @@ def build_site(
 
 def _write(data: Path, name: str, value: Any) -> None:
     (data / f"{name}.js").write_text(f'cards("{name}",{inert_json(value)})\n', encoding="utf-8")
-
-
-def _vocabulary(
-    cards: FeatureCards, features: range, tokenizer: Tokenizer
-) -> tuple[list[str], np.ndarray]:
-    """The tokens of some cards as text, and their ids, ascending."""
-    here = slice(features.start, features.stop)
-    lists = [cards["example_tokens"][here].ravel()]
-    lists += [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
-    ids = np.unique(np.concatenate(lists))
-    ids = ids[ids >= 0]
-    return tokenizer.decode_tokens(ids), ids
 
 
 Locate = Callable[[Any], np.ndarray]  # ids -> their indices in the vocabulary of a file

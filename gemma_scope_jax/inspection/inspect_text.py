@@ -210,6 +210,10 @@ def inspect_text(
         known = {
             f: {"top_logits": a, "bottom_logits": b, **none} for f, (a, b) in zip(named, pairs)
         }
+    for f, e in (explanations or {}).items():
+        if f in known:
+            more = {"explanation": e["text"], "explained": explanation_note(e)}
+            known[f] = {**known[f], **more}
     return Inspection(
         model=model.config.name,
         coder=public_name(coder),
@@ -225,15 +229,6 @@ def inspect_text(
         features=per_token,
         strongest=strongest,
         heat=heat[: len(strongest), : len(ids)].tolist(),
-        labels=_explained(known, explanations or {}),
+        labels=known,
         figures=figures,
     )
-
-
-def _explained(
-    labels: Mapping[int, Label], explanations: Mapping[int, Explanation]
-) -> dict[int, Label]:
-    """The labels, with an `explanation` and a note `explained` on it where there is one."""
-    more = lambda e: {"explanation": e["text"], "explained": explanation_note(e)}
-    some = {f: more(explanations[f]) for f in labels if f in explanations}
-    return {f: {**label, **some.get(f, {})} for f, label in labels.items()}

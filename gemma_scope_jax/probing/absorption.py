@@ -75,10 +75,8 @@ def alphabetic_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
 def spelling_prompts(
     tokenizer: Tokenizer, per_letter: int | None = 200, *, seed: int = SEED
 ) -> Spelling:
-    """Up to `per_letter` words of each letter (None: all), each in a prompt with ten others.
-
-    Raises `InputError` if the vocabulary has too few words.
-    """
+    """Up to `per_letter` words of each letter (None: all), each in a prompt with ten others. Raises
+    `InputError` if the vocabulary has too few words."""
     ids, words = alphabetic_tokens(tokenizer)
     if len(ids) <= EXAMPLES:
         raise InputError(f"the vocabulary has {len(ids)} words of letters a to z: too few to spell")
@@ -189,10 +187,8 @@ def main_features(
 def absorbed(
     f: np.ndarray, projection: np.ndarray, cosine: np.ndarray, main: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The absorption fraction float64 [N] of each word, and whether its absorption is full, bool.
-
-    f [N, F] features, projection [N] = x . p, cosine [F] of decoder rows with p, `main` features.
-    """
+    """The absorption fraction float64 [N] of each word, and whether its absorption is full, bool. f
+    [N, F] features, projection [N] = x . p, cosine [F] of decoder rows with p, `main` features."""
     f = np.asarray(f, np.float64)
     mains = np.asarray(main, int)
     a = f * cosine

@@ -105,11 +105,8 @@ class BenchmarkJob:
 
 
 def run_jobs(bench: Bench, jobs: Sequence[BenchmarkJob]) -> list[dict[str, Result]]:
-    """Measure what is missing; the results of each job, {subject: result}.
-
-    Raises `InputError` for a broken result file, and while another process measures into the
-    folder.
-    """
+    """Measure what is missing; the results of each job, {subject: result}. Raises `InputError` for
+    a broken result file, and while another process measures into the folder."""
     with only_writer(bench.folder):
         keys = {name: weights_identity(coder) for name, coder in bench.coders.items()}
         stored = [_stored(job, bench, keys) for job in jobs]
@@ -187,10 +184,8 @@ def probing_jobs(
     limit: int | None = None,
     ks: Sequence[int] = (),
 ) -> tuple[list[BenchmarkJob], list[str]]:
-    """A job for each table that fits the protocol, and one line for each that does not.
-
-    Raises `InputError` if a file is not a table, or none of them fits.
-    """
+    """A job for each table that fits the protocol, and one line for each that does not. Raises
+    `InputError` if a file is not a table, or none of them fits."""
     ks = tuple(ks) or protocol.ks
     if min(ks) < 1:
         raise InputError(f"k is {min(ks)}: probe on 1 feature or more")
@@ -356,11 +351,9 @@ def _word_activations(
     places: Sequence[pooling.SiteLayer],
     report: Report,
 ) -> dict[pooling.SiteLayer, np.ndarray]:
-    """Activations [W, D] at each of `places` on the words of the prompts.
-
-    Kept in files of `CHUNK` words in `folder`: the whole vocabulary takes hours, which may be
-    interrupted, and later coders at the same places need no model.
-    """
+    """Activations [W, D] at each of `places` on the words of the prompts. Kept in files of `CHUNK`
+    words in `folder`: the whole vocabulary takes hours, which may be interrupted, and later coders
+    at the same places need no model."""
     folder = folder / f"activations-{digest(repr(places), 4)}"
     lengths = (-(-max(map(len, task.prompts)) // 8) * 8,)
     parts = []

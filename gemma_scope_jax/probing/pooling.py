@@ -46,7 +46,7 @@ class Pooled(NamedTuple):
     features: list[PooledFeatures]
 
 
-class Packed(NamedTuple):
+class PackedTexts(NamedTuple):
     """A batch [B, T] of packed texts. S: at least the number of its texts."""
 
     tokens: np.ndarray  # int32 [B, T]
@@ -188,7 +188,7 @@ def _batches(
     tokens: int,
     lengths: Sequence[int],
     context: int,
-) -> Iterator[tuple[list[int], Packed]]:
+) -> Iterator[tuple[list[int], PackedTexts]]:
     """The indices of the texts of each batch, and the batch."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
@@ -225,7 +225,7 @@ def _batch(
     first: int,
     shape: tuple[int, int],
     count: int,
-) -> tuple[list[int], Packed]:
+) -> tuple[list[int], PackedTexts]:
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     owner, picked = np.full(shape, count, np.int32), np.zeros(count, np.int32)
     which: list[int] = []
@@ -240,7 +240,7 @@ def _batch(
             picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
             which.append(i)
             start = stop
-    return which, Packed(tokens, segments, owner, picked)
+    return which, PackedTexts(tokens, segments, owner, picked)
 
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
@@ -281,11 +281,9 @@ def _pooled_features(coder: SparseCoder, x, share, add):
 
 
 def typical_scale(x: np.ndarray) -> float:
-    """The factor that brings the median norm of x [N, D] to sqrt(D).
-
-    A probe's penalty then means the same for every model: Gemma 3's norms are a hundred times those
-    for which the penalties of SAEBench were chosen.
-    """
+    """The factor that brings the median norm of x [N, D] to sqrt(D). A probe's penalty then means
+    the same for every model: Gemma 3's norms are a hundred times those for which the penalties of
+    SAEBench were chosen."""
     norm = float(np.median(np.linalg.norm(np.asarray(x, np.float64), axis=1)))
     return x.shape[1] ** 0.5 / norm if norm > 0 else 1.0
 

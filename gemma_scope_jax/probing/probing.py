@@ -175,11 +175,9 @@ def probe_task(
     full: Sequence[str] = (),
     report: Report = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
-    """The scores of each of `subjects`, features or activations [N, F], on a task.
-
-    {subject: {k or "full": {"accuracy", "auc", "f1", "c", "features"}}}; for several questions the
-    means, with each question under "questions". full: the subjects to probe on all columns, too.
-    """
+    """The scores of each of `subjects`, features or activations [N, F], on a task. {subject: {k or
+    "full": {"accuracy", "auc", "f1", "c", "features"}}}; for several questions the means, with each
+    question under "questions". full: the subjects to probe on all columns, too."""
     results: dict[str, dict[str, Any]] = {}
     for name, x in subjects.items():
         by_question = {}

@@ -110,10 +110,8 @@ def tpp(
     ns: Sequence[int] = ABLATED,
 ) -> dict[str, Any]:
     """TPP of a coder with features f [N, F] on texts with activations x [N, D] where it writes.
-
     {"clean": {class: accuracy}, "by_n": {n: {"tpp", "intended", "unintended"}}, "by_class": {class:
-    {n: the same}}}.
-    """
+    {n: the same}}}."""
     names, splits = list(task.questions), list(task.questions.values())
     products, _ = along_decoder(coder, np.stack([probes[name].w for name in names]))
     scores = [probes[name].scores(x[split.test]) for name, split in task.questions.items()]

@@ -47,9 +47,7 @@ class Table:
 
     def column(self, *names: str) -> list[str]:
         """The first of the columns `names` that exists, else the only column; values are stripped.
-
-        Raises `InputError` if there is no such column, or if a label is missing.
-        """
+        Raises `InputError` if there is no such column, or if a label is missing."""
         wanted = [name for name in names if name in self.columns] or list(self.columns)
         if wanted[0] not in names and len(wanted) > 1:
             raise InputError(
@@ -106,11 +104,9 @@ def table_name(path: Path) -> str:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV file, plain or compressed, with a header and a column `prompt` or `text`.
-
-    Bytes that are not UTF-8, which some of SAE-Probes' files have, become U+FFFD. Raises
-    `InputError`, with the row, for a file that is not such a table.
-    """
+    """Read a CSV file, plain or compressed, with a header and a column `prompt` or `text`. Bytes
+    that are not UTF-8, which some of SAE-Probes' files have, become U+FFFD. Raises `InputError`,
+    with the row, for a file that is not such a table."""
     path = Path(path).expanduser()
     csv.field_size_limit(2**31 - 1)
     text = io.StringIO(_bytes(path).decode("utf-8-sig", "replace"), newline="")
@@ -172,11 +168,9 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
 
 
 def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[str], np.ndarray]:
-    """The distinct labels, sorted, and the index of each row's label, int [N].
-
-    Raises `InputError` for fewer than two labels; for more than `most`, which are numbers rather
-    than classes; and for two that are one number, as when another program turned 1 into 1.0.
-    """
+    """The distinct labels, sorted, and the index of each row's label, int [N]. Raises `InputError`
+    for fewer than two labels; for more than `most`, which are numbers rather than classes; and for
+    two that are one number, as when another program turned 1 into 1.0."""
     names = sorted(set(labels))
     if not 2 <= len(names) <= most:
         shown = ", ".join(names[:3])
@@ -227,10 +221,8 @@ class Task:
 
 
 def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
-    """The rows of the first `limit` examples, as many of each class; None: all rows.
-
-    Raises `InputError` for a limit smaller than the number of classes.
-    """
+    """The rows of the first `limit` examples, as many of each class; None: all rows. Raises
+    `InputError` for a limit smaller than the number of classes."""
     if limit is None or limit >= len(classes):
         return np.arange(len(classes))
     count = int(classes.max()) + 1
@@ -249,11 +241,8 @@ def task_of(
     *,
     quiet: bool = False,
 ) -> Task:
-    """The task of the rows `kept` of a table, whose rows have `classes` [N].
-
-    Unless `quiet`, warns of test rows whose texts are also trained on, and of texts with several
-    labels.
-    """
+    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Unless `quiet`, warns
+    of test rows whose texts are also trained on, and of texts with several labels."""
     texts = table.numbered(kept)
     both = sum(int(np.isin(texts[s.test], texts[s.train]).sum()) for s in questions.values())
     of = sum(len(split.test) for split in questions.values())

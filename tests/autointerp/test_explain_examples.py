@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.autointerp import examples as ex
-from gemma_scope_jax.autointerp import metrics
+from gemma_scope_jax.autointerp import scores as metrics
 from gemma_scope_jax.autointerp.judges import statistics
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours

@@ -99,7 +99,7 @@ def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, m
     assert cards(one, "--store", store, "--out", tmp_path / "cards") == 0
     assert "loading model tiny (bfloat16)" in capsys.readouterr().err
     assert cards(one, "--store", store, "--dtype", "float32", "--out", tmp_path / "other") == 2
-    assert "weights are others, so load the model in bfloat16" in capsys.readouterr().err
+    assert "rounded weights differ, so load the model in bfloat16" in capsys.readouterr().err
 
 
 # --- what text is --------------------------------------------------------------------------------

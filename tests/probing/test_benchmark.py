@@ -226,7 +226,9 @@ def test_activations_of_words_are_kept_and_serve_other_coders(
     options = ["--absorption", "--words", "9", "--model", "tiny", "--out"]
     passes, real = measured(monkeypatch), benchmark.pooling.pool
     stopped = iter([real, real])
-    monkeypatch.setattr(benchmark.pooling, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o))
+    monkeypatch.setattr(
+        benchmark.pooling, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o)
+    )
     out = str(folder / "kept")
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 130
     assert len(passes) == 2

@@ -8,7 +8,6 @@ that fit their question are kept. The API key goes into one header and nowhere e
 hosts and not into messages, files or logs, even if the server repeats it.
 """
 
-import contextlib
 import email.utils
 import http.client
 import json
@@ -19,7 +18,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -159,7 +158,11 @@ class ChatClient:
         e, tries, before = self.endpoint, 0, self.requests
         while True:
             try:
-                with self._slot():
+                with self._slots:
+                    while (wait := self._hold - time.monotonic()) > 0 and not self._stop.wait(wait):
+                        pass  # everybody waits for the pause that a server named
+                    if self._stop.is_set():
+                        raise Stopped
                     return self._once(body)
             except _Again as error:
                 tries += 1
@@ -194,16 +197,6 @@ class ChatClient:
             f"{self.endpoint.url}: no answer after {tries} tries ({error}); what is answered "
             "is kept, and the same command resumes"
         )
-
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        """One of the places for requests, once the pause that a server named is over."""
-        with self._slots:
-            while (wait := self._hold - time.monotonic()) > 0 and not self._stop.wait(wait):
-                pass
-            if self._stop.is_set():
-                raise Stopped
-            yield
 
     def _once(self, body: dict[str, Any]) -> replies.Reply:
         """One request, and another if the model turns out to have no system role."""

@@ -30,11 +30,9 @@ class Response:
 
 
 def post(url: str, data: bytes, headers: Mapping[str, str], seconds: float, most: int) -> Response:
-    """The server's response, whatever its status. The headers are sent to no other host.
-
-    Raises `TimeoutError` after `seconds`, and `OSError` or `http.client.HTTPException` for failed
-    connections, truncated responses and responses of more than `most` bytes.
-    """
+    """The server's response, whatever its status. The headers are sent to no other host. Raises
+    `TimeoutError` after `seconds`, and `OSError` or `http.client.HTTPException` for failed
+    connections, truncated responses and responses of more than `most` bytes."""
     request = urllib.request.Request(url, data, method="POST")
     for name, value in headers.items():
         request.add_unredirected_header(name, value)
@@ -75,8 +73,8 @@ class _Deadline:
     def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
         """Like `socket.create_connection`, which would take the full time for every address."""
         error = OSError("the host has no address")
-        for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            left = max(1e-3, self._end - time.monotonic())
+        for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            left, place = max(1e-3, self._end - time.monotonic()), found[4]
             try:
                 made = socket.create_connection((str(place[0]), int(place[1])), left)
             except OSError as this:

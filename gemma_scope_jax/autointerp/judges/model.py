@@ -317,11 +317,9 @@ class ModelJudge:
     # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """The logits [places, C] of each prompt, [0, C] for those beyond the context.
-
-        Equal prompts run once, as does the common beginning of all with the same choices; the rest
-        runs in batches of similar length.
-        """
+        """The logits [places, C] of each prompt, [0, C] for those beyond the context. Equal prompts
+        run once, as does the common beginning of all with the same choices; the rest runs in
+        batches of similar length."""
         found: dict[_Key, np.ndarray] = {}
         kinds: dict[tuple[tuple[int, ...], bool], dict[_Key, _Prompt]] = {}
         for p in prompts:

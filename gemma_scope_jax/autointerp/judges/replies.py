@@ -64,11 +64,8 @@ class Reply:
 
 
 def parsed(body: bytes) -> Any:
-    """The JSON of a reply. Raises `BadReply`.
-
-    Unlike `parse_json` it accepts oddities beside the answer: seeds beyond 64 bits, infinite
-    log-probabilities, repeated keys.
-    """
+    """The JSON of a reply. Raises `BadReply`. Unlike `parse_json` it accepts oddities beside the
+    answer: seeds beyond 64 bits, infinite log-probabilities, repeated keys."""
     try:
         return legible(json.loads(body.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
@@ -83,10 +80,8 @@ def _at(value: Any, *keys: str) -> Any:
 
 
 def read_reply(reply: Any) -> Reply:
-    """The answer in a chat completion (parsed JSON).
-
-    Raises `NoAnswer` if there will be none, `Failure` for an error, and `BadReply`.
-    """
+    """The answer in a chat completion (parsed JSON). Raises `NoAnswer` if there will be none,
+    `Failure` for an error, and `BadReply`."""
     choices = _at(reply, "choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     for holder in (choice, reply):

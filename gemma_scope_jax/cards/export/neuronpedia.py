@@ -19,7 +19,13 @@ from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
+from gemma_scope_jax.cards.export.saedashboard import (
+    TEXT_FACTS,
+    batch_facts,
+    batches,
+    rounded,
+    text_facts,
+)
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -27,22 +33,8 @@ from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
-# The keys of a feature's row that a dashboard has, too.
-SAME = tuple(
-    f"{table}_{column}"
-    for table, columns in {
-        "neuron_alignment": ("indices", "values", "l1"),
-        "correlated_neurons": ("indices", "pearson", "l1"),
-        "correlated_features": ("indices", "pearson", "l1"),
-        "neg": ("str", "values"),
-        "pos": ("str", "values"),
-        "frac": ("nonzero",),
-        "freq_hist_data": ("bar_heights", "bar_values"),
-        "logits_hist_data": ("bar_heights", "bar_values"),
-        "decoder_weights": ("dist",),
-    }.items()
-    for column in columns
-)
+# The keys of a dashboard that a feature's row does not have.
+DASHBOARD = {"feature_index", "activations", "vector", *TEXT_FACTS}
 
 
 def export_neuronpedia(
@@ -138,7 +130,7 @@ def _feature(
         "hookName": f"blocks.{cards.manifest['layer']}.{coder.writes}",
         "topkCosSimIndices": [i for i, _ in near],
         "topkCosSimValues": rounded([c for _, c in near]),
-        **{key: feature[key] for key in SAME},
+        **{key: value for key, value in feature.items() if key not in DASHBOARD},
     }  # fmt: skip
 
 

@@ -31,6 +31,12 @@ from gemma_scope_jax.storage.atomic import new_folder
 BATCH = 128  # features per file
 ALIGNED = 3  # neurons listed
 LONGEST = 120  # letters of a name that becomes a folder's
+# Names of facts about the text, and their keys in cards.json.
+TEXT_FACTS = {
+    "n_prompts_total": "prompts",
+    "n_tokens_in_prompt": "prompt_tokens",
+    "dataset": "text",
+}
 
 
 def export_saedashboard(
@@ -95,8 +101,7 @@ def set_name(coder: str, weights: str) -> str:
 
 def text_facts(cards: FeatureCards) -> dict[str, Any]:
     """The name and the size of the text that the cards come from."""
-    names = {"n_prompts_total": "prompts", "n_tokens_in_prompt": "prompt_tokens", "dataset": "text"}
-    return {name: cards.manifest[key] for name, key in names.items()}
+    return {name: cards.manifest[key] for name, key in TEXT_FACTS.items()}
 
 
 def _feature(
