@@ -79,7 +79,7 @@ def check_scores(scores: Sequence[str]) -> None:
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """Eight letters that identify how examples are drawn and from what: scores depend on it."""
+    """Eight characters that identify how examples are drawn and from what: scores depend on it."""
     sampling = dataclasses.asdict(corpus.sampling)
     if not sampling["hard"]:
         sampling["neighbours"] = None  # they are not used
@@ -282,10 +282,6 @@ class _ExplainRun:
                 self.keep(feature, entry)
         self.running.clear()
         self.write()
-
-
-# -------------------------------------------------------------------------------------------------
-# The estimate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,10 +198,6 @@ def parse_features(text: str, width: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-# -------------------------------------------------------------------------------------------------
-# Judges
-
-
 def open_judge(
     kind: Endpoint | Model | None,
     answers: Path,

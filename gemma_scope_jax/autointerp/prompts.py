@@ -16,8 +16,8 @@ from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
 Messages = list[dict[str, str]]
-LONGEST = 300  # letters of an explanation that are kept
-MOST = 1 << 14  # letters of an answer, without the thoughts; longer ones are not parsed
+LONGEST = 300  # characters of an explanation that are kept
+MOST = 1 << 14  # characters of an answer, without the thoughts; longer ones are not parsed
 
 ROLE = (
     "You study single features of a language model: each is active on some tokens of a text and "
@@ -163,7 +163,7 @@ _EXCUSE = re.compile(
 
 
 def explanation_in(text: str) -> str:
-    """The explanation in an answer: its last line, at most `LONGEST` letters, safe to print; "" if
+    """The explanation in an answer: its last line, at most `LONGEST` characters, printable; "" if
     there is none, or an excuse."""
     text = _from_json(text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]

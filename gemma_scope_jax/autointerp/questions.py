@@ -85,14 +85,7 @@ class Judge(Protocol):
     name: str
     method: str
     parallel: int
-
-    @property
-    def answered(self) -> bool:
-        """Whether it ever answered: an endpoint that never has is soon given up."""
-        ...
-
-    @answered.setter
-    def answered(self, value: bool) -> None: ...
+    answered: bool  # whether it ever answered: an endpoint that never has is soon given up
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 

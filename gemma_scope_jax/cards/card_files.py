@@ -71,7 +71,7 @@ class ExampleGroup:
     examples: list[Example]
 
 
-class CardFiles:
+class CardFiles(ExitStack):
     """The arrays of a folder while they are made; those of a stage appear together. The folder is
     locked against other processes until `close`, or the end of a `with` block."""
 
@@ -80,16 +80,15 @@ class CardFiles:
         for a folder with other arrays, and while another process makes cards there."""
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
+        super().__init__()
         self.folder = Path(folder)
-        self._open = ExitStack()
-        self._open.enter_context(only_writer(self.folder))
+        self.enter_context(only_writer(self.folder))
         try:
             self._begin(belongs)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise disk_error(folder, error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise disk_error(folder, error) from error
             raise
 
     def _begin(self, belongs: Any) -> None:
@@ -108,15 +107,6 @@ class CardFiles:
             self._write_manifest()
         if another:
             self._remove(array.stem for array in arrays)
-
-    def close(self) -> None:
-        self._open.close()
-
-    def __enter__(self) -> "CardFiles":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def has(self, stage: str, made_of: Any) -> bool:
         """Whether a stage exists and was made of `made_of` (JSON)."""
@@ -307,16 +297,12 @@ class FeatureCards:
             if rows[slot] < 0:
                 continue
             kept = np.flatnonzero(ids[slot] >= 0)
-            found.append(
-                Example(
-                    ids[slot][kept].tolist(),
-                    values[slot][kept].tolist(),
-                    int(np.searchsorted(kept, before)),
-                    int(self["example_documents"][feature, slot]),
-                    int(self["example_positions"][feature, slot]),
-                    files[self["example_sources"][feature, slot]] if files else "",
-                )
-            )
+            at = int(np.searchsorted(kept, before))
+            document = int(self["example_documents"][feature, slot])
+            position = int(self["example_positions"][feature, slot])
+            source = files[self["example_sources"][feature, slot]] if files else ""
+            some = (ids[slot][kept].tolist(), values[slot][kept].tolist())
+            found.append(Example(*some, at, document, position, source))
         return found
 
     def listed(self, name: str, feature: int, *facts: str) -> list[tuple[Any, ...]]:

@@ -83,10 +83,6 @@ def build_labels(
         return {"format": FORMAT, "tokens": cards.tokens, "features": features}
 
 
-# -------------------------------------------------------------------------------------------------
-# The file
-
-
 @dataclasses.dataclass(frozen=True)
 class Labels:
     """The label material of a coder: `labels[feature]`."""

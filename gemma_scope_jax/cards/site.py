@@ -81,11 +81,9 @@ def _card(cards: FeatureCards, f: int, place: Locate) -> dict[str, Any]:
     one, c correlated features, n neighbours, x those in compared coders."""
     largest = max(float(cards["largest"][f]), 1e-30)
     card: dict[str, Any] = {"h": cards["histogram"][f].tolist(), "l": None, "t": None}
-    card["g"] = [
-        [g.name, _short(g.low), _short(g.high), g.count]
-        + [[_example(e, largest, place) for e in g.examples]]
-        for g in cards.groups(f)
-    ]
+    examples = lambda g: [_example(e, largest, place) for e in g.examples]
+    facts = lambda g: [g.name, _short(g.low), _short(g.high), g.count, examples(g)]
+    card["g"] = list(map(facts, cards.groups(f)))
     if "top_ids" in cards:
         both = []
         for end in ("top", "bottom"):
@@ -97,11 +95,7 @@ def _card(cards: FeatureCards, f: int, place: Locate) -> dict[str, Any]:
         else:
             card["t"] = both
     near = lambda name, fact: [[i, round(v, 3)] for i, v in cards.listed(name, f, fact)]
-    card["c"], card["n"], card["x"] = (
-        near("correlated", "pearson"),
-        near("neighbour", "cosines"),
-        [],
-    )
+    card |= {"c": near("correlated", "pearson"), "n": near("neighbour", "cosines"), "x": []}
     for n in range(len(cards.manifest.get("compared", []))):
         same = float(cards[f"compared_{n}_same"][f])
         others = near(f"compared_{n}", "cosines")
@@ -164,10 +158,6 @@ def _overview(
         "explained": any(labels),
         "compared": [[other, sites.get(other, ""), n] for other, n in m.get("compared", [])],
     }
-
-
-# -------------------------------------------------------------------------------------------------
-# Words
 
 
 def _scores(
@@ -246,10 +236,6 @@ def _steps(some: Sequence[tuple[int, int]], common: float) -> list[int]:
         flat += [feature - last, score]
         last = feature
     return flat
-
-
-# -------------------------------------------------------------------------------------------------
-# Several coders
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:

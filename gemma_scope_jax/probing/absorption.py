@@ -47,10 +47,6 @@ ABSORBERS = 3
 INACTIVE = 1e-8  # activations below this
 
 
-# -------------------------------------------------------------------------------------------------
-# Words and prompts
-
-
 @dataclasses.dataclass(frozen=True)
 class Spelling:
     """Prompts in which the word's token is at index `at` from the end."""
@@ -95,10 +91,6 @@ def spelling_prompts(
         parts = [[tokenizer.bos_id], newline, *spelt, ids[[word]], question]
         prompts.append(np.concatenate(parts).astype(np.int32))
     return Spelling([words[i] for i in chosen], letters[chosen], prompts, -len(question) - 1)
-
-
-# -------------------------------------------------------------------------------------------------
-# Probes, main features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +170,6 @@ def main_features(
             break
         best, count = quality, k
     return [int(i) for i in leading[:count]]
-
-
-# -------------------------------------------------------------------------------------------------
-# Absorption
 
 
 def absorbed(

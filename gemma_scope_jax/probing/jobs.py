@@ -172,10 +172,6 @@ def _checked(job: BenchmarkJob, result: Result) -> Result:
     return result
 
 
-# -------------------------------------------------------------------------------------------------
-# Jobs
-
-
 def probing_jobs(
     bench: Bench,
     files: Sequence[Path],

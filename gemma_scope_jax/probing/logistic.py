@@ -154,10 +154,6 @@ def _newton(x, problem, start, tolerance):
     return w, theta[-1] - mean @ w
 
 
-# -------------------------------------------------------------------------------------------------
-# An L1 penalty, to choose features
-
-
 @functools.partial(jax.jit, static_argnames="steps")
 def l1_logistic(x: Any, y: Any, weight: Any, decay: float, *, steps: int = 2000) -> jax.Array:
     """Weights float32 [F, L] of L probes that share x [N, F]: for each of them
@@ -196,10 +192,6 @@ def l1_logistic(x: Any, y: Any, weight: Any, decay: float, *, steps: int = 2000)
     first = jnp.ones(y.shape[1], jnp.float32)
     state = jax.lax.while_loop(unfinished, step, (0, w, w, first, jnp.float32(jnp.inf)))
     return state[1][:-1]
-
-
-# -------------------------------------------------------------------------------------------------
-# Metrics
 
 
 def accuracy(y: np.ndarray, scores: np.ndarray) -> float:

@@ -276,10 +276,6 @@ def _pooled_features(coder: SparseCoder, x, share, add):
     return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0)))[0]
 
 
-# -------------------------------------------------------------------------------------------------
-# Directions at the site that a coder writes
-
-
 def typical_scale(x: np.ndarray) -> float:
     """The factor that brings the median norm of x [N, D] to sqrt(D). A probe's penalty then means
     the same for every model: Gemma 3's norms are a hundred times those for which the penalties of

@@ -93,10 +93,6 @@ def make_task(
     return dataclasses.replace(task, texts=texts, questions=questions)
 
 
-# -------------------------------------------------------------------------------------------------
-# Probes
-
-
 def rank(x: np.ndarray, y: np.ndarray, by_scale: bool = False) -> np.ndarray:
     """Columns of x [N, F] by |mean where y - mean elsewhere|, the largest first; ties by number.
 

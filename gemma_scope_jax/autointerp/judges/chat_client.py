@@ -36,7 +36,7 @@ LONGEST_WAIT = 600.0  # seconds: the longest pause that a server may name
 LARGEST_REPLY = 1 << 24  # bytes
 REFUSALS = 5  # unanswered questions, if none was ever answered, before giving up
 FAILURES = 3  # different questions in a row that the server fails at, before giving up
-SECRET = 8  # a key has at least this many letters; shorter ones ("EMPTY") are not secret
+SECRET = 8  # a key has at least this many characters; shorter ones ("EMPTY") are not secret
 SAID = 5  # unanswered questions that are reported as they come
 HEADERS = {
     "Content-Type": "application/json",
@@ -301,7 +301,7 @@ class ChatClient:
         return self._clean(response.body.decode(errors="replace"))[: 1 << 16]
 
     def _words(self, said: Any) -> str:
-        """A server's or an error's text on one line, at most 200 letters, without the key."""
+        """A server's or an error's text on one line, at most 200 characters, without the key."""
         empty = type(said).__name__ if isinstance(said, BaseException) else ""
         text = " ".join(self._clean(str(said or "")).split())[:200] or empty
         return shown(text)

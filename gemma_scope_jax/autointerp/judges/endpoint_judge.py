@@ -9,7 +9,7 @@ from gemma_scope_jax.autointerp.prompts import complaint, lengths, messages, par
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question
 
 ASKED = 3  # times, before a question has no answer
-REPEATED = 2000  # letters of an answer that are quoted when it was not understood
+REPEATED = 2000  # characters of an answer that are quoted when it was not understood
 
 
 class EndpointJudge:

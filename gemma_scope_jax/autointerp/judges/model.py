@@ -135,10 +135,6 @@ Feature: {feature}
 """
 
 
-# -------------------------------------------------------------------------------------------------
-# The model
-
-
 @partial(jax.jit, static_argnames="slots")
 def _prefix(model: Model, batch: TokenBatch, *, slots: int) -> Cache:
     """The keys and values of the common beginning of all prompts, one row, with room for more."""
@@ -205,8 +201,6 @@ class ModelJudge:
             some = [i for i, q in enumerate(questions) if q.task in tasks]
             found |= dict(zip(some, answer([questions[i] for i in some])))
         return [found[i] for i in range(len(questions))]
-
-    # --- what is asked ---------------------------------------------------------------------------
 
     def _ids(self, text: str) -> np.ndarray:
         if not self.instructed:
@@ -284,8 +278,6 @@ class ModelJudge:
             ids += after
         return _Prompt(np.array(ids, np.int32), tuple(places), tuple(d[-1] for d in digits))
 
-    # --- explaining ------------------------------------------------------------------------------
-
     def _explanation(self, question: Question) -> Answer:
         texts = "\n".join(_snippet(s) for s in question.examples[:SNIPPETS])
         prompt = EXPLAIN.format(texts=texts)
@@ -313,8 +305,6 @@ class ModelJudge:
         said = np.asarray(out.tokens)[0, : int(out.lengths[0])]
         is_cut = int(said[-1]) not in ends
         return without_thoughts(self.tokenizer.decode(said if is_cut else said[:-1])), is_cut
-
-    # --- batches ---------------------------------------------------------------------------------
 
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
         """The logits [places, C] of each prompt, [0, C] for those beyond the context. Equal prompts

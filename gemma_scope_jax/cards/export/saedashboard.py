@@ -30,7 +30,7 @@ from gemma_scope_jax.storage.atomic import new_folder
 
 BATCH = 128  # features per file
 ALIGNED = 3  # neurons listed
-LONGEST = 120  # letters of a name that becomes a folder's
+LONGEST = 120  # characters of a name that becomes a folder's
 # Names of facts about the text, and their keys in cards.json.
 TEXT_FACTS = {
     "n_prompts_total": "prompts",
