@@ -53,9 +53,7 @@ class Sampling:
             if isinstance(value, int) and value < LEAST.get(name, 1):
                 raise InputError(f"{name} is {value}: at least {LEAST.get(name, 1)}")
         if self.hard > self.non_activating:
-            raise InputError(
-                f"hard is {self.hard}: more than the {self.non_activating} non-activating windows"
-            )
+            raise InputError(f"hard is {self.hard}: at most {self.non_activating}, non_activating")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

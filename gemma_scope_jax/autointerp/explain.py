@@ -71,11 +71,8 @@ class ExplainReport:
 
 def check_scores(scores: Sequence[str]) -> None:
     """Raise `InputError` for a name that is not in `SCORES`."""
-    for name in scores:
-        if name not in SCORES:
-            raise InputError(
-                f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}"
-            )
+    for name in (name for name in scores if name not in SCORES):
+        raise InputError(f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}")
 
 
 def fingerprint(corpus: Corpus) -> str:
@@ -141,8 +138,7 @@ def explain_features(
 
 
 def is_by(entry: Explanation, method: str, name: str, drawn: str) -> bool:
-    """Whether an entry is by this judge (`method` and `name`), from the examples `drawn`, a
-    `fingerprint`."""
+    """Whether an entry is by this judge (`method`, `name`), from examples of a `fingerprint`."""
     return (entry["method"], entry["model"], entry.get("drawn")) == (method, name, drawn)
 
 

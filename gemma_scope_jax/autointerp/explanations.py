@@ -83,14 +83,12 @@ def is_number(value: Any) -> bool:
 
 
 def explained_folder(info: CoderInfo) -> str:
-    """The folder of a coder's explanations, local or in a bucket: beside its files. "" for a coder
-    without files."""
+    """The folder of a coder's explanations, beside its files; "" for a coder without files."""
     return info.path if is_remote(info.path) else info.folder
 
 
 def layer_folder(folder: str, layers: int, layer: int | None) -> str:
-    """The folder of a layer's explanations. Each layer of a coder of several numbers its own
-    features, so it has its own folder."""
+    """The folder of a layer's explanations: each of several layers has its own features."""
     return f"{folder.rstrip('/')}/layer_{layer}" if layers > 1 else folder
 
 

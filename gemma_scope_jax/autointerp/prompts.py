@@ -163,8 +163,7 @@ _EXCUSE = re.compile(
 
 
 def explanation_in(text: str) -> str:
-    """The explanation in an answer: its last line, at most `LONGEST` characters, printable; "" if
-    there is none, or an excuse."""
+    """The last line of an answer, printable, cut to `LONGEST`; "" for none, or an excuse."""
     text = _from_json(text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
@@ -229,8 +228,7 @@ def _chosen(text: str, count: int) -> tuple[float, ...] | None:
 
 
 def digits_only(logprobs: list[Any]) -> list[dict[str, Any]]:
-    """The part of an answer's log-probabilities that `parse` reads: the tokens 0 and 1, and their
-    alternatives 0 and 1."""
+    """The log-probabilities that `parse` reads: of the tokens and alternatives 0 and 1."""
 
     def digits(tokens: Any) -> list[dict[str, Any]]:
         some = [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []

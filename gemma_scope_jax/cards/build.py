@@ -77,54 +77,45 @@ def build_cards(
         made_of: dict[str, Any] = {"settings": dataclasses.asdict(settings), "enormous": OUTLIER}
         if path is not None:
             made_of["from"] = {"examples": file_digest(path)}
-            if not files.has("examples", made_of):
-                with files.stage("examples", made_of) as stage:
-                    vocab = None if tokenizer is None else len(tokenizer.special)
-                    read_published(path, coder.width, settings, stage, vocab)
+            vocab = None if tokenizer is None else len(tokenizer.special)
+            files.make("examples", made_of, read_published, path, coder.width, settings, vocab)
         else:
             assert not isinstance(source, str | os.PathLike)
             name = name_in_store(source, coder)
             if model is not None:
                 _check_model(source, model)
-            store = {"store": digest(source.manifest), "tokens": len(source), "coder": name}
-            made_of["from"] = store
-            if not files.has("examples", made_of):
-                with files.stage("examples", made_of) as stage:
-                    stage.facts |= {"strongest_only": None, **_text(source.manifest)}
-                    gather_examples(source, name, layer, settings, stage)
-            if not files.has("correlations", made_of):
-                with files.stage("correlations", made_of) as stage:
-                    correlate(source, name, layer, k, stage)
+            made_of["from"] = {"store": digest(source.manifest), "tokens": len(source)}
+            made_of["from"]["coder"] = name
+            files.make("examples", made_of, _read_store, source, name, layer, settings)
+            files.make("correlations", made_of, correlate, source, name, layer, k)
         logits = [weights, gain, k, bins, model and model_identity(model)]
-        if (
-            model is None
-            and (files.manifest.get("stages", {}).get("logits") or [])[:4] != logits[:4]
-        ):
+        made = files.manifest.get("stages", {}).get("logits") or []
+        if model is None and made[:4] != logits[:4]:
             files.drop("logits")
-        if model is not None and tokenizer is not None and not files.has("logits", logits):
-            with files.stage("logits", logits) as stage:
-                _write_logits(model, coder, tokenizer, layer, gain, settings, stage)
-        if not files.has("neighbours", [weights, k]):
-            with files.stage("neighbours", [weights, k]) as stage:
-                ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
-                stage.put("neighbour_ids", ids)
-                stage.put("neighbour_cosines", cosines)
+        if model is not None and tokenizer is not None:
+            options = (model, coder, tokenizer, layer, gain, settings)
+            files.make("logits", logits, _write_logits, *options)
+        files.make("neighbours", [weights, k], _write_neighbours, coder, layer, k)
         compared = [weights, k, {other: weights_identity(c) for other, c in others.items()}]
-        if not files.has("compared", compared):
-            with files.stage("compared", compared) as stage:
-                stage.facts["compared"] = [[other, c.width] for other, c in others.items()]
-                for number, other in enumerate(others.values()):
-                    _write_comparison(
-                        coder, layer, other, same_layer(other, layer), number, k, stage
-                    )
+        files.make("compared", compared, _write_comparisons, coder, layer, others, k)
     return FeatureCards(folder)
+
+
+def _read_store(
+    store: FeatureStore, coder: str, layer: int, settings: CardSettings, stage: Stage
+) -> None:
+    data = store.manifest["data"]
+    names = [os.path.basename(name) for name in data.get("files") or ()] or [data.get("tfds") or ""]
+    stage.facts |= {"strongest_only": None, "text": " ".join(names)}
+    stage.facts |= {"prompts": store.manifest["documents"], "prompt_tokens": data["context_size"]}
+    gather_examples(store, coder, layer, settings, stage)
 
 
 def _write_logits(
     model: Model,
     coder: Coder,
     tokenizer: Tokenizer,
-    layer: int | None,
+    layer: int,
     gain: Gain,
     settings: CardSettings,
     stage: Stage,
@@ -152,24 +143,27 @@ def _write_logits(
         done += size
 
 
-def _write_comparison(
-    coder: Coder,
-    layer: int | None,
-    other: Coder,
-    other_layer: int | None,
-    number: int,
-    k: int,
-    stage: Stage,
+def _write_neighbours(coder: Coder, layer: int, k: int, stage: Stage) -> None:
+    ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
+    stage.put("neighbour_ids", ids)
+    stage.put("neighbour_cosines", cosines)
+
+
+def _write_comparisons(
+    coder: Coder, layer: int, others: Mapping[str, Coder], k: int, stage: Stage
 ) -> None:
-    """Make `compared_{number}_ids`, `_cosines` and `_same` against another coder's decoder."""
-    mine, theirs = written(coder, layer), written(other, other_layer)
-    ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
-    stage.put(f"compared_{number}_ids", ids)
-    stage.put(f"compared_{number}_cosines", cosines)
-    same = np.full(len(mine), np.nan, np.float32)
-    both = min(len(mine), len(theirs))
-    same[:both] = (unit_rows(mine[:both]) * unit_rows(theirs[:both])).sum(-1)
-    stage.put(f"compared_{number}_same", same)
+    """Make `compared_N_ids`, `_cosines` and `_same` against the decoders of other coders."""
+    stage.facts["compared"] = [[name, other.width] for name, other in others.items()]
+    mine = written(coder, layer)
+    for n, other in enumerate(others.values()):
+        theirs = written(other, same_layer(other, layer))
+        ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
+        stage.put(f"compared_{n}_ids", ids)
+        stage.put(f"compared_{n}_cosines", cosines)
+        same = np.full(len(mine), np.nan, np.float32)
+        both = min(len(mine), len(theirs))
+        same[:both] = (unit_rows(mine[:both]) * unit_rows(theirs[:both])).sum(-1)
+        stage.put(f"compared_{n}_same", same)
 
 
 def same_layer(other: Coder, layer: int) -> int | None:
@@ -192,8 +186,7 @@ def _check_model(store: FeatureStore, model: Model) -> None:
 
 
 def store_dtype(store: FeatureStore) -> str:
-    """The dtype of the model that filled a feature store, float32 or bfloat16. Raises `InputError`
-    for any other."""
+    """The dtype of a feature store's model. Raises `InputError` unless float32 or bfloat16."""
     where = f"{store.folder}, of its model"
     dtype = field(field(store.manifest, "model", dict, f"{store.folder}"), "dtype", str, where)
     if dtype not in ("float32", "bfloat16"):
@@ -205,14 +198,3 @@ def _about(coder: Coder, layer: int, settings: CardSettings, gain: str) -> dict[
     about = {key: getattr(coder, key) for key in ("kind", "reads", "writes", "width", "first")}
     about |= {"coder": public_name(coder), "model": coder.info.model_name, "layer": layer}
     return about | {"settings": dataclasses.asdict(settings), "gain": gain}
-
-
-def _text(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a store's text, the number of its documents and the length of its pieces."""
-    data = manifest["data"]
-    names = [os.path.basename(name) for name in data.get("files") or ()] or [data.get("tfds") or ""]
-    return {
-        "text": " ".join(names),
-        "prompts": manifest["documents"],
-        "prompt_tokens": data["context_size"],
-    }

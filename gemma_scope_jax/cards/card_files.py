@@ -30,7 +30,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,7 @@ class CardFiles(ExitStack):
         self.manifest: dict[str, Any] = _FORMAT.read(path) if path.exists() else {}
         arrays = list(self.folder.glob("*.npy"))
         if arrays and not path.exists():
-            raise InputError(
-                f"{self.folder}: holds arrays that are not cards; choose another folder"
-            )
+            raise InputError(f"{self.folder}: holds other arrays than cards; choose another folder")
         another = self.manifest.get("belongs") != belongs
         if another:
             self.manifest = {}
@@ -111,6 +109,12 @@ class CardFiles(ExitStack):
     def has(self, stage: str, made_of: Any) -> bool:
         """Whether a stage exists and was made of `made_of` (JSON)."""
         return self.manifest.get("stages", {}).get(stage) == json.loads(json.dumps(made_of))
+
+    def make(self, stage: str, made_of: Any, write: Callable[..., None], *args: Any) -> None:
+        """Make the arrays of a stage by `write(*args, stage)`, unless it was made of the same."""
+        if not self.has(stage, made_of):
+            with self.stage(stage, made_of) as new:
+                write(*args, new)
 
     def drop(self, stage: str) -> None:
         """Remove a stage that no longer fits the others."""
@@ -158,8 +162,7 @@ class Stage:
         self._files: dict[str, WholeFile] = {}
 
     def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
-        """A memory-mapped array filled with `fill`, with its space on the disk reserved. Raises
-        `InputError` without that space."""
+        """A memory-mapped array filled with `fill`. Raises `InputError` without space for it."""
         path, kind = self.folder / f"{name}.npy", np.dtype(dtype)
         header: dict[str, Any] = {"fortran_order": False, "shape": shape}
         header["descr"] = np.lib.format.dtype_to_descr(kind)

@@ -143,8 +143,7 @@ def _starts(values: np.ndarray) -> np.ndarray:
 
 
 def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """float64 in [0, 1): a pseudorandom number for each (feature, global row), so a sample does not
-    depend on how a store is cut."""
+    """float64 in [0, 1): pseudorandom numbers that depend only on feature, row and seed."""
     with np.errstate(over="ignore"):
         x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x ^= (features.astype(np.uint64) + np.uint64(seed)) * np.uint64(0xD1342543DE82EF95)

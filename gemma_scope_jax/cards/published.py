@@ -44,7 +44,7 @@ def find_examples(coder: Coder) -> Path | None:
 
 
 def read_published(
-    path: Path, width: int, settings: CardSettings, stage: Stage, vocab: int | None = None
+    path: Path, width: int, settings: CardSettings, vocab: int | None, stage: Stage
 ) -> None:
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
 

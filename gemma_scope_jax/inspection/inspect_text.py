@@ -141,8 +141,7 @@ def strongest_features(values: np.ndarray, features: np.ndarray, count: int) -> 
 def check_text(
     config: GemmaConfig, coder: SparseCoder, tokenizer: Tokenizer, text: str, *, top_k: int = 5
 ) -> np.ndarray:
-    """The tokens of a text, int32 [T]; raises `InputError` as `inspect_text` does, before a model
-    is loaded."""
+    """The tokens of a text, int32 [T]. Raises `InputError` as `inspect_text`, without a model."""
     if not 1 <= top_k <= coder.width:
         raise InputError(f"top-k {top_k}: this coder has {coder.width} features")
     if not text.strip():
@@ -150,7 +149,7 @@ def check_text(
     ids = tokenizer.encode(text)
     if len(ids) <= coder.first:
         raise InputError(
-            f"the text has {len(ids)} tokens, and this coder skips the first {coder.first}"
+            f"the text has {len(ids)} tokens; this coder skips the first {coder.first}"
         )
     if len(ids) > config.context:
         raise InputError(

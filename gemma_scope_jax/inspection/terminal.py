@@ -46,10 +46,7 @@ def figure_lines(figures: dict) -> list[str]:
 
 
 def inspection_tables(seen: Inspection, width: int) -> list[Any]:
-    """The next tokens, the features of each token, and the metrics, for rich to print.
-
-    width: characters per line.
-    """
+    """Next tokens, features of each token and metrics, for rich; `width` in characters."""
     from rich.table import Table
     from rich.text import Text
 
@@ -94,14 +91,10 @@ def _features_table(seen: Inspection, width: int) -> Any:
     table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
     left = width - GAP
     for title, cells in zip(columns[:3], zip(*rows)):
-        needed = max(map(cell_len, (title, *cells)))
-        table.add_column(
-            title,
-            no_wrap=True,
-            max_width=min(needed, TOKEN_WIDTH),
-            justify="left" if title == "token" else "right",
-        )
-        left -= min(needed, TOKEN_WIDTH) + GAP
+        size = min(max(map(cell_len, (title, *cells))), TOKEN_WIDTH)
+        side = "left" if title == "token" else "right"
+        table.add_column(title, no_wrap=True, max_width=size, justify=side)
+        left -= size + GAP
     table.add_column(columns[3], no_wrap=True, overflow="ellipsis", max_width=max(left, 8))
     for token, feature, activation, label in rows:
         table.add_row(Text(token, "bold"), feature, activation, Text(label, "dim"))

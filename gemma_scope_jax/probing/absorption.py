@@ -149,27 +149,21 @@ def leading_features(f: np.ndarray, letters: np.ndarray, most: int = MOST_FEATUR
     return np.stack([np.concatenate([active[row], dead])[:most] for row in order])
 
 
-def main_features(
-    leading: np.ndarray,
-    train: np.ndarray,
-    train_y: np.ndarray,
-    test: np.ndarray,
-    test_y: np.ndarray,
-) -> list[int]:
-    """The first of a letter's `leading` features, as long as each raises the F1 of a balanced probe
-    on test words [N, F] by more than `JUMP`."""
-    most = len(leading)
+def main_features(f: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray) -> int:
+    """How many of a letter's leading features, f [N, F], are main features: each raises the F1 of a
+    balanced probe of y [N] on the test rows by more than `JUMP`."""
+    most = f.shape[1]
     kept = np.tril(np.ones((most, most)))[:, None, :]  # the probe of k features sees the first k
-    y = np.broadcast_to(train_y.astype(float), (most, len(train_y)))
-    weight = np.broadcast_to(_balanced(train_y.astype(float)), (most, 1, len(train_y)))
-    fitted = fit_logistic(train[None, :, leading] * kept, y, 1.0, weight)
-    best, count = -np.inf, 0
-    for k, scores in enumerate(fitted.scores(test[None, :, leading] * kept)[:, 0], 1):
-        quality = f1(test_y, scores)
+    train_y = np.broadcast_to(y[train].astype(float), (most, len(train)))
+    weight = np.broadcast_to(_balanced(train_y[0]), (most, 1, len(train)))
+    fitted = fit_logistic(f[train][None] * kept, train_y, 1.0, weight)
+    best = -np.inf
+    for k, scores in enumerate(fitted.scores(f[test][None] * kept)[:, 0]):
+        quality = f1(y[test], scores)
         if quality <= best + JUMP:
-            break
-        best, count = quality, k
-    return [int(i) for i in leading[:count]]
+            return k
+        best = quality
+    return most
 
 
 def absorbed(
@@ -218,12 +212,10 @@ def absorption(
     for letter, name in enumerate(LETTERS):
         if not probes.f1[letter] > PROBE_F1:
             continue
-        train_y, test_y = ((letters[side] == letter).astype(np.int64) for side in (train, test))
-        few = f[:, leading[letter]]
-        first = main_features(np.arange(few.shape[1]), few[train], train_y, few[test], test_y)
-        main = [int(i) for i in leading[letter][first]]
+        y, leads = (letters == letter).astype(np.int64), leading[letter]
+        main = leads[: main_features(f[:, leads], y, train, test)].tolist()
         length = np.linalg.norm(probes.w[letter])
-        right = test[(test_y > 0) & (probes.scores[letter] > 0)]
+        right = test[(y[test] > 0) & (probes.scores[letter] > 0)]
         cosine = products[:, letter] / np.maximum(norms * length, 1e-30)
         projection = np.asarray(x[right], np.float64) @ probes.w[letter] / length * probes.scale
         fraction, full = absorbed(f[right], projection, cosine, main)

@@ -149,9 +149,8 @@ def _stored(job: BenchmarkJob, bench: Bench, keys: Mapping[str, str]) -> dict[st
             if s not in keys or field(r, "key", str, path) == keys[s]
         }
     except (InputError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a task's results; remove it to measure again ({reason(error)})"
-        ) from error
+        advice = "not a task's results; remove it to measure again"
+        raise InputError(f"{path}: {advice} ({reason(error)})") from error
 
 
 _PARTS = {  # of a result, which the tables need
@@ -203,35 +202,27 @@ def probing_jobs(
         if protocol.how == "mean":
             settings["first"] = bench.first
         work = _work(task.texts, protocol.context)
-        measure = functools.partial(_probe_table, path, protocol, limit, ks)
-        jobs.append(
-            BenchmarkJob(family, task.name, settings, subjects, work, measure, task.repeated)
-        )
+        measure, share = _probing(path, protocol, limit, ks), task.repeated
+        jobs.append(BenchmarkJob(family, task.name, settings, subjects, work, measure, share))
     if not jobs:
         raise InputError(f"no table to probe; the first: {skipped[0]}")
     return jobs, skipped
 
 
-def _probe_table(
-    path: Path,
-    protocol: Protocol,
-    limit: int | None,
-    ks: Sequence[int],
-    bench: Bench,
-    missing: Sequence[str],
-    report: Report,
-) -> dict[str, Result]:
-    task = make_task(read_table(path), protocol, limit, quiet=True)  # warned about before
-    passed, probed = _stages(report, len(missing))
-    names, pooled = _pooled(
-        bench, missing, task.texts, protocol.context, passed, protocol.how, protocol.keep
-    )
-    subjects = {name: f.values for name, f in zip(names, pooled.features)}
-    raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
-    results = probe_task(task, subjects | raw, protocol, ks, full=list(raw), report=probed)
-    for name, f in zip(names, pooled.features):
-        results[name] = _numbered(results[name], f.columns)
-    return results
+def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
+    def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
+        task = make_task(read_table(path), protocol, limit, quiet=True)  # warned about before
+        passed, probed = _stages(report, len(missing))
+        how = (protocol.how, protocol.keep)
+        names, pooled = _pooled(bench, missing, task.texts, protocol.context, passed, *how)
+        subjects = {name: f.values for name, f in zip(names, pooled.features)}
+        raw = {name: pooled.raw[place] for name, place in bench.raw().items() if name in missing}
+        results = probe_task(task, subjects | raw, protocol, ks, full=list(raw), report=probed)
+        for name, f in zip(names, pooled.features):
+            results[name] = _numbered(results[name], f.columns)
+        return results
+
+    return measure
 
 
 def _numbered(result: Any, columns: np.ndarray) -> Any:
@@ -257,12 +248,10 @@ def _pooled(
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}
     coders = [bench.coders[name] for name in names]
-    ids = pooling.encode_texts(
-        bench.tokenizer, texts, min(context, bench.model.config.context), keep
-    )
-    pooled = pooling.pool(
-        bench.model, coders, ids, how=how, first=bench.first, places=list(places), report=report
-    )
+    most, first = min(context, bench.model.config.context), bench.first
+    ids = pooling.encode_texts(bench.tokenizer, texts, most, keep)
+    options: dict[str, Any] = {"how": how, "first": first, "places": list(places)}
+    pooled = pooling.pool(bench.model, coders, ids, **options, report=report)
     for (site, layer), x in pooled.raw.items():
         if not np.isfinite(x).all():
             raise InputError(

@@ -123,8 +123,7 @@ def folds(y: np.ndarray, seed: int = tables.SEED) -> list[np.ndarray]:
 
 
 def choose_strength(x: np.ndarray, y: np.ndarray) -> float:
-    """The C of `STRENGTHS` with the best mean AUC on held-out rows of x [N, K]; 1 if no held-out
-    part has both classes."""
+    """The C with the best mean AUC on held-out rows of x [N, K]; 1 if no part has both classes."""
     total = np.zeros(len(STRENGTHS))
     for held in folds(y):
         kept = np.ones(len(y), bool)

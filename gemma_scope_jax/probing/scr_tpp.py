@@ -92,9 +92,7 @@ def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = Fal
     `class`; see `probing.make_task`. Raises `InputError`."""
     names, classes = tables.classes_of(table.column("target", "label", "class"), table.path)
     if len(names) < 3:
-        raise InputError(
-            f"{table.path}: TPP compares classes: it needs at least 3, not {len(names)}"
-        )
+        raise InputError(f"{table.path}: TPP needs at least 3 classes, not {len(names)}")
     kept = tables.first_of_each(classes, limit)
     found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
     questions = {names[c]: split for c, split in found.items()}

@@ -50,9 +50,8 @@ class Table:
         Raises `InputError` if there is no such column, or if a label is missing."""
         wanted = [name for name in names if name in self.columns] or list(self.columns)
         if wanted[0] not in names and len(wanted) > 1:
-            raise InputError(
-                f"{self.path}: no column {' or '.join(names)} among {', '.join(self.columns)}"
-            )
+            columns = ", ".join(self.columns)
+            raise InputError(f"{self.path}: no column {' or '.join(names)} among {columns}")
         labels = [label.strip() for label in self.columns[wanted[0]]]
         if missing := [(row, text) for row, text in zip(self.rows, labels) if text in MISSING]:
             (row, label), others = missing[0], len(missing) - 1
@@ -64,8 +63,7 @@ class Table:
         return labels
 
     def numbered(self, some: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """A number for the text of each row, int [N], or of the rows `some`. Texts that differ only
-        in spaces have the same number."""
+        """A number for each row's text, int [N]; texts that differ in spaces alone are equal."""
         chosen = self.texts if some is None else [self.texts[i] for i in some]
         seen: dict[str, int] = {}
         return np.array([seen.setdefault(" ".join(t.split()), len(seen)) for t in chosen], np.int64)
@@ -134,9 +132,7 @@ def _bytes(path: Path) -> bytes:
             raise
         raise InputError(f"{path}: cannot be read ({error.strerror or reason(error)})") from error
     if len(data) > MOST_BYTES:
-        raise InputError(
-            f"{path}: more than {MOST_BYTES >> 30} GiB of text: not a table of examples"
-        )
+        raise InputError(f"{path}: over {MOST_BYTES >> 30} GiB of text: not a table of examples")
     return data
 
 
@@ -182,9 +178,7 @@ def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[
     for name in names:
         if (value := _number(name)) is None or (other := numbers.setdefault(value, name)) == name:
             continue
-        raise InputError(
-            f"{path}: the labels {other!r} and {name!r} are one number: write it the same way"
-        )
+        raise InputError(f"{path}: the labels {other!r} and {name!r} are one number: use one form")
     index = {name: i for i, name in enumerate(names)}
     return names, np.array([index[label] for label in labels])
 
@@ -268,9 +262,7 @@ def sae_probes_split(classes: np.ndarray, path: Path) -> Split:
     usable = 2 * int(np.bincount(classes, minlength=2).min())
     train = min(usable - 100, 1024)
     if train < 8:
-        raise InputError(
-            f"{path}: {usable} balanced rows are too few: 100 to test, and some to train"
-        )
+        raise InputError(f"{path}: {usable} balanced rows are too few: at least 108 are needed")
     test = usable - train - 1
     draw = np.random.RandomState(SEED)
     by_class = {c: np.flatnonzero(classes == c) for c in (1, 0)}

@@ -144,7 +144,7 @@ def test_folders_and_arrays_in_the_way(tmp_path):
     with pytest.raises(InputError, match="is in the way"), new_folder(tmp_path / "data", "list.js"):
         raise AssertionError("nothing is to be written")
     np.save(tmp_path / "mine.npy", np.arange(3))
-    with pytest.raises(InputError, match="arrays that are not cards"):
+    with pytest.raises(InputError, match="other arrays than cards"):
         CardFiles(tmp_path, 1)
     assert np.load(tmp_path / "mine.npy").tolist() == [0, 1, 2]
 

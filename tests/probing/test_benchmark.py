@@ -321,7 +321,7 @@ def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile
         (["--probing", "{}/moods.csv", "--without", "mo*"], "leaves no table"),
         (["--probing", "{}/years.csv"], "no table to probe; the first: .*120 different labels"),
         (["--probing", "{}/moods.csv", "--ks", "0"], "k is 0"),
-        (["--tpp", "{}/moods.csv"], "at least 3, not 2"),
+        (["--tpp", "{}/moods.csv"], "at least 3 classes, not 2"),
         (["--scr", "{}/moods.csv"], "two attributes"),
         (["--scr", "{}/sae0/config.json"], "is not one"),
         (["--tpp", "{}/topics.csv", "--limit", "6"], "too small"),

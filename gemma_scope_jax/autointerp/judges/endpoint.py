@@ -62,8 +62,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The name in explanations.json: the model, and a checksum of the options that change its
-        answers."""
+        """The name in explanations.json: the model and a checksum of what changes its answers."""
         more = {"options": dict(self.options), "logprobs": self.logprobs}
         more = {key: value for key, value in more.items() if value}
         return f"{self.model} (options {request_key(more)[:8]})" if more else self.model

@@ -174,8 +174,7 @@ class _Prompt:
 
 
 class ModelJudge:
-    """Answers by a model. It is asked through its chat template if its name is that of an
-    instruction-tuned one, as published."""
+    """Answers by a model, in its chat template if its name is that of an instruction-tuned one."""
 
     method, parallel, answered = "model", 1, True
 
