@@ -24,6 +24,7 @@ from gemma_scope_jax.autointerp.explanations import (
     write_explanations,
 )
 from gemma_scope_jax.autointerp.judges.chat_client import Stopped
+from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.prompts import lengths, messages
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, explain_question
@@ -117,8 +118,10 @@ def explain_features(
         run = _ExplainRun(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
-        ours = (judge.method, judge.name)
-        judge.answered |= any((e["method"], e["model"]) == ours for e in entries.values())
+        if isinstance(judge, EndpointJudge):  # one that never answered is soon given up
+            ours = (judge.method, judge.name)
+            known = any((e["method"], e["model"]) == ours for e in entries.values())
+            judge.client.answered |= known
         progress = Progress(len(todo), "features", every=SAY_EVERY)
         try:
             for number, feature in enumerate(todo, 1):

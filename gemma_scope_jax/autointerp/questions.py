@@ -85,7 +85,6 @@ class Judge(Protocol):
     name: str
     method: str
     parallel: int
-    answered: bool  # whether it ever answered: an endpoint that never has is soon given up
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 

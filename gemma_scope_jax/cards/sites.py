@@ -157,7 +157,11 @@ def build_card_sites(
             if "neuronpedia" in export:
                 more: dict[str, Any] = {"heads": heads, "explanations": one.explained}
                 export_neuronpedia(cards, one.coder, tokenizer, place / "neuronpedia", **more)
-        for folder, layers in _layer_sets(made, out).items():
+        layers = {cards.manifest["layer"]: cards for cards in made.values()}
+        sets = {out: layers}  # for graph viewers, all in one folder unless a layer is there twice
+        if len(layers) < len(made):
+            sets = {out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()}
+        for folder, layers in sets.items():
             if "anthropic" in export:
                 export_anthropic(layers, tokenizer, folder / "anthropic")
             if "anthropic-json" in export:
@@ -201,11 +205,3 @@ def _folders(pairs: Sequence[tuple[Coder, int]]) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]
     return names
-
-
-def _layer_sets(made: Mapping[str, FeatureCards], out: Path) -> dict[Path, dict[int, FeatureCards]]:
-    """Cards by layer for graph viewers: all in one folder, unless a layer is there twice."""
-    layers = {cards.manifest["layer"]: cards for cards in made.values()}
-    if len(layers) == len(made):
-        return {out: layers}
-    return {out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()}

@@ -164,10 +164,9 @@ def _checked(job: BenchmarkJob, result: Result) -> Result:
     """A result that was read. Raises KeyError or `InputError` if parts of it are missing."""
     for part in _PARTS.get(job.family, ()):
         result[part]
-    if job.family not in _PARTS:
-        for k in map(str, job.settings["ks"]):
-            for measure in ("accuracy", "auc", "f1"):
-                field(result[k], measure, float, k, default=None)
+    for k in map(str, job.settings["ks"] if job.family not in _PARTS else ()):
+        for measure in ("accuracy", "auc", "f1"):
+            field(result[k], measure, float, k, default=None)
     return result
 
 

@@ -22,14 +22,6 @@ class EndpointJudge:
         self.parallel = client.endpoint.concurrency
         self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
 
-    @property
-    def answered(self) -> bool:
-        return self.client.answered
-
-    @answered.setter
-    def answered(self, value: bool) -> None:
-        self.client.answered = value
-
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """The answers, in order; `values` is None without one in the required form."""
         try:

@@ -36,10 +36,9 @@ def post(url: str, data: bytes, headers: Mapping[str, str], seconds: float, most
     request = urllib.request.Request(url, data, method="POST")
     for name, value in headers.items():
         request.add_unredirected_header(name, value)
-    deadline = _Deadline(seconds)
     opener = urllib.request.OpenerDirector()  # has no handlers for redirects and error statuses
     opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(_Connections(deadline))
+    opener.add_handler(connections := _Connections(seconds))
     try:
         with opener.open(request, timeout=seconds) as reply:
             body = reply.read(most + 1)
@@ -49,20 +48,21 @@ def post(url: str, data: bytes, headers: Mapping[str, str], seconds: float, most
                 raise http.client.IncompleteRead(body, reply.length)
             found = Response(reply.status, reply.reason, reply.headers, body)
     except (OSError, http.client.HTTPException):
-        if deadline.is_over:
+        if connections.is_over:
             raise TimeoutError from None
         raise
     finally:
-        deadline.close()
-    if deadline.is_over:  # a shut connection looks like the end of a reply
+        connections.release()
+    if connections.is_over:  # a shut connection looks like the end of a reply
         raise TimeoutError
     return found
 
 
-class _Deadline:
-    """Shuts a connection when the time is over, be it in TLS, headers or body."""
+class _Connections(urllib.request.AbstractHTTPHandler):
+    """Opens a connection, and shuts it when the time is over, be it in TLS, headers or body."""
 
     def __init__(self, seconds: float):
+        super().__init__()
         self._end, self._lock = time.monotonic() + seconds, threading.Lock()
         self._socket: socket.socket | None = None
         self.is_over = False
@@ -70,7 +70,23 @@ class _Deadline:
         self._timer.daemon = True
         self._timer.start()
 
-    def connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self._timed(http.client.HTTPConnection), req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(self._timed(http.client.HTTPSConnection), req, context=_context())
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _timed(self, kind: Any) -> Any:
+        def connection(*args: Any, **options: Any) -> Any:
+            made = kind(*args, **options)
+            made._create_connection = self._connect
+            return made
+
+        return connection
+
+    def _connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
         """Like `socket.create_connection`, which would take the full time for every address."""
         error = OSError("the host has no address")
         for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
@@ -94,36 +110,12 @@ class _Deadline:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def release(self) -> None:
         self._timer.cancel()
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
-
-
-class _Connections(urllib.request.AbstractHTTPHandler):
-    """Opens connections that a deadline ends."""
-
-    def __init__(self, deadline: _Deadline):
-        super().__init__()
-        self._deadline = deadline
-
-    def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self._timed(http.client.HTTPConnection), req)
-
-    def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self._timed(http.client.HTTPSConnection), req, context=_context())
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def _timed(self, kind: Any) -> Any:
-        def connection(*args: Any, **options: Any) -> Any:
-            made = kind(*args, **options)
-            made._create_connection = self._deadline.connect
-            return made
-
-        return connection
 
 
 @functools.cache

@@ -176,7 +176,7 @@ class _Prompt:
 class ModelJudge:
     """Answers by a model, in its chat template if its name is that of an instruction-tuned one."""
 
-    method, parallel, answered = "model", 1, True
+    method, parallel = "model", 1
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, name: str, answers: AnswerFile | None = None

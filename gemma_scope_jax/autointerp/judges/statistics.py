@@ -127,7 +127,7 @@ def _percent(share: float) -> str:
 class RuleJudge:
     """Answers by the rules of token labels; `learn` adds them."""
 
-    method, name, parallel, answered = "statistics", NAME, 1, True
+    method, name, parallel = "statistics", NAME, 1
 
     def __init__(self):
         self._rules: dict[str, Rule] = {}
