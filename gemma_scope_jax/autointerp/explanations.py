@@ -66,7 +66,7 @@ def _is_explanation(entry: Any) -> bool:
     )
 
 
-def _check(content: dict[str, Any], path: Any) -> None:
+def _check(content: dict[str, Any], path: os.PathLike) -> None:
     named = field(content, "explanations", dict, path)
     if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
         raise InputError(f"{path}: {odd[0][:40]!r} is not the number of a feature")

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.atomic import WholeFile, reserve, write_text
@@ -161,7 +162,7 @@ class Stage:
         self.made: dict[str, np.memmap] = {}
         self._files: dict[str, WholeFile] = {}
 
-    def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
+    def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, fill: int) -> np.ndarray:
         """A memory-mapped array filled with `fill`. Raises `InputError` without space for it."""
         path, kind = self.folder / f"{name}.npy", np.dtype(dtype)
         header: dict[str, Any] = {"fortran_order": False, "shape": shape}
@@ -195,7 +196,7 @@ class Stage:
             whole.discard()
 
 
-def _check_manifest(manifest: dict[str, Any], path: Any) -> None:
+def _check_manifest(manifest: dict[str, Any], path: os.PathLike) -> None:
     for key in ("stages", "arrays"):
         field(manifest, key, dict, path, default={})
         if manifest.get(key) is None:

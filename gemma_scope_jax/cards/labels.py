@@ -119,7 +119,7 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
     return Labels(content["features"], content["tokens"])
 
 
-def _check(content: dict[str, Any], path: Any) -> None:
+def _check(content: dict[str, Any], path: os.PathLike) -> None:
     features = field(content, "features", list, path)
     field(content, "tokens", int, path, least=0)
     is_empty = lambda e: isinstance(e, dict) and e.get("tokens") == e.get("values") == []

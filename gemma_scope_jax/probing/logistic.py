@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 
@@ -40,7 +41,12 @@ class Fitted(NamedTuple):
 
 
 def fit_logistic(
-    x: Any, y: Any, c: Any, weight: Any = None, *, tolerance: float = TOLERANCE
+    x: ArrayLike,
+    y: ArrayLike,
+    c: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> Fitted:
     """Fit P problems, which differ in C, labels or weights, on each of G designs.
 
@@ -98,7 +104,7 @@ def _cpu() -> Any:
 
 
 @jax.jit
-def _fit(x, y, c, weight, tolerance):
+def _fit(x: jax.Array, y: jax.Array, c: jax.Array, weight: jax.Array, tolerance: float):
     def path(design):
         x, y, weight = design
 
@@ -112,7 +118,7 @@ def _fit(x, y, c, weight, tolerance):
     return jax.lax.map(path, (x, y, weight))
 
 
-def _newton(x, problem, start, tolerance):
+def _newton(x: jax.Array, problem: tuple, start: tuple, tolerance: float) -> tuple:
     """One problem (c [], weight [N], y [N]) on x [N, K], from and to (w [K], b [])."""
     (c, weight, y), (w, b) = problem, start
     total = weight.sum()
@@ -155,7 +161,9 @@ def _newton(x, problem, start, tolerance):
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def l1_logistic(x: Any, y: Any, weight: Any, decay: float, *, steps: int = 2000) -> jax.Array:
+def l1_logistic(
+    x: ArrayLike, y: ArrayLike, weight: ArrayLike, decay: float, *, steps: int = 2000
+) -> jax.Array:
     """Weights float32 [F, L] of L probes that share x [N, F]: for each of them
 
         mean_n weight_n log(1 + exp(-s_n (x_n w + b))) + decay |w|_1

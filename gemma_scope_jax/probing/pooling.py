@@ -8,7 +8,7 @@ array [tokens, F] never exists.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -107,7 +107,7 @@ def pool(
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
     for which, batch in _batches(texts, how, first, tokens, lengths, context):
-        vectors, found = _pool_step(model, tuple(coders), *batch, **static)
+        vectors, found = _pool_step(model, tuple(coders), batch, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
         for place, v in vectors.items():
@@ -242,8 +242,16 @@ def _batch(
 
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
-def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places, mean: bool):
+def _pool_step(
+    model: Model,
+    coders: tuple[SparseCoder, ...],
+    batch: PackedTexts,
+    *,
+    places: tuple[SiteLayer, ...],
+    mean: bool,
+) -> tuple[dict[SiteLayer, jax.Array], tuple[jax.Array, ...]]:
     """{place: [S, D]}, ([S, F] of each coder); rows beyond the batch's texts are meaningless."""
+    tokens, segments, owner, picked = batch
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
@@ -259,7 +267,9 @@ def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places,
     return raw, tuple(_pooled_features(c, at[c.reads, c.layer], share, add) for c in coders)
 
 
-def _pooled_features(coder: SparseCoder, x, share, add):
+def _pooled_features(
+    coder: SparseCoder, x: jax.Array, share: jax.Array, add: Callable[..., jax.Array]
+) -> jax.Array:
     """share [S, N] @ encode(x [N, D]) -> [S, F], `TOKEN_CHUNK` tokens at a time."""
     size = min(TOKEN_CHUNK, x.shape[0])
     pad = -x.shape[0] % size
@@ -283,7 +293,7 @@ def typical_scale(x: np.ndarray) -> float:
 
 
 @jax.jit
-def _along(w_dec, directions):
+def _along(w_dec: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     w_dec = float32(w_dec)
     return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.coders.coder import Coder
@@ -137,7 +138,7 @@ def _feature(
     }
 
 
-def rounded(values: Any) -> list[float]:
+def rounded(values: ArrayLike) -> list[float]:
     return np.round(np.asarray(values, np.float64), 5).tolist()
 
 
