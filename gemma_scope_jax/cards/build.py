@@ -19,16 +19,8 @@ from gemma_scope_jax.cards.card_files import CardFiles, FeatureCards, Stage
 from gemma_scope_jax.cards.correlations import correlate
 from gemma_scope_jax.cards.examples import OUTLIER, CardSettings, gather_examples
 from gemma_scope_jax.cards.published import read_published
+from gemma_scope_jax.coders import directions
 from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
-from gemma_scope_jax.coders.directions import (
-    TO_LOGITS,
-    Gain,
-    check_comparable,
-    extreme_logits,
-    most_similar,
-    unit_rows,
-    written,
-)
 from gemma_scope_jax.data.text_identity import file_digest
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
@@ -50,7 +42,7 @@ def build_cards(
     model: Model | None = None,
     tokenizer: Tokenizer | None = None,
     settings: CardSettings | None = None,
-    gain: Gain = "exact",
+    gain: directions.Gain = "exact",
     compare: Mapping[str, Coder] | None = None,
 ) -> FeatureCards:
     """Make the cards of every feature of `coder` (of its source layer `layer`) in `folder`.
@@ -68,7 +60,7 @@ def build_cards(
     layer = coder.layers[coder.source(layer)]
     others = compare or {}
     for other in others.values():
-        check_comparable(coder, layer, other, same_layer(other, layer))
+        directions.check_comparable(coder, layer, other, same_layer(other, layer))
     weights, k, bins = weights_identity(coder), settings.listed, settings.bins
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     with CardFiles(folder, [weights, layer, "file" if path else "store"]) as files:
@@ -116,13 +108,13 @@ def _write_logits(
     coder: Coder,
     tokenizer: Tokenizer,
     layer: int,
-    gain: Gain,
+    gain: directions.Gain,
     settings: CardSettings,
     stage: Stage,
 ) -> None:
     """Make `top_ids` to `logit_histogram`, unless the coder does not write to the stream."""
     k, bins = settings.listed, settings.bins
-    if coder.writes not in TO_LOGITS:
+    if coder.writes not in directions.TO_LOGITS:
         return
     F, done = coder.width, 0
     shapes = {
@@ -134,8 +126,9 @@ def _write_logits(
         "logit_histogram": (bins, np.int32),
     }
     arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
-    progress, options = Progress(F, "features", what="logits"), {"gain": gain, "layer": layer}
-    for chunk in extreme_logits(model, coder, tokenizer, np.arange(F), k=k, bins=bins, **options):
+    progress, every = Progress(F, "features", what="logits"), np.arange(F)
+    options: dict[str, Any] = {"k": k, "bins": bins, "gain": gain, "layer": layer}
+    for chunk in directions.extreme_logits(model, coder, tokenizer, every, **options):
         progress.at(done)
         size = len(chunk[0])
         for array, found in zip(arrays, chunk):
@@ -144,7 +137,8 @@ def _write_logits(
 
 
 def _write_neighbours(coder: Coder, layer: int, k: int, stage: Stage) -> None:
-    ids, cosines = most_similar(written(coder, layer), None, k, "decoder neighbours")
+    rows = directions.written(coder, layer)
+    ids, cosines = directions.most_similar(rows, None, k, "decoder neighbours")
     stage.put("neighbour_ids", ids)
     stage.put("neighbour_cosines", cosines)
 
@@ -154,15 +148,16 @@ def _write_comparisons(
 ) -> None:
     """Make `compared_N_ids`, `_cosines` and `_same` against the decoders of other coders."""
     stage.facts["compared"] = [[name, other.width] for name, other in others.items()]
-    mine = written(coder, layer)
+    mine = directions.written(coder, layer)
     for n, other in enumerate(others.values()):
-        theirs = written(other, same_layer(other, layer))
-        ids, cosines = most_similar(mine, theirs, k, "neighbours in another coder")
+        theirs = directions.written(other, same_layer(other, layer))
+        ids, cosines = directions.most_similar(mine, theirs, k, "neighbours in another coder")
         stage.put(f"compared_{n}_ids", ids)
         stage.put(f"compared_{n}_cosines", cosines)
         same = np.full(len(mine), np.nan, np.float32)
         both = min(len(mine), len(theirs))
-        same[:both] = (unit_rows(mine[:both]) * unit_rows(theirs[:both])).sum(-1)
+        one, another = (directions.unit_rows(rows[:both]) for rows in (mine, theirs))
+        same[:both] = (one * another).sum(-1)
         stage.put(f"compared_{n}_same", same)
 
 
