@@ -1,9 +1,9 @@
-"""Answers kept on disk by what was asked, so that nothing is asked, or paid, twice.
+"""Keeps answers on disk by request, so that nothing is asked, or paid for, twice.
 
-A file of JSON lines, `{"key": hash of the request, "answer": ...}`, only ever appended to, a line
-in one write: a process killed at any moment leaves at most one torn line, which is ignored. So is
-any other line that is damaged: it is asked again. In memory is only where each answer begins. A
-file without answers is not made.
+The file holds JSON lines, `{"key": hash of the request, "answer": ...}`. It is only appended to,
+one line per write, so a killed process leaves at most one torn line. Torn and damaged lines are
+ignored and their requests are sent again. Only the position of each answer is in memory. The file
+is created with the first answer.
 """
 
 import errno
@@ -18,39 +18,33 @@ from typing import Any
 from gemma_scope_jax.errors import InputError, disk_error, reason
 from gemma_scope_jax.storage.strict_json import field, parse_json
 
-BEGINS = b'{"key": "'  # a line
+BEGINS = b'{"key": "'  # the start of every line
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
 def request_key(request: Any) -> str:
-    """A name for a request (plain data), the same in every process."""
+    """A hash of a request (JSON data), the same in every process."""
     text = json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class AnswerFile:
-    """`get` and `put`, from any thread. Raises `InputError` for a file that cannot be written, and
-    for one that holds something else, which is not added to.
+    """A file of answers. `get` and `put` may be called from any thread.
 
-    damaged: lines that were no answers, but for those that a killed process left torn.
+    damaged: the number of damaged lines, other than those that a killed process left torn.
+    Raises `InputError` for a file that cannot be written or that holds something else.
     """
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.Lock()
-        self._places: dict[str, tuple[int, int]] = {}  # of each line: where it begins, its bytes
+        self._places: dict[str, tuple[int, int]] = {}  # offset and length of each line, in bytes
         self._file, self.damaged = -1, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                if not os.access(path.parent, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                return
-            self._open()
-            try:
+            if path.exists():
                 self._read()
-            except BaseException:
-                self.close()
-                raise
+            elif not os.access(path.parent, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise disk_error(path, error) from error
 
@@ -69,6 +63,7 @@ class AnswerFile:
                     self.damaged += line != b"\n" and not _is_torn(line)
         if not self._places and not BEGINS.startswith(first.strip()[: len(BEGINS)]):
             raise InputError(f"{self.path}: holds something other than answers; name another file")
+        self._open()
         if end != b"\n":
             os.write(self._file, b"\n")
 
@@ -76,18 +71,17 @@ class AnswerFile:
         return len(self._places)
 
     def get(self, key: str) -> Any:
-        """The answer kept under a key, or None. It is read from the file."""
+        """The answer to the request with this key, read from the file; None if there is none."""
         if (place := self._places.get(key)) is None:
             return None
         try:
             return _entry(os.pread(self._file, place[1], place[0]), "a line")[1]
         except (OSError, InputError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({reason(error)}); was it changed?"
-            ) from None
+            why = reason(error)
+            raise InputError(f"{self.path}: cannot be read ({why}); was it changed?") from None
 
     def put(self, key: str, answer: Any) -> None:
-        """Keep an answer (plain data) for good."""
+        """Append an answer (JSON data)."""
         entry = {"key": key, "answer": answer}
         line = (json.dumps(entry, ensure_ascii=True, allow_nan=False) + "\n").encode()
         with self._lock:
@@ -117,8 +111,7 @@ def _entry(line: bytes, where: str | os.PathLike) -> tuple[str, Any]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one, as a process leaves it that is killed meanwhile: with
-    a string or a bracket that is open. Whoever appends to the file afterwards ends the line."""
+    """Whether a line is the start of one: a string or a bracket is still open."""
     text = line.rstrip(b"\n")
     left = _STRING.sub(b"", text)
     depth = sum(map(left.count, (b"{", b"["))) - sum(map(left.count, (b"}", b"]")))

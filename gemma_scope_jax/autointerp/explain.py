@@ -1,20 +1,20 @@
-"""Explaining features and scoring the explanations: examples, questions, answers, the file.
+"""Explains features and scores the explanations: examples, questions, answers, the file.
 
     corpus = open_corpus(FeatureStore("store"), tokenizer)
     explain_features(corpus, judge, [3, 17], ("detection", "fuzzing"), folder, coder="my coder")
 
-Every finished feature is in explanations.json within seconds. An endpoint's answers are on file at
-once, and so are the explanations of a model on this machine, which scores without writing: the same
-call goes on where a killed one was.
+Every finished feature is in explanations.json within seconds. The answers of an endpoint and the
+explanations of a local model are on disk at once, so the same call resumes where a killed one
+stopped.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from typing import Any
 
 from gemma_scope_jax.autointerp.examples import Corpus, Material, gather
 from gemma_scope_jax.autointerp.explanations import (
@@ -24,18 +24,19 @@ from gemma_scope_jax.autointerp.explanations import (
     write_explanations,
 )
 from gemma_scope_jax.autointerp.judges.chat_client import Stopped
+from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.prompts import lengths, messages
-from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, Question, explain_question
+from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, explain_question
 from gemma_scope_jax.autointerp.scores import SCORES, short_score
 from gemma_scope_jax.errors import InputError, nearest, shown
-from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import folder_path
 
 WRITE_EVERY = 5.0  # seconds between two versions of the file, at least
 SAY_EVERY = 5.0  # seconds between two lines of progress
+SIZED = 8  # features from whose questions a run is estimated
 PLACEHOLDER = (
     "an explanation of about twenty words stands here while nobody has been asked what " * 2
 )
@@ -46,11 +47,11 @@ class ExplainReport:
     """What a run did."""
 
     done: int = 0  # features explained or scored
-    kept: int = 0  # that were finished before
-    few: int = 0  # not scored: too few windows on which they fire
-    unexplained: int = 0  # of which nothing that was asked has an answer
-    unparsed: int = 0  # examples or questions without an answer in the form asked for
-    # questions without an answer: why, and of each how many and what was said of the first
+    kept: int = 0  # features finished before
+    few: int = 0  # features not scored, as they fire in too few windows
+    unexplained: int = 0  # features for which no question has an answer
+    unparsed: int = 0  # examples or questions without an answer in the requested form
+    # questions without an answer, by reason: how many, and the words of the first
     lost: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
     def lose(self, answers: Sequence[Answer]) -> None:
@@ -70,19 +71,18 @@ class ExplainReport:
 
 
 def check_scores(scores: Sequence[str]) -> None:
-    """Raise `InputError` for a name that is no score of `SCORES`, naming the nearest."""
-    for name in scores:
-        if name not in SCORES:
-            raise InputError(
-                f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}"
-            )
+    """Raise `InputError` for a name that is not in `SCORES`."""
+    for name in (name for name in scores if name not in SCORES):
+        raise InputError(f"no score {name!r}{nearest(name, SCORES)}; known: {', '.join(SCORES)}")
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """Eight letters for what examples are drawn from and how, as scores of others differ."""
+    """Eight characters that identify how examples are drawn and from what: scores depend on it."""
     sampling = dataclasses.asdict(corpus.sampling)
     if not sampling["hard"]:
-        sampling["neighbours"] = None  # which are not looked at
+        sampling["neighbours"] = None  # they are not used
+    # files written before `non_activating` had its name must still match
+    sampling = {"silent" if k == "non_activating" else k: v for k, v in sampling.items()}
     about = [sampling, len(corpus.store), corpus.coder, corpus.layer]
     about.append(hashlib.sha256(corpus.counts.tobytes()).hexdigest())
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
@@ -93,7 +93,7 @@ def explain_features(
     judge: Judge,
     features: Sequence[int],
     scores: Sequence[str],
-    folder: Any,
+    folder: str | os.PathLike,
     *,
     coder: str,
     width: int | None = None,
@@ -103,11 +103,14 @@ def explain_features(
 ) -> ExplainReport:
     """Explain and score `features`, into explanations.json in `folder` (local or gs://).
 
-    What is there by the same judge from the same examples is kept, and only what it lacks is asked;
-    entries of other features stay, and labels from statistics replace nothing but their own kind.
-    neighbours: of each feature, for hard negatives. raises: the tokens whose logits a feature
-    raises, named in labels from statistics. status: more to say in the line of progress. Raises
-    `InputError` for unknown scores and what judge and disk refuse; what is done by then is written.
+    Entries by the same judge from the same examples are kept, and only what they lack is asked for.
+    Entries of other features stay. Labels from statistics replace only labels from statistics.
+
+    neighbours  the features whose windows are a feature's hard negatives
+    raises      the tokens whose logits a feature raises, listed in labels from statistics
+    status      more text for the line of progress
+    Raises `InputError` for unknown scores, and for errors of the judge and the disk, once what is
+    finished has been written.
     """
     check_scores(scores)
     with only_writer(folder_path(folder)):
@@ -115,8 +118,10 @@ def explain_features(
         run = _ExplainRun(corpus, judge, tuple(scores), folder, coder, entries)
         todo = unfinished(corpus, judge.method, judge.name, features, scores, entries)
         run.report.kept = len(features) - len(todo)
-        ours = (judge.method, judge.name)
-        judge.answered |= any((e["method"], e["model"]) == ours for e in entries.values())
+        if isinstance(judge, EndpointJudge):  # one that never answered is soon given up
+            ours = (judge.method, judge.name)
+            known = any((e["method"], e["model"]) == ours for e in entries.values())
+            judge.client.answered |= known
         progress = Progress(len(todo), "features", every=SAY_EVERY)
         try:
             for number, feature in enumerate(todo, 1):
@@ -128,60 +133,46 @@ def explain_features(
                 run.take(len(run.running))
                 run.say(progress, len(todo), status)
         except BaseException:
-            judge.close()  # answers under way are still received
+            judge.close()  # answers to requests already sent are still received
             raise
         finally:
             run.finish()
         return run.report
 
 
-def explained_by(
-    corpus: Corpus,
-    method: str,
-    model: str,
-    features: Sequence[int],
-    entries: Mapping[int, Explanation],
-) -> list[Explanation]:
-    """The entries of `features` that are a judge's (`method` and `name`) from these examples."""
-    drawn = fingerprint(corpus)
-    some = (entries[f] for f in dict.fromkeys(features) if f in entries)
-    return [entry for entry in some if _is_of(entry, method, model, drawn)]
+def is_by(entry: Explanation, method: str, name: str, drawn: str) -> bool:
+    """Whether an entry is by this judge (`method`, `name`), from examples of a `fingerprint`."""
+    return (entry["method"], entry["model"], entry.get("drawn")) == (method, name, drawn)
 
 
 def unfinished(
     corpus: Corpus,
     method: str,
-    model: str,
+    name: str,
     features: Sequence[int],
     scores: Sequence[str],
     entries: Mapping[int, Explanation],
 ) -> list[int]:
-    """Those of `features` that a judge (its `method` and `name`) has yet to explain or score."""
-    drawn = fingerprint(corpus)
-
-    def is_finished(entry: Explanation | None) -> bool:
-        if entry is None:
-            return False
-        if method == "statistics" and entry["method"] != "statistics":
-            return True
-        return _is_of(entry, method, model, drawn) and set(scores) <= set(entry["scores"])
-
-    return [f for f in features if not is_finished(entries.get(f))]
-
-
-def _is_of(entry: Explanation, method: str, model: str, drawn: str) -> bool:
-    """Whether an explanation is this judge's, from these examples."""
-    return (entry["method"], entry["model"], entry.get("drawn")) == (method, model, drawn)
+    """The `features` that a judge (its `method` and `name`) has yet to explain or score."""
+    drawn, todo = fingerprint(corpus), []
+    for f in features:
+        entry = entries.get(f)
+        if entry and method == "statistics" and entry["method"] != "statistics":
+            continue
+        is_ours = entry and is_by(entry, method, name, drawn)
+        if not entry or not is_ours or not set(scores) <= set(entry["scores"]):
+            todo.append(f)
+    return todo
 
 
 @dataclasses.dataclass
 class _ExplainRun:
-    """Features being worked on, and the file."""
+    """The features in progress, and the file."""
 
     corpus: Corpus
     judge: Judge
     scores: tuple[str, ...]
-    folder: Any
+    folder: str | os.PathLike
     coder: str
     entries: dict[int, Explanation]
 
@@ -192,20 +183,19 @@ class _ExplainRun:
         self.saved, self.changed = time.monotonic(), False
 
     def start(self, feature: int, neighbours: Sequence[int], raises: Callable) -> None:
-        """Draw the examples of a feature, here, in one thread, and hand it to another."""
+        """Draw the examples of a feature in this thread, and have another thread explain it."""
         material = gather(self.corpus, feature, neighbours)
         if material is None:
             self.report.few += 1
         if isinstance(self.judge, RuleJudge):
             text, rule = token_label(self.corpus, feature, raises(feature))
-            entry = self.entry(text, material, {})
-            entry["rule"] = rule.as_dict()
+            entry = self.entry(text, material) | {"rule": rule.as_dict()}
             self.judge.learn(text, rule)
             if material is None and rule.tokens:  # a label needs fewer examples than its scores
                 self.keep(feature, entry)
         else:
             entry = self.entries.get(feature)
-            if entry and not _is_of(entry, self.judge.method, self.judge.name, self.drawn):
+            if entry and not is_by(entry, self.judge.method, self.judge.name, self.drawn):
                 entry = None
         if material is not None:
             self.running[self.pool.submit(self.explained, material, entry)] = feature
@@ -213,14 +203,14 @@ class _ExplainRun:
     def explained(
         self, material: Material, entry: Explanation | None
     ) -> tuple[Explanation | None, list[Answer]]:
-        """From examples to scores, and the answers that are none. A score none of whose questions
-        has an answer is left out, to be asked for again; None if nothing was learnt."""
+        """The new entry, None if nothing was learnt, and the answers without values. A score is
+        left out if none of its questions has an answer: the next run asks again."""
         is_new = entry is None
         if entry is None:
             (answer,) = self.judge.answer([explain_question(material.train)])
             if answer.values is None:
                 return None, [answer]
-            entry = self.entry(answer.text, material, {})
+            entry = self.entry(answer.text, material)
         missing = [name for name in self.scores if name not in entry["scores"]]
         sampling = self.corpus.sampling
         asked = [SCORES[name][0](material, entry["text"], sampling) for name in missing]
@@ -236,12 +226,12 @@ class _ExplainRun:
             return None, lost
         return {**entry, "scores": known}, lost
 
-    def entry(self, text: str, material: Material | None, scores: Mapping) -> Explanation:
+    def entry(self, text: str, material: Material | None) -> Explanation:
         return {
             "text": text,
             "method": self.judge.method,
             "model": self.judge.name,
-            "scores": scores,
+            "scores": {},
             "examples": len(material.train) if material else 0,
             "drawn": self.drawn,
         }
@@ -253,7 +243,7 @@ class _ExplainRun:
         self.report.unparsed += sum(int(n) for n in counts if is_number(n))
 
     def take(self, room: int) -> None:
-        """Keep what is done; wait until fewer than `room` features are being worked on."""
+        """Keep what is done; wait until fewer than `room` features are in progress."""
         while len(self.running) >= room:
             done, _ = wait(self.running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -269,20 +259,20 @@ class _ExplainRun:
                     self.keep(feature, entry)
 
     def say(self, progress: Progress, started: int, status: Callable[[], str]) -> None:
-        """How far it is, once a feature is through."""
+        """Report progress, once a feature is finished."""
         lost = sum(count for count, _ in self.report.lost.values())
         parts = [f"{lost:,} questions without an answer"] if lost else []
         if passed := started - len(self.running):
             progress.at(passed, "".join(f"  {part}" for part in [*parts, status()] if part))
 
     def write(self, every: float = 0.0) -> None:
-        """The file anew, if something changed and it is some seconds old."""
+        """Write the file, if something changed and the last version is `every` seconds old."""
         if self.changed and time.monotonic() - self.saved >= every:
             write_explanations(self.folder, self.coder, self.entries)
             self.saved, self.changed = time.monotonic(), False
 
     def finish(self) -> None:
-        """Keep what got done meanwhile, whatever happened, and write it."""
+        """Keep and write what is finished, also after an error."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         for future, feature in self.running.items():
             if future.cancelled() or future.exception() is not None:
@@ -293,52 +283,36 @@ class _ExplainRun:
         self.write()
 
 
-# -------------------------------------------------------------------------------------------------
-# Before and meanwhile
-
-
 @dataclasses.dataclass(frozen=True)
 class JudgeEstimate:
-    """What a run through an endpoint is going to take, from the questions of a few features."""
+    """What a run through an endpoint will take, estimated from the questions of a few features."""
 
     features: int
     requests: int
     tokens_in: int
-    tokens_out: int  # as answers usually are
-    tokens_out_most: int  # as long as they may be
+    tokens_out: int  # with answers of the usual length
+    tokens_out_most: int  # with the longest answers allowed
     cost: float  # dollars
     cost_most: float
 
 
 def plan(
-    corpus: Corpus,
-    features: Sequence[int],
-    scores: Sequence[str],
-    prices: tuple[float, float],
-    *,
-    looked_at: int = 8,
+    corpus: Corpus, features: Sequence[int], scores: Sequence[str], prices: tuple[float, float]
 ) -> JudgeEstimate:
-    """Count what explaining `features` will ask; prices in dollars a million tokens in and out.
-
-    Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again after an
-    answer that was not understood come on top.
-    """
+    """Estimate what explaining `features` will ask; prices in dollars per million tokens in, out.
+    Tokens are Gemma's; another tokenizer's differ by some percent. Questions asked again because
+    the answer was not understood are not included."""
     check_scores(scores)
-    step = max(1, len(features) // looked_at)
-    some = [m for f in features[::step][:looked_at] if (m := gather(corpus, f)) is not None]
+    some = features[:: max(1, len(features) // SIZED)][:SIZED]
     totals = [0, 0, 0, 0]
-    for material in some:
+    for material in filter(None, (gather(corpus, f) for f in some)):
         questions = [explain_question(material.train)]
         for name in scores:
             questions += SCORES[name][0](material, PLACEHOLDER, corpus.sampling)
         for q in questions:
-            totals = [a + b for a, b in zip(totals, _size(corpus.tokenizer, q))]
-    looked = max(1, len(features[::step][:looked_at]))
-    requests, into, usual, most = (round(t / looked * len(features)) for t in totals)
+            text = "".join(m["content"] for m in messages(q))
+            size = (1, len(corpus.tokenizer.encode(text)) + 10, *lengths(q))
+            totals = [a + b for a, b in zip(totals, size)]
+    requests, into, usual, most = (round(t / max(1, len(some)) * len(features)) for t in totals)
     price = lambda out: (into * prices[0] + out * prices[1]) / 1e6
     return JudgeEstimate(len(features), requests, into, usual, most, price(usual), price(most))
-
-
-def _size(tokenizer: Tokenizer, question: Question) -> tuple[int, int, int, int]:
-    text = "".join(m["content"] for m in messages(question))
-    return (1, len(tokenizer.encode(text)) + 10, *lengths(question))

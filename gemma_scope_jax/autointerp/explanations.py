@@ -1,12 +1,10 @@
-"""Explanations of a coder's features: `explanations.json` beside the coder, read wherever one
-shows.
+"""Reads and writes the explanations of a coder's features: `explanations.json` beside the coder.
 
     {"format": 1, "coder": "...", "explanations": {"17": {
         "text": "negations in English", "method": "endpoint", "model": "gpt-4o-mini",
         "examples": 15, "scores": {"detection": {"balanced_accuracy": 0.91, ...}, ...}}}}
 
-`method` says what wrote the text: a chat "endpoint", a "model" on this machine, or token
-"statistics".
+`method` is what wrote the text: a chat "endpoint", a local "model", or token "statistics".
 """
 
 import json
@@ -24,7 +22,7 @@ from gemma_scope_jax.storage.strict_json import field
 
 FILE = "explanations.json"
 FORMAT = 1
-# The one figure of each score that stands for it where there is little room.
+# The one figure of each score that is shown where there is little room.
 SCORE_FIGURES = {
     "detection": "balanced_accuracy",
     "fuzzing": "balanced_accuracy",
@@ -39,11 +37,10 @@ Explanation = dict[str, Any]  # text, method, model: str; scores: dict; examples
 def read_explanations(
     folder: str | os.PathLike, width: int | None = None
 ) -> dict[int, Explanation]:
-    """The explanations in a folder (or a file named *.json) by feature, local or gs://; {} if there
-    are none.
+    """The explanations in a folder, or a file named *.json, by feature; {} if there are none.
 
-    width: of the coder, to refuse another coder's file. Raises `InputError` for a file that cannot
-    be understood.
+    folder: local or gs://. width: the coder's, to refuse another coder's file. Raises `InputError`
+    for a file that cannot be used.
     """
     path = folder_path(folder)
     path = path if path.name.endswith(".json") else path / FILE
@@ -51,11 +48,9 @@ def read_explanations(
         found = path.read_bytes() if path.is_file() else None
     except Exception as error:  # the clients of buckets raise types of their own
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
-    if found is None:
-        if path.name != FILE:
-            raise InputError(f"{path}: no such file")
-        return {}
-    named = _FORMAT.parse(found, path)["explanations"]
+    if found is None and path.name != FILE:
+        raise InputError(f"{path}: no such file")
+    named = _FORMAT.parse(found, path)["explanations"] if found is not None else {}
     entries = {int(feature): entry for feature, entry in named.items()}
     if width is not None and (beyond := [f for f in entries if not 0 <= f < width]):
         raise InputError(f"{path}: explains feature {beyond[0]}, the coder has {width} features")
@@ -71,39 +66,34 @@ def _is_explanation(entry: Any) -> bool:
     )
 
 
-def _check(content: dict[str, Any], path: Any) -> None:
+def _check(content: dict[str, Any], path: os.PathLike) -> None:
     named = field(content, "explanations", dict, path)
     if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
-        raise InputError(f"{path}: {odd[0][:40]!r} is no feature's number")
+        raise InputError(f"{path}: {odd[0][:40]!r} is not the number of a feature")
     if bad := [name for name, entry in named.items() if not _is_explanation(entry)]:
-        raise InputError(f"{path}: feature {bad[0]} has no explanation as written here")
+        raise InputError(f"{path}: feature {bad[0]}: not an explanation")
 
 
 _FORMAT = Format("explanations of features", {"format": FORMAT}, _check, "delete it")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a figure of a score can be shown: None stands where there is none."""
+    """Whether a figure of a score can be shown; an undefined figure is None."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def explained_folder(info: CoderInfo) -> str:
-    """Where a coder's explanations lie: beside its files, of one in a bucket in the bucket. "" for
-    a coder without files."""
+    """The folder of a coder's explanations, beside its files; "" for a coder without files."""
     return info.path if is_remote(info.path) else info.folder
 
 
 def layer_folder(folder: str, layers: int, layer: int | None) -> str:
-    """Where the explanations of a coder's features lie, given its folder or another one.
-
-    Numbers of features are those of a source layer, so coders of several `layers` have a folder
-    for each of them.
-    """
+    """The folder of a layer's explanations: each of several layers has its own features."""
     return f"{folder.rstrip('/')}/layer_{layer}" if layers > 1 else folder
 
 
 def explanation_note(entry: Explanation) -> str:
-    """Where an explanation comes from and how good it is: "gpt-4o-mini, detection 0.91"."""
+    """Who wrote an explanation and how good it is: "gpt-4o-mini, detection 0.91"."""
     figures = [
         f"{name} {value:.2f}"
         for name, figure in SCORE_FIGURES.items()
@@ -112,21 +102,22 @@ def explanation_note(entry: Explanation) -> str:
     return ", ".join([entry["model"], *figures])
 
 
-def write_explanations(folder: Any, coder: str, entries: Mapping[int, Explanation]) -> None:
-    """Write explanations.json into a folder, local or gs://: the old file or the new, whole. A line
-    holds a feature."""
+def write_explanations(
+    folder: str | os.PathLike, coder: str, entries: Mapping[int, Explanation]
+) -> None:
+    """Write explanations.json into a folder, local or gs://, atomically; one line per feature."""
     plain = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
 
     def line(feature: int) -> str:
         try:
             return f"{plain(str(feature))}: {plain(entries[feature])}"
         except ValueError as error:  # a number that is not finite
-            raise InputError(f"feature {feature}: no explanation ({reason(error)})") from None
+            raise InputError(f"feature {feature}: cannot be written ({reason(error)})") from None
 
     lines = ",\n".join(map(line, sorted(entries)))
     text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
 
     def write(file: BinaryIO) -> None:
-        file.write(text.encode(errors="replace"))  # half a character, as in a name of a file
+        file.write(text.encode(errors="replace"))  # a name may hold half a character
 
     write_folder(folder_path(folder), {FILE: write})

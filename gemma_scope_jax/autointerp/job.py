@@ -1,32 +1,24 @@
-"""Explaining the features of a coder from its feature store, from beginning to end.
+"""Explains the features of a coder from its feature store, end to end.
 
     job = open_explanation_job(FeatureStore("store"), coder, tokenizer, sample=50, thorough=True)
     judge = open_judge(Endpoint(url, model, key), job.answer_file())
     report = job.run(judge)
 
-The job is opened and checked before a model is loaded or a request is sent.
+Opening the job checks its input before a model is loaded or a request is sent.
 """
 
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from gemma_scope_jax.autointerp import explain
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.examples import Corpus, Sampling, open_corpus
-from gemma_scope_jax.autointerp.explain import (
-    ExplainReport,
-    JudgeEstimate,
-    check_scores,
-    explain_features,
-    explained_by,
-    plan,
-    unfinished,
-)
 from gemma_scope_jax.autointerp.explanations import (
     Explanation,
     explained_folder,
@@ -43,6 +35,7 @@ from gemma_scope_jax.autointerp.questions import Judge
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.manifest import name_in_store
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.paths import cache_folder, is_remote
@@ -51,12 +44,16 @@ LOG = logging.getLogger(__name__)
 ANSWERS = "explanations.answers.jsonl"
 
 
+class FeatureLabels(Protocol):  # as `cards.labels.Labels`
+    def __getitem__(self, feature: int) -> Mapping[str, Any]: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExplanationJob:
-    """What is to be explained, from which examples, and where the explanations go.
+    """What to explain, from which examples, and where the explanations go.
 
-    folder  of explanations.json; of coders of several layers, the layer's own
-    labels  of the features, whose `top_logits` are named in labels from statistics
+    folder  for explanations.json; each layer of a coder of several has its own
+    labels  of the features; labels from statistics list their `top_logits`
     """
 
     corpus: Corpus
@@ -65,33 +62,33 @@ class ExplanationJob:
     scores: tuple[str, ...]
     folder: str
     neighbours: dict[int, list[int]]
-    labels: Any = None
+    labels: FeatureLabels | None = None
 
     def todo(self, method: str, name: str) -> list[int]:
         """The features that a judge (its `method` and `name`) has yet to explain or score."""
         entries = read_explanations(self.folder)
-        return unfinished(self.corpus, method, name, self.features, self.scores, entries)
+        return explain.unfinished(self.corpus, method, name, self.features, self.scores, entries)
 
-    def estimate(self, endpoint: Endpoint) -> JudgeEstimate:
-        """What asking `endpoint` for all that it has not answered yet would take and cost."""
+    def estimate(self, endpoint: Endpoint) -> explain.JudgeEstimate:
+        """What the remaining features will take and cost through `endpoint`."""
         todo = self.todo("endpoint", endpoint.name)
-        return plan(self.corpus, todo, self.scores, (endpoint.price_in, endpoint.price_out))
+        return explain.plan(self.corpus, todo, self.scores, (endpoint.price_in, endpoint.price_out))
 
     def answer_file(self, path: str | os.PathLike = "") -> Path:
-        """Where answers are kept: at `path`, beside explanations.json or, where that is in a
-        bucket, in the cache. Raises `InputError` for a path in a bucket."""
+        """The file that keeps answers: `path`; else beside explanations.json, or in the cache if
+        that is in a bucket. Raises `InputError` for a path in a bucket."""
         if path and is_remote(path):
-            raise InputError(f"--answers {path}: they are appended to a file of this machine")
+            raise InputError(f"{path}: answers are appended to, so they need a local file")
         if path:
             return Path(path).expanduser()
-        if is_remote(self.folder):  # nothing can be appended to there
+        if is_remote(self.folder):
             return cache_folder() / "explain" / ANSWERS
         return Path(self.folder).expanduser() / ANSWERS
 
-    def run(self, judge: Judge) -> ExplainReport:
-        """Explain and score; the judge is closed in the end. See `explain_features`."""
+    def run(self, judge: Judge) -> explain.ExplainReport:
+        """Explain and score, then close the judge. See `explain_features`."""
         try:
-            return explain_features(
+            return explain.explain_features(
                 self.corpus,
                 judge,
                 self.features,
@@ -104,17 +101,22 @@ class ExplanationJob:
                 status=lambda: judge_status(judge),
             )
         finally:
-            close_judge(judge)
+            judge.close()
+            if isinstance(judge, EndpointJudge):
+                judge.client.answers.close()
+            elif isinstance(judge, ModelJudge) and judge.answers is not None:
+                judge.answers.close()
 
     def explained(self, judge: Judge) -> tuple[dict[int, Explanation], list[Explanation]]:
-        """All entries of the file, and those of the job's features that are this judge's."""
+        """All entries of the file, and this judge's entries of the job's features."""
         entries = read_explanations(self.folder, self.coder.width)
-        ours = explained_by(self.corpus, judge.method, judge.name, self.features, entries)
-        return entries, ours
+        drawn = explain.fingerprint(self.corpus)
+        some = [entries[f] for f in dict.fromkeys(self.features) if f in entries]
+        return entries, [e for e in some if explain.is_by(e, judge.method, judge.name, drawn)]
 
 
 def open_explanation_job(
-    store: Any,
+    store: FeatureStore,
     coder: Coder,
     tokenizer: Tokenizer,
     *,
@@ -126,22 +128,23 @@ def open_explanation_job(
     name: str = "",
     layer: int | None = None,
     folder: str | os.PathLike = "",
-    labels: Any = None,
+    labels: FeatureLabels | None = None,
 ) -> ExplanationJob:
-    """Look through a coder's `FeatureStore` once, and choose the features to explain.
+    """Read through a coder's `FeatureStore` once, and choose the features to explain.
 
     features  numbers, or text such as "1,5,10-20"
-    sample    instead: so many at random of those that fire often enough
-    thorough  a model judges, so that features must be chosen; else, by default, all that fire
-    name      of the coder in the store, if it is there under several
+    sample    instead: how many to draw at random from those that fire often enough
+    thorough  require `features` or `sample`, as for judges that are models; the default without
+              them is all features that fire
+    name      of the coder in the store, if the store has several of it
     layer     of a coder of several layers
     folder    for explanations.json, local or gs://; default: beside the coder
     Raises `InputError`.
     """
-    check_scores(scores)
+    explain.check_scores(scores)
     sampling = sampling or Sampling()
     name = name_in_store(store, coder, name)
-    store.place(name, layer)  # of several layers, one must be named
+    store.place(name, layer)  # raises for a coder of several layers if none is given
     corpus = open_corpus(store, tokenizer, sampling, name, layer)
     fired = store.fired(name, layer)
     if isinstance(features, str):
@@ -153,29 +156,28 @@ def open_explanation_job(
         known = cooccurring(corpus, chosen)
     elif sampling.hard:
         if coder.multi_layer:
-            raise InputError("--neighbours decoder is for coders of one layer; cooccurring for all")
+            raise InputError("neighbours by decoder need a coder of one layer; use cooccurring")
         known = decoder_neighbours(coder.w_dec, chosen)
-    place = layer_folder(
-        os.fspath(folder) or explained_folder(coder.info), len(coder.layers), layer
-    )
-    return ExplanationJob(corpus, coder, chosen, tuple(scores), place, known, labels)
+    folder = os.fspath(folder) or explained_folder(coder.info)
+    folder = layer_folder(folder, len(coder.layers), layer)
+    return ExplanationJob(corpus, coder, chosen, tuple(scores), folder, known, labels)
 
 
 def choose_features(
     text: str, sample: int | None, fired: np.ndarray, sampling: Sampling, thorough: bool
 ) -> list[int]:
-    """The features that `text` or `sample` name; `fired` [F]: on how many tokens each fires."""
+    """The features that `text` or `sample` choose. fired [F]: on how many tokens each fires."""
     if text and sample is not None:
-        raise InputError("give --features or --sample, not both")
+        raise InputError("choose features by number or by sample size, not both")
     if text:
         return parse_features(text, len(fired))
     if sample is None:
         if thorough:
-            raise InputError("which features? --features 1,5,10-20 or --sample N")
+            raise InputError("choose the features: numbers such as 1,5,10-20, or a sample size")
         return np.flatnonzero(fired).tolist()
     live = np.flatnonzero(fired >= 2 * sampling.least)
     if sample < 1:
-        raise InputError(f"--sample {sample}: at least one")
+        raise InputError(f"sample is {sample}: at least 1")
     if not len(live):
         raise InputError("no feature fires often enough in this store")
     drawn = np.random.default_rng(sampling.seed).permutation(live)[:sample]
@@ -183,21 +185,17 @@ def choose_features(
 
 
 def parse_features(text: str, width: int) -> list[int]:
-    """ "1,5,10-20" as numbers, in order, each once. Raises `InputError`."""
+    """ "1,5,10-20" as distinct numbers, in order. Raises `InputError`."""
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise InputError(f"--features {text!r}: give numbers and ranges, such as 1,5,10-20")
+            raise InputError(f"features {text!r}: give numbers and ranges, such as 1,5,10-20")
         a, b = int(first), int(last or first)
         if a > b or b >= width:
-            raise InputError(f"--features {part.strip()}: the coder has features 0 to {width - 1}")
+            raise InputError(f"features {part.strip()}: the coder has features 0 to {width - 1}")
         found += range(a, b + 1)
     return list(dict.fromkeys(found))
-
-
-# -------------------------------------------------------------------------------------------------
-# Judges
 
 
 def open_judge(
@@ -207,10 +205,10 @@ def open_judge(
     tokenizer: Tokenizer | None = None,
     name: str = "",
 ) -> Judge:
-    """What explains and scores: a chat endpoint, a Gemma on this machine, or token statistics.
+    """What explains and scores: a chat endpoint, a local Gemma, or token statistics (None).
 
-    kind     an `Endpoint`; a `Model`, with its tokenizer and the name that its answers go by; None
-    answers  the file that keeps every answer, so that nothing is asked twice
+    answers          the file that keeps every answer, so that nothing is asked twice
+    tokenizer, name  of a local model; its answers are kept under the name
     """
     if kind is None:
         return RuleJudge()
@@ -224,23 +222,14 @@ def open_judge(
     return ModelJudge(kind, tokenizer, name, held)
 
 
-def close_judge(judge: Judge) -> None:
-    """Wait for answers under way, and let go of the file that keeps them."""
-    judge.close()
-    held = judge.client.answers if isinstance(judge, EndpointJudge) else None
-    held = judge.answers if isinstance(judge, ModelJudge) else held
-    if held is not None:
-        held.close()
-
-
 def judge_status(judge: Judge) -> str:
     """What an endpoint has answered so far, and what it has cost; "" for other judges."""
     if not isinstance(judge, EndpointJudge):
         return ""
     client, endpoint = judge.client, judge.client.endpoint
     cost = f"${client.cost:.3f}  " if endpoint.price_in or endpoint.price_out else ""
+    uncounted = f", {client.uncounted:,} without a count of tokens" if client.uncounted else ""
     return (
         f"{cost}{client.requests:,} answers, {client.tokens_in:,} tokens in, "
-        f"{client.tokens_out:,} out, {client.retried:,} tried again"
-        + (f", {client.uncounted:,} without a count of tokens" if client.uncounted else "")
+        f"{client.tokens_out:,} out, {client.retried:,} tried again{uncounted}"
     )

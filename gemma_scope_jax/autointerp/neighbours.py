@@ -1,8 +1,8 @@
-"""Features that are easily mistaken for another: whose windows make hard negatives."""
+"""Finds features that are easily mistaken for another: their windows are hard negatives."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,23 +12,26 @@ from gemma_scope_jax.coders.directions import most_similar
 from gemma_scope_jax.errors import InputError
 
 LARGEST = 1 << 29  # bytes of co-occurrence counts
-ENTRIES = 1 << 16  # firings looked at together
+ENTRIES = 1 << 16  # firings processed together
 
 
-def decoder_neighbours(w_dec: Any, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
-    """For each of `features` the k others whose rows of w_dec [F, D] point most the same way."""
+def decoder_neighbours(
+    w_dec: jax.Array | np.ndarray, features: Sequence[int], k: int = 5
+) -> dict[int, list[int]]:
+    """For each of `features`, the k others whose rows of w_dec [F, D] have the largest cosine."""
     rows, what = float32(jnp.asarray(w_dec)), "looking for neighbours of the features"
     ids, _ = most_similar(rows, None, min(k, len(rows) - 1), what, features)
     return dict(zip(features, ids.tolist()))
 
 
 def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
-    """For each of `features` the k others active on most of the same tokens, by the cosine of
-    their indicators: n(both) / sqrt(n(one) n(other)). One pass over the store."""
+    """For each of `features`, the k others most active on the same tokens, by the cosine of their
+    indicators: n(both) / sqrt(n(one) n(other)). One pass over the store."""
     fired = corpus.store.fired(coder=corpus.coder, layer=corpus.layer).astype(np.float64)
     if len(features) * len(fired) * 8 > LARGEST:
         raise InputError(
-            f"neighbours of {len(features)} features: take fewer, or --neighbours decoder"
+            f"co-occurrence of {len(features)} features takes too much memory: explain fewer, or "
+            "choose neighbours by decoder"
         )
     number = np.full(len(fired), -1, np.int64)
     number[np.asarray(features, np.int64)] = np.arange(len(features))

@@ -1,8 +1,8 @@
-"""Questions as chat messages, and what a chat model answers as values.
+"""Writes questions as chat messages, and parses a chat model's answers.
 
-Every answer is asked for in a form that can be checked (a JSON list of so many numbers). What does
-not have it is no answer: `parse` returns None, and `complaint` says what was wrong, to ask again.
-What a model thinks aloud before it answers, or says to excuse itself, is no answer either.
+Every answer must have a form that can be checked, such as a JSON list of n numbers. For any other
+answer `parse` returns None, and `complaint` tells the model what was wrong. Thoughts and excuses
+are not answers either.
 """
 
 import json
@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
+from gemma_scope_jax.autointerp.questions import Answer, Question
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
 Messages = list[dict[str, str]]
-LONGEST = 300  # letters of an explanation that are kept
-MOST = 1 << 14  # letters of an answer, without the thoughts, that is still read as one
+LONGEST = 300  # characters of an explanation that are kept
+MOST = 1 << 14  # characters of an answer, without the thoughts; longer ones are not parsed
 
 ROLE = (
     "You study single features of a language model: each is active on some tokens of a text and "
@@ -26,40 +26,31 @@ ROLE = (
 )
 MARKS = "Tokens between << and >> are marked. "
 SYSTEM = {
-    "explain": ROLE
-    + MARKS
-    + "Here the marked tokens are those on which one feature is active; how strongly, 0 to 10, "
+    "explain": f"{ROLE}{MARKS}"
+    "Here the marked tokens are those on which one feature is active; how strongly, 0 to 10, "
     "is listed after each text. Say in one phrase of at most 20 words what makes the feature "
     "active: the words themselves, their parts, what stands before or after them, or the subject "
     "of the text. Be as general as the texts demand and as precise as they allow. Answer with the "
     "phrase alone.",
-    "classify": ROLE + "Given what a feature is said to respond to, judge for each numbered text "
+    "classify": f"{ROLE}Given what a feature is said to respond to, judge for each numbered text "
     "whether the feature is active somewhere in it. Answer with a JSON list that has one number "
     "for each text, in order: 1 if active, 0 if not. Nothing else.",
-    "marked": ROLE + MARKS + "Given what a feature is said to respond to, judge for each numbered "
+    "marked": f"{ROLE}{MARKS}Given what a feature is said to respond to, judge for each numbered "
     "text whether the marked tokens are ones on which the feature is active. Answer with a JSON "
     "list that has one number for each text, in order: 1 if so, 0 if not. Nothing else.",
-    "select": ROLE + "Given what a feature is said to respond to and some numbered texts in random "
+    "select": f"{ROLE}Given what a feature is said to respond to and some numbered texts in random "
     "order, name the texts in which it is active at least once. Answer with their numbers, "
     'separated by commas, or with "None". Nothing else.',
-    "intruder": ROLE
-    + MARKS
-    + "In all numbered texts but one, the marked tokens are those on which "
+    "intruder": f"{ROLE}{MARKS}In all numbered texts but one, the marked tokens are those on which "
     "one and the same feature is active; in one text they are marked at random. Find that text. "
     "Answer with its number in square brackets, as in [2]. Nothing else.",
-    "simulate": ROLE
-    + "Given what a feature is said to respond to and a text as a JSON list of its "
-    "tokens, estimate how active the feature is on each token, as a whole number from 0 to 10. "
+    "simulate": f"{ROLE}Given what a feature is said to respond to and a text as a JSON list of "
+    "its tokens, estimate how active the feature is on each token, as a whole number from 0 to 10. "
     "Answer with a JSON list that has one number for each token, in order. Nothing else.",
 }
-# Tokens of an answer: what is usual, and what is allowed.
-LENGTHS = {
-    "explain": (25, 100),
-    "classify": (3, 6),
-    "select": (12, 60),
-    "intruder": (4, 10),
-    "simulate": (3, 5),
-}
+# Tokens of an answer, or of each value in it: usual, and at most.
+LENGTHS = {"explain": (25, 100), "select": (12, 60), "intruder": (4, 10)}
+LENGTHS_EACH = {"classify": (3, 6), "simulate": (3, 5)}
 
 
 def is_marked(question: Question) -> bool:
@@ -74,27 +65,25 @@ def messages(question: Question) -> Messages:
     if task == "simulate":
         body = json.dumps(list(question.examples[0].tokens), ensure_ascii=False)
     else:
-        texts = enumerate(question.examples, 1)
-        body = "\n".join(f"{i}. {s.text()}{_strengths(s)}" for i, s in texts)
+        lines = []
+        for i, s in enumerate(question.examples, 1):
+            lines.append(f"{i}. {s.text()}")
+            pairs = zip(s.tokens, s.marks, s.strengths)
+            if named := [f"{json.dumps(t, ensure_ascii=False)} {n}" for t, m, n in pairs if m]:
+                lines.append(f"   active: {', '.join(named[:10])}")
+        body = "\n".join(lines)
     return [{"role": "system", "content": SYSTEM[kind]}, {"role": "user", "content": about + body}]
 
 
-def _strengths(shown: ShownText) -> str:
-    """The marked tokens of a text and how strong they are, at most ten of them."""
-    pairs = zip(shown.tokens, shown.marks, shown.strengths)
-    named = [f"{json.dumps(t, ensure_ascii=False)} {s}" for t, m, s in pairs if m]
-    return f"\n   active: {', '.join(named[:10])}" if named else ""
-
-
 def lengths(question: Question) -> tuple[int, int]:
-    """Tokens that an answer usually has, and at most."""
-    usual, most = LENGTHS[question.task]
-    each = question.expected if question.task in ("classify", "simulate") else 1
+    """Tokens of an answer: usually, and at most."""
+    each = question.expected if question.task in LENGTHS_EACH else 1
+    usual, most = (LENGTHS | LENGTHS_EACH)[question.task]
     return usual * each, most * each + 20
 
 
 def complaint(question: Question) -> str:
-    """What to say to a model whose answer does not have the form."""
+    """What to tell a model whose answer does not have the required form."""
     n = question.expected
     return {
         "explain": "That explains nothing. Answer with one phrase of at most 20 words.",
@@ -110,15 +99,16 @@ def complaint(question: Question) -> str:
 
 
 def parse(question: Question, text: str, logprobs: Sequence[Any] | None = None) -> Answer | None:
-    """What an answer says; None if it does not have the form that was asked for.
+    """The values of an answer; None if it does not have the required form.
 
-    logprobs: of the answer's tokens, as chat completions give them (choices[0].logprobs.content):
-    the probability of 1 against 0 at each number of a classification becomes its confidence.
+    logprobs: of the answer's tokens, as in chat completions (choices[0].logprobs.content). From
+    them comes the confidence of a classification: the probability of 1 against 0.
     """
     text = without_thoughts(text)
     if len(text) > MOST:
         return None
-    text = _unfenced(text)
+    blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+    text = blocks[-1] if blocks and text.rstrip().endswith("```") else text
     if question.task == "explain":
         phrase = explanation_in(text)
         return Answer(phrase, ()) if phrase else None
@@ -137,9 +127,9 @@ def parse(question: Question, text: str, logprobs: Sequence[Any] | None = None) 
     return Answer(text, values, confidence)
 
 
-# How models mark what they think before they answer: DeepSeek, Qwen and most others; Magistral;
-# Kimi; gpt-oss where a server leaves its channels in the text. A template may have written the
-# opening mark, so that an answer begins within the thought. Marks that are quoted are talked about.
+# How models mark their thoughts: DeepSeek, Qwen and most others; Magistral; Kimi; gpt-oss if a
+# server leaves its channels in the text. If the template wrote the opening mark, an answer begins
+# inside the thought. Quoted marks are ignored.
 _THOUGHTS = [
     (r"<(?:think|thinking|thought|reasoning)>", r"</(?:think|thinking|thought|reasoning)>"),
     (r"\[THINK\]", r"\[/THINK\]"),
@@ -152,11 +142,9 @@ _OPEN, _CLOSE = (
 
 
 def without_thoughts(text: str) -> str:
-    """What a model says once it has thought: nothing if it was cut off in its thoughts.
-
-    A closing mark ends a thought if one began the text, or may have before it, or if a line ends
-    there; in a sentence about such marks it does not.
-    """
+    """An answer without its thoughts; "" if it was cut off in them. A closing mark ends a thought
+    if the text begins with a thought or has no opening mark, or if the line ends there. Otherwise
+    it may be part of a sentence about such marks."""
     opening = _OPEN.search(text)
     thought = opening is None or not text[: opening.start()].strip()
     for end in [*_CLOSE.finditer(text)][::-1]:
@@ -164,12 +152,6 @@ def without_thoughts(text: str) -> str:
             text = text[end.end() :]
             break
     return "" if _OPEN.match(text.lstrip()) else text
-
-
-def _unfenced(text: str) -> str:
-    """The inside of the last code block, if that is where the answer is."""
-    blocks = re.findall(r"^```[\w-]*[ \t]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
-    return blocks[-1] if blocks and text.rstrip().endswith("```") else text
 
 
 _EXCUSE = re.compile(
@@ -180,34 +162,29 @@ _EXCUSE = re.compile(
 )
 
 
-def _unquoted(line: str) -> str:
-    """A line without the quotes or stars that it stands in as a whole."""
-    found = re.fullmatch(r"([\"'“”‘’`*_]+)(.*?)[\"'“”‘’`*_.]+", line)
-    return found[2] if found and found[1][0] not in found[2] else line
-
-
 def explanation_in(text: str) -> str:
-    """The phrase that is meant: the last line of a text, at most `LONGEST` letters of it, safe to
-    print; "" if there is none, or an excuse."""
+    """The last line of an answer, printable, cut to `LONGEST`; "" for none, or an excuse."""
     text = _from_json(text.strip())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines or _EXCUSE.match(_unquoted(lines[0])):
+    if not lines:
         return ""
-    phrase = re.sub(
-        r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+",
-        "",
-        lines[-1],
-        flags=re.IGNORECASE,
-    )
+    quoted = _QUOTED.fullmatch(lines[0])
+    if _EXCUSE.match(quoted[2] if quoted and quoted[1][0] not in quoted[2] else lines[0]):
+        return ""
+    phrase = _LEAD.sub("", lines[-1])
     phrase = _LONE.sub("\ufffd", phrase.strip(" \"'*`.")[:LONGEST])
     return shown(phrase)[:LONGEST].strip()
 
 
+_LEAD = re.compile(
+    r"^(the )?(explanation|answer|feature (responds to|is active on))\s*:?\s+", re.IGNORECASE
+)
+_QUOTED = re.compile(r"([\"'“”‘’`*_]+)(.*?)[\"'“”‘’`*_.]+")
 _LONE = re.compile("[\ud800-\udfff]")
 
 
 def _from_json(text: str) -> str:
-    """A text that is quoted as JSON, or the only one in an object."""
+    """The string in a text that is a JSON string, or an object with one string."""
     if text[:1] not in ('"', "{"):
         return text
     try:
@@ -228,13 +205,8 @@ def _numbers(text: str, count: int, most: float) -> tuple[float, ...] | None:
         found = parse_json(lists[-1], "answer")
     except InputError:
         return None
-    if len(found) != count or not all(isinstance(v, (int, float)) for v in found):
-        return None
-    if not all(0 <= v <= most for v in found):
-        return None
-    if most == 1 and any(v not in (0, 1) for v in found):
-        return None
-    return tuple(float(v) for v in found)
+    fits = lambda v: isinstance(v, (int, float)) and (v in (0, 1) if most == 1 else 0 <= v <= most)
+    return tuple(map(float, found)) if len(found) == count and all(map(fits, found)) else None
 
 
 def _selected(text: str, count: int) -> tuple[float, ...] | None:
@@ -250,34 +222,29 @@ def _selected(text: str, count: int) -> tuple[float, ...] | None:
 
 
 def _chosen(text: str, count: int) -> tuple[float, ...] | None:
-    found = re.findall(r"\[\s*(\d{1,4})\s*\]", text) or re.fullmatch(r"\s*(\d{1,4})\.?\s*", text)
-    if not found:
-        return None
-    number = int(found[-1] if isinstance(found, list) else found[1])
+    found = re.findall(r"\[\s*(\d{1,4})\s*\]", text) or re.findall(r"^\s*(\d{1,4})\.?\s*\Z", text)
+    number = int(found[-1]) if found else 0
     return (float(number - 1),) if 1 <= number <= count else None
 
 
-def digits_only(logprobs: Sequence[Any]) -> list[Any]:
-    """Of an answer's log-probabilities what `parse` reads: the tokens 0 and 1, and at each of them
-    these two."""
-    fits = lambda t: isinstance(t, dict) and str(t.get("token")).strip() in ("0", "1")
-    pair = lambda t: {"token": t["token"], "logprob": _logprob(t.get("logprob"))}
-    tops = lambda t: v if isinstance(v := t.get("top_logprobs"), list) else []
-    return [
-        {**pair(t), "top_logprobs": [pair(o) for o in tops(t) if fits(o)]}
-        for t in logprobs
-        if fits(t)
-    ]
+def digits_only(logprobs: list[Any]) -> list[dict[str, Any]]:
+    """The log-probabilities that `parse` reads: of the tokens and alternatives 0 and 1."""
 
+    def digits(tokens: Any) -> list[dict[str, Any]]:
+        some = [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
+        return [t for t in some if str(t.get("token")).strip() in ("0", "1")]
 
-def _logprob(value: Any) -> float | None:
-    """A log-probability; one that is infinite is as good as very small."""
-    is_one = isinstance(value, (int, float)) and value <= 1e-3
-    return float(max(value, -1e4)) if is_one else None
+    def pair(token: dict[str, Any]) -> dict[str, Any]:
+        value: Any = token.get("logprob")
+        is_one = isinstance(value, (int, float)) and value <= 1e-3  # -Infinity is cut to -1e4
+        return {"token": token["token"], "logprob": float(max(value, -1e4)) if is_one else None}
+
+    tops = lambda token: [pair(t) for t in digits(token.get("top_logprobs"))]
+    return [{**pair(t), "top_logprobs": tops(t)} for t in digits(logprobs)]
 
 
 def _confidence(logprobs: Sequence[Any], count: int) -> tuple[float, ...] | None:
-    """P(1) / (P(0) + P(1)) at each token that is a 0 or a 1 (delphi), if there are `count`."""
+    """P(1) / (P(0) + P(1)) at each token 0 or 1 (delphi), if there are `count` of them."""
     found = []
     try:
         for token in logprobs:

@@ -1,25 +1,18 @@
-"""What a judge is asked about a feature, and what it says: the one interface of all judges.
+"""The interface of all judges: questions about a feature, and answers.
 
-A judge (a chat endpoint, a Gemma on this machine, a rule) has a `name`, a `method`, says how many
-features to work on at once (`parallel`), and answers questions:
-
-    judge.answer(questions: Sequence[Question]) -> list[Answer]
-
-The truth goes with a question for the one who scores the answer; no judge looks at it.
+A judge is a chat endpoint, a local Gemma or a rule. A question carries the truth for whoever
+scores the answer; judges do not look at it.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Window
 
-MARKED = (
-    0.3  # tokens with at least this share of the window's largest activation are marked (delphi)
-)
-
+MARKED = 0.3  # of the window's largest activation: tokens from this share on are marked (delphi)
 UNCLEAR = "not understood"  # why a question has no answer, if nothing else is known
 
 Task = Literal["explain", "classify", "select", "intruder", "simulate"]
@@ -30,11 +23,11 @@ class ShownText:
     """A text as a judge sees it."""
 
     tokens: tuple[str, ...]
-    marks: tuple[bool, ...] = ()  # none, or one a token
-    strengths: tuple[int, ...] = ()  # for explaining: 0 to 10, one a token
+    marks: tuple[bool, ...] = ()  # empty, or one per token
+    strengths: tuple[int, ...] = ()  # for explaining: 0 to 10, one per token
 
     def text(self) -> str:
-        """One line; stretches of marked tokens stand in << >>, line breaks show as a sign."""
+        """One line, with << >> around stretches of marked tokens and ↵ for line breaks."""
         parts, inside = [], False
         for token, mark in zip(self.tokens, self.marks or (False,) * len(self.tokens)):
             if mark != inside:
@@ -56,10 +49,9 @@ class Question:
     """One request to a judge.
 
     explain   what do the marked tokens of `examples` have in common? -> a text
-    classify  for each example: is the feature active (somewhere in the text, or where it is
-              marked)? -> 0 or 1 each
-    select    the same in SAEBench's form: which of these? -> 0 or 1 each
-    intruder  where is the feature silent? -> the index of one example
+    classify  for each example: is the feature active in the text, or where it is marked? -> 0 or 1
+    select    the same in SAEBench's form: on which of these is it active? -> 0 or 1 each
+    intruder  on which example does the feature not fire? -> its index
     simulate  how active is the feature on each token of the one example? -> 0 to 10 each
     """
 
@@ -78,9 +70,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a judge said. values: None if there is no answer, and `why` then says the reason, one
-    of few, and `text` the words; `confidence` where there is one: of each example, the larger the
-    more it is thought active."""
+    """What a judge said. Without an answer, `values` is None, `why` one of a few reasons and `text`
+    the words. confidence: for each example that the feature is active, where it is known."""
 
     text: str = ""
     values: tuple[float, ...] | None = None
@@ -89,17 +80,11 @@ class Answer:
 
 
 class Judge(Protocol):
+    """What answers questions, `parallel` features at once; entries hold its `method` and `name`."""
+
     name: str
     method: str
     parallel: int
-
-    @property
-    def answered(self) -> bool:
-        """Whether it ever has: an endpoint that never has is given up soon."""
-        ...
-
-    @answered.setter
-    def answered(self, value: bool) -> None: ...
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]: ...
 
@@ -107,13 +92,13 @@ class Judge(Protocol):
 
 
 def marks_of(values: np.ndarray) -> tuple[bool, ...]:
-    """The tokens of a window that stand for the feature: `MARKED` of the largest activation."""
+    """Whether each token has at least `MARKED` times the largest activation of the window."""
     peak = float(values.max(initial=0.0))
     return tuple(peak > 0 and v >= MARKED * peak for v in values.tolist())
 
 
-def random_marks(example: Window, count: int, rng: Any) -> tuple[bool, ...]:
-    """`count` tokens at random; of a hard negative those on which its neighbour fires."""
+def random_marks(example: Window, count: int, rng: np.random.Generator) -> tuple[bool, ...]:
+    """Marks on `count` random tokens; in a hard negative on those where the neighbour fires."""
     if example.other is not None:
         return marks_of(example.other)
     n = len(example.tokens)
@@ -122,7 +107,7 @@ def random_marks(example: Window, count: int, rng: Any) -> tuple[bool, ...]:
 
 
 def explain_question(train: Sequence[Window]) -> Question:
-    """Ask what the marked tokens have in common; strengths are tenths of the largest activation."""
+    """Ask what the marked tokens have in common. Strengths are in tenths of the largest."""
     top = max((e.peak for e in train), default=0.0) or 1.0
     shown = tuple(
         ShownText(e.tokens, marks_of(e.values), tuple(int(10 * v / top) for v in e.values.tolist()))

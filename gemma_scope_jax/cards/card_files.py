@@ -1,28 +1,28 @@
-"""Feature cards on disk: one .npy array a fact, one row a feature, and cards.json beside them.
+"""Feature cards on disk: .npy arrays with one row per feature, and cards.json beside them.
 
-Arrays are memory-mapped, so that of a coder of a million features only what is looked at is read.
+Arrays are memory-mapped, so only the features that are looked at are read.
 
     cards.json            format, coder, text, settings, stages (what each was made of)
-    density               float64 [F]      the share of the counted tokens on which it is active
+    density               float64 [F]      the share of tokens in the mask on which it is active
     largest, mean         float32 [F]      of its activations on typical tokens (see `examples.py`)
-    histogram             int64 [F, bins]  how many of those lie in equal bins of (0, largest]
+    histogram             int64 [F, bins]  of these activations, in equal bins of (0, largest]
     example_rows          int64 [F, E]     the token an example is around, -1: none
     example_documents     int64 [F, E]     its document
     example_positions     int32 [F, E]     its position in the piece of the document
-    example_sources       int32 [F, E]     the document's file: a number in the manifest's `sources`
-    example_tokens        int32 [F, E, W]  ids of the window, -1 outside of the piece
+    example_sources       int32 [F, E]     its file, an index into `sources` in cards.json
+    example_tokens        int32 [F, E, W]  ids of the window, -1 outside the piece
     example_values        float32 [F, E, W]
-    top_ids, bottom_ids   int32 [F, K]     tokens that the decoder row raises and lowers most
+    top_ids, bottom_ids   int32 [F, K]     tokens whose logits the decoder row raises, lowers most
     top_logits, bottom_logits float32 [F, K]
     logit_range           float32 [F, 2]   smallest and largest logit over the vocabulary
     logit_histogram       int32 [F, bins]  of the logits, equal bins between the two
     correlated_ids        int32 [F, K]     features with the largest Pearson correlation, -1: none
     correlated_pearson, correlated_cosine float32 [F, K]
-    neighbour_ids, neighbour_cosines       features with the most similar decoder row
-    compared_N_ids, _cosines, _same        the same among the features of another coder; and the
-                                           cosine with its feature of the same number, NaN: none
+    neighbour_ids, neighbour_cosines       features with the most similar decoder rows
+    compared_N_ids, _cosines, _same        the same for another coder's features; and the cosine
+                                           with its feature of the same number, NaN: none
 
-E slots: first the `top` strongest, then `each` random ones for each of `groups` equal parts of
+The E examples are the `top` strongest, then `each` random ones from each of `groups` equal parts of
 (0, largest], the strongest part first.
 """
 
@@ -30,12 +30,13 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.atomic import WholeFile, reserve, write_text
@@ -50,7 +51,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A stretch of text around a token: T tokens, `at` the place among them of that token."""
+    """A window of T tokens around the token at index `at`."""
 
     ids: list[int]
     values: list[float]
@@ -62,7 +63,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleGroup:
-    """Examples of activations in (low, high]; `count` activations lie there. Top: the strongest."""
+    """Examples of the `count` activations in (low, high]; the group "top" holds the strongest."""
 
     name: str
     low: float
@@ -71,30 +72,24 @@ class ExampleGroup:
     examples: list[Example]
 
 
-class CardFiles:
-    """The arrays of a folder while they are made: a stage's appear together when all are there.
-
-    The folder is held against other processes until `close`, or the end of a `with` block.
-    """
+class CardFiles(ExitStack):
+    """The arrays of a folder while they are made; those of a stage appear together. The folder is
+    locked against other processes until `close`, or the end of a `with` block."""
 
     def __init__(self, folder: str | os.PathLike, belongs: Any = None):
-        """The folder is emptied of the cards of anything else than `belongs` (JSON) says.
-
-        Raises `InputError` for one with arrays that are no cards, and while another process makes
-        cards there.
-        """
+        """Removes cards from the folder that do not belong to `belongs` (JSON). Raises `InputError`
+        for a folder with other arrays, and while another process makes cards there."""
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
+        super().__init__()
         self.folder = Path(folder)
-        self._open = ExitStack()
-        self._open.enter_context(only_writer(self.folder))
+        self.enter_context(only_writer(self.folder))
         try:
             self._begin(belongs)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise disk_error(folder, error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise disk_error(folder, error) from error
             raise
 
     def _begin(self, belongs: Any) -> None:
@@ -102,44 +97,42 @@ class CardFiles:
         self.manifest: dict[str, Any] = _FORMAT.read(path) if path.exists() else {}
         arrays = list(self.folder.glob("*.npy"))
         if arrays and not path.exists():
-            raise InputError(
-                f"{self.folder}: holds arrays that are no cards; choose another folder"
-            )
+            raise InputError(f"{self.folder}: holds other arrays than cards; choose another folder")
         another = self.manifest.get("belongs") != belongs
         if another:
             self.manifest = {}
         self.manifest |= {"format": FORMAT, "belongs": belongs}
-        if not path.exists():  # which says that the folder is ours
+        if not path.exists():  # the manifest marks the folder as ours
             self._write_manifest()
-        for array in arrays if another else ():
-            array.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self._open.close()
-
-    def __enter__(self) -> "CardFiles":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        if another:
+            self._remove(array.stem for array in arrays)
 
     def has(self, stage: str, made_of: Any) -> bool:
-        """Whether a stage is there and was made of the same (JSON)."""
+        """Whether a stage exists and was made of `made_of` (JSON)."""
         return self.manifest.get("stages", {}).get(stage) == json.loads(json.dumps(made_of))
 
+    def make(self, stage: str, made_of: Any, write: Callable[..., None], *args: Any) -> None:
+        """Make the arrays of a stage by `write(*args, stage)`, unless it was made of the same."""
+        if not self.has(stage, made_of):
+            with self.stage(stage, made_of) as new:
+                write(*args, new)
+
     def drop(self, stage: str) -> None:
-        """Forget a stage, whose arrays no longer belong to the others."""
+        """Remove a stage that no longer fits the others."""
         if self.manifest.get("stages", {}).pop(stage, None) is None:
             return
         held = self.manifest.get("arrays", {}).pop(stage, ())
         self._write_manifest()
-        for array in held:
+        self._remove(held)
+
+    def _remove(self, arrays: Iterable[str]) -> None:
+        for array in arrays:
             (self.folder / f"{array}.npy").unlink(missing_ok=True)
 
     @contextmanager
     def stage(self, name: str, made_of: Any) -> Iterator["Stage"]:
-        """Make the arrays of a stage: they and `made_of` are kept if the block ends well, and what
-        the stage had before goes. Raises `InputError` for a full disk."""
+        """Make the arrays of a stage. They replace earlier ones if the block ends without an error.
+        Raises `InputError` for a full disk."""
         stages = self.manifest.setdefault("stages", {})
         if stages.pop(name, None) is not None:
             self._write_manifest()
@@ -151,8 +144,7 @@ class CardFiles:
             stage.discard()
             raise
         held = self.manifest.setdefault("arrays", {})
-        for array in set(held.get(name, ())) - set(stage.made):
-            (self.folder / f"{array}.npy").unlink(missing_ok=True)
+        self._remove(set(held.get(name, ())) - set(stage.made))
         stages[name], held[name] = made_of, sorted(stage.made)
         self.manifest |= stage.facts
         self._write_manifest()
@@ -163,24 +155,18 @@ class CardFiles:
 
 
 class Stage:
-    """Arrays being made, which get their names when all are; `facts` go into the manifest."""
+    """Arrays being made; they get their names when all are finished. `facts`: for the manifest."""
 
     def __init__(self, folder: Path):
         self.folder, self.facts = folder, {}
         self.made: dict[str, np.memmap] = {}
         self._files: dict[str, WholeFile] = {}
 
-    def create(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any) -> np.ndarray:
-        """A memory-mapped array filled with `fill`, whose room on the disk is there.
-
-        Raises `InputError` if it is not.
-        """
+    def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike, fill: int) -> np.ndarray:
+        """A memory-mapped array filled with `fill`. Raises `InputError` without space for it."""
         path, kind = self.folder / f"{name}.npy", np.dtype(dtype)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(kind),
-            "fortran_order": False,
-            "shape": shape,
-        }
+        header: dict[str, Any] = {"fortran_order": False, "shape": shape}
+        header["descr"] = np.lib.format.dtype_to_descr(kind)
         try:
             whole = self._files[name] = WholeFile(path)
             np.lib.format.write_array_header_1_0(whole.file, header)
@@ -194,7 +180,7 @@ class Stage:
         return array
 
     def put(self, name: str, array: np.ndarray) -> None:
-        """An array that is in memory."""
+        """Write an array that is in memory."""
         self.create(name, array.shape, array.dtype, 0)[...] = array
 
     def finish(self) -> None:
@@ -210,32 +196,26 @@ class Stage:
             whole.discard()
 
 
-def _check_manifest(manifest: dict[str, Any], path: Any) -> None:
+def _check_manifest(manifest: dict[str, Any], path: os.PathLike) -> None:
     for key in ("stages", "arrays"):
         field(manifest, key, dict, path, default={})
         if manifest.get(key) is None:
             manifest.pop(key, None)
     for names in manifest.get("arrays", {}).values():
-        if not isinstance(names, list) or not all(map(_is_name, names)):
-            raise InputError(f"{path}: 'arrays' are no lists of names")
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and name.isidentifier() for name in names
+        ):
+            raise InputError(f"{path}: 'arrays' holds something other than lists of names")
 
 
+_ADVICE = "delete it, and make the cards again"
 _FORMAT = Format(
-    "the manifest of cards",
-    {"format": FORMAT},
-    _check_manifest,
-    "delete it, and make the cards again",
-    mend_text=True,
+    "the manifest of cards", {"format": FORMAT}, _check_manifest, _ADVICE, mend_text=True
 )
 
 
-def _is_name(name: Any) -> bool:
-    """Whether an array may be called so: no path."""
-    return isinstance(name, str) and name.isidentifier()
-
-
 def _check_finished(manifest: dict[str, Any], path: Path) -> None:
-    """Raise `InputError` unless what is read of the manifest of finished cards can be used."""
+    """Raise `InputError` unless the manifest holds all that finished cards need."""
     for key in ("coder", "model", "reads", "writes", "gain"):
         field(manifest, key, str, path)
     for key, least in (("layer", 0), ("width", 1)):
@@ -249,10 +229,10 @@ def _check_finished(manifest: dict[str, Any], path: Path) -> None:
 
 
 class FeatureCards:
-    """The cards in a folder: `cards[name]` an array, `cards.groups(feature)` its examples."""
+    """The cards in a folder: `cards[name]` is an array, `cards.groups(feature)` its examples.
+    Raises `InputError` for a folder without finished cards."""
 
     def __init__(self, folder: str | os.PathLike):
-        """Raises `InputError` where there are no cards, or no finished ones."""
         self.folder = Path(folder)
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
@@ -265,7 +245,7 @@ class FeatureCards:
     def __contains__(self, name: str) -> bool:
         m = self.manifest
         if "arrays" in m and not any(name in m["arrays"].get(s, ()) for s in m["stages"]):
-            return False  # of a stage that is being made anew
+            return False  # its stage is being made again
         return (self.folder / f"{name}.npy").is_file()
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -276,9 +256,8 @@ class FeatureCards:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
                 width = self.manifest.get("width", len(array))
                 if array.dtype.kind not in "iuf" or array.shape[:1] != (width,):
-                    raise ValueError(
-                        f"{array.dtype} {array.shape}, not numbers of {width} features"
-                    )
+                    what = f"{array.dtype} {array.shape}"
+                    raise ValueError(f"{what}, not numbers of {width} features")
             except (OSError, ValueError, EOFError, TypeError) as error:
                 raise InputError(f"{path}: cannot be read ({error}); make it again") from None
             self._arrays[name] = array
@@ -294,25 +273,23 @@ class FeatureCards:
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens the cards come from: those that count. None: published examples."""
+        """The number of tokens in the mask that the cards come from; None: published examples."""
         return self.manifest["tokens"]
 
     def window(self) -> tuple[int, int]:
-        """How many tokens are before and after the one that an example is around."""
+        """The number of tokens before and after the token that an example is around."""
         return self.settings["before"], self.settings["after"]
 
     def groups(self, feature: int) -> list[ExampleGroup]:
         """The examples of a feature: the top ones, then the parts of its range from the top."""
-        s, largest = self.settings, float(self["largest"][feature])
-        counts = self["histogram"][feature].reshape(s["groups"], -1).sum(-1)
-        width = largest / s["groups"]
-        found = [
-            ExampleGroup("top", 0.0, largest, int(counts.sum()), self._some(feature, 0, s["top"]))
-        ]
-        for g in reversed(range(s["groups"])):
-            start = s["top"] + (s["groups"] - 1 - g) * s["each"]
-            some = self._some(feature, start, start + s["each"])
-            name = f"{g / s['groups']:.0%} to {(g + 1) / s['groups']:.0%}"
+        top, each, groups = (self.settings[key] for key in ("top", "each", "groups"))
+        counts = self["histogram"][feature].reshape(groups, -1).sum(-1)
+        largest, some = float(self["largest"][feature]), self._some(feature, 0, top)
+        found = [ExampleGroup("top", 0.0, largest, int(counts.sum()), some)]
+        for g in reversed(range(groups)):
+            start, width = top + (groups - 1 - g) * each, largest / groups
+            some = self._some(feature, start, start + each)
+            name = f"{g / groups:.0%} to {(g + 1) / groups:.0%}"
             found.append(ExampleGroup(name, g * width, (g + 1) * width, int(counts[g]), some))
         return found
 
@@ -324,20 +301,16 @@ class FeatureCards:
             if rows[slot] < 0:
                 continue
             kept = np.flatnonzero(ids[slot] >= 0)
-            found.append(
-                Example(
-                    ids[slot][kept].tolist(),
-                    values[slot][kept].tolist(),
-                    int(np.searchsorted(kept, before)),
-                    int(self["example_documents"][feature, slot]),
-                    int(self["example_positions"][feature, slot]),
-                    files[self["example_sources"][feature, slot]] if files else "",
-                )
-            )
+            at = int(np.searchsorted(kept, before))
+            document = int(self["example_documents"][feature, slot])
+            position = int(self["example_positions"][feature, slot])
+            source = files[self["example_sources"][feature, slot]] if files else ""
+            some = (ids[slot][kept].tolist(), values[slot][kept].tolist())
+            found.append(Example(*some, at, document, position, source))
         return found
 
     def listed(self, name: str, feature: int, *facts: str) -> list[tuple[Any, ...]]:
-        """Rows (id, fact, ...) of a list such as "correlated" or "neighbour"; it may be short."""
+        """The rows (id, fact, ...) of a list such as "correlated" or "neighbour", at most K."""
         if f"{name}_ids" not in self:
             return []
         ids = self[f"{name}_ids"][feature]
@@ -345,10 +318,8 @@ class FeatureCards:
         return [row for row in zip(ids.tolist(), *columns) if row[0] >= 0]
 
     def percentiles(self, features: slice) -> np.ndarray:
-        """float64 [n, 99]: activation below which 1 %, 2 %, ... of each feature's lie.
-
-        Read off the histogram, so right to within one bin, 1 / bins of the largest.
-        """
+        """float64 [n, 99]: the 1st to 99th percentiles of each feature's activations. Read from the
+        histogram: exact to one bin, 1 / bins of the largest activation."""
         counts = np.asarray(self["histogram"][features], np.float64)
         largest = np.asarray(self["largest"][features], np.float64)
         bins = counts.shape[1]

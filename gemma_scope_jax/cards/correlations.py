@@ -1,8 +1,8 @@
 """Which features are active together: Pearson's correlation of activations over typical tokens.
 
-A sparse product: of a token with L0 active features L0^2 pairs are added up, where dense blocks on
-the device would take F^2 (for F 4,096 and L0 50, 6,700 times the work). Pairs that are never active
-together are not looked at: their correlation is negative, so none can be among the largest.
+The product is sparse: a token with L0 active features adds L0^2 pairs, where dense blocks on the
+device would add F^2 (6,700 times the work for F 4,096 and L0 50). Pairs that are never active
+together are skipped: their correlation is negative, so it is never among the largest.
 """
 
 import os
@@ -13,24 +13,25 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import without_outliers
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import tracked
 
-ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; of larger stores, segments are sampled
-LEAST = 0.01  # correlations below this are not listed: most pairs, and they say nothing
+ENTRIES = 1 << 26  # active features held at a time: 1.6 GB; larger stores are sampled
+LEAST = 0.01  # most correlations are below this; they are not listed
 PAIRS = 1 << 21  # pairs of features in a block, if all are active together
 
 
 def correlate(
-    store: Any, coder: str, layer: int, k: int, stage: Stage, entries: int = ENTRIES
+    store: FeatureStore, coder: str, layer: int, k: int, stage: Stage, entries: int = ENTRIES
 ) -> None:
-    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest from `LEAST` on.
-
-    The cosine is that of the uncentred activations. A store with more than `entries` active
-    features is sampled, evenly spaced segments of it.
-    """
-    width = len(store.fired(coder, layer))
-    some = _sampled(store, coder, layer, entries)
-    by_row: Any = _matrix(store, coder, layer, some, width)
+    """Make `correlated_ids`, `_pearson` and `_cosine` [F, k]: the largest, at least `LEAST`. The
+    cosine is that of the uncentred activations. Of a store with more than `entries` active
+    features, evenly spaced segments are used."""
+    fired = store.fired(coder, layer)
+    width, segments = len(fired), store.segment_count
+    count = max(1, int(segments * min(1.0, entries / max(int(fired.sum()), 1))))
+    some = np.linspace(0, segments - 1, count).round().astype(int).tolist()
+    by_row = _matrix(store, coder, layer, some, width)
     tokens, by_column = by_row.shape[0], by_row.tocsc()
     mean = np.asarray(by_column.sum(0)).ravel() / tokens
     squares = np.asarray(by_column.multiply(by_column).sum(0)).ravel()
@@ -67,15 +68,8 @@ def correlate(
     stage.facts["correlated_tokens"] = int(tokens)
 
 
-def _sampled(store, coder: str, layer: int, entries: int) -> list[int]:
-    """The numbers of the segments to take: all, or evenly spaced ones."""
-    share = min(1.0, entries / max(int(store.fired(coder, layer).sum()), 1))
-    count = max(1, int(store.segment_count * share))
-    return np.linspace(0, store.segment_count - 1, count).round().astype(int).tolist()
-
-
-def _matrix(store, coder: str, layer: int, some: list[int], width: int):
-    """The activations [typical tokens, F] of segments, float64, sparse."""
+def _matrix(store: FeatureStore, coder: str, layer: int, some: list[int], width: int) -> Any:
+    """The activations [typical tokens, F] of some segments, a sparse float64 matrix."""
     from scipy import sparse
 
     parts: list[Any] = []

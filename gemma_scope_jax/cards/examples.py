@@ -1,24 +1,26 @@
-"""Where features are active: counts, histograms, the strongest examples and a sample of the others.
+"""Where features are active: counts, histograms, the strongest examples and a random sample.
 
-Three passes over the segments of a store of sparse activations, for all features at once: what is
-kept is a table of the best candidates so far, F rows, so memory does not grow with the text.
+Three passes over the segments of a feature store, for all features at once. A table of the best
+candidates so far, with F rows, is all that is kept, so memory does not grow with the text.
 
-A few tokens of Gemma's residual stream have several times the usual norm, and what is active on
-them is enormous. They say nothing about any one feature, so a token is left out of everything but
-`density` if its activations sum to more than `OUTLIER` times the median of its segment; the others
-are the typical ones. The metrics go by the norm, which a store does not hold: with the packaged SAE
-the two rules name the same tokens, whose sums are 6 to 8 times the median, where no other token's
-is 4 times.
+Outlier tokens have several times the norm of others and very large activations of many features.
+They tell nothing about a single feature, so everything but `density` leaves out tokens whose
+activations sum to more than `OUTLIER` times the median of their segment; the rest are the typical
+tokens. The metrics use the norm, which a store does not hold: with the packaged SAE both rules
+select the same tokens. Their sums are 6 to 8 times the median, and all others are below 4 times.
 """
 
 import dataclasses
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from gemma_scope_jax.autointerp.examples import splitmix64, values_at
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.store.segment import Segment
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import tracked
 
 OUTLIER = 5.0
@@ -39,7 +41,7 @@ class CardSettings:
     after: int = 4
     """Tokens of an example after it."""
     bins: int = 0
-    """Bins of the histograms, a multiple of `groups`; 0 takes 8 for each."""
+    """Bins of the histograms, a multiple of `groups`; 0 takes 8 for each group."""
     seed: int = 0
     """The random seed of the examples."""
     listed: int = 10
@@ -64,14 +66,14 @@ class CardSettings:
 
 
 class SegmentActivations(NamedTuple):
-    """Active features of one segment, ordered by feature, then token."""
+    """The active features of one segment, ordered by feature, then token."""
 
     features: np.ndarray  # int32 [e]
     rows: np.ndarray  # int32 [e] counted from the segment's first token
     values: np.ndarray  # float32 [e]
 
 
-def by_feature(segment: Any, coder: str, layer: int) -> SegmentActivations:
+def by_feature(segment: Segment, coder: str, layer: int) -> SegmentActivations:
     """All active features of a segment."""
     offsets, rows, values = segment.by_feature(coder, layer)
     features = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
@@ -79,16 +81,16 @@ def by_feature(segment: Any, coder: str, layer: int) -> SegmentActivations:
 
 
 def without_outliers(rows: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """bool [n]: the counted tokens that are not of enormous activation; see the module's rule.
+    """bool [n]: the tokens of the mask `counted` [n] that are not outliers; see the module.
 
-    rows, values: the token and the activation of every active feature, [e]; counted bool [n].
+    rows, values: the token and the activation of every active feature, [e].
     """
     sums = np.bincount(rows, values, minlength=len(counted))
     some = sums[counted & (sums > 0)]
     return counted & (sums <= OUTLIER * (np.median(some) if some.size else 0.0))
 
 
-def typical(segment: Any, coder: str, layer: int) -> SegmentActivations:
+def typical(segment: Segment, coder: str, layer: int) -> SegmentActivations:
     """The active features of a segment on its typical tokens."""
     active = by_feature(segment, coder, layer)
     kept = without_outliers(active.rows, active.values, segment.counted_by(coder))[active.rows]
@@ -96,16 +98,18 @@ def typical(segment: Any, coder: str, layer: int) -> SegmentActivations:
 
 
 class Best:
-    """The K candidates with the largest keys in each of S slots, at most one a piece of text."""
+    """The K candidates with the largest keys in each of S slots, at most one per piece of text."""
 
     def __init__(self, slots: int, k: int):
         self.keys = np.full((slots, k), -np.inf)
         self.rows = np.full((slots, k), -1, np.int64)
 
-    def add(self, slots, keys, rows, pieces, start: int) -> None:
-        """Candidates: slot, key, row and piece of each, [e], rows counted from the token `start`.
+    def add(
+        self, slots: np.ndarray, keys: np.ndarray, rows: np.ndarray, pieces: np.ndarray, start: int
+    ) -> None:
+        """Candidates [e] in the order of the text: of equal keys the first one is kept.
 
-        They must come in the order of the text: of equal keys the earlier token is kept.
+        rows: of their tokens, counted from the row `start`; pieces: of text.
         """
         if not self.keys.shape[1]:
             return
@@ -120,7 +124,7 @@ class Best:
         rank = np.arange(len(slots)) - np.repeat(begins, np.diff(begins, append=len(slots)))
         k = self.keys.shape[1]
         kept = rank < k
-        touched = slots[begins]  # the slots that get candidates, in order
+        touched = slots[begins]  # the slots with candidates, in order
         number = np.cumsum(_starts(slots)) - 1
         found_keys = np.full((len(touched), k), -np.inf)
         found_rows = np.full((len(touched), k), -1, np.int64)
@@ -134,62 +138,51 @@ class Best:
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
-    """bool: where a new value begins in an ordered array."""
+    """bool [n]: where a new value begins in an ordered array."""
     return np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
 
 
 def chance(features: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """float64 in [0, 1): a random number for each (feature, global row), the same every time.
-
-    splitmix64 (Steele et al. 2014), so a sample does not depend on how a store is cut.
-    """
+    """float64 in [0, 1): pseudorandom numbers that depend only on feature, row and seed."""
     with np.errstate(over="ignore"):
         x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x ^= (features.astype(np.uint64) + np.uint64(seed)) * np.uint64(0xD1342543DE82EF95)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        x ^= x >> np.uint64(31)
+        x = splitmix64(x)
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def gather_examples(
-    store: Any, coder: str, layer: int, settings: CardSettings, stage: Stage
-) -> None:
-    """Make the arrays `density` to `example_values` from a feature store.
+class Sample:
+    """A histogram of activations in `bins` equal parts of (0, largest], and random examples from
+    `groups` of them, strongest first; for features from `begin` on."""
 
-    Raises `InputError` if the store holds no active feature of the coder.
-    """
-    s = settings
-    fired, total, count, largest, strongest = _strongest(store, coder, layer, s)
-    width = len(fired)
-    histogram = stage.create("histogram", (width, s.bins), np.int64, 0)
-    sample = Best(width * s.groups, s.each)
-    for segment in tracked(store.segments(), "histograms and samples", store.segment_count):
-        active = typical(segment, coder, layer)
-        bins = activation_bin(active, largest, s.bins)
-        np.add.at(histogram, (active.features, bins), 1)
-        # The strongest part first, as in the slots of `example_rows`.
+    def __init__(self, largest: np.ndarray, histogram: np.ndarray, s: CardSettings, begin: int = 0):
+        self.largest, self.histogram, self.settings, self.begin = largest, histogram, s, begin
+        self.best = Best(len(largest) * s.groups, s.each)
+
+    def add(self, active: SegmentActivations, pieces: np.ndarray, start: int) -> None:
+        """Activations of a segment whose first token is in row `start`, and their pieces [e]."""
+        s = self.settings
+        share = active.values.astype(np.float64) / np.maximum(self.largest, 1e-30)[active.features]
+        bins = np.clip(np.ceil(share * s.bins).astype(np.int64) - 1, 0, s.bins - 1)
+        np.add.at(self.histogram, (active.features, bins), 1)
         group = s.groups - 1 - bins // (s.bins // s.groups)
-        keys = chance(active.features, active.rows + np.int64(segment.start), s.seed)
+        rows = active.rows + np.int64(start)
+        keys = chance(active.features + np.int64(self.begin), rows, s.seed)
         slots = active.features.astype(np.int64) * s.groups + group
-        sample.add(slots, keys, active.rows, segment.pieces[active.rows], segment.start)
-    rows = np.concatenate([strongest.rows, sample.rows.reshape(width, -1)], -1)
-    _windows(store, coder, layer, s, rows, stage)
-    counted = store.counted_by(coder)
-    stage.put("density", fired / counted)
-    stage.facts["tokens"] = counted
-    stage.put("largest", largest)
-    stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
+        self.best.add(slots, keys, active.rows, pieces, start)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [F, groups * each]: the rows of the examples, -1: none."""
+        return self.best.rows.reshape(len(self.largest), -1)
 
 
-def activation_bin(active: SegmentActivations, largest: np.ndarray, bins: int) -> np.ndarray:
-    """Which of `bins` equal parts of (0, largest] each activation lies in: int64 [e]."""
-    share = active.values.astype(np.float64) / np.maximum(largest, 1e-30)[active.features]
-    return np.clip(np.ceil(share * bins).astype(np.int64) - 1, 0, bins - 1)
-
-
-def _strongest(store, coder: str, layer: int, s: CardSettings):
-    """fired, sums and counts of typical activations, the largest: [F] each; the top examples."""
+def gather_examples(
+    store: FeatureStore, coder: str, layer: int, settings: CardSettings, stage: Stage
+) -> None:
+    """Make the arrays `density` to `example_values` from a feature store. Raises `InputError` if no
+    feature of the coder is active in the store."""
+    s = settings
     fired = np.asarray(store.fired(coder, layer), np.int64)
     width = len(fired)
     if not fired.any():
@@ -202,12 +195,22 @@ def _strongest(store, coder: str, layer: int, s: CardSettings):
         pieces = segment.pieces[active.rows]
         best.add(active.features, active.values, active.rows, pieces, segment.start)
     largest = np.maximum(best.keys[:, 0], 0.0).astype(np.float32)
-    return fired, total, count, largest, best
+    sample = Sample(largest, stage.create("histogram", (width, s.bins), np.int64, 0), s)
+    for segment in tracked(store.segments(), "histograms and samples", store.segment_count):
+        active = typical(segment, coder, layer)
+        sample.add(active, segment.pieces[active.rows], segment.start)
+    _windows(store, coder, layer, s, np.concatenate([best.rows, sample.rows], -1), stage)
+    counted = store.counted_by(coder)
+    stage.put("density", fired / counted)
+    stage.facts["tokens"] = counted
+    stage.put("largest", largest)
+    stage.put("mean", (total / np.maximum(count, 1)).astype(np.float32))
 
 
-def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage) -> None:
-    """The text around `rows` int64 [F, E], the feature's activations there, and which file it is
-    from: a number in the manifest's `sources`."""
+def _windows(
+    store: FeatureStore, coder: str, layer: int, s: CardSettings, rows: np.ndarray, stage: Stage
+) -> None:
+    """Make the arrays `example_*` around `rows` int64 [F, E]."""
     width, slots = rows.shape
     tokens = stage.create("example_tokens", (width, slots, s.window), np.int32, -1)
     values = stage.create("example_values", (width, slots, s.window), np.float32, 0)
@@ -235,18 +238,16 @@ def _windows(store, coder, layer, s: CardSettings, rows, stage: Stage) -> None:
         positions[features, slot] = segment.positions[at]
         active = by_feature(segment, coder, layer)
         keys = active.features.astype(np.int64) * n + active.rows  # ascending
-        wanted = features[:, None] * n + index
-        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        here = inside & (keys[found] == wanted) if len(keys) else np.zeros_like(inside)
-        values[features, slot] = np.where(here, active.values[found] if len(keys) else 0, 0)
-    names = sorted({*files, *[""] * bool((rows < 0).any())})  # "": of no example
+        found = values_at(keys, active.values, features[:, None] * n + index)
+        values[features, slot] = np.where(inside, found, 0)
+    names = sorted({*files, *[""] * bool((rows < 0).any())})  # "" where there is no example
     order = np.array([names.index(file) for file in files] or [0], np.int32)
     sources[:] = np.where(rows < 0, 0, order[sources])
     stage.facts["sources"] = names
 
 
-def _numbered(segment: Any, rows: np.ndarray, files: dict[str, int]) -> np.ndarray:
-    """The files that some rows' documents are from, int32: as `files` numbers them, here on."""
+def _numbered(segment: Segment, rows: np.ndarray, files: dict[str, int]) -> np.ndarray:
+    """The numbers of the files of rows' documents, int32 [n]; new files are added to `files`."""
     _, first, which = np.unique(segment.documents[rows], return_index=True, return_inverse=True)
     names = [os.path.basename(w.rpartition(", ")[0]) for w in segment.where(rows[first])]
     return np.array([files.setdefault(name, len(files)) for name in names], np.int32)[which]

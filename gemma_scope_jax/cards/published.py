@@ -1,15 +1,15 @@
 """Cards from the `examples.safetensors` that the release has beside many coders.
 
-    tokens [S, T]                                  sequences, ids
-    activations, seq_ids, positions [F, N]         the N strongest of each, falling; padded by 0
-    logit_effects [F, N]                           (not used: what an example did to the next token)
+    tokens [S, T]                                  ids of sequences
+    activations, seq_ids, positions [F, N]         the N strongest, descending; padded with 0
+    logit_effects [F, N]                           effect of an example on the next token; unused
     feature_frequencies [F]                        share of tokens on which a feature is active
     top_tokens, top_logits, bottom_tokens, bottom_logits [F, 10]
 
-Only the strongest activations are known, so histograms and random examples are of those, and in a
-window only tokens that are among them have values. There is nothing to correlate.
+Only the strongest activations are known: histograms, random examples and the values in windows are
+limited to these, and there are no correlations.
 
-Source: the layout as described by users of the release; dtypes are taken as they come.
+Source: the layout as described by users of the release, with any dtypes.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_scope_jax.autointerp.examples import values_at
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import (
-    Best,
-    CardSettings,
-    SegmentActivations,
-    activation_bin,
-    chance,
-)
+from gemma_scope_jax.cards.examples import Best, CardSettings, Sample, SegmentActivations
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.hub import fetch_file
@@ -49,12 +44,12 @@ def find_examples(coder: Coder) -> Path | None:
 
 
 def read_published(
-    path: Path, width: int, settings: CardSettings, stage: Stage, vocab: int | None = None
+    path: Path, width: int, settings: CardSettings, vocab: int | None, stage: Stage
 ) -> None:
     """Make the arrays `density` to `example_values`, and the logit tokens if the file has them.
 
-    vocab: tokens of the tokenizer that is to show them, if it is known. Raises `InputError` for a
-    file that is not one of examples, of another coder, or of another tokenizer.
+    vocab: the size of the tokenizer's vocabulary, if it is known. Raises `InputError` for a file
+    that does not hold examples, or those of another coder or tokenizer.
     """
     with open_safetensors(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
@@ -66,10 +61,10 @@ def read_published(
             if ids.size and not (ids.min() >= 0 and ids.max() < (vocab or 1 << 31)):
                 raise InputError(
                     f"{path}: has tokens {ids.min()} to {ids.max()}, and the tokenizer {vocab}: it "
-                    "is of another one"
+                    "is for another one"
                 )
         if not (np.isfinite(frequency) & (frequency >= 0)).all():
-            raise InputError(f"{path}: feature_frequencies are not all numbers from 0 on")
+            raise InputError(f"{path}: feature_frequencies must be numbers from 0 on")
         part = lambda n, start: file.get_slice(n)[start : min(start + BLOCK, width)]
         blocks = (
             (start, [np.asarray(part(n, start)) for n in PER_FEATURE])
@@ -84,12 +79,10 @@ def read_published(
             "prompts": len(tokens),
             "prompt_tokens": tokens.shape[1],
         }
-        if set(LOGITS) <= shapes.keys():
-            for name, source in zip(
-                ("top_ids", "top_logits", "bottom_ids", "bottom_logits"), LOGITS
-            ):
-                dtype = np.int32 if name.endswith("ids") else np.float32
-                stage.put(name, np.asarray(file.get_tensor(source)).astype(dtype))
+        for name in LOGITS if set(LOGITS) <= shapes.keys() else ():
+            is_ids, values = name.endswith("tokens"), np.asarray(file.get_tensor(name))
+            made = name.replace("tokens", "ids")
+            stage.put(made, values.astype(np.int32 if is_ids else np.float32))
 
 
 def _check(path: Path, shapes: dict[str, tuple[int, ...]], width: int) -> None:
@@ -125,40 +118,33 @@ def _gather(
     progress = Progress(width, "features", what="published examples")
     for start, (activations, sequences, places) in blocks:
         progress.at(start)
+        features, slots = np.nonzero(activations > 0)
+        values_of = activations[features, slots].astype(np.float32)
         at = sequences.astype(np.int64) * length + places.astype(np.int64)
-        active = _entries(activations, at)
+        at = at[features, slots]
+        order = np.lexsort((at, features))
+        active = SegmentActivations(features[order].astype(np.int32), at[order], values_of[order])
         if len(active.rows) and not (active.rows.min() >= 0 and active.rows.max() < tokens.size):
-            raise InputError(f"{path}: an example lies outside of the tokens; download it again")
+            raise InputError(f"{path}: an example is outside the tokens; download it again")
         n = len(activations)
         here = slice(start, start + n)
         largest[here] = np.where(activations > 0, activations, 0).max(-1)
         count = np.bincount(active.features, minlength=n)
         total = np.bincount(active.features, active.values, minlength=n)
         mean[here] = total / np.maximum(count, 1)
-        bins = activation_bin(active, largest[here], s.bins)
-        np.add.at(histogram[here], (active.features, bins), 1)
-        top, sample = Best(n, s.top), Best(n * s.groups, s.each)
+        top, sample = Best(n, s.top), Sample(largest[here], histogram[here], s, start)
         pieces = active.rows // length
         top.add(active.features, active.values, active.rows, pieces, 0)
-        group = s.groups - 1 - bins // (s.bins // s.groups)
-        keys = chance(active.features + np.int64(start), active.rows, s.seed)
-        slots = active.features.astype(np.int64) * s.groups + group
-        sample.add(slots, keys, active.rows, pieces, 0)
-        chosen = np.concatenate([top.rows, sample.rows.reshape(n, -1)], -1)
+        sample.add(active, pieces, 0)
+        chosen = np.concatenate([top.rows, sample.rows], -1)
         rows[here], documents[here] = chosen, np.where(chosen < 0, -1, chosen // length)
         positions[here] = np.where(chosen < 0, -1, chosen % length)
         ids[here], values[here] = _windows(tokens, active, chosen, s)
 
 
-def _entries(activations: np.ndarray, at: np.ndarray) -> SegmentActivations:
-    """The examples of a block of features, ordered by feature and place."""
-    features, slots = np.nonzero(activations > 0)
-    rows, found = at[features, slots], activations[features, slots].astype(np.float32)
-    order = np.lexsort((rows, features))
-    return SegmentActivations(features[order].astype(np.int32), rows[order], found[order])
-
-
-def _windows(tokens: np.ndarray, active: SegmentActivations, chosen: np.ndarray, s: CardSettings):
+def _windows(
+    tokens: np.ndarray, active: SegmentActivations, chosen: np.ndarray, s: CardSettings
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids and known activations [n, E, W] around the places `chosen` int64 [n, E]."""
     flat, length = tokens.reshape(-1), tokens.shape[1]
     index = chosen[..., None] + np.arange(-s.before, s.after + 1, dtype=np.int64)
@@ -166,8 +152,5 @@ def _windows(tokens: np.ndarray, active: SegmentActivations, chosen: np.ndarray,
     index = np.where(inside, index, 0)
     keys = active.features.astype(np.int64) * tokens.size + active.rows
     wanted = np.arange(len(chosen), dtype=np.int64)[:, None, None] * tokens.size + index
-    if not len(keys):
-        return np.where(inside, flat[index], -1), np.zeros(index.shape, np.float32)
-    found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    here = inside & (keys[found] == wanted)
-    return np.where(inside, flat[index], -1), np.where(here, active.values[found], 0)
+    found = values_at(keys, active.values, wanted)
+    return np.where(inside, flat[index], -1), np.where(inside, found, 0)

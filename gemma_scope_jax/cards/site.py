@@ -1,12 +1,12 @@
 """The cards of a coder as a web site that needs no server: open index.html from a disk.
 
     index.html            the program
-    data/list.js          a line a feature: density, largest and mean activation, label
+    data/list.js          density, largest and mean activation, and label of every feature
     data/cards-N.js       the cards of `CHUNK` features
-    data/words-N.js       word -> features, for words whose first two letters fall into shard N
+    data/words-N.js       word -> features, for words whose first two letters hash to N
 
-A page opened from a disk may not fetch files but may load scripts, so data are scripts; all that a
-visit does not look at stays on the disk. Text goes into elements through `textContent` only.
+A page opened from a disk may load scripts but not fetch files, so the data are scripts, loaded when
+they are needed. Text goes into elements through `textContent` only.
 """
 
 import html
@@ -20,19 +20,18 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.card_files import FeatureCards
+from gemma_scope_jax.cards.card_files import Example, FeatureCards
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder, write_text
 from gemma_scope_jax.web.pages import inert_json, page_template
 
-CHUNK = 32  # features a file
+CHUNK = 32  # features per file
 SHARDS = 128  # files of words
 RAISED = 6  # tokens shown for a feature in the list
-LABEL, LOGIT, PEAK, NEAR, MOST = 30, 6, 3, 1, 99  # what a word is worth where it stands
-COMMON = 0.2  # of words in examples of more features than this share, only the better places count
+LABEL, LOGIT, PEAK, NEAR, MOST = 30, 6, 3, 1, 99  # a word's score by its place
+COMMON = 0.2  # words of more features than this share are found in their better places only
 WORD = re.compile(r"\w+")
-TITLE = "{{title}}"
 
 
 def build_site(
@@ -45,15 +44,19 @@ def build_site(
 ) -> None:
     """Write the site of `cards` into `folder`; index.html comes last.
 
-    explanations: of features, as `read_explanations` gives them.
-    sites: where the sites of compared coders are, relative to this one's page.
+    explanations: of features, from `read_explanations`.
+    sites: the paths of the compared coders' sites, relative to this one's page.
     """
     explanations, name = explanations or {}, str(cards.manifest["coder"])
     with new_folder(folder / "data", "list.js") as data:
         postings = _Postings(data)
         for start in tracked(range(0, len(cards), CHUNK), "site"):
             features = range(start, min(start + CHUNK, len(cards)))
-            words, ids = _vocabulary(cards, features, tokenizer)
+            here = slice(features.start, features.stop)
+            lists = [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
+            ids = np.unique(np.concatenate([cards["example_tokens"][here].ravel(), *lists]))
+            ids = ids[ids >= 0]
+            words = tokenizer.decode_tokens(ids)
             place = partial(np.searchsorted, ids)
             made = [_card(cards, f, place) for f in features]
             _write(data, f"cards-{start // CHUNK}", {"words": words, "cards": made})
@@ -62,7 +65,7 @@ def build_site(
                 postings.add(f, _scores(cards, f, text_of, explanations.get(f)))
         postings.finish(len(cards))
         _write(data, "list", _overview(cards, name, tokenizer, explanations, sites or {}))
-    text = page_template(__package__, "site.html").replace(TITLE, html.escape(name))
+    text = page_template(__package__, "site.html").replace("{{title}}", html.escape(name))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]
 
 
@@ -70,59 +73,43 @@ def _write(data: Path, name: str, value: Any) -> None:
     (data / f"{name}.js").write_text(f'cards("{name}",{inert_json(value)})\n', encoding="utf-8")
 
 
-def _vocabulary(
-    cards: FeatureCards, features: range, tokenizer: Tokenizer
-) -> tuple[list[str], np.ndarray]:
-    """The tokens of some cards as text, and their ids in order."""
-    here = slice(features.start, features.stop)
-    lists = [cards["example_tokens"][here].ravel()]
-    lists += [cards[n][here].ravel() for n in ("top_ids", "bottom_ids") if n in cards]
-    ids = np.unique(np.concatenate(lists))
-    ids = ids[ids >= 0]
-    return tokenizer.decode_tokens(ids), ids
-
-
-Locate = Callable[[Any], np.ndarray]
+Locate = Callable[[Any], np.ndarray]  # ids -> their indices in the vocabulary of a file
 
 
 def _card(cards: FeatureCards, f: int, place: Locate) -> dict[str, Any]:
-    """What the page calls h g l t c n x: histogram, examples, logits, neighbours."""
+    """A card: h histogram, g groups of examples, l logits and their histogram, t logits without
+    one, c correlated features, n neighbours, x those in compared coders."""
     largest = max(float(cards["largest"][f]), 1e-30)
     card: dict[str, Any] = {"h": cards["histogram"][f].tolist(), "l": None, "t": None}
-    card["g"] = []
-    for g in cards.groups(f):
-        examples = [_example(e, largest, place) for e in g.examples]
-        card["g"].append([g.name, _short(g.low), _short(g.high), g.count, examples])
+    examples = lambda g: [_example(e, largest, place) for e in g.examples]
+    facts = lambda g: [g.name, _short(g.low), _short(g.high), g.count, examples(g)]
+    card["g"] = list(map(facts, cards.groups(f)))
     if "top_ids" in cards:
-        both = [_logits(cards, f, end, place) for end in ("top", "bottom")]
+        both = []
+        for end in ("top", "bottom"):
+            ids, values = place(cards[f"{end}_ids"][f]), cards[f"{end}_logits"][f]
+            both.append([[i, _short(v)] for i, v in zip(ids.tolist(), values.tolist())])
         if "logit_histogram" in cards:
             ends = list(map(_short, cards["logit_range"][f].tolist()))
             card["l"] = [*both, cards["logit_histogram"][f].tolist(), ends]
         else:
             card["t"] = both
     near = lambda name, fact: [[i, round(v, 3)] for i, v in cards.listed(name, f, fact)]
-    card["c"], card["n"] = near("correlated", "pearson"), near("neighbour", "cosines")
-    card["x"] = []
+    card |= {"c": near("correlated", "pearson"), "n": near("neighbour", "cosines"), "x": []}
     for n in range(len(cards.manifest.get("compared", []))):
         same = float(cards[f"compared_{n}_same"][f])
-        card["x"].append(
-            [near(f"compared_{n}", "cosines"), None if np.isnan(same) else round(same, 3)]
-        )
+        others = near(f"compared_{n}", "cosines")
+        card["x"].append([others, None if np.isnan(same) else round(same, 3)])
     return card
-
-
-def _logits(cards: FeatureCards, f: int, end: str, place: Locate) -> list[list[Any]]:
-    ids, values = cards[f"{end}_ids"][f], cards[f"{end}_logits"][f]
-    return [[i, _short(v)] for i, v in zip(place(ids).tolist(), values.tolist())]
 
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _example(example: Any, largest: float, place: Locate) -> list[Any]:
-    """Where it is from, the place of the token, words, and activations in thousandths of the
-    largest: sparse, [place, value, place, value, ...]."""
+def _example(example: Example, largest: float, place: Locate) -> list[Any]:
+    """Its source, the index of the token, words, and activations in thousandths of the largest:
+    sparse, [index, value, index, value, ...]."""
     strength = np.round(1000 * np.asarray(example.values) / largest).astype(int)
     at = np.flatnonzero(strength)
     pairs = np.stack([at, strength[at]], -1).ravel().tolist()
@@ -131,23 +118,28 @@ def _example(example: Any, largest: float, place: Locate) -> list[Any]:
     return [where, example.at, place(example.ids).tolist(), pairs]
 
 
+def _about(manifest: Mapping[str, Any]) -> str:
+    """The model, site and width of a coder, in a line."""
+    m = manifest
+    read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
+    return f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {m['width']:,} features"
+
+
 def _overview(
-    cards, name: str, tokenizer, explanations, sites: Mapping[str, str]
+    cards: FeatureCards,
+    name: str,
+    tokenizer: Tokenizer,
+    explanations: Mapping[int, Explanation],
+    sites: Mapping[str, str],
 ) -> dict[str, Any]:
     m, width = cards.manifest, len(cards)
     some = np.asarray(cards["top_ids"][:, :RAISED]) if "top_ids" in cards else np.zeros((0, 0), int)
     ids = np.unique(some)
-    read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
     text = f"{cards.tokens:,} tokens" if cards.tokens else "the published examples"
-    about = (
-        f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {width:,} features \u00b7 {text}"
-    )
-    logits = {
-        "notebook": "logits as in the official notebook",
-        "as published": "logits as published",
-    }
+    about = f"{_about(m)} \u00b7 {text}"
+    logits = {"notebook": "as in the official notebook", "as published": "as published"}
     if m["gain"] in logits and "top_ids" in cards:
-        about += f" \u00b7 {logits[m['gain']]}"
+        about += f" \u00b7 logits {logits[m['gain']]}"
     labels, notes = [""] * width, [""] * width
     for f, explanation in explanations.items():
         labels[f], notes[f] = explanation["text"], explanation_note(dict(explanation))
@@ -168,12 +160,10 @@ def _overview(
     }
 
 
-# -------------------------------------------------------------------------------------------------
-# Words
-
-
-def _scores(cards: FeatureCards, f: int, text_of, explanation) -> dict[str, int]:
-    """What each word that has to do with a feature is worth: label, logits, strongest examples."""
+def _scores(
+    cards: FeatureCards, f: int, text_of: Mapping[int, str], explanation: Explanation | None
+) -> dict[str, int]:
+    """The score of each word in a feature's label, logit tokens and strongest examples."""
     scores: dict[str, int] = defaultdict(int)
     for word in WORD.findall(explanation["text"].lower()) if explanation else ():
         scores[word] += LABEL
@@ -196,14 +186,14 @@ def _scores(cards: FeatureCards, f: int, text_of, explanation) -> dict[str, int]
 
 
 def shard_of(word: str) -> int:
-    """Which file a word is in; the page computes the same from its UTF-16 code units."""
+    """The number of a word's file; the page computes the same from its UTF-16 code units."""
     units = word[:2].encode("utf-16-le")[:4]
     first, second = (int.from_bytes(units[i : i + 2], "little") for i in (0, 2))
     return (first * 31 + second) % SHARDS
 
 
 class _Postings:
-    """word -> [feature, score, ...], features as steps; on disk until all is there."""
+    """word -> [step to the next feature, score, ...]; on disk until all features are added."""
 
     def __init__(self, data: Path):
         self._data = data
@@ -248,20 +238,14 @@ def _steps(some: Sequence[tuple[int, int]], common: float) -> list[int]:
     return flat
 
 
-# -------------------------------------------------------------------------------------------------
-# Several coders
-
-
 def write_index(folder: Path, names: Sequence[str]) -> None:
-    """index.html of a folder that holds a site in a folder for each of `names`."""
+    """Write index.html, which links to the sites in the folders `names`."""
     items = []
     for name in names:
         m = FeatureCards(folder / name / "cards").manifest
-        read = m["reads"] if m["reads"] == m["writes"] else f"{m['reads']} \u2192 {m['writes']}"
-        about = f"{m['model']} \u00b7 {read} of layer {m['layer']} \u00b7 {m['width']:,} features"
         items.append(
             f'<li><a href="{html.escape(name)}/index.html">{html.escape(str(m["coder"]))}</a>'
-            f"<br><small>{html.escape(about)}</small></li>"
+            f"<br><small>{html.escape(_about(m))}</small></li>"
         )
     text = page_template(__package__, "sites.html").replace("{{coders}}", "\n".join(items))
     write_text(folder / "index.html", text)  # type: ignore[arg-type]

@@ -1,19 +1,19 @@
-"""The feature cards of any coders as one web site: what is to be made, checked, and then made.
+"""The feature cards of several coders as one web site, planned first and then built.
 
     sites = plan_card_sites([coder], "out")
     build_card_sites(sites, "out", tokenizer, store, model=model)
 
-A coder of several layers has a site for each. Planning reads no text and no weights of the model,
-so that whatever cannot be made is known before they are loaded.
+A coder of several layers has a site for each. Planning finds all mistakes before text is read and
+the model is loaded.
 """
 
 import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gemma_scope_jax.autointerp.explanations import (
     Explanation,
@@ -32,6 +32,7 @@ from gemma_scope_jax.cards.site import build_site, write_index
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.directions import Gain, check_comparable
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.locks import only_writer
@@ -39,7 +40,7 @@ from gemma_scope_jax.storage.paths import is_remote
 
 LOG = logging.getLogger(__name__)
 CardExport = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
-EXPORTS = ("saedashboard", "neuronpedia", "anthropic", "anthropic-json")
+EXPORTS = get_args(CardExport)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,9 +50,9 @@ class CardSite:
     coder: Coder
     layer: int
     name: str  # of its folder
-    examples: Path | None  # those published beside the coder, where there is no store
+    examples: Path | None  # published beside the coder, for use without a store
     compared: Mapping[str, Coder]  # other coders by name
-    sites: Mapping[str, str]  # where the pages of those are that get one now
+    sites: Mapping[str, str]  # pages of compared coders that are made, too
     explained: Mapping[int, Explanation]
 
 
@@ -63,27 +64,29 @@ def plan_card_sites(
     explanations: str | os.PathLike = "",
     published: bool = False,
 ) -> tuple[CardSite, ...]:
-    """What `build_card_sites` is to make in `folder`, which is local.
+    """Plan the sites for `build_card_sites` to make in `folder`, which is local.
 
     compare       other coders, whose decoders are searched for the same features
-    explanations  folder or file of those of one coder; default: beside each coder
-    published     show the examples published beside the coders, so that no store is needed
-    Raises `InputError` for coders that cannot be compared, folders that hold something else than
-    cards, explanations of nothing, and coders beside which no examples are published.
+    explanations  folder or file, for one coder; default: beside each coder
+    published     show the examples published beside the coders, without a store
+    Raises `InputError` for coders that cannot be compared, folders with anything but cards,
+    explanations of other features, and coders without published examples.
     """
     if not coders:
         raise InputError("name at least one coder")
     explanations = os.fspath(explanations)
     if explanations and len(coders) > 1:
-        raise InputError("--explanations is of one coder, and several are given")
+        raise InputError(f"{explanations}: explains one coder, but several are given")
     out = _local(folder)
     pairs = [(c, layer) for c in coders for layer in c.layers]
-    names = _folders([(public_name(c), layer, len(c.layers) > 1) for c, layer in pairs])
+    names = _folders(pairs)
     pages = {(c.info.path, i): f"../{name}/index.html" for (c, i), name in zip(pairs, names)}
-    called, planned = _names(compare), []
+    called, planned = [public_name(coder) for coder in compare], []
+    long = lambda coder: "/".join(Path(coder.info.path).parts[-2:])  # of namesakes
+    others = {n if called.count(n) == 1 else long(c): c for n, c in zip(called, compare)}
     for (coder, layer), name in zip(pairs, names):
         _check_free(out / name, coder)
-        compared = {n: c for n, c in called.items() if c.info.path != coder.info.path}
+        compared = {n: c for n, c in others.items() if c.info.path != coder.info.path}
         sites = {}
         for n, other in compared.items():
             theirs = same_layer(other, layer)
@@ -91,10 +94,15 @@ def plan_card_sites(
             place = (other.info.path, other.layers[other.source(theirs)])
             sites |= {n: pages[place]} if place in pages else {}
         explained = _explained(coder, layer, explanations)
-        examples = _examples(coder) if published else None
+        examples = find_examples(coder) if published else None
+        if published and examples is None:
+            raise InputError(
+                f"{public_name(coder)}: no examples are published beside it: give text or a "
+                "feature store"
+            )
         planned.append(CardSite(coder, layer, name, examples, compared, sites, explained))
     if explanations and not any(one.explained for one in planned):
-        raise InputError(f"--explanations {explanations}: there are none of this coder's features")
+        raise InputError(f"{explanations}: holds no explanations of this coder's features")
     return tuple(planned)
 
 
@@ -102,22 +110,22 @@ def build_card_sites(
     sites: Sequence[CardSite],
     folder: str | os.PathLike,
     tokenizer: Tokenizer,
-    store: Any = None,
+    store: FeatureStore | Callable[[], FeatureStore] | None = None,
     *,
     model: Model | None = None,
     settings: CardSettings | None = None,
     gain: Gain = "exact",
     export: Sequence[str] = (),
 ) -> Path:
-    """Make cards, sites and exports of what was planned; the path of the page that lists them.
+    """Make the planned cards, sites and exports; returns the path of the page that lists them.
 
     store   a `FeatureStore`, or a function that fills one; None: the examples published beside
             each coder
     model   for the logit tokens; None: cards of a store have none
-    gain    how they are computed: with the final norm's gain 1 + w ("exact"), or w as in the
-            official notebook ("notebook")
-    export  of `EXPORTS`: also as files for other programs
-    The same call goes on where an interrupted one was. Raises `InputError`.
+    gain    for the logit tokens: the final norm's 1 + w ("exact"), or w as in the official
+            notebook ("notebook")
+    export  formats of `EXPORTS` to write, too
+    The same call resumes an interrupted one. Raises `InputError`.
     """
     for name in export:
         if name not in EXPORTS:
@@ -129,10 +137,12 @@ def build_card_sites(
         for one in sites:
             LOG.info("cards of %s", one.name)
             source = store if one.examples is None else one.examples
+            assert source is not None
+            place = out / one.name
             cards = made[one.name] = build_cards(
                 source,
                 one.coder,
-                out / one.name / "cards",
+                place / "cards",
                 layer=one.layer,
                 model=model,
                 tokenizer=tokenizer,
@@ -140,11 +150,22 @@ def build_card_sites(
                 gain=gain,
                 compare=one.compared,
             )
-            build_site(
-                cards, out / one.name, tokenizer, explanations=one.explained, sites=one.sites
-            )
-            _export(cards, one, tokenizer, out / one.name, export, heads)
-        _export_layers(made, tokenizer, out, export)
+            build_site(cards, place, tokenizer, explanations=one.explained, sites=one.sites)
+            if "saedashboard" in export:
+                folder = place / "saedashboard"
+                export_saedashboard(cards, one.coder, tokenizer, folder, heads=heads)
+            if "neuronpedia" in export:
+                more: dict[str, Any] = {"heads": heads, "explanations": one.explained}
+                export_neuronpedia(cards, one.coder, tokenizer, place / "neuronpedia", **more)
+        layers = {cards.manifest["layer"]: cards for cards in made.values()}
+        sets = {out: layers}  # for graph viewers, all in one folder unless a layer is there twice
+        if len(layers) < len(made):
+            sets = {out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()}
+        for folder, layers in sets.items():
+            if "anthropic" in export:
+                export_anthropic(layers, tokenizer, folder / "anthropic")
+            if "anthropic-json" in export:
+                export_anthropic_json(layers, tokenizer, folder / "anthropic-json")
         write_index(out, list(made))
     return out / "index.html"
 
@@ -156,83 +177,31 @@ def _local(folder: str | os.PathLike) -> Path:
 
 
 def _check_free(folder: Path, coder: Coder) -> None:
-    """Refuse a folder for the cards of a coder that holds anything else."""
+    """Raise `InputError` for a folder that holds anything but the cards of a coder."""
     if coder.info.folder and folder.resolve() == Path(coder.info.folder).resolve():
-        raise InputError(f"{folder}: is the coder itself; choose another --out")
+        raise InputError(f"{folder}: is the coder itself; choose another folder")
     made = folder / "cards"
-    ours = lambda path: path.parent == made and path.name[0] == "."  # of a run killed at once
+    ours = lambda path: path.parent == made and path.name[0] == "."  # left by a killed run
     inside = (path for path in folder.rglob("*") if not path.is_dir() and not ours(path))
     if not (made / FILE).is_file() and next(inside, None) is not None:
-        raise InputError(f"{folder}: holds something else than cards; choose another --out")
+        raise InputError(f"{folder}: holds something other than cards; choose another folder")
 
 
 def _explained(coder: Coder, layer: int, given: str) -> dict[int, Explanation]:
-    """The explanations of a layer's features, beside the coder or where they are `given`."""
+    """The explanations of a layer's features: the `given` ones, or those beside the coder."""
     layers = len(coder.layers)
     if layers > 1 and given.endswith(".json"):
-        raise InputError("--explanations: of a coder of several layers, give the folder of all")
+        raise InputError(f"{given}: for a coder of several layers, give the folder of all")
     folder = given or explained_folder(coder.info)
     return read_explanations(layer_folder(folder, layers, layer), coder.width) if folder else {}
 
 
-def _examples(coder: Coder) -> Path:
-    if (found := find_examples(coder)) is None:
-        raise InputError(
-            f"{public_name(coder)}: no examples are published beside it: give --text FILES or "
-            "--store FOLDER"
-        )
-    return found
-
-
-def _names(coders: Sequence[Coder]) -> dict[str, Coder]:
-    """Coders by name; those of one name with their folder's parent in front."""
-    names = [public_name(coder) for coder in coders]
-    long = ["/".join(Path(coder.info.path).parts[-2:]) for coder in coders]
-    return {
-        name if names.count(name) == 1 else longer: coder
-        for name, longer, coder in zip(names, long, coders)
-    }
-
-
-def _folders(named: list[tuple[str, int, bool]]) -> list[str]:
-    """A folder's name for each (coder, layer, whether it has several)."""
+def _folders(pairs: Sequence[tuple[Coder, int]]) -> list[str]:
+    """The name of a folder for each coder and layer."""
     names = []
-    for name, layer, several in named:
-        short = re.sub(r"[^A-Za-z0-9._-]+", "__", name).strip("._") or "coder"
-        names.append(f"{short}-layer-{layer}" if several else short)
+    for coder, layer in pairs:
+        short = re.sub(r"[^A-Za-z0-9._-]+", "__", public_name(coder)).strip("._") or "coder"
+        names.append(f"{short}-layer-{layer}" if len(coder.layers) > 1 else short)
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names)]
     return names
-
-
-def _export(
-    cards: FeatureCards,
-    one: CardSite,
-    tokenizer: Tokenizer,
-    folder: Path,
-    export: Sequence[str],
-    heads: Any,
-) -> None:
-    """The files that hold the features of one coder's layer."""
-    if "saedashboard" in export:
-        export_saedashboard(cards, one.coder, tokenizer, folder / "saedashboard", heads=heads)
-    if "neuronpedia" in export:
-        more = {"heads": heads, "explanations": one.explained}
-        export_neuronpedia(cards, one.coder, tokenizer, folder / "neuronpedia", **more)
-
-
-def _export_layers(
-    made: Mapping[str, FeatureCards], tokenizer: Tokenizer, out: Path, export: Sequence[str]
-) -> None:
-    """Files for graph viewers: of all layers together where each is there once."""
-    layers = {cards.manifest["layer"]: cards for cards in made.values()}
-    sets = (
-        {out: layers}
-        if len(layers) == len(made)
-        else {out / name: {cards.manifest["layer"]: cards} for name, cards in made.items()}
-    )
-    for folder, some in sets.items():
-        if "anthropic" in export:
-            export_anthropic(some, tokenizer, folder / "anthropic")
-        if "anthropic-json" in export:
-            export_anthropic_json(some, tokenizer, folder / "anthropic-json")

@@ -1,10 +1,9 @@
-"""What a model and a coder see in one text: next tokens, features token by token, and the figures.
+"""Inspects one text: next tokens, the features of each token, and the metrics.
 
     seen = inspect_text(model, coder, tokenizer, "The capital of France is")
     seen.next[0].token, seen.features[3], seen.figures["fvu"]
 
-`Inspection` is plain data: `as_dict` is its JSON, `inspect_page.py` makes the web page of it and
-`inspect_terminal.py` what the command prints.
+`Inspection` is plain data: `as_dict` gives its JSON, `page.py` a web page and `terminal.py` tables.
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
 NEXT = 10  # next tokens listed
-STRETCH, MOST = 160, 400  # features are chosen for every stretch of tokens, so many in all
-LISTED = 10  # features of a token among which those of the whole text are chosen
-SHORTEST = 32  # texts are padded to a power of two at least this long: few programs to compile
+STRETCH, MOST = 160, 400  # tokens of a stretch; features of the heat map, over all stretches
+LISTED = 10  # features per token from which those of the heat map are chosen
+SHORTEST = 32  # texts are padded to a power of two from this on: few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect_text` found. T tokens, `<bos>` first; the coder sees those from `first` on."""
+    """The result of `inspect_text`. T tokens, `<bos>` first; the coder reads from `first` on."""
 
     model: str
     coder: str
@@ -62,16 +61,14 @@ class Inspection:
     ids: list[int]
     tokens: list[str]
     next: list[NextToken]
-    features: list[
-        list[tuple[int, float]]
-    ]  # [T]: the strongest (feature, activation) of each token
-    strongest: list[int]  # [S] features that stand for the text: see `strongest_features`
+    features: list[list[tuple[int, float]]]  # [T]: the strongest (feature, activation) per token
+    strongest: list[int]  # [S]: see `strongest_features`
     heat: list[list[float]]  # [S][T] their activations
-    labels: dict[int, Label]  # of every feature named above
+    labels: dict[int, Label]  # of every feature above
     figures: dict[str, Any]  # `Metrics.as_dict` on this text
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; activations to four significant digits."""
+        """JSON data; activations have four significant digits."""
         return {
             **dataclasses.asdict(self),
             "features": [
@@ -88,7 +85,7 @@ def _short(value: float) -> float:
 
 @partial(jax.jit, static_argnames="k")
 def _look(model: Model, coder: SparseCoder, batch: TokenBatch, *, k: int):
-    """One pass over a row: next tokens, top k features a token, what the coder read."""
+    """One pass over a row: next tokens, top k features per token, the coder's input and mask."""
     reads = [capture(coder.reads, coder.layer), capture("resid_final")]
     out = forward(model, batch, reads, logits="none")
     last = batch.segments.sum(dtype=jnp.int32) - 1
@@ -109,7 +106,7 @@ def _look(model: Model, coder: SparseCoder, batch: TokenBatch, *, k: int):
 @jax.jit
 def _heat(coder: SparseCoder, x: jax.Array, mask: jax.Array, features: jax.Array) -> jax.Array:
     """Activations [S, T] of `features` [S] on inputs x [T, D]; 0 outside of `mask` [T]."""
-    if coder.k is not None:  # what a TopK coder keeps hangs on all features
+    if coder.k is not None:  # what a TopK coder keeps depends on all features
         size = min(TOKEN_CHUNK, x.shape[0])
         encode = lambda some: coder.encode(some)[:, features]
         f = jax.lax.map(encode, x.reshape(-1, size, x.shape[-1])).reshape(x.shape[0], -1)
@@ -124,35 +121,27 @@ def _heat(coder: SparseCoder, x: jax.Array, mask: jax.Array, features: jax.Array
 
 
 def strongest_features(values: np.ndarray, features: np.ndarray, count: int) -> list[int]:
-    """Up to `count` features that stand for each stretch of a text, by where they peak.
+    """Up to `count` features for each stretch of a text, ordered by the position of their peaks.
 
-    values, features [T, k]: the strongest of each token. First come the strongest of every token,
-    then the second strongest, so that no token goes without as long as there is room; among equals
-    the larger activation.
+    values, features [T, k]: the strongest of each token. The strongest of every token come first,
+    then the second strongest, and so on, so every token gets one if there is room; among equal
+    ranks the larger activation.
     """
-    stretches = range(0, len(values), STRETCH)
-    parts = [
-        _stand_for(values[t : t + STRETCH], features[t : t + STRETCH], count) for t in stretches
-    ]
-    return list(dict.fromkeys(f for part in parts for f in part))[:MOST]
-
-
-def _stand_for(values: np.ndarray, features: np.ndarray, count: int) -> list[int]:
-    rank = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    order = np.lexsort((-values.ravel(), rank.ravel()))
-    chosen = list(dict.fromkeys(features.ravel()[order][values.ravel()[order] > 0].tolist()))
-    chosen = chosen[:count]
-    peak = {f: int(np.where(features == f, values, 0.0).max(-1).argmax()) for f in chosen}
-    return sorted(chosen, key=peak.__getitem__)
+    found: dict[int, None] = {}
+    for start in range(0, len(values), STRETCH):
+        v, f = values[start : start + STRETCH], features[start : start + STRETCH]
+        rank = np.broadcast_to(np.arange(v.shape[1]), v.shape)
+        order = np.lexsort((-v.ravel(), rank.ravel()))
+        chosen = list(dict.fromkeys(f.ravel()[order][v.ravel()[order] > 0].tolist()))[:count]
+        peak = {i: int(np.where(f == i, v, 0.0).max(-1).argmax()) for i in chosen}
+        found |= dict.fromkeys(sorted(chosen, key=peak.__getitem__))
+    return list(found)[:MOST]
 
 
 def check_text(
     config: GemmaConfig, coder: SparseCoder, tokenizer: Tokenizer, text: str, *, top_k: int = 5
 ) -> np.ndarray:
-    """The tokens of a text that can be inspected, int32 [T], before a model is loaded.
-
-    Raises `InputError` as `inspect_text` does.
-    """
+    """The tokens of a text, int32 [T]. Raises `InputError` as `inspect_text`, without a model."""
     if not 1 <= top_k <= coder.width:
         raise InputError(f"top-k {top_k}: this coder has {coder.width} features")
     if not text.strip():
@@ -160,7 +149,7 @@ def check_text(
     ids = tokenizer.encode(text)
     if len(ids) <= coder.first:
         raise InputError(
-            f"the text has {len(ids)} tokens, and this coder skips the first {coder.first}"
+            f"the text has {len(ids)} tokens; this coder skips the first {coder.first}"
         )
     if len(ids) > config.context:
         raise InputError(
@@ -184,17 +173,17 @@ def inspect_text(
 ) -> Inspection:
     """Run `text` through the model and the coder.
 
-    top_k: features listed a token; shown: features that stand for the text in the heat map, for
-        each stretch of it.
-    labels: the coder's label material; without it, only the logit tokens of what is shown are
-        computed. explanations: of features, by number; they join the labels.
+    top_k: features listed for each token; shown: features in the heat map for each stretch of text.
+    labels: the coder's label material; without it, only logit tokens are computed.
+    explanations: of features, by number; they are added to the labels.
     Raises `InputError` for an empty text, one beyond the context, and a coder that does not fit
     the model.
     """
     if shown < 1:
-        raise InputError(f"shown is {shown}: at least one feature must be")
+        raise InputError(f"shown is {shown}: show at least one feature")
     ids = check_text(model.config, coder, tokenizer, text, top_k=top_k)
-    batch = _padded(ids, model.config.context)
+    length = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), model.config.context)
+    batch = padded([ids], context_size=length)
     figures = evaluate(model, coder, batch).as_dict()  # also checks the fit
     k = min(max(top_k, LISTED), coder.width)
     next_tokens, per_token, (x, mask) = _look(model, coder, batch, k=k)
@@ -203,17 +192,27 @@ def inspect_text(
     strongest = strongest_features(values, features, shown)
     wanted = np.array(strongest + [0] * (-len(strongest) % shown), np.int32)
     heat = np.asarray(_heat(coder, x, mask, wanted))
-    following = [
-        NextToken(*row)
-        for row in zip(
-            tokenizer.decode_tokens(next_ids), next_ids.tolist(), chances.tolist(), logits.tolist()
-        )
-    ]
+    columns = (a.tolist() for a in (next_ids, chances, logits))
+    following = [NextToken(*row) for row in zip(tokenizer.decode_tokens(next_ids), *columns)]
     per_token = [
         [(f, a) for f, a in zip(fs, activations) if a > 0]
         for fs, activations in zip(features[:, :top_k].tolist(), values[:, :top_k].tolist())
     ]
     named = sorted({f for some in per_token for f, _ in some} | set(strongest))
+    if labels is not None:
+        known = {f: labels[f] for f in named}
+    else:
+        none, pairs = (
+            {"examples": [], "density": None},
+            logit_tokens(model, coder, tokenizer, named),
+        )
+        known = {
+            f: {"top_logits": a, "bottom_logits": b, **none} for f, (a, b) in zip(named, pairs)
+        }
+    for f, e in (explanations or {}).items():
+        if f in known:
+            more = {"explanation": e["text"], "explained": explanation_note(e)}
+            known[f] = {**known[f], **more}
     return Inspection(
         model=model.config.name,
         coder=public_name(coder),
@@ -229,32 +228,6 @@ def inspect_text(
         features=per_token,
         strongest=strongest,
         heat=heat[: len(strongest), : len(ids)].tolist(),
-        labels=_explained(_labels_of(model, coder, tokenizer, named, labels), explanations or {}),
+        labels=known,
         figures=figures,
     )
-
-
-def _padded(ids: np.ndarray, context: int) -> TokenBatch:
-    """One row of T' tokens, T' the next power of two or the whole context."""
-    length = min(max(SHORTEST, 1 << (len(ids) - 1).bit_length()), context)
-    return padded([ids], context_size=length)
-
-
-def _labels_of(
-    model, coder, tokenizer, features: list[int], labels: Labels | None
-) -> dict[int, Label]:
-    if labels is not None:
-        return {f: labels[f] for f in features}
-    empty = {"examples": [], "density": None}
-    pairs = logit_tokens(model, coder, tokenizer, features)
-    return {f: {"top_logits": t, "bottom_logits": b, **empty} for f, (t, b) in zip(features, pairs)}
-
-
-def _explained(
-    labels: dict[int, Label], explanations: Mapping[int, Explanation]
-) -> dict[int, Label]:
-    """The labels, with `explanation` (the text) and `explained` (by what, how good) where known."""
-    more = lambda e: {"explanation": e["text"], "explained": explanation_note(e)}
-    return {
-        f: {**a, **more(explanations[f])} if f in explanations else a for f, a in labels.items()
-    }

@@ -1,7 +1,7 @@
-"""An `Inspection` as one self-contained web page: no request leaves it, and text in it stays text.
+"""An `Inspection` as a self-contained web page that sends no requests.
 
-The data goes into inspect.html as JSON, which the page's script turns into elements through
-`textContent` only; "<", ">" and "&" are escaped in the JSON, so no text can end the script element.
+inspect.html holds the data as JSON, and its script writes them through `textContent` only. "<", ">"
+and "&" are escaped in the JSON, so no text can end the script element.
 """
 
 import html
@@ -18,7 +18,7 @@ def inspection_page(seen: Inspection) -> str:
     data["features"] = [
         [[f["feature"], f["activation"]] for f in some] for some in data["features"]
     ]
-    # sparse, as most features are silent on most tokens: token, activation, token, activation, ...
+    # sparse: token, activation, token, activation, ...
     data["heat"] = [[n for pair in enumerate(row) if pair[1] for n in pair] for row in data["heat"]]
     text = inert_json(data)
     title = "".join(seen.tokens[1:])[:60].strip() or "inspection"

@@ -10,14 +10,13 @@ GAP = 2  # between columns
 
 
 def visible(token: str) -> str:
-    """A token on one line: line breaks and tabs as signs, other control characters escaped."""
+    """A token on one line: line breaks and tabs as symbols, other control characters escaped."""
     signs = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
     return "".join(signs.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in token)
 
 
 def label_text(label: Label, width: int = 60) -> str:
-    """One line of label material: its explanation if there is one, what the feature makes likely,
-    and where it was strongest."""
+    """One line of label material: the explanation, or else an example; and the logit tokens."""
     words = ", ".join(visible(t).strip() or visible(t) for t in label["top_logits"][:4])
     if "explanation" in label:
         text = visible(label["explanation"])
@@ -34,7 +33,7 @@ def label_text(label: Label, width: int = 60) -> str:
 
 
 def figure_lines(figures: dict) -> list[str]:
-    """L0, FVU and delta loss as sentences; undefined figures (one token has no variance) as n/a."""
+    """L0, FVU and delta loss in words; n/a if undefined, as one token has no variance."""
     number = lambda value, form: "n/a" if value is None else format(value, form)
     losses = figures["loss"] or {}
     return [
@@ -47,10 +46,7 @@ def figure_lines(figures: dict) -> list[str]:
 
 
 def inspection_tables(seen: Inspection, width: int) -> list[Any]:
-    """The next tokens, each token with its features, and the figures, for rich to print.
-
-    width: characters a line.
-    """
+    """Next tokens, features of each token and metrics, for rich; `width` in characters."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,8 +71,8 @@ def inspection_tables(seen: Inspection, width: int) -> list[Any]:
 
 
 def _features_table(seen: Inspection, width: int) -> Any:
-    """A row a token and feature. Labels have the room that the others leave: where lines are too
-    long, rich would take from all columns alike, until numbers and tokens are gone."""
+    """One row per token and feature. Labels get the remaining width: left alone, rich would shrink
+    all columns of a line that is too long, numbers and tokens included."""
     from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
@@ -85,7 +81,7 @@ def _features_table(seen: Inspection, width: int) -> Any:
     for position, (token, features) in enumerate(zip(seen.tokens, seen.features)):
         name = visible(token)
         if not features:
-            reason = "not seen by the coder" if position < seen.first else "no feature is active"
+            reason = "not read by the coder" if position < seen.first else "no feature is active"
             rows.append((name, "", "", reason))
         for feature, activation in features:
             label = label_text(seen.labels[feature], 76)
@@ -95,14 +91,10 @@ def _features_table(seen: Inspection, width: int) -> Any:
     table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim")
     left = width - GAP
     for title, cells in zip(columns[:3], zip(*rows)):
-        needed = max(map(cell_len, (title, *cells)))
-        table.add_column(
-            title,
-            no_wrap=True,
-            max_width=min(needed, TOKEN_WIDTH),
-            justify="left" if title == "token" else "right",
-        )
-        left -= min(needed, TOKEN_WIDTH) + GAP
+        size = min(max(map(cell_len, (title, *cells))), TOKEN_WIDTH)
+        side = "left" if title == "token" else "right"
+        table.add_column(title, no_wrap=True, max_width=size, justify=side)
+        left -= size + GAP
     table.add_column(columns[3], no_wrap=True, overflow="ellipsis", max_width=max(left, 8))
     for token, feature, activation, label in rows:
         table.add_row(Text(token, "bold"), feature, activation, Text(label, "dim"))

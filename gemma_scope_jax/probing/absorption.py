@@ -1,9 +1,9 @@
-"""Feature absorption: does "starts with A" fall silent on words that have features of their own?
+"""Feature absorption: "starts with A" does not fire on words that have features of their own.
 
-Words of the vocabulary are spelt in a prompt of ten examples, and read at the word's token. A probe
-on the activation finds the first letter; the features that find it best, together, are the letter's
-main ones. On words that the probe gets right and the main features do not account for, other
-features that point along the probe have absorbed them. With unit probe p, activation x, features f:
+Words of the vocabulary are spelt in a prompt with ten examples, and read at the word's token. A
+probe on the activation predicts the first letter; the features that together predict it best are
+the letter's main features. Where the probe is right and the main features do not explain it, other
+features along the probe have absorbed them. With unit probe p, activation x, features f:
 
     P = x . p     a_i = f_i cos(p, w_dec_i)     M = sum of a over the main features
     A = sum of the 3 largest a_i > 0 of others with cos >= 0.1        A' = min(A, P - M)
@@ -14,10 +14,10 @@ A letter's scores are means over the words that its probe gets right; the coder'
 letters whose probe has an F1 above 0.6.
 
 Source: Chanin et al. 2024, "A is for Absorption"; Karvonen et al. 2025, SAEBench,
-`evals/absorption`. What differs: probes and the choice of features are fitted to the optimum, with
-activations (and features with them) brought to norm sqrt(D), where SAEBench runs Adam for 50 epochs
-on activations as they are; each word has one prompt; and of each letter up to `per_letter` words
-are drawn, where SAEBench takes the whole vocabulary.
+`evals/absorption`. Differences: probes and the choice of features are fitted to the optimum, with
+activations and features scaled to norm sqrt(D), where SAEBench runs Adam for 50 epochs without
+scaling; each word has one prompt; and up to `per_letter` words are drawn for each letter, where
+SAEBench takes the whole vocabulary.
 """
 
 import dataclasses
@@ -31,30 +31,25 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing.logistic import f1, fit_logistic, l1_logistic
 from gemma_scope_jax.probing.pooling import along_decoder, typical_scale
-from gemma_scope_jax.probing.tables import held_out
+from gemma_scope_jax.probing.tables import SEED, held_out
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 QUESTION = " has the first letter:"
-EXAMPLES = 10  # words spelt in a prompt before the one that is asked for
+EXAMPLES = 10  # words spelt in a prompt before the one in question
 MOST_FEATURES = 10  # of the sparse probes
-JUMP = 0.03  # of F1, that makes a further feature a main one
+JUMP = 0.03  # a main feature raises F1 by more than this
 L1_DECAY = 0.01
 PROBE_F1 = 0.6
-ENOUGH_LETTERS = 20  # SAEBench gives no score on fewer
+ENOUGH_LETTERS = 20  # SAEBench gives no score with fewer
 ABSORBER_COSINE, FULL_COSINE = 0.1, 0.025
-PROPORTION = 0.4  # of P, at least, that absorbers account for
+PROPORTION = 0.4  # of P: absorbers account for at least this share
 ABSORBERS = 3
-SILENT = 1e-8
-SEED = 42
-
-
-# -------------------------------------------------------------------------------------------------
-# Words and prompts
+INACTIVE = 1e-8  # activations below this
 
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """Prompts of one length, the word's token at index `at` from the end."""
+    """Prompts in which the word's token is at index `at` from the end."""
 
     words: list[str]  # as in the vocabulary, some with a space before
     letters: np.ndarray  # int [W], 0 for a
@@ -63,8 +58,8 @@ class Spelling:
 
 
 def alphabetic_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
-    """The vocabulary's ids whose text is a to z in either case, with or without a space before; of
-    several ids of one text, which would be a word that both trains and tests, the first."""
+    """The ids and texts of the vocabulary's words: a to z in either case, with or without a space
+    before. Of several ids with one text, which would be on both sides of the split, the first."""
     texts = tokenizer.decode_tokens(np.arange(len(tokenizer.special)))
     wanted = set(LETTERS + LETTERS.upper())
     once = dict(zip(reversed(texts), reversed(range(len(texts)))))
@@ -76,20 +71,15 @@ def alphabetic_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
 def spelling_prompts(
     tokenizer: Tokenizer, per_letter: int | None = 200, *, seed: int = SEED
 ) -> Spelling:
-    """Up to `per_letter` words for each letter (None: all), each in a prompt with ten others.
-
-    Raises `InputError` if the vocabulary has too few words.
-    """
+    """Up to `per_letter` words of each letter (None: all), each in a prompt with ten others. Raises
+    `InputError` if the vocabulary has too few words."""
     ids, words = alphabetic_tokens(tokenizer)
     if len(ids) <= EXAMPLES:
         raise InputError(f"the vocabulary has {len(ids)} words of letters a to z: too few to spell")
     letters = np.array([LETTERS.index(w.strip()[0].lower()) for w in words])
     draw = np.random.default_rng(seed)
-    chosen = []
-    for letter in range(len(LETTERS)):
-        some = np.flatnonzero(letters == letter)
-        chosen.append(draw.permutation(some)[:per_letter])
-    chosen = np.concatenate(chosen)
+    by_letter = [np.flatnonzero(letters == letter) for letter in range(len(LETTERS))]
+    chosen = np.concatenate([draw.permutation(some)[:per_letter] for some in by_letter])
     encode = lambda text: tokenizer.encode(text, bos=False)
     question, newline = encode(QUESTION), encode("\n")
     answers = [np.append(encode(f" {letter.upper()}"), newline) for letter in LETTERS]
@@ -97,31 +87,26 @@ def spelling_prompts(
     for word in chosen:
         others = draw.choice(len(ids), EXAMPLES + 1, replace=False)
         others = others[others != word][:EXAMPLES]
-        parts: list[Any] = [[tokenizer.bos_id], newline]
-        for other in others:
-            parts += [[ids[other]], question, answers[letters[other]]]
-        prompts.append(np.concatenate([*parts, [ids[word]], question]).astype(np.int32))
+        spelt = [part for o in others for part in (ids[[o]], question, answers[letters[o]])]
+        parts = [[tokenizer.bos_id], newline, *spelt, ids[[word]], question]
+        prompts.append(np.concatenate(parts).astype(np.int32))
     return Spelling([words[i] for i in chosen], letters[chosen], prompts, -len(question) - 1)
-
-
-# -------------------------------------------------------------------------------------------------
-# Probes, main features
 
 
 @dataclasses.dataclass(frozen=True)
 class LetterProbes:
-    """Of the activations alone: the same for every coder that writes there."""
+    """Probes on the activations at a site, the same for every coder that writes there."""
 
     train: np.ndarray  # rows
     test: np.ndarray
     scale: float
-    w: np.ndarray  # float64 [26, D], for activations as they are; zeros for a letter not asked for
+    w: np.ndarray  # float64 [26, D], for unscaled activations; 0 for letters with too few words
     scores: np.ndarray  # float64 [26, test]
-    f1: np.ndarray  # [26], NaN for a letter not asked for
+    f1: np.ndarray  # [26], NaN for letters with too few words
 
 
 def fit_letters(x: np.ndarray, letters: np.ndarray, *, seed: int = SEED) -> LetterProbes:
-    """A balanced probe for each letter with five words or more, on x [W, D]; a fifth tests."""
+    """A balanced probe for each letter with five words or more, on x [W, D]; a fifth are tested."""
     learnt, held = held_out(letters, seed)
     train, test = np.concatenate(learnt), np.concatenate(held)
     scale = typical_scale(x[train])
@@ -130,7 +115,7 @@ def fit_letters(x: np.ndarray, letters: np.ndarray, *, seed: int = SEED) -> Lett
     quality = np.full(len(LETTERS), np.nan)
     asked = np.flatnonzero(np.bincount(letters, minlength=len(LETTERS)) >= 5)
     if len(asked) < 2:
-        raise InputError("too few words to spell: two letters with 5 words each are the least")
+        raise InputError("too few words to spell: at least two letters need 5 words each")
     rows = np.asarray(x[train], np.float64) * scale
     y = (letters[train] == asked[:, None]).astype(float)
     weight = np.stack([_balanced(each) for each in y])
@@ -143,60 +128,49 @@ def fit_letters(x: np.ndarray, letters: np.ndarray, *, seed: int = SEED) -> Lett
 
 
 def _balanced(y: np.ndarray) -> np.ndarray:
-    """Weights that make both classes count alike, 1 on average (scikit-learn's "balanced")."""
+    """Weights that balance both classes, 1 on average (scikit-learn's "balanced")."""
     share = y.mean()
     return np.where(y > 0, 0.5 / share, 0.5 / (1 - share))
 
 
 def leading_features(f: np.ndarray, letters: np.ndarray, most: int = MOST_FEATURES) -> np.ndarray:
-    """For each letter the `most` features of f [N, F] with the largest weight in an L1 probe of all
-    features; int [26, most]. Features that are never active come last."""
+    """For each letter, the `most` features of f [N, F] with the largest weights in an L1 probe of
+    all features, int [26, most]; features that are never active come last."""
     active = np.flatnonzero(np.any(f != 0, 0))
     y = (letters[:, None] == np.arange(len(LETTERS))).astype(np.float32)
     positive = np.maximum(y.sum(0), 1)
     weight = np.where(y > 0, (len(y) - positive) / positive, 1.0)
-    some = f if len(active) == f.shape[1] else f[:, active]
-    found = np.asarray(l1_logistic(some, y, weight, L1_DECAY)) if len(active) else None
-    order = np.argsort(-found, 0, kind="stable").T if found is not None else np.zeros((26, 0), int)
-    silent = np.setdiff1d(np.arange(f.shape[1]), active)
-    every = [np.concatenate([active[row], silent])[:most] for row in order]
-    return np.stack(every)
+    found = np.zeros((0, len(LETTERS)))
+    if len(active):
+        some = f if len(active) == f.shape[1] else f[:, active]
+        found = np.asarray(l1_logistic(some, y, weight, L1_DECAY))
+    order = np.argsort(-found, 0, kind="stable").T
+    dead = np.setdiff1d(np.arange(f.shape[1]), active)
+    return np.stack([np.concatenate([active[row], dead])[:most] for row in order])
 
 
-def main_features(
-    leading: np.ndarray,
-    train: np.ndarray,
-    train_y: np.ndarray,
-    test: np.ndarray,
-    test_y: np.ndarray,
-) -> list[int]:
-    """The first of one letter's `leading` features: as many as raise the F1 of a balanced probe on
-    them, on test words [N, F], by more than `JUMP` each."""
-    most = len(leading)
+def main_features(f: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray) -> int:
+    """How many of a letter's leading features, f [N, F], are main features: each raises the F1 of a
+    balanced probe of y [N] on the test rows by more than `JUMP`."""
+    most = f.shape[1]
     kept = np.tril(np.ones((most, most)))[:, None, :]  # the probe of k features sees the first k
-    y = np.broadcast_to(train_y.astype(float), (most, len(train_y)))
-    weight = np.broadcast_to(_balanced(train_y.astype(float)), (most, 1, len(train_y)))
-    fitted = fit_logistic(train[None, :, leading] * kept, y, 1.0, weight)
-    best, count = -np.inf, 0
-    for k, scores in enumerate(fitted.scores(test[None, :, leading] * kept)[:, 0], 1):
-        quality = f1(test_y, scores)
+    train_y = np.broadcast_to(y[train].astype(float), (most, len(train)))
+    weight = np.broadcast_to(_balanced(train_y[0]), (most, 1, len(train)))
+    fitted = fit_logistic(f[train][None] * kept, train_y, 1.0, weight)
+    best = -np.inf
+    for k, scores in enumerate(fitted.scores(f[test][None] * kept)[:, 0]):
+        quality = f1(y[test], scores)
         if quality <= best + JUMP:
-            break
-        best, count = quality, k
-    return [int(i) for i in leading[:count]]
-
-
-# -------------------------------------------------------------------------------------------------
-# Absorption
+            return k
+        best = quality
+    return most
 
 
 def absorbed(
     f: np.ndarray, projection: np.ndarray, cosine: np.ndarray, main: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The absorption fraction float64 [N] of each word, and whether its absorption is full, bool.
-
-    f [N, F] features, projection [N] = x . p, cosine [F] of decoder rows with p, `main` features.
-    """
+    """The absorption fraction float64 [N] of each word, and whether its absorption is full, bool. f
+    [N, F] features, projection [N] = x . p, cosine [F] of decoder rows with p, `main` features."""
     f = np.asarray(f, np.float64)
     mains = np.asarray(main, int)
     a = f * cosine
@@ -215,7 +189,7 @@ def absorbed(
 
     top = a.argmax(1)
     largest = a[np.arange(len(a)), top]
-    full = (np.abs(f[:, mains]) < SILENT).all(1) & (cosine[top] >= FULL_COSINE)
+    full = (np.abs(f[:, mains]) < INACTIVE).all(1) & (cosine[top] >= FULL_COSINE)
     full &= (projection >= 0) & (largest >= PROPORTION * projection)
     return fraction, full
 
@@ -227,8 +201,8 @@ def absorption(
     writes.
 
     {"fraction", "full", "split": means over letters, "fraction_std", ...: their spread, "letters":
-    [a row for each letter], "used": letters that count, "enough": whether SAEBench would give a
-    score on so few}. Raises `InputError` if none does.
+    [a row for each letter], "used": the number of letters with a good probe, "enough": whether
+    SAEBench would give a score with so few}. Raises `InputError` if no letter has a good probe.
     """
     train, test = probes.train, probes.test
     f = f * np.float32(probes.scale)
@@ -238,12 +212,10 @@ def absorption(
     for letter, name in enumerate(LETTERS):
         if not probes.f1[letter] > PROBE_F1:
             continue
-        y = [(letters[side] == letter).astype(np.int64) for side in (train, test)]
-        few = f[:, leading[letter]]
-        first = main_features(np.arange(few.shape[1]), few[train], y[0], few[test], y[1])
-        main = [int(i) for i in leading[letter][first]]
+        y, leads = (letters == letter).astype(np.int64), leading[letter]
+        main = leads[: main_features(f[:, leads], y, train, test)].tolist()
         length = np.linalg.norm(probes.w[letter])
-        right = test[(y[1] > 0) & (probes.scores[letter] > 0)]
+        right = test[(y[test] > 0) & (probes.scores[letter] > 0)]
         cosine = products[:, letter] / np.maximum(norms * length, 1e-30)
         projection = np.asarray(x[right], np.float64) @ probes.w[letter] / length * probes.scale
         fraction, full = absorbed(f[right], projection, cosine, main)
@@ -261,24 +233,12 @@ def absorption(
     if not rows:
         best = np.nanmax(probes.f1) if np.isfinite(probes.f1).any() else 0.0
         raise InputError(
-            f"no letter's probe has an F1 above {PROBE_F1} (the best: {best:.2f}): the model does "
-            "not spell here, or there are too few words"
+            f"no letter's probe has an F1 above {PROBE_F1} (the best: {best:.2f}): the activations "
+            "do not hold the spelling, or there are too few words"
         )
-    return {
-        **_means(rows),
-        "letters": rows,
-        "used": len(rows),
-        "enough": len(rows) >= ENOUGH_LETTERS,
-    }
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    columns = {
-        "fraction": [r["fraction"] for r in rows],
-        "full": [r["full"] for r in rows],
-        "split": [len(r["features"]) for r in rows],
-    }
-    found = {name: float(np.mean(values)) for name, values in columns.items()}
-    for name, values in columns.items():
-        found[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return found
+    columns = [[r[key] for r in rows] for key in ("fraction", "full")]
+    table = np.array([*columns, [len(r["features"]) for r in rows]], np.float64)
+    spread = table.std(1, ddof=1) if len(rows) > 1 else np.zeros(3)
+    names = ("fraction", "full", "split", "fraction_std", "full_std", "split_std")
+    means = dict(zip(names, [*table.mean(1).tolist(), *spread.tolist()]))
+    return {**means, "letters": rows, "used": len(rows), "enough": len(rows) >= ENOUGH_LETTERS}

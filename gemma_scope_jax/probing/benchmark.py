@@ -1,10 +1,10 @@
-"""Benchmarks of coders from beginning to end: tables and coders in, one comparison out.
+"""Benchmarks coders end to end: tables and coders in, one comparison out.
 
     tables = benchmark_tables(probing=["tables/*.csv"], tpp=["topics.csv"])
     result = benchmark(model, coders, tokenizer, "out", tables, absorption=True)
     print(result.table)
 
-Tables are read and checked by `benchmark_tables`, before a model is loaded.
+`benchmark_tables` reads and checks tables before a model is loaded.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkResult:
-    """What `benchmark` found."""
+    """The result of `benchmark`."""
 
     table: str  # Markdown: the coders side by side
-    file: epath.Path  # comparison.md, which holds the figures of every task, too
+    file: epath.Path  # comparison.md: the table, and the figures of every task
 
 
 def benchmark_tables(
@@ -55,20 +55,20 @@ def benchmark_tables(
     scr: Sequence[str] = (),
     limit: int | None = None,
 ) -> dict[str, list[Path]]:
-    """The tables of each family, {"probing", "tpp", "scr": files}, after a look into them.
+    """The tables of each family, {"probing", "tpp", "scr": files}.
 
     Each argument takes files, globs and folders. without: names, or globs of names, of tables that
-    are not probed. limit: examples of a table at most. Raises `InputError` for files that are no
-    tables, and for those of concepts that do not fit their benchmark.
+    are not probed. limit: the largest number of examples of a table. Raises `InputError` for files
+    that are not tables, and for tables that do not fit TPP or SCR.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: 1 or more")
+        raise InputError(f"limit is {limit}: at least 1")
     families = {"probing": probing, "tpp": tpp, "scr": scr}
     files = {name: table_files(tuple(some)) for name, some in families.items() if some}
     if probing:
         kept = [f for f in files["probing"] if not any(fnmatch(table_name(f), w) for w in without)]
         if not kept:
-            raise InputError("--without leaves no table to probe")
+            raise InputError(f"leaving out {' '.join(without)} leaves no table to probe")
         files["probing"] = kept
     for name, task in (("tpp", tpp_task), ("scr", scr_task)):
         for path in files.get(name, []):
@@ -91,19 +91,19 @@ def benchmark(
 ) -> BenchmarkResult:
     """Sparse probing, feature absorption, TPP and SCR of coders of one layer, side by side.
 
-    folder      for comparison.md and, for each coder and benchmark, SAEBench's JSON; local or
-                gs://. The same call goes on where an interrupted one was
+    folder      for comparison.md and SAEBench's JSON for each coder and benchmark; local or
+                gs://. The same call resumes an interrupted one
     tables      from `benchmark_tables`
     protocol    of probing: "sae-probes" (last token, tuned penalty, AUC) or "saebench" (mean,
                 accuracy)
-    ks          numbers of features to probe with; default: the protocol's
-    absorption  of first letters, on `words` words of the vocabulary a letter; None: all
+    ks          numbers of features to probe on; default: the protocol's
+    absorption  of first letters, on `words` words of the vocabulary per letter; None: all
     Raises `InputError`.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"no protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
     if not any(tables.values()) and not absorption:
-        raise InputError("nothing to measure: give --probing, --absorption, --tpp or --scr")
+        raise InputError("nothing to measure: give tables, or choose absorption")
     bench = Bench(model, tokenizer, by_name(coders), folder_path(folder))
     jobs = []
     if files := tables.get("probing"):

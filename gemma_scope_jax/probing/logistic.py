@@ -1,13 +1,13 @@
-"""Logistic regression for probes: many small problems at once, to the last digit.
+"""Logistic regression for probes: many small problems at once, solved to machine precision.
 
     minimise  |w|^2 / 2 + C sum_n weight_n log(1 + exp(-s_n (x_n w + b))),   s_n = +-1, b free
 
-is scikit-learn's objective. Activations have norms of 15,000 with a third of the variance in one
-dimension, and C runs from 1e-5 to 1e5: float32 does not survive that. So columns are centred and
-scaled (the penalty is changed with them, the optimum is not) and Newton's method runs in float64,
-on the CPU wherever the model is. Problems follow one another inside one program, from the strongest
-penalty to the weakest, each from where the one before it ended: a few steps then do for each, and
-products of whole matrices are several times faster on CPUs than batches of small ones.
+This is scikit-learn's objective. Activations have norms of 15,000 with a third of the variance in
+one dimension, and C ranges from 1e-5 to 1e5, which is too much for float32. So columns are centred
+and scaled (with the penalty, so the optimum stays) and Newton's method runs in float64, always on
+the CPU. One program solves the problems in turn, from the strongest penalty to the weakest, each
+starting at the solution before: a few steps suffice, and products of whole matrices are several
+times faster on CPUs than batches of small ones.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 
 STEPS = 100  # of Newton; a dozen suffice unless the classes are separable and C is large
-TOLERANCE = 1e-9  # of the gradient, in scaled coordinates, a mean over examples
-ROWS = 256  # examples are padded to a multiple of this, so that few shapes are compiled
+TOLERANCE = 1e-9  # of the mean gradient, in scaled coordinates
+ROWS = 256  # examples are padded to a multiple of this: few shapes are compiled
 _limiting = threading.Lock()
 
 
@@ -40,15 +41,19 @@ class Fitted(NamedTuple):
 
 
 def fit_logistic(
-    x: Any, y: Any, c: Any, weight: Any = None, *, tolerance: float = TOLERANCE
+    x: ArrayLike,
+    y: ArrayLike,
+    c: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> Fitted:
-    """Fit P problems, which differ in C, the examples' labels or weights, on each of G designs.
+    """Fit P problems, which differ in C, labels or weights, on each of G designs.
 
     x [G, N, K] features, y [G, N] or [G, P, N] in {0, 1}, c [P], weight [G, P, N] >= 0 (default
     all 1; 0 leaves an example out). A column of zeros gets weight 0, so designs of unequal K can
-    be padded.
-    `tolerance`: of the mean gradient, with columns of spread 1.
-    Raises `InputError` for a problem whose weighted examples are all of one class.
+    be padded. tolerance: of the mean gradient, with columns of unit spread. Raises `InputError` for
+    a problem whose weighted examples are all of one class.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     c = np.atleast_1d(np.asarray(c, np.float64))
@@ -83,9 +88,8 @@ def _blas() -> Any:
 
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """OpenBLAS's threads wait for each other in a spin: where cores are shared, a factorisation of
-    a 640 x 640 matrix took 1.1 s with them and 4 ms without. One caller at a time: the number is
-    the process's."""
+    """OpenBLAS's threads wait for each other in a spin: on shared cores, factoring a 640 x 640
+    matrix took 1.1 s with them and 4 ms without. The limit is the process's, hence the lock."""
     with _limiting, _blas().limit(limits=1, user_api="blas"):
         yield
 
@@ -95,12 +99,12 @@ def _cpu() -> Any:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise InputError(
-            "probes are fitted on the CPU, which JAX_PLATFORMS leaves out: add ',cpu' to it"
+            "probes are fitted on the CPU, which JAX_PLATFORMS excludes: add ',cpu' to it"
         ) from error
 
 
 @jax.jit
-def _fit(x, y, c, weight, tolerance):
+def _fit(x: jax.Array, y: jax.Array, c: jax.Array, weight: jax.Array, tolerance: float):
     def path(design):
         x, y, weight = design
 
@@ -114,7 +118,7 @@ def _fit(x, y, c, weight, tolerance):
     return jax.lax.map(path, (x, y, weight))
 
 
-def _newton(x, problem, start, tolerance):
+def _newton(x: jax.Array, problem: tuple, start: tuple, tolerance: float) -> tuple:
     """One problem (c [], weight [N], y [N]) on x [N, K], from and to (w [K], b [])."""
     (c, weight, y), (w, b) = problem, start
     total = weight.sum()
@@ -156,19 +160,17 @@ def _newton(x, problem, start, tolerance):
     return w, theta[-1] - mean @ w
 
 
-# -------------------------------------------------------------------------------------------------
-# An L1 penalty, to choose features
-
-
 @functools.partial(jax.jit, static_argnames="steps")
-def l1_logistic(x: Any, y: Any, weight: Any, decay: float, *, steps: int = 2000) -> jax.Array:
+def l1_logistic(
+    x: ArrayLike, y: ArrayLike, weight: ArrayLike, decay: float, *, steps: int = 2000
+) -> jax.Array:
     """Weights float32 [F, L] of L probes that share x [N, F]: for each of them
 
         mean_n weight_n log(1 + exp(-s_n (x_n w + b))) + decay |w|_1
 
     y and weight [N, L]. Proximal gradient steps, accelerated and restarted (Beck and Teboulle 2009,
-    O'Donoghue and Candes 2015), each coordinate with its own bound on the curvature, so that
-    features of unequal scale move alike. Ends when no weight moves by 1e-5 of the largest.
+    O'Donoghue and Candes 2015), with a bound on the curvature for each coordinate, so that features
+    of unequal scale converge alike. Ends when no weight moves by 1e-5 of the largest.
     """
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     x, y, weight = (jnp.asarray(a, jnp.float32) for a in (x, y, weight))
@@ -200,17 +202,13 @@ def l1_logistic(x: Any, y: Any, weight: Any, decay: float, *, steps: int = 2000)
     return state[1][:-1]
 
 
-# -------------------------------------------------------------------------------------------------
-# How good scores are
-
-
 def accuracy(y: np.ndarray, scores: np.ndarray) -> float:
-    """Share of examples whose score [N] is positive just where y [N] is true."""
+    """The share of examples whose score [N] is positive if and only if y [N] is true."""
     return float(((scores > 0) == (y > 0)).mean())
 
 
 def f1(y: np.ndarray, scores: np.ndarray) -> float:
-    """F1 of the positive class; 0 where nothing is found (or to be found)."""
+    """F1 of the positive class; 0 without true positives."""
     y, found = y > 0, scores > 0
     hits = int((y & found).sum())
     total = int(y.sum() + found.sum())
@@ -218,14 +216,13 @@ def f1(y: np.ndarray, scores: np.ndarray) -> float:
 
 
 def weighted_f1(y: np.ndarray, scores: np.ndarray) -> float:
-    """F1 of both classes, weighted by how many examples each has."""
+    """F1 of both classes, weighted by their numbers of examples; a score of 0 is negative."""
     share = float((y > 0).mean())
-    # the negative class is found where the score is not positive
     return share * f1(y, scores) + (1 - share) * f1(1 - (y > 0), 0.5 - (scores > 0))
 
 
 def auc(y: np.ndarray, scores: np.ndarray) -> float:
-    """The chance that a positive scores above a negative, ties half; NaN with one class only."""
+    """The area under the ROC curve, by the Mann-Whitney U statistic; NaN with only one class."""
     y = np.asarray(y) > 0
     positives, negatives = int(y.sum()), int((~y).sum())
     if not positives or not negatives:

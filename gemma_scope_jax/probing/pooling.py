@@ -1,15 +1,15 @@
 """Activations and features of whole texts: one model pass, pooled on the device.
 
-A benchmark wants a vector a text: the mean over its tokens, or what is at one of them. Texts are
-packed side by side into rows of a few lengths, so that hardly a token is padding and as few
-programs are compiled; the pass reads what all coders need, encodes a chunk of tokens at a time and
-adds it up by text, so that [tokens, F] never exists.
+A benchmark needs one vector per text: the mean over its tokens, or the vector at one of them. Texts
+are packed into rows of a few lengths, so there is little padding and few programs are compiled. The
+pass reads what all coders need, encodes a chunk of tokens at a time and sums it by text, so an
+array [tokens, F] never exists.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,39 +26,44 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Report
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
-FEWEST = 16  # columns are kept, silent ones if need be: what chooses ten has ten to choose from
-SHORTEST = 6  # a row of the first length holds at most a text for each 6 of its tokens
+FEWEST = 16  # columns that are kept, with inactive ones if need be: ten may be chosen among them
+SHORTEST = 6  # a row of the first length holds at most one text for every 6 tokens
 
 SiteLayer = tuple[str, int]  # a site and a layer
 
 
 class PooledFeatures(NamedTuple):
-    """The features of N rows without those that are active nowhere: of a wide coder, most."""
+    """The features of N rows, without those that are nowhere active: most of a wide coder's."""
 
     values: np.ndarray  # float32 [N, A]
-    columns: np.ndarray  # int [A], ascending: which features these are
+    columns: np.ndarray  # int [A], ascending: the features' numbers
 
 
 class Pooled(NamedTuple):
-    """Of N texts: activations, and each coder's features."""
+    """The activations of N texts, and each coder's features."""
 
     raw: dict[SiteLayer, np.ndarray]  # float32 [N, D] at each place that a coder reads or writes
     features: list[PooledFeatures]
 
 
+class PackedTexts(NamedTuple):
+    """A batch [B, T] of packed texts. S: at least the number of its texts."""
+
+    tokens: np.ndarray  # int32 [B, T]
+    segments: np.ndarray  # int32 [B, T]
+    owner: np.ndarray  # int32 [B, T]: index of the text whose mean includes a token, else S
+    picked: np.ndarray  # int32 [S]: each text's token at `how`, in the flattened batch
+
+
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
 ) -> list[np.ndarray]:
-    """Token ids of each text, <bos> first, at most `most` of them: its first or its last tokens."""
+    """The first or last tokens of each text, after <bos>: at most `most` ids."""
     if most < 2:
         raise InputError(f"a text needs room for <bos> and a token, not {most}")
-    encoded = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if len(ids) > most:
-            ids = ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
-        encoded.append(ids)
-    return encoded
+    cut = lambda ids: ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
+    encoded = map(tokenizer.encode, texts)
+    return [cut(ids) if len(ids) > most else ids for ids in encoded]
 
 
 def pool(
@@ -75,26 +80,34 @@ def pool(
 ) -> Pooled:
     """Pooled activations and features of `texts`, int [n] each with its <bos>.
 
-    how      "mean" over the tokens that count, or an index into the text's tokens, such as -1 for
-             the last
-    first    tokens before it in a text are left out of the mean, for all coders alike, so that
-             they are measured on the same, but never a text's last; default: the largest of theirs
-    places   where activations are wanted, beside those that the coders read and write
+    how      "mean", or the index of one of the text's tokens, such as -1 for the last
+    first    the mean leaves out tokens before this position (but never a text's last token), for
+             all coders alike; default: the largest `first` of the coders
+    places   more places where activations are needed, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
-    What is returned lies in host memory, 4 N (D + A) bytes for each coder. Raises `InputError` for
-    a text without tokens, longer than the model's context, or too short for `how`.
+    The result takes 4 N (D + A) bytes of host memory for each coder. Raises `InputError` for a text
+    without tokens, longer than the model's context, or too short for `how`.
     """
-    _check(model, texts, how)
+    if not texts:
+        raise InputError("no texts to pool")
+    context = model.config.context
+    needed = 1 if how == "mean" else (how + 1 if how >= 0 else -how)
+    for number, ids in enumerate(texts):
+        if len(ids) < needed:
+            raise InputError(f"text {number} has {len(ids)} tokens, fewer than {needed}")
+        if len(ids) > context:
+            raise InputError(f"text {number} has {len(ids)} tokens, the model's context {context}")
+        check_ids(model.config, np.asarray(ids), f"text {number}: ")
     first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, batch in _batches(texts, how, first, tokens, lengths, model.config.context):
-        vectors, found = _pool_step(model, tuple(coders), *batch, **static)
+    for which, batch in _batches(texts, how, first, tokens, lengths, context):
+        vectors, found = _pool_step(model, tuple(coders), batch, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
         for place, v in vectors.items():
@@ -108,33 +121,31 @@ def pool(
 
 
 class _Columns:
-    """Gathers features [n, F] of some rows at a time, of which it keeps the active columns."""
+    """Collects features [n, F] of some rows at a time, and keeps their active columns."""
 
     def __init__(self, rows: int, width: int):
-        self.rows, self.width = rows, width
-        self.parts: list[tuple[Any, np.ndarray, np.ndarray]] = []
+        self.rows, self.active = rows, np.zeros(width, bool)
+        self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, which: Any, f: np.ndarray) -> None:
-        active = np.flatnonzero(f.any(0))
-        self.parts.append((which, active, f[:, active]))
+    def add(self, which: Sequence[int] | np.ndarray, f: np.ndarray) -> None:
+        columns = np.flatnonzero(f.any(0))
+        self.active[columns] = True
+        self.parts.append((np.asarray(which), columns, f[:, columns]))
 
     def joined(self) -> PooledFeatures:
-        active = np.zeros(self.width, bool)
-        for _, some, _ in self.parts:
-            active[some] = True
-        silent = np.flatnonzero(~active)
-        active[silent[: max(FEWEST - int(active.sum()), 0)]] = True
-        columns = np.flatnonzero(active)
+        inactive = np.flatnonzero(~self.active)
+        self.active[inactive[: max(FEWEST - int(self.active.sum()), 0)]] = True
+        columns = np.flatnonzero(self.active)
         values = np.zeros((self.rows, len(columns)), np.float32)
-        while self.parts:  # each is let go once it is copied
+        while self.parts:  # each part is freed once it is copied
             which, some, f = self.parts.pop()
-            values[np.asarray(which)[:, None], np.searchsorted(columns, some)] = f
+            values[which[:, None], np.searchsorted(columns, some)] = f
         return PooledFeatures(values, columns)
 
 
 def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
-    """The coder with these features alone, for their decoder rows: what is left of a TopK coder
-    encodes another function."""
+    """The coder with only these features, for their decoder rows. (What is left of a TopK coder
+    encodes another function.)"""
     return dataclasses.replace(
         coder,
         w_enc=coder.w_enc[:, columns],
@@ -145,7 +156,7 @@ def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
 
 
 def largest_first(coders: Iterable[SparseCoder]) -> int:
-    """The position in a text from which on all of the coders have features."""
+    """The first position in a text at which all of the coders have features."""
     return max((coder.first for coder in coders), default=1)
 
 
@@ -165,39 +176,18 @@ def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> PooledF
     return found.joined()
 
 
-@jax.jit
-def _encode(coder: SparseCoder, x):
-    return coder.encode(x)
-
-
-def _check(model: Model, texts: Sequence[np.ndarray], how: Any) -> None:
-    if not texts:
-        raise InputError("no texts to pool")
-    needed = 1 if how == "mean" else (how + 1 if how >= 0 else -how)
-    for number, ids in enumerate(texts):
-        if len(ids) < max(needed, 1):
-            raise InputError(f"text {number} has {len(ids)} tokens, fewer than {max(needed, 1)}")
-        if len(ids) > model.config.context:
-            raise InputError(
-                f"text {number} has {len(ids)} tokens: the model's context is "
-                f"{model.config.context}"
-            )
-        check_ids(model.config, np.asarray(ids), f"text {number}: ")
+_encode = jax.jit(SparseCoder.encode)
 
 
 def _batches(
     texts: Sequence[np.ndarray],
-    how: Any,
+    how: Literal["mean"] | int,
     first: int,
     tokens: int,
     lengths: Sequence[int],
     context: int,
-) -> Iterator[tuple[list[int], tuple[np.ndarray, ...]]]:
-    """Which texts, and their batch: tokens, segments and owner, int32 [B, T]; picked, int32 [S].
-
-    `owner` is the number in the batch of the text that a token counts for, S if it counts for none;
-    `picked` is where in the batch, flattened, a text's token is that `how` names.
-    """
+) -> Iterator[tuple[list[int], PackedTexts]]:
+    """The indices of the texts of each batch, and the batch."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
     bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]
@@ -214,7 +204,7 @@ def _batches(
 
 
 def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[list[int]]:
-    """Rows of texts (number, tokens): the longest first, each into the fullest row with room."""
+    """Rows of texts (number, tokens): the longest first, each in the fullest row with room."""
     by_room: list[list[list[int]]] = [[] for _ in range(length + 1)]
     full: list[list[int]] = []
     for number, size in sorted(sizes, key=lambda item: -item[1]):
@@ -226,7 +216,14 @@ def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[lis
     return full + [row for rows in by_room for row in rows]
 
 
-def _batch(texts, rows, how, first, shape, count):
+def _batch(
+    texts: Sequence[np.ndarray],
+    rows: list[list[int]],
+    how: Literal["mean"] | int,
+    first: int,
+    shape: tuple[int, int],
+    count: int,
+) -> tuple[list[int], PackedTexts]:
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     owner, picked = np.full(shape, count, np.int32), np.zeros(count, np.int32)
     which: list[int] = []
@@ -241,12 +238,20 @@ def _batch(texts, rows, how, first, shape, count):
             picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
             which.append(i)
             start = stop
-    return which, (tokens, segments, owner, picked)
+    return which, PackedTexts(tokens, segments, owner, picked)
 
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
-def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places, mean: bool):
-    """{place: [S, D]}, ([S, F] of each coder), S texts; rows beyond the batch's texts are junk."""
+def _pool_step(
+    model: Model,
+    coders: tuple[SparseCoder, ...],
+    batch: PackedTexts,
+    *,
+    places: tuple[SiteLayer, ...],
+    mean: bool,
+) -> tuple[dict[SiteLayer, jax.Array], tuple[jax.Array, ...]]:
+    """{place: [S, D]}, ([S, F] of each coder); rows beyond the batch's texts are meaningless."""
+    tokens, segments, owner, picked = batch
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
@@ -262,7 +267,9 @@ def _pool_step(model: Model, coders, tokens, segments, owner, picked, *, places,
     return raw, tuple(_pooled_features(c, at[c.reads, c.layer], share, add) for c in coders)
 
 
-def _pooled_features(coder: SparseCoder, x, share, add):
+def _pooled_features(
+    coder: SparseCoder, x: jax.Array, share: jax.Array, add: Callable[..., jax.Array]
+) -> jax.Array:
     """share [S, N] @ encode(x [N, D]) -> [S, F], `TOKEN_CHUNK` tokens at a time."""
     size = min(TOKEN_CHUNK, x.shape[0])
     pad = -x.shape[0] % size
@@ -277,27 +284,21 @@ def _pooled_features(coder: SparseCoder, x, share, add):
     return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0)))[0]
 
 
-# -------------------------------------------------------------------------------------------------
-# Directions at the site that a coder writes
-
-
 def typical_scale(x: np.ndarray) -> float:
-    """What brings the median norm of x [N, D] to sqrt(D).
-
-    Penalties of probes mean the same for every model then: Gemma 3's norms are a hundred times
-    those that the peers' penalties were chosen for.
-    """
+    """The factor that brings the median norm of x [N, D] to sqrt(D). A probe's penalty then means
+    the same for every model: Gemma 3's norms are a hundred times those for which the penalties of
+    SAEBench were chosen."""
     norm = float(np.median(np.linalg.norm(np.asarray(x, np.float64), axis=1)))
     return x.shape[1] ** 0.5 / norm if norm > 0 else 1.0
 
 
 @jax.jit
-def _along(w_dec, directions):
+def _along(w_dec: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     w_dec = float32(w_dec)
     return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
 
 
 def along_decoder(coder: SparseCoder, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """w_dec @ directions.T [F, C], directions [C, D_out]; and the decoder rows' norms [F]."""
+    """w_dec @ directions.T [F, C], for directions [C, D_out], and the norms [F] of decoder rows."""
     products, norms = _along(coder.w_dec, jnp.asarray(directions, jnp.float32))
     return np.asarray(products, np.float64), np.asarray(norms, np.float64)

@@ -1,18 +1,18 @@
-"""Sparse probing: how well the k features that differ most between two classes tell them apart.
+"""Sparse probing: classifies texts by the k features that differ most between two classes.
 
-Two protocols, which differ in everything (`PROTOCOLS`):
+There are two `PROTOCOLS`:
 
-sae-probes   the activation at the text's last token (of at most 1,024, the last ones); features
-             divided by their mean when active, then ranked; C chosen among ten on held-out training
-             examples; AUC. Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", and
-             its package sae-probes 0.4.2.
-saebench     the mean over the first 128 tokens; features ranked as they are; C = 1; accuracy;
+sae-probes   the activation at the last token, of the last 1,024; features are ranked after division
+             by their mean when active; C is chosen among ten on held-out training examples; AUC.
+             Source: Kantamneni et al. 2025, "Are Sparse Autoencoders Useful?", and its package
+             sae-probes 0.4.2.
+saebench     the mean over the first 128 tokens; features are ranked as they are; C = 1; accuracy;
              every class against the others. Source: Karvonen et al. 2025, SAEBench, sparse probing.
 
-In both the baselines are the raw activation's own top k dimensions and a probe on all of them, with
-C chosen as sae-probes does. All probes have an L2 penalty and are fitted to the optimum; the peers
-stop scikit-learn early, and SAEBench trains its full probe by Adam and keeps the epoch that tests
-best.
+The baselines of both are the top k dimensions of the raw activation and a probe on all dimensions,
+with C chosen as in sae-probes. All probes have an L2 penalty and are fitted to the optimum; the
+peers stop scikit-learn early, and SAEBench trains its full probe by Adam and keeps the epoch that
+tests best.
 """
 
 import dataclasses
@@ -21,37 +21,27 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gemma_scope_jax.probing import tables
 from gemma_scope_jax.probing.logistic import accuracy, auc, fit_logistic, weighted_f1
-from gemma_scope_jax.probing.tables import (
-    Split,
-    Table,
-    classes_of,
-    first_of_each,
-    one_against_rest,
-    repeated,
-    sae_probes_split,
-    say_repeats,
-)
 from gemma_scope_jax.progress import Report
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
-ROUGHLY = 1e-5  # the gradient at which a probe is good enough to compare penalties by
-WIDTHS = (8, 32, 128, 512)  # that probes of k features are padded to
-SEED = 42
+ROUGHLY = 1e-5  # the gradient at which a probe is good enough to compare penalties
+WIDTHS = (8, 32, 128, 512)  # probes of k features are padded to one of these
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What distinguishes ways of probing; see the module."""
+    """A way of probing; see the module."""
 
     name: str
     how: Literal["mean"] | int  # see `pooling.pool`
-    keep: Literal["first", "last"]  # of a text that is too long
+    keep: Literal["first", "last"]  # which tokens of a text that is too long
     context: int  # tokens of a text at most
     ks: tuple[int, ...]
-    by_scale: bool  # features are divided by their mean over where they are active, to rank them
-    tuned: bool  # C of the sparse probes is chosen, instead of 1
-    measure: Literal["auc", "accuracy"]  # that is reported
+    by_scale: bool  # features are ranked after division by their mean when active
+    tuned: bool  # C of the sparse probes is chosen; else it is 1
+    measure: Literal["auc", "accuracy"]  # the one that is reported
 
 
 PROTOCOLS = {
@@ -63,75 +53,50 @@ PROTOCOLS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """The binary questions about a table, and the texts they need."""
-
-    name: str
-    texts: list[str]
-    questions: dict[str, Split]  # by the class asked for; rows count in `texts`
-    repeated: float = 0.0  # the share of rows that test whose texts were trained on
-
-
-@dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one probe on the rows that test it."""
+    """The scores of one probe on its test rows."""
 
     accuracy: float
     auc: float
     f1: float  # weighted by class
     c: float  # the inverse penalty
-    features: tuple[int, ...] = ()  # that it used, the best first; empty: all
+    features: tuple[int, ...] = ()  # used, the best first; empty: all
 
 
 def make_task(
-    table: Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
-) -> Task:
-    """The questions of a table with a column `target`; `limit` examples of it at most.
+    table: tables.Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
+) -> tables.Task:
+    """The questions of a table with a column `target`, on at most `limit` of its examples.
 
-    Rows of the same text never train and test, but under sae-probes, whose draws are its package's:
-    there stderr says how many do, and for any protocol how many texts have several labels, unless
-    `quiet`. Raises `InputError` for a missing label, for labels that are numbers rather than
-    classes, for more than two classes under sae-probes, and for too few rows.
+    Rows with the same text are never on both sides, except under sae-probes, whose draws are its
+    package's. Unless `quiet`, warns of these and of texts with several labels. Raises `InputError`
+    for a missing label, for labels that are numbers rather than classes, for more than two classes
+    under sae-probes, and for too few rows.
     """
     labels = table.column("target", "label", "class")
     most = 2 if protocol.name == "sae-probes" else 20
-    names, classes = classes_of(labels, table.path, most)
-    kept = first_of_each(classes, limit)
-    both = of = 0
+    names, classes = tables.classes_of(labels, table.path, most)
+    kept = tables.first_of_each(classes, limit)
     if protocol.name == "sae-probes":
-        split = sae_probes_split(classes[kept], table.path, SEED)
-        both, of = repeated(table, kept, split), len(split.test)
-        questions = {names[1]: split}
+        questions = {names[1]: tables.sae_probes_split(classes[kept], table.path)}
     else:
-        texts = table.numbered(kept)
-        found = one_against_rest(classes[kept], table.path, seed=SEED, texts=texts)
+        found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
         questions = {names[c]: split for c, split in found.items()}
-    if not quiet:
-        say_repeats(table, kept, classes[kept], both, of)
-    texts = [table.texts[i] for i in kept]
-    return _needed(Task(table.name, texts, questions, both / of if both else 0.0))
-
-
-def _needed(task: Task) -> Task:
-    """The task without the texts that no question uses."""
-    sides = [rows for s in task.questions.values() for rows in (s.train, s.test)]
-    used = np.unique(np.concatenate(sides))
-    at = lambda rows: np.searchsorted(used, rows)
+    task = tables.task_of(table, kept, classes, questions, quiet=quiet)
+    used = np.unique(np.concatenate([r for s in questions.values() for r in (s.train, s.test)]))
+    at = lambda rows: np.searchsorted(used, rows)  # without the texts that no question uses
     questions = {
         name: dataclasses.replace(s, train=at(s.train), test=at(s.test))
-        for name, s in task.questions.items()
+        for name, s in questions.items()
     }
-    return Task(task.name, [task.texts[i] for i in used], questions, task.repeated)
-
-
-# -------------------------------------------------------------------------------------------------
-# Probes
+    texts = [task.texts[i] for i in used]
+    return dataclasses.replace(task, texts=texts, questions=questions)
 
 
 def rank(x: np.ndarray, y: np.ndarray, by_scale: bool = False) -> np.ndarray:
     """Columns of x [N, F] by |mean where y - mean elsewhere|, the largest first; ties by number.
 
-    by_scale: each column is first divided by its mean absolute value over where it is not 0.
+    by_scale: each column is first divided by the mean of its absolute nonzero values.
     """
     y = np.asarray(y) > 0
     apart = x[y].mean(0, dtype=np.float64) - x[~y].mean(0, dtype=np.float64)
@@ -142,9 +107,9 @@ def rank(x: np.ndarray, y: np.ndarray, by_scale: bool = False) -> np.ndarray:
     return np.argsort(-np.abs(apart), kind="stable")
 
 
-def folds(y: np.ndarray, seed: int = SEED) -> list[np.ndarray]:
-    """Rows to choose C on, held out in turn: as sae-probes, the last fifth of 128 examples or more,
-    100 at most; of fewer, six random parts with both classes in the same shares."""
+def folds(y: np.ndarray, seed: int = tables.SEED) -> list[np.ndarray]:
+    """Rows to hold out in turn to choose C: of 128 examples or more the last fifth, at most 100;
+    of fewer, six random parts with the same shares of both classes (sae-probes)."""
     count = len(y)
     if count >= 128:
         return [np.arange(count - min(count // 5, 100), count)]
@@ -158,8 +123,7 @@ def folds(y: np.ndarray, seed: int = SEED) -> list[np.ndarray]:
 
 
 def choose_strength(x: np.ndarray, y: np.ndarray) -> float:
-    """The C of `STRENGTHS` with the best mean AUC on held-out rows of x [N, K]; 1 if there is no
-    part of the rows with both classes to hold out."""
+    """The C with the best mean AUC on held-out rows of x [N, K]; 1 if no part has both classes."""
     total = np.zeros(len(STRENGTHS))
     for held in folds(y):
         kept = np.ones(len(y), bool)
@@ -172,19 +136,16 @@ def choose_strength(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def probe(
-    x: np.ndarray, split: Split, ks: Sequence[int], protocol: Protocol, *, full: bool = False
+    x: np.ndarray, split: tables.Split, ks: Sequence[int], protocol: Protocol, *, full: bool = False
 ) -> dict[str, Score]:
-    """Scores by k of sparse probes on x [N, F]; with `full`, "full" is the probe on all columns.
-
-    k larger than F counts as F.
-    """
+    """Scores of sparse probes on x [N, F], by k (at most F); "full": of a probe on all columns."""
     train, test = x[split.train], x[split.test]
     order = rank(train, split.train_y, protocol.by_scale)
     found = {}
     for k in ks:
         columns = order[:k]
         width = next((n for n in WIDTHS if n >= len(columns)), len(columns))
-        pad = ((0, 0), (0, width - len(columns)))  # with zeros: few shapes are compiled
+        pad = ((0, 0), (0, width - len(columns)))  # few shapes are compiled
         a, b = np.pad(train[:, columns], pad), np.pad(test[:, columns], pad)
         score = _score(a, b, split, tuned=protocol.tuned)
         found[str(k)] = dataclasses.replace(score, features=tuple(map(int, columns)))
@@ -193,7 +154,7 @@ def probe(
     return found
 
 
-def _score(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) -> Score:
+def _score(train: np.ndarray, test: np.ndarray, split: tables.Split, *, tuned: bool) -> Score:
     """A probe on [N, K], trained and tested."""
     c = choose_strength(train, split.train_y) if tuned else 1.0
     scores = fit_logistic(train[None], split.train_y[None], c).scores(test[None])[0, 0]
@@ -202,41 +163,31 @@ def _score(train: np.ndarray, test: np.ndarray, split: Split, *, tuned: bool) ->
 
 
 def probe_task(
-    task: Task,
+    task: tables.Task,
     subjects: Mapping[str, np.ndarray],
     protocol: Protocol,
     ks: Sequence[int] = (),
     full: Sequence[str] = (),
     report: Report = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
-    """For each of `subjects` (its features or activations [N, F]) the scores of a task.
-
-    {subject: {k or "full": {"accuracy", "auc", "f1", "c", "features"}}}; of several questions the
-    means, and each under "questions". `full`: the subjects that a probe on everything is wanted of.
-    `report` is told after each how many are done, of how many.
-    """
+    """The scores of each of `subjects`, features or activations [N, F], on a task. {subject: {k or
+    "full": {"accuracy", "auc", "f1", "c", "features"}}}; for several questions the means, with each
+    question under "questions". full: the subjects to probe on all columns, too."""
     results: dict[str, dict[str, Any]] = {}
     for name, x in subjects.items():
-        by_question = {
-            question: {
-                k: dataclasses.asdict(score)
-                for k, score in probe(
-                    x, split, ks or protocol.ks, protocol, full=name in full
-                ).items()
-            }
-            for question, split in task.questions.items()
-        }
+        by_question = {}
+        for question, split in task.questions.items():
+            scores = probe(x, split, ks or protocol.ks, protocol, full=name in full)
+            by_question[question] = {k: dataclasses.asdict(s) for k, s in scores.items()}
         results[name] = _mean(by_question)
         report(len(results), len(subjects))
     return results
 
 
 def _mean(by_question: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if len(by_question) == 1:
-        return next(iter(by_question.values()))
-    first = next(iter(by_question.values()))
-    means: dict[str, Any] = {}
-    for k in first:
-        each = [scores[k] for scores in by_question.values()]
-        means[k] = {m: float(np.mean([s[m] for s in each])) for m in ("accuracy", "auc", "f1")}
+    first, *others = by_question.values()
+    if not others:
+        return first
+    mean = lambda k, m: float(np.mean([scores[k][m] for scores in by_question.values()]))
+    means = {k: {m: mean(k, m) for m in ("accuracy", "auc", "f1")} for k in first}
     return {**means, "questions": by_question}

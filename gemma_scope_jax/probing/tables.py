@@ -1,8 +1,8 @@
 """Labelled texts for benchmarks, in the layout of SAE-Probes: CSV files with a column `prompt`.
 
-A table is read whole (a few thousand rows); which rows train a probe and which test it is drawn
-here, so that every benchmark of a table sees the same split. A row without a label is no row of
-another class, but refused; rows of the same text are all drawn to the same side.
+A table has a few thousand rows and is read whole. The split into training and test rows is drawn
+here, so it is the same for every benchmark of a table. Rows without a label are refused, and rows
+with the same text are all on one side.
 """
 
 import csv
@@ -23,10 +23,12 @@ from gemma_scope_jax.storage.paths import named_paths
 
 LOG = logging.getLogger(__name__)
 TEXT = ("prompt", "text")  # the names that the column of texts may have
-IGNORED = ("prompt_len",)  # a column of SAE-Probes' files that says nothing new
+IGNORED = ("prompt_len",)  # a redundant column of SAE-Probes' files
 SUFFIXES = (".csv", ".csv.zst", ".csv.gz")
 MOST_BYTES = 1 << 30  # of a table, decompressed
-# What spreadsheets and pandas write and read for a value that is not there.
+MOST_TRAIN, MOST_TEST = 4000, 1000  # rows of a question (SAEBench)
+SEED = 42
+# What spreadsheets and pandas write and read for a missing value.
 MISSING = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -35,7 +37,7 @@ MISSING = frozenset((
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`columns` hold a string for each of `texts`, `rows` the number of its row in the file."""
+    """Texts, the values of each column, and the number of each row in the file."""
 
     name: str  # the file's, without folders and suffix
     path: Path
@@ -44,37 +46,31 @@ class Table:
     rows: list[int]
 
     def column(self, *names: str) -> list[str]:
-        """The first of the columns `names` there is; else the only one; without spaces around.
-
-        Raises `InputError` where there is no such column, and naming the row for a label that is
-        missing.
-        """
+        """The first of the columns `names` that exists, else the only column; values are stripped.
+        Raises `InputError` if there is no such column, or if a label is missing."""
         wanted = [name for name in names if name in self.columns] or list(self.columns)
         if wanted[0] not in names and len(wanted) > 1:
-            raise InputError(
-                f"{self.path}: no column {' or '.join(names)} among {', '.join(self.columns)}"
-            )
+            columns = ", ".join(self.columns)
+            raise InputError(f"{self.path}: no column {' or '.join(names)} among {columns}")
         labels = [label.strip() for label in self.columns[wanted[0]]]
-        missing = [row for row, label in zip(self.rows, labels) if label in MISSING]
-        if missing:
-            label = labels[self.rows.index(missing[0])]
-            others = len(missing) - 1
+        if missing := [(row, text) for row, text in zip(self.rows, labels) if text in MISSING]:
+            (row, label), others = missing[0], len(missing) - 1
             more = f", as in {others} more row{'s' * (others > 1)}" if others else ""
             raise InputError(
-                f"{self.path}, row {missing[0]}: the {wanted[0]} is {label!r}{more}: that is no "
+                f"{self.path}, row {row}: the {wanted[0]} is {label!r}{more}: that is not a "
                 "label; leave such rows out, or give the class another name"
             )
         return labels
 
     def numbered(self, some: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Which text each row has, int [N] (of the rows `some`): equal but for spaces is equal."""
+        """A number for each row's text, int [N]; texts that differ in spaces alone are equal."""
         chosen = self.texts if some is None else [self.texts[i] for i in some]
         seen: dict[str, int] = {}
         return np.array([seen.setdefault(" ".join(t.split()), len(seen)) for t in chosen], np.int64)
 
 
 def table_files(patterns: Sequence[str]) -> list[Path]:
-    """The tables that files, folders and globs name. Raises `InputError` where one names none."""
+    """The tables that files, folders and globs name. Raises `InputError` if one names none."""
     found: list[Path] = []
     for pattern in patterns:
         names = named_paths(pattern)
@@ -92,7 +88,7 @@ def table_files(patterns: Sequence[str]) -> list[Path]:
     for path in found:
         if (other := named.setdefault(table_name(path), path)) != path:
             raise InputError(
-                f"{other} and {path}: two tables of one name, by which results are told apart: "
+                f"{other} and {path}: two tables of one name, under which results are stored: "
                 "rename one, or leave it out"
             )
     return found
@@ -100,18 +96,15 @@ def table_files(patterns: Sequence[str]) -> list[Path]:
 
 def table_name(path: Path) -> str:
     """A table's file name without its suffix."""
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
+    name = path.name.lower()
+    size = next((len(s) for s in SUFFIXES if name.endswith(s)), len(path.suffix))
+    return path.name[: len(name) - size]
 
 
 def read_table(path: str | Path) -> Table:
-    """Read a CSV file, plain or compressed, with a column `prompt` or `text` and a header.
-
-    Bytes that are not UTF-8 become U+FFFD: some of SAE-Probes' files have them. Raises `InputError`
-    naming the row for a file that is not such a table.
-    """
+    """Read a CSV file, plain or compressed, with a header and a column `prompt` or `text`. Bytes
+    that are not UTF-8, which some of SAE-Probes' files have, become U+FFFD. Raises `InputError`,
+    with the row, for a file that is not such a table."""
     path = Path(path).expanduser()
     csv.field_size_limit(2**31 - 1)
     text = io.StringIO(_bytes(path).decode("utf-8-sig", "replace"), newline="")
@@ -123,26 +116,23 @@ def read_table(path: str | Path) -> Table:
 
 
 def _bytes(path: Path) -> bytes:
-    """What a plain or compressed file holds, `MOST_BYTES` at most. Raises `InputError`."""
+    """The content of a plain or compressed file, `MOST_BYTES` at most. Raises `InputError`."""
     try:
         kind = path.suffix.lower()
         opened = gzip.open if kind == ".gz" else decompressed if kind == ".zst" else io.FileIO
         with opened(path) as file:  # type: ignore[operator]
             data = file.read(MOST_BYTES + 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: broken or truncated file ({reason(error)})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or reason(error)})") from error
     except InputError:
         raise
     except Exception as error:
-        if "zst" not in type(error).__module__:
+        is_broken = isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error))
+        if is_broken or "zst" in type(error).__module__:
+            raise InputError(f"{path}: broken or truncated file ({reason(error)})") from error
+        if not isinstance(error, OSError):
             raise
-        raise InputError(f"{path}: broken or truncated file ({reason(error)})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or reason(error)})") from error
     if len(data) > MOST_BYTES:
-        raise InputError(
-            f"{path}: more than {MOST_BYTES >> 30} GiB of text is no table of examples"
-        )
+        raise InputError(f"{path}: over {MOST_BYTES >> 30} GiB of text: not a table of examples")
     return data
 
 
@@ -162,8 +152,8 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
             raise InputError(f"{path}, row {number}: {len(row)} values for {len(header)} columns")
         if (value := row[header.index(text)].strip()) in MISSING:
             raise InputError(
-                f"{path}, row {number}: the {text} is {repr(value) if value else 'empty'}: there "
-                "is no text to read; leave such rows out"
+                f"{path}, row {number}: the {text} is {repr(value) if value else 'empty'}; leave "
+                "such rows out"
             )
     columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
     texts = columns.pop(text)
@@ -174,11 +164,9 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
 
 
 def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[str], np.ndarray]:
-    """The distinct labels, sorted, and which of them each row has, int [N].
-
-    Raises `InputError` for fewer than two, or more than `most`: those are numbers, not classes; and
-    for two that are one number, as where 1 became 1.0 on the way through another program.
-    """
+    """The distinct labels, sorted, and the index of each row's label, int [N]. Raises `InputError`
+    for fewer than two labels; for more than `most`, which are numbers rather than classes; and for
+    two that are one number, as when another program turned 1 into 1.0."""
     names = sorted(set(labels))
     if not 2 <= len(names) <= most:
         shown = ", ".join(names[:3])
@@ -190,9 +178,7 @@ def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[
     for name in names:
         if (value := _number(name)) is None or (other := numbers.setdefault(value, name)) == name:
             continue
-        raise InputError(
-            f"{path}: the labels {other!r} and {name!r} are one number: write it alike"
-        )
+        raise InputError(f"{path}: the labels {other!r} and {name!r} are one number: use one form")
     index = {name: i for i, name in enumerate(names)}
     return names, np.array([index[label] for label in labels])
 
@@ -205,24 +191,32 @@ def _number(label: str) -> float | None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Which rows train, which test
+# Training and test rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One binary question about a table: rows and their labels, positives 1."""
+    """One binary question about a table: rows int [N] and their labels int [N], 1 for positives."""
 
-    train: np.ndarray  # int [N]
-    train_y: np.ndarray  # int [N]
+    train: np.ndarray
+    train_y: np.ndarray
     test: np.ndarray
     test_y: np.ndarray
 
 
-def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
-    """The rows of the first `limit` examples, the same number of each class; None: all rows.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The binary questions about a table, and the texts they need."""
 
-    Raises `InputError` for a limit that leaves no example of a class.
-    """
+    name: str
+    texts: list[str]
+    questions: dict[str, Split]  # by class or attribute; rows are indices into `texts`
+    repeated: float = 0.0  # the share of test rows whose texts are also trained on
+
+
+def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
+    """The rows of the first `limit` examples, as many of each class; None: all rows. Raises
+    `InputError` for a limit smaller than the number of classes."""
     if limit is None or limit >= len(classes):
         return np.arange(len(classes))
     count = int(classes.max()) + 1
@@ -233,41 +227,44 @@ def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def repeated(table: Table, kept: np.ndarray, split: Split) -> int:
-    """How many of the rows that test, of the rows `kept`, have a text that was trained on."""
+def task_of(
+    table: Table,
+    kept: np.ndarray,
+    classes: np.ndarray,
+    questions: dict[str, Split],
+    *,
+    quiet: bool = False,
+) -> Task:
+    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Unless `quiet`, warns
+    of test rows whose texts are also trained on, and of texts with several labels."""
     texts = table.numbered(kept)
-    return int(np.isin(texts[split.test], texts[split.train]).sum())
-
-
-def say_repeats(table: Table, kept: np.ndarray, classes: np.ndarray, both: int, of: int) -> None:
-    """Warn of what repeats among the rows `kept` of classes [len(kept)]: `both` of the rows
-    that test have texts that were trained on; and how many texts have several labels."""
-    if both:
+    both = sum(int(np.isin(texts[s.test], texts[s.train]).sum()) for s in questions.values())
+    of = sum(len(split.test) for split in questions.values())
+    if both and not quiet:
         LOG.warning(
-            "%s: texts occur twice: %d of the %d rows that test have one that was trained on, as "
-            "the protocol draws them, so scores are too good",
+            "%s: %d of the %d test rows have texts that are also trained on, as the protocol draws "
+            "them, so scores are too good",
             *(table.path, both, of),
         )
-    labels = np.unique(np.stack([table.numbered(kept), classes]), axis=1)[0]
-    if several := int((np.bincount(labels) > 1).sum()):
+    labels = np.unique(np.stack([texts, classes[kept]]), axis=1)[0]
+    if (several := int((np.bincount(labels) > 1).sum())) and not quiet:
         LOG.warning("%s: %d texts occur twice or more, under different labels", table.path, several)
+    return Task(table.name, [table.texts[i] for i in kept], questions, both / of if both else 0.0)
 
 
-def sae_probes_split(classes: np.ndarray, path: Path, seed: int = 42) -> Split:
+def sae_probes_split(classes: np.ndarray, path: Path) -> Split:
     """SAE-Probes' split of a binary table, class [N] in {0, 1}: balanced, 1,024 rows to train.
 
-    The draws are those of its `get_train_test_indices`, so that on the same balanced table (all of
-    them are) the same rows are chosen. An unbalanced table is cut to its rarer class. Raises
+    The draws are those of its `get_train_test_indices`, so the same rows of a balanced table, as
+    all of its tables are, are chosen. An unbalanced table is cut to its rarer class. Raises
     `InputError` if fewer than 100 rows would test the probe.
     """
     usable = 2 * int(np.bincount(classes, minlength=2).min())
     train = min(usable - 100, 1024)
     if train < 8:
-        raise InputError(
-            f"{path}: {usable} balanced rows are too few: 100 to test, and some to train"
-        )
+        raise InputError(f"{path}: {usable} balanced rows are too few: at least 108 are needed")
     test = usable - train - 1
-    draw = np.random.RandomState(seed)
+    draw = np.random.RandomState(SEED)
     by_class = {c: np.flatnonzero(classes == c) for c in (1, 0)}
     chosen: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     for name, count in (("train", train), ("test", test)):
@@ -283,10 +280,10 @@ def sae_probes_split(classes: np.ndarray, path: Path, seed: int = 42) -> Split:
 def held_out(
     classes: np.ndarray, seed: int, texts: np.ndarray | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The rows of each class, shuffled: those that train, and the fifth of them that tests.
+    """The training rows of each class, and the test rows, a fifth of them; shuffled.
 
-    texts: which text each row has, int [N]; the rows of one are on one side, whatever their class,
-    so that a little more than a fifth may test. Default: each row has its own.
+    texts: the number of each row's text, int [N]. Rows with the same text are on one side, whatever
+    their class, so a little more than a fifth may test. Default: all texts differ.
     """
     draw = np.random.default_rng(seed)
     texts = np.arange(len(classes)) if texts is None else texts
@@ -307,30 +304,21 @@ def held_out(
 
 
 def one_against_rest(
-    classes: np.ndarray,
-    path: Path,
-    *,
-    every: bool = False,
-    train: int = 4000,
-    test: int = 1000,
-    seed: int = 42,
-    texts: np.ndarray | None = None,
+    classes: np.ndarray, path: Path, texts: np.ndarray | None = None
 ) -> dict[int, Split]:
-    """SAEBench's balanced questions, class c [N] against as many of all the others, evenly.
+    """SAEBench's balanced questions: class c [N] against as many rows of each of the others.
 
     A row trains probes or tests them, for every class alike: a fifth of each class tests, the rows
-    of one of `texts` together (see `held_out`). `train` and `test` are the largest numbers of rows
-    of one question. Of two classes only class 1 is asked for, unless `every`. Raises `InputError`
-    if a class has too few rows.
+    of one of `texts` together (see `held_out`). Of two classes only class 1 is asked for. Raises
+    `InputError` if a class has too few rows.
     """
     count = int(classes.max()) + 1
-    learnt, held = held_out(classes, seed, texts)
-    draw = np.random.default_rng(seed)
-    pools = {"test": (held, test), "train": (learnt, train)}
+    learnt, held = held_out(classes, SEED, texts)
+    draw = np.random.default_rng(SEED)
     questions: dict[int, Split] = {}
-    for c in [1] if count == 2 and not every else range(count):
+    for c in [1] if count == 2 else range(count):
         parts: dict[str, np.ndarray] = {}
-        for name, (pool, most) in pools.items():
+        for name, pool, most in (("test", held, MOST_TEST), ("train", learnt, MOST_TRAIN)):
             others = [rows for i, rows in enumerate(pool) if i != c]
             each = min(min(map(len, others)), len(pool[c]) // len(others), most // 2 // len(others))
             if each < 1:

@@ -177,21 +177,21 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         (("--features", "8"), "the coder has features 0 to 7"),
         (("--features", "5-2"), "the coder has features 0 to 7"),
         (("--features", "1", "--sample", "2"), "not both"),
-        (("--sample", "0"), "at least one"),
+        (("--sample", "0"), "sample is 0: at least 1"),
         (("--endpoint", "http://x/v1"), "needs --endpoint URL and --judge-model NAME"),
         (("--judge", "endpoint"), "needs --endpoint URL and --judge-model NAME"),
         (("--plan",), "--plan does not go with --judge statistics"),
         ((*ENDPOINT, "--judge", "model"), "--endpoint does not go with --judge model"),
-        (ENDPOINT, "which features? --features 1,5,10-20 or --sample N"),
-        (("--judge", "model"), "which features?"),
+        (ENDPOINT, "choose the features: numbers such as 1,5,10-20"),
+        (("--judge", "model"), "choose the features"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "--request-options: not usable"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "[]"), "not a JSON object"),
         ((*ENDPOINT, "--sample", "2", "--request-options", '{"top_p": NaN}'), "NaN is not a num"),
-        ((*ENDPOINT, "--sample", "2", "--request-options", '{"stream": true}'), "not yours to set"),
+        ((*ENDPOINT, "--sample", "2", "--request-options", '{"stream": true}'), "cannot be set"),
         ((*ENDPOINT, "--sample", "2", "--timeout", "nan"), "timeout must be above 0"),
         ((*ENDPOINT, "--sample", "2", "--key-variable", "NOT_SET"), "NOT_SET: there is no such"),
         ((*ENDPOINT, "--sample", "2", "--concurrency", "0"), "must be above 0"),
-        (("--answers", "gs://b/answers.jsonl"), "appended to a file of this machine"),
+        (("--answers", "gs://b/answers.jsonl"), "so they need a local file"),
         (("--length", "2"), "length is 2"),
         (("--name", "other"), "no coder 'other'; one of planted"),
         (("--hard-negatives", "99"), "hard is 99"),
@@ -307,7 +307,7 @@ def test_windows_of_an_extracted_store(extracted, coder, layer, tmp_path):
     pieces = np.cumsum(np.concatenate([s.positions for s in extracted.segments()]) == 0)
     tokens = np.concatenate([s.tokens for s in extracted.segments()])
     at = {int(r): float(v) for r, v in zip(*extracted.feature(feature, coder, layer))}
-    for e in [*material.train, *material.test, *material.silent, *material.strong]:
+    for e in [*material.train, *material.test, *material.non_activating, *material.strong]:
         inside = [
             r
             for r in range(max(0, e.row - 8), min(len(rows), e.row + 8))
@@ -315,7 +315,9 @@ def test_windows_of_an_extracted_store(extracted, coder, layer, tmp_path):
         ]
         assert list(e.tokens) == Tok().decode_tokens(tokens[inside])
         np.testing.assert_allclose(e.values, [at.get(r, 0.0) for r in inside], rtol=1e-6)
-    assert all(e.peak == 0 for e in material.silent) and all(e.peak > 0 for e in material.test)
+    assert all(e.peak == 0 for e in material.non_activating) and all(
+        e.peak > 0 for e in material.test
+    )
 
     judge = RuleJudge()
     report = explain_features(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.autointerp import examples as ex
-from gemma_scope_jax.autointerp import metrics
+from gemma_scope_jax.autointerp import scores as metrics
 from gemma_scope_jax.autointerp.judges import statistics
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.neighbours import cooccurring, decoder_neighbours
@@ -36,7 +36,7 @@ def material(corpus):
 
 
 def everything(material):
-    return [*material.train, *material.test, *material.silent, *material.strong]
+    return [*material.train, *material.test, *material.non_activating, *material.strong]
 
 
 def test_windows_are_the_stores(store, corpus, material):
@@ -60,7 +60,7 @@ def test_windows_are_the_stores(store, corpus, material):
 
 def test_no_piece_is_on_both_sides(corpus, material):
     train = {e.piece for e in material.train}
-    scored = {e.piece for e in [*material.test, *material.silent, *material.strong]}
+    scored = {e.piece for e in [*material.test, *material.non_activating, *material.strong]}
     assert train and scored and not train & scored
     half = ex.in_test(corpus.starts, 0)
     assert 0.3 < half.mean() < 0.7
@@ -76,13 +76,13 @@ def test_token_counts_are_those_of_the_train_half(store, corpus):
     np.testing.assert_array_equal(corpus.counts, counts)
 
 
-def test_silent_windows_are_silent_and_hard_ones_a_neighbours(store, material):
-    assert len(material.silent) == 50
-    hard = [e for e in material.silent if e.other is not None]
-    assert len(hard) == 10 and all(e.peak == 0 for e in material.silent)
+def test_hard_negatives_are_windows_of_a_neighbour(store, material):
+    assert len(material.non_activating) == 50
+    hard = [e for e in material.non_activating if e.other is not None]
+    assert len(hard) == 10 and all(e.peak == 0 for e in material.non_activating)
     letters = {c for e in hard for c, m in zip(e.tokens, marks_of(e.other)) if m}
     assert letters == {"a", "d"}  # of the features 0 and 2
-    rows = sorted(e.row for e in material.silent if e.other is None)
+    rows = sorted(e.row for e in material.non_activating if e.other is None)
     assert min(np.diff(rows)) >= 32
 
 
@@ -165,7 +165,7 @@ def test_the_split_does_not_depend_on_segments(corpus):
 def test_features_that_fire_too_seldom_or_everywhere(corpus):
     assert ex.gather(corpus, DEAD) is None
     dense = ex.gather(corpus, DENSE)
-    assert dense.silent == [] and len(dense.test) == 50
+    assert dense.non_activating == [] and len(dense.test) == 50
 
 
 def test_cut_keeps_the_centre():
@@ -189,7 +189,7 @@ def test_fuzzing_marks_as_many_tokens_on_both_sides(corpus, material):
         len(q.examples) == 5 for q in questions[:-1]
     )
     true = [len(s.marked) for s, t in pairs if t]
-    hard = {e.tokens for e in material.silent if e.other is not None}
+    hard = {e.tokens for e in material.non_activating if e.other is not None}
     random = {len(s.marked) for s, t in pairs if not t and s.tokens not in hard}
     assert random == {math.ceil(np.mean(true))}
     assert all(set(s.marked) <= {"b", "c"} for s, t in pairs if t)
@@ -326,7 +326,7 @@ def test_neighbours_by_loops(corpus, store):
     [
         ({"length": 4}, "length is 4: at least 8"),
         ({"test": 1}, "test is 1"),
-        ({"hard": 60}, "hard is 60: of 50"),
+        ({"hard": 60}, "hard is 60: at most 50"),
         ({"seed": -1}, "seed is -1"),
         ({"least": 0}, "least is 0"),
     ],

@@ -122,7 +122,7 @@ def test_a_fault_of_ours_is_no_stop(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(chat_client, "parsed", broken)
+    monkeypatch.setattr(chat_client.replies, "parsed", broken)
     with ChatServer(know) as server, pytest.raises(RuntimeError, match="ours"):
         asked(server, tmp_path, ("fine",))
 

@@ -268,7 +268,7 @@ def test_scores_that_are_no_numbers(tmp_path):
     entry = {"text": "a", "method": "endpoint", "model": "m", "scores": scores}
     write_explanations(tmp_path, "c", {3: entry})
     assert explanation_note(read_explanations(tmp_path)[3]) == "m, saebench 1.00"
-    with pytest.raises(InputError, match="feature 4: no explanation .Out of range"):
+    with pytest.raises(InputError, match="feature 4: cannot be written .Out of range"):
         write_explanations(tmp_path, "c", {4: {**entry, "scores": {"x": {"n": np.inf}}}})
     assert list(read_explanations(tmp_path)) == [3]
 

@@ -78,9 +78,9 @@ def test_explanations_from_elsewhere(tiny, one, tmp_path, capsys):
         assert cards(one, *options, *given) == 0
         assert overview(tmp_path / "out" / "one")["labels"][3] == label
     assert cards(one, *options, "--explanations", tmp_path / "nothing") == 2
-    assert "there are none of this coder's features" in capsys.readouterr().err
+    assert "holds no explanations of this coder's features" in capsys.readouterr().err
     assert cards(one, one, *options, "--explanations", tmp_path / "x") == 2
-    assert "is of one coder" in capsys.readouterr().err
+    assert "explains one coder" in capsys.readouterr().err
 
 
 # --- stores --------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_cards_of_a_store_load_the_model_as_the_store_did(tiny, one, tmp_path, m
     assert cards(one, "--store", store, "--out", tmp_path / "cards") == 0
     assert "loading model tiny (bfloat16)" in capsys.readouterr().err
     assert cards(one, "--store", store, "--dtype", "float32", "--out", tmp_path / "other") == 2
-    assert "weights are others, so load the model in bfloat16" in capsys.readouterr().err
+    assert "rounded weights differ, so load the model in bfloat16" in capsys.readouterr().err
 
 
 # --- what text is --------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_other_folders_are_left_alone(tiny, one, tmp_path, capsys):
     other.mkdir(parents=True)
     (other / "mine.txt").write_text("precious")
     assert cards(one, *options, "--out", tmp_path / "out") == 2
-    assert "holds something else than cards" in capsys.readouterr().err
+    assert "holds something other than cards" in capsys.readouterr().err
     for folder in (one / "data", other):
         assert (folder / "mine.txt").read_text() == "precious"
 
@@ -144,7 +144,7 @@ def test_folders_and_arrays_in_the_way(tmp_path):
     with pytest.raises(InputError, match="is in the way"), new_folder(tmp_path / "data", "list.js"):
         raise AssertionError("nothing is to be written")
     np.save(tmp_path / "mine.npy", np.arange(3))
-    with pytest.raises(InputError, match="arrays that are no cards"):
+    with pytest.raises(InputError, match="other arrays than cards"):
         CardFiles(tmp_path, 1)
     assert np.load(tmp_path / "mine.npy").tolist() == [0, 1, 2]
 

@@ -145,7 +145,7 @@ def bad(folder, tmp):
     (tmp / "torn" / "examples.safetensors").write_bytes(b"\x10")
     one, store = folder.parent / "one", ("--store", folder / "store")
     yield ("cards", one, "--text", tmp / "text.txt", *store), "not both"
-    yield ("cards", one), "no examples are published beside it: give --text"
+    yield ("cards", one), "no examples are published beside it: give text"
     yield ("cards", one, "--store", tmp / "none"), "holds no sparse features"
     yield ("cards", one, "--text", tmp / "none.txt"), "none.txt"
     yield ("cards", tmp / "none", *store), "none"
@@ -160,10 +160,10 @@ def bad(folder, tmp):
     yield ("cards", one, *store, "--out", tmp / "taken"), "cards.json: not usable as JSON"
     yield ("cards", tmp / "short"), "positions missing"
     yield ("cards", tmp / "narrow"), "has 7 features, the coder beside it 48"
-    yield ("cards", tmp / "beyond"), "lies outside of the tokens"
+    yield ("cards", tmp / "beyond"), "is outside the tokens"
     yield ("cards", tmp / "flat"), "expected [S, T]"
     yield ("cards", tmp / "alien"), "9999, and the tokenizer"
-    yield ("cards", tmp / "nowhere"), "feature_frequencies are not all numbers"
+    yield ("cards", tmp / "nowhere"), "feature_frequencies must be numbers"
     for number, model in enumerate(({"name": "tiny", "weights": "w"}, {"dtype": 3}, [])):
         shutil.copytree(folder / "store", tmp / f"store{number}")
         manifest = json.loads((tmp / f"store{number}" / "manifest.json").read_text())

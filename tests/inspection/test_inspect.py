@@ -138,7 +138,7 @@ def test_terminal_shows_every_token_on_a_line_of_its_own(seen, capsys):
         assert title in out
     rows = out.split("strongest in")[1].split("L0 ")[0].splitlines()
     assert sum(line[:1] not in ("", " ") for line in rows) == len(seen.tokens)
-    assert "not seen by the coder" in out
+    assert "not read by the coder" in out
     assert visible("a\n\tb\x1b[1m") == "a⏎⇥b\\x1b[1m"
     label = {
         "top_logits": [" the", "\n"],

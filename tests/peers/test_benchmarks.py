@@ -17,7 +17,7 @@ from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.absorption import absorbed
 from gemma_scope_jax.probing.logistic import auc, fit_logistic, weighted_f1
 from gemma_scope_jax.probing.probing import PROTOCOLS, probe, rank
-from gemma_scope_jax.probing.tables import Split
+from gemma_scope_jax.probing.tables import Split, Task
 
 pytestmark = [
     pytest.mark.peers,
@@ -148,7 +148,7 @@ def test_tpp_is_saebenchs(coder, sae, tokens, monkeypatch):
     for c in range(4):
         y = (classes == c).astype(int)
         questions[str(c)] = Split(rows[:80], y[:80], rows[80:], y[80:])
-    task = scr_tpp.TppTask("four", [""] * N, questions)
+    task = Task("four", [""] * N, questions)
     probes = {n: concept_probe(mean[:80], s.train_y, int(n)) for n, s in questions.items()}
     theirs = {n: theirs_probe(training, p) for n, p in probes.items()}
 
@@ -191,7 +191,7 @@ def test_scr_is_saebenchs(coder, sae, tokens, monkeypatch):
     mean, f, rows = x.mean(1), np.asarray(coder.encode(x)).mean(1), np.arange(N)
     y = {"job": job, "sex": sex}
     questions = {k: Split(rows[:80], v[:80], rows[80:], v[80:]) for k, v in y.items()}
-    task = scr_tpp.ScrTask("people", [""] * N, ("job", "sex"), questions)
+    task = Task("people", [""] * N, questions)
     agree = np.flatnonzero(job[:80] == sex[:80])
     probes = {k: concept_probe(mean[:80], v[:80], 3) for k, v in y.items()}
     probes["biased"] = concept_probe(mean[agree], job[agree], 4)

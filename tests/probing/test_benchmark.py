@@ -73,9 +73,9 @@ def tiny(monkeypatch):
 
 def measured(monkeypatch):
     """The names of the tasks for which the model ran, as they come."""
-    names, real = [], benchmark.pool
+    names, real = [], benchmark.pooling.pool
     monkeypatch.setattr(
-        benchmark,
+        benchmark.pooling,
         "pool",
         lambda m, coders, texts, **o: names.append(len(coders)) or real(m, coders, texts, **o),
     )
@@ -112,7 +112,7 @@ def test_every_benchmark_of_tables_in_one_command_and_nothing_twice(
     (share,) = probing["eval_result_unstructured"][  # texts of three letters occur twice
         "share_of_tested_rows_with_texts_trained_on"
     ].values()
-    assert 0 < share < 1 and f"{100 * share:.0f} % of the rows that test have texts" in shown.out
+    assert 0 < share < 1 and f"{100 * share:.0f} % of the test rows have texts" in shown.out
     tpp = read_result(next((out / "tpp").iterdir()))["eval_result_metrics"]["tpp_metrics"]
     assert tpp["tpp_threshold_2_total_metric"] == pytest.approx(
         tpp["tpp_threshold_2_intended_diff_only"] - tpp["tpp_threshold_2_unintended_diff_only"]
@@ -224,13 +224,15 @@ def test_activations_of_words_are_kept_and_serve_other_coders(
     tiny()
     monkeypatch.setattr(benchmark, "CHUNK", 100)
     options = ["--absorption", "--words", "9", "--model", "tiny", "--out"]
-    passes, real = measured(monkeypatch), benchmark.pool
+    passes, real = measured(monkeypatch), benchmark.pooling.pool
     stopped = iter([real, real])
-    monkeypatch.setattr(benchmark, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o))
+    monkeypatch.setattr(
+        benchmark.pooling, "pool", lambda *a, **o: next(stopped, interrupt)(*a, **o)
+    )
     out = str(folder / "kept")
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 130
     assert len(passes) == 2
-    monkeypatch.setattr(benchmark, "pool", real)
+    monkeypatch.setattr(benchmark.pooling, "pool", real)
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 0
     assert len(passes) == 3  # 234 words in files of 100
     whole = str(folder / "at once")
@@ -282,7 +284,7 @@ def test_features_have_their_own_numbers(folder, tiny, compile_once):
     ((found,),) = [[r["sae"]["4"] for r in benchmark.run_jobs(bench, jobs)]]
     task = benchmark.make_task(benchmark.read_table(folder / "moods.csv"), protocol)
     ids = [np.asarray(Letters().encode(text), np.int32) for text in task.texts]
-    pooled = benchmark.pool(model, [coder], ids, how=-1)
+    pooled = benchmark.pooling.pool(model, [coder], ids, how=-1)
     dense = np.asarray(coder.encode(pooled.raw[coder.reads, coder.layer]))
     want = benchmark.probe_task(task, {"sae": dense}, protocol, (4,))["sae"]["4"]
     assert found["features"] == list(want["features"])
@@ -314,18 +316,18 @@ def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile
     [
         ([], "nothing to measure"),
         (["--absorption", "--words", "3"], "3 words a letter are too few"),
-        (["--probing", "{}/moods.csv", "--limit", "0"], "--limit 0"),
+        (["--probing", "{}/moods.csv", "--limit", "0"], "limit is 0"),
         (["--probing", "{}/none*.csv"], "there is none"),
         (["--probing", "{}/moods.csv", "--without", "mo*"], "leaves no table"),
         (["--probing", "{}/years.csv"], "no table to probe; the first: .*120 different labels"),
         (["--probing", "{}/moods.csv", "--ks", "0"], "k is 0"),
-        (["--tpp", "{}/moods.csv"], "at least 3, not 2"),
+        (["--tpp", "{}/moods.csv"], "at least 3 classes, not 2"),
         (["--scr", "{}/moods.csv"], "two attributes"),
         (["--scr", "{}/sae0/config.json"], "is not one"),
         (["--tpp", "{}/topics.csv", "--limit", "6"], "too small"),
         (["--tpp", "{}/topics.csv", "--limit", "2"], "limit of 2 .* too small for 3 classes"),
         (["--scr", "{}/people.csv", "--limit", "3"], "limit of 3 .* too small for 4 classes"),
-        (["--scr", "{}/people.csv", "--limit", "20"], "one has 5 texts among 20; SCR needs 10"),
+        (["--scr", "{}/people.csv", "--limit", "20"], "has 5 texts among 20; SCR needs 10"),
         (
             ["--probing", "{}/moods.csv", "--protocol", "saebench", "--limit", "1"],
             "limit of 1 .* too small for 2 classes",

@@ -237,13 +237,18 @@ def test_the_sets_of_scr_are_balanced_and_held_apart(tmp_path):
 @pytest.mark.parametrize(
     ("make", "header", "rows", "message"),
     [
-        (tpp_task, "text,target", [("a", 1), ("b", 2)], "at least 3, not 2"),
+        (tpp_task, "text,target", [("a", 1), ("b", 2)], "at least 3 classes, not 2"),
         (tpp_task, "text,target", [("a", i) for i in range(30)], "30 different labels"),
         (tpp_task, "text,mood,tone", [("a", 1, 2)], "no column target or label or class"),
         (tpp_task, "text,target", [("a", i % 3) for i in range(7)], "too small"),
         (scr_task, "text,job", [("a", 1), ("b", 2)], "two attributes"),
         (scr_task, "text,job,sex", [("a", i % 3, i % 2) for i in range(99)], "job has 3 values"),
-        (scr_task, "text,job,sex", [("a", i % 2, i % 2) for i in range(99)], "one has 0 texts"),
+        (
+            scr_task,
+            "text,job,sex",
+            [("a", i % 2, i % 2) for i in range(99)],
+            "has 0 texts; SCR needs 10",
+        ),
     ],
 )
 def test_tables_that_do_not_serve(tmp_path, make, header, rows, message):

@@ -41,7 +41,7 @@ def test_a_row_without_a_label_is_refused_with_its_number(tmp_path, gap):
         rows[5][column] = gap
         with pytest.raises(InputError, match=r"row 7: the (job|sex) is"):
             scr_task(table(tmp_path / "s.csv", rows, "text,job,sex"))
-    with pytest.raises(InputError, match=r"row 3: the prompt is (empty|'.+'): there is no text"):
+    with pytest.raises(InputError, match=r"row 3: the prompt is (empty|'.+'); leave"):
         table(tmp_path / "t.csv", [("a", 1), (gap, 2)])
 
 
@@ -111,7 +111,7 @@ def test_a_table_cut_off_anywhere_is_refused_and_so_is_a_bomb(tmp_path, kind, mo
             read_table(path)
     monkeypatch.setattr(tables, "MOST_BYTES", 1 << 20)
     path.write_bytes(compressed(kind, b"a" * (1 << 20) + b"a"))
-    with pytest.raises(InputError, match="more than .* of text"):
+    with pytest.raises(InputError, match="over .* of text"):
         read_table(path)
 
 
@@ -160,7 +160,7 @@ def test_sae_probes_draws_stay_and_the_user_is_told(tmp_path, caplog):
     both = sum(task.texts[i] in trained for i in split.test)
     said = caplog.text
     assert 90 < both <= len(split.test) == 99
-    assert f"{both} of the 99 rows that test have one that was trained on" in said
+    assert f"{both} of the 99 test rows have texts that are also trained on" in said
     assert task.repeated == both / 99
     unique = table(tmp_path / "u.csv", [(f"statement {i}", i % 2) for i in range(480)])
     (other,) = sae_probes(unique).questions.values()

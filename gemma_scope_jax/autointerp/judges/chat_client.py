@@ -1,15 +1,13 @@
-"""A client for chat-completions endpoints: OpenAI's, and the many that speak the same (Azure, vLLM,
-Ollama, llama.cpp, OpenRouter, ...).
+"""A client for chat-completions endpoints: OpenAI's, Azure's, vLLM's, Ollama's and many others.
 
-At most `concurrency` requests are under way; what passes (429, 5xx, time-outs, broken connections,
-replies that are none) is tried again after a growing, random pause, or the one the server names.
-What one question cannot have costs that question, what nothing mends is one `InputError`: so do
-`FAILURES` questions in a row that all fail, as one alone may be what the server fails at. Only
-answers that fit what was asked are kept. The API key goes into one header and nowhere else: not to
-other hosts, and not into messages, files or logs, whoever repeats it.
+At most `concurrency` requests are under way. Transient failures (429, 5xx, time-outs, broken
+connections, malformed replies) are retried after a growing, random pause, or after the one the
+server names. A question that cannot be answered costs only that question. What no retry can mend
+is an `InputError`; so are `FAILURES` failed questions in a row, but not a single one. Only answers
+that fit their question are kept. The API key goes into one header and nowhere else: not to other
+hosts and not into messages, files or logs, even if the server repeats it.
 """
 
-import contextlib
 import email.utils
 import http.client
 import json
@@ -20,64 +18,53 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from gemma_scope_jax.autointerp.answers import AnswerFile, request_key
+from gemma_scope_jax.autointerp.judges import replies
 from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
-from gemma_scope_jax.autointerp.judges.http_post import Poster, Response
-from gemma_scope_jax.autointerp.judges.replies import (
-    CUT,
-    FAILED,
-    FILTERED,
-    REFUSED,
-    UNUSABLE,
-    BadReply,
-    Failure,
-    NoAnswer,
-    Reply,
-    error_of,
-    is_filtered,
-    parsed,
-    read_reply,
-    takes_no_system,
-    usage_of,
-    without_system,
-)
+from gemma_scope_jax.autointerp.judges.http_post import Response, post
 from gemma_scope_jax.autointerp.prompts import Messages
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.storage.strict_json import parse_json
 
 LOG = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
-LONGEST_WAIT = 600.0  # the longest pause that a server may name
+LONGEST_WAIT = 600.0  # seconds: the longest pause that a server may name
 LARGEST_REPLY = 1 << 24  # bytes
-REFUSALS = 5  # questions without an answer, when none has ever been answered, before giving up
-FAILURES = 3  # different questions in a row that a server fails at, before giving up
-SECRET = 8  # letters that a key has at least; shorter ones ("EMPTY") are no secret
+REFUSALS = 5  # unanswered questions, if none was ever answered, before giving up
+FAILURES = 3  # different questions in a row that the server fails at, before giving up
+SECRET = 8  # a key has at least this many characters; shorter ones ("EMPTY") are not secret
+SAID = 5  # unanswered questions that are reported as they come
+HEADERS = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": "gemma-scope-jax",
+}
 _NOBODY = (ConnectionRefusedError, socket.gaierror)  # no server is there, whatever is asked
-SAID = 5  # questions without an answer that are said as they come
 
 
 class Stopped(Exception):
-    """The client was told to stop before this request was sent."""
+    """The client was stopped before this request was sent."""
 
 
 class _Again(Exception):
-    """Something that passes.
+    """A transient failure.
 
-    wait: seconds that the server named. general: it is no question's affair, as that a server asks
-    for less, or that none is there. replies: of status 200 that is none.
+    wait: seconds that the server named. general: it does not depend on the question, as when the
+    server is busy or absent. unusable: the reply has status 200 but is malformed.
     """
 
-    def __init__(self, message: str, wait: float | None = None, *, general=False, replies=False):
+    def __init__(self, message: str, wait: float | None = None, *, general=False, unusable=False):
         super().__init__(message)
-        self.wait, self.general, self.replies = wait, general, replies
+        self.wait, self.general, self.unusable = wait, general, unusable
 
 
 class ChatClient:
-    """Sends messages, from any number of threads; counts what it took."""
+    """Sends messages, from any number of threads; counts requests and tokens."""
 
     def __init__(
         self, endpoint: Endpoint, answers: AnswerFile, notify: Callable[[str], None] = LOG.info
@@ -85,15 +72,16 @@ class ChatClient:
         self.endpoint, self.answers, self.notify = endpoint, answers, notify
         self.requests = self.retried = self.refused = 0
         self.tokens_in = self.tokens_out = 0
+        self.uncounted = 0  # replies that did not state how many tokens they took
+        self.answered = False  # whether any answer ever fitted
         self._slots = threading.Semaphore(endpoint.concurrency)
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self.uncounted = 0  # replies that did not say how many tokens they took
-        self._failing: set[str] = set()  # questions that failed since the last answer, by key
-        self._hold = 0.0  # until then (monotonic) nobody sends
-        self._poster = Poster()
-        self.answered = False  # whether an answer ever fitted
-        self._no_system = False  # found out: the model's template has no place for one
-        self._secrets = _forms_of(endpoint.key)
+        self._failing: set[str] = set()  # keys of questions that failed since the last answer
+        self._hold = 0.0  # nobody sends before this time (monotonic)
+        self._no_system = False  # whether the model's template turned out to lack a system role
+        key = endpoint.key  # as it is, as in URLs, and as JSON may escape it
+        forms = (key, quote(key, safe=""), key.replace("/", "\\/"))
+        self._secrets = tuple(dict.fromkeys(forms)) if len(key) >= SECRET else ()
 
     @property
     def cost(self) -> float:
@@ -102,11 +90,11 @@ class ChatClient:
         return (self.tokens_in * e.price_in + self.tokens_out * e.price_out) / 1e6
 
     def stop(self) -> None:
-        """Send nothing more; what is under way is still received and kept."""
+        """Send nothing more; replies under way are still received and kept."""
         self._stop.set()
 
     def body(self, messages: Messages, max_tokens: int) -> dict[str, Any]:
-        """The JSON of a request, which is also what its answer is kept under."""
+        """The JSON of a request. Its answer is kept under the hash of it."""
         e = self.endpoint
         body = {"model": e.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
         if e.logprobs:
@@ -118,26 +106,30 @@ class ChatClient:
         self,
         messages: Messages,
         max_tokens: int,
-        fits: Callable[[Reply], bool] = lambda _: True,
+        fits: Callable[[replies.Reply], bool] = lambda _: True,
         kept_as: Messages | None = None,
-    ) -> Reply:
+    ) -> replies.Reply:
         """The reply to a conversation, from the file of answers if it is there.
 
-        fits: whether a reply can be used, without which it is not kept, nor if it was cut off.
-        kept_as: the messages that it is kept under, if it answers others. Raises `NoAnswer` if
-        this one question has none; `InputError` for what no repetition mends (a wrong key, URL or
-        model, no money left), after `retries` failures of each of `FAILURES` questions in a row,
-        and if `REFUSALS` questions have no answer and none ever had one; `Stopped` after `stop`.
+        fits: whether a reply can be used; only these are kept, and none that was cut off.
+        kept_as: the messages to keep the reply under; default: `messages`.
+        Raises `NoAnswer` if this question has no answer; `InputError` for what no retry can mend
+        (a wrong key, URL or model, no money left), after `retries` failures of each of `FAILURES`
+        questions in a row, and if `REFUSALS` questions have no answer and none ever had one;
+        `Stopped` after `stop`.
         """
         body = self.body(messages, max_tokens)
         key = request_key([self.endpoint.address, self.body(kept_as or messages, max_tokens)])
-        kept = _kept_reply(self.answers.get(key))
-        if kept is not None and fits(kept):
-            self.answered = True
-            return kept
+        held = self.answers.get(key)
+        if isinstance(held, dict) and isinstance(held.get("text"), str):
+            logprobs = held.get("logprobs")
+            kept = replies.Reply(held["text"], logprobs if isinstance(logprobs, list) else None)
+            if fits(kept):
+                self.answered = True
+                return kept
         try:
             reply = self._send(body, key)
-        except NoAnswer as error:
+        except replies.NoAnswer as error:
             self.lose(error)
             raise
         if not reply.is_cut and fits(reply):
@@ -146,16 +138,15 @@ class ChatClient:
             self.answers.put(key, {"text": reply.text, **more})
         return reply
 
-    def lose(self, error: NoAnswer) -> None:
-        """Count a question without an answer, and say the first few."""
+    def lose(self, error: replies.NoAnswer) -> None:
+        """Count an unanswered question, and report the first few."""
         with self._lock:
             self.refused += 1
             count, hopeless = self.refused, not self.answered and self.refused >= REFUSALS
         if hopeless:
-            what = "refuses every request" if error.why in (REFUSED, FILTERED) else error.why
-            raise InputError(
-                f"{self.endpoint.url}: {what} ({error.words}); no question of {count} is answered"
-            )
+            is_refused = error.why in (replies.REFUSED, replies.FILTERED)
+            what = f"{'refuses every request' if is_refused else error.why} ({error.words})"
+            raise InputError(f"{self.endpoint.url}: {what}; none of {count} questions is answered")
         if count <= SAID:
             more = "; others like it are counted at the end" if count == SAID else ""
             self._say(f"a question has no answer: {error}{more}")
@@ -163,11 +154,15 @@ class ChatClient:
     def _say(self, line: str) -> None:
         self.notify(shown(f"endpoint: {self._clean(line)}"))
 
-    def _send(self, body: dict[str, Any], key: str) -> Reply:
+    def _send(self, body: dict[str, Any], key: str) -> replies.Reply:
         e, tries, before = self.endpoint, 0, self.requests
         while True:
             try:
-                with self._slot():
+                with self._slots:
+                    while (wait := self._hold - time.monotonic()) > 0 and not self._stop.wait(wait):
+                        pass  # everybody waits for the pause that a server named
+                    if self._stop.is_set():
+                        raise Stopped
                     return self._once(body)
             except _Again as error:
                 tries += 1
@@ -186,42 +181,33 @@ class ChatClient:
                     raise Stopped from None
 
     def _given_up(self, error: _Again, tries: int, before: int, key: str) -> Exception:
-        """What it means that a request failed `tries` times, of a server that had answered `before`
-        others when it was first sent: the question's loss, unless others fail, too."""
-        if error.replies:
-            return NoAnswer(UNUSABLE, str(error))
+        """The exception for a request that failed `tries` times: only this question is lost, unless
+        others fail too. before: requests answered when it was first sent."""
+        if error.unusable:
+            return replies.NoAnswer(replies.UNUSABLE, str(error))
         if not error.general:
             with self._lock:
-                if self.requests == before:  # else it answers, but not this
+                if self.requests == before:  # else the server answers other questions
                     self._failing.add(key)
                 failing = len(self._failing)
             if failing < FAILURES:
                 often = "once" if tries == 1 else f"{tries} times"
-                return NoAnswer(FAILED, f"{often}: {error}")
+                return replies.NoAnswer(replies.FAILED, f"{often}: {error}")
         return InputError(
             f"{self.endpoint.url}: no answer after {tries} tries ({error}); what is answered "
-            "is kept, and the same command goes on"
+            "is kept, and the same command resumes"
         )
 
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        """A place among those that are sending, when nobody has been told to wait."""
-        with self._slots:
-            while (wait := self._hold - time.monotonic()) > 0 and not self._stop.wait(wait):
-                pass
-            if self._stop.is_set():
-                raise Stopped
-            yield
-
-    def _once(self, body: dict[str, Any]) -> Reply:
-        """One request, and another if the model turns out to know no system role."""
-        plain = {**body, "messages": without_system(body["messages"])}
+    def _once(self, body: dict[str, Any]) -> replies.Reply:
+        """One request, and another if the model turns out to have no system role."""
+        plain = {**body, "messages": replies.without_system(body["messages"])}
         if self._no_system:
             return self._posted(plain)
         try:
             return self._posted(body)
-        except NoAnswer as error:
-            if plain == body or error.why != REFUSED or not takes_no_system(error.words):
+        except replies.NoAnswer as error:
+            lacks_role = error.why == replies.REFUSED and replies.takes_no_system(error.words)
+            if plain == body or not lacks_role:
                 raise
         reply = self._posted(plain)
         with self._lock:
@@ -230,18 +216,10 @@ class ChatClient:
             self._say("the model takes no system role: its text now begins the user's message")
         return reply
 
-    def _posted(self, body: dict[str, Any]) -> Reply:
-        e = self.endpoint
-        headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": "gemma-scope-jax",
-            **e.headers,
-        }
-        data = json.dumps(body, allow_nan=False).encode()
+    def _posted(self, body: dict[str, Any]) -> replies.Reply:
+        e, data = self.endpoint, json.dumps(body, allow_nan=False).encode()
         try:
-            response = self._poster.post(e.address, data, headers, e.timeout, LARGEST_REPLY)
+            response = post(e.address, data, HEADERS | e.headers, e.timeout, LARGEST_REPLY)
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             cause = getattr(error, "reason", error)
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -249,87 +227,81 @@ class ChatClient:
             if isinstance(cause, TimeoutError):
                 raise _Again(f"no answer within {e.timeout:g} s") from None
             raise _Again(self._words(cause), general=isinstance(cause, _NOBODY)) from None
-        if not 200 <= response.status < 300:
-            raise self._status(response)
-        return self._read(response, body)
-
-    def _status(self, response: Response) -> Exception:
-        """What a status other than 200 means."""
+        if 200 <= response.status < 300:
+            return self._read(response, body)
         raw = self._raw(response)
         try:
-            message = error_of(parse_json(raw, "", mend_text=True))[1]
+            message = replies.error_of(parse_json(raw, "", mend_text=True))[1]
         except InputError:
             message = raw
         said = f"{response.status} {self._words(message) or self._words(response.phrase)}"
         if response.status in (301, 302, 303, 307, 308):
             moved = self._words(response.headers.get("Location"))
-            return InputError(f"{self.endpoint.url}: moved ({moved}); give that URL")
+            raise InputError(f"{e.url}: moved ({moved}); give that URL")
         wait = retry_after(response.headers.get("Retry-After"))
-        return self._meaning(response.status, said, raw, wait)
+        raise self._meaning(response.status, said, raw, wait)
 
     def _meaning(self, code: int, said: str, raw: str, wait: float | None = None) -> Exception:
-        """What an error means; raw: all that the server says."""
+        """The exception for an error of the server. raw: its whole text."""
         where = self.endpoint.url
-        if is_filtered(code, raw):
-            return NoAnswer(FILTERED, said)
-        if code in (400, 413, 422, 451) or (code == 500 and takes_no_system(said)):
-            return NoAnswer(REFUSED, said)
+        if replies.is_filtered(code, raw):
+            return replies.NoAnswer(replies.FILTERED, said)
+        if code in (400, 413, 422, 451) or (code == 500 and replies.takes_no_system(said)):
+            return replies.NoAnswer(replies.REFUSED, said)
         if code in (429, 503) and "insufficient_quota" not in raw:
             if wait is not None and wait > LONGEST_WAIT:
-                return InputError(f"{where}: {said}: asks to wait {wait:.0f} s; later, then")
+                return InputError(f"{where}: {said}: asks to wait {wait:.0f} s; try again then")
             return _Again(said, wait, general=code == 429)
         if code >= 500 or code in (408, 409, 425) or (code == 403 and self.requests):
-            return _Again(said)  # 403: some gateways' word for one question
+            return _Again(said)  # some gateways refuse single questions with 403
         hint = "; is the right key in the variable?" if code in (401, 403) else ""
         return InputError(f"{where}: {said}{hint}")
 
-    def _read(self, response: Response, body: Mapping[str, Any]) -> Reply:
-        """The answer in a reply of status 200. Raises what says why there is none."""
+    def _read(self, response: Response, body: Mapping[str, Any]) -> replies.Reply:
+        """The answer in a reply of status 200. Raises the reason if there is none."""
         form = str(response.headers.get("Content-Encoding") or "identity")
         if form.lower() != "identity":
-            raise _Again(f"a reply compressed by {self._words(form)}, unasked", replies=True)
+            raise _Again(f"a reply compressed by {self._words(form)}, unasked", unusable=True)
         try:
-            reply = parsed(response.body)
-            self._count(usage_of(reply))
-            found = read_reply(reply)
-        except NoAnswer as error:
-            raise NoAnswer(error.why, self._words(error.words)) from None
-        except (InputError, BadReply) as error:
+            reply = replies.parsed(response.body)
+            spent = replies.usage_of(reply)
+            with self._lock:
+                self.uncounted += spent is None
+                self.tokens_in += spent[0] if spent else 0
+                self.tokens_out += spent[1] if spent else 0
+            found = replies.read_reply(reply)
+        except replies.NoAnswer as error:
+            raise replies.NoAnswer(error.why, self._words(error.words)) from None
+        except (InputError, replies.BadReply) as error:
             text = f"the reply is not a chat completion: {self._words(error)}"
-            raise _Again(text, replies=True) from None
-        except Failure as error:
+            raise _Again(text, unusable=True) from None
+        except replies.Failure as error:
             said = f"{error.code or ''} {self._words(error)}".strip()
             raw = self._raw(response)
             if error.code is not None:
                 raise self._meaning(error.code, said, raw) from None
-            if is_filtered(400, raw):
-                raise NoAnswer(FILTERED, said) from None
-            raise _Again(said, replies=True) from None
+            if replies.is_filtered(400, raw):
+                raise replies.NoAnswer(replies.FILTERED, said) from None
+            raise _Again(said, unusable=True) from None
         if found.is_cut and not found.text.strip():
-            raise NoAnswer(CUT, self.cut_off(body))
+            raise replies.NoAnswer(replies.CUT, self.cut_off(body))
         with self._lock:
             self.requests += 1
             self._failing.clear()
         logprobs = found.logprobs if self.endpoint.logprobs else None
-        return Reply(self._clean(found.text), logprobs, found.is_cut)
+        return replies.Reply(self._clean(found.text), logprobs, found.is_cut)
 
     def cut_off(self, body: Mapping[str, Any]) -> str:
-        """What to say of an answer to a request that ended before it was one."""
+        """What to say of an answer that was cut off."""
         names = ("max_tokens", "max_completion_tokens")
         said = ", ".join(f"{name} of {body[name]}" for name in names if name in body)
         return f"{said or 'the length allowed'} is too short; allow more by a request option"
-
-    def _count(self, spent: tuple[int, int] | None) -> None:
-        with self._lock:
-            self.uncounted += spent is None
-            self.tokens_in += spent[0] if spent else 0
-            self.tokens_out += spent[1] if spent else 0
 
     def _raw(self, response: Response) -> str:
         return self._clean(response.body.decode(errors="replace"))[: 1 << 16]
 
     def _words(self, said: Any) -> str:
-        """What a server or an error says, in one line of at most 200 letters without the key."""
+        """A server's or an error's text on one line, at most 200 characters, without the key."""
         empty = type(said).__name__ if isinstance(said, BaseException) else ""
         text = " ".join(self._clean(str(said or "")).split())[:200] or empty
         return shown(text)
@@ -340,23 +312,8 @@ class ChatClient:
         return text
 
 
-def _forms_of(key: str) -> tuple[str, ...]:
-    """A key as it is, as URLs write it, and as JSON may."""
-    if len(key) < SECRET:
-        return ()
-    return tuple(dict.fromkeys((key, quote(key, safe=""), key.replace("/", "\\/"))))
-
-
-def _kept_reply(kept: Any) -> Reply | None:
-    """A reply from the file of answers, if it is one."""
-    if not isinstance(kept, dict) or not isinstance(kept.get("text"), str):
-        return None
-    logprobs = kept.get("logprobs")
-    return Reply(kept["text"], logprobs if isinstance(logprobs, list) else None)
-
-
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header names: a number, or a date. None if there is none."""
+    """The seconds in a Retry-After header (a number or a date); None if there are none."""
     if value is None:
         return None
     try:

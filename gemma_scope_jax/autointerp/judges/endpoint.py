@@ -1,4 +1,4 @@
-"""Where and how a chat endpoint is asked: what can be known to be wrong is refused before."""
+"""Where and how to ask a chat endpoint, checked before anything is sent."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from gemma_scope_jax.autointerp.answers import request_key
 from gemma_scope_jax.errors import InputError, reason, shown
 
 LONGEST_TIMEOUT = 86400.0  # seconds
-OURS = ("messages", "model", "stream", "n")  # of a request: no option replaces them
+OURS = ("messages", "model", "stream", "n")  # keys of a request that no option may replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Endpoint:
     """Where and how to ask a chat endpoint."""
 
     url: str
-    """The base URL of an OpenAI-compatible API, such as https://api.openai.com/v1; for Azure, that
-    of the deployment with its ?api-version=."""
+    """The base URL of an OpenAI-compatible API, such as https://api.openai.com/v1; for Azure, the
+    deployment's URL with its ?api-version=."""
     model: str
     """The name of the model that the endpoint is asked for."""
     key: str = dataclasses.field(default="", repr=False)
@@ -32,20 +32,20 @@ class Endpoint:
     retries: int = 6
     """Retries of a request after a transient error."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """More keys for every request, as they are; None removes a key: {"temperature": None}."""
+    """More keys for every request; None removes a key: {"temperature": None}."""
     logprobs: bool = False
     """Ask for log-probabilities, which give detection and fuzzing an AUC."""
     price_in: float = 0.0
-    """Dollars for a million tokens of prompts."""
+    """Dollars per million tokens of prompts."""
     price_out: float = 0.0
-    """Dollars for a million tokens of answers."""
+    """Dollars per million tokens of answers."""
 
     def __post_init__(self):
         _check_url(self.url)
         if not self.model or shown(self.model) != self.model:
             raise InputError("an endpoint needs the name of a model, without control characters")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
-            raise InputError("the API key has letters that no key has (spaces, line breaks?)")
+            raise InputError("the API key has invalid characters (spaces, line breaks?)")
         if self.concurrency < 1 or self.retries < 0 or not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise InputError(
                 "concurrency and timeout must be above 0 (at most a day), retries at least 0"
@@ -54,23 +54,22 @@ class Endpoint:
             raise InputError("prices must be numbers, and not negative")
         theirs = [key for key in OURS if self.options.get(key) not in (None, False)]
         if theirs or "messages" in self.options:
-            raise InputError(f"request options: {(theirs or OURS)[0]} is not yours to set")
+            raise InputError(f"request options: {(theirs or OURS)[0]} cannot be set")
         try:
             json.dumps(dict(self.options), allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"request options: no JSON ({reason(error)})") from None
+            raise InputError(f"request options: not JSON ({reason(error)})") from None
 
     @property
     def name(self) -> str:
-        """What explanations and scores are kept under: the model and, as a checksum, what changes
-        its answers."""
-        more = {"options": dict(self.options)} if self.options else {}
-        more |= {"logprobs": True} if self.logprobs else {}
+        """The name in explanations.json: the model and a checksum of what changes its answers."""
+        more = {"options": dict(self.options), "logprobs": self.logprobs}
+        more = {key: value for key, value in more.items() if value}
         return f"{self.model} (options {request_key(more)[:8]})" if more else self.model
 
     @property
     def address(self) -> str:
-        """Where requests go."""
+        """The URL of requests."""
         url, mark, version = self.url.partition("?")
         url = url.rstrip("/")
         url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
@@ -78,30 +77,26 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The header that holds the key: Azure, which a version in the URL tells, has its own."""
+        """The header with the key. Azure, which has a version in the URL, has its own."""
         if not self.key:
             return {}
-        is_azure = "?" in self.url
-        return {"api-key": self.key} if is_azure else {"Authorization": f"Bearer {self.key}"}
+        return {"api-key": self.key} if "?" in self.url else {"Authorization": f"Bearer {self.key}"}
 
 
 def _check_url(url: str) -> None:
-    """Refuse what is no base URL; what may be secret in it is not repeated."""
+    """Raise `InputError` for an invalid base URL, without repeating what may be secret in it."""
     try:
         parts = urlsplit(url)
-        where, _ = parts.hostname, parts.port  # which is read only now
+        where, _ = parts.hostname, parts.port  # reading the port checks it
         (where or "").encode("idna")
-    except ValueError:  # a port that is no number, half a [...], two dots
-        raise InputError("endpoint: the URL has no such port or host") from None
+    except ValueError:  # a port that is not a number, an unbalanced [...], two dots
+        raise InputError("endpoint: the URL has an invalid port or host") from None
     if parts.scheme not in ("http", "https") or not where:
         raise InputError("endpoint: give a URL such as https://api.openai.com/v1")
     if parts.username or parts.password:
-        raise InputError("endpoint: no user or password in the URL; the key comes from a variable")
+        raise InputError("endpoint: leave user and password out of the URL; give the API key apart")
     version = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
     if "#" in url or ("?" in url and version != ["api-version"]):
-        raise InputError(
-            "endpoint: no ? or # in the URL, but for Azure's ?api-version=; the key comes from a "
-            "variable"
-        )
+        raise InputError("endpoint: the URL may hold no # and no ?, except Azure's ?api-version=")
     if not (url.isascii() and url.isprintable()) or " " in url:
-        raise InputError(f"endpoint {ascii(url)}: write letters that no URL has as %XX")
+        raise InputError(f"endpoint {ascii(url)}: write characters that a URL cannot hold as %XX")

@@ -1,4 +1,4 @@
-"""A chat endpoint as a judge: a request a question, in parallel, asked again if not understood."""
+"""A chat endpoint as a judge: one request per question, in parallel, asked again if need be."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +8,8 @@ from gemma_scope_jax.autointerp.judges.replies import CUT, NoAnswer
 from gemma_scope_jax.autointerp.prompts import complaint, lengths, messages, parse
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Question
 
-ASKED = 3  # times, before an answer counts as not understood
-REPEATED = 2000  # letters of an answer that was not understood, when asked again
+ASKED = 3  # times, before a question has no answer
+REPEATED = 2000  # characters of an answer that are quoted when it was not understood
 
 
 class EndpointJudge:
@@ -22,24 +22,16 @@ class EndpointJudge:
         self.parallel = client.endpoint.concurrency
         self._pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="ask")
 
-    @property
-    def answered(self) -> bool:
-        return self.client.answered
-
-    @answered.setter
-    def answered(self, value: bool) -> None:
-        self.client.answered = value
-
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order; a question without an answer that has the form has `values` None."""
+        """The answers, in order; `values` is None without one in the required form."""
         try:
             answers = self._pool.map(self._ask, questions)
-        except RuntimeError:  # closed meanwhile: nothing can be handed to the pool
+        except RuntimeError:  # the pool was closed
             raise Stopped from None
         return list(answers)
 
     def _ask(self, question: Question) -> Answer:
-        """Asked again, told what was wrong, if the answer does not have the form."""
+        """Ask; if the answer does not have the required form, say so and ask again."""
         first = conversation = messages(question)
         most = lengths(question)[1]
         read = lambda reply: parse(question, reply.text, reply.logprobs)
@@ -50,17 +42,18 @@ class EndpointJudge:
                 if not reply.is_cut and (answer := read(reply)) is not None:
                     return answer
                 said = {"role": "assistant", "content": reply.text[:REPEATED] or "(nothing)"}
-                complain = {"role": "user", "content": complaint(question)}
-                conversation = [*conversation, said, complain]
-            body = self.client.body(conversation, most)
-            lost = NoAnswer(CUT, self.client.cut_off(body)) if reply.is_cut else None
-            lost = lost or NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
+                conversation = [*conversation, said]
+                conversation.append({"role": "user", "content": complaint(question)})
+            if reply.is_cut:
+                lost = NoAnswer(CUT, self.client.cut_off(self.client.body(conversation, most)))
+            else:
+                lost = NoAnswer(UNCLEAR, " ".join(reply.text[:80].split()) or "nothing is said")
             self.client.lose(lost)
         except NoAnswer as error:
             lost = error
         return Answer(lost.words, why=lost.why)
 
     def close(self) -> None:
-        """Wait for what is under way; what has not been sent is not."""
+        """Wait for requests under way; send no others."""
         self.client.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,18 +1,18 @@
-"""A Gemma on this machine as a judge, where no endpoint is at hand: log-probabilities, no sampling.
+"""A local Gemma as a judge, for use without an endpoint: log-probabilities, no sampling.
 
-A choice (yes or no, a text's number, a digit) is read off the logits of its candidates after the
-prompt, so answers always have the form, are deterministic and carry confidences. An
+A choice (yes or no, the number of a text, a digit) is read from the logits of its candidates after
+the prompt, so answers always have the required form, are deterministic and have confidences. An
 instruction-tuned model is asked in its chat template; a pretrained one continues a list of solved
-cases. For yes or no the log-odds of an empty text are taken off (Zhao et al. 2021): small models
-lean one way whatever the text. Simulation reads the digits at every token in one pass over a list
-of tokens whose digits are left open (all at once: Bills et al. 2023). A prompt beyond the context,
-logits that are no numbers and an explanation without an end are no answers.
+cases. For yes or no the log-odds of an empty text are subtracted (Zhao et al. 2021): small models
+prefer one of them whatever the text. Simulation reads the digits of all tokens in one pass over a
+list of tokens with open digits (all at once: Bills et al. 2023). There is no answer for a prompt
+beyond the context, logits that are not finite, and an explanation that does not end.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +32,17 @@ from gemma_scope_jax.model.generate import STOP_TOKENS, generate
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.tokenizer import Tokenizer, fit_tokenizer
 
-SHORTEST, STEP, TOKENS = 32, 64, 2048  # of a prompt after the prefix; prefixes; of a batch
-PLACES = 32  # positions of a prompt that are read, padded to a multiple: few programs
-SNIPPETS, AROUND = 6, 6  # for explaining with a pretrained model: texts, tokens either side
+# Few shapes are compiled: prompts after the prefix have a power of two of tokens from SHORTEST on,
+# prefixes a multiple of STEP, batches TOKENS in all, and the positions read a multiple of PLACES.
+SHORTEST, STEP, TOKENS, PLACES = 32, 64, 2048, 32
+SNIPPETS, AROUND = 6, 6  # texts for explaining, and tokens around the strongest one
 NEW = 40  # tokens of an explanation
 LONG, NO_NUMBERS = "longer than the context", "without finite logits"  # why there is no answer
-DIGITS = tuple("0123456789")
-OPEN = "?"  # where a digit is to come
+OPEN = "?"  # in place of a digit
+_Key = tuple[bytes, tuple[int, ...]]  # of a prompt
 
 # -------------------------------------------------------------------------------------------------
-# Prompts of a pretrained model: solved cases, then the one at hand. Of our own making.
+# Prompts of our own: solved cases, then the one at hand
 
 CLASSES = """\
 Does the feature respond to something in the text?
@@ -134,19 +135,17 @@ Feature: {feature}
 """
 
 
-# -------------------------------------------------------------------------------------------------
-# The model
-
-
 @partial(jax.jit, static_argnames="slots")
 def _prefix(model: Model, batch: TokenBatch, *, slots: int) -> Cache:
-    """The keys and values of what all prompts begin with, a row, with room for more."""
+    """The keys and values of the common beginning of all prompts, one row, with room for more."""
     cache = init_cache(model.config, 1, slots, model.dtype)
     return forward(model, batch, cache=cache, logits="none").cache
 
 
 @jax.jit
-def _choice_logits(model: Model, prefix: Cache, batch: TokenBatch, places, choices) -> jax.Array:
+def _choice_logits(
+    model: Model, prefix: Cache, batch: TokenBatch, places: jax.Array, choices: jax.Array
+) -> jax.Array:
     """float32 [B, P, C]: the logits of the tokens `choices` [C] after the positions `places` [B, P]
     of the batch, whose rows follow the prefix (a cache of one row)."""
     rows = batch.tokens.shape[0]
@@ -163,22 +162,21 @@ def _choice_logits(model: Model, prefix: Cache, batch: TokenBatch, places, choic
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Prompt:
-    """Ids [T], and where one of the choices (ids [C]) comes next (indices of the token before)."""
+    """Ids [T], the indices of the tokens before a choice, and the ids [C] of the choices."""
 
     ids: np.ndarray
     places: tuple[int, ...]
     choices: tuple[int, ...]
 
     @property
-    def key(self) -> tuple[bytes, tuple[int, ...]]:
+    def key(self) -> _Key:
         return self.ids.tobytes(), self.places
 
 
 class ModelJudge:
-    """Answers by a model. It is instruction-tuned, and asked through its template, if its name says
-    so, as the published ones' do."""
+    """Answers by a model, in its chat template if its name is that of an instruction-tuned one."""
 
-    method, parallel, answered = "model", 1, True
+    method, parallel = "model", 1
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, name: str, answers: AnswerFile | None = None
@@ -193,28 +191,30 @@ class ModelJudge:
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """In order."""
         found: dict[int, Answer] = {}
-        for task, answer in _TASKS.items():
-            some = [i for i, q in enumerate(questions) if q.task in task]
-            if some:
-                found |= dict(zip(some, answer(self, [questions[i] for i in some])))
+        for tasks, answer in (
+            (("explain",), lambda some: map(self._explanation, some)),
+            (("classify", "select"), self._classes),
+            (("intruder",), self._intruders),
+            (("simulate",), self._simulations),
+        ):
+            some = [i for i, q in enumerate(questions) if q.task in tasks]
+            found |= dict(zip(some, answer([questions[i] for i in some])))
         return [found[i] for i in range(len(questions))]
-
-    # --- what is asked ---------------------------------------------------------------------------
 
     def _ids(self, text: str) -> np.ndarray:
         if not self.instructed:
             return self.tokenizer.encode(text)
         return self.tokenizer.chat([{"role": "user", "content": text}]).ids
 
+    def _tail(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False).tolist()
+
     def _choice(self, text: str, choices: Sequence[str]) -> _Prompt:
-        """A prompt after which one of `choices` comes. They are told apart by their first tokens
-        that differ; what they share belongs to the prompt."""
-        prompt = self._ids(text).tolist()
+        """A prompt followed by one of `choices`, which must differ in the first token that they do
+        not share; the tokens before it belong to the prompt."""
         if self.instructed:
-            tails = [
-                self.tokenizer.encode(c.strip().capitalize(), bos=False).tolist() for c in choices
-            ]
-            rows = [prompt + tail for tail in tails]
+            prompt = self._ids(text).tolist()
+            rows = [prompt + self._tail(c.strip().capitalize()) for c in choices]
         else:
             rows = [self.tokenizer.encode(text + c).tolist() for c in choices]
         shared = 0
@@ -231,14 +231,12 @@ class ModelJudge:
             template = MARKED if is_marked(q) else CLASSES
             if self.instructed:
                 template = f"{template}\n\nAnswer the last one, with yes or no."
-            for shown in (*q.examples, None):
-                text = "N/A" if shown is None else shown.text().strip()
+            for text in (*(shown.text().strip() for shown in q.examples), "N/A"):
                 filled = template.format(feature=q.explanation, text=text)
                 prompts.append(self._choice(filled, (" no", " yes")))
-        logits, answers, at = self._logits(prompts), [], 0
+        logits, answers = iter(self._logits(prompts)), []
         for q in questions:
-            some = logits[at : at + len(q.examples) + 1]
-            at += len(some)
+            some = list(itertools.islice(logits, len(q.examples) + 1))
             if (lost := _lost(some)) is not None:
                 answers.append(lost)
                 continue
@@ -267,27 +265,17 @@ class ModelJudge:
         return [_lost([x]) or _expected(x) for x in self._logits(prompts)]
 
     def _simulation(self, question: Question) -> _Prompt:
-        head = self._ids(SIMULATE.format(feature=question.explanation)).tolist()
-        digits = [self.tokenizer.encode(f": {d}", bos=False).tolist() for d in DIGITS]
+        digits = [self._tail(f": {d}") for d in "0123456789"]
         before = digits[0][:-1]
         if any(d[:-1] != before for d in digits) or len({d[-1] for d in digits}) != 10:
             raise InputError("this tokenizer does not write digits as single tokens")
-        ids, places = head, []
-        after = self.tokenizer.encode(f"{OPEN}\n", bos=False).tolist()
+        ids = self._ids(SIMULATE.format(feature=question.explanation)).tolist()
+        after, places = self._tail(f"{OPEN}\n"), []
         for token in question.examples[0].tokens:
-            ids = [
-                *ids,
-                *self.tokenizer.encode(token.replace("\n", "\\n"), bos=False).tolist(),
-                *before,
-            ]
+            ids += [*self._tail(token.replace("\n", "\\n")), *before]
             places.append(len(ids) - 1)
             ids += after
         return _Prompt(np.array(ids, np.int32), tuple(places), tuple(d[-1] for d in digits))
-
-    # --- explaining ------------------------------------------------------------------------------
-
-    def _explanations(self, questions: Sequence[Question]) -> list[Answer]:
-        return [self._explanation(q) for q in questions]
 
     def _explanation(self, question: Question) -> Answer:
         texts = "\n".join(_snippet(s) for s in question.examples[:SNIPPETS])
@@ -310,46 +298,43 @@ class ModelJudge:
         return Answer(phrase, ())
 
     def _continued(self, ids: np.ndarray) -> tuple[str, bool]:
-        """What the model says, and whether it would have gone on."""
-        line_ends = [int(i) for i in self.tokenizer.encode("\n", bos=False)]
-        ends = {*STOP_TOKENS, *line_ends[-1:]}
+        """What the model says, and whether it was cut off."""
+        ends = {*STOP_TOKENS, *self._tail("\n")[-1:]}
         out = generate(self.model, [ids], NEW, stop_tokens=tuple(ends))
         said = np.asarray(out.tokens)[0, : int(out.lengths[0])]
         is_cut = int(said[-1]) not in ends
         return without_thoughts(self.tokenizer.decode(said if is_cut else said[:-1])), is_cut
 
-    # --- batches ---------------------------------------------------------------------------------
-
     def _logits(self, prompts: Sequence[_Prompt]) -> list[np.ndarray]:
-        """Of each prompt the logits [places, C], none beyond the context. Equal prompts run once;
-        what all with the same choices begin with runs once; the rest in batches of like length."""
-        found: dict[Any, np.ndarray] = {}
-        kinds: dict[Any, dict[Any, _Prompt]] = {}
+        """The logits [places, C] of each prompt, [0, C] for those beyond the context. Equal prompts
+        run once, as does the common beginning of all with the same choices; the rest runs in
+        batches of similar length."""
+        found: dict[_Key, np.ndarray] = {}
+        kinds: dict[tuple[tuple[int, ...], bool], dict[_Key, _Prompt]] = {}
         for p in prompts:
             if len(p.ids) > self.model.config.context:
                 found[p.key] = np.zeros((0, len(p.choices)))
                 continue
             kinds.setdefault((p.choices, len(p.places) > 1), {})[p.key] = p
-        for (choices, many), different in kinds.items():
+        for different in kinds.values():
             some = list(different.values())
             shared = _shared(some)
-            ids = np.array(choices, np.int32)
-            lengths = [_power(len(p.ids) - shared, SHORTEST) for p in some]
+            lengths = [max(SHORTEST, 1 << (len(p.ids) - shared - 1).bit_length()) for p in some]
             for length in sorted(set(lengths)):
                 members = [p for p, n in zip(some, lengths) if n == length]
-                found |= self._run(members, shared, length, many, ids)
+                found |= self._run(members, shared, length)
         return [found[p.key] for p in prompts]
 
-    def _run(self, prompts, shared: int, length: int, many: bool, choices) -> dict[Any, np.ndarray]:
+    def _run(self, prompts: Sequence[_Prompt], shared: int, length: int) -> dict[_Key, np.ndarray]:
         """{key: logits} of prompts that begin with the same `shared` tokens, with up to `length`
-        more."""
+        more, all with the same choices."""
         room = -(-shared // STEP) * STEP
         prefix = padded([prompts[0].ids[:shared]], context_size=room)
         cache = _prefix(self.model, prefix, slots=room + length)
-        size = max(1, TOKENS // length)
-        most = max(len(p.places) for p in prompts) if many else 1
-        width = -(-most // PLACES) * PLACES if many else 1
-        found: dict[Any, np.ndarray] = {}
+        choices = np.array(prompts[0].choices, np.int32)
+        size, most = max(1, TOKENS // length), max(len(p.places) for p in prompts)
+        width = 1 if most == 1 else -(-most // PLACES) * PLACES
+        found: dict[_Key, np.ndarray] = {}
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             batch = padded([p.ids[shared:] for p in some], size, length)
@@ -363,7 +348,7 @@ class ModelJudge:
 
 
 def _lost(logits: Sequence[np.ndarray]) -> Answer | None:
-    """Why a question has no answer, if the logits of its prompts are not all there."""
+    """Why a question has no answer, if the logits of its prompts are incomplete."""
     if not all(x.size for x in logits):
         return Answer(why=LONG)
     if not all(np.isfinite(x).all() for x in logits):
@@ -377,24 +362,12 @@ def _expected(logits: np.ndarray) -> Answer:
     return Answer("", tuple((chance @ np.arange(10) * 10 / 9).tolist()))
 
 
-def _power(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
 def _shared(prompts: Sequence[_Prompt]) -> int:
-    """How many tokens all prompts begin with; what is read comes after them."""
+    """How many tokens all prompts begin with, at most up to the first place that is read."""
     most = min(p.places[0] for p in prompts)
     in_order = sorted(p.ids[:most].tolist() for p in prompts)
     differ = np.flatnonzero(np.array(in_order[0]) != np.array(in_order[-1]))
     return int(differ[0]) if len(differ) else most
-
-
-_TASKS = {
-    ("explain",): ModelJudge._explanations,
-    ("classify", "select"): ModelJudge._classes,
-    ("intruder",): ModelJudge._intruders,
-    ("simulate",): ModelJudge._simulations,
-}
 
 
 def _snippet(shown: ShownText) -> str:

@@ -1,9 +1,7 @@
-"""What an endpoint's reply says: an answer, or why there is none.
+"""Reads an endpoint's reply: an answer, or the reason why there is none.
 
-Servers that speak OpenAI's chat completions differ most where they have no answer: a filter leaves
-`choices` out, or the message, or sends an error with status 200; a model that thought too long
-leaves `content` empty. Whatever has no answer is one of the reasons below, and is never taken for
-an answer.
+Servers differ most when they have no answer: a filter may leave out `choices` or the message, or
+send an error with status 200, and a model that thought too long leaves `content` empty.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ from gemma_scope_jax.autointerp.prompts import Messages, digits_only, without_th
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.strict_json import legible
 
-# Why a question has no answer: what runs count.
+# Why a question has no answer; runs count them.
 REFUSED = "refused by the server"
 FILTERED = "filtered"
 DECLINED = "declined by the model"
@@ -37,8 +35,7 @@ _NO_SYSTEM = re.compile(
 
 
 class NoAnswer(InputError):
-    """One question is not answered, whatever one does: `why` is one of the reasons above, `words`
-    the server's own."""
+    """A question that cannot be answered: `why` is a reason above, `words` what the server said."""
 
     def __init__(self, why: str, words: str):
         super().__init__(f"{why}: {words}")
@@ -46,11 +43,11 @@ class NoAnswer(InputError):
 
 
 class BadReply(Exception):
-    """A reply of status 200 that is no chat completion, and may be one when asked for again."""
+    """A reply of status 200 that is not a chat completion; the next one may be."""
 
 
 class Failure(Exception):
-    """A reply of status 200 that is an error: its `code`, None if it has none, and its message."""
+    """A reply of status 200 that is an error, with its `code` (None if it has none) and message."""
 
     def __init__(self, code: int | None, message: str):
         super().__init__(message)
@@ -59,7 +56,7 @@ class Failure(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model said, without its thoughts. is_cut: and would have gone on."""
+    """What a model said, without its thoughts. is_cut: the text was cut off."""
 
     text: str
     logprobs: list[Any] | None = None
@@ -67,45 +64,45 @@ class Reply:
 
 
 def parsed(body: bytes) -> Any:
-    """The JSON of a reply. Of what it holds beside the answer (seeds of 64 bits without a sign,
-    infinite log-probabilities, keys that come twice) nothing is asked. Raises `BadReply`.
-    """
+    """The JSON of a reply. Raises `BadReply`. Unlike `parse_json` it accepts oddities beside the
+    answer: seeds beyond 64 bits, infinite log-probabilities, repeated keys."""
     try:
         return legible(json.loads(body.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise BadReply(f"not usable as JSON ({reason(error)})") from None
 
 
-def read_reply(reply: Any) -> Reply:
-    """The answer in a chat completion (parsed JSON).
+def _at(value: Any, *keys: str) -> Any:
+    """`value[key][key]...`; None where that does not exist."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
-    Raises `NoAnswer` if there will be none, `Failure` for an error, and `BadReply`.
-    """
-    choices = reply.get("choices") if isinstance(reply, dict) else None
+
+def read_reply(reply: Any) -> Reply:
+    """The answer in a chat completion (parsed JSON). Raises `NoAnswer` if there will be none,
+    `Failure` for an error, and `BadReply`."""
+    choices = _at(reply, "choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    choice = choice if isinstance(choice, dict) else {}
     for holder in (choice, reply):
-        if isinstance(holder, dict) and (holder.get("error") or holder.get("object") == "error"):
+        if _at(holder, "error") or _at(holder, "object") == "error":
             raise Failure(*error_of(holder))
-    ended = str(choice.get("finish_reason") or "").lower()
-    message = choice.get("message")
-    message = message if isinstance(message, dict) else None
-    refusal = message.get("refusal") if message else None
-    text = _text(message.get("content")) if message else ""
+    ended = str(_at(choice, "finish_reason") or "").lower()
+    message, refusal = _at(choice, "message"), _at(choice, "message", "refusal")
+    text = _text(_at(message, "content"))
     if ended in _FILTER:
         raise NoAnswer(FILTERED, str(refusal or f"finish_reason {ended}"))
-    if ended in _BROKEN or message is None:
+    if ended in _BROKEN or not isinstance(message, dict):
         raise BadReply(f"finish_reason {ended}" if ended in _BROKEN else "it holds no message")
     if refusal and not text:
         raise NoAnswer(DECLINED, str(refusal))
-    logprobs = choice.get("logprobs")
-    logprobs = logprobs.get("content") if isinstance(logprobs, dict) else None
+    logprobs = _at(choice, "logprobs", "content")
     kept = digits_only(logprobs) if isinstance(logprobs, list) else None
     return Reply(without_thoughts(text), kept, ended in _CUT_OFF)
 
 
 def _text(content: Any) -> str:
-    """The content of a message: a text, null, or parts, of which thoughts are no part of it."""
+    """The text in the content of a message: a string, null, or parts, some of them thoughts."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -123,44 +120,38 @@ def _text(content: Any) -> str:
 
 
 def usage_of(reply: Any) -> tuple[int, int] | None:
-    """Tokens of the prompt and of the answer, None if the reply does not count them."""
-    usage = reply.get("usage") if isinstance(reply, dict) else None
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
-    if not all(type(n) is int and 0 <= n < MOST_TOKENS for n in counts if n):
-        return None
-    return counts[0] or 0, counts[1] or 0
+    """Tokens of the prompt and of the answer; None if the reply does not state them."""
+    usage = _at(reply, "usage")
+    counts = [_at(usage, key) for key in ("prompt_tokens", "completion_tokens")]
+    valid = all(type(n) is int and 0 <= n < MOST_TOKENS for n in counts if n)
+    return (counts[0] or 0, counts[1] or 0) if isinstance(usage, dict) and valid else None
 
 
 def error_of(content: Any) -> tuple[int | None, str]:
-    """Code and message of an error's JSON, which has several forms."""
+    """Code and message of an error, which has a different form with every server."""
     if isinstance(content, list) and content:  # Google's
         content = content[0]
     error = content
     for key in ("error", "detail", "message"):
-        if isinstance(error, dict) and isinstance(error.get(key), (dict, str)) and error[key]:
-            error = error[key]
-    code = None
-    for holder in (content, content.get("error") if isinstance(content, dict) else None):
-        said = holder.get("code") if isinstance(holder, dict) else None
-        if re.fullmatch(r"[45]\d\d", str(said)):
-            code = int(str(said))
+        if isinstance(said := _at(error, key), (dict, str)) and said:
+            error = said
+    codes = [str(_at(content, "error", "code")), str(_at(content, "code"))]
+    code = next((int(c) for c in codes if re.fullmatch(r"[45]\d\d", c)), None)
     return code, error if isinstance(error, str) else str(error)
 
 
 def is_filtered(status: int, said: str) -> bool:
-    """Whether an error (all that is said about it) is one question's: moderation, a filter."""
+    """Whether an error comes from a filter or moderation of the question. said: its whole text."""
     return status in (400, 403, 422, 451) and _FILTERS.search(said) is not None
 
 
 def takes_no_system(said: str) -> bool:
-    """Whether an error says that the model knows no system role (Gemma's own template)."""
+    """Whether an error says that the model has no system role, as in Gemma's template."""
     return _NO_SYSTEM.search(said) is not None
 
 
 def without_system(messages: Messages) -> Messages:
-    """The same conversation, its system text at the beginning of the user's."""
+    """The conversation with the system text at the beginning of the user's."""
     if [m["role"] for m in messages[:2]] != ["system", "user"]:
         return messages
     system, user, *rest = messages

@@ -1,15 +1,14 @@
-"""Labels from token statistics alone, where no model is to judge: on which tokens a feature fires.
+"""Labels features by token statistics alone, without a model as a judge.
 
-A label names the up to ten tokens (or what stands before or after) that best tell where the
-feature fires: the set with the largest F0.5 as a rule for single tokens (precision counts more, so
-that what is named means something), over the half of the text that explanations may see. The same
-rule then answers the questions of every score, so a label is measured like any other explanation,
-by what its text says and nothing more.
+A label lists up to ten tokens on, after or before which the feature fires: the set with the largest
+F0.5 as a rule for single tokens (precision has more weight than recall), over the half of the text
+that explanations may see. The same rule answers the questions of every score, so a label is scored
+like any other explanation, by what its text states and nothing more.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,9 +17,9 @@ from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText
 from gemma_scope_jax.errors import shown
 
 NAMED = 10  # tokens in a label
-BETA = 0.5  # of F: below 1 precision counts more than recall
-SEEN = 2  # times that a token must have fired to be named, if any has so often
-MOST = 20_000  # firings looked at
+BETA = 0.5  # of F: below 1, precision has more weight than recall
+SEEN = 2  # firings that a token in a label needs, if any token has so many
+MOST = 20_000  # firings that are used
 
 TokenOffset = Literal["this", "previous", "next"]
 WORDS = {"this": "on", "previous": "after", "next": "before"}
@@ -29,30 +28,29 @@ NAME = "token statistics"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which tokens, where, say that the feature fires: token -> (share of its occurrences on which
-    the feature fires, mean activation over all its occurrences)."""
+    """The tokens on, after or before which the feature fires: token -> (share of its occurrences on
+    which the feature fires, mean activation over all its occurrences)."""
 
     place: TokenOffset
     tokens: Mapping[str, tuple[float, float]]
 
     def strengths(self, tokens: Sequence[str]) -> list[tuple[float, float]]:
-        """Share and mean activation at each token of a text; (0, 0) for those not named."""
-        shift = {"this": 0, "previous": -1, "next": 1}[self.place]
-        named = [self.tokens.get(t, (0.0, 0.0)) for t in tokens]
-        if shift:
-            edge = [(0.0, 0.0)]
-            named = edge + named[:-1] if shift < 0 else named[1:] + edge
-        return named
+        """Share and mean activation at each token of a text; (0, 0) for tokens not in the rule."""
+        none = (0.0, 0.0)
+        named = [self.tokens.get(t, none) for t in tokens]
+        if self.place == "previous":
+            return [none, *named[:-1]]
+        return [*named[1:], none] if self.place == "next" else named
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         rounded = {t: [float(f"{v:.4g}") for v in pair] for t, pair in self.tokens.items()}
         return {"place": self.place, "tokens": rounded}
 
 
 def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tuple[str, Rule]:
-    """The label of a feature and the rule that it states.
+    """The label of a feature, and the rule that it states.
 
-    raises: the tokens whose logits the feature raises most, named at the end of the text.
+    raises: the tokens whose logits the feature raises most, listed at the end of the text.
     """
     seed = corpus.sampling.seed
     rows, values = corpus.feature(feature)
@@ -69,7 +67,6 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
     }
     place = max(columns, key=lambda p: found[p][0])  # the first among equals
     _, recall, precision, chosen = found[place]
-    rule = Rule(place, chosen)
     named = ", ".join(_quoted(t) for t in chosen) or "tokens without a pattern"
     text = (
         f"token statistics: fires {WORDS[place]} {named} ({_percent(recall)} of where it fires; "
@@ -77,12 +74,14 @@ def token_label(corpus: Corpus, feature: int, raises: Sequence[str] = ()) -> tup
     )
     if raises:
         text += f"; raises {', '.join(_quoted(t) for t in raises[:3])}"
-    return text, rule
+    return text, Rule(place, chosen)
 
 
-def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: float):
-    """F, recall and precision of the best rule on `ids` [m] (one a firing; -1: none), and its
-    tokens, the most frequent first. An entry of `ids` stands for `each` firings."""
+def _best_tokens(
+    corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: float
+) -> tuple[float, float, float, dict[str, tuple[float, float]]]:
+    """F, recall, precision and tokens, the most frequent first, of the best rule on `ids` [m] (one
+    per firing; -1: none), each of which represents `each` firings."""
     special = ids < 0
     special[~special] = corpus.tokenizer.special[ids[~special]]
     known, inverse, n = np.unique(ids[~special], return_inverse=True, return_counts=True)
@@ -99,11 +98,12 @@ def _best_tokens(corpus: Corpus, ids: np.ndarray, values: np.ndarray, each: floa
 
 
 def best_set(hits: np.ndarray, total: np.ndarray, fired: float) -> tuple[np.ndarray, float]:
-    """The at most `NAMED` tokens whose F as a rule is largest, the most frequent first, and it.
+    """The set of at most `NAMED` tokens with the largest F as a rule, the most frequent first, and
+    that F.
 
     hits, total [n]: firings and occurrences of each token; fired: firings in all. Exact, by
     Dinkelbach's method: F = (1 + b) sum(hits) / (sum(total) + b fired), b = `BETA`^2, is a ratio of
-    sums, and for a guess of it the best set holds the largest (1 + b) hits - F total.
+    sums; given a guess of F, the best set has the largest values of (1 + b) hits - F total.
     """
     b, best = BETA**2, 0.0
     while True:
@@ -125,9 +125,9 @@ def _percent(share: float) -> str:
 
 
 class RuleJudge:
-    """Answers by the rules of token labels, which `learn` gives it."""
+    """Answers by the rules of token labels; `learn` adds them."""
 
-    method, name, parallel, answered = "statistics", NAME, 1, True
+    method, name, parallel = "statistics", NAME, 1
 
     def __init__(self):
         self._rules: dict[str, Rule] = {}
@@ -135,14 +135,11 @@ class RuleJudge:
     def learn(self, text: str, rule: Rule) -> None:
         self._rules[text] = rule
 
-    def rule(self, text: str) -> Rule:
-        return self._rules[text]
-
     def close(self) -> None:
         """Nothing to close."""
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order; an explanation that no rule is known for gets no values."""
+        """In order; `values` is None for an explanation without a rule."""
         return [self._answer(q) for q in questions]
 
     def _answer(self, question: Question) -> Answer:
@@ -155,13 +152,13 @@ class RuleJudge:
             strengths = rule.strengths(question.examples[0].tokens)
             return Answer("", tuple(mean for _, mean in strengths))
         shares = [_at_marks(rule, s) for s in question.examples]
-        said = tuple(float(named) for named, _ in shares)
-        return Answer("", said, tuple(share for _, share in shares))
+        said, confidence = zip(*shares)
+        return Answer("", tuple(map(float, said)), confidence)
 
 
 def _odd_one_out(examples: Sequence[ShownText]) -> int:
-    """The text with the fewest others that share one of its marked tokens, or of the tokens right
-    before its marks: intruders are found without an explanation."""
+    """The text that shares a marked token, or a token right before its marks, with the fewest
+    others: intruders are found without an explanation."""
     plain = lambda t: t.strip().lower() or t
     marked = [{plain(t) for t in s.marked} for s in examples]
     before = [{plain(t) for t, m in zip(s.tokens, s.marks[1:]) if m} for s in examples]
@@ -171,8 +168,8 @@ def _odd_one_out(examples: Sequence[ShownText]) -> int:
 
 
 def _at_marks(rule: Rule, shown: ShownText) -> tuple[bool, float]:
-    """Whether the rule names a token (of marked ones: at least half), and the chance that one of
-    them fires (of marked ones: the mean share)."""
+    """Whether the rule holds a token of the text, and the chance that one of them fires. With
+    marks: whether it holds at least half of the marked tokens, and their mean share."""
     shares = [share for share, _ in rule.strengths(shown.tokens)]
     if not shown.marks:
         return any(shares), 1.0 - float(np.prod([1.0 - s for s in shares]))

@@ -1,12 +1,12 @@
-"""Cards as the feature files of attribution-graph viewers (Anthropic's, circuit-tracer's).
+"""Exports cards as feature files of attribution-graph viewers (Anthropic's, circuit-tracer's).
 
     features/index.json.gz      {layer: {"filename": ..., "offsets": [F + 1]}}
-    features/layer_L.bin        for each feature: 4 bytes, little endian, how long; then zlib(JSON)
-    CANTOR.json                 or one file a feature, CANTOR = (l + f)(l + f + 1) / 2 + f
+    features/layer_L.bin        for each feature: its length (4 bytes, little endian), zlib(JSON)
+    CANTOR.json                 or one file per feature, CANTOR = (l + f)(l + f + 1) / 2 + f
 
-A viewer fetches bytes offsets[f] to offsets[f + 1] of the layer's file. Activations of a histogram
-lie in equal bins from `act_min` to `act_max`; `quantile_values` are the 1st to 99th percentile of a
-feature's activations where it is active.
+A viewer fetches bytes offsets[f] to offsets[f + 1] of the layer's file. A histogram has equal bins
+from `act_min` to `act_max`; `quantile_values` are the 1st to 99th percentiles of a feature's
+activations where it is active.
 
 Source: circuit-tracer 0.5, frontend/feature_models.py and frontend/assets/feature_examples.
 """
@@ -29,34 +29,32 @@ TOP = 10  # logits listed
 
 
 def cantor(layer: int, feature: int) -> int:
-    """The number that viewers know a feature by."""
+    """The number that identifies a feature in viewers."""
     return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 
 def feature_files(
     cards: FeatureCards, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(feature, its file) for all features in order; silent ones have no examples."""
+    """(feature, its file) for all features in order; dead features have no examples."""
     layer = cards.manifest["layer"]
     for start in range(0, len(cards), BLOCK):
         stop = min(start + BLOCK, len(cards))
         percentiles = cards.percentiles(slice(start, stop))
         for f in range(start, stop):
-            yield (
-                f,
-                {
-                    "transcoder_id": str(cards.manifest["coder"]),
-                    "index": cantor(layer, f),
-                    "examples_quantiles": _quantiles(cards, f, tokenizer),
-                    "top_logits": _tokens(cards, "top_ids", f, tokenizer),
-                    "bottom_logits": _tokens(cards, "bottom_ids", f, tokenizer),
-                    "act_min": 0.0,
-                    "act_max": round(float(cards["largest"][f]), 5),
-                    "quantile_values": rounded(percentiles[f - start]),
-                    "histogram": cards["histogram"][f].astype(float).tolist(),
-                    "activation_frequency": float(cards["density"][f]),
-                },
-            )
+            file = {
+                "transcoder_id": str(cards.manifest["coder"]),
+                "index": cantor(layer, f),
+                "examples_quantiles": _quantiles(cards, f, tokenizer),
+                "top_logits": _tokens(cards, "top_ids", f, tokenizer),
+                "bottom_logits": _tokens(cards, "bottom_ids", f, tokenizer),
+                "act_min": 0.0,
+                "act_max": round(float(cards["largest"][f]), 5),
+                "quantile_values": rounded(percentiles[f - start]),
+                "histogram": cards["histogram"][f].astype(float).tolist(),
+                "activation_frequency": float(cards["density"][f]),
+            }
+            yield f, file
 
 
 def _tokens(cards: FeatureCards, name: str, f: int, tokenizer: Tokenizer) -> list[str]:
@@ -64,7 +62,7 @@ def _tokens(cards: FeatureCards, name: str, f: int, tokenizer: Tokenizer) -> lis
 
 
 def _quantiles(cards: FeatureCards, f: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The groups of examples; one that was shown before is marked as repeated."""
+    """The groups of examples; an example in an earlier group is marked as repeated."""
     found, seen = [], set()
     for number, group in enumerate(cards.groups(f)):
         examples = []
@@ -93,15 +91,13 @@ def _text(value: Any) -> bytes:
 def export_anthropic(
     coders: Mapping[int, FeatureCards], tokenizer: Tokenizer, folder: Path
 ) -> None:
-    """Write the packed form of the cards of one or several layers: `folder`/features."""
+    """Write the cards of one or several layers in packed form: `folder`/features."""
     index = {}
     with new_folder(folder / "features", "index.json.gz") as new:
         for layer, cards in sorted(coders.items()):
-            offsets = [0]
+            offsets, features = [0], feature_files(cards, tokenizer)
             with open(new / f"layer_{layer}.bin", "wb") as file:
-                for _, value in tracked(
-                    feature_files(cards, tokenizer), "feature files", len(cards)
-                ):
+                for _, value in tracked(features, "feature files", len(cards)):
                     data = zlib.compress(_text(value))
                     file.write(len(data).to_bytes(4, "little") + data)
                     offsets.append(offsets[-1] + 4 + len(data))
@@ -112,7 +108,7 @@ def export_anthropic(
 def export_anthropic_json(
     coders: Mapping[int, FeatureCards], tokenizer: Tokenizer, folder: Path
 ) -> None:
-    """Write one JSON file a feature, named by its `cantor` number, silent features left out."""
+    """Write one JSON file per feature that is not dead, named by its `cantor` number."""
     with new_folder(folder, "[0-9]*.json") as new:
         for layer, cards in sorted(coders.items()):
             for f, value in tracked(feature_files(cards, tokenizer), "feature files", len(cards)):

@@ -1,10 +1,10 @@
-"""Cards as the tree that Neuronpedia's bulk import reads.
+"""Exports cards as the folder tree of Neuronpedia's bulk import.
 
     MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
     MODEL/LAYER-SET/features/batch-N.jsonl.gz, activations/batch-N.jsonl.gz
     MODEL/LAYER-SET/explanations/batch-N.jsonl.gz      if there are any
 
-Creator, release and links are the importer's business and stay empty or placeholders.
+Creator, release and links are left to the importer: empty, or placeholders.
 
 Source: sae-dashboard, neuronpedia/neuronpedia_export.py, and the rows of neuronpedia's own tables.
 """
@@ -19,7 +19,13 @@ from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.export.saedashboard import batch_facts, batches, rounded, text_facts
+from gemma_scope_jax.cards.export.saedashboard import (
+    TEXT_FACTS,
+    batch_facts,
+    batches,
+    rounded,
+    text_facts,
+)
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -27,22 +33,8 @@ from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
-# What a feature's row has as a dashboard has it.
-SAME = tuple(
-    f"{table}_{column}"
-    for table, columns in {
-        "neuron_alignment": ("indices", "values", "l1"),
-        "correlated_neurons": ("indices", "pearson", "l1"),
-        "correlated_features": ("indices", "pearson", "l1"),
-        "neg": ("str", "values"),
-        "pos": ("str", "values"),
-        "frac": ("nonzero",),
-        "freq_hist_data": ("bar_heights", "bar_values"),
-        "logits_hist_data": ("bar_heights", "bar_values"),
-        "decoder_weights": ("dist",),
-    }.items()
-    for column in columns
-)
+# The keys of a dashboard that a feature's row does not have.
+DASHBOARD = {"feature_index", "activations", "vector", *TEXT_FACTS}
 
 
 def export_neuronpedia(
@@ -65,16 +57,16 @@ def export_neuronpedia(
         progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
             progress.at(batch[0])
-            rows = [_feature(cards, feature, place, coder) for feature in features]
-            shown = [a for feature in features for a in _activations(feature, place)]
-            said = [_explanation(f, explanations[f], place) for f in batch if f in explanations]
-            for table, lines in (
-                ("features", rows),
-                ("activations", shown),
-                ("explanations", said),
-            ):
-                if lines:
-                    _write(new / table / f"batch-{number}.jsonl.gz", lines)
+            tables = {
+                "features": [_feature(cards, f, place, coder) for f in features],
+                "activations": [a for f in features for a in _activations(f, place)],
+                "explanations": [
+                    _explanation(f, explanations[f], place) for f in batch if f in explanations
+                ],
+            }
+            for table, rows in tables.items():
+                if rows:
+                    _write(new / table / f"batch-{number}.jsonl.gz", rows)
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -88,7 +80,10 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
     m, facts, text = cards.manifest, batch_facts(cards), text_facts(cards)
     model, name = facts["model_id"], facts["sae_set"]
     by = {"creatorId": CREATOR, "createdAt": now}
-    title = f"{m['coder']}"
+    title, hub = f"{m['coder']}", {"hfRepoId": None, "hfFolderId": None}
+    if title.startswith("gemma-scope-2-"):  # an address of the release
+        repo, _, folder = title.partition("/")
+        hub = {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
     return {
         "release": {
             "name": name, "description": title, "descriptionShort": title, "creatorName": CREATOR,
@@ -113,7 +108,7 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
         "source": {
             "id": source, "modelId": model, "setName": name, "hasDashboards": True,
             "inferenceEnabled": False, "inferenceHosts": [], "saelensConfig": None,
-            "saelensRelease": None, "saelensSaeId": None, **_hub(str(m["coder"])),
+            "saelensRelease": None, "saelensSaeId": None, **hub,
             "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False,
             "hasUmapLogSparsity": False, "hasUmapClusters": False,
             "num_prompts": text["n_prompts_total"],
@@ -123,15 +118,9 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
     }  # fmt: skip
 
 
-def _hub(address: str) -> dict[str, str | None]:
-    """The repository and folder of an address of the release."""
-    if not address.startswith("gemma-scope-2-"):
-        return {"hfRepoId": None, "hfFolderId": None}
-    repo, _, folder = address.partition("/")
-    return {"hfRepoId": f"google/{repo}", "hfFolderId": folder}
-
-
-def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder: Coder) -> dict:
+def _feature(
+    cards: FeatureCards, feature: dict[str, Any], place: Mapping[str, Any], coder: Coder
+) -> dict[str, Any]:
     f = feature["feature_index"]
     near = cards.listed("neighbour", f, "cosines")
     return {
@@ -141,16 +130,13 @@ def _feature(cards: FeatureCards, feature: dict, place: Mapping[str, Any], coder
         "hookName": f"blocks.{cards.manifest['layer']}.{coder.writes}",
         "topkCosSimIndices": [i for i, _ in near],
         "topkCosSimValues": rounded([c for _, c in near]),
-        **{key: feature[key] for key in SAME},
+        **{key: value for key, value in feature.items() if key not in DASHBOARD},
     }  # fmt: skip
 
 
 def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) -> str:
-    """A cuid's 25 letters and digits: the same for a row every time, another for every other row.
-
-    120 bits of a digest of all that names the row; cut-off names would be those of other coders'
-    rows, too.
-    """
+    """An id of 25 letters and digits, like a cuid, that depends only on the row: 120 bits of a
+    digest of its whole name, as a truncated name may be that of another coder's row."""
     name = json.dumps([table, place["modelId"], place["layer"], feature, number])
     left, digits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest()), ""
     for _ in range(24):  # 36^24 is above 2^120
@@ -159,7 +145,7 @@ def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) 
     return f"c{digits}"
 
 
-def _activations(feature: dict, place: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows, f = [], feature["feature_index"]
     for number, a in enumerate(feature["activations"]):
         values = a["values"]

@@ -1,11 +1,11 @@
-"""Cards as SAEDashboard's batch JSON, which Neuronpedia's tools and others read.
+"""Exports cards as SAEDashboard's batch JSON, which Neuronpedia's tools and others read.
 
     batch-N.json           {model_id, layer, sae_set, sae_id_suffix, features: [...]}, 128 each
     run_settings.json      how the dashboards were made
-    skipped_indexes.json   the features that are never active, which have no dashboard
+    skipped_indexes.json   the dead features, which have no dashboard
 
-Left empty is what cannot be known without the model's other activations: the correlated neurons.
-`qualifying_token_index` is the place of the token in `tokens`; the group of the strongest examples
+The correlated neurons are left empty, as they need other activations of the model.
+`qualifying_token_index` is the index of the token in `tokens`; the group of the strongest examples
 has bin_min and bin_contains -1 and the largest activation as bin_max. Floats have five places.
 
 Source: sae-dashboard 0.8, neuronpedia/neuronpedia_dashboard.py and neuronpedia_converter.py.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.coders.coder import Coder
@@ -28,9 +29,15 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
-BATCH = 128  # features a file
+BATCH = 128  # features per file
 ALIGNED = 3  # neurons listed
-LONGEST = 120  # letters of a name that becomes a folder's
+LONGEST = 120  # characters of a name that becomes a folder's
+# Names of facts about the text, and their keys in cards.json.
+TEXT_FACTS = {
+    "n_prompts_total": "prompts",
+    "n_tokens_in_prompt": "prompt_tokens",
+    "dataset": "text",
+}
 
 
 def export_saedashboard(
@@ -41,7 +48,7 @@ def export_saedashboard(
     *,
     heads: int | None = None,
 ) -> None:
-    """Write the batches of `cards`; heads: of the model, for coders that read attention heads."""
+    """Write the batches of `cards`. heads: the number of attention heads, for coders at `z`."""
     with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)
         progress = Progress(len(cards), "features", what="SAEDashboard")
@@ -49,13 +56,10 @@ def export_saedashboard(
             progress.at(batch[0])
             _write(new / f"batch-{number}.json", {**about, "features": features})
         _write(new / "run_settings.json", _settings(cards, about))
-        skipped = {
-            "layer": str(about["layer"]),
-            "log_sparsity": -6,
-            "skipped_indexes": silent(cards),
-        }
-        keys = ("model_id", "layer", "sae_set", "log_sparsity", "skipped_indexes")
-        _write(new / "skipped_indexes.json", {key: {**about, **skipped}[key] for key in keys})
+        skipped = {key: str(about[key]) for key in ("model_id", "layer", "sae_set")}
+        dead = np.flatnonzero(np.asarray(cards["largest"]) <= 0).tolist()
+        skipped |= {"log_sparsity": -6, "skipped_indexes": dead}
+        _write(new / "skipped_indexes.json", skipped)
 
 
 def _write(path: Path, value: Any) -> None:
@@ -65,7 +69,7 @@ def _write(path: Path, value: Any) -> None:
 def batches(
     cards: FeatureCards, coder: Coder, tokenizer: Tokenizer, heads: int | None = None
 ) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    """The features that are active, 128 at a time: their numbers and their dashboards."""
+    """The numbers and dashboards of all features but dead ones, 128 at a time."""
     active = np.flatnonzero(np.asarray(cards["largest"]) > 0)
     rows = np.asarray(written(coder, cards.manifest["layer"]))
     for start in range(0, len(active), BATCH):
@@ -73,13 +77,8 @@ def batches(
         yield batch, [_feature(cards, f, rows[f], tokenizer, heads) for f in batch]
 
 
-def silent(cards: FeatureCards) -> list[int]:
-    """The features that have no dashboard."""
-    return np.flatnonzero(np.asarray(cards["largest"]) <= 0).tolist()
-
-
 def batch_facts(cards: FeatureCards) -> dict[str, Any]:
-    """Names as Neuronpedia has them."""
+    """The names of model, layer and set in Neuronpedia's form."""
     m = cards.manifest
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", str(m["model"]).split("/")[-1]).strip(".-")
     return {
@@ -91,11 +90,8 @@ def batch_facts(cards: FeatureCards) -> dict[str, Any]:
 
 
 def set_name(coder: str, weights: str) -> str:
-    """What tells a coder from all others, in letters, digits and dashes.
-
-    An address of the release says it all. Folders of other coders may well be called alike: eight
-    digits of what tells `weights` apart follow the name.
-    """
+    """A unique name of a coder, in letters, digits and dashes: an address of the release, or the
+    name of a folder and eight digits of `weights`, as folders may be namesakes."""
     name = re.sub(r"[^a-z0-9]+", "-", coder.lower()).strip("-")
     try:
         parse_address(coder)
@@ -105,15 +101,13 @@ def set_name(coder: str, weights: str) -> str:
 
 
 def text_facts(cards: FeatureCards) -> dict[str, Any]:
-    """The text that the cards come from."""
-    m = cards.manifest
-    facts = {"n_prompts_total": m["prompts"], "n_tokens_in_prompt": m["prompt_tokens"]}
-    return {**facts, "dataset": m["text"]}
+    """The name and the size of the text that the cards come from."""
+    return {name: cards.manifest[key] for name, key in TEXT_FACTS.items()}
 
 
 def _feature(
     cards: FeatureCards, f: int, row: np.ndarray, tokenizer: Tokenizer, heads: int | None
-) -> dict:
+) -> dict[str, Any]:
     correlated = cards.listed("correlated", f, "pearson", "cosine")
     aligned = np.argsort(-row, kind="stable")[:ALIGNED]
     size = float(np.abs(row).sum()) or 1.0
@@ -144,7 +138,7 @@ def _feature(
     }
 
 
-def rounded(values: Any) -> list[float]:
+def rounded(values: ArrayLike) -> list[float]:
     return np.round(np.asarray(values, np.float64), 5).tolist()
 
 
@@ -172,20 +166,15 @@ def _activations(cards: FeatureCards, f: int, tokenizer: Tokenizer) -> list[dict
     for number, group in enumerate(groups):
         share = group.count / max(groups[0].count, 1)
         bins = (-1.0, group.high, -1.0) if number == 0 else (group.low, group.high, share)
-        for example in group.examples:
-            found.append(
-                {
-                    **dict(zip(("bin_min", "bin_max", "bin_contains"), rounded(bins))),
-                    "tokens": tokenizer.decode_tokens(example.ids),
-                    "values": rounded(example.values),
-                    "qualifying_token_index": example.at,
-                }
-            )
+        for e in group.examples:
+            row = dict(zip(("bin_min", "bin_max", "bin_contains"), rounded(bins)))
+            row |= {"tokens": tokenizer.decode_tokens(e.ids), "values": rounded(e.values)}
+            found.append(row | {"qualifying_token_index": e.at})
     return found
 
 
 def _settings(cards: FeatureCards, about: dict[str, Any]) -> dict[str, Any]:
-    """The fields of sae-dashboard's `NeuronpediaRunnerConfig` that mean something here."""
+    """The fields of sae-dashboard's `NeuronpediaRunnerConfig` that apply here."""
     s, facts = cards.settings, text_facts(cards)
     return {
         "sae_set": about["sae_set"], "sae_path": str(cards.manifest["coder"]), "outputs_dir": ".",
