@@ -67,7 +67,8 @@ def features(folder):
     manifest = {
         "format": "gemma_scope_jax sparse features", "version": 2, "coders": [coder],
         "model": {"name": "m", "dtype": "float32", "weights": "0"}, "values": "float16",
-        "data": {"text": "0", "files": ["a"], "batch_size": 1, "context_size": 16, "seed": 0, "roles": None},
+        "data": {"text": "0", "files": ["a"], "batch_size": 1, "context_size": 16,
+                 "seed": 0, "roles": None},
         "slots": 4, "precision": "highest", "tokens": None, "documents": 1, "per_shard": 1,
         "mean": 10.0, "share": 1.0, "shuffled": None,
     }  # fmt: skip
