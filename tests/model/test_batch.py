@@ -169,7 +169,7 @@ def test_generation_takes_a_batch_and_continues_each_text(model):
     for a, b in zip(one.prompts, rows, strict=True):
         np.testing.assert_array_equal(a, b)
     for bad in (packed_batch(), padded([rows[0], rows[0][:0]])):
-        with pytest.raises(InputError, match="one document a row"):
+        with pytest.raises(InputError, match="one document per row"):
             gs.generate(model, bad, 3)
 
 

@@ -166,7 +166,7 @@ def test_headers_of_safetensors_files(tmp_path, kind):
 def test_a_tensor_name_of_control_characters_is_shown(tmp_path):
     save_huggingface(random_model(), tmp_path)
     edit_tensors(tmp_path, lambda t: t | {"\x1b[2J": np.ones(2, np.float32)})
-    with pytest.raises(InputError, match=r"tensor \\x1b\[2J is none of Gemma 3's"):
+    with pytest.raises(InputError, match=r"tensor \\x1b\[2J is not one of Gemma 3's"):
         open_huggingface(tmp_path)
 
 

@@ -67,12 +67,12 @@ def refused(source, message: str, **options) -> None:
     [
         (f"{LAYER}.lora_A.weight", "belongs to an adapter that is not merged"),
         (f"base_model.model.{LAYER}.base_layer.weight", "belongs to an adapter"),
-        (f"{LAYER}.bias", "q_proj.bias is none of Gemma 3's"),
-        ("model.layers.0.self_attn.sinks", "sinks is none of Gemma 3's"),
-        ("language_model.model.embed_tokens.weight", "is none of Gemma 3's"),  # once more
-        ("model.layers.7.mlp.up_proj.weight", "is none of Gemma 3's"),
-        ("score.weight", "score.weight is none of Gemma 3's"),
-        (f"{LAYER}.weight_scale", "weight_scale is none of Gemma 3's"),
+        (f"{LAYER}.bias", "q_proj.bias is not one of Gemma 3's"),
+        ("model.layers.0.self_attn.sinks", "sinks is not one of Gemma 3's"),
+        ("language_model.model.embed_tokens.weight", "is not one of Gemma 3's"),  # once more
+        ("model.layers.7.mlp.up_proj.weight", "is not one of Gemma 3's"),
+        ("score.weight", "score.weight is not one of Gemma 3's"),
+        (f"{LAYER}.weight_scale", "weight_scale is not one of Gemma 3's"),
         ("model.vision_tower.patches.weight", None),
         ("multi_modal_projector.mm_soft_emb_norm.weight", None),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
@@ -278,7 +278,7 @@ def test_what_stands_beside_text_config_must_agree_with_it(model, folder):
     write(attention_bias=True)
     refused(folder, "attention_bias")
     write(inner={"model_type": "gemma3n_text"})
-    refused(folder, "text_config is of 'gemma3n_text'")
+    refused(folder, "model_type of text_config is 'gemma3n_text'")
     write(tie_word_embeddings=False)
     refused(folder, "tie_word_embeddings is False at the top and True in text_config")
 
