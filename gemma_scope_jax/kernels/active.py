@@ -40,9 +40,6 @@ class ActiveEntries:
     count: Array  # int32 [S, B]: entries above `low`; if more than K, the lists are incomplete
 
 
-# ---- backends ------------------------------------------------------------------------------------
-
-
 class Backend(Protocol):
     """What a module of kernels computes. It has no gradients; the functions below do."""
 
@@ -103,9 +100,6 @@ def backend() -> Backend:
     return triton
 
 
-# ---- the encoder ---------------------------------------------------------------------------------
-
-
 def encode_active(
     x: Array, w_enc: Array, b_enc: Array, low: Array, capacity: int, *, using: Backend | None = None
 ) -> ActiveEntries:
@@ -154,9 +148,6 @@ def _encode_bwd(capacity, using, saved, cotangent):
 
 
 _encode.defvjp(_encode_fwd, _encode_bwd)
-
-
-# ---- the decoder ---------------------------------------------------------------------------------
 
 
 def decode_active(
@@ -212,9 +203,6 @@ def _decode_bwd(layout, using, saved, g):
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-# ---- sums and lookups by feature -----------------------------------------------------------------
-
-
 def per_feature(
     values: Array, feature: Array, count: Array, width: int, *, using: Backend | None = None
 ) -> Array:
@@ -262,9 +250,6 @@ def _lookup_bwd(fill, using, saved, g):
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)
-
-
-# ---- the k-th largest ----------------------------------------------------------------------------
 
 
 def kth_largest(z: Array, k: int, *, using: Backend | None = None) -> Array:

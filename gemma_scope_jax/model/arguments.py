@@ -49,10 +49,6 @@ def on_host(what: str, values: Any) -> np.ndarray:
     raise InputError(f"{what} must be numbers, not {str(values)[:60]!r}")
 
 
-# -------------------------------------------------------------------------------------------------
-# Which tokens
-
-
 @flax.struct.dataclass
 class Positions:
     """Which tokens an intercept is for: absolute positions int [n], or a mask bool [n] over them.
@@ -100,10 +96,6 @@ def check_positions(where: Positions, least: int, most: int) -> None:
     named = np.flatnonzero(which) if which.dtype == bool else which
     if named.size and named.max() >= most:
         raise InputError(f"position {named.max()}: the text has positions 0 to {most - 1}")
-
-
-# -------------------------------------------------------------------------------------------------
-# How much
 
 
 def check_finite(what: str, value: Any, dtype: Any = None, infinite: bool = False) -> None:

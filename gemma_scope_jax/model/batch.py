@@ -106,10 +106,6 @@ def padded(
     return TokenBatch(tokens, segments)
 
 
-# -------------------------------------------------------------------------------------------------
-# Text to batches
-
-
 def tokens(
     texts: Any,
     tokenizer: "Tokenizer | str | os.PathLike",
@@ -216,10 +212,6 @@ def _refuse_text(given: Any) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------
-# Where documents begin
-
-
 def default_positions(segments: jax.Array) -> jax.Array:
     """int32 [B, T]: the position of each token within its run of equal segment ids."""
     return jnp.arange(segments.shape[1], dtype=jnp.int32)[None, :] - _run_starts(segments)
@@ -255,10 +247,6 @@ def documents(
     if cache is None:
         return by_document(given, 0, jnp.zeros((shape[0], 3), jnp.int32))
     return by_document(given, cache.used, cache.last)
-
-
-# -------------------------------------------------------------------------------------------------
-# Checks
 
 
 def check_tokens(config: GemmaConfig, tokens, cache: "Cache | None", positions, segments) -> None:

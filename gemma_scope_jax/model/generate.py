@@ -141,10 +141,6 @@ def generate(
     return Generation(ids, lengths, tuple(rows), reads, chosen)
 
 
-# --------------------------------------------------------------------------------------------------
-# Input
-
-
 def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
     """The prompts as int32 arrays, one per row."""
     wanted = "prompts must be ids [B, T] or a list of 1-D id arrays (for one prompt, ids[None])"
@@ -164,10 +160,6 @@ def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
             raise InputError(f"{wanted}; prompt {n} is {row.dtype}{list(row.shape)}")
         check_ids(config, row, f"prompt {n}: ")
     return [row.astype(np.int32) for row in rows]
-
-
-# --------------------------------------------------------------------------------------------------
-# Sampling
 
 
 @flax.struct.dataclass
@@ -247,10 +239,6 @@ def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Arra
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reads joined over the passes
-
-
 @flax.struct.dataclass
 class _Track:
     """One array of a read over all passes: along its token axis, or stacked if it has none."""
@@ -311,10 +299,6 @@ def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one
     keys = many.ndim - 1 if pattern and many.shape[-1] == P + passes else None
     room = [(0, passes if a == axis else 0) for a in range(many.ndim)]
     return _Track(jnp.pad(many, room), batch, axis, keys)
-
-
-# --------------------------------------------------------------------------------------------------
-# The program
 
 
 @flax.struct.dataclass

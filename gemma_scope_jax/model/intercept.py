@@ -167,10 +167,6 @@ def fold(
     return made.replace(init=jax.tree.map(jnp.asarray, init))  # type: ignore[attr-defined]
 
 
-# -------------------------------------------------------------------------------------------------
-# Sugar
-
-
 @tokenwise
 def _identity(x, ctx):
     return x

@@ -311,10 +311,6 @@ class _Process:
         sys.excepthook = hook
 
 
-# -------------------------------------------------------------------------------------------------
-# Connections
-
-
 def _stopped(index: int, why: str) -> str:
     return f"process {index} has stopped{': ' * bool(why)}{why}"
 

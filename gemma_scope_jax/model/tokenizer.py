@@ -92,8 +92,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._pieces)
 
-    # --- text to ids -----------------------------------------------------------------------------
-
     def encode(self, text: str, bos: bool = True, *, allow_special: bool = False) -> np.ndarray:
         """`text` as int32 ids [T], <bos> first unless `bos` is False.
 
@@ -120,8 +118,6 @@ class Tokenizer:
         unused = re.compile(r"<unused\d+>")  # thousands: matched as one, then looked up
         named = [re.escape(p) for p in self._special_ids if not unused.fullmatch(p)]
         return re.compile("|".join([unused.pattern, *sorted(named, key=len, reverse=True)]))
-
-    # --- ids to text -----------------------------------------------------------------------------
 
     def decode(self, ids: Any, *, special: bool = False) -> str:
         """The text of `ids` (integers, [T]), without control tokens unless `special`.
@@ -164,8 +160,6 @@ class Tokenizer:
             known = f"0 to {self.vocab_size - 1}"
             raise InputError(f"token id {bad[0]} is not in the vocabulary ({known})")
         return array
-
-    # --- conversations ---------------------------------------------------------------------------
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

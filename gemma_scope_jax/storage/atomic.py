@@ -32,10 +32,6 @@ _ZEROS = bytes(1 << 20)
 PART = ".part"  # within a folder, its content while it is written
 
 
-# -------------------------------------------------------------------------------------------------
-# Files
-
-
 class WholeFile:
     """A file being written: `file` is open, `commit` gives it its name, `discard` removes it. Until
     then a local file is at `temporary`.
@@ -131,10 +127,6 @@ def reserve(file: BinaryIO, size: int) -> None:
         for at in range(0, size, len(_ZEROS)):
             file.write(_ZEROS[: size - at])
         file.flush()
-
-
-# -------------------------------------------------------------------------------------------------
-# Folders
 
 
 def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:

@@ -147,9 +147,6 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-# ---- folders, and leftovers of dead writers ------------------------------------------------------
-
-
 def temporary_name(name: str) -> str:
     """A name for a file until it is complete, unique to the host and process, so that leftovers of
     dead processes can be found.

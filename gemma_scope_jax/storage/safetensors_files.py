@@ -20,10 +20,6 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.safetensors_layout import CODES, lay_out
 from gemma_scope_jax.storage.strict_json import parse_json
 
-# -------------------------------------------------------------------------------------------------
-# Reading
-
-
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
@@ -100,10 +96,6 @@ def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[i
         case [int(start), int(stop)]:
             return start, stop
     raise ValueError(f"{name} has no offsets")
-
-
-# -------------------------------------------------------------------------------------------------
-# Writing
 
 
 @dataclasses.dataclass(frozen=True)
