@@ -82,13 +82,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        total: int | None,
-        unit: str = "tokens",
-        *,
-        what: str = "",
-        begun: int = 0,
-        every: float = 10.0,
+        self, total: int | None, unit: str = "tokens", *, what: str = "", begun: int = 0, every=10.0
     ):
         self.total = None if total is None else max(total, 1)
         self.unit, self.what, self._begun, self._every = unit, what, begun, every

@@ -173,7 +173,7 @@ def as_batch(given: Any) -> TokenBatch:
     tokens, segments = np.shape(given.tokens), np.shape(given.segments)
     if tokens != segments or len(tokens) != 2:
         raise InputError(
-            f"a batch is tokens and segments of one shape [B, T], got {tokens} and {segments}"
+            f"tokens and segments must have one shape [B, T], got {tokens}, {segments}"
         )
     if given.mask is not None:
         dtype, shape = np.dtype(getattr(given.mask, "dtype", object)), np.shape(given.mask)
@@ -207,9 +207,7 @@ def _refuse_text(given: Any) -> None:
     """Raise `InputError` if `given` is text instead of ids."""
     some = given if isinstance(given, list | tuple) else [given]
     if any(isinstance(text, str | Mapping) or _is_chat(text) for text in some):
-        raise InputError(
-            "tokens must be ids, not text: gs.tokens([...], tokenizer) makes a batch of texts"
-        )
+        raise InputError("tokens must be ids, not text: encode it with gs.tokens(texts, tokenizer)")
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

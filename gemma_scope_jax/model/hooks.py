@@ -62,9 +62,8 @@ def _check_per_layer(i: Intercept, layers: int) -> None:
     for shapes in ([np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees):
         if any(shape[:1] != (count,) for shape in shapes):
             given = ", ".join(str(list(shape)) for shape in shapes)
-            raise InputError(
-                f"per_layer at {i.site!r} needs a first axis of {count} layers, got {given}"
-            )
+            wanted = f"needs a first axis of {count} layers"
+            raise InputError(f"per_layer at {i.site!r} {wanted}, got {given}")
 
 
 def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: int) -> None:

@@ -65,8 +65,8 @@ def refused(source, message: str, **options) -> None:
 @pytest.mark.parametrize(
     "name, message",
     [
-        (f"{LAYER}.lora_A.weight", "belongs to an adapter that is not merged"),
-        (f"base_model.model.{LAYER}.base_layer.weight", "belongs to an adapter"),
+        (f"{LAYER}.lora_A.weight", "belongs to an unmerged adapter"),
+        (f"base_model.model.{LAYER}.base_layer.weight", "belongs to an unmerged adapter"),
         (f"{LAYER}.bias", "q_proj.bias is not one of Gemma 3's"),
         ("model.layers.0.self_attn.sinks", "sinks is not one of Gemma 3's"),
         ("language_model.model.embed_tokens.weight", "is not one of Gemma 3's"),  # once more
@@ -291,10 +291,10 @@ def test_what_stands_beside_text_config_must_agree_with_it(model, folder):
 )
 def test_adapters(folder, name):
     (folder / name).write_text("{}")
-    refused(folder, f"holds a LoRA adapter .{name}. that is not merged; merge it")
+    refused(folder, f"holds an unmerged LoRA adapter .{name}.; merge it")
     for other in ("config.json", "model.safetensors"):
         (folder / other).unlink()
-        refused(folder, f"holds a LoRA adapter .{name}.")
+        refused(folder, f"holds an unmerged LoRA adapter .{name}.")
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,8 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
         for field, value in options.items():
             if value != (wanted := getattr(config, field)):
                 key = _OPTIONS.get(field, _ROPE_FACTORS[0])
-                raise InputError(
-                    f"{file.path}: gemma3.{key} is {value}, but {config.name} has {wanted}"
-                )
+                published = f"{config.name} has {wanted}"
+                raise InputError(f"{file.path}: gemma3.{key} is {value}, but {published}")
     else:
         name = file.metadata.get("general.name")
         config = GemmaConfig(
@@ -151,10 +150,8 @@ def _check_keys(file: GGUFFile, config: GemmaConfig) -> None:
                 only = f"only {wanted} is supported"
                 raise InputError(f"{file.path}: {full} is {value!r:.40}, {only}")
         elif key != "attention.causal" or value is not True:
-            raise InputError(
-                f"{file.path}: {full} = {value!r:.40} is not known to Gemma 3 and may change what "
-                "it computes"
-            )
+            unknown = "is not known to Gemma 3 and may change what it computes"
+            raise InputError(f"{file.path}: {full} = {value!r:.40} {unknown}")
 
 
 def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
@@ -163,10 +160,10 @@ def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
     known |= {_tensor_name(leaf, i) for i in range(config.layers) for leaf in LAYER}
     for name in file.tensors:
         if name not in known and not _HARMLESS_TENSOR.fullmatch(name):
-            raise InputError(
-                f"{file.path}: tensor {name} is not one of Gemma 3's (with {config.layers} layers) "
-                "and may change what it computes"
+            unknown = (
+                f"is not one of Gemma 3's ({config.layers} layers) and may change what it computes"
             )
+            raise InputError(f"{file.path}: tensor {name} {unknown}")
 
 
 def _has_head(file: GGUFFile) -> bool:

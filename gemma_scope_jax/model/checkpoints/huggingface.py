@@ -190,20 +190,16 @@ def refuse_adapters(folder: epath.Path) -> None:
     """Raise `InputError` if `folder` holds an adapter: transformers would apply it to the model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            raise InputError(
-                f"{folder}: holds a LoRA adapter ({name}) that is not merged; merge it into its "
-                "base model (peft: merge_and_unload, then save_pretrained) and pass that folder"
-            )
+            advice = "merge it into its base model (peft: merge_and_unload) and pass that folder"
+            raise InputError(f"{folder}: holds an unmerged LoRA adapter ({name}); {advice}")
 
 
 def _check_tensors(file: HuggingFaceFolder) -> None:
     """Check that every tensor exists with its shape and a float dtype, and that no other tensor
     might change what the model computes."""
     if adapted := next((name for name in file.files if _ADAPTER.fullmatch(name)), None):
-        raise InputError(
-            f"{file.path}: {adapted} belongs to an adapter that is not merged; merge it (peft: "
-            "merge_and_unload) and save the model again"
-        )
+        advice = "merge it (peft: merge_and_unload) and save the model again"
+        raise InputError(f"{file.path}: {adapted} belongs to an unmerged adapter; {advice}")
     leaves = [(leaf, None) for leaf in TOP if leaf != "head" or not file.config.tied]
     leaves += [(leaf, layer) for layer in range(file.config.layers) for leaf in LAYER]
     wanted: dict[str, dict[str, str]] = {}  # path -> tensor name -> leaf
@@ -219,10 +215,8 @@ def _check_tensors(file: HuggingFaceFolder) -> None:
         raise InputError(f"{file.path}: {extra} is beyond config.json's {layers} layers")
     for name in file.files:
         if name not in known and not _HARMLESS.fullmatch(name):
-            raise InputError(
-                f"{file.path}: tensor {name} is not one of Gemma 3's and may change what it "
-                "computes; save the folder without it if it does not"
-            )
+            unknown = "is not one of Gemma 3's and may change what it computes; remove it if not"
+            raise InputError(f"{file.path}: tensor {name} {unknown}")
     for path, names in wanted.items():
         with open_safetensors(path) as opened:
             for name, leaf in names.items():
@@ -238,9 +232,8 @@ def _check_tensor(path: str, name: str, leaf: str, config: GemmaConfig, tensor: 
     if shape != expected:
         raise InputError(f"{path}: {name} is {shape}, but config.json makes it {expected}")
     if tensor.get_dtype() not in FLOATS:
-        raise InputError(
-            f"{path}: {name} is {tensor.get_dtype()}; load an unquantised folder or a .gguf file"
-        )
+        advice = "load an unquantised folder or a .gguf file"
+        raise InputError(f"{path}: {name} is {tensor.get_dtype()}; {advice}")
 
 
 def _check_head(file: HuggingFaceFolder) -> None:

@@ -110,15 +110,10 @@ def _check_others(path: epath.Path, names: Iterable[str]) -> None:
     for name in names:
         if _HARMLESS.fullmatch(name):
             continue
+        why = "is not one of Gemma 3's and may change what it computes; remove it if it does not"
         if "lora" in name.split("/"):
-            raise InputError(
-                f"{path}: {name} belongs to LoRA weights that are not merged; merge them (gemma's "
-                "peft.fuse_params) and save the checkpoint again"
-            )
-        raise InputError(
-            f"{path}: {name} is not one of Gemma 3's and may change what it computes; save the "
-            "checkpoint without it if it does not"
-        )
+            why = "belongs to unmerged LoRA weights; merge them (peft.fuse_params) and save again"
+        raise InputError(f"{path}: {name} {why}")
 
 
 def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.ndarray]:
