@@ -203,53 +203,45 @@ def _decode_bwd(layout, using, saved, g):
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def per_feature(
-    values: Array, feature: Array, count: Array, width: int, *, using: Backend | None = None
+    values: Array, feature: Array, count: Array, width: int, using: Backend | None = None
 ) -> Array:
     """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
-    return _per_feature(values, feature, count, width, using or backend())
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _per_feature(values, feature, count, width: int, using: Backend) -> Array:
-    return using.per_feature(values, feature, count, width)
+    return (using or backend()).per_feature(values, feature, count, width)
 
 
 def _per_feature_fwd(values, feature, count, width, using):
-    return _per_feature(values, feature, count, width, using), (feature, count)
+    return per_feature(values, feature, count, width, using), (feature, count)
 
 
 def _per_feature_bwd(width, using, saved, g):
-    return _lookup(g, *saved, 0.0, using), None, None
+    return lookup(g, *saved, 0.0, using), None, None
 
 
-_per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
-
-
-def lookup(
-    table: Array, feature: Array, count: Array, fill: float, *, using: Backend | None = None
-) -> Array:
-    """table [S,F] at the entries' features: [S,B,K], with `fill` in unused slots."""
-    return _lookup(table, feature, count, fill, using or backend())
+per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _lookup(table, feature, count, fill: float, using: Backend) -> Array:
+def lookup(
+    table: Array, feature: Array, count: Array, fill: float, using: Backend | None = None
+) -> Array:
+    """table [S,F] at the entries' features: [S,B,K], with `fill` in unused slots."""
     S, B, K = feature.shape
     found = jnp.take_along_axis(table, feature.reshape(S, B * K), 1).reshape(S, B, K)
     return jnp.where(xla.used_slots(count, K), found, jnp.asarray(fill, table.dtype))
 
 
 def _lookup_fwd(table, feature, count, fill, using):
-    return _lookup(table, feature, count, fill, using), (feature, count, table)
+    return lookup(table, feature, count, fill, using), (feature, count, table)
 
 
 def _lookup_bwd(fill, using, saved, g):
     feature, count, table = saved
-    return _per_feature(g, feature, count, table.shape[1], using), None, None
+    return per_feature(g, feature, count, table.shape[1], using), None, None
 
 
-_lookup.defvjp(_lookup_fwd, _lookup_bwd)
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 def kth_largest(z: Array, k: int, *, using: Backend | None = None) -> Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 
@@ -56,7 +57,7 @@ class Positions:
     `run` and `generate` check them against the text.
     """
 
-    which: Any
+    which: np.ndarray | jax.Array
 
 
 def at_positions(positions: Any) -> Positions | None:
@@ -98,17 +99,17 @@ def check_positions(where: Positions, least: int, most: int) -> None:
         raise InputError(f"position {named.max()}: the text has positions 0 to {most - 1}")
 
 
-def check_finite(what: str, value: Any, dtype: Any = None, infinite: bool = False) -> None:
-    """Raise `InputError` unless `value` (numbers or an array on the host) is finite in `dtype`
-    (default: float32). `infinite` also allows infinities.
+def check_finite(what: str, value: Any, dtype: DTypeLike = jnp.float32, infinite=False) -> None:
+    """Raise `InputError` unless `value` (numbers or an array on the host) is finite in `dtype`.
+    `infinite` also allows infinities.
     """
     if is_abstract(value) or isinstance(value, jax.Array):
         return
-    array, dtype = on_host(what, value), jnp.dtype(dtype or jnp.float32)
+    array, known = on_host(what, value), jnp.dtype(dtype)
     if not array.size:
         return
     for extreme in (array.min(), array.max()):  # a NaN is both
         if np.isnan(extreme) or (np.isinf(extreme) and not infinite):
             raise InputError(f"{what} holds {'NaN' if np.isnan(extreme) else extreme}")
-        if np.isfinite(extreme) and abs(float(extreme)) > float(jnp.finfo(dtype).max):
-            raise InputError(f"{what} holds {extreme:.3g}, which overflows {dtype.name}")
+        if np.isfinite(extreme) and abs(float(extreme)) > float(jnp.finfo(known).max):
+            raise InputError(f"{what} holds {extreme:.3g}, which overflows {known.name}")

@@ -53,9 +53,9 @@ class TokenBatch:
     labels    {kind: TokenLabels}: groups of tokens, such as the roles in a chat
     """
 
-    tokens: Any
-    segments: Any
-    mask: Any = None
+    tokens: IntArray
+    segments: IntArray
+    mask: IntArray | None = None
     labels: dict[str, TokenLabels] = flax.struct.field(default_factory=dict)
 
     @property

@@ -3,7 +3,7 @@
 Every step has a `named_scope`, so that a profile reads like the model. Axes: see `config.py`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -16,6 +16,9 @@ from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visibl
 from gemma_scope_jax.model.attention_kernels import attend_in_order
 from gemma_scope_jax.model.config import Block, GemmaConfig
 from gemma_scope_jax.model.sharding import place
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.model.gemma import Cache
 
 
 @flax.struct.dataclass
@@ -34,7 +37,7 @@ class Where:
     mesh: AbstractMesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def where_for(config: GemmaConfig, queries: Tokens, cache: Any, **static) -> Where:
+def where_for(config: GemmaConfig, queries: Tokens, cache: "Cache | None", **static) -> Where:
     c, keys, slot = config, queries, None
     if cache is not None:
         slot = cache.used

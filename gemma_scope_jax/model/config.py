@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, nearest
 
@@ -155,7 +156,7 @@ def each_weight(config: GemmaConfig, make: Callable[[str, str], Any]) -> Params:
     return Params(make("embed", "VD"), Block(**blocks), make("final_norm", "D"), head)
 
 
-def abstract_params(config: GemmaConfig, dtype: Any = jnp.bfloat16) -> Params:
+def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
     """The `jax.ShapeDtypeStruct` of every weight."""
     c = config
     sizes = (c.layers, c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp, c.vocab)
@@ -168,7 +169,7 @@ def abstract_params(config: GemmaConfig, dtype: Any = jnp.bfloat16) -> Params:
     return each_weight(config, weight)
 
 
-def init_params(config: GemmaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: GemmaConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random weights at the scale of a trained model, for tests and from-scratch experiments."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     fan_in = {"w_o": config.heads * config.head_dim, "w_down": config.d_mlp}

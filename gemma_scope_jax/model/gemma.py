@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import named_scope
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
@@ -68,7 +69,7 @@ class Output:
     cache: Cache | None = None
 
 
-def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: Any) -> Cache:
+def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """An empty cache of `slots` tokens for `batch` rows."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
@@ -152,8 +153,8 @@ def one_pass(
     model: Model,
     tokens: jax.Array,
     items: tuple[ic.Intercept, ...],
-    stop_at_layer: Any = None,
-    length: Any = None,
+    stop_at_layer: int | jax.Array | None = None,
+    length: jax.Array | None = None,
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import Positions, check_finite, check_positions, whole_number
@@ -66,7 +67,7 @@ def _check_per_layer(i: Intercept, layers: int) -> None:
             raise InputError(f"per_layer at {i.site!r} {wanted}, got {given}")
 
 
-def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: int) -> None:
+def check_data(intercepts: tuple[Intercept, ...], dtype: DTypeLike, least: int, most: int) -> None:
     """Raise `InputError` for arguments on the host that cannot be meant: positions beyond texts of
     `most` tokens, masks that end before token `least`, values that overflow in the model's `dtype`
     (norm scales, patterns and logits are float32).

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from numpy.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import GemmaConfig
@@ -119,7 +120,7 @@ class Tokenizer:
         named = [re.escape(p) for p in self._special_ids if not unused.fullmatch(p)]
         return re.compile("|".join([unused.pattern, *sorted(named, key=len, reverse=True)]))
 
-    def decode(self, ids: Any, *, special: bool = False) -> str:
+    def decode(self, ids: ArrayLike, *, special: bool = False) -> str:
         """The text of `ids` (integers, [T]), without control tokens unless `special`.
 
         Bytes that are not UTF-8 (a character cut in the middle) become U+FFFD. Raises `InputError`
@@ -130,13 +131,13 @@ class Tokenizer:
             ids = ids[~self.special[ids]]
         return b"".join(self._surfaces[i] for i in ids.tolist()).decode(errors="replace")
 
-    def decode_tokens(self, ids: Any) -> list[str]:
+    def decode_tokens(self, ids: ArrayLike) -> list[str]:
         """One string per token, for display: real spaces, control tokens by name, and the single
         bytes of rare characters as <0xE2>.
         """
         return [self._pieces[i].replace(SPACE, " ") for i in self._checked_ids(ids).tolist()]
 
-    def pieces(self, ids: Any) -> list[str]:
+    def pieces(self, ids: ArrayLike) -> list[str]:
         """The vocabulary entries themselves: spaces as U+2581, bytes as <0xE2>."""
         return [self._pieces[i] for i in self._checked_ids(ids).tolist()]
 
@@ -149,7 +150,7 @@ class Tokenizer:
             surfaces[i] = bytes([int(self._pieces[i][3:5], 16)])
         return surfaces
 
-    def _checked_ids(self, ids: Any) -> np.ndarray:
+    def _checked_ids(self, ids: ArrayLike) -> np.ndarray:
         array = np.asarray(ids)
         if array.shape == (0,):
             return array.astype(np.int64)  # an empty list makes an array of floats

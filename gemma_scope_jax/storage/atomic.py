@@ -24,7 +24,7 @@ from gemma_scope_jax.storage.locks import (
     remove_made,
     temporary_name,
 )
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import AnyPath, is_remote
 from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -40,9 +40,10 @@ class WholeFile:
     the exceptions of a bucket's client) through.
     """
 
-    def __init__(self, path: Any):
-        self.path = path = path if is_remote(path) else Path(path)
-        self.temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
+    def __init__(self, path: AnyPath):
+        self.path = self.temporary = epath.Path(path) if is_remote(path) else Path(path)
+        if not is_remote(path):
+            self.temporary = self.path.with_name(temporary_name(self.path.name))
         self.file: BinaryIO = self.temporary.open("wb")
 
     def commit(self) -> None:
@@ -88,7 +89,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: Any, data: bytes) -> None:
+def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file, in a folder that is made if missing; it appears only when it is complete.
 
     Raises `InputError` that names the file if it cannot be written; an old one is unchanged then.
@@ -108,7 +109,7 @@ def write_bytes(path: Any, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written ({reason(error)})") from error
 
 
-def write_text(path: Any, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """`write_bytes` of a text as UTF-8; names in it that are not UTF-8 are made legible."""
     write_bytes(path, legible(text).encode())
 
@@ -129,7 +130,7 @@ def reserve(file: BinaryIO, size: int) -> None:
         file.flush()
 
 
-def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
     """Create files in a folder (made if missing), each by its writer, and rename them at the end.
 
     They get temporary names and are renamed, in the order given, when all are complete. If anything

@@ -9,10 +9,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from gemma_scope_jax.errors import InputError, disk_error
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import AnyPath, is_remote
 
 LOG = logging.getLogger(__name__)
 LOCK = ".lock"  # the file to lock where a folder cannot be locked
@@ -20,7 +19,7 @@ _held: set[tuple[int, int]] = set()  # folders (device, inode) that this process
 
 
 @contextlib.contextmanager
-def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
+def only_writer(folder: AnyPath, name: AnyPath | None = None) -> Iterator[None]:
     """Hold a local folder, made if missing, against other writers; remove it if it stays empty.
 
     Buckets and file systems without locks are not held. name: what errors call the folder. Raises
@@ -37,14 +36,14 @@ def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_turn(folder: Any) -> Iterator[None]:
+def in_turn(folder: AnyPath) -> Iterator[None]:
     """`only_writer` for short work in a folder that several processes share: waits its turn."""
     with _locked(folder, None):
         yield
 
 
 @contextlib.contextmanager
-def _locked(folder: Any, name: Any) -> Iterator[int | None]:
+def _locked(folder: AnyPath, name: AnyPath | None) -> Iterator[int | None]:
     """A handle of a locked local folder, made if missing and removed if empty; None for a bucket.
 
     name: what errors call a folder that another process holds; None: wait for it.
@@ -69,7 +68,7 @@ def _locked(folder: Any, name: Any) -> Iterator[int | None]:
         os.close(handle)
 
 
-def _acquired(path: Path, name: Any, made: list[Path]) -> tuple[int, Callable[[], None]]:
+def _acquired(path: Path, name: AnyPath | None, made: list[Path]) -> tuple[int, Callable[[], None]]:
     """A handle of the folder, and a function that releases it; `made` gets the folders made."""
     while True:
         make_folders(path, made)
@@ -86,7 +85,7 @@ def _acquired(path: Path, name: Any, made: list[Path]) -> tuple[int, Callable[[]
             raise InputError(f"{path}: this link leads to no folder; make it, or remove the link")
 
 
-def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
+def _lock(handle: int, path: Path, name: AnyPath | None) -> Callable[[], None] | None:
     """Lock a folder by its handle; returns what must be called before the handle is closed.
 
     NFS locks only files open for writing, which a folder cannot be: there, a file in it is locked.
@@ -118,7 +117,7 @@ def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
     return release
 
 
-def _flock(handle: int, path: Path, name: Any) -> bool:
+def _flock(handle: int, path: Path, name: AnyPath | None) -> bool:
     """Lock an open file; False if that is impossible. Raises `InputError` if it is locked."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

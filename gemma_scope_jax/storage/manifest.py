@@ -7,8 +7,12 @@ A manifest describes its folder. It is read before anything else, so whatever is
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.strict_json import parse_json, read_bytes
@@ -32,11 +36,11 @@ class Format:
     keys: tuple[str, ...] = ()
     mend_text: bool = False  # see `strict_json.parse_json`
 
-    def read(self, path: Any) -> dict[str, Any]:
+    def read(self, path: Path | epath.Path) -> dict[str, Any]:
         """The document in a file. Raises `InputError` for one that cannot be used."""
         return self.parse(read_bytes(path), path)
 
-    def parse(self, data: bytes, path: Any) -> dict[str, Any]:
+    def parse(self, data: bytes, path: str | os.PathLike) -> dict[str, Any]:
         """The document in bytes read from `path`, which errors name."""
         try:
             content = parse_json(data, path, mend_text=self.mend_text)

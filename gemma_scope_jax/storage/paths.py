@@ -12,17 +12,19 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 
 LOG = logging.getLogger(__name__)
+AnyPath = str | os.PathLike
+_Path = TypeVar("_Path", Path, epath.Path)
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 
 
-def is_remote(path: str | os.PathLike) -> bool:
+def is_remote(path: AnyPath) -> bool:
     """Whether a path is in a bucket: it has a scheme, as in gs://bucket/folder."""
     return "://" in os.fspath(path)
 
@@ -42,7 +44,7 @@ def named_paths(pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(start) + pattern[len(start) :], recursive=True))
 
 
-def folder_path(folder: str | os.PathLike) -> epath.Path:
+def folder_path(folder: AnyPath) -> epath.Path:
     """The folder as an absolute path, `~` expanded; a bucket's is unchanged.
 
     Raises `InputError` for unknown schemes and if the package for one is missing.
@@ -58,12 +60,12 @@ def folder_path(folder: str | os.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
-def existing_parent(path: Any) -> Any:
+def existing_parent(path: _Path) -> _Path:
     """The path itself if it exists, else the nearest folder above it that does."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: AnyPath) -> None:
     """Raise `InputError` if no file or folder can be made at `path`: a file is in its way, or the
     folder above is not writable. Buckets are not checked: only writing shows what they allow.
     """
@@ -120,7 +122,7 @@ def private_cache(name: str) -> Path:
     return folder
 
 
-def local_copy(folder: str | os.PathLike) -> Path:
+def local_copy(folder: AnyPath) -> Path:
     """A local copy of the files of a bucket's folder, kept until they change.
 
     Raises `InputError` for a folder that does not exist or cannot be read.

@@ -10,7 +10,10 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 
@@ -54,14 +57,14 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
     return value
 
 
-def read_json(path: Any, *, mend_text: bool = False) -> Any:
+def read_json(path: Path | epath.Path, *, mend_text: bool = False) -> Any:
     """`parse_json` of a file (anything with `read_bytes`). Raises `InputError` if it does not
     exist.
     """
     return parse_json(read_bytes(path), path, mend_text=mend_text)
 
 
-def read_bytes(path: Any) -> bytes:
+def read_bytes(path: Path | epath.Path) -> bytes:
     """The content of a file. Raises `InputError` if it is missing or cannot be read."""
     try:
         return path.read_bytes()

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from etils import epath
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.shapes import positive
@@ -278,7 +279,7 @@ def _has_tokens_beyond(folder: epath.Path, last: int) -> bool:
     return False
 
 
-def config_json(config: GemmaConfig, dtype: Any) -> dict[str, Any]:
+def config_json(config: GemmaConfig, dtype: DTypeLike) -> dict[str, Any]:
     """config.json as transformers 4.57 writes it; version 5 converts it on loading."""
     scalar, divisor = config.query_scale**-2, config.global_rope_divisor
     if round(scalar) ** -0.5 == config.query_scale:

@@ -10,13 +10,13 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
@@ -42,7 +42,7 @@ WEIGHTS = (*CONFIGS, *TOKENS[2:], "*.safetensors", "*.safetensors.index.json")
 def load_model(
     source: str | os.PathLike,
     *,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     mesh: Mesh | None = None,
     config: GemmaConfig | None = None,
     progress: Report | None = None,
@@ -196,7 +196,7 @@ def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
     return _Checkpoint(where, known, functools.partial(gguf_leaf, file, known))
 
 
-def _checked_dtype(dtype: Any) -> jnp.dtype:
+def _checked_dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
         known = jnp.dtype(dtype)
     except TypeError:
