@@ -23,17 +23,15 @@ if TYPE_CHECKING:
     from gemma_scope_jax.model.gemma import Cache
     from gemma_scope_jax.model.tokenizer import Tokenizer
 
-IntArray = np.ndarray | jax.Array
-
 
 @flax.struct.dataclass
 class TokenLabels:
     """The group of each token: `numbers`, int [B, T], are indices into `names`; -1 is no group."""
 
-    numbers: IntArray
+    numbers: Any
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
-    def where(self, *names: str) -> IntArray:
+    def where(self, *names: str) -> Any:
         """bool [B, T]: the tokens of these groups. Raises `InputError` for unknown names."""
         if unknown := set(names) - set(self.names):
             raise InputError(f"no group {min(unknown)!r}; there are {', '.join(self.names)}")
@@ -53,9 +51,9 @@ class TokenBatch:
     labels    {kind: TokenLabels}: groups of tokens, such as the roles in a chat
     """
 
-    tokens: IntArray
-    segments: IntArray
-    mask: IntArray | None = None
+    tokens: Any
+    segments: Any
+    mask: Any = None
     labels: dict[str, TokenLabels] = flax.struct.field(default_factory=dict)
 
     @property
@@ -182,7 +180,7 @@ def as_batch(given: Any) -> TokenBatch:
     return given
 
 
-def tokens_and_segments(tokens: Any, segments: Any) -> tuple[Any, Any]:
+def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array | None]:
     """The arguments of `forward` and `run` as arrays; `tokens` may be a `TokenBatch`."""
     if not isinstance(tokens, TokenBatch):
         _refuse_text(tokens)
@@ -224,7 +222,7 @@ def _run_starts(segments: jax.Array) -> jax.Array:
 
 def documents(
     shape: tuple[int, ...], positions, segments, cache: "Cache | None"
-) -> tuple[Tokens, jax.Array | None]:
+) -> tuple[Tokens, Any]:
     """The tokens of a pass, numbered by document, and what a cache keeps of their end.
 
     `positions` and `segments` are int [B, T] or None, as in `forward`.

@@ -64,9 +64,9 @@ class Cache:
 class Output:
     """What a forward pass returns: logits (None if not requested), reads by name, the cache."""
 
-    logits: jax.Array | None
+    logits: Any
     reads: dict[str, Any]
-    cache: Cache | None = None
+    cache: Any = None
 
 
 def init_cache(config: GemmaConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
@@ -206,7 +206,7 @@ def one_pass(
     return Output(None if logits == "none" else out, reads, cache)
 
 
-def _layers(model: Model, x, kv, states, items, where: Where, ran: int, remat) -> Any:
+def _layers(model: Model, x, kv, states, items, where: Where, ran, remat: Remat) -> Any:
     """Run layers 0 .. ran - 1, one scan per segment; reads come as {index: [one value per
     segment]}.
     """

@@ -210,7 +210,7 @@ def _checked_key(key: Any) -> jax.Array:
         except OverflowError:
             raise InputError(f"the seed {key} does not fit into 64 bits") from None
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if is_key and not key.ndim:
+    if isinstance(key, jax.Array) and is_key and not key.ndim:
         return key
     raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
 

@@ -78,7 +78,7 @@ def on_auto_axes(tree: Any) -> Any:
             return x
         if not isinstance(x.sharding, NamedSharding):
             return x
-        mesh = x.sharding.mesh
+        mesh: Any = x.sharding.mesh
         if AxisType.Explicit not in mesh.axis_types:
             return x
         if set(mesh.axis_names) <= set(AXES):

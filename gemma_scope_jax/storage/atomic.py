@@ -41,10 +41,11 @@ class WholeFile:
     """
 
     def __init__(self, path: AnyPath):
-        self.path = self.temporary = epath.Path(path) if is_remote(path) else Path(path)
+        self.path: Any = path if is_remote(path) else Path(path)
+        self.temporary: Any = self.path
         if not is_remote(path):
             self.temporary = self.path.with_name(temporary_name(self.path.name))
-        self.file: BinaryIO = self.temporary.open("wb")
+        self.file: Any = self.temporary.open("wb")
 
     def commit(self) -> None:
         try:
@@ -60,7 +61,7 @@ class WholeFile:
             raise
 
     def discard(self) -> None:
-        file: Any = self.file
+        file = self.file
         with contextlib.suppress(Exception):
             if hasattr(file, "discard"):  # a bucket's: closing would make an object of the part
                 file.discard()
@@ -79,7 +80,7 @@ class WholeFile:
             self.discard()
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: AnyPath) -> None:
     """Make a rename survive a power cut, if the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -95,13 +95,14 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
                 published = f"{config.name} has {wanted}"
                 raise InputError(f"{file.path}: gemma3.{key} is {value}, but {published}")
     else:
+        options.setdefault("window", 1024)
         name = file.metadata.get("general.name")
         config = GemmaConfig(
             name=name if isinstance(name, str) else "gemma3",
             query_scale=sizes["head_dim"] ** -0.5,
             context=_positive(file, "context_length", int) or GemmaConfig.context,
             **sizes,
-            **{"window": 1024} | options,
+            **options,
         )
     if vocab == PADDED_VOCAB and _named_tokens(file) <= TEXT_VOCAB:
         vocab = TEXT_VOCAB
