@@ -8,7 +8,6 @@ only `Tokenizer` places them. Runs of whitespace and HTML tags stay USER_DEFINED
 SentencePiece does match, as in the published tokenizer.
 """
 
-import json
 import math
 import os
 import re
@@ -17,11 +16,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.added_tokens import declared_tokens
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
-from gemma_scope_jax.storage.strict_json import parse_json, read_json
+from gemma_scope_jax.storage.strict_json import read_json
 
 IMAGE = "<image_soft_token>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's piece types
@@ -212,49 +212,18 @@ def added_tokens(path: epath.Path) -> dict[int, tuple[str, bool]]:
     or match only whole words.
     """
     found: dict[int, tuple[str, bool]] = {}
-
-    def add(where: epath.Path, number: Any, text: Any, token: dict[str, Any]) -> None:
-        if not isinstance(text, str) or not text or not 0 <= (number := int(number)) < 2**31:
-            raise InputError(f"{where}: added token {number!r:.40} is {text!r:.40}")
-        if flags := [x for x in ("lstrip", "rstrip", "single_word") if token.get(x)]:
-            raise InputError(f"{where}: added token {text!r:.40} has {flags[0]}: not supported")
-        said = found.setdefault(number, (text, bool(token.get("special"))))
-        if said[0] != text:
-            raise InputError(f"{where}: token {number} is {text!r:.40}, elsewhere {said[0]!r:.40}")
-
     for where in dict.fromkeys((path, *(path.parent / name for name in SIBLINGS))):
         if where.suffix != ".json" or not where.exists():
             continue
-        try:
-            if where.name == "added_tokens.json":
-                for text, number in read_json(where).items():
-                    add(where, number, text, {})
-            elif where.name == "tokenizer_config.json":
-                for number, token in (read_json(where).get("added_tokens_decoder") or {}).items():
-                    add(where, number, token["content"], token)
-            else:
-                for token in _added_list(where):
-                    add(where, token["id"], token["content"], token)
-        except InputError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{where}: its added tokens are malformed") from error
+        for number, text, token in declared_tokens(where):
+            if not isinstance(text, str) or not text or not 0 <= number < 2**31:
+                raise InputError(f"{where}: added token {number!r:.40} is {text!r:.40}")
+            if flags := [x for x in ("lstrip", "rstrip", "single_word") if token.get(x)]:
+                raise InputError(f"{where}: added token {text!r:.40} has {flags[0]}: not supported")
+            said, _ = found.setdefault(number, (text, bool(token.get("special"))))
+            if said != text:
+                raise InputError(f"{where}: token {number} is {text!r:.40}, elsewhere {said!r:.40}")
     return found
-
-
-def _added_list(path: epath.Path) -> list[dict[str, Any]]:
-    """added_tokens of a tokenizer.json, without its millions of merges if it comes before them."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    key = '"added_tokens":'
-    if text.count(key) != 1:
-        return read_json(path).get("added_tokens") or []
-    start = text.index(key) + len(key)
-    start = re.compile(r"\s*").match(text, start, start + 100).end()  # type: ignore[union-attr]
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not usable as JSON ({reason(error)})") from error
-    return parse_json(text[start:end], path) or []
 
 
 def _add(path: epath.Path, pieces: Pieces, added: dict[int, tuple[str, bool]]) -> None:

@@ -15,14 +15,13 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS, declared_tokens
 from gemma_scope_jax.model.checkpoints.shapes import positive
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 TEXT_VOCAB = 262_144
 PADDED_VOCAB = 262_208  # in the multimodal repositories: a placeholder for images, then padding
-TOKENS = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
-
 # Our field for each number of config.json, and Gemma3TextConfig's default for a missing key.
 FIELDS = {
     "vocab_size": ("vocab", PADDED_VOCAB),
@@ -261,22 +260,8 @@ def _global_every(text: dict[str, Any], layers: int, where: str) -> int:
 
 def _has_tokens_beyond(folder: epath.Path, last: int) -> bool:
     """Whether a tokenizer in `folder` has a token with an id above `last`."""
-    for name in TOKENS:
-        if not (folder / name).exists():
-            continue
-        content = read_json(folder / name)
-        try:
-            if name == "added_tokens.json":
-                ids = list(content.values())
-            elif name == "tokenizer_config.json":
-                ids = [int(key) for key in content.get("added_tokens_decoder") or {}]
-            else:
-                ids = [token["id"] for token in content.get("added_tokens") or []]
-            if max(ids, default=0) > last:
-                return True
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / name}: its added tokens are malformed") from error
-    return False
+    files = (folder / name for name in TOKENS if (folder / name).exists())
+    return any(number > last for file in files for number, *_ in declared_tokens(file))
 
 
 def config_json(config: GemmaConfig, dtype: DTypeLike) -> dict[str, Any]:

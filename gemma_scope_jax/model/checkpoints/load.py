@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
@@ -26,7 +27,7 @@ from gemma_scope_jax.model.checkpoints.huggingface import (
     open_huggingface,
     refuse_adapters,
 )
-from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, huggingface_config
+from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
