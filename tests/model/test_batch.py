@@ -176,7 +176,7 @@ def test_generation_takes_a_batch_and_continues_each_text(model):
 @pytest.mark.parametrize("text", ["abc", ["abc"], ("abc", "de"), CHAT, [CHAT]])
 def test_text_where_tokens_are_wanted_says_what_makes_a_batch(model, text):
     for function in (gs.run, gs.forward, lambda *a: gs.generate(*a, 3)):
-        with pytest.raises(InputError, match=r"not text: gs\.tokens\(\[\.\.\.\], tokenizer\)"):
+        with pytest.raises(InputError, match=r"not text: encode it with gs\.tokens"):
             function(model, text)
 
 
