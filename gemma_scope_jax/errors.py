@@ -25,8 +25,7 @@ class InputError(ValueError):
 def shown(text: str, keep: str = "") -> str:
     r"""A text that is safe on a terminal and in a log. Control characters, bidirectional overrides,
     line separators and lone surrogates appear as escapes (``\x1b``), except those in `keep`. Text
-    from files, servers and models goes through here before it is printed.
-    """
+    from files, servers and models goes through here before it is printed."""
     if text.isprintable():
         return text
     return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
@@ -34,8 +33,7 @@ def shown(text: str, keep: str = "") -> str:
 
 def in_markdown(text: str) -> str:
     r"""A name in Markdown, on one line and without markup: ``a|b <i>`` becomes ``a\|b &lt;i>``.
-    Underscores stay: they mean nothing inside a word.
-    """
+    Underscores stay: they mean nothing inside a word."""
     plain = shown(text).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "|`*[]" else c for c in plain)
 

@@ -87,8 +87,7 @@ def at_positions(positions: Any) -> Positions | None:
 
 def check_positions(where: Positions, least: int, most: int) -> None:
     """Raise `InputError` if `where`, on the host, names tokens beyond texts of `most` tokens, or is
-    a mask that ends before token `least`.
-    """
+    a mask that ends before token `least`."""
     which = where.which
     if not isinstance(which, np.ndarray):
         return
@@ -101,8 +100,7 @@ def check_positions(where: Positions, least: int, most: int) -> None:
 
 def check_finite(what: str, value: Any, dtype: DTypeLike = jnp.float32, infinite=False) -> None:
     """Raise `InputError` unless `value` (numbers or an array on the host) is finite in `dtype`.
-    `infinite` also allows infinities.
-    """
+    `infinite` also allows infinities."""
     if is_abstract(value) or isinstance(value, jax.Array):
         return
     array, known = on_host(what, value), jnp.dtype(dtype)

@@ -126,8 +126,7 @@ def splash(
 ) -> Array:
     """z [B, T, N, H] by the Pallas splash kernel; T must be a multiple of 128, `window` None is
     the whole context. `segments` int [B, T] or None: tokens of equal ids see each other, also
-    padding (0).
-    """
+    padding (0)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     T, N = q.shape[1:3]

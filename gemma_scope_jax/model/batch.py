@@ -263,9 +263,7 @@ def check_tokens(config: GemmaConfig, tokens, cache: "Cache | None", positions, 
 
 
 def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
-    """Raise `InputError` if any of `ids` (at least one) is outside the vocabulary; `what` begins
-    the line.
-    """
+    """Raise `InputError`, beginning with `what`, if any of `ids` (at least one) is not a token."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab:
         bad = low if low < 0 else high
@@ -273,9 +271,7 @@ def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
 
 
 def integers(what: str, values: Any) -> Any:
-    """Numbers on the host as an array, integers as int32; device arrays and None are returned
-    unchanged.
-    """
+    """Numbers on the host as an array, integers as int32; device arrays and None are unchanged."""
     if values is None or isinstance(values, jax.Array):
         return values
     try:

@@ -207,9 +207,7 @@ def one_pass(
 
 
 def _layers(model: Model, x, kv, states, items, where: Where, ran, remat: Remat) -> Any:
-    """Run layers 0 .. ran - 1, one scan per segment; reads come as {index: [one value per
-    segment]}.
-    """
+    """Run layers 0 .. ran - 1, one scan per segment; returns the reads of each segment by index."""
     c, blocks = model.config, model.params.blocks
 
     def body(active, carry, layer):

@@ -113,10 +113,8 @@ def generate(
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:
-        raise InputError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
-            f"{model.config.context}: shorten the prompt or lower max_new_tokens"
-        )
+        most = f"the model's context of {model.config.context}: shorten the prompt"
+        raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed {most}")
     hooks.check_data(items, model.dtype, longest, longest + new)
     # with one column, the token axis of a read could not be recognised
     width = bucket(longest, 2**31) if pad else max(longest, 2)

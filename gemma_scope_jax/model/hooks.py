@@ -70,8 +70,7 @@ def _check_per_layer(i: Intercept, layers: int) -> None:
 def check_data(intercepts: tuple[Intercept, ...], dtype: DTypeLike, least: int, most: int) -> None:
     """Raise `InputError` for arguments on the host that cannot be meant: positions beyond texts of
     `most` tokens, masks that end before token `least`, values that overflow in the model's `dtype`
-    (norm scales, patterns and logits are float32).
-    """
+    (norm scales, patterns and logits are float32)."""
     for i in intercepts:
         for arg in i.args:
             if isinstance(arg, Positions):
@@ -85,9 +84,7 @@ def check_data(intercepts: tuple[Intercept, ...], dtype: DTypeLike, least: int, 
 
 
 def layers_as_data(intercepts: tuple[Intercept, ...]) -> tuple[Intercept, ...]:
-    """The same intercepts, with each single layer an argument of the program instead of a part of
-    it: a loop over layers compiles once.
-    """
+    """The same intercepts, with each single layer as data: a loop over layers compiles once."""
     as_data = lambda i: i.replace(layers=None, layer=np.int32(i.layers))
     return tuple(as_data(i) if isinstance(i.layers, int) else i for i in intercepts)
 
@@ -133,6 +130,10 @@ def _layer_args(intercept: Intercept, layer: int | jax.Array, layers: int) -> tu
         return jax.tree.map(take, arg.tree)
 
     return jax.tree.map(cut, intercept.args, is_leaf=lambda a: isinstance(a, PerLayer))
+
+
+def _named(i: Intercept) -> str:
+    return f"{i.kind} at {i.site!r} ({getattr(i.fn, '__name__', i.fn)})"
 
 
 class At:
@@ -188,18 +189,14 @@ class At:
     def _same(i: Intercept, x: jax.Array, y: Any) -> jax.Array:
         if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
             got = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else type(y).__name__
-            raise InputError(
-                f"the {i.kind} at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) returned {got} "
-                f"for {x.dtype}{list(x.shape)}: return the same shape and dtype"
-            )
+            wanted = f"{x.dtype}{list(x.shape)}: return the same shape and dtype"
+            raise InputError(f"the {_named(i)} returned {got} for {wanted}")
         return y
 
     @staticmethod
-    def _same_state(i: Intercept, old, new) -> None:
+    def _same_state(i: Intercept, old: Any, new: Any) -> None:
         describe = lambda a: f"{jnp.result_type(a)}{list(jnp.shape(a))}"
         given, got = jax.tree.map(describe, old), jax.tree.map(describe, new)
         if given != got:
-            raise InputError(
-                f"the fold at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) was given a state "
-                f"{given} and returned {got}: return the same structure, shapes and dtypes"
-            )
+            wanted = "return the same structure, shapes and dtypes"
+            raise InputError(f"the {_named(i)} returned the state {got} for {given}: {wanted}")

@@ -69,9 +69,7 @@ def our_mesh(mesh: Mesh | AbstractMesh) -> Mesh:
 
 
 def on_auto_axes(tree: Any) -> Any:
-    """`tree` with its arrays on meshes with Explicit axes moved to equal meshes with Auto axes, as
-    all our programs use; the data do not move.
-    """
+    """`tree` with its arrays on Explicit axes put on equal meshes with Auto axes; no data move."""
 
     def auto(x: Any) -> Any:
         if not isinstance(x, jax.Array) or isinstance(x, Tracer):
@@ -92,9 +90,7 @@ def on_auto_axes(tree: Any) -> Any:
 
 
 def check_axes(weight: jax.Array) -> None:
-    """Raise `InputError` if a weight is on a mesh with Explicit axes: our programs do not state the
-    sharding of each intermediate value.
-    """
+    """Raise `InputError` if a weight is on a mesh with Explicit axes: our programs need Auto."""
     mesh = jax.typeof(weight).sharding.mesh
     if any(t == AxisType.Explicit and n > 1 for t, n in zip(mesh.axis_types, mesh.axis_sizes)):
         raise InputError(
@@ -105,8 +101,7 @@ def check_axes(weight: jax.Array) -> None:
 
 def own_mesh(function: _F) -> _F:
     """Decorates a function that runs our programs: they follow the weights' mesh, not one that the
-    caller has set (`jax.set_mesh`). Under tracing, as in a caller's `jit`, it does nothing.
-    """
+    caller has set (`jax.set_mesh`). Under tracing, as in a caller's `jit`, it does nothing."""
 
     @functools.wraps(function)
     def call(*args, **options):
@@ -155,16 +150,13 @@ def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Param
 
 def shard_batch(mesh: Mesh, array: Any) -> Any:
     """Put `array` [B, ...], or each array of a `TokenBatch`, on `mesh`: B split over "data",
-    replicated over "model". Raises `InputError` if B does not divide.
-    """
+    replicated over "model". Raises `InputError` if B does not divide."""
     if dataclasses.is_dataclass(array):
         return jax.tree.map(functools.partial(shard_batch, mesh), array)
     mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
-        raise InputError(
-            f"a batch of shape {np.shape(array)} does not split over {mesh.shape['data']} devices; "
-            'make B a multiple of the mesh\'s "data" axis'
-        )
+        devices = f'the {mesh.shape["data"]} devices of the mesh\'s "data" axis'
+        raise InputError(f"a batch of shape {np.shape(array)} does not split over {devices}")
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
 
 
@@ -181,9 +173,7 @@ def mesh_under(weight: Any) -> Mesh | None:
 
 
 def place(mesh: Mesh | AbstractMesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
-    """Spread `x` over the mesh's `axes`, one per dimension, where they divide; without a mesh,
-    nothing.
-    """
+    """Spread `x` over the mesh's `axes`, one per dimension, where they divide. None: no change."""
     if mesh is None:
         return x
     spec = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))

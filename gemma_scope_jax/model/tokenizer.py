@@ -48,9 +48,7 @@ class Chat:
         return np.repeat(numbers, [span.stop - span.start for span in self.spans])
 
     def mask(self, *roles: str) -> np.ndarray:
-        """bool [T]: the tokens whose span has one of `roles`. Raises `InputError` for unknown
-        roles.
-        """
+        """bool [T]: tokens whose span has one of `roles`. Raises `InputError` for unknown roles."""
         if unknown := set(roles) - set(SPAN_ROLES):
             raise InputError(f"no such role: {unknown}; choose from {', '.join(SPAN_ROLES)}")
         return np.isin(self.roles, [SPAN_ROLES.index(role) for role in roles])
@@ -132,9 +130,7 @@ class Tokenizer:
         return b"".join(self._surfaces[i] for i in ids.tolist()).decode(errors="replace")
 
     def decode_tokens(self, ids: ArrayLike) -> list[str]:
-        """One string per token, for display: real spaces, control tokens by name, and the single
-        bytes of rare characters as <0xE2>.
-        """
+        """One string per token to display: real spaces, control tokens by name, bytes as <0xE2>."""
         return [self._pieces[i].replace(SPACE, " ") for i in self._checked_ids(ids).tolist()]
 
     def pieces(self, ids: ArrayLike) -> list[str]:
@@ -209,10 +205,8 @@ def _checked(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}; it was decoded wrongly"
-        ) from error
+        where = f"(U+{ord(text[error.start]):04X}) at character {error.start}"
+        raise InputError(f"the text has a lone surrogate {where}; decode it again") from error
     return text
 
 
@@ -227,9 +221,8 @@ def message_text(content: Any, where: str, role: str = "user") -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise InputError(
-            f"{where}: content is {content!r:.60}; give a text or a list of text parts"
-        )
+        wanted = "give a text or a list of text parts"
+        raise InputError(f"{where}: content is {content!r:.60}; {wanted}")
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else part
@@ -242,10 +235,8 @@ def message_text(content: Any, where: str, role: str = "user") -> str:
     if role != "system":
         return "".join(text.strip() for text in texts)
     if len(texts) > 1:
-        raise InputError(
-            f"{where}: Gemma's template drops all but the first of the {len(texts)} parts of a "
-            "system message; join them into one"
-        )
+        drops = f"Gemma's template drops all but the first of the {len(texts)} parts"
+        raise InputError(f"{where}: {drops} of a system message; join them into one")
     return "".join(texts)
 
 
@@ -290,10 +281,8 @@ def fit_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> Tokenizer:
     """
     count = len(tokenizer.special)
     if count > config.vocab:
-        raise InputError(
-            f"the tokenizer has {count} tokens, but {config.name} has {config.vocab}: it belongs "
-            "to another model"
-        )
+        fewer = f"{config.name} has {config.vocab}: it belongs to another model"
+        raise InputError(f"the tokenizer has {count} tokens, but {fewer}")
     if count == config.vocab or not isinstance(tokenizer, Tokenizer):
         return tokenizer
     return Tokenizer(tokenizer._model, config.vocab, tokenizer._foreign_template)

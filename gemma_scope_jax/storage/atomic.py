@@ -117,8 +117,7 @@ def write_text(path: AnyPath, text: str) -> None:
 
 def reserve(file: BinaryIO, size: int) -> None:
     """Extend an open file by `size` zero bytes on the disk: writing to a memory map of a sparse
-    file on a full disk kills the process. Lets `OSError` through.
-    """
+    file on a full disk kills the process. Lets `OSError` through."""
     start = file.tell()
     try:
         file.flush()

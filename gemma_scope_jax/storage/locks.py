@@ -147,9 +147,7 @@ def is_held(folder: Path) -> bool:
 
 
 def temporary_name(name: str) -> str:
-    """A name for a file until it is complete, unique to the host and process, so that leftovers of
-    dead processes can be found.
-    """
+    """The name of an unfinished file, unique to host and process: leftovers can be recognised."""
     return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
 
 

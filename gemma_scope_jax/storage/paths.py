@@ -67,8 +67,7 @@ def existing_parent(path: _Path) -> _Path:
 
 def check_writable(path: AnyPath) -> None:
     """Raise `InputError` if no file or folder can be made at `path`: a file is in its way, or the
-    folder above is not writable. Buckets are not checked: only writing shows what they allow.
-    """
+    folder above is not writable. Buckets are not checked: only writing shows what they allow."""
     if is_remote(path):
         folder_path(path)
         return

@@ -37,9 +37,8 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     try:
         file = safe_open(os.fspath(path), framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a complete safetensors file ({reason(error)}); download it again"
-        ) from error
+        why = f"not a complete safetensors file ({reason(error)}); download it again"
+        raise InputError(f"{path}: {why}") from error
     with file as opened:
         status = os.stat(path)
         _check_header(os.fspath(path), status.st_size, status.st_mtime_ns)

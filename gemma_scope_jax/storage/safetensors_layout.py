@@ -24,8 +24,7 @@ def lay_out(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header of a safetensors file with tensors of (dtype, shape), and where in the file each
-    begins and ends, in the file's order. A seekable file may be written in any order.
-    """
+    begins and ends, in the file's order. A seekable file may be written in any order."""
     kinds, header, end = list(CODES), {}, 0
     for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
         dtype, shape = tensors[name]

@@ -58,9 +58,7 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
 
 
 def read_json(path: Path | epath.Path, *, mend_text: bool = False) -> Any:
-    """`parse_json` of a file (anything with `read_bytes`). Raises `InputError` if it does not
-    exist.
-    """
+    """`parse_json` of a file. Raises `InputError` if it does not exist or cannot be read."""
     return parse_json(read_bytes(path), path, mend_text=mend_text)
 
 
@@ -140,8 +138,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def legible(value: Any) -> Any:
     """`value` with U+FFFD for each half of a surrogate pair in its texts, as Python has them for
-    names that are not UTF-8, so that it can be written and read again. Tuples become lists.
-    """
+    names that are not UTF-8, so that it can be written and read again. Tuples become lists."""
     if isinstance(value, str):
         return _LONE.sub("\ufffd", value)
     if isinstance(value, dict):

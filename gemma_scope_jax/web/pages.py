@@ -8,9 +8,7 @@ from gemma_scope_jax.storage.strict_json import legible
 
 
 def page_template(room: str | None, name: str) -> str:
-    """The page `name` beside the modules of `room` (their `__package__`), with the palette filled
-    in.
-    """
+    """The page `name` beside the modules of `room` (their `__package__`), with our palette."""
     assert room is not None  # a script has none
     read = lambda package, file: resources.files(package).joinpath(file).read_text(encoding="utf-8")
     return read(room, name).replace("{{palette}}", read(__package__, "palette.css").rstrip())

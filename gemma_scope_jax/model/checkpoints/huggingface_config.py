@@ -132,10 +132,8 @@ def huggingface_config(folder: str | os.PathLike) -> GemmaConfig:
         **numbers,
     )
     if config.heads % config.kv_heads or config.head_dim % 2:
-        raise InputError(
-            f"{where}: {config.heads} query heads over {config.kv_heads} key/value heads of "
-            f"{config.head_dim} dimensions do not divide"
-        )
+        heads = f"{config.heads} query heads over {config.kv_heads} key/value heads"
+        raise InputError(f"{where}: {heads} of {config.head_dim} dimensions do not divide")
     for known in PRESETS.values():
         # a fine-tune with tokens or an unembedding of its own is still that model
         same = {key: getattr(known, key) for key in ("name", "context", "vocab", "tied")}
@@ -154,10 +152,8 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
         for key, value in holder.items():
             stated = value is not None and value not in ("", [], {})
             if stated and key not in _KNOWN and not (holder is raw and key == "text_config"):
-                raise InputError(
-                    f"{where}: {key} is not known to Gemma 3 and may change what it computes; "
-                    "remove the key if it does not"
-                )
+                unknown = "is not known to Gemma 3 and may change what it computes"
+                raise InputError(f"{where}: {key} {unknown}; remove it if it does not")
         # False, null and a missing key all mean "off"; all else must be the known value
         wrong = [k for k, only in FIXED.items() if (holder.get(k, only) or None) != (only or None)]
         wrong += [k for k, only in FIXED_IF_SAID.items() if holder.get(k) not in (None, only)]
@@ -166,10 +162,8 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
     for key in raw.keys() & {*DEFAULTS, *READ} if nested else ():
         inner = text.get(key, DEFAULTS.get(key))
         if raw[key] != inner and not (key == TIED and inner is None):
-            raise InputError(
-                f"{where}: {key} is {str(raw[key])[:40]} at the top and {str(inner)[:40]} in "
-                "text_config; leave the right one in text_config"
-            )
+            both = f"{str(raw[key])[:40]} at the top and {str(inner)[:40]} in text_config"
+            raise InputError(f"{where}: {key} is {both}; keep the right one in text_config")
 
 
 def _is_tied(raw: dict[str, Any], text: dict[str, Any], where: str) -> bool:
@@ -190,10 +184,9 @@ def _rope(text: dict[str, Any], where: str) -> tuple[float, float, float]:
     """
     parameters = field(text, "rope_parameters", dict, where, default={})
     if unknown := [key for key, value in parameters.items() if value and key not in KINDS]:
-        raise InputError(
-            f"{where}: RoPE parameters {str(unknown)[:60]} belong to no kind of layer; move them "
-            "into full_attention or sliding_attention"
-        )
+        stray = f"{str(unknown)[:60]} belong to no kind of layer"
+        advice = "move them into full_attention or sliding_attention"
+        raise InputError(f"{where}: RoPE parameters {stray}; {advice}")
     local, whole = (_rope_entry(parameters, kind, where) for kind in KINDS)
     old = _rope_entry(text, "rope_scaling", where)
     found = []

@@ -203,10 +203,8 @@ def _checked_dtype(dtype: DTypeLike) -> jnp.dtype:
     except TypeError:
         known = None
     if known == jnp.float16:
-        raise InputError(
-            "dtype float16: Gemma 3's residual stream outgrows it (65,504) and would become NaN; "
-            "choose bfloat16 or float32"
-        )
+        why = "Gemma 3's residual stream outgrows it (65,504); choose bfloat16 or float32"
+        raise InputError(f"dtype float16: {why}")
     if known is None or known not in (jnp.bfloat16, jnp.float32):
         raise InputError(f"dtype {dtype!r}: choose bfloat16 or float32")
     return known

