@@ -151,7 +151,8 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
     for holder in (text, raw) if nested else (text,):
         for key, value in holder.items():
             stated = value is not None and value not in ("", [], {})
-            if stated and key not in _KNOWN and not (holder is raw and key == "text_config"):
+            known = key in _KNOWN or (key == "text_config" and nested and holder is raw)
+            if stated and not known:
                 unknown = "is not known to Gemma 3 and may change what it computes"
                 raise InputError(f"{where}: {key} {unknown}; remove it if it does not")
         # False, null and a missing key all mean "off"; all else must be the known value
