@@ -154,8 +154,7 @@ def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], Non
             raise disk_error(folder, error) from error
         finally:
             for path in temporary.values():
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
@@ -173,16 +172,15 @@ def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
         _sync_folder(folder)
     except BaseException:
         for name in done:
+            if name not in kept:
+                _remove(folder / name)
+                continue
             with contextlib.suppress(OSError):
-                if name in kept:
-                    os.replace(kept[name], folder / name)
-                else:
-                    os.unlink(folder / name)
+                os.replace(kept[name], folder / name)
         raise
     finally:
         for path in kept.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
@@ -221,7 +219,8 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                     _remove(path)
                 yield part
                 if filled:
-                    _fill(part, folder)
+                    _rename_all(folder, {path.name: path for path in sorted(part.iterdir())})
+                    part.rmdir()
                 else:
                     _swap(part, folder, old)
             except BaseException as error:
@@ -237,20 +236,6 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
 def _is_empty(folder: Path) -> bool:
     """Whether a folder exists and is empty, except for what a killed process may have left."""
     return folder.is_dir() and all(path.name == PART for path in folder.iterdir())
-
-
-def _fill(part: Path, folder: Path) -> None:
-    """Move the files of `part` into the folder around it, all or none."""
-    moved = []
-    try:
-        for path in sorted(part.iterdir()):
-            os.replace(path, folder / path.name)
-            moved.append(folder / path.name)
-        part.rmdir()
-    except BaseException:
-        for path in moved:
-            _remove(path)
-        raise
 
 
 def _swap(part: Path, folder: Path, old: Path) -> None:

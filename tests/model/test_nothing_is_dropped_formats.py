@@ -176,7 +176,7 @@ def test_adapters_as_gguf_files(model, tmp_path, key, value):
 @pytest.mark.parametrize(
     "where, message",
     [
-        ("layer_0/attn/q_einsum/lora", "layer_0/attn/q_einsum/lora/x belongs to LoRA weights"),
+        ("layer_0/attn/q_einsum/lora", "layer_0/attn/q_einsum/lora/x belongs to unmerged LoRA"),
         ("layer_0/attn/bias", "layer_0/attn/bias/x is not one of Gemma 3's"),
         ("layer_3/mlp", "layer_3/mlp/x is not one of Gemma 3's"),
         ("ema", "ema/x is not one of Gemma 3's"),
