@@ -132,6 +132,8 @@ def _intercept(
         raise InputError(f"fold acts at layer sites only, and {site!r} is not one")
     if name is not None and not isinstance(name, str):
         raise InputError(f"name must be text, not {name!r}")
+    if kind == "read":
+        name = name or site
     static = tuple(sorted(options.items()))
     return Intercept(args, None, kind, site, _checked_layers(site, layers), fn, name, static)
 
@@ -143,7 +145,6 @@ def read(
 
     An int layer gives the value; a tuple, or None at a layer site, stacks over layers first.
     """
-    name = site if name in (None, "") else name
     return _intercept("read", site, layers, fn, args, name, options)
 
 
