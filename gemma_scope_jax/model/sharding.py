@@ -155,7 +155,7 @@ def shard_batch(mesh: Mesh, array: Any) -> Any:
         return jax.tree.map(functools.partial(shard_batch, mesh), array)
     mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
-        devices = f'the {mesh.shape["data"]} devices of the mesh\'s "data" axis'
+        devices = f"{mesh.shape['data']} devices: make B a multiple of the 'data' axis"
         raise InputError(f"a batch of shape {np.shape(array)} does not split over {devices}")
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
 
