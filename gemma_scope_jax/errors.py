@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong": its message is the line the user sees.
+"""The one exception for wrong input: its message is the line that the user sees.
 
 Every loader, parser and command raises `InputError` for a file, address, name or text that cannot
 be used: one line saying what, where and what to do. The command line prints it and exits with 2;
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """A file, address, name or text that cannot be used.
 
-    The message is one line without control characters, whoever's names and words it quotes.
+    The message is one line without control characters, whatever names and words it quotes.
     """
 
     def __init__(self, message: str):
@@ -24,24 +24,22 @@ class InputError(ValueError):
 
 def shown(text: str, keep: str = "") -> str:
     r"""A text that is safe on a terminal and in a log. Control characters, bidirectional overrides,
-    line separators and halves of characters appear as escapes (``\x1b``); those in `keep` stay.
-    What files, servers and models say goes through here before it is printed.
-    """
+    line separators and lone surrogates appear as escapes (``\x1b``), except those in `keep`. Text
+    from files, servers and models goes through here before it is printed."""
     if text.isprintable():
         return text
     return "".join(c if c in keep or not _is_control(c) else _escape(c) for c in text)
 
 
 def in_markdown(text: str) -> str:
-    r"""A name in Markdown, on one line and no markup: ``a|b <i>`` becomes ``a\|b &lt;i>``.
-    Underscores stay, as they mean nothing inside a word.
-    """
+    r"""A name in Markdown, on one line and without markup: ``a|b <i>`` becomes ``a\|b &lt;i>``.
+    Underscores stay: they mean nothing inside a word."""
     plain = shown(text).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{c}" if c in "|`*[]" else c for c in plain)
 
 
 def _is_control(c: str) -> bool:
-    # Cf has the overrides that turn text around, but also the joiners that scripts and emoji need
+    # Cf holds the overrides that reverse text, but also the joiners that scripts and emoji need
     kind = unicodedata.category(c)
     return kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and c not in "\u200c\u200d")
 
@@ -51,7 +49,7 @@ def _escape(c: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What somebody else's exception says, in one line of at most 200 letters."""
+    """The message of a foreign exception, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -66,10 +64,8 @@ def no_space(error: OSError) -> bool:
 
 
 def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
-    """What to tell the user when the system refuses to write."""
+    """The error to show when the system refuses to write."""
     where = os.fspath(path)
     if no_space(error):
-        return InputError(
-            f"{where}: no space left on the disk; free some, or choose another folder"
-        )
+        return InputError(f"{where}: no space left on the disk; choose another folder")
     return InputError(f"{where}: cannot be written ({error.strerror or error})")

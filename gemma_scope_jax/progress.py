@@ -1,12 +1,12 @@
-"""What a command shows: how far long work is, and streams on which no text is ever obeyed.
+"""What a command shows: how far long work is, and streams on which no text acts as a control code.
 
-`Progress` is the one way to say how far something is. It draws a bar in a terminal, writes a line
-every few seconds elsewhere, or calls a function that `on_progress` was given; `quiet` silences it.
-All else that the library has to say goes to `logging`, a logger a module.
+`Progress` is the only way to report progress. It draws a bar in a terminal, writes a line every few
+seconds elsewhere, or calls a function given to `on_progress`; `quiet` silences it. Everything else
+that the library reports goes to `logging`, with one logger per module.
 
-Names, keys, tokens, labels and explanations come from files, servers and models. What is printed
-goes through `shown_streams`, what rich draws through `console`: control characters of a text appear
-as escapes, and those that rich itself sends to a terminal pass.
+Names, keys, tokens, labels and explanations come from files, servers and models. Printed text goes
+through `shown_streams`, and text drawn by rich through `console`: control characters in a text
+appear as escapes, and those that rich itself sends to a terminal pass.
 """
 
 import contextlib
@@ -16,24 +16,27 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from gemma_scope_jax.errors import shown
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Item = TypeVar("Item")
-Report = Callable[[int, int], None]  # called with how much is done, and of how much in all
+Report = Callable[[int, int], None]  # called with the work done and the total
 _STYLE = re.compile(r"(\x1b\[[0-9;]*m)")
-_MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm goes from bar to bar
-_REDRAWN = 0.1  # seconds between two drawings of a bar, at least
+_MOVES = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # how tqdm moves from bar to bar
+_REDRAWN = 0.1  # least seconds between two drawings of a bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Reached:
-    """How far some work is: `done` of `total` `unit`s of `what`; `note` is what else is known."""
+    """How far some work is: `done` of `total` `unit`s of `what`, with a `note`."""
 
     what: str
     done: int
-    total: int | None  # None: not known
+    total: int | None  # None: unknown
     unit: str
     per_second: float
     note: str
@@ -41,22 +44,23 @@ class Reached:
 
 @dataclasses.dataclass
 class _Face:
-    """Where progress goes, and how wide the bar is that stands in the terminal now."""
+    """Where progress goes, and the width of the bar in the terminal now."""
 
     silent: bool = False
     callback: Callable[[Reached], None] | None = None
     drawn: int = 0
-    spinning: bool = False  # a spinner is there, and no bar beside it
+    spinning: bool = False  # a spinner is shown, and no bar beside it
 
 
 _face = _Face()
 
 
 def quiet(silent: bool = True) -> None:
-    """Silence progress and all log messages of this package but errors; `quiet(False)` undoes it.
+    """Silence progress and all log messages of this package except errors; `quiet(False)` undoes
+    it.
 
-    To choose more finely, set the level of `logging.getLogger("gemma_scope_jax")` or of a module's
-    logger; that leaves progress alone.
+    For finer control, set the level of `logging.getLogger("gemma_scope_jax")` or of a module's
+    logger; progress is not affected by it.
     """
     _face.silent = silent
     logging.getLogger("gemma_scope_jax").setLevel(logging.ERROR if silent else logging.NOTSET)
@@ -71,42 +75,35 @@ class Progress:
     """Progress over `total` items, `begun` of them done earlier; call `at(done)`.
 
     what   names the work, on a line of its own in files and pipes
-    total  None if it is not known: then neither the share nor the time left is said
+    total  None if unknown: then neither the share nor the time left is shown
     every  seconds between lines; the last one is always written
 
-    It is also a function of (done, total), for what takes a `Report`.
+    It is also a function of (done, total), for functions that take a `Report`.
     """
 
     def __init__(
-        self,
-        total: int | None,
-        unit: str = "tokens",
-        *,
-        what: str = "",
-        begun: int = 0,
-        every: float = 10.0,
+        self, total: int | None, unit: str = "tokens", *, what: str = "", begun: int = 0, every=10.0
     ):
         self.total = None if total is None else max(total, 1)
         self.unit, self.what, self._begun, self._every = unit, what, begun, every
         self._start = self._said = self._redrawn = time.monotonic()
-        self._quick = bool(what)  # done before the first line is due, it needs no other
+        self._quick = bool(what)  # if done before the first line is due, no other is written
         if what and not _face.silent and _face.callback is None and not _on_terminal():
-            sys.stderr.write(f"{what} ...\n")
-            sys.stderr.flush()
+            _write_line(f"{what} ...")
 
     def __call__(self, done: int, total: int) -> None:
         self.total = max(total, 1)
         self.at(done)
 
     def part(self, begun: int, work: int, note: str = "") -> Report:
-        """A function of (done, total) for what is `work` of this, after `begun`: it may count in
-        units of its own."""
+        """A function of (done, total) for a part of `work` items after `begun`; it may count in
+        other units."""
         return lambda done, total: self.at(
             begun + int(work * min(done / max(total, 1), 0.99)), note
         )
 
     def at(self, done: int, note: str = "") -> None:
-        """`done` items are done, those before the start included."""
+        """`done` items are done, including those before the start."""
         if _face.silent:
             return
         now = time.monotonic()
@@ -121,12 +118,11 @@ class Progress:
                 self._draw(done, self._line(done, rate, note))
         elif last or now - self._said >= self._every:
             erase_bar()
-            self._said, quick = now, self._quick and now - self._said < self._every
-            if quick:
-                return
-            self._quick = False
-            sys.stderr.write(f"{self._line(done, rate, note)}\n")
-            sys.stderr.flush()
+            quick = self._quick and now - self._said < self._every
+            self._said = now
+            if not quick:
+                self._quick = False
+                _write_line(self._line(done, rate, note))
 
     def _line(self, done: int, rate: float, note: str) -> str:
         rated = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
@@ -139,7 +135,7 @@ class Progress:
         return f"{share}{done:,} {self.unit}  {rated} {self.unit}/s{after}{note}"
 
     def _draw(self, done: int, line: str) -> None:
-        """The bar, over the one that stands there."""
+        """Draw the bar over the previous one."""
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
@@ -158,7 +154,7 @@ class Progress:
 def tracked(
     items: Iterable[Item], what: str, total: int | None = None, unit: str = "parts"
 ) -> Iterator[Item]:
-    """The items one by one, and how far that is; `total` only where they have no length."""
+    """The items one by one, with progress; give `total` only if they have no length."""
     progress = Progress(len(items) if isinstance(items, Sized) else total, unit, what=what)
     for done, item in enumerate(items, 1):
         yield item
@@ -167,16 +163,15 @@ def tracked(
 
 @contextlib.contextmanager
 def stage(message: str) -> Iterator[None]:
-    """Say on stderr what goes on, where no share is known: a spinner in a terminal, or a line."""
+    """Show on stderr what happens while its progress is unknown: a spinner, or a line in a file."""
     if _face.silent or not _on_terminal():
         if not _face.silent:
-            sys.stderr.write(f"{message} ...\n")
-            sys.stderr.flush()
+            _write_line(f"{message} ...")
         yield
         return
     from rich.markup import escape
 
-    # what is printed meanwhile goes through rich, which keeps it clear of the spinner
+    # text printed meanwhile goes through rich, which keeps it clear of the spinner
     _face.spinning = True
     try:
         with console(stderr=True).status(escape(message)), shown_streams():
@@ -185,12 +180,17 @@ def stage(message: str) -> Iterator[None]:
         _face.spinning = False
 
 
+def _write_line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
 def erase_bar() -> None:
-    """Take the bar away, before anything else is written to the terminal."""
+    """Remove the bar before anything else is written to the terminal."""
     if _face.drawn:
         stream, _face.drawn, width = _plain(sys.stderr), 0, _face.drawn
         stream.write(f"\r{' ' * width}\r")
@@ -198,13 +198,13 @@ def erase_bar() -> None:
 
 
 class EscapedStream:
-    r"""A text stream on which control characters but line breaks and tabs appear as ``\x1b``.
+    r"""A text stream on which control characters except line breaks and tabs appear as ``\x1b``.
 
     So do characters that the stream's encoding lacks. In a terminal, progress bars of other
-    packages may go back to the start of the line; with `styled`, colours pass as well.
+    packages may return to the start of the line; with `styled`, colours pass too.
     """
 
-    def __init__(self, stream: Any, styled: bool = False):
+    def __init__(self, stream: TextIO, styled: bool = False):
         self.stream, self.styled = stream, styled and stream.isatty()
 
     def write(self, text: str) -> int:
@@ -217,7 +217,7 @@ class EscapedStream:
             self.stream.write(safe.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -239,7 +239,7 @@ class EscapedStream:
 
 @contextlib.contextmanager
 def shown_streams(styled: bool = False) -> Iterator[None]:
-    """All that is printed meanwhile, on stdout and stderr, goes through `EscapedStream`."""
+    """Everything printed meanwhile, on stdout and stderr, goes through `EscapedStream`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (EscapedStream(stream, styled) for stream in before)  # type: ignore[assignment]
     try:
@@ -249,17 +249,16 @@ def shown_streams(styled: bool = False) -> Iterator[None]:
 
 
 class _ToStderr(logging.Handler):
-    """Log messages as lines on stderr, wherever that goes now."""
+    """Log messages as lines on the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         known = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
-        sys.stderr.write(shown(known.get(record.levelno, "") + record.getMessage()) + "\n")
-        sys.stderr.flush()
+        _write_line(shown(known.get(record.levelno, "") + record.getMessage()))
 
 
 @contextlib.contextmanager
 def shown_log() -> Iterator[None]:
-    """What the library logs meanwhile, from INFO on, is written to stderr."""
+    """The library's log messages, from INFO on, are written to stderr meanwhile."""
     logger, handler = logging.getLogger("gemma_scope_jax"), _ToStderr()
     before = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -273,8 +272,8 @@ def shown_log() -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def console(*, stderr: bool = False, width: int | None = None) -> Any:
-    """A rich `Console` that obeys no text it is given. `width` None: the terminal's."""
+def console(*, stderr: bool = False, width: int | None = None) -> "Console":
+    """A rich `Console` that escapes control codes in text. `width` None: the terminal's."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -287,8 +286,8 @@ def console(*, stderr: bool = False, width: int | None = None) -> Any:
     return SafeConsole(file=stream, width=width, highlight=False, emoji=False)
 
 
-def _plain(stream: Any) -> Any:
-    """The stream itself, of one that is escaped."""
+def _plain(stream: Any) -> TextIO:
+    """The stream inside an `EscapedStream`."""
     while isinstance(stream, EscapedStream):
         stream = stream.stream
     return stream

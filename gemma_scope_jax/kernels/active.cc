@@ -1,8 +1,8 @@
-// The sparse half of a coder's training step on CPUs, as XLA FFI handlers: see sparse.py.
+// The sparse half of a coder's training step on CPUs, as XLA FFI handlers: see active.py.
 //
 // XLA has no gather-multiply-add that does not write the gathered rows to memory first, which costs
 // several times the product with a dense encoder. All arrays are dense and row-major; S sources
-// (coders or layers read), B tokens, K entries a token, F features, P decoders, T targets,
+// (coders or layers read), B tokens, K entries per token, F features, P decoders, T targets,
 // M feature groups, E outputs. No sum depends on the number of threads.
 
 #include <algorithm>

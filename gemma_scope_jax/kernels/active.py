@@ -1,150 +1,114 @@
-"""A JumpReLU step that pays for the features that are active, not for all of them.
+"""A JumpReLU step that pays only for the active features.
 
-Of F features a token has some tens that are active or near their threshold; every other entry of
-the dense step is zero, and so is its gradient. Exactly the same values and gradients come from one
-dense product, x with the encoder (2 D F flop a token), and lists of the active entries: the decoder
+A token has some tens of features that are active or near their threshold. All other entries of the
+dense step are zero, and so are their gradients. One dense product, x with the encoder (2 D F flop a
+token), and lists of the active entries give exactly the same values and gradients: the decoder
 gathers rows, and so do all gradients.
 
-A `Backend` does the products: `kernels.cpu` is C++, compiled at the first use; `kernels.triton`
-Pallas kernels for NVIDIA GPUs; `kernels.xla` jax.numpy, for TPUs and machines without a compiler.
-`backend` chooses.
+A `Backend` computes the products: `kernels.cpu` is C++, compiled on first use; `kernels.triton`
+holds Pallas kernels for NVIDIA GPUs; `kernels.xla` is jax.numpy, for TPUs and machines without a
+compiler. `backend` chooses.
 
-Axes: S sources (coders, or the layers a coder reads), B tokens, K entries a token, D inputs,
+Axes: S sources (coders, or the layers a coder reads), B tokens, K entries per token, D inputs,
 F features, P decoders, T targets, M groups of features, E outputs. All floats are float32.
 """
 
 import functools
 import logging
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.kernels import cpu, xla
+from gemma_scope_jax.kernels.xla import Ends, Layout, Pairs, separate
 
 LOG = logging.getLogger(__name__)
-TOKENS = 256  # encoded at a time, but by XLA
-
-Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
-Ends = tuple[int, ...]  # where groups of features end
+TOKENS = 256  # tokens encoded at a time; XLA encodes all at once
 
 
 @flax.struct.dataclass
 class ActiveEntries:
-    """The entries of z above `low`: of each token the first K, in order of feature."""
+    """The entries of z above `low`: the first K of each token, in order of feature."""
 
-    z: jax.Array  # float32 [S, B, K]; 0 in slots that are not used
-    feature: jax.Array  # int32 [S, B, K]; 0 in slots that are not used
-    count: jax.Array  # int32 [S, B]: how many there are; above K: the entries are incomplete
-
-
-# ---- backends ------------------------------------------------------------------------------------
+    z: Array  # float32 [S, B, K]; 0 in unused slots
+    feature: Array  # int32 [S, B, K]; 0 in unused slots
+    count: Array  # int32 [S, B]: entries above `low`; if more than K, the lists are incomplete
 
 
 class Backend(Protocol):
-    """What a module of kernels computes. None of it has gradients; the functions below do."""
+    """What a module of kernels computes. It has no gradients; the functions below do."""
 
     __name__: str
-    FEATURES_A_SLOT: int  # features a slot from which a sparse step is faster than a dense one
+    FEATURES_A_SLOT: int  # features per slot from which a sparse step beats a dense one
 
     def compact(
-        self, z: jax.Array, b_enc: jax.Array, low: jax.Array, capacity: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, z: Array, b_enc: Array, low: Array, capacity: int
+    ) -> tuple[Array, Array, Array]:
         """`ActiveEntries` of z [S,B,F] + b_enc [S,F]: the first `capacity` above `low` [S,F]."""
         ...
 
-    def decode(
-        self,
-        f: jax.Array,
-        feature: jax.Array,
-        count: jax.Array,
-        w_dec: jax.Array,
-        pairs: Pairs,
-        targets: int,
-        ends: Ends,
-    ) -> jax.Array:
+    def decode(self, f: Array, feature: Array, count: Array, w_dec: Array, layout: Layout) -> Array:
         """y [T,M,B,E]: what the entries of each group of features write to each target."""
         ...
 
     def decode_values(
-        self,
-        feature: jax.Array,
-        count: jax.Array,
-        w_dec: jax.Array,
-        g: jax.Array,
-        pairs: Pairs,
-        ends: Ends,
-    ) -> jax.Array:
+        self, feature: Array, count: Array, w_dec: Array, g: Array, layout: Layout
+    ) -> Array:
         """The gradient of f [S,B,K]: each entry's decoder rows times the gradients g [T,M,B,E]."""
         ...
 
     def decode_rows(
-        self,
-        f: jax.Array,
-        feature: jax.Array,
-        count: jax.Array,
-        g: jax.Array,
-        pairs: Pairs,
-        ends: Ends,
-    ) -> tuple[jax.Array, jax.Array]:
+        self, f: Array, feature: Array, count: Array, g: Array, layout: Layout
+    ) -> tuple[Array, Array]:
         """The gradient of the decoder's rows [P,F,E], and the sum of f of each row [P,F]."""
         ...
 
-    def per_feature(
-        self, values: jax.Array, feature: jax.Array, count: jax.Array, width: int
-    ) -> jax.Array:
+    def per_feature(self, values: Array, feature: Array, count: Array, width: int) -> Array:
         """The sum of each feature's entries: values [S,B,K] -> [S,F]."""
         ...
 
-    def kth_largest(self, z: jax.Array, k: int) -> jax.Array:
-        """The k-th largest of all values of z."""
+    def kth_largest(self, z: Array, k: int) -> Array:
+        """The k-th largest value of z."""
         ...
 
 
 @functools.cache
 def backend() -> Backend:
-    """This process's kernels: C++ on CPUs and Triton's on GPUs where they compile, else XLA's.
+    """This process's kernels: C++ on CPUs and Triton on GPUs if they compile, else XLA.
 
-    Where they don't compile, a warning says why.
+    Logs a warning with the reason if they do not compile.
     """
     if jax.default_backend() == "cpu":
         return cpu if cpu.available() else xla
     if jax.default_backend() != "gpu":
         return xla
     try:
-        from gemma_scope_jax.kernels import triton  # Pallas' Triton backend may not be there
+        from gemma_scope_jax.kernels import triton  # Pallas may lack its Triton backend
 
         slots = jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
         count = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         values = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
         jax.jit(partial(triton.per_feature, width=2)).lower(values, slots, count).compile()
-    except Exception as error:  # whatever Pallas, Triton or the driver say
+    except Exception as error:  # whatever Pallas, Triton or the driver raise
         LOG.warning("no GPU kernels, wide coders train slower: %s", reason(error))
         return xla
     return triton
 
 
-# ---- the encoder ---------------------------------------------------------------------------------
-
-
 def encode_active(
-    x: jax.Array,
-    w_enc: jax.Array,
-    b_enc: jax.Array,
-    low: jax.Array,
-    capacity: int,
-    *,
-    using: Backend | None = None,
+    x: Array, w_enc: Array, b_enc: Array, low: Array, capacity: int, *, using: Backend | None = None
 ) -> ActiveEntries:
-    """The entries of z = x w_enc^T + b_enc above `low`, `capacity` of them a token.
+    """The entries of z = x w_enc^T + b_enc above `low`, up to `capacity` per token.
 
-    x [S,B,D]; w_enc [S,F,D], a row a feature; b_enc, low [S,F]. Gradients go from the entries' z to
-    w_enc and b_enc, none to x or low: subtract a trained decoder bias from the input as
-    b_enc - w_enc b_dec. Where any count is above `capacity`, use the dense step instead. `using`:
-    other kernels than those of `backend`.
+    x [S,B,D]; w_enc [S,F,D], one row per feature; b_enc, low [S,F]. Gradients flow from the
+    entries' z to w_enc and b_enc, not to x or low: subtract a trained decoder bias from the input
+    as b_enc - w_enc b_dec. If any count exceeds `capacity`, use the dense step instead. `using`
+    replaces the kernels of `backend`.
     """
     _check("encode_active", x=(x, 3), w_enc=(w_enc, 3), b_enc=(b_enc, 2), low=(low, 2))
     s, f, d = w_enc.shape
@@ -159,14 +123,13 @@ def encode_active(
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _encode(x, w_enc, b_enc, low, capacity: int, using: Backend) -> ActiveEntries:
     def some(x):
-        return ActiveEntries(
-            *using.compact(jnp.einsum("sbd,sfd->sbf", x, w_enc), b_enc, low, capacity)
-        )
+        z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
+        return ActiveEntries(*using.compact(z, b_enc, low, capacity))
 
     b = x.shape[1]
     if using is xla:
         return some(x)
-    # A fifth faster than all at once, and all of z is never there: 1 GB for 4096 tokens at 65k.
+    # A fifth faster than all at once, and z never exists whole: 1 GB for 4096 tokens at 65k.
     chunks = max(1, -(-b // TOKENS))
     active = jax.lax.map(some, xla.split(x, 1, -(-b // chunks)))
     return jax.tree.map(lambda a: xla.join(a, 1, b), active)
@@ -180,38 +143,34 @@ def _encode_fwd(x, w_enc, b_enc, low, capacity, using):
 def _encode_bwd(capacity, using, saved, cotangent):
     x, low, feature, count = saved
     s, f = low.shape
-    pairs = tuple((i, i) for i in range(s))
-    dw, db = using.decode_rows(cotangent.z, feature, count, x[:, None], pairs, (f,))
+    dw, db = using.decode_rows(cotangent.z, feature, count, x[:, None], separate(s, f))
     return None, dw, db, None
 
 
 _encode.defvjp(_encode_fwd, _encode_bwd)
 
 
-# ---- the decoder ---------------------------------------------------------------------------------
-
-
 def decode_active(
-    f: jax.Array,
-    feature: jax.Array,
-    count: jax.Array,
-    w_dec: jax.Array,
+    f: Array,
+    feature: Array,
+    count: Array,
+    w_dec: Array,
     pairs: Pairs | None = None,
     targets: int | None = None,
     ends: Ends | None = None,
     *,
     using: Backend | None = None,
-) -> jax.Array:
+) -> Array:
     """y [T,M,B,E]: what the entries of each group of features write to each target.
 
-    f, feature [S,B,K], of which the first count [S,B] are entries; w_dec [P,F,E], where decoder p
-    takes source pairs[p][0] to target pairs[p][1]: pairs (0,0), (1,1).. are separate coders
-    (the default), triangular ones a cross-layer transcoder. Group m holds the features from
-    ends[m-1] to ends[m] - 1: Matryoshka prefixes are sums of groups; the default is one group.
-    Gradients go to w_dec and, also where f is 0, to the entries of f.
+    f, feature [S,B,K], whose first count [S,B] slots are entries; w_dec [P,F,E]. Decoder p maps
+    source pairs[p][0] to target pairs[p][1]: pairs (0,0), (1,1).. are separate coders (the
+    default), triangular ones a cross-layer transcoder. Group m holds the features from ends[m-1] to
+    ends[m] - 1 (default: one group); Matryoshka prefixes are sums of groups. Gradients flow to
+    w_dec and to the entries of f, also where f is 0.
     """
     _check("decode_active", f=(f, 3), w_dec=(w_dec, 3))
-    pairs = tuple((i, i) for i in range(f.shape[0])) if pairs is None else pairs
+    pairs = separate(f.shape[0], 0).pairs if pairs is None else pairs
     targets = 1 + max(t for _, t in pairs) if targets is None else targets
     ends = w_dec.shape[1:2] if ends is None else ends
     if feature.shape != f.shape or count.shape != f.shape[:2]:
@@ -223,21 +182,12 @@ def decode_active(
         raise InputError(f"decode_active: pairs {pairs} do not fit {sizes}")
     if ends[-1] != w_dec.shape[1] or any(a >= b for a, b in zip((0, *ends), ends)):
         raise InputError(f"decode_active: ends {ends} must increase to {w_dec.shape[1]}")
-    layout = _Layout(pairs, targets, ends)
-    return _decode(f, feature, count, w_dec, layout, using or backend())
-
-
-class _Layout(NamedTuple):
-    """The static arguments of `decode_active`."""
-
-    pairs: Pairs
-    targets: int
-    ends: Ends
+    return _decode(f, feature, count, w_dec, Layout(pairs, targets, ends), using or backend())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _decode(f, feature, count, w_dec, layout: _Layout, using: Backend) -> jax.Array:
-    return using.decode(f, feature, count, w_dec, *layout)
+def _decode(f, feature, count, w_dec, layout: Layout, using: Backend) -> Array:
+    return using.decode(f, feature, count, w_dec, layout)
 
 
 def _decode_fwd(f, feature, count, w_dec, layout, using):
@@ -246,85 +196,59 @@ def _decode_fwd(f, feature, count, w_dec, layout, using):
 
 def _decode_bwd(layout, using, saved, g):
     f, feature, count, w_dec = saved
-    df = using.decode_values(feature, count, w_dec, g, layout.pairs, layout.ends)
-    dw, _ = using.decode_rows(f, feature, count, g, layout.pairs, layout.ends)
-    return df, None, None, dw
+    df = using.decode_values(feature, count, w_dec, g, layout)
+    return df, None, None, using.decode_rows(f, feature, count, g, layout)[0]
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-# ---- sums and lookups by feature -----------------------------------------------------------------
-
-
-def per_feature(
-    values: jax.Array,
-    feature: jax.Array,
-    count: jax.Array,
-    width: int,
-    *,
-    using: Backend | None = None,
-) -> jax.Array:
-    """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
-    return _per_feature(values, feature, count, width, using or backend())
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _per_feature(values, feature, count, width: int, using: Backend) -> jax.Array:
-    return using.per_feature(values, feature, count, width)
+def per_feature(
+    values: Array, feature: Array, count: Array, width: int, using: Backend | None = None
+) -> Array:
+    """The sum of each feature's entries: values [S,B,K] -> [S, width]."""
+    return (using or backend()).per_feature(values, feature, count, width)
 
 
 def _per_feature_fwd(values, feature, count, width, using):
-    return _per_feature(values, feature, count, width, using), (feature, count)
+    return per_feature(values, feature, count, width, using), (feature, count)
 
 
 def _per_feature_bwd(width, using, saved, g):
-    return _lookup(g, *saved, 0.0, using), None, None
+    return lookup(g, *saved, 0.0, using), None, None
 
 
-_per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
-
-
-def lookup(
-    table: jax.Array,
-    feature: jax.Array,
-    count: jax.Array,
-    fill: float,
-    *,
-    using: Backend | None = None,
-) -> jax.Array:
-    """table [S,F] at the entries' features: [S,B,K], `fill` in slots that are not used."""
-    return _lookup(table, feature, count, fill, using or backend())
+per_feature.defvjp(_per_feature_fwd, _per_feature_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _lookup(table, feature, count, fill: float, using: Backend) -> jax.Array:
+def lookup(
+    table: Array, feature: Array, count: Array, fill: float, using: Backend | None = None
+) -> Array:
+    """table [S,F] at the entries' features: [S,B,K], with `fill` in unused slots."""
     S, B, K = feature.shape
     found = jnp.take_along_axis(table, feature.reshape(S, B * K), 1).reshape(S, B, K)
-    used = jnp.arange(K, dtype=jnp.int32)[None, None, :] < count[..., None]
-    return jnp.where(used, found, jnp.asarray(fill, table.dtype))
+    return jnp.where(xla.used_slots(count, K), found, jnp.asarray(fill, table.dtype))
 
 
 def _lookup_fwd(table, feature, count, fill, using):
-    return _lookup(table, feature, count, fill, using), (feature, count, table)
+    return lookup(table, feature, count, fill, using), (feature, count, table)
 
 
 def _lookup_bwd(fill, using, saved, g):
     feature, count, table = saved
-    return _per_feature(g, feature, count, table.shape[1], using), None, None
+    return per_feature(g, feature, count, table.shape[1], using), None, None
 
 
-_lookup.defvjp(_lookup_fwd, _lookup_bwd)
+lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
-# ---- the k-th largest ----------------------------------------------------------------------------
-
-
-def kth_largest(z: jax.Array, k: int, *, using: Backend | None = None) -> jax.Array:
-    """The k-th largest of all values of z (any shape), exact: the threshold of BatchTopK."""
+def kth_largest(z: Array, k: int, *, using: Backend | None = None) -> Array:
+    """The exact k-th largest value of z (any shape): the threshold of BatchTopK."""
     _check("kth_largest", z=(z, None))
     if not 1 <= k <= z.size:
-        raise InputError(f"kth_largest: k {k} must be 1 to {z.size}, the values there are")
+        raise InputError(f"kth_largest: k {k} must be 1 to {z.size}, the number of values")
     return (using or backend()).kth_largest(jax.lax.stop_gradient(z), k)
 
 
@@ -332,6 +256,5 @@ def _check(where: str, **arrays) -> None:
     for name, (array, rank) in arrays.items():
         if array.dtype != jnp.float32 or rank not in (None, array.ndim):
             wanted = "float32" if rank is None else f"float32 of {rank} axes"
-            raise InputError(
-                f"{where}: {name} must be {wanted}, not {array.dtype} {tuple(array.shape)}"
-            )
+            got = f"{array.dtype} {tuple(array.shape)}"
+            raise InputError(f"{where}: {name} must be {wanted}, not {got}")

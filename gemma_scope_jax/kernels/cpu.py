@@ -1,7 +1,7 @@
-"""A `Backend` in C++ for CPUs, `active.cc`; `active.Backend` says what each function computes.
+"""A `Backend` in C++ for CPUs (`active.cc`); `active.Backend` documents the functions.
 
-Compiled at the first use with the machine's own compiler, kept in a cache folder that only this
-user can write to, called by XLA. What is kept ends in its own digest: damaged, it is made again.
+The source is compiled on first use with the machine's own compiler and kept in a cache folder that
+only this user can write to. A kept library ends in its own digest: a damaged one is compiled again.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import jaxlib
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.kernels.xla import Layout, separate
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.paths import private_cache
 
@@ -34,28 +35,27 @@ NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
 
 @functools.cache
 def available() -> bool:
-    """Whether the CPU kernels are there; compiles and registers them at the first call.
+    """Whether the CPU kernels exist; compiles and registers them at the first call.
 
-    Where that fails, a warning says why. $CXX chooses the compiler.
+    Logs a warning with the reason if that fails. $CXX chooses the compiler.
     """
     try:
         file = _library()
         try:
             _register(file)
-        except (OSError, AttributeError):  # whole, and yet of another system
+        except (OSError, AttributeError):  # complete, but made for another system
             file.unlink(missing_ok=True)
             _register(_library())
     except (InputError, OSError, subprocess.SubprocessError, AttributeError) as error:
-        text = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
-        reason = " ".join((lines or ["unknown error"])[0].split())
-        LOG.warning("no CPU kernels, training runs slower: %s", reason)
+        lines = (getattr(error, "stderr", None) or str(error) or "unknown error").splitlines()
+        first = next((line for line in lines if "error" in line), lines[0])
+        LOG.warning("no CPU kernels, training runs slower: %s", " ".join(first.split()))
         return False
     return True
 
 
 def _library() -> Path:
-    """The compiled kernels for this machine, compiler and jaxlib; compiled if not there yet."""
+    """The compiled kernels for this machine, compiler and jaxlib; compiled if not in the cache."""
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next(filter(None, map(shutil.which, wanted)), None)
     if compiler is None:
@@ -70,16 +70,16 @@ def _library() -> Path:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / file.name
         run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(made)])
-        write_bytes(file, _with_digest(made.read_bytes()))  # of two processes the last one's stays
+        write_bytes(file, _with_digest(made.read_bytes()))  # of two processes, the last one wins
     return file
 
 
 def _with_digest(program: bytes) -> bytes:
-    return program + hashlib.sha256(program).digest()  # the loader ignores what follows the program
+    return program + hashlib.sha256(program).digest()  # the loader ignores trailing bytes
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether `file` is there, this user's, and as it was written: a cut one kills who loads it."""
+    """Whether `file` is this user's and complete: loading a truncated library kills the process."""
     try:
         content, mine = file.read_bytes(), file.lstat().st_uid == os.getuid()
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _cpu() -> str:
-    """What -march=native depends on."""
+    """The hardware that -march=native depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     kinds = ("model name", "flags", "features")
@@ -110,35 +110,37 @@ def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return values, feature, count
 
 
-def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
-    call = _call("decode", (jnp.float32, targets, len(ends), f.shape[1], w_dec.shape[2]))
-    return call(f, feature, count, w_dec, **_static(pairs, ends))[0]
+def decode(f, feature, count, w_dec, layout: Layout) -> jax.Array:
+    groups = len(layout.ends)
+    call = _call("decode", (jnp.float32, layout.targets, groups, f.shape[1], w_dec.shape[2]))
+    return call(f, feature, count, w_dec, **_static(layout))[0]
 
 
-def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
+def decode_values(feature, count, w_dec, g, layout: Layout) -> jax.Array:
     call = _call("decode_values", (jnp.float32, *feature.shape))
-    return call(feature, count, w_dec, g, **_static(pairs, ends))[0]
+    return call(feature, count, w_dec, g, **_static(layout))[0]
 
 
-def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
-    p, width = len(pairs), ends[-1]
+def decode_rows(f, feature, count, g, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    p, width = len(layout.pairs), layout.ends[-1]
     call = _call("decode_rows", (jnp.float32, p, width, g.shape[-1]), (jnp.float32, p, width))
-    dw, total = call(f, feature, count, g, **_static(pairs, ends))
+    dw, total = call(f, feature, count, g, **_static(layout))
     return dw, total
 
 
 def per_feature(values, feature, count, width: int) -> jax.Array:
-    pairs = tuple((i, i) for i in range(values.shape[0]))
-    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
-    return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
+    s, b, _ = values.shape
+    nothing = jnp.zeros((s, 1, b, 1), values.dtype)
+    return decode_rows(values, feature, count, nothing, separate(s, width))[1]
 
 
 def kth_largest(z: jax.Array, k: int) -> jax.Array:
     return _call("kth_largest", (jnp.float32,))(z, k=np.int64(k))[0]
 
 
-def _static(pairs, ends: tuple[int, ...]) -> dict:
-    return {"pairs": np.asarray(pairs, np.int64).reshape(-1), "ends": np.asarray(ends, np.int64)}
+def _static(layout: Layout) -> dict[str, np.ndarray]:
+    pairs = np.asarray(layout.pairs, np.int64).reshape(-1)
+    return {"pairs": pairs, "ends": np.asarray(layout.ends, np.int64)}
 
 
 def _call(name: str, *shapes):

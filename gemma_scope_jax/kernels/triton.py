@@ -1,11 +1,10 @@
-"""A `Backend` of Pallas kernels, through Triton, for GPUs.
+"""A `Backend` of Pallas kernels for GPUs, through Triton; `active.Backend` documents the functions.
 
-`active.Backend` says what each function computes. A program reads the rows it adds up 16 at a time
-and keeps the sum in registers, so no gathered rows are written to memory. The gradient of a
-decoder's rows sums over the tokens of each feature, in the order of a sort: no atomic additions,
-and the same bits every time.
+A program reads the rows it sums 16 at a time and keeps the sum in registers, so gathered rows are
+never written to memory. The gradient of a decoder's rows sums over the tokens of each feature in
+sorted order: no atomic additions, and the same bits every time.
 
-JAX has deprecated this backend of Pallas; where it is missing, `active.backend` is XLA's.
+JAX has deprecated this Pallas backend; where it is missing, `active.backend` falls back to XLA.
 """
 
 from collections.abc import Callable
@@ -19,23 +18,22 @@ from jax.experimental.pallas import triton as plgpu
 
 from gemma_scope_jax.kernels import xla
 
-ROWS = 16  # that a program adds at a time
-COLUMNS = 128  # of them, at most
-# Measured on an H100 in TF32 at D 640: dense wins at 79 (3.3 against 4.8 ms), sparse at 315 (8.5
-# against 10.9).
+ROWS = 16  # rows that a program adds at a time
+COLUMNS = 128  # columns of those rows, at most
+# Measured on an H100 in TF32 at D 640: dense wins at 79 (3.3 to 4.8 ms), sparse at 315 (8.5 to 11).
 FEATURES_A_SLOT: int = 192
 
 compact, kth_largest = xla.compact, xla.kth_largest
 
 
-def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
+def decode(f, feature, count, w_dec, layout: xla.Layout) -> jax.Array:
+    pairs, targets, ends = layout
     (_, b, k), e = f.shape, w_dec.shape[2]
     groups, blocks, columns = len(ends), *_blocks(e)
 
     def kernel(begin, decoder, source, f, feature, count, w_dec, y):
         t, token, block = _places(b, blocks)
-        column = block * columns + jnp.arange(columns, dtype=jnp.int32)
-        inside = column < e
+        column, inside = _columns(block, columns, e)
 
         def add_pair(i, sums):
             p, s = decoder[i], source[i]
@@ -45,11 +43,7 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
                 slot, used = _slots(j, n)
                 ids = plgpu.load(feature.at[s, token, slot], mask=used, other=0)
                 values = plgpu.load(f.at[s, token, slot], mask=used, other=0.0)
-                rows = plgpu.load(
-                    w_dec.at[p, ids[:, None], column[None, :]],
-                    mask=used[:, None] & inside[None, :],
-                    other=0.0,
-                )
+                rows = _rows(w_dec.at[p, ids[:, None], column[None, :]], used, inside)
                 group = _group(ids, ends)
                 mine = (jnp.where(group == m, values, 0.0) for m in range(groups))
                 return tuple(a + jnp.sum(v[:, None] * rows, 0) for a, v in zip(sums, mine))
@@ -63,12 +57,12 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
 
     begin, order = _by(1, pairs, targets)
     source = np.asarray([pairs[p][0] for p in order], np.int32)
-    shape = (targets, groups, b, e)
-    call = _call(kernel, targets * b * blocks, shape)
+    call = _call(kernel, targets * b * blocks, (targets, groups, b, e))
     return call(begin, order, source, f, feature, count, w_dec)[0]
 
 
-def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
+def decode_values(feature, count, w_dec, g, layout: xla.Layout) -> jax.Array:
+    pairs, _, ends = layout
     (s, b, k), e = feature.shape, w_dec.shape[2]
     tiles, blocks, columns = -(-k // ROWS), *_blocks(e)
 
@@ -83,13 +77,8 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
             p, t = decoder[i], target[i]
 
             def add_columns(j, sums):
-                column = j * columns + jnp.arange(columns, dtype=jnp.int32)
-                inside = column < e
-                rows = plgpu.load(
-                    w_dec.at[p, ids[:, None], column[None, :]],
-                    mask=used[:, None] & inside[None, :],
-                    other=0.0,
-                )
+                column, inside = _columns(j, columns, e)
+                rows = _rows(w_dec.at[p, ids[:, None], column[None, :]], used, inside)
                 for m in range(len(ends)):
                     row = plgpu.load(g.at[t, m, token, column], mask=inside, other=0.0)
                     product = jnp.sum(rows * row[None, :], 1)
@@ -99,7 +88,7 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
             return jax.lax.fori_loop(0, blocks, add_columns, sums)
 
         some = tile * ROWS < n
-        last = jnp.where(some, begin[s + 1], begin[s])  # nothing to add where no slot is used
+        last = jnp.where(some, begin[s + 1], begin[s])  # nothing to add if no slot is used
         sums = jax.lax.fori_loop(begin[s], last, add_pair, jnp.zeros(ROWS, jnp.float32))
         slot = tile * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
         plgpu.store(df.at[s, token, slot], sums, mask=slot < k)
@@ -110,7 +99,8 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
     return call(begin, order, target, feature, count, w_dec, g)[0]
 
 
-def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
+def decode_rows(f, feature, count, g, layout: xla.Layout) -> tuple[jax.Array, jax.Array]:
+    pairs, _, ends = layout
     k, e, width = f.shape[2], g.shape[-1], ends[-1]
     blocks, columns = _blocks(e)
     start, slots = _tokens_of_features(feature, count, width)
@@ -119,8 +109,7 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
         p, feature, block = _places(width, blocks)
         s, t = source[p], target[p]
         first, stop = start[s, feature], start[s, feature + 1]
-        column = block * columns + jnp.arange(columns, dtype=jnp.int32)
-        inside = column < e
+        column, inside = _columns(block, columns, e)
         group = _group(feature, ends)
 
         def add_tokens(j, sums):
@@ -128,11 +117,7 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
             slot = plgpu.load(slots.at[s, first + slot], mask=used, other=0)
             token = slot // k
             values = plgpu.load(f.at[s, token, slot % k], mask=used, other=0.0)
-            rows = plgpu.load(
-                g.at[t, group, token[:, None], column[None, :]],
-                mask=used[:, None] & inside[None, :],
-                other=0.0,
-            )
+            rows = _rows(g.at[t, group, token[:, None], column[None, :]], used, inside)
             return sums[0] + jnp.sum(values[:, None] * rows, 0), sums[1] + jnp.sum(values)
 
         zeros = jnp.zeros(columns, jnp.float32), jnp.float32(0.0)
@@ -168,10 +153,10 @@ def per_feature(values, feature, count, width: int) -> jax.Array:
 
 
 def _tokens_of_features(feature, count, width: int) -> tuple[jax.Array, jax.Array]:
-    """Slots sorted by feature, then token: where each feature's begin [S,F+1], slots [S,B*K]."""
+    """Slots sorted by feature, then token: the start of each feature [S,F+1], slots [S,B*K]."""
     s, b, k = feature.shape
-    used = jnp.arange(k, dtype=jnp.int32)[None, None, :] < count[:, :, None]
-    key = jnp.where(used, feature, width).reshape(s, b * k).astype(jnp.uint32)
+    key = jnp.where(xla.used_slots(count, k), feature, width)
+    key = key.reshape(s, b * k).astype(jnp.uint32)
     slot = jnp.broadcast_to(jnp.arange(b * k, dtype=jnp.uint32), key.shape)
     key, slot = jax.lax.sort((key, slot), num_keys=1, is_stable=True)
     find = partial(jnp.searchsorted, v=jnp.arange(width + 1, dtype=jnp.uint32))
@@ -179,22 +164,32 @@ def _tokens_of_features(feature, count, width: int) -> tuple[jax.Array, jax.Arra
 
 
 def _blocks(e: int) -> tuple[int, int]:
-    """In how many blocks of how many columns (a power of two) a row of E is read."""
+    """How many blocks, each of how many columns (a power of two), cover a row of E."""
     columns = min(COLUMNS, max(16, 1 << (e - 1).bit_length()))
     return -(-e // columns), columns
 
 
-def _places(b: int, c: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A program's number as places on three axes, the last two of b and c.
+def _columns(block, columns: int, e: int) -> tuple[jax.Array, jax.Array]:
+    """The columns of a block, and which of them are within a row of E."""
+    column = block * columns + jnp.arange(columns, dtype=jnp.int32)
+    return column, column < e
 
-    A CUDA grid may be long along its first axis only.
+
+def _rows(at, used, inside) -> jax.Array:
+    return plgpu.load(at, mask=used[:, None] & inside[None, :], other=0.0)
+
+
+def _places(b: int, c: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A program's number as indices on three axes, the last two of sizes b and c.
+
+    A CUDA grid can be long only along its first axis.
     """
     i = pl.program_id(0)
     return i // (b * c), i // c % b, i % c
 
 
 def _slots(tile, n) -> tuple[jax.Array, jax.Array]:
-    """A tile's slots, and which of them are among the first n; the others read slot 0."""
+    """A tile's slots, and which of them are among the first n; the others become slot 0."""
     slot = tile * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
     return jnp.where(slot < n, slot, 0), slot < n
 
@@ -208,14 +203,14 @@ def _group(feature, ends):
 
 
 def _by(side: int, pairs, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decoders sorted by their source (0) or target (1), and where those of each begin."""
+    """Where the decoders of each source (0) or target (1) begin, and the decoders in that order."""
     keys = np.asarray([pair[side] for pair in pairs])
     order = np.argsort(keys, kind="stable").astype(np.int32)
     return np.searchsorted(keys[order], np.arange(count + 1)).astype(np.int32), order
 
 
 def _call(kernel: Callable, programs: int, *shapes: tuple[int, ...]) -> Callable:
-    """A kernel as a function of arrays, with float32 results; interpreted where there is no GPU."""
+    """A kernel as a function of arrays with float32 results; interpreted if there is no GPU."""
     return pl.pallas_call(
         kernel,
         grid=(programs,),

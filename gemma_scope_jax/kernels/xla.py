@@ -1,32 +1,54 @@
-"""A `Backend` in plain jax.numpy, where neither C++ nor GPU kernels are to be had.
+"""A `Backend` in plain jax.numpy, for machines without C++ or GPU kernels; what backends share.
 
-`active.Backend` says what each function computes. XLA writes gathered rows to memory before it
-multiplies them, so tokens are taken some at a time.
+`active.Backend` documents the functions. XLA writes gathered rows to memory before it multiplies
+them, so tokens are processed in chunks.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CHUNK = 2**24  # floats gathered at a time
-# By arithmetic: five gathers of 4 D bytes a slot, 6 D flop a feature, 130 flop a byte.
+# Estimated: five gathers of 4 D bytes per slot, 6 D flop per feature, 130 flop per byte.
 FEATURES_A_SLOT: int = 512
+
+Pairs = tuple[tuple[int, int], ...]  # source and target of each decoder
+Ends = tuple[int, ...]  # where groups of features end
+
+
+class Layout(NamedTuple):
+    """The static arguments of `active.decode_active`."""
+
+    pairs: Pairs
+    targets: int
+    ends: Ends
+
+
+def separate(coders: int, width: int) -> Layout:
+    """The layout of separate coders, each with one group of `width` features."""
+    return Layout(tuple((i, i) for i in range(coders)), coders, (width,))
+
+
+def used_slots(count: jax.Array, slots: int) -> jax.Array:
+    """bool [S,B,K]: which slots hold entries, for counts [S,B]."""
+    return jnp.arange(slots, dtype=jnp.int32)[None, None, :] < count[..., None]
 
 
 def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     z = z + b_enc[:, None, :]
     feature, count = first_above(z, low, capacity)
-    used = jnp.arange(capacity, dtype=jnp.int32)[None, None, :] < count[..., None]
+    used = used_slots(count, capacity)
     feature = jnp.where(used, feature, 0)
     return jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count
 
 
 def first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`; rubbish after.
+    """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`, then rubbish.
 
-    One bit an entry, then slot k is found in the running count of bits: z is read once, where a
-    sort or top_k goes through it many times.
+    Packs one bit per entry, then finds slot k in the running count of bits: z is read once, where a
+    sort or top_k reads it many times.
     """
     s, b, f = z.shape
     words = -(-f // 32)
@@ -74,13 +96,15 @@ def _chunk(feature: jax.Array, e: int) -> int:
 
 
 def _members(feature, count, ends) -> jax.Array:
-    """float32 [S,B,K,M]: 1 where an entry belongs to the group; no group has the empty slots."""
+    """float32 [S,B,K,M]: 1 where an entry belongs to the group; unused slots belong to none."""
     group = jnp.sum(feature[..., None] >= jnp.asarray(ends, jnp.int32)[None, None, None, :], -1)
-    used = jnp.arange(feature.shape[-1], dtype=jnp.int32)[None, None, :] < count[..., None]
+    used = used_slots(count, feature.shape[-1])
     return jax.nn.one_hot(jnp.where(used, group, -1), len(ends), dtype=jnp.float32)
 
 
-def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
+def decode(f, feature, count, w_dec, layout: Layout) -> jax.Array:
+    pairs, targets, ends = layout
+
     def some(tokens):
         f, feature, count = tokens
         scale = f[..., None] * _members(feature, count, ends)
@@ -95,7 +119,9 @@ def decode(f, feature, count, w_dec, pairs, targets: int, ends) -> jax.Array:
     return join(y, 2, f.shape[1])
 
 
-def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
+def decode_values(feature, count, w_dec, g, layout: Layout) -> jax.Array:
+    pairs, _, ends = layout
+
     def some(tokens):
         feature, count, g = tokens
         members = _members(feature, count, ends)
@@ -110,7 +136,9 @@ def decode_values(feature, count, w_dec, g, pairs, ends) -> jax.Array:
     return join(jax.lax.map(some, tokens), 1, feature.shape[1])
 
 
-def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array]:
+def decode_rows(f, feature, count, g, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    pairs, _, ends = layout
+
     def some(sums, tokens):
         f, feature, count, g = tokens
         dw, total = sums
@@ -128,13 +156,13 @@ def decode_rows(f, feature, count, g, pairs, ends) -> tuple[jax.Array, jax.Array
 
 
 def per_feature(values, feature, count, width: int) -> jax.Array:
-    pairs = tuple((i, i) for i in range(values.shape[0]))
-    nothing = jnp.zeros((values.shape[0], 1, values.shape[1], 1), values.dtype)
-    return decode_rows(values, feature, count, nothing, pairs, (width,))[1]
+    s, b, _ = values.shape
+    nothing = jnp.zeros((s, 1, b, 1), values.dtype)
+    return decode_rows(values, feature, count, nothing, separate(s, width))[1]
 
 
 def kth_largest(z: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of all values of z, bit by bit."""
+    """The k-th largest value of z, found bit by bit."""
     top = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(z, jnp.uint32)
     order = jnp.where(bits >= top, ~bits, bits | top)  # sorts as the floats do

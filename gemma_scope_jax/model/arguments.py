@@ -1,8 +1,7 @@
 """Arguments that say where and how much, checked on the host before anything runs.
 
-On a device an index out of range is clamped, wraps around or matches nothing, and nobody is told.
-What numpy arrays, lists and numbers say costs nothing to look at; under `jit` there is nothing to
-look at yet.
+On a device an index out of range is silently clamped, wrapped or ignored. Checking numpy arrays,
+lists and numbers costs nothing; under `jit` there are no values to check yet.
 """
 
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 
@@ -21,7 +21,7 @@ class MisfitError(InputError):
 
 
 def whole_number(what: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int; true, 1.0 and "1" are none. Raises `InputError`."""
+    """`value` as an int; True, 1.0 and "1" are refused. Raises `InputError`."""
     try:
         number = int(value.__index__())
     except (AttributeError, TypeError):
@@ -34,7 +34,7 @@ def whole_number(what: str, value: Any, least: int | None = None) -> int:
 
 
 def is_abstract(value: Any) -> bool:
-    """Whether there is nothing to look at: a traced value, or a shape to compile for."""
+    """Whether `value` has no concrete values: it is traced, or a shape to compile for."""
     kinds = (Tracer, jax.ShapeDtypeStruct)
     return any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(value))
 
@@ -43,50 +43,42 @@ def on_host(what: str, values: Any) -> np.ndarray:
     """Numbers or booleans as a numpy array. Raises `InputError` for anything else."""
     try:
         array = np.asarray(values)
-        known = any(map(lambda k: jnp.issubdtype(array.dtype, k), (np.integer, np.floating, bool)))
+        if any(jnp.issubdtype(array.dtype, kind) for kind in (np.integer, np.floating, bool)):
+            return array
     except (TypeError, ValueError):
-        known = False
-    if not known:
-        raise InputError(f"{what} must be numbers, not {str(values)[:60]!r}")
-    return array
-
-
-# -------------------------------------------------------------------------------------------------
-# Which tokens
+        pass
+    raise InputError(f"{what} must be numbers, not {str(values)[:60]!r}")
 
 
 @flax.struct.dataclass
 class Positions:
     """Which tokens an intercept is for: absolute positions int [n], or a mask bool [n] over them.
 
-    `run` and `generate` look for it among an intercept's arguments, to refuse positions that the
-    text does not have.
+    `run` and `generate` check them against the text.
     """
 
-    which: Any
+    which: np.ndarray | jax.Array
 
 
 def at_positions(positions: Any) -> Positions | None:
     """`positions` (ints or a boolean mask over the positions 0, 1, ..) as an argument; None: all.
 
-    An array on a device is fetched to be checked; a traced one is taken as it is. Raises
-    `InputError` for anything but positions.
+    An array on a device is fetched to be checked; a traced one is not checked. Raises `InputError`
+    for anything but positions.
     """
     if positions is None or isinstance(positions, Positions):
         return positions
-    wanted = "positions must be ints, or a boolean mask, counted from <bos> = 0"
     which = jnp.asarray(positions) if is_abstract(positions) else on_host("positions", positions)
     if not which.size and which.ndim:
-        which = which.astype(np.int32)  # [] is of float64
+        which = which.astype(np.int32)  # numpy makes [] float64
     ints, mask = jnp.issubdtype(which.dtype, np.integer), which.dtype == bool and which.ndim
     if which.ndim > 1 or not (ints or mask):
+        wanted = "positions must be ints, or a boolean mask, counted from <bos> = 0"
         raise InputError(f"{wanted}; got {which.dtype}{list(which.shape)}")
     if isinstance(which, np.ndarray) and ints and which.size:
         low, high = which.min(), which.max()
         if low < 0:
-            raise InputError(
-                f"position {low}: they count from <bos> = 0; the last of T tokens is T - 1"
-            )
+            raise InputError(f"position {low}: positions count from <bos> = 0 to T - 1")
         if high >= 2**31:
             raise InputError(f"position {high} is beyond every text")
         which = which.astype(np.int32)
@@ -94,9 +86,8 @@ def at_positions(positions: Any) -> Positions | None:
 
 
 def check_positions(where: Positions, least: int, most: int) -> None:
-    """Raise `InputError` if `where`, on the host, names tokens that texts of `most` tokens do not
-    have, or is a mask that ends before token `least`.
-    """
+    """Raise `InputError` if `where`, on the host, names tokens beyond texts of `most` tokens, or is
+    a mask that ends before token `least`."""
     which = where.which
     if not isinstance(which, np.ndarray):
         return
@@ -107,23 +98,16 @@ def check_positions(where: Positions, least: int, most: int) -> None:
         raise InputError(f"position {named.max()}: the text has positions 0 to {most - 1}")
 
 
-# -------------------------------------------------------------------------------------------------
-# How much
-
-
-def check_finite(what: str, value: Any, dtype: Any = None, infinite: bool = False) -> None:
-    """Raise `InputError` unless `value` (numbers or an array; only looked at on the host) is finite
-    in `dtype` (default: float32). `infinite`: infinities that are given as such may be.
-    """
+def check_finite(what: str, value: Any, dtype: DTypeLike = jnp.float32, infinite=False) -> None:
+    """Raise `InputError` unless `value` (numbers or an array on the host) is finite in `dtype`.
+    `infinite` also allows infinities."""
     if is_abstract(value) or isinstance(value, jax.Array):
         return
-    array = on_host(what, value)
+    array, known = on_host(what, value), jnp.dtype(dtype)
     if not array.size:
         return
     for extreme in (array.min(), array.max()):  # a NaN is both
         if np.isnan(extreme) or (np.isinf(extreme) and not infinite):
             raise InputError(f"{what} holds {'NaN' if np.isnan(extreme) else extreme}")
-        most = float(jnp.finfo(dtype or jnp.float32).max)
-        if np.isfinite(extreme) and abs(float(extreme)) > most:
-            name = jnp.dtype(dtype or jnp.float32).name
-            raise InputError(f"{what} holds {extreme:.3g}, which overflows {name}")
+        if np.isfinite(extreme) and abs(float(extreme)) > float(jnp.finfo(known).max):
+            raise InputError(f"{what} holds {extreme:.3g}, which overflows {known.name}")

@@ -1,45 +1,42 @@
-"""Grouped-query attention: exact patterns when somebody looks at them, else without keeping them.
+"""Grouped-query attention: exact patterns if an intercept needs them, otherwise never kept whole.
 
-Queries and keys carry an absolute position and the number of their document each (0 is padding or
-an empty cache slot); a query sees the keys of its own document at positions p_q - window < p_k <=
-p_q. One rule for padded and packed batches, prefill and decoding. `by_document` numbers so that no
-two documents of a row share a number and positions grow within each: nobody sees what comes later.
+Queries and keys carry an absolute position and the number of their document (0 is padding or an
+empty cache slot). A query sees the keys of its own document at positions p_q - window < p_k <= p_q:
+one rule for padded and packed batches, prefill and decoding. `by_document` numbers documents so
+that no two in a row share a number and positions grow within each: no query sees later tokens.
 """
-
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-# Scores are made for this many queries at a time, against only the keys that can be seen by them.
-QUERY_CHUNK = 256
+QUERY_CHUNK = 256  # queries scored at a time, against only the keys that they can see
 MOST_CHUNKS = 16  # unrolled; longer sequences get longer chunks
 LOWEST = -2.3819763e38  # Gemma's mask value: finite, so that rows of padding stay free of NaN
 
 
 @flax.struct.dataclass
 class Tokens:
-    """Where tokens stand: positions and segments, int32 [B, T] (segment 0: not a token).
+    """Positions and segments of tokens, int32 [B, T] (segment 0: padding).
 
-    The segments that attention is given are documents: see `by_document`.
+    Attention takes document numbers as segments: see `by_document`.
     """
 
-    positions: jax.Array
-    segments: jax.Array
+    positions: Array
+    segments: Array
 
     def __getitem__(self, index: slice) -> "Tokens":
         return Tokens(self.positions[:, index], self.segments[:, index])
 
 
-def by_document(given: Tokens, slot: Any, last: jax.Array) -> tuple[Tokens, jax.Array]:
+def by_document(given: Tokens, slot: Array | int, last: Array) -> tuple[Tokens, Array]:
     """`given`, its segment ids replaced by numbers that no two documents of a row share.
 
-    A document begins where the segment id is another than that of the token before, or where the
-    position does not grow; padding in between is passed over. Its number is 1 + the slot where it
-    begins, `slot` being that of the first column. `last` int32 [B, 3] is what stood before: the
-    position, the segment id as given and the document of each row's last token, zeros for none.
-    Returns the same of the tokens `given`, too.
+    A document begins where the segment id differs from the token before, or where the position does
+    not grow; padding in between is skipped. Its number is 1 + the slot where it begins; `slot` is
+    the slot of the first column. `last` int32 [B, 3] holds the position, segment id and document of
+    each row's token before these, zeros if none. Also returns the same of the last token `given`.
     """
     positions, ids = given.positions, given.segments
     real = ids > 0
@@ -59,15 +56,15 @@ def by_document(given: Tokens, slot: Any, last: jax.Array) -> tuple[Tokens, jax.
     return Tokens(positions, documents), ends
 
 
-def visible(queries: Tokens, keys: Tokens, window: jax.Array | int) -> jax.Array:
+def visible(queries: Tokens, keys: Tokens, window: Array | int) -> Array:
     """bool [B, T, S]: which keys each query sees under a window of `window` positions."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     same = queries.segments[:, :, None] == keys.segments[:, None, :]
     return same & (distance >= 0) & (distance < window) & (keys.segments[:, None, :] > 0)
 
 
-def _probabilities(q, k, scale: float, mask) -> jax.Array:
-    """float32 [B, K, T, G, S]: heads of a group side by side, so that one kv head needs no copy."""
+def _probabilities(q, k, scale: float, mask) -> Array:
+    """float32 [B, K, T, G, S]: the heads of a group side by side, so that no kv head is copied."""
     B, T, N, H = q.shape
     K = k.shape[2]
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 2, 1).reshape(B, K, T * (N // K), H)
@@ -77,8 +74,8 @@ def _probabilities(q, k, scale: float, mask) -> jax.Array:
     return jax.nn.softmax(scores, -1)
 
 
-def _mix(probs: jax.Array, v: jax.Array) -> jax.Array:
-    """[B, K, T, G, S] over values [B, S, K, H]: z [B, T, N, H]."""
+def _mix(probs: Array, v: Array) -> Array:
+    """[B, K, T, G, S] applied to values [B, S, K, H]: z [B, T, N, H]."""
     B, K, T, G, S = probs.shape
     flat = probs.astype(v.dtype).reshape(B, K, T * G, S)
     z = jnp.einsum("bkqs,bskh->bkqh", flat, v, preferred_element_type=jnp.float32)
@@ -86,7 +83,7 @@ def _mix(probs: jax.Array, v: jax.Array) -> jax.Array:
     return z.reshape(B, T, K * G, -1)
 
 
-def pattern(q: jax.Array, k: jax.Array, scale: float, mask: jax.Array) -> jax.Array:
+def pattern(q: Array, k: Array, scale: float, mask: Array) -> Array:
     """Attention probabilities float32 [B, N, T, S]; queries that see nothing get zeros."""
     probs = _probabilities(q, k, scale, mask)
     probs = jnp.where(mask[:, None, :, None, :], probs, 0.0)
@@ -94,7 +91,7 @@ def pattern(q: jax.Array, k: jax.Array, scale: float, mask: jax.Array) -> jax.Ar
     return jnp.moveaxis(probs, 3, 2).reshape(B, K * G, T, S)
 
 
-def mix(probs: jax.Array, v: jax.Array) -> jax.Array:
+def mix(probs: Array, v: Array) -> Array:
     """Values weighted by a pattern: [B, N, T, S] and [B, S, K, H] to z [B, T, N, H]."""
     B, N, T, S = probs.shape
     K = v.shape[2]
@@ -102,19 +99,12 @@ def mix(probs: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    scale: float,
-    queries: Tokens,
-    keys: Tokens,
-    window: jax.Array,
-    causal: bool,
-) -> jax.Array:
+    q: Array, k: Array, v: Array, scale: float, queries: Tokens, keys: Tokens, window, causal: bool
+) -> Array:
     """z [B, T, N, H] of q [B, T, N, H] over k, v [B, S, K, H]; the pattern is never kept whole.
 
-    `causal` says that queries and keys are the same tokens in the same order, so that a chunk of
-    queries needs no keys beyond its own end.
+    `causal`: queries and keys are the same tokens in the same order, so a chunk of queries needs no
+    keys beyond its own end.
     """
     T = q.shape[1]
     chunk = max(QUERY_CHUNK, -(-T // MOST_CHUNKS))

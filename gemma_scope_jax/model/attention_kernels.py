@@ -1,7 +1,8 @@
 """The fastest exact attention of each accelerator: a splash kernel on TPUs, cuDNN on GPUs.
 
-Both know static masks only, a whole context or a local window. So they serve passes without a cache
-whose tokens stand in the order of their positions; all else, and every CPU, takes `attend`.
+Both support static masks only: the whole context or a local window. They serve passes without a
+cache whose tokens are in the order of their positions; everything else, and every CPU, uses
+`attend`.
 """
 
 import math
@@ -12,32 +13,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from gemma_scope_jax.model.attention import Tokens, attend
 
-BLOCK = 512  # queries and keys a tile of the splash kernel; shorter where it does not divide T
+BLOCK = 512  # queries and keys per tile of the splash kernel; shorter if 512 does not divide T
 
 
 def attend_in_order(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
     scale: float,
     tokens: Tokens,
     packed: bool,
     window: int,
-    is_global: jax.Array | bool,
-    mesh: Any = None,
-) -> jax.Array:
-    """z [B, T, N, H] as `attend` gives it, of tokens that stand in order of position.
+    is_global: Array | bool,
+    mesh: AbstractMesh | None = None,
+) -> Array:
+    """z [B, T, N, H] as `attend` gives it, for tokens in the order of their positions.
 
-    packed     whether there are other segments than a single one without padding
+    packed     whether there are several segments, or padding
     is_global  whether to see the whole context rather than the last `window` tokens
-    mesh       the abstract mesh the weights live on, or None
+    mesh       the abstract mesh that the weights are on, or None
 
-    Differentiable in reverse mode only where a kernel serves: read or freeze `attn_pattern` for
-    forward mode on an accelerator.
+    A kernel is differentiable in reverse mode only: read or freeze `attn_pattern` for forward mode
+    on an accelerator.
     """
 
     def plain(q, k, v, segments):
@@ -48,14 +50,15 @@ def attend_in_order(
     platform = jax.default_backend() if device is None else device.platform
     kernel = kernel_for(platform, q, packed)
     if mesh is None and set(jax.typeof(q).sharding.mesh.axis_types) - {AxisType.Manual}:
-        kernel = None  # somebody else's mesh: only the compiler knows how to split over it
+        kernel = None  # another library's mesh: only the compiler can split over it
     segments = tokens.segments if packed else None
     if kernel is None:
         return plain(q, k, v, segments)
 
     def fast(q, k, v, segments):
-        whole, local = (partial(kernel, scale=scale, window=w) for w in (None, window))
-        whole, local = over_mesh(whole, mesh, q, k), over_mesh(local, mesh, q, k)
+        whole, local = (
+            over_mesh(partial(kernel, scale=scale, window=w), mesh, q, k) for w in (None, window)
+        )
         if is_global is True or window >= q.shape[1]:
             z = whole(q, k, v, segments)
         elif is_global is False:
@@ -68,13 +71,13 @@ def attend_in_order(
 
     if mesh is not None:
         return fast(q, k, v, segments)
-    # Arrays may have been put on the CPU of a machine with accelerators: only lowering knows.
+    # Arrays may be on the CPU of a machine with accelerators: only lowering can tell.
     choices = {"cuda" if platform == "gpu" else platform: fast}
     return jax.lax.platform_dependent(q, k, v, segments, default=plain, **choices)
 
 
-def kernel_for(platform: str, q: jax.Array, packed: bool) -> Callable | None:
-    """The kernel that takes queries of this shape and dtype on `platform`, if there is one."""
+def kernel_for(platform: str, q: Array, packed: bool) -> Callable | None:
+    """The kernel for queries of this shape and dtype on `platform`, if one exists."""
     B, T, N, H = q.shape
     if platform == "tpu" and T % 128 == 0 and H % 128 == 0:
         return splash
@@ -85,19 +88,20 @@ def kernel_for(platform: str, q: jax.Array, packed: bool) -> Callable | None:
 
 
 def _widest_cudnn_head() -> int:
-    """The largest head dimension of cuDNN's flash attention on the GPU found here; 0 for none."""
+    """The largest head dimension of cuDNN's flash attention on this GPU; 0 if it has none."""
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    generation = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's look otherwise
+    generation = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's have another form
     if generation is None or int(generation[1]) < 8:
         return 0
     return 256 if int(generation[1]) >= 9 else 128
 
 
-def over_mesh(kernel: Callable, mesh: Any, q: jax.Array, k: jax.Array) -> Callable:
+def over_mesh(kernel: Callable, mesh: AbstractMesh | None, q: Array, k: Array) -> Callable:
     """`kernel(q, k, v, segments)` with the batch over "data" and the heads over "model".
 
-    The compiler cannot split a kernel itself. An axis that does not divide stays whole; fewer kv
-    heads than devices are repeated, each device keeping the one that its queries use.
+    The compiler cannot split a kernel itself. An axis that does not divide stays whole; if there
+    are fewer kv heads than devices, they are repeated so that each device has the one that its
+    queries use.
     """
     if mesh is None:
         return kernel
@@ -118,19 +122,11 @@ def over_mesh(kernel: Callable, mesh: Any, q: jax.Array, k: jax.Array) -> Callab
 
 
 def splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """z [B, T, N, H] by the Pallas splash kernel, T a multiple of 128; `window=None` for all.
-
-    `segments` int [B, T] or None: equal ids, side by side, see each other, padding (0) too.
-    """
+    q: Array, k: Array, v: Array, segments, *, scale: float, window: int | None, interpret=False
+) -> Array:
+    """z [B, T, N, H] by the Pallas splash kernel; T must be a multiple of 128, `window` None is
+    the whole context. `segments` int [B, T] or None: tokens of equal ids see each other, also
+    padding (0)."""
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     T, N = q.shape[1:3]
@@ -151,17 +147,8 @@ def splash(
     return jnp.moveaxis(jax.vmap(row)(q, k, v, segments), 1, 2)
 
 
-def flash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: None,
-    *,
-    scale: float,
-    window: int | None,
-    implementation: Any = "cudnn",
-) -> jax.Array:
-    """z [B, T, N, H] by cuDNN's flash attention, of one segment; `window=None` for all."""
+def flash(q, k, v, segments: None, *, scale, window: int | None, implementation: Any = "cudnn"):
+    """z [B, T, N, H] by cuDNN's flash attention, for one segment; `window` None is all of it."""
     reach = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=reach, implementation=implementation

@@ -1,14 +1,14 @@
-"""A batch of tokens: ids, the document each belongs to, which of them are used; and its checks.
+"""A batch of tokens: ids, the document of each token, and which are used; and its checks.
 
     batch = gs.tokens(["The capital of France is", "Two"], "gemma-3-270m")
     gs.run(model, batch).logits[batch.counted(1)]  # [n, V]: neither padding nor <bos>
 
-Whatever takes tokens takes a `TokenBatch` or arrays. Axes: B rows of T tokens.
+Every function that takes tokens takes a `TokenBatch` or arrays. Axes: B rows of T tokens.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -18,6 +18,10 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.attention import Tokens, by_document
 from gemma_scope_jax.model.config import GemmaConfig
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.model.gemma import Cache
+    from gemma_scope_jax.model.tokenizer import Tokenizer
 
 
 @flax.struct.dataclass
@@ -43,7 +47,7 @@ class TokenBatch:
 
     tokens    int32 ids
     segments  int32: 0 is padding, each run of equal ids in a row is a document (or a piece of one)
-    mask      bool: True where a token is used in training and metrics; None: all but padding
+    mask      bool: True for tokens used in training and metrics; None: all but padding
     labels    {kind: TokenLabels}: groups of tokens, such as the roles in a chat
     """
 
@@ -64,20 +68,20 @@ class TokenBatch:
 
     @property
     def plain(self) -> "TokenBatch":
-        """Tokens and segments alone, all that the model looks at."""
+        """Tokens and segments alone: all that the model reads."""
         return TokenBatch(self.tokens, self.segments)
 
     def counted(self, first: int) -> jax.Array:
         """bool [B, T]: the mask without padding and the first `first` tokens of each document.
 
-        `batch.counted(coder.first)` are the tokens to measure a coder on: it was not trained on the
-        first of a document (`<bos>`; the opening of a chat).
+        `batch.counted(coder.first)` selects the tokens to measure a coder on: it was not trained on
+        the first of a document (`<bos>`; the opening of a chat).
         """
         found = (jnp.asarray(self.segments) > 0) & (self.positions >= first)
         return found if self.mask is None else found & self.mask
 
     def document_slices(self) -> list[tuple[int, slice]]:
-        """(row, columns) of each document, row after row. Fetches the segments from a device."""
+        """(row, columns) of each document, row by row. Fetches the segments from a device."""
         found = []
         for row, ids in enumerate(np.asarray(self.segments)):
             edges = np.flatnonzero(np.diff(ids, prepend=0, append=0)).tolist()
@@ -90,7 +94,7 @@ def padded(
 ) -> TokenBatch:
     """A batch of `rows`, int [n] each, padded on the right to the longest, or to `context_size`.
 
-    With `batch_size`, rows of padding follow. The arrays are numpy's.
+    With `batch_size`, rows of padding follow. The arrays are numpy arrays.
     """
     longest = max(map(len, rows), default=0)
     shape = (len(rows) if batch_size is None else batch_size, context_size or longest)
@@ -100,18 +104,14 @@ def padded(
     return TokenBatch(tokens, segments)
 
 
-# -------------------------------------------------------------------------------------------------
-# Text to batches
-
-
 def tokens(
     texts: Any,
-    tokenizer: Any,
+    tokenizer: "Tokenizer | str | os.PathLike",
     *,
     roles: Sequence[str] = ("system", "user", "model"),
     add_generation_prompt: bool = True,
 ) -> TokenBatch:
-    """Texts of any lengths as a batch: a row each, `<bos>` first, padded on the right.
+    """Texts of any lengths as a batch: one row each, `<bos>` first, padded on the right.
 
     texts      strings or chats (lists of {"role", "content"}), or one of them
     tokenizer  a `Tokenizer`, or what `load_tokenizer` takes, such as the model's name
@@ -122,7 +122,7 @@ def tokens(
     the messages. If any text is a chat, `labels["role"]` gives the role of each token: "turn" (the
     template), "system", "user" or "model". Raises `InputError` for anything but texts and chats.
     """
-    # here, because the tokenizer's files lie with checkpoints, whose loader shards batches
+    # imported here because the tokenizer's files need checkpoints, whose loader shards batches
     from gemma_scope_jax.model.tokenizer import ROLES, SPAN_ROLES, load_tokenizer
 
     if isinstance(tokenizer, str | os.PathLike):
@@ -131,7 +131,8 @@ def tokens(
         texts = [texts]
     if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
         raise InputError(f"texts must be strings or chats, not {type(texts).__name__}")
-    rows, used, whose, chats = [], [], [], False
+    rows: list[np.ndarray] = []
+    used, whose, chats = [], [], False
     for text in texts:
         if _is_chat(text):
             chat = tokenizer.chat(text, add_generation_prompt=add_generation_prompt)
@@ -146,9 +147,9 @@ def tokens(
     if not rows:
         raise InputError("no texts: give at least one")
     batch = padded(rows)
-    mask, numbers = np.zeros(batch.tokens.shape, bool), np.full(batch.tokens.shape, -1, np.int32)
-    for row, (said, number) in enumerate(zip(used, whose)):
-        mask[row, : len(said)], numbers[row, : len(said)] = said, number
+    present = np.asarray(batch.segments) > 0
+    mask, numbers = np.zeros(present.shape, bool), np.full(present.shape, -1, np.int32)
+    mask[present], numbers[present] = np.concatenate(used), np.concatenate(whose)
     labels = {"role": TokenLabels(numbers, SPAN_ROLES)} if chats else {}
     return TokenBatch(batch.tokens, batch.segments, mask, labels)
 
@@ -158,7 +159,7 @@ def _is_chat(text: Any) -> bool:
 
 
 def as_batch(given: Any) -> TokenBatch:
-    """A `TokenBatch` of one, of tokens [B, T] or of a tuple (tokens, segments).
+    """A `TokenBatch` of a `TokenBatch`, of tokens [B, T] or of a tuple (tokens, segments).
 
     Raises `InputError` for text and for shapes that do not fit.
     """
@@ -170,7 +171,7 @@ def as_batch(given: Any) -> TokenBatch:
     tokens, segments = np.shape(given.tokens), np.shape(given.segments)
     if tokens != segments or len(tokens) != 2:
         raise InputError(
-            f"a batch is tokens and segments of one shape [B, T], got {tokens} and {segments}"
+            f"tokens and segments must have one shape [B, T], got {tokens}, {segments}"
         )
     if given.mask is not None:
         dtype, shape = np.dtype(getattr(given.mask, "dtype", object)), np.shape(given.mask)
@@ -190,27 +191,21 @@ def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Arra
 
 
 def prompts_of(given: Any) -> Any:
-    """The prompts of `generate`; a `TokenBatch` becomes a list of ids int [n], one a row."""
+    """The prompts of `generate`; a `TokenBatch` becomes a list of ids int [n], one per row."""
     if not isinstance(given, TokenBatch):
         _refuse_text(given)
         return given
     tokens, places = np.asarray(given.tokens), given.document_slices()
     if [row for row, _ in places] != list(range(len(tokens))):
-        raise InputError("generate takes one document a row: this TokenBatch is packed or has none")
+        raise InputError("generate takes one document per row, not a packed batch or empty rows")
     return [tokens[place] for place in places]
 
 
 def _refuse_text(given: Any) -> None:
-    """Raise `InputError` if `given` is text where ids are wanted."""
+    """Raise `InputError` if `given` is text instead of ids."""
     some = given if isinstance(given, list | tuple) else [given]
     if any(isinstance(text, str | Mapping) or _is_chat(text) for text in some):
-        raise InputError(
-            "tokens must be ids, not text: gs.tokens([...], tokenizer) makes a batch of texts"
-        )
-
-
-# -------------------------------------------------------------------------------------------------
-# Where documents begin
+        raise InputError("tokens must be ids, not text: encode it with gs.tokens(texts, tokenizer)")
 
 
 def default_positions(segments: jax.Array) -> jax.Array:
@@ -219,16 +214,18 @@ def default_positions(segments: jax.Array) -> jax.Array:
 
 
 def _run_starts(segments: jax.Array) -> jax.Array:
-    """int32 [B, T]: where the run of equal segment ids begins that each token belongs to."""
+    """int32 [B, T]: the column where the run of equal segment ids of each token begins."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     before = jnp.concatenate([segments[:, :1], segments[:, :-1]], 1)
     return jax.lax.cummax(jnp.where(segments != before, index, 0), axis=1)
 
 
-def documents(shape, positions, segments, cache: Any) -> tuple[Tokens, Any]:
+def documents(
+    shape: tuple[int, ...], positions, segments, cache: "Cache | None"
+) -> tuple[Tokens, Any]:
     """The tokens of a pass, numbered by document, and what a cache keeps of their end.
 
-    `positions` and `segments` int [B, T] or None, as `forward` takes them, and its `cache`.
+    `positions` and `segments` are int [B, T] or None, as in `forward`.
     """
     if segments is None:
         segments = jnp.ones(shape, jnp.int32)
@@ -238,22 +235,18 @@ def documents(shape, positions, segments, cache: Any) -> tuple[Tokens, Any]:
         positions = jnp.arange(shape[1], dtype=jnp.int32)[None, :] - starts
         if cache is None:
             return Tokens(positions, jnp.where(segments > 0, starts + 1, 0)), None
-        # The row's first run goes on with the document before it, if the segment id is the same.
+        # The row's first run continues the document before it, if the segment id is the same.
         first = jnp.argmax(segments > 0, axis=1, keepdims=True)
         follows = (starts == first) & (segments == cache.last[:, 1:2])
         positions = positions + jnp.where(follows, cache.last[:, :1] + 1, 0)
-    slot, last = (
-        (0, jnp.zeros((shape[0], 3), jnp.int32)) if cache is None else (cache.used, cache.last)
-    )
-    return by_document(Tokens(positions.astype(jnp.int32), segments), slot, last)
+    given = Tokens(positions.astype(jnp.int32), segments)
+    if cache is None:
+        return by_document(given, 0, jnp.zeros((shape[0], 3), jnp.int32))
+    return by_document(given, cache.used, cache.last)
 
 
-# -------------------------------------------------------------------------------------------------
-# Checks
-
-
-def check_tokens(config: GemmaConfig, tokens, cache: Any, positions, segments) -> None:
-    """Raise `InputError` unless shapes and dtypes are those of a batch that the model takes."""
+def check_tokens(config: GemmaConfig, tokens, cache: "Cache | None", positions, segments) -> None:
+    """Raise `InputError` unless shapes and dtypes are those of a batch for the model."""
     if 0 in tokens.shape:
         raise InputError("no tokens: the prompt is empty")
     shape = tokens.shape if len(tokens.shape) == 2 else ("B", "T")
@@ -264,14 +257,13 @@ def check_tokens(config: GemmaConfig, tokens, cache: Any, positions, segments) -
             wanted = f"integers [{', '.join(map(str, shape))}]"
             raise InputError(f"{what} must be {wanted}, got {given.dtype}{list(given.shape)}")
     room = config.context if cache is None else cache.k.shape[2]
-    if tokens.shape[1] > room:
+    if (count := tokens.shape[1]) > room:
         what = "the model's context" if cache is None else "the cache's slots"
-        count = tokens.shape[1]
         raise InputError(f"{count} tokens are more than {what} of {room}: shorten the text")
 
 
 def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
-    """Raise `InputError` if any of `ids` (some of them) is not a token; `what` begins the line."""
+    """Raise `InputError`, beginning with `what`, if any of `ids` (at least one) is not a token."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab:
         bad = low if low < 0 else high
@@ -279,7 +271,7 @@ def check_ids(config: GemmaConfig, ids: np.ndarray, what: str = "") -> None:
 
 
 def integers(what: str, values: Any) -> Any:
-    """Numbers on the host as an array, integers as int32; a device's array and None as they are."""
+    """Numbers on the host as an array, integers as int32; device arrays and None are unchanged."""
     if values is None or isinstance(values, jax.Array):
         return values
     try:

@@ -3,55 +3,55 @@
 Every step has a `named_scope`, so that a profile reads like the model. Axes: see `config.py`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import named_scope
+from jax import Array, named_scope
+from jax.sharding import AbstractMesh
 
 from gemma_scope_jax.model.attention import Tokens, attend, mix, pattern, visible
 from gemma_scope_jax.model.attention_kernels import attend_in_order
 from gemma_scope_jax.model.config import Block, GemmaConfig
 from gemma_scope_jax.model.sharding import place
 
+if TYPE_CHECKING:
+    from gemma_scope_jax.model.gemma import Cache
+
 
 @flax.struct.dataclass
 class Where:
-    """What every layer shares: masks, RoPE tables, the slot of the cache being filled."""
+    """What every layer shares: RoPE tables, the tokens, the cache slot being filled, the mesh."""
 
-    is_global: jax.Array  # bool [L]
-    rope_local: Any
-    rope_global: Any
+    is_global: Array  # bool [L]
+    rope_local: tuple[Array, Array]
+    rope_global: tuple[Array, Array]
     queries: Tokens
     keys: Tokens
-    slot: Any
-    materialise: bool = flax.struct.field(pytree_node=False, default=False)
+    slot: Array | None
+    materialise: bool = flax.struct.field(pytree_node=False, default=False)  # attention patterns
     in_order: bool = flax.struct.field(pytree_node=False, default=False)  # of position; no cache
     packed: bool = flax.struct.field(pytree_node=False, default=True)  # or padded
-    mesh: Any = flax.struct.field(pytree_node=False, default=None)
+    mesh: AbstractMesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def where_for(config: GemmaConfig, queries: Tokens, cache: Any, **static):
+def where_for(config: GemmaConfig, queries: Tokens, cache: "Cache | None", **static) -> Where:
     c, keys, slot = config, queries, None
     if cache is not None:
         slot = cache.used
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot))
         keys = jax.tree.map(put, cache.tokens, queries)
-    return Where(
-        jnp.array([c.is_global(l) for l in range(c.layers)]),
-        rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0),
-        rope_tables(queries.positions, c.head_dim, c.global_rope_base, c.global_rope_divisor),
-        queries,
-        keys,
-        slot,
-        **static,
-    )
+    is_global = jnp.array([c.is_global(l) for l in range(c.layers)])
+    local = rope_tables(queries.positions, c.head_dim, c.local_rope_base, 1.0)
+    divisor = c.global_rope_divisor
+    whole = rope_tables(queries.positions, c.head_dim, c.global_rope_base, divisor)
+    return Where(is_global, local, whole, queries, keys, slot, **static)
 
 
-def rms_norm(x: jax.Array, w: jax.Array, epsilon: float, at=None, site: str = "") -> jax.Array:
-    """x / rms(x) * (1 + w), float32 whatever x is; `at(site, 1/rms)` when a site is given."""
+def rms_norm(x: Array, w: Array, epsilon: float, at=None, site: str = "") -> Array:
+    """x / rms(x) * (1 + w), in float32 whatever x is; calls `at(site, 1/rms)` if given."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
     if at is not None:
@@ -60,21 +60,23 @@ def rms_norm(x: jax.Array, w: jax.Array, epsilon: float, at=None, site: str = ""
     return wide * scale * gain
 
 
-def rope_tables(positions: jax.Array, head_dim: int, base: float, divisor: float):
-    """cos, sin [B, T, 1, H/2] of Gemma's split-half rotary embedding; positions over `divisor`."""
+def rope_tables(
+    positions: Array, head_dim: int, base: float, divisor: float
+) -> tuple[Array, Array]:
+    """cos, sin [B, T, 1, H/2] of Gemma's split-half rotary embedding of positions / divisor."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     inverse = jnp.asarray(1.0 / (base**exponent) / divisor, jnp.float32)
     angle = positions[..., None, None].astype(jnp.float32) * inverse[None, None, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding of x [B, T, heads, H], pairing channel i with i + H/2; float32."""
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def project(x: jax.Array, w: jax.Array) -> jax.Array:
+def project(x: Array, w: Array) -> Array:
     """x [B, T, D] through w [D, ...], accumulated and returned in float32."""
     flat = w.reshape(w.shape[0], -1)
     y = jnp.einsum("btd,de->bte", x, flat, preferred_element_type=jnp.float32)
@@ -98,13 +100,10 @@ def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
         k = rotate(rms_norm(k, p.k_norm, eps), cos, sin).astype(dtype)
     q, k, v = at("q", q), at("k", k), at("v", v)
     if kv is not None:
-        keys, values = kv
         slot = (jnp.int32(layer), 0, where.slot, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, k[None], slot)
-        values = jax.lax.dynamic_update_slice(values, v[None], slot)
-        kv = (keys, values)
-        k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-        v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None], slot)
+        kv = put(kv[0], k), put(kv[1], v)
+        k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)
     with named_scope("scores"):
         if where.materialise:
             mask = visible(where.queries, where.keys, window)

@@ -1,7 +1,7 @@
 """Lengths in buckets: a text of a new length seldom means a new program.
 
-A batch is filled up on the right with tokens that nobody sees, for attention is causal, and what
-comes out is cut back to its own length. The number of tokens that count is data.
+A batch is filled up on the right with tokens that no other token sees (attention is causal), and
+the result is cut back to the original length. The number of real tokens is data.
 """
 
 from functools import partial
@@ -12,24 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.model.arguments import Positions
+from gemma_scope_jax.model.gemma import Output
 from gemma_scope_jax.model.hooks import PATCHES
 from gemma_scope_jax.model.intercept import LAYER_SITES, Intercept, PerLayer
 
-BUCKET = 32  # above 1, so that an axis of tokens shows itself in `generate`
-MOST = 4096  # tokens of a batch that is filled up: larger ones pay more in memory than in compiling
+BUCKET = 32  # above 1, so that `generate` can recognise an axis of tokens
+MOST = 4096  # tokens of a batch that is filled up: beyond it, memory costs more than compiling
 
 
 def bucket(length: int, most: int) -> int:
-    """`length` rounded up to a multiple of 32, or by an eighth at most; never over `most`."""
+    """`length` rounded up to a multiple of 32, or by an eighth at most; never above `most`."""
     step = max(BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
     return min(-(-length // step) * step, most)
 
 
 def filled(tokens: Any, items: tuple[Intercept, ...], size: int) -> tuple | None:
-    """Tokens and intercepts for `size` columns instead of T; None if a result would tell.
+    """Tokens and intercepts for `size` columns instead of T; None if the filling could show in a
+    result.
 
-    That is so where a function is not known to treat each token alone, where an argument may have
-    an axis of tokens of a meaning unknown here, and where memory matters more.
+    It could where a function may not treat each token alone and where an argument may have an axis
+    of tokens. Large batches are not filled either, to save memory.
     """
     length = tokens.shape[1]
     if length == size or tokens.size > MOST or not getattr(tokens, "is_fully_addressable", True):
@@ -48,34 +50,33 @@ def widened(array: Any, size: int, axis: int) -> Any:
     return (jnp if isinstance(array, jax.Array) else np).pad(array, room)
 
 
-def cut(output: Any, items: tuple[Intercept, ...], length: int, size: int) -> Any:
-    """An `Output` of `size` columns as that of its first `length`."""
-    found, tree = jax.tree.flatten((output.logits, output.reads))
-    axes = (
-        jax.tree.map(lambda _: (1,), output.logits),
-        {
-            i.name: jax.tree.map(lambda leaf, i=i: _read_axes(i, leaf.ndim), output.reads[i.name])
-            for i in items
-            if i.name is not None
-        },
-    )
-    axes = tree.flatten_up_to(axes)
-    axes = tuple(tuple(a for a in each if x.shape[a] == size) for x, each in zip(found, axes))
-    logits, reads = tree.unflatten(_cut(found, length=length, axes=axes))
-    return output.replace(logits=logits, reads=reads)
+def cut(output: Output, items: tuple[Intercept, ...], length: int, size: int) -> Output:
+    """An `Output` of `size` columns cut to its first `length`."""
+    named = {i.name: i for i in items}
+
+    def axes(path: Any, x: jax.Array) -> tuple[int, ...]:
+        tokens = (1,) if path[0].idx == 0 else _read_axes(named[path[1].key], x.ndim)
+        return tuple(a for a in tokens if x.shape[a] == size)
+
+    found, tree = jax.tree_util.tree_flatten_with_path((output.logits, output.reads))
+    every = tuple(axes(path, x) for path, x in found)
+    parts = _cut([x for _, x in found], length=length, axes=every)
+    logits, reads = jax.tree.unflatten(tree, parts)
+    return output.replace(logits=logits, reads=reads)  # type: ignore[attr-defined]
 
 
 @partial(jax.jit, static_argnames=("length", "axes"))
 def _cut(arrays: list[jax.Array], *, length: int, axes: tuple[tuple[int, ...], ...]):
-    """The first `length` along the `axes` of each array."""
+    """The first `length` entries along the `axes` of each array."""
+    first = partial(jax.lax.slice_in_dim, start_index=0, limit_index=length)
     for n, each in enumerate(axes):
         for axis in each:
-            arrays[n] = jax.lax.slice_in_dim(arrays[n], 0, length, axis=axis)
+            arrays[n] = first(arrays[n], axis=axis)
     return arrays
 
 
 def _read_axes(item: Intercept, rank: int) -> tuple[int, ...]:
-    """Which axes of what `item` reads are tokens."""
+    """The token axes of what `item` reads."""
     lead = 0 if item.of_one_layer or item.site not in LAYER_SITES else 1
     if item.site == "attn_pattern":
         return tuple(range(lead + 2, min(lead + 4, rank)))
@@ -83,14 +84,14 @@ def _read_axes(item: Intercept, rank: int) -> tuple[int, ...]:
 
 
 def _token_axes(site: str) -> tuple[int, ...]:
-    """The axes of tokens of an activation, from the last."""
+    """The token axes of an activation, counted from the last."""
     if site == "attn_pattern":
         return -2, -1
     return (-3,) if site in ("q", "k", "v") else (-2,)
 
 
 def _is_tokenwise(item: Intercept, length: int) -> bool:
-    """Whether more tokens behind the others leave what `item` does to these as it is."""
+    """Whether extra tokens at the end leave what `item` does to the others unchanged."""
     functions = [item.fn, *(value for _, value in item.options if callable(value))]
     if not all(getattr(fn, "tokenwise", False) for fn in functions):
         return False
@@ -120,4 +121,5 @@ def _widened_item(item: Intercept, length: int, size: int) -> Intercept:
             return Positions(widened(arg.which, size, 0)) if short else arg
         return jax.tree.map(value, arg) if n == 0 and item.fn in PATCHES else arg
 
-    return item.replace(args=tuple(argument(n, arg) for n, arg in enumerate(item.args)))  # type: ignore[attr-defined]
+    args = tuple(argument(n, arg) for n, arg in enumerate(item.args))
+    return item.replace(args=args)  # type: ignore[attr-defined]

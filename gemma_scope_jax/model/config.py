@@ -10,11 +10,13 @@ Axis glossary, used in every einsum and comment of the project:
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, nearest
 
@@ -33,8 +35,8 @@ class GemmaConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    window: int  # a local layer's query sees this many keys, itself included
-    query_scale: float  # multiplies q; 1/sqrt(head_dim), but for 27B 1/sqrt(d_model/heads)
+    window: int  # keys that a query of a local layer sees, its own included
+    query_scale: float  # multiplies q; 1/sqrt(head_dim), for 27B 1/sqrt(d_model/heads)
     global_rope_divisor: float = 1.0  # positions are divided by this in global layers
     vocab: int = 262_144
     context: int = 131_072
@@ -42,7 +44,7 @@ class GemmaConfig:
     global_rope_base: float = 1_000_000.0
     global_every: int = 6  # layer i is global when (i + 1) % global_every == 0
     norm_epsilon: float = 1e-6
-    tied: bool = True  # unembeds with its embedding, as published; else with a matrix of its own
+    tied: bool = True  # unembeds with its embedding, as published; else with `Params.head`
 
     def __repr__(self) -> str:
         sizes = f"{self.layers} layers, d_model {self.d_model}, {self.heads} heads"
@@ -58,25 +60,15 @@ def _preset(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **m
     return GemmaConfig(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more)
 
 
+_FAR = {"global_rope_divisor": 8.0}
 PRESETS: dict[str, GemmaConfig] = {
     c.name: c
     for c in (
         _preset("gemma-3-270m", 18, 640, 2048, 4, 1, 256, 512, context=32_768),
         _preset("gemma-3-1b", 26, 1152, 6912, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, global_rope_divisor=8.0),
-        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, global_rope_divisor=8.0),
-        _preset(
-            "gemma-3-27b",
-            62,
-            5376,
-            21504,
-            32,
-            16,
-            128,
-            1024,
-            global_rope_divisor=8.0,
-            query_scale=(5376 // 32) ** -0.5,
-        ),
+        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, **_FAR),
+        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, **_FAR),
+        _preset("gemma-3-27b", 62, 5376, 21504, 32, 16, 128, 1024, query_scale=168**-0.5, **_FAR),
     )
 }
 
@@ -90,48 +82,51 @@ def preset(name: str) -> GemmaConfig:
     return PRESETS[short]
 
 
+def _weight(axes: str) -> Any:
+    """A field that holds a weight. `axes` are letters of the glossary: they give the weight's shape
+    (`abstract_params`) and its sharding (`sharding.param_specs`)."""
+    return dataclasses.field(metadata={"axes": axes})
+
+
 @flax.struct.dataclass
 class Block:
     """The weights of all layers, stacked on the leading axis L. Norms are float32, gain = 1 + w."""
 
-    pre_attn_norm: Any  # [L, D]
-    w_q: Any  # [L, D, N, H]
-    w_k: Any  # [L, D, K, H]
-    w_v: Any  # [L, D, K, H]
-    q_norm: Any  # [L, H]
-    k_norm: Any  # [L, H]
-    w_o: Any  # [L, N, H, D]
-    post_attn_norm: Any  # [L, D]
-    pre_mlp_norm: Any  # [L, D]
-    w_gate: Any  # [L, D, M]
-    w_up: Any  # [L, D, M]
-    w_down: Any  # [L, M, D]
-    post_mlp_norm: Any  # [L, D]
+    pre_attn_norm: jax.Array = _weight("LD")
+    w_q: jax.Array = _weight("LDNH")
+    w_k: jax.Array = _weight("LDKH")
+    w_v: jax.Array = _weight("LDKH")
+    q_norm: jax.Array = _weight("LH")
+    k_norm: jax.Array = _weight("LH")
+    w_o: jax.Array = _weight("LNHD")
+    post_attn_norm: jax.Array = _weight("LD")
+    pre_mlp_norm: jax.Array = _weight("LD")
+    w_gate: jax.Array = _weight("LDM")
+    w_up: jax.Array = _weight("LDM")
+    w_down: jax.Array = _weight("LMD")
+    post_mlp_norm: jax.Array = _weight("LD")
 
 
 @flax.struct.dataclass
 class Params:
-    """All weights of a Gemma 3 text model; it unembeds with its embedding, transposed.
+    """All weights of a Gemma 3 text model."""
 
-    A fine-tune may have been given an unembedding of its own: `head`, where the config is not tied.
-    """
-
-    embed: Any  # [V, D]
+    embed: jax.Array  # [V, D]
     blocks: Block
-    final_norm: Any  # [D], float32
-    head: Any = None  # [V, D], or None
+    final_norm: jax.Array  # [D], float32
+    head: jax.Array | None = None  # [V, D]: a fine-tune's own unembedding, if the config isn't tied
 
     def __repr__(self) -> str:
         return f"Params({_weights(self)})"
 
     @property
-    def unembedding(self) -> Any:
+    def unembedding(self) -> jax.Array:
         """[V, D]: one direction for each token's logit."""
         return self.embed if self.head is None else self.head
 
 
 def _weights(params: Any) -> str:
-    """ "268,098,176 weights, bfloat16"; of a tree of anything else, as jax makes some, its type."""
+    """ "268,098,176 weights, bfloat16", or "no arrays" for the placeholder trees that JAX makes."""
     shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(params)]
     if None in shapes:
         return "no arrays"
@@ -154,58 +149,35 @@ class Model:
         return self.params.embed.dtype
 
 
-def abstract_params(config: GemmaConfig, dtype: Any = jnp.bfloat16) -> Params:
-    """The `jax.ShapeDtypeStruct` of every weight: the one place that knows the shapes."""
+def each_weight(config: GemmaConfig, make: Callable[[str, str], Any]) -> Params:
+    """A `Params` whose leaves are `make(name, axes)`."""
+    blocks = {f.name: make(f.name, f.metadata["axes"]) for f in dataclasses.fields(Block)}
+    head = None if config.tied else make("head", "VD")
+    return Params(make("embed", "VD"), Block(**blocks), make("final_norm", "D"), head)
+
+
+def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
+    """The `jax.ShapeDtypeStruct` of every weight."""
     c = config
-    L, D, M, N, K, H = c.layers, c.d_model, c.d_mlp, c.heads, c.kv_heads, c.head_dim
+    sizes = (c.layers, c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp, c.vocab)
+    size = dict(zip("LDNKHMV", sizes))
 
-    def weight(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    def weight(name: str, axes: str) -> jax.ShapeDtypeStruct:
+        kind = jnp.float32 if name.endswith("norm") else dtype
+        return jax.ShapeDtypeStruct(tuple(size[axis] for axis in axes), jnp.dtype(kind))
 
-    def norm(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32))
-
-    return Params(
-        embed=weight(c.vocab, D),
-        blocks=Block(
-            pre_attn_norm=norm(L, D),
-            w_q=weight(L, D, N, H),
-            w_k=weight(L, D, K, H),
-            w_v=weight(L, D, K, H),
-            q_norm=norm(L, H),
-            k_norm=norm(L, H),
-            w_o=weight(L, N, H, D),
-            post_attn_norm=norm(L, D),
-            pre_mlp_norm=norm(L, D),
-            w_gate=weight(L, D, M),
-            w_up=weight(L, D, M),
-            w_down=weight(L, M, D),
-            post_mlp_norm=norm(L, D),
-        ),
-        final_norm=norm(D),
-        head=None if c.tied else weight(c.vocab, D),
-    )
+    return each_weight(config, weight)
 
 
-def init_params(config: GemmaConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: GemmaConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Random weights at the scale of a trained model, for tests and from-scratch experiments."""
-    shapes = abstract_params(config, dtype)
-    leaves, treedef = jax.tree.flatten(shapes)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+    fan_in = {"w_o": config.heads * config.head_dim, "w_down": config.d_mlp}
+
+    def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        scale = 0.2 if name.endswith("norm") else fan_in.get(name, config.d_model) ** -0.5
+        return scale * jax.random.normal(key, shape)
+
     keys = jax.random.split(key, len(leaves))
-    fan_in = {
-        "w_q": config.d_model,
-        "w_k": config.d_model,
-        "w_v": config.d_model,
-        "w_o": config.heads * config.head_dim,
-        "w_gate": config.d_model,
-        "w_up": config.d_model,
-        "w_down": config.d_mlp,
-        "embed": config.d_model,
-        "head": config.d_model,
-    }
-    names = [path[-1].name for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    out = []
-    for name, leaf, k in zip(names, leaves, keys):
-        scale = fan_in[name] ** -0.5 if name in fan_in else 0.2
-        out.append((scale * jax.random.normal(k, leaf.shape)).astype(leaf.dtype))
-    return jax.tree.unflatten(treedef, out)
+    drawn = [draw(path[-1].name, x.shape, k).astype(x.dtype) for (path, x), k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, drawn)

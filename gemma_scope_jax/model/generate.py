@@ -1,17 +1,18 @@
 """Generation: prefill and decoding as one jitted program, with intercepts and captures inside it.
 
-The same `forward` runs on the padded prompts and then on one token at a time: what an intercept
-does to a prompt it also does to every generated token, and what it reads is joined into one array
-per read. The KV cache and the joined reads ride in the carry of a `while_loop` and are updated in
-place; logits are made only for the position that is sampled next.
+The same `forward` runs on the padded prompts and then on one token at a time: an intercept acts on
+a prompt and on every generated token alike, and its reads are joined into one array. The KV cache
+and the joined reads are in the carry of a `while_loop` and are updated in place; logits are
+computed only for the position that is sampled next.
 
 Prompts are padded on the left, to a bucket: every row fills the same cache slot, and a new prompt
-length seldom means a new program. What chooses the program: the batch size, the bucket,
+length seldom means a new program. The program depends on the batch size, the bucket,
 `max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, and whether `top_p`
-and `logits` are asked for. All else is data: ids, args, layers that stand alone, temperature,
-`top_p`, key, stops.
+and `logits` are requested. Everything else is data: ids, args, single layers, temperature, `top_p`,
+key, stops.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,16 +25,16 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
-from gemma_scope_jax.model.batch import check_ids, prompts_of
+from gemma_scope_jax.model.batch import check_ids, padded, prompts_of
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
 from gemma_scope_jax.model.recompilation import note
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 
-PAD = 0
+PAD = 0  # as in `batch.padded`
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
-STOP_SLOTS = 8  # room for stop tokens grows in these steps
+STOP_SLOTS = 8  # the array of stop tokens grows in these steps
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -43,7 +44,7 @@ class Generation:
 
     tokens   int32 [B, max_new_tokens]: the generated ids, a stop token included, then 0
     lengths  int32 [B]: how many of them were generated
-    prompts  the prompts' ids, one int32 array a row
+    prompts  the prompts' ids, one int32 array per row
     reads    the intercepts' reads by name, see `generate`
     logits   None, or float32 [B, max_new_tokens, V]: what each token was chosen from
     """
@@ -52,7 +53,7 @@ class Generation:
     lengths: jax.Array
     prompts: tuple[np.ndarray, ...]
     reads: dict[str, Any]
-    logits: Any = None
+    logits: jax.Array | None = None
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -69,15 +70,15 @@ class Generation:
 @own_mesh
 def generate(
     model: Model,
-    prompts,
+    prompts: Any,
     max_new_tokens: int,
-    intercepts=(),
+    intercepts: ic.Intercept | Sequence = (),
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int = 0,
-    stop_tokens=STOP_TOKENS,
+    stop_tokens: Sequence[int] = STOP_TOKENS,
     logits: bool = False,
     pad: bool = True,
 ) -> Generation:
@@ -89,19 +90,19 @@ def generate(
                  broadcast over any number of tokens ([D], [B, 1, D], not [B, T, D])
     temperature  0 is greedy, whatever `top_k` and `top_p`. Otherwise logits are divided by it, cut
                  to the `top_k` largest, then to the fewest whose probability reaches `top_p`;
-                 values tied with the last one kept are kept too
+                 ties with the last one kept are kept too
     key          a `jax.random.key` or an int seed; row b draws by the key and b alone
     logits       also return the logits of every choice (before temperature)
-    pad          fill up the prompts to one of a few lengths; else only to the longest's
+    pad          round the prompts' length up to one of a few; else only to the longest prompt
 
-    Reads. The token axis of a value is the one whose size follows the number of tokens, the batch
-    stands just before it: [B, T, ...] or [n, B, T, ...] (patterns: [B, N, T, S]). Along it the
-    result holds prompt and generated tokens at index = position, longest prompt + max_new_tokens
-    of them, zeros past a row's end; the keys S of `attn_pattern` likewise. The last token is run
-    too, so reads equal those of a plain forward pass over `sequences`. Values without a token axis
-    (means, counts, whole `fold` states) are stacked in front: the prompts', then one a step.
-    Functions that reduce over tokens must heed `ctx.valid`, false on padding; those that write
-    `attn_pattern` see cache slots, a prompt's padding first. `fold` starts afresh each pass.
+    Reads. The token axis of a value is the one whose size follows the number of tokens; the batch
+    axis is just before it: [B, T, ...] or [n, B, T, ...] (patterns: [B, N, T, S]). Along it the
+    result holds prompt and generated tokens at index = position: longest prompt + max_new_tokens
+    entries, zeros past a row's end; the same for the keys S of `attn_pattern`. The last token is
+    run too, so reads equal those of a plain forward pass over `sequences`. Values without a token
+    axis (means, counts, whole `fold` states) are stacked in front: the prompts', then one per step.
+    Functions that reduce over tokens must respect `ctx.valid`, False on padding; those that write
+    `attn_pattern` see cache slots, a prompt's padding first. `fold` starts afresh in each pass.
 
     A host function: call it outside `jit`. Raises `InputError` for empty prompts, ids outside the
     vocabulary, more tokens than the model's context, settings out of range, unfit intercepts.
@@ -112,13 +113,13 @@ def generate(
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:
-        raise InputError(
-            f"a prompt of {longest} tokens and {new} new ones exceed the model's context of "
-            f"{model.config.context}: shorten the prompt or lower max_new_tokens"
-        )
+        most = f"the model's context of {model.config.context}: shorten the prompt"
+        raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed {most}")
     hooks.check_data(items, model.dtype, longest, longest + new)
-    # one column would hide which axis of a read is the tokens'
-    tokens, segments = _left_padded(rows, bucket(longest, 2**31) if pad else max(longest, 2))
+    # with one column, the token axis of a read could not be recognised
+    width = bucket(longest, 2**31) if pad else max(longest, 2)
+    flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
+    tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
     sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
     items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
     fixed = (model.config, model.dtype, sampling.greedy, sampling.top_k, sampling.nucleus, logits)
@@ -131,19 +132,15 @@ def generate(
         if not items or (isinstance(error, InputError) and not isinstance(error, MisfitError)):
             raise
         raise InputError(
-            f"an intercept does not fit: it is given {tokens.shape[0]} x {tokens.shape[1]} tokens "
-            f"(the prompts, padded on the left), then {len(rows)} x 1 at a time: {error}"
+            f"an intercept does not fit: it gets {tokens.shape[0]} x {tokens.shape[1]} tokens (the "
+            f"prompts, padded on the left), then {len(rows)} x 1 at a time: {error}"
         ) from error
     reads = _map_tracks(lambda track: track.cut(longest + new), tracks)
     return Generation(ids, lengths, tuple(rows), reads, chosen)
 
 
-# --------------------------------------------------------------------------------------------------
-# Input
-
-
 def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
-    """The prompts as int32 arrays, one a row."""
+    """The prompts as int32 arrays, one per row."""
     wanted = "prompts must be ids [B, T] or a list of 1-D id arrays (for one prompt, ids[None])"
     if getattr(prompts, "ndim", 2) != 2 or isinstance(prompts, str):
         raise InputError(wanted)
@@ -163,28 +160,14 @@ def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
     return [row.astype(np.int32) for row in rows]
 
 
-def _left_padded(rows: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """tokens and segments int32 [B, P], P the width."""
-    tokens = np.full((len(rows), width), PAD, np.int32)
-    segments = np.zeros_like(tokens)
-    for n, row in enumerate(rows):
-        tokens[n, width - len(row) :] = row
-        segments[n, width - len(row) :] = 1
-    return tokens, segments
-
-
-# --------------------------------------------------------------------------------------------------
-# Sampling
-
-
 @flax.struct.dataclass
 class _Sampling:
     """How the next token is chosen; `greedy`, `top_k` and `nucleus` choose the program."""
 
     key: jax.Array
-    temperature: Any  # float32 scalar
-    top_p: Any  # float32 scalar
-    stop: Any  # int32 [n], filled up with -1
+    temperature: np.float32
+    top_p: np.float32
+    stop: np.ndarray  # int32 [n], filled up with -1
     greedy: bool = flax.struct.field(pytree_node=False)
     top_k: int | None = flax.struct.field(pytree_node=False)
     nucleus: bool = flax.struct.field(pytree_node=False)
@@ -197,9 +180,8 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
         given = f"{temperature!r} and {top_p!r}"
         raise InputError(f"temperature and top_p must be numbers, got {given}") from None
     if heat != 0.0 and not TINY <= heat < 1 / TINY:
-        raise InputError(
-            f"temperature must be 0 (greedy) or {TINY:.3g} to {1 / TINY:.3g}, got {heat}"
-        )
+        allowed = f"{TINY:.3g} to {1 / TINY:.3g}"
+        raise InputError(f"temperature must be 0 (greedy) or {allowed}, got {heat}")
     if not 0.0 < p <= 1.0:
         raise InputError(f"top_p must be above 0 and at most 1, got {p}")
     if top_k is not None:
@@ -214,13 +196,12 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
         check_ids(config, stop, "stop_tokens: ")
     filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
     filled[: stop.size] = stop
-    greedy = heat == 0.0
-    nucleus = not greedy and p < 1.0
     data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
-    return _Sampling(*data, greedy, None if greedy else top_k, nucleus)
+    greedy = heat == 0.0
+    return _Sampling(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
 
 
-def _checked_key(key) -> jax.Array:
+def _checked_key(key: Any) -> jax.Array:
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         try:
             return jax.random.key(int(key))
@@ -236,7 +217,7 @@ def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Arra
     """The next ids int32 [B] from logits [B, V]: temperature, then top-k, then top-p."""
     if sampling.greedy:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    # from the largest, which is chosen in the limit of small temperatures, and never overflows
+    # relative to the largest, so that small temperatures never overflow
     scores = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature
     ordered = None
     if sampling.top_k is not None:
@@ -249,15 +230,11 @@ def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Arra
         before = jnp.cumsum(probs, -1) - probs
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
         scores = jnp.where(scores < least, -jnp.inf, scores)
-    # A key a step and row, so that a row's draws do not depend on how many rows there are.
+    # One key per step and row, so that a row's draws do not depend on the number of rows.
     key = jax.random.fold_in(sampling.key, step)
     rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-
-
-# --------------------------------------------------------------------------------------------------
-# Reads joined over the passes
 
 
 @flax.struct.dataclass
@@ -273,7 +250,7 @@ class _Track:
         return [a for a in (self.tokens, self.keys) if a is not None]
 
     def put(self, value: jax.Array, step: jax.Array, prompt: int) -> "_Track":
-        """Add what decoding step `step` has read, after a prompt of `prompt` slots."""
+        """Add the value read in decoding step `step`, after a prompt of `prompt` slots."""
         if self.tokens is None:
             return self._with(jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0))
         slot = step + prompt
@@ -288,7 +265,7 @@ class _Track:
         return self._with(value)
 
     def cut(self, positions: int) -> jax.Array:
-        """The value without the positions that only the bucket's padding made room for."""
+        """The value without the positions added by the bucket's padding."""
         value = self.value
         for axis in self.axes():
             value = jax.lax.slice_in_dim(value, 0, min(positions, value.shape[axis]), axis=axis)
@@ -298,15 +275,15 @@ class _Track:
         return _Track(value, self.batch, self.tokens, self.keys)
 
 
-def _map_tracks(fn, tracks, *rest):
+def _map_tracks(fn: Callable, tracks: Any, *rest: Any) -> Any:
     return jax.tree.map(fn, tracks, *rest, is_leaf=lambda a: isinstance(a, _Track))
 
 
-def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one) -> _Track:
-    """Room for one array, the prompts' value `many` in it; a decoding step's is shaped as `one`."""
+def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one: Any) -> _Track:
+    """Room for one array, starting with the prompts' value `many`; each decoding step adds one
+    shaped like `one`."""
     if many.shape == one.shape:
-        empty = jnp.zeros((passes + 1, *many.shape), many.dtype)
-        return _Track(empty.at[0].set(many))
+        return _Track(jnp.zeros((passes + 1, *many.shape), many.dtype).at[0].set(many))
     differ = [a for a, (m, o) in enumerate(zip(many.shape, one.shape)) if m != o]
     axis = differ[0] if differ else 0
     pattern = item.site == "attn_pattern" and item.kind == "read"  # heads before the tokens
@@ -315,33 +292,29 @@ def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one
     if not follows or len(differ) > 1 or not 0 <= batch < axis or many.shape[batch] != B:
         raise InputError(
             f"the read {item.name!r} is {list(many.shape)} for {B} x {P} tokens but "
-            f"{list(one.shape)} for {B} x 1: return [B, T, ...], or a size that T does not change"
+            f"{list(one.shape)} for {B} x 1: return [B, T, ...], or a size independent of T"
         )
     keys = many.ndim - 1 if pattern and many.shape[-1] == P + passes else None
     room = [(0, passes if a == axis else 0) for a in range(many.ndim)]
     return _Track(jnp.pad(many, room), batch, axis, keys)
 
 
-# --------------------------------------------------------------------------------------------------
-# The program
-
-
 @flax.struct.dataclass
 class _State:
     """The carry of the decoding loop."""
 
-    step: jax.Array  # int32 scalar: the column of `tokens` that is run next
+    step: jax.Array  # int32 scalar: the column of `tokens` to run next
     tokens: jax.Array  # int32 [B, passes + 1]
     real: jax.Array  # bool [B]: that column holds a token of the row, not padding
-    alive: jax.Array  # bool [B]: and no stop token, so that another one follows
+    alive: jax.Array  # bool [B]: and not a stop token, so another one follows
     lengths: jax.Array  # int32 [B]: tokens chosen so far
     cache: Cache | None
     reads: Any  # tracks
-    logits: Any  # float32 [B, passes + 1, V] or None
+    logits: jax.Array | None  # float32 [B, passes + 1, V]
 
 
 def _emit(sampling: _Sampling, state: _State, step: jax.Array, logits: jax.Array) -> _State:
-    """Choose column `step` of the tokens by `logits` [B, V]."""
+    """Choose column `step` of the tokens from `logits` [B, V]."""
     put = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
     token = jnp.where(state.alive, _choose(sampling, logits, step), PAD)
     stops = (token[:, None] == sampling.stop[None, :]).any(-1)
@@ -360,7 +333,7 @@ def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logi
     """Tokens [B, new], lengths [B], tracks in order of position, logits [B, new, V] or None."""
     B, P = tokens.shape
     named = {i.name: i for i in items if i.name is not None}
-    passes = new if named else new - 1  # the last token is run only for what is read there
+    passes = new if named else new - 1  # the last token is run only if something is read
     prompt = jnp.sum(segments, 1, dtype=jnp.int32)
     run = partial(forward, model, intercepts=items, remat=None)
 
@@ -393,7 +366,7 @@ def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logi
     state = jax.lax.while_loop(more, body, state)
 
     lengths = jnp.minimum(state.lengths, new)
-    # Position p of a row lies in slot padding + p; past the row's end there is nothing.
+    # Position p of a row is in slot padding + p; past the row's end there is nothing.
     p = jnp.arange(P + passes, dtype=jnp.int32)[None, :]
     slots = jnp.where(p < (prompt + lengths)[:, None], p + (P - prompt)[:, None], P + passes)
     reads = _map_tracks(lambda track: track.aligned(slots), state.reads)

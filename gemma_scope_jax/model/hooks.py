@@ -1,9 +1,9 @@
 """Running intercepts: which of them act where, and the `at(site, x)` that the model calls.
 
-A layer that stands alone is data to `run` and `generate`: its intercept is there in every layer,
-under a `cond` on the layer's number, and a read carries its value on from that layer. A loop over
-layers compiles once, and the model stays one scan. Intercepts at several layers, and all of them in
-a `jit` of the caller's, are static: the scan is cut into segments where the set of active ones
+`run` and `generate` pass a single layer as data: its intercept is present in every layer, under a
+`cond` on the layer's number, and a read carries its value on from that layer. A loop over layers
+then compiles once, and the model stays one scan. Intercepts at several layers, and all of them
+inside a caller's `jit`, are static: the scan is cut into segments where the set of active ones
 changes.
 """
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import Positions, check_finite, check_positions, whole_number
@@ -23,7 +24,7 @@ PATCHES = (add, replace)  # their first argument is a value for the site
 
 
 def flatten(intercepts) -> tuple[Intercept, ...]:
-    """Intercepts may be nested in lists and tuples (sugar can be several of them)."""
+    """One intercept, or lists and tuples of them, nested in any way, as a tuple."""
     if isinstance(intercepts, Intercept):
         return (intercepts,)
     if not isinstance(intercepts, (list, tuple)):
@@ -33,52 +34,43 @@ def flatten(intercepts) -> tuple[Intercept, ...]:
 
 def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | None) -> None:
     """Raise `InputError` for layers that do not exist, reads never reached, and double names."""
-    if (
-        stop_at_layer is not None
-        and not 0 <= whole_number("stop_at_layer", stop_at_layer) <= layers
-    ):
+    ran = layers if stop_at_layer is None else whole_number("stop_at_layer", stop_at_layer)
+    if not 0 <= ran <= layers:
         raise InputError(f"stop_at_layer must be in 0..{layers}, got {stop_at_layer}")
-    ran = layers if stop_at_layer is None else stop_at_layer
     names = [i.name for i in intercepts if i.name is not None]
     for name in set(names):
         if names.count(name) > 1:
             raise InputError(f"two reads are called {name!r}: give one of them another name=")
     for i in intercepts:
         _check_per_layer(i, layers)
+        never = stop_at_layer is not None and i.site != "embed"
         if i.site in LAYER_SITES:
             last = max(i.at_layers(layers))
             if last >= layers:
-                raise InputError(
-                    f"layer {last} at {i.site!r}: the model has layers 0..{layers - 1}"
-                )
+                known = f"the model has layers 0..{layers - 1}"
+                raise InputError(f"layer {last} at {i.site!r}: {known}")
             never = i.layers is not None and last >= ran
-        else:
-            never = stop_at_layer is not None and i.site != "embed"
         if never and i.name is not None:
-            raise InputError(
-                f"{i.name!r} at {i.site!r} is never reached: stop_at_layer is {stop_at_layer}"
-            )
+            why = f"stop_at_layer is {stop_at_layer}"
+            raise InputError(f"{i.name!r} at {i.site!r} is never reached: {why}")
 
 
 def _check_per_layer(i: Intercept, layers: int) -> None:
-    """On a device, layers beyond the end of an argument would get its last."""
+    """On a device, layers beyond the end of an argument would silently get its last slice."""
     count = len(i.at_layers(layers)) if i.site in LAYER_SITES else 0
     count = 1 if i.layer is not None else count
-    for arg in i.args:
-        if isinstance(arg, PerLayer):
-            shapes = [np.shape(leaf) for leaf in jax.tree.leaves(arg.tree)]
-            if any(shape[:1] != (count,) for shape in shapes):
-                given = ", ".join(str(list(shape)) for shape in shapes)
-                raise InputError(
-                    f"per_layer at {i.site!r} needs a first axis of {count} layers, got {given}"
-                )
+    trees = [arg.tree for arg in i.args if isinstance(arg, PerLayer)]
+    for shapes in ([np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees):
+        if any(shape[:1] != (count,) for shape in shapes):
+            given = ", ".join(str(list(shape)) for shape in shapes)
+            wanted = f"needs a first axis of {count} layers"
+            raise InputError(f"per_layer at {i.site!r} {wanted}, got {given}")
 
 
-def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: int) -> None:
-    """Raise `InputError` for arguments on the host that this pass cannot mean: positions beyond
-    texts of `most` tokens, masks that end before token `least`, values that overflow in `dtype`,
-    the model's (norm scales, patterns and logits are float32).
-    """
+def check_data(intercepts: tuple[Intercept, ...], dtype: DTypeLike, least: int, most: int) -> None:
+    """Raise `InputError` for arguments on the host that cannot be meant: positions beyond texts of
+    `most` tokens, masks that end before token `least`, values that overflow in the model's `dtype`
+    (norm scales, patterns and logits are float32)."""
     for i in intercepts:
         for arg in i.args:
             if isinstance(arg, Positions):
@@ -86,29 +78,27 @@ def check_data(intercepts: tuple[Intercept, ...], dtype: Any, least: int, most: 
         if i.fn in PATCHES:
             wide = i.site.endswith("_scale") or i.site in ("attn_pattern", "logits")
             value = i.args[0].tree if isinstance(i.args[0], PerLayer) else i.args[0]
-            kind = jnp.float32 if wide else dtype
             what = f"the value of {'steer' if i.fn is add else 'patch'} at {i.site!r}"
+            kind = jnp.float32 if wide else dtype
             check_finite(what, value, kind, infinite=i.site == "logits")
 
 
 def layers_as_data(intercepts: tuple[Intercept, ...]) -> tuple[Intercept, ...]:
-    """The same intercepts, each layer that stands alone an argument of the program instead of a
-    choice of it: a loop over layers compiles once.
-    """
+    """The same intercepts, with each single layer as data: a loop over layers compiles once."""
     as_data = lambda i: i.replace(layers=None, layer=np.int32(i.layers))
     return tuple(as_data(i) if isinstance(i.layers, int) else i for i in intercepts)
 
 
 def stacks(intercepts: tuple[Intercept, ...]) -> bool:
-    """Whether values of several layers are returned, or layers are run differently from others."""
+    """Whether values of several layers are returned, or some layers run differently from others."""
     return any(
         i.layers is not None or (i.kind == "read" and i.layer is None and i.site in LAYER_SITES)
         for i in intercepts
     )
 
 
-def reads_whole_pattern(intercepts: tuple[Intercept, ...]) -> bool:
-    """Whether somebody needs attention patterns, so that they must be materialised."""
+def uses_pattern(intercepts: tuple[Intercept, ...]) -> bool:
+    """Whether attention patterns must be materialised."""
     return any(i.site == "attn_pattern" for i in intercepts)
 
 
@@ -125,17 +115,16 @@ def segments(intercepts: tuple[Intercept, ...], layers: int) -> list[tuple[int, 
     return runs
 
 
-def _layer_args(intercept: Intercept, layer, layers: int):
+def _layer_args(intercept: Intercept, layer: int | jax.Array, layers: int) -> tuple:
     """The arguments at `layer`, with `PerLayer` ones cut to its slice."""
     where = intercept.at_layers(layers)
 
-    def cut(arg):
+    def cut(arg: Any) -> Any:
         if not isinstance(arg, PerLayer):
             return arg
-        if intercept.layer is not None:
-            return jax.tree.map(lambda a: a[0], arg.tree)
-        if isinstance(layer, int):
-            return jax.tree.map(lambda a: a[where.index(layer)], arg.tree)
+        if intercept.layer is not None or isinstance(layer, int):
+            n = 0 if intercept.layer is not None else where.index(layer)
+            return jax.tree.map(lambda a: a[n], arg.tree)
         table = jnp.array([where.index(l) if l in where else 0 for l in range(layers)], jnp.int32)
         take = lambda a: jax.lax.dynamic_index_in_dim(a, table[layer], keepdims=False)
         return jax.tree.map(take, arg.tree)
@@ -143,10 +132,15 @@ def _layer_args(intercept: Intercept, layer, layers: int):
     return jax.tree.map(cut, intercept.args, is_leaf=lambda a: isinstance(a, PerLayer))
 
 
-class At:
-    """The `at(site, x)` of one layer (or of the top of the model): applies and collects.
+def _named(i: Intercept) -> str:
+    return f"{i.kind} at {i.site!r} ({getattr(i.fn, '__name__', i.fn)})"
 
-    Lives only while a layer is traced. `reads` and `states` are keyed by intercept index.
+
+class At:
+    """The `at(site, x)` of one layer (or of the top of the model): applies intercepts and collects
+    reads.
+
+    Exists only while a layer is traced. `reads` and `states` are keyed by intercept index.
     """
 
     def __init__(self, intercepts, active, layer, layers, positions, valid, states):
@@ -177,7 +171,7 @@ class At:
         return x
 
     def _act(self, n: int, ctx: Context, x: jax.Array, kept: Any) -> tuple[jax.Array, Any]:
-        """What intercept `n` makes of `x`, and what it keeps: a fold's state or a read's value."""
+        """The activation that intercept `n` makes of `x`, and a fold's state or a read's value."""
         i = self.intercepts[n]
         state = (kept,) if i.kind == "fold" else ()
         args = _layer_args(i, self.layer, self.layers)
@@ -192,21 +186,17 @@ class At:
         return self._same(i, x, y), state
 
     @staticmethod
-    def _same(i: Intercept, x, y):
+    def _same(i: Intercept, x: jax.Array, y: Any) -> jax.Array:
         if getattr(y, "shape", None) != x.shape or y.dtype != x.dtype:
             got = f"{y.dtype}{list(y.shape)}" if hasattr(y, "shape") else type(y).__name__
-            raise InputError(
-                f"the {i.kind} at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) returned {got} "
-                f"for {x.dtype}{list(x.shape)}: return the same shape and dtype"
-            )
+            wanted = f"{x.dtype}{list(x.shape)}: return the same shape and dtype"
+            raise InputError(f"the {_named(i)} returned {got} for {wanted}")
         return y
 
     @staticmethod
-    def _same_state(i: Intercept, old, new) -> None:
+    def _same_state(i: Intercept, old: Any, new: Any) -> None:
         describe = lambda a: f"{jnp.result_type(a)}{list(jnp.shape(a))}"
         given, got = jax.tree.map(describe, old), jax.tree.map(describe, new)
         if given != got:
-            raise InputError(
-                f"the fold at {i.site!r} ({getattr(i.fn, '__name__', i.fn)}) was given a state "
-                f"{given} and returned {got}: return the same structure, shapes and dtypes"
-            )
+            wanted = "return the same structure, shapes and dtypes"
+            raise InputError(f"the {_named(i)} returned the state {got} for {given}: {wanted}")

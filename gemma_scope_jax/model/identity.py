@@ -1,11 +1,10 @@
-"""Which weights these are: results on disk, and stores of activations, belong to one checkpoint.
+"""Identifies weights: results on disk, and stores of activations, belong to one checkpoint.
 
-A name does not tell: a model and what was trained from it share name, shapes and, often, norms.
+A name is not enough: a model and its fine-tunes share name, shapes and, often, norms.
 """
 
 import hashlib
 import weakref
-from functools import reduce
 from typing import Any
 
 import jax
@@ -16,14 +15,14 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.storage.strict_json import legible
 
 _read: dict[int, tuple[weakref.ref, str]] = {}  # by id: weights and their checksum
-CHUNK = 1 << 20  # numbers of an array in host memory that are taken at a time
+CHUNK = 1 << 20  # numbers of an array in host memory processed at a time
 
 
 def checksum(weights: Any) -> str:
-    """16 hexadecimal digits of every number, as float32, of a pytree of arrays, and its place.
+    """16 hexadecimal digits of every number, as float32, and its place in a pytree of arrays.
 
-    The same whatever the dtype they are kept in and however they are spread over devices or hosts
-    (all of which must call it): sums of hashes, modulo 2^32.
+    Independent of the dtype and of how the arrays are spread over devices or hosts (all of which
+    must call it): sums of hashes, modulo 2^32.
     """
     found = hashlib.blake2b(digest_size=8)
     for leaf in jax.tree.leaves(weights):
@@ -35,12 +34,10 @@ def checksum(weights: Any) -> str:
 @jax.jit
 def _on_device(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    index = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
-    flat = reduce(
-        lambda at, axis: at * np.uint32(x.shape[axis]) + index[axis],
-        range(x.ndim),
-        jnp.zeros(x.shape, jnp.uint32),
-    )
+    flat = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        flat = flat * np.uint32(size) + index
     return jnp.sum(_mixed(bits, flat), dtype=jnp.uint32)
 
 
@@ -62,17 +59,14 @@ def _mixed(bits: Any, place: Any) -> Any:
 
 
 def model_identity(model: Model) -> dict[str, str]:
-    """Name, dtype and checksum of the weights: equal for equal models, and for no others.
+    """Name, dtype and checksum of the weights: equal for equal models only.
 
-    Weights are read once while they live, however often they are asked about.
+    The weights are read once while they live, however often this is called.
     """
     params, key = model.params, id(model.params)
     read = _read.get(key)
-    if read is None or read[0]() is not params:  # an id is given again when its owner is gone
+    if read is None or read[0]() is not params:  # ids are reused when their owner is gone
         read = weakref.ref(params, lambda _: _read.pop(key, None)), checksum(params)
         _read[key] = read
-    return {
-        "name": legible(model.config.name),
-        "dtype": str(params.embed.dtype),
-        "weights": read[1],
-    }
+    name, dtype = legible(model.config.name), str(params.embed.dtype)
+    return {"name": name, "dtype": dtype, "weights": read[1]}

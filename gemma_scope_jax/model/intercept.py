@@ -2,20 +2,20 @@
 
 The model calls `at(site, x)` once per site; that line is the whole hook system. An `Intercept` says
 what happens there. Its `site`, `layers`, `fn` and options are static: they choose the program. Its
-`args` are a pytree and only data: a new vector, mask, coder or strength never recompiles.
+`args` are a pytree of data: a new vector, mask, coder or strength never recompiles.
 
-Three primitives, everything else is sugar over them:
+Three primitives; everything else is sugar over them:
 
     read(site, layers, fn, *args)         fn(x, ctx, *args) -> pytree, returned in Output.reads
     write(site, layers, fn, *args)        fn(x, ctx, *args) -> the activation that replaces x
     fold(site, layers, fn, init, *args)   fn(x, ctx, state, *args) -> (x, state), layer to layer
 
-`layers` is None (wherever the site occurs), an int, or a tuple of ints. Keyword arguments beyond
-those named are static options and reach `fn` as keywords. Pass module-level functions: a fresh
-lambda or `functools.partial` is a new program each time.
+`layers` is None (wherever the site occurs), an int, or a tuple of ints. Other keyword arguments are
+static options and reach `fn` as keywords. Pass module-level functions: a fresh lambda or
+`functools.partial` is a new program each time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import flax.struct
@@ -39,8 +39,7 @@ LAYER_SITES = (
     "resid_post",
 )  # fmt: skip
 SITES = ("embed", *LAYER_SITES, "resid_final", "final_scale", "logits")
-
-
+Layers = int | Sequence[int] | None  # where an intercept acts, as users give it
 _F = TypeVar("_F", bound=Callable)
 
 
@@ -83,13 +82,13 @@ class Intercept:
 
 @flax.struct.dataclass
 class Context:
-    """What an intercept function may know about the place where it acts.
+    """What an intercept function can learn about the place where it acts.
 
     layer      int, or a traced int32 inside a scan; -1 outside the layers
     positions  int32 [B, T], absolute within the document: <bos> is 0, in prefill and decoding alike
     valid      bool [B, T], False on padding
     seen       activations of the sites already passed in this layer, by name
-    site       where this is
+    site       the site where it acts
     """
 
     layer: Any
@@ -100,80 +99,73 @@ class Context:
 
 
 def tokenwise(fn: _F) -> _F:
-    """Decorates an intercept's function that treats every token alone, so that tokens which are
-    there for the shape's sake change nothing: `run` then fills up lengths to a few (see `pad`).
+    """Decorator for an intercept's function that treats every token alone, so that tokens added as
+    filling change nothing: `run` then rounds lengths up to a few (see `pad`).
 
-    What it returns starts with the axes of `x` up to its tokens, and its arguments have no axis of
-    tokens.
+    Its result starts with the axes of `x` up to the tokens, and its arguments have no token axis.
     """
     fn.tokenwise = True  # type: ignore[attr-defined]
     return fn
 
 
-def _checked_site(site: str) -> str:
-    if site not in SITES:
-        raise InputError(f"unknown site {site!r}{nearest(site, SITES)} (all: {' '.join(SITES)})")
-    return site
-
-
-def _checked_layers(site: str, layers) -> int | tuple[int, ...] | None:
+def _checked_layers(site: str, layers: Layers) -> int | tuple[int, ...] | None:
     if layers is None:
         return None
     if site not in LAYER_SITES:
         raise InputError(f"site {site!r} is not inside a layer: pass layers=None, not {layers!r}")
-    given = layers if isinstance(layers, (tuple, list, range)) else (layers,)
+    several = isinstance(layers, (tuple, list, range))
     try:
-        numbers = tuple(whole_number("layers", l) for l in given)
+        numbers = tuple(whole_number("layers", l) for l in (layers if several else (layers,)))
     except InputError:
         raise InputError(f"layers must be None, an int or several ints, not {layers!r}") from None
     if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
         raise InputError(f"layers must be distinct, non-negative and not empty, got {layers!r}")
-    return numbers if isinstance(layers, (tuple, list, range)) else numbers[0]
+    return numbers if several else numbers[0]
 
 
-def _checked_name(name: str | None) -> str | None:
+def _intercept(
+    kind: str, site: str, layers: Layers, fn: Callable, args: tuple, name: str | None, options: dict
+) -> Intercept:
+    if site not in SITES:
+        raise InputError(f"unknown site {site!r}{nearest(site, SITES)} (all: {' '.join(SITES)})")
+    if kind == "fold" and site not in LAYER_SITES:
+        raise InputError(f"fold acts at layer sites only, and {site!r} is not one")
     if name is not None and not isinstance(name, str):
         raise InputError(f"name must be text, not {name!r}")
-    return name
+    if kind == "read":
+        name = name or site
+    static = tuple(sorted(options.items()))
+    return Intercept(args, None, kind, site, _checked_layers(site, layers), fn, name, static)
 
 
 def read(
-    site: str, layers, fn: Callable, /, *args, name: str | None = None, **options
+    site: str, layers: Layers, fn: Callable, /, *args, name: str | None = None, **options
 ) -> Intercept:
     """Put `fn(x, ctx, *args, **options)` into `Output.reads[name]` (default name: the site).
 
     An int layer gives the value; a tuple, or None at a layer site, stacks over layers first.
     """
-    site, layers = _checked_site(site), _checked_layers(site, layers)
-    static = tuple(sorted(options.items()))
-    return Intercept(args, None, "read", site, layers, fn, _checked_name(name) or site, static)
+    return _intercept("read", site, layers, fn, args, name, options)
 
 
-def write(site: str, layers, fn: Callable, /, *args, **options) -> Intercept:
+def write(site: str, layers: Layers, fn: Callable, /, *args, **options) -> Intercept:
     """Replace the activation at `site` by `fn(x, ctx, *args, **options)` (same shape and dtype)."""
-    site, layers = _checked_site(site), _checked_layers(site, layers)
-    return Intercept(args, None, "write", site, layers, fn, None, tuple(sorted(options.items())))
+    return _intercept("write", site, layers, fn, args, None, options)
 
 
 def fold(
-    site: str, layers, fn: Callable, init, /, *args, name: str | None = None, **options
+    site: str, layers: Layers, fn: Callable, init: Any, /, *args, name=None, **options
 ) -> Intercept:
     """Carry a state through the layers: `fn(x, ctx, state, *args, **options) -> (x, state)`.
 
     `init` is the first state (a pytree), or a module-level function `init(embed, *args) -> state`
-    of the embeddings [B, T, D], for states whose shape follows the batch. With a `name` the last
+    of the embeddings [B, T, D], for states whose shape follows the batch. With a `name`, the last
     state is returned in `Output.reads[name]`.
     """
-    site, layers = _checked_site(site), _checked_layers(site, layers)
-    if site not in LAYER_SITES:
-        raise InputError(f"fold acts at layer sites only, and {site!r} is not one")
-    static, make = tuple(sorted(options.items())), init if callable(init) else None
-    data = None if make else jax.tree.map(jnp.asarray, init)
-    return Intercept(args, data, "fold", site, layers, fn, _checked_name(name), static, make)
-
-
-# -------------------------------------------------------------------------------------------------
-# Sugar
+    made = _intercept("fold", site, layers, fn, args, name, options)
+    if callable(init):
+        return made.replace(init_fn=init)  # type: ignore[attr-defined]
+    return made.replace(init=jax.tree.map(jnp.asarray, init))  # type: ignore[attr-defined]
 
 
 @tokenwise
@@ -186,7 +178,7 @@ def token_mask(
 ) -> jax.Array:
     """bool, broadcastable to `x`: valid tokens from position `first` on, in `positions` if given.
 
-    Of an attention pattern, the queries.
+    Selects the queries of an attention pattern.
     """
     mask = ctx.valid & (ctx.positions >= first)
     if positions is not None:
@@ -202,7 +194,7 @@ def token_mask(
 
 
 def _like(x: jax.Array, ctx: Context, value: Any, what: str) -> jax.Array:
-    """`value` in the dtype of `x` and broadcast to it, or one line that says why it does not."""
+    """`value` in the dtype of `x` and broadcast to it; raises `MisfitError` if it does not fit."""
     value = jnp.asarray(value).astype(x.dtype)
     sizes = zip(value.shape[::-1], x.shape[::-1])
     if value.ndim > x.ndim or any(a not in (1, b) for a, b in sizes):
@@ -230,26 +222,28 @@ def _stop_gradient(x, ctx):
     return jax.lax.stop_gradient(x)
 
 
-def capture(site: str, layers=None, *, name: str | None = None) -> Intercept:
-    """Return the activation itself in `reads[site]`: [B, T, ...] of an int layer, else stacked."""
+def capture(site: str, layers: Layers = None, *, name: str | None = None) -> Intercept:
+    """Return the activation itself in `reads[site]`: [B, T, ...] for an int layer, else stacked."""
     return read(site, layers, _identity, name=name)
 
 
-def steer(site: str, layers, vector, *, positions=None, first: int = 1) -> Intercept:
+def steer(
+    site: str, layers: Layers, vector: Any, *, positions: Any = None, first: int = 1
+) -> Intercept:
     """Add `vector` (anything that broadcasts to the site; `per_layer(...)` for one each) to a site.
 
-    Positions below `first` are left alone (default 1: <bos>); `positions` restricts to those
-    absolute positions: ints, or a boolean mask [n] over the positions 0 to n - 1. Negative ones are
-    refused: a text grows while it is generated. Vector and positions are data.
+    Positions below `first` are left alone (default 1: <bos>). `positions` restricts steering to
+    these absolute positions: ints, or a boolean mask [n] over the positions 0 to n - 1. Negative
+    ones are refused: a text grows while it is generated. Vector and positions are data.
     """
     where, first = at_positions(positions), whole_number("first", first, 0)
     return write(site, layers, add, _checked_value("steer", site, vector), where, first=first)
 
 
-def patch(site: str, layers, value, *, positions=None, first: int = 0) -> Intercept:
-    """Replace a site's activation by `value`, at all tokens or only at the `positions` given (as
-    `steer` takes them).
-    """
+def patch(
+    site: str, layers: Layers, value: Any, *, positions: Any = None, first: int = 0
+) -> Intercept:
+    """Replace a site's activation by `value`, at all tokens or at the `positions` (see `steer`)."""
     where, first = at_positions(positions), whole_number("first", first, 0)
     return write(site, layers, replace, _checked_value("patch", site, value), where, first=first)
 

@@ -1,4 +1,4 @@
-"""A trace of a few steps of a long run, to look at in XProf, TensorBoard or Perfetto.
+"""A trace of a few steps of a long run, for XProf, TensorBoard or Perfetto.
 
 The steps of the model have names there, see `named_scope` in `block.py`.
 """
@@ -12,15 +12,16 @@ import jax
 
 from gemma_scope_jax.errors import InputError, reason
 
-WARM_UP = 3  # steps before the trace begins: they compile, and fill what runs ahead
+LOG = logging.getLogger(__name__)
+WARM_UP = 3  # steps before the trace begins: they compile and fill prefetch queues
 STEPS = 5  # steps in the trace
 
 
 class StepTrace:
     """Traces steps `WARM_UP` to `WARM_UP` + `STEPS` - 1 into `folder`; None: traces nothing.
 
-    `with` it, call `done(result)` after each step. The first process of several traces. Raises
-    `InputError` for a folder that is not empty or cannot be written to.
+    Use it in `with`, and call `done(result)` after each step. Only the first of several processes
+    traces. Raises `InputError` for a folder that is not empty or cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike | None):
@@ -32,12 +33,12 @@ class StepTrace:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
                 raise InputError(f"{self.folder}: not empty; give a new folder for the profile")
-            (self.folder / "plugins").mkdir()  # where the trace will be
+            (self.folder / "plugins").mkdir()  # the profiler writes there
         except OSError as error:
             raise InputError(f"{self.folder}: cannot hold a profile ({reason(error)})") from error
 
     def done(self, result: Any = None) -> None:
-        """A step is over, and `result` is what it makes."""
+        """A step is over; `result` is its output."""
         if self.folder is None:
             return
         self.steps += 1
@@ -56,15 +57,11 @@ class StepTrace:
         if self.tracing:
             self._stop()
         elif self.folder is not None and self.steps < WARM_UP:
-            logging.getLogger(__name__).warning(
-                "%s: no profile: the run had %d steps, and the first %d are not traced",
-                self.folder, self.steps, WARM_UP,
-            )  # fmt: skip
+            message = "%s: no profile: the run had %d steps, and the first %d are not traced"
+            LOG.warning(message, self.folder, self.steps, WARM_UP)
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self.tracing = False
-        logging.getLogger(__name__).warning(
-            "%s: the profile of %d steps; look at it with `xprof --logdir %s`",
-            self.folder, self.steps - WARM_UP, self.folder,
-        )  # fmt: skip
+        message = "%s: the profile of %d steps; view it with `xprof --logdir %s`"
+        LOG.warning(message, self.folder, self.steps - WARM_UP, self.folder)

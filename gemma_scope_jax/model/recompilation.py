@@ -1,4 +1,4 @@
-"""A word when one call is compiled again and again, and what it is that changes each time.
+"""A warning when one call is compiled again and again, naming what changes each time.
 
 Compiling takes seconds where running takes milliseconds, and looks like a slow model.
 """
@@ -12,32 +12,33 @@ import numpy as np
 
 from gemma_scope_jax.model.intercept import Intercept
 
-AGAIN = 6  # programs that differ in one thing alone before anything is said
-MOST_KNOWN = 4096  # calls remembered; then it begins anew
+AGAIN = 6  # programs that differ in one thing only before the warning
+MOST_KNOWN = 4096  # calls remembered before all are forgotten
 
 ADVICE = {
-    "functions": "a lambda or functools.partial made anew is a new program each time: define the "
+    "functions": "a new lambda or functools.partial is a new program each time: define the "
     "function once, at module level, and pass what changes as arguments",
     "lengths": "pad the tokens to fewer lengths, or mark the intercepts' functions `gs.tokenwise` "
-    "if each treats every token alone, so that lengths are filled up",
+    "if each treats every token alone, so that lengths are rounded up",
     "batch sizes": "fill up the last batch with rows of padding (segments 0)",
-    "sets of layers": "give one layer (an int), which is data, or all (None)",
+    "sets of layers": "pass one layer (an int), which is data, or all (None)",
     "shapes of arguments": "pad the intercepts' arguments to one shape",
-    "numbers of new tokens": "ask for the largest and stop earlier by stop_tokens",
+    "numbers of new tokens": "request the largest and stop earlier by stop_tokens",
 }
 _known: set[Hashable] = set()
 _changes: dict[Hashable, set[Hashable]] = {}
 
 
 class RecompilationWarning(UserWarning):
-    """One call was compiled for many programs; the message says what changes between them."""
+    """One call was compiled for many programs; the message names what changes between them."""
 
 
 def note(door: str, items: tuple[Intercept, ...], shape: tuple[int, int], fixed: Hashable, **more):
-    """Remember a call of `door` on tokens of `shape`; warn if it is one program more of many.
+    """Remember a call of `door` on tokens of `shape`; warn if its programs are many but for one
+    thing.
 
-    fixed  whatever else chooses the program
-    more   by the names of `ADVICE`
+    fixed  everything else that chooses the program
+    more   more things that change, by their keys in `ADVICE`
     """
     functions, named = zip(*map(_functions, items)) if items else ((), ())
     kinds = tuple((i.kind, i.site, i.name, i.layer is None) for i in items)
@@ -62,12 +63,12 @@ def note(door: str, items: tuple[Intercept, ...], shape: tuple[int, int], fixed:
         values = _changes.setdefault((what, rest, others), set())
         values.add(value)
         if len(values) == AGAIN:
-            text = f"{door} has been compiled for {AGAIN} {what} that all else was equal for"
+            text = f"{door} has been compiled for {AGAIN} {what}, all else being equal"
             warnings.warn(f"{text}: {ADVICE[what]}", RecompilationWarning, stacklevel=4)
 
 
 def _functions(item: Intercept) -> tuple[Hashable, Hashable]:
-    """The item's functions as `jit` tells them apart, and as their author does; with options."""
+    """The item's functions as `jit` distinguishes them, and as their author does; with options."""
     given = {"fn": item.fn, "init": item.init_fn, **dict(item.options)}
     made = tuple(hash(v) for v in given.values() if callable(v))
     named = tuple((k, _name(v) if callable(v) else v) for k, v in given.items())
@@ -75,12 +76,12 @@ def _functions(item: Intercept) -> tuple[Hashable, Hashable]:
 
 
 def _name(fn: Any) -> str:
-    inner = getattr(fn, "func", fn)  # of a partial
+    inner = getattr(fn, "func", fn)  # the function inside a partial
     return f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner))}"
 
 
 def _shapes(item: Intercept, shape: tuple[int, int]) -> Hashable:
-    """Shapes and dtypes of the arguments; what follows the batch or the tokens by name."""
+    """Shapes and dtypes of the arguments, sizes equal to those of the batch replaced by names."""
     leaves, tree = jax.tree.flatten((item.args, item.init))
     axes = dict(zip(shape, "BT"))
     each = ((tuple(axes.get(n, n) for n in np.shape(a)), jax.dtypes.result_type(a)) for a in leaves)

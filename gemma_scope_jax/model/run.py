@@ -1,10 +1,11 @@
 """`run`: the forward pass, jitted, for calls from outside: checks first, few programs.
 
 A program is compiled for the shapes and the static parts of a call. So that a loop over layers or
-over texts needs one or two of them, layers that stand alone and `stop_at_layer` are given to the
-program as data (see `hooks.py`), and lengths are filled up to a few (see `buckets.py`).
+over texts needs one or two of them, single layers and `stop_at_layer` are passed as data (see
+`hooks.py`), and lengths are rounded up to a few (see `buckets.py`).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,8 @@ from gemma_scope_jax.model.arguments import is_abstract
 from gemma_scope_jax.model.batch import check_ids, integers, tokens_and_segments
 from gemma_scope_jax.model.buckets import bucket, cut, filled, widened
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.gemma import Cache, Logits, Output, check_pass, one_pass
+from gemma_scope_jax.model.gemma import Cache, Logits, Output, Remat, check_pass, one_pass
+from gemma_scope_jax.model.intercept import Intercept
 from gemma_scope_jax.model.recompilation import note
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 
@@ -26,27 +28,27 @@ from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
 def run(
     model: Model,
     tokens: Any,
-    intercepts=(),
+    intercepts: Intercept | Sequence = (),
     *,
-    positions=None,
-    segments=None,
+    positions: Any = None,
+    segments: Any = None,
     cache: Cache | None = None,
     stop_at_layer: int | None = None,
-    remat: tuple[str, ...] | None = (),
+    remat: Remat = (),
     logits: Logits = "all",
     pad: bool = True,
 ) -> Output:
-    """`forward`, jitted: same arguments and result. New data of the same shapes compiles nothing,
-    and neither does another layer where an intercept has one, nor most other lengths.
+    """`forward`, jitted: same arguments and result. New data of the same shapes compile nothing,
+    nor does another single layer for an intercept, nor most other lengths.
 
-    pad  fill up T to one of a few lengths, which nothing in the result shows; not where that could
-         be seen: with a cache, with functions that are not `tokenwise`, and with large batches
+    pad  round T up to one of a few lengths, without any effect on the result: not with a cache,
+         functions that are not `tokenwise`, or large batches
 
-    What is given as numpy arrays, lists or numbers is checked: token ids against the vocabulary,
-    positions and segments, the positions and values of intercepts. Of arrays on a device only
-    shapes are known without waiting; a row with ids there that are no tokens becomes NaN.
-    Functions find `ctx.layer` a traced int32. Warns (`RecompilationWarning`) when calls that differ
-    in one thing alone are compiled again and again.
+    Numpy arrays, lists and numbers are checked: token ids against the vocabulary, positions and
+    segments, the positions and values of intercepts. Of device arrays only the shapes are checked,
+    without waiting; a row with ids outside the vocabulary becomes NaN. In functions, `ctx.layer` is
+    a traced int32. Warns (`RecompilationWarning`) if calls that differ in one thing only are
+    compiled again and again.
     """
     tokens, segments = tokens_and_segments(tokens, segments)
     tokens, segments = integers("tokens", tokens), integers("segments", segments)
@@ -59,11 +61,10 @@ def run(
     if isinstance(tokens, np.ndarray):
         check_ids(model.config, tokens)
     _check_places(positions, segments, room)
-    # where a text goes on from a cache or stands elsewhere, any position may be meant
-    alone = positions is None and cache is None
+    # with a cache or given positions, any position may be meant
     length = tokens.shape[1]
-    least, most = (length, length) if alone else (0, 2**31)
-    hooks.check_data(items, model.dtype, least, most)
+    texts = (length, length) if positions is None and cache is None else (0, 2**31)
+    hooks.check_data(items, model.dtype, *texts)
 
     size, stop, stop_data = length, stop_at_layer, None
     if not is_abstract((model, tokens, items, positions, segments, cache)):
@@ -90,7 +91,7 @@ def _run(model, tokens, items, *, length, stop_data, stop_at_layer, remat, logit
 
 
 def _check_places(positions: Any, segments: Any, room: int) -> None:
-    """Raise `InputError` for what is known on the host and cannot be; padding stands anywhere."""
+    """Raise `InputError` for impossible values on the host; padding may have any position."""
     if isinstance(segments, np.ndarray) and segments.min() < 0:
         raise InputError(f"segments must not be negative, got {segments.min()}")
     if not isinstance(positions, np.ndarray):

@@ -1,8 +1,8 @@
 """Where weights and batches live on a mesh: one table of partition specs.
 
 Tensor parallelism runs over the mesh axis "model" (heads, mlp hidden, vocabulary), data parallelism
-over "data", which also shards d_model of every matrix (FSDP). An axis that does not divide stays
-replicated, so every preset loads on every mesh.
+over "data", which also shards d_model of every matrix (FSDP). An axis that does not divide evenly
+stays replicated, so every preset loads on every mesh.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import Block, GemmaConfig, Params
-from gemma_scope_jax.model.processes import join_processes as join_processes
+from gemma_scope_jax.model.config import GemmaConfig, Params, each_weight
 
 _F = TypeVar("_F", bound=Callable)
+AXES = ("data", "model")
+_AUTO = (AxisType.Auto, AxisType.Auto)
 
 
 def make_mesh(
@@ -27,9 +28,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of data x model devices with the axes ("data", "model").
 
-    `model=None` takes all the devices that `data` leaves; `devices=None` means `jax.devices()`.
-    The axes are `AxisType.Auto`: the compiler places what nobody annotated, such as a user's
-    intercept function. Raises `InputError` when the devices do not suffice or do not divide.
+    `model=None` uses all the devices that `data` leaves; `devices=None` means `jax.devices()`. The
+    axes are `AxisType.Auto`: the compiler places what is not annotated, such as a user's intercept
+    function. Raises `InputError` if there are too few devices or they do not divide.
     """
     devices = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, object)))
     if data < 1 or (model is not None and model < 1):
@@ -40,83 +41,67 @@ def make_mesh(
         model = len(devices) // data
     if data * model > len(devices):
         raise InputError(f"mesh: data={data} x model={model} is more than {len(devices)} devices")
-    return jax.make_mesh(
-        (data, model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: data * model],
-    )
+    return jax.make_mesh((data, model), AXES, axis_types=_AUTO, devices=devices[: data * model])
 
 
-AXES = ("data", "model")
-
-
-def our_mesh(mesh: Any) -> Mesh:
+def our_mesh(mesh: Mesh | AbstractMesh) -> Mesh:
     """`mesh` as our programs take it: axes ("data", "model") in this order, both Auto.
 
-    The devices stay as they are. Axes of Explicit type, as `jax.make_mesh` makes them, become Auto;
-    an axis that is missing has one device, and others are left out if they have one. Raises
-    `InputError` for axes of other names, whose meaning would be a guess.
+    The devices stay as they are. Explicit axes, as `jax.make_mesh` makes them, become Auto; a
+    missing axis gets one device, and other axes of one device are dropped. Raises `InputError` for
+    axes with other names, whose meaning would be a guess.
     """
     known = isinstance(mesh, (Mesh, AbstractMesh))
     if known and mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
         return mesh  # type: ignore[return-value]
     if not isinstance(mesh, Mesh):
-        raise InputError(f"a mesh is wanted, as gs.make_mesh(2, 4) makes one, not {mesh!r}")
+        raise InputError(f"expected a mesh, as gs.make_mesh(2, 4) makes one, not {mesh!r}")
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape))
     if others := [name for name in sizes if name not in AXES and sizes[name] > 1]:
         raise InputError(
-            f"the mesh has an axis {others[0]!r}: ours are 'data' (rows of a batch, and FSDP) and "
-            "'model' (heads, hidden, features); name those of yours so that are meant: "
-            "jax.sharding.Mesh(mesh.devices, ('data', 'model'))"
+            f"the mesh has an axis {others[0]!r}: name its axes 'data' (batch, FSDP) and 'model' "
+            "(heads, hidden, features): jax.sharding.Mesh(mesh.devices, ('data', 'model'))"
         )
     order = sorted(sizes, key=lambda name: AXES.index(name) if name in AXES else -1)
     devices = mesh.devices.transpose([mesh.axis_names.index(name) for name in order])
     devices = devices.reshape([sizes.get(name, 1) for name in AXES])
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(devices, AXES, axis_types=_AUTO)
 
 
 def on_auto_axes(tree: Any) -> Any:
-    """`tree` with its arrays on meshes with Explicit axes put on equal ones with Auto axes, as all
-    our programs have; the data stay where they are.
-    """
-    explicit = lambda x: (
-        isinstance(x, jax.Array)
-        and not isinstance(x, Tracer)
-        and isinstance(x.sharding, NamedSharding)
-        and AxisType.Explicit in x.sharding.mesh.axis_types
-    )
-    if not any(map(explicit, jax.tree.leaves(tree))):
-        return tree
+    """`tree` with its arrays on Explicit axes put on equal meshes with Auto axes; no data move."""
 
     def auto(x: Any) -> Any:
-        if not explicit(x):
+        if not isinstance(x, jax.Array) or isinstance(x, Tracer):
             return x
-        mesh = x.sharding.mesh
-        ours = set(mesh.axis_names) <= set(AXES)
-        types = (AxisType.Auto,) * mesh.devices.ndim
-        mesh = our_mesh(mesh) if ours else Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+        if not isinstance(x.sharding, NamedSharding):
+            return x
+        mesh: Any = x.sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
+            return x
+        if set(mesh.axis_names) <= set(AXES):
+            mesh = our_mesh(mesh)
+        else:
+            types = (AxisType.Auto,) * mesh.devices.ndim
+            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
         return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
 
     return jax.tree.map(auto, tree)
 
 
 def check_axes(weight: jax.Array) -> None:
-    """Raise `InputError` if a weight lies on a mesh with Explicit axes: no program of ours says
-    where each of its values lies.
-    """
+    """Raise `InputError` if a weight is on a mesh with Explicit axes: our programs need Auto."""
     mesh = jax.typeof(weight).sharding.mesh
     if any(t == AxisType.Explicit and n > 1 for t, n in zip(mesh.axis_types, mesh.axis_sizes)):
         raise InputError(
-            f"the weights lie on a mesh with Explicit axes {mesh.axis_names}: load_model(.., mesh="
+            f"the weights are on a mesh with Explicit axes {mesh.axis_names}: load_model(.., mesh="
             "mesh), or device_put(params, gs.param_shardings(config, mesh)), makes them Auto"
         )
 
 
 def own_mesh(function: _F) -> _F:
-    """Decorates what runs our programs: they go by where the weights lie, not by a mesh that the
-    caller has set (`jax.set_mesh`). Traced, as inside a `jit` of the caller's, it changes nothing.
-    """
+    """Decorates a function that runs our programs: they follow the weights' mesh, not one that the
+    caller has set (`jax.set_mesh`). Under tracing, as in a caller's `jit`, it does nothing."""
 
     @functools.wraps(function)
     def call(*args, **options):
@@ -124,7 +109,7 @@ def own_mesh(function: _F) -> _F:
             return function(*args, **options)
         try:
             unset = jax.set_mesh(Mesh(np.empty((), object), ()))
-        except ValueError:  # it cannot be set here: this is being traced
+        except ValueError:  # a mesh cannot be set while tracing
             return function(*args, **options)
         with unset:
             return function(*args, **options)
@@ -135,84 +120,60 @@ def own_mesh(function: _F) -> _F:
 def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
     """The `PartitionSpec` of every weight, as a `Params`: the layer axis L is never sharded.
 
-    The query heads N are sharded over "model", or the head dimension H where N does not divide;
-    kv heads (1 in the small models) are replicated where they do not divide. `fsdp=False` keeps
-    d_model whole: for inference where the weights fit.
+    The query heads N are sharded over "model", or the head dimension H if N does not divide; kv
+    heads (1 in the small models) are replicated if they do not divide. `fsdp=False` keeps d_model
+    whole: for inference if the weights fit.
     """
     c, mesh = config, our_mesh(mesh)
 
     def fits(axis: str, size: int) -> str | None:
         return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
 
-    D = fits("data", c.d_model) if fsdp else None
-    N, K = fits("model", c.heads), fits("model", c.kv_heads)
-    H = None if N else fits("model", c.head_dim)
+    N, K, H = (fits("model", size) for size in (c.heads, c.kv_heads, c.head_dim))
     M, V = fits("model", c.d_mlp), fits("model", c.vocab)
-    P = PartitionSpec
-    return Params(
-        embed=P(V, D),
-        blocks=Block(
-            pre_attn_norm=P(),
-            w_q=P(None, D, N, H),
-            w_k=P(None, D, K, None),
-            w_v=P(None, D, K, None),
-            q_norm=P(),
-            k_norm=P(),
-            w_o=P(None, N, H, D),
-            post_attn_norm=P(),
-            pre_mlp_norm=P(),
-            w_gate=P(None, D, M),
-            w_up=P(None, D, M),
-            w_down=P(None, M, D),
-            post_mlp_norm=P(),
-        ),
-        final_norm=P(),
-        head=None if c.tied else P(V, D),
-    )
+    D = fits("data", c.d_model) if fsdp else None
+    over = {"L": None, "D": D, "N": N, "K": K, "H": None if N else H, "M": M, "V": V}
+
+    def spec(name: str, axes: str) -> PartitionSpec:
+        if name.endswith("norm"):
+            return PartitionSpec()
+        return PartitionSpec(*(None if a == "H" and "K" in axes else over[a] for a in axes))
+
+    return each_weight(config, spec)
 
 
 def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
-    """`param_specs` as `NamedSharding`s on `mesh` (see `our_mesh`): for `device_put`, `jit` and the
-    loader.
-    """
+    """`param_specs` as `NamedSharding`s on `mesh` (see `our_mesh`): for `device_put` and `jit`."""
     mesh = our_mesh(mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, fsdp))
 
 
 def shard_batch(mesh: Mesh, array: Any) -> Any:
-    """Put `array` [B, ...], or each of a `TokenBatch`, on `mesh`: B split over "data", replicated
-    over "model".
-
-    Raises `InputError` when B does not divide.
-    """
+    """Put `array` [B, ...], or each array of a `TokenBatch`, on `mesh`: B split over "data",
+    replicated over "model". Raises `InputError` if B does not divide."""
     if dataclasses.is_dataclass(array):
         return jax.tree.map(functools.partial(shard_batch, mesh), array)
     mesh = our_mesh(mesh)
     if np.ndim(array) < 1 or np.shape(array)[0] % mesh.shape["data"]:
-        raise InputError(
-            f"batch of shape {np.shape(array)} does not split over {mesh.shape['data']} devices; "
-            'make B a multiple of the mesh\'s "data" axis'
-        )
+        devices = f"{mesh.shape['data']} devices: make B a multiple of the 'data' axis"
+        raise InputError(f"a batch of shape {np.shape(array)} does not split over {devices}")
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def mesh_of(weight: jax.Array) -> Any:
-    """The abstract mesh a weight lives on if it has our axes, else None.
-
-    The type of a weight tells it, inside `jit` too, so that nobody has to hand it down.
-    """
+def mesh_of(weight: jax.Array) -> AbstractMesh | None:
+    """The abstract mesh a weight is on if it has our axes, else None; also inside `jit`."""
     mesh = jax.typeof(weight).sharding.mesh
-    ours = {"data", "model"} <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    ours = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if ours else None
 
 
-def mesh_under(weight: Any) -> Any:
-    """The mesh with its devices, where `mesh_of` finds one, of a weight that is there; or None."""
+def mesh_under(weight: Any) -> Mesh | None:
+    """The mesh with its devices of a concrete weight, if `mesh_of` finds one; else None."""
     return weight.sharding.mesh if mesh_of(weight) is not None else None
 
 
-def place(mesh: Any, x: jax.Array, *axes: str | None) -> jax.Array:
-    """Spread `x` over the mesh's `axes`, one a dimension, where they divide; no mesh, no change."""
+def place(mesh: Mesh | AbstractMesh | None, x: jax.Array, *axes: str | None) -> jax.Array:
+    """Spread `x` over the mesh's `axes`, one per dimension, where they divide. None: no change."""
     if mesh is None:
         return x
     spec = (a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True))

@@ -1,14 +1,13 @@
 """Gemma's tokenizer out of the files people have: tokenizer.model, tokenizer.json, or a .gguf.
 
-All Gemma 3 models share one SentencePiece BPE model of 262,144 pieces. Each file kind is read into
-the same three lists (pieces, scores, types) and rebuilt into the same SentencePiece model, with one
-deliberate change: every piece that steers the model (<bos>, <start_of_turn>, <unused5>, ...) is
-CONTROL, which SentencePiece never matches in text. So text cannot inject a control token; only
-`Tokenizer` itself places them. Runs of whitespace and HTML tags stay USER_DEFINED, which it does
-match, as they do in the published tokenizer.
+All Gemma 3 models share one SentencePiece BPE model of 262,144 pieces. Each kind of file is read
+into the same three lists (pieces, scores, types) and rebuilt into the same SentencePiece model,
+with one deliberate change: every piece that steers the model (<bos>, <start_of_turn>, <unused5>,
+...) is CONTROL, which SentencePiece never matches in text. Text thus cannot inject a control token;
+only `Tokenizer` places them. Runs of whitespace and HTML tags stay USER_DEFINED, which
+SentencePiece does match, as in the published tokenizer.
 """
 
-import json
 import math
 import os
 import re
@@ -17,19 +16,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.added_tokens import declared_tokens
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
-from gemma_scope_jax.storage.strict_json import parse_json, read_json
+from gemma_scope_jax.storage.strict_json import read_json
 
 IMAGE = "<image_soft_token>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's piece types
 SPACE = "\u2581"  # how SentencePiece writes a space
 REQUIRED = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 
-# Of the user-defined pieces, those that look like markup are control tokens, but for HTML tags,
-# and so are these names, whatever type a file gives them. Words that a fine-tune added are text.
+# Control tokens are these names, whatever type a file gives them, and the user-defined pieces that
+# look like markup, except HTML tags. Words that a fine-tune added are text.
 _CONTROL_PIECE = re.compile(
     r"<(pad|eos|bos|unk|mask|unused\d+|(start|end)_of_(turn|image)|image_soft_token)>|\[multimodal\]"
 )
@@ -47,9 +47,9 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     """The tokenizer file behind a model's name, a folder, or a file's own path.
 
-    The name of any Gemma 3 takes the packaged model (extra `demo`) if that is installed, since all
-    sizes share one tokenizer; else its tokenizer.model comes from Hugging Face's hub, as does that
-    of any "owner/repository". Raises `InputError` if there is nothing to be found.
+    All Gemma 3 sizes share one tokenizer: any of their names uses the packaged model (extra `demo`)
+    if it is installed, and otherwise the tokenizer.model on Hugging Face's hub, as does any
+    "owner/repository". Raises `InputError` if nothing is found.
     """
     text = os.fspath(source)
     is_file_name = text.endswith((".model", ".json", ".gguf"))
@@ -58,12 +58,11 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     is_gemma = isinstance(source, str) and not os.path.exists(text) and _is_published(text)
     if is_gemma and is_packaged_model_installed():
         return epath.Path(packaged_model())
-    # here, as loading a model needs meshes, these batches, and those a tokenizer
+    # imported here: loading a model needs meshes and batches, which need a tokenizer
     from gemma_scope_jax.model.checkpoints.load import find_checkpoint
 
-    path = find_checkpoint(
-        source, files=_FILES[:1] if is_gemma else (*_FILES, *SIBLINGS[1:], *TEMPLATES[:2])
-    )
+    everything = (*_FILES, *SIBLINGS[1:], *TEMPLATES[:2])
+    path = find_checkpoint(source, files=_FILES[:1] if is_gemma else everything)
     if path.is_file():
         return path
     for candidate in [*(path / name for name in _FILES), *sorted(path.glob("*.gguf"))]:
@@ -71,7 +70,7 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
             return candidate
     raise InputError(
         f"{path}: holds no tokenizer.model, tokenizer.json or .gguf file; all Gemma 3 models share "
-        "one tokenizer, so a model's name such as gemma-3-270m serves as well"
+        "one tokenizer, so a model's name such as gemma-3-270m works too"
     )
 
 
@@ -85,11 +84,11 @@ def _is_published(name: str) -> bool:
 
 def read_tokenizer(path: epath.Path) -> tuple[bytes, str]:
     """The serialised SentencePiece model for a tokenizer.model, tokenizer.json or .gguf file, and
-    the file that holds a chat template of another format than Gemma's, or "".
+    the file that holds a chat template of a format other than Gemma's, or "".
 
-    The kind is told by the content. Tokens that were added later come from the file itself and from
-    those beside it, which must agree (`added_tokens`). Raises `InputError` for a file that is
-    broken, or that is not a Gemma tokenizer.
+    The content decides the kind. Tokens added later come from the file itself and from those beside
+    it, which must agree (`added_tokens`). Raises `InputError` for a file that is broken or not a
+    Gemma tokenizer.
     """
     try:
         with path.open("rb") as file:
@@ -98,10 +97,8 @@ def read_tokenizer(path: epath.Path) -> tuple[bytes, str]:
             metadata = open_gguf(path).metadata
             templates = [(path, metadata.get("tokenizer.chat_template"))]
             return _rebuild(path, *_from_gguf(path, metadata)), _foreign(templates)
-        if magic.lstrip()[:1] == b"{":
-            pieces = _from_json(path)
-        else:
-            pieces = _from_model(path)
+        is_json = magic.lstrip()[:1] == b"{"
+        pieces = _from_json(path) if is_json else _from_model(path)
         _add(path, pieces, added_tokens(path))
         templates = [(path.parent / name, _template(path.parent / name)) for name in TEMPLATES]
         return _rebuild(path, *pieces), _foreign(templates)
@@ -113,7 +110,7 @@ Pieces = tuple[list[str], list[float], list[int]]  # text, score, type of every 
 
 
 def _from_gguf(path: epath.Path, metadata: dict[str, Any]) -> Pieces:
-    """llama.cpp writes the runs of spaces as real spaces and all control tokens as CONTROL."""
+    """llama.cpp writes runs of spaces as real spaces and all control tokens as CONTROL."""
     key = "tokenizer.ggml."
     if metadata.get(f"{key}model", "none") != "llama":
         raise InputError(f"{path}: holds no SentencePiece tokenizer")
@@ -129,7 +126,7 @@ def _from_gguf(path: epath.Path, metadata: dict[str, Any]) -> Pieces:
     for name in ("add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap"):
         value = metadata.get(key + name, False)
         if np.any(value):
-            raise InputError(f"{path}: {key}{name} is on; Gemma's tokenizer takes text as it is")
+            raise InputError(f"{path}: {key}{name} is on; Gemma's tokenizer leaves text unchanged")
     while n and (types[n - 1] == UNUSED or pieces[n - 1] == IMAGE):
         n -= 1  # padding and the image placeholder, beyond the text model's vocabulary
     return [p.replace(" ", SPACE) for p in pieces[:n]], scores[:n], types[:n]
@@ -162,23 +159,20 @@ def _from_json(path: epath.Path) -> Pieces:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a complete tokenizer.json ({error!r:.80})") from error
-    types = [
-        USER_DEFINED if p in added else BYTE if _BYTE_PIECE.fullmatch(p) else NORMAL for p in pieces
-    ]
-    return pieces, [-float(rank.get(p, len(rank))) for p in pieces], types
+    kind = lambda p: USER_DEFINED if p in added else BYTE if _BYTE_PIECE.fullmatch(p) else NORMAL
+    return pieces, [-float(rank.get(p, len(rank))) for p in pieces], [kind(p) for p in pieces]
 
 
-# What a tokenizer.json says beside its vocabulary, and the values that mean what Gemma does. Of the
-# rest: `encode` places <bos> itself, and neither cuts nor pads.
-_SPLIT = {
-    "type": "Split",
-    "pattern": {"String": " "},
-    "behavior": "MergedWithPrevious",
-    "invert": False,
-}
+# The keys of a tokenizer.json beside its vocabulary, with the values that mean what Gemma does.
+# `encode` places <bos> itself, and neither truncates nor pads.
+_SPACES = {"pattern": {"String": " "}}
 _PIPELINE: dict[str, tuple] = {
-    "normalizer": ({"type": "Replace", "pattern": {"String": " "}, "content": SPACE},),
-    "pre_tokenizer": (None, _SPLIT),  # no space is left when it looks for them
+    "normalizer": (_SPACES | {"type": "Replace", "content": SPACE},),
+    # after the normalizer, no space is left to split at
+    "pre_tokenizer": (
+        None,
+        _SPACES | {"type": "Split", "behavior": "MergedWithPrevious", "invert": False},
+    ),
 }
 _MODEL: dict[str, tuple] = {
     "type": ("BPE",),
@@ -191,11 +185,11 @@ _MODEL: dict[str, tuple] = {
 }
 _DECODERS = {"Replace", "ByteFallback", "Fuse"}
 _READ = {"version", "truncation", "padding", "post_processor", "added_tokens", "model", "decoder"}
-_READ_OF_MODEL = {"vocab", "merges", "fuse_unk"}  # no unknown piece is left to fuse: bytes are
+_READ_OF_MODEL = {"vocab", "merges", "fuse_unk"}  # bytes leave no unknown piece to fuse
 
 
 def _check_pipeline(path: epath.Path, data: dict[str, Any]) -> None:
-    """Refuse steps that make other tokens, or other text, than Gemma's do."""
+    """Refuse steps that produce other tokens, or other text, than Gemma's do."""
     for holder, table, read in ((data, _PIPELINE, _READ), (data["model"], _MODEL, _READ_OF_MODEL)):
         for key, values in table.items():
             if holder.get(key) not in values:
@@ -213,91 +207,58 @@ def _check_pipeline(path: epath.Path, data: dict[str, Any]) -> None:
 def added_tokens(path: epath.Path) -> dict[int, tuple[str, bool]]:
     """id -> (text, whether it is special) of the tokens that the files around `path` add.
 
-    tokenizer.json (also where it is `path` itself), tokenizer_config.json and added_tokens.json
-    tell of them. Raises `InputError` where two of them disagree, and for tokens that would take the
-    spaces around them or whole words only.
+    Reads tokenizer.json (also if it is `path` itself), tokenizer_config.json and added_tokens.json.
+    Raises `InputError` if two of them disagree, and for tokens that absorb the spaces around them
+    or match only whole words.
     """
     found: dict[int, tuple[str, bool]] = {}
-
-    def add(where: epath.Path, number: Any, text: Any, token: dict[str, Any]) -> None:
-        if not isinstance(text, str) or not text or not 0 <= (number := int(number)) < 2**31:
-            raise InputError(f"{where}: added token {number!r:.40} is {text!r:.40}")
-        if flags := [x for x in ("lstrip", "rstrip", "single_word") if token.get(x)]:
-            raise InputError(f"{where}: added token {text!r:.40} has {flags[0]}: not supported")
-        said = found.setdefault(number, (text, bool(token.get("special"))))
-        if said[0] != text:
-            raise InputError(f"{where}: token {number} is {text!r:.40}, elsewhere {said[0]!r:.40}")
-
     for where in dict.fromkeys((path, *(path.parent / name for name in SIBLINGS))):
         if where.suffix != ".json" or not where.exists():
             continue
-        try:
-            if where.name == "added_tokens.json":
-                for text, number in read_json(where).items():
-                    add(where, number, text, {})
-            elif where.name == "tokenizer_config.json":
-                for number, token in (read_json(where).get("added_tokens_decoder") or {}).items():
-                    add(where, number, token["content"], token)
-            else:
-                for token in _added_list(where):
-                    add(where, token["id"], token["content"], token)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{where}: its added tokens are malformed") from error
+        for number, text, token in declared_tokens(where):
+            if not isinstance(text, str) or not text or not 0 <= number < 2**31:
+                raise InputError(f"{where}: added token {number!r:.40} is {text!r:.40}")
+            if flags := [x for x in ("lstrip", "rstrip", "single_word") if token.get(x)]:
+                raise InputError(f"{where}: added token {text!r:.40} has {flags[0]}: not supported")
+            said, _ = found.setdefault(number, (text, bool(token.get("special"))))
+            if said != text:
+                raise InputError(f"{where}: token {number} is {text!r:.40}, elsewhere {said!r:.40}")
     return found
 
 
-def _added_list(path: epath.Path) -> list[dict[str, Any]]:
-    """added_tokens of a tokenizer.json, without its millions of merges where it comes first."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    key = '"added_tokens":'
-    if text.count(key) != 1:
-        return read_json(path).get("added_tokens") or []
-    start = text.index(key) + len(key)
-    start += len(text[start : start + 100]) - len(text[start : start + 100].lstrip())
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not usable as JSON ({reason(error)})") from error
-    return parse_json(text[start:end], path) or []
-
-
 def _add(path: epath.Path, pieces: Pieces, added: dict[int, tuple[str, bool]]) -> None:
-    """Append the tokens with ids beyond the vocabulary; those within must be the ones there.
+    """Append the tokens with ids beyond the vocabulary; those within it must match the vocabulary.
 
-    The placeholder for images is left out where it is the last: a text model has no row for it.
+    The placeholder for images is left out if it is the last: a text model has no row for it.
     """
     texts, scores, types = pieces
     for number in sorted(added):
         text, special = added[number]
-        text = text.replace(" ", SPACE)
+        text, kind = text.replace(" ", SPACE), CONTROL if special else USER_DEFINED
         if number < len(texts):
             if texts[number] != text:
                 raise InputError(
                     f"{path}: token {number} is {texts[number]!r:.40}, but {text!r:.40} was added "
-                    "there; the tokenizer's files are of different models"
+                    "there; the tokenizer's files belong to different models"
                 )
             if types[number] == NORMAL:
-                types[number] = CONTROL if special else USER_DEFINED
+                types[number] = kind
         elif number > len(texts):
-            raise InputError(
-                f"{path}: added token {text!r:.40} has the id {number}, but the vocabulary ends at "
-                f"{len(texts) - 1}"
-            )
+            end = f"the vocabulary ends at {len(texts) - 1}"
+            raise InputError(f"{path}: added token {text!r:.40} has the id {number}, but {end}")
         elif text != IMAGE or number != max(added):
             texts.append(text)
             scores.append(0.0)
-            types.append(CONTROL if special else USER_DEFINED)
+            types.append(kind)
 
 
 def _foreign(templates: list[tuple[epath.Path, Any]]) -> str:
-    """The file of the chat template, if it is of another format than Gemma's, or "".
+    """The file of the chat template, if its format is not Gemma's, or "".
 
     Many fine-tunes edit the published template: its turns are what makes it Gemma's.
     """
     for where, text in templates:
-        if isinstance(text, str) and text:  # the first is the one that transformers takes
+        if isinstance(text, str) and text:  # transformers uses the first
             return "" if "<start_of_turn>" in text and "<end_of_turn>" in text else str(where)
     return ""
 
@@ -316,7 +277,7 @@ def _template(path: epath.Path) -> Any:
 
 
 def _schema() -> Any:
-    """SentencePiece's protobuf classes; made at import, so type checkers cannot see them."""
+    """SentencePiece's protobuf classes, which are created at import, unseen by type checkers."""
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2
@@ -329,20 +290,13 @@ def _from_model(path: epath.Path) -> Pieces:
     try:
         model = pb.ModelProto.FromString(path.read_bytes())
     except DecodeError as error:
-        raise InputError(
-            f"{path}: not a complete tokenizer.model; download it again (a file of about 130 bytes "
-            "is a Git LFS pointer)"
-        ) from error
-    spec = model.normalizer_spec
-    if (
-        model.trainer_spec.model_type != pb.TrainerSpec.BPE
-        or not model.trainer_spec.byte_fallback
-        or spec.add_dummy_prefix
-        or spec.remove_extra_whitespaces
-        or spec.precompiled_charsmap
-        or not spec.escape_whitespaces
-        or model.trainer_spec.treat_whitespace_as_suffix
-    ):
+        advice = "download it again (about 130 bytes are a Git LFS pointer)"
+        raise InputError(f"{path}: not a complete tokenizer.model; {advice}") from error
+    training, spec = model.trainer_spec, model.normalizer_spec
+    is_gemma = training.model_type == pb.TrainerSpec.BPE and training.byte_fallback
+    changes_text = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    changes_text = changes_text or spec.precompiled_charsmap or not spec.escape_whitespaces
+    if not is_gemma or changes_text or training.treat_whitespace_as_suffix:
         raise InputError(f"{path}: a SentencePiece model, but not Gemma's")
     pieces = model.pieces
     return [p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces]
@@ -354,7 +308,7 @@ def _rebuild(path: epath.Path, pieces: list[str], scores: list[float], types: li
     if missing := [p for p in REQUIRED if p not in pieces]:
         raise InputError(f"{path}: not a Gemma tokenizer (it has no {', '.join(missing)})")
     if len(set(pieces)) != len(pieces) or "" in pieces or not all(map(math.isfinite, scores)):
-        raise InputError(f"{path}: has empty or repeated pieces, or scores that are no numbers")
+        raise InputError(f"{path}: has empty or repeated pieces, or scores that are not finite")
     model = pb.ModelProto()
     model.trainer_spec.model_type = pb.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = True
@@ -370,6 +324,6 @@ def _rebuild(path: epath.Path, pieces: list[str], scores: list[float], types: li
                 if piece == "<unk>":
                     kind = UNKNOWN
             model.pieces.add(piece=piece, score=score, type=kind)
-    except (UnicodeError, TypeError) as error:  # protobuf hands out what is no UTF-8 as bytes
+    except (UnicodeError, TypeError) as error:  # protobuf returns invalid UTF-8 as bytes
         raise InputError(f"{path}: has pieces that are not valid Unicode") from error
     return model.SerializeToString()

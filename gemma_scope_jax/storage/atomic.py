@@ -1,8 +1,8 @@
-"""Every file and folder we write: whole under its name or not there, by one writer at a time.
+"""Files and folders that are complete under their names or absent, written by one writer at a time.
 
-A local file is written under a temporary name, synced and renamed; whatever goes wrong, nothing
-stays of it and what stood there before still does. In a bucket a file appears when it is complete,
-so that nothing needs a temporary name, and nothing can be locked.
+A local file is written under a temporary name, synced and renamed; on any failure nothing of it
+remains and what it would replace is unchanged. In a bucket an object appears only when it is
+complete, so nothing needs a temporary name, and nothing can be locked.
 """
 
 import contextlib
@@ -24,30 +24,28 @@ from gemma_scope_jax.storage.locks import (
     remove_made,
     temporary_name,
 )
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import AnyPath, is_remote
 from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _ZEROS = bytes(1 << 20)
-PART = ".part"  # in a folder, what is to fill it
-
-
-# -------------------------------------------------------------------------------------------------
-# Files
+PART = ".part"  # within a folder, its content while it is written
 
 
 class WholeFile:
-    """A file being written: `file` is open, `commit` gives it its name, `discard` removes it.
-    Until then a local file lies at `temporary`.
+    """A file being written: `file` is open, `commit` gives it its name, `discard` removes it. Until
+    then a local file is at `temporary`.
 
     As a context manager it gives `file`, and commits if the block ends well. Lets `OSError` (and
-    what a bucket's client raises) through.
+    the exceptions of a bucket's client) through.
     """
 
-    def __init__(self, path: Any):
-        self.path = path = path if is_remote(path) else Path(path)
-        self.temporary = path if is_remote(path) else path.with_name(temporary_name(path.name))
-        self.file: BinaryIO = self.temporary.open("wb")
+    def __init__(self, path: AnyPath):
+        self.path: Any = path if is_remote(path) else Path(path)
+        self.temporary: Any = self.path
+        if not is_remote(path):
+            self.temporary = self.path.with_name(temporary_name(self.path.name))
+        self.file: Any = self.temporary.open("wb")
 
     def commit(self) -> None:
         try:
@@ -63,11 +61,9 @@ class WholeFile:
             raise
 
     def discard(self) -> None:
-        file: Any = self.file
+        file = self.file
         with contextlib.suppress(Exception):
-            if hasattr(
-                file, "discard"
-            ):  # a bucket's: closing would make the object of what is there
+            if hasattr(file, "discard"):  # a bucket's: closing would make an object of the part
                 file.discard()
                 file.closed = True  # or it is made when the file is garbage
                 return
@@ -84,8 +80,8 @@ class WholeFile:
             self.discard()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
+def _sync_folder(folder: AnyPath) -> None:
+    """Make a rename survive a power cut, if the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -94,10 +90,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: Any, data: bytes) -> None:
-    """Write a file, in a folder that is made if missing, complete whenever it is there.
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write a file, in a folder that is made if missing; it appears only when it is complete.
 
-    Raises `InputError` that names it if it cannot be written; what was there before stays.
+    Raises `InputError` that names the file if it cannot be written; an old one is unchanged then.
     """
     made: list[Path] = []
     try:
@@ -114,14 +110,14 @@ def write_bytes(path: Any, data: bytes) -> None:
         raise InputError(f"{path}: cannot be written ({reason(error)})") from error
 
 
-def write_text(path: Any, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """`write_bytes` of a text as UTF-8; names in it that are not UTF-8 are made legible."""
     write_bytes(path, legible(text).encode())
 
 
 def reserve(file: BinaryIO, size: int) -> None:
-    """Have `size` more bytes of zeros in an open file, on the disk: writing to a memory map of a
-    file with holes on a full disk kills the process. Lets `OSError` through."""
+    """Extend an open file by `size` zero bytes on the disk: writing to a memory map of a sparse
+    file on a full disk kills the process. Lets `OSError` through."""
     start = file.tell()
     try:
         file.flush()
@@ -134,17 +130,12 @@ def reserve(file: BinaryIO, size: int) -> None:
         file.flush()
 
 
-# -------------------------------------------------------------------------------------------------
-# Folders
+def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Create files in a folder (made if missing), each by its writer, and rename them at the end.
 
-
-def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    """Create files in a folder (made if missing), each by its writer, and name them at the end.
-
-    They are written under temporary names and renamed, in the order given, when all are complete.
-    If anything fails the folder is what it was before; what the system refuses (a full disk, no
-    permission) and another process that holds the folder raise `InputError`. In a bucket, where a
-    file appears when it is complete, they are written one after the other.
+    They get temporary names and are renamed, in the order given, when all are complete. If anything
+    fails, the folder is unchanged; an error of the system (a full disk, no permission) and another
+    process that holds the folder raise `InputError`. In a bucket the files are written one by one.
     """
     if is_remote(folder):
         _write_remote(epath.Path(folder), writers)
@@ -163,17 +154,16 @@ def write_folder(folder: Any, writers: Mapping[str, Callable[[BinaryIO], None]])
             raise disk_error(folder, error) from error
         finally:
             for path in temporary.values():
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
-    """Give all files their names, or none: those that they replace are kept until all have."""
+    """Give all files their names, or none: the files that they replace are kept until all have."""
     kept, done = {}, []
     try:
         for name in temporary:
             old = folder / temporary_name(f"{name}.old")
-            with contextlib.suppress(OSError):  # there is none, or the system has no links
+            with contextlib.suppress(OSError):  # no such file, or the system has no links
                 os.link(folder / name, old)
                 kept[name] = old
         for name, path in temporary.items():
@@ -182,16 +172,15 @@ def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
         _sync_folder(folder)
     except BaseException:
         for name in done:
+            if name not in kept:
+                _remove(folder / name)
+                continue
             with contextlib.suppress(OSError):
-                if name in kept:
-                    os.replace(kept[name], folder / name)
-                else:
-                    os.unlink(folder / name)
+                os.replace(kept[name], folder / name)
         raise
     finally:
         for path in kept.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
@@ -207,11 +196,11 @@ def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO],
 
 @contextlib.contextmanager
 def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
-    """A folder to write into that takes its name, over an old one, if the block ends well.
+    """A folder to write into that gets its name, replacing an old one, if the block ends well.
 
-    marks: glob patterns of files, one of which the old one has. A folder that is there and empty,
-    as one that a disk is mounted on, stays itself and is filled. Raises `InputError` if the old one
-    is another's, another process is writing the same, or the system refuses to write.
+    marks: glob patterns of files, one of which the old folder must have. An existing empty folder,
+    such as a mount point, is kept and filled. Raises `InputError` if the old one was not made here,
+    another process is writing it, or the system refuses to write.
     """
     folder = folder.absolute()
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
@@ -223,21 +212,20 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                 os.replace(old, folder)
             is_ours = any(True for mark in marks for _ in folder.glob(mark))
             if folder.exists() and not (is_ours or _is_empty(folder)):
-                raise InputError(
-                    f"{folder}: is in the way, and was not made here; move it, or choose another "
-                    "folder"
-                )
+                advice = "move it, or choose another folder"
+                raise InputError(f"{folder}: is in the way, and was not made here; {advice}")
             try:
                 for path in part.iterdir():
                     _remove(path)
                 yield part
                 if filled:
-                    _fill(part, folder)
+                    _rename_all(folder, {path.name: path for path in sorted(part.iterdir())})
+                    part.rmdir()
                 else:
                     _swap(part, folder, old)
             except BaseException as error:
                 _remove(part)
-                if isinstance(error, InputError):  # which may name a file, of the new folder
+                if isinstance(error, InputError):  # it may name a file of the new folder
                     said = str(error).replace(os.fspath(part), os.fspath(folder))
                     raise InputError(said) from error
                 raise
@@ -246,34 +234,19 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder is there, and nothing in it but what a killed process may have left."""
+    """Whether a folder exists and is empty, except for what a killed process may have left."""
     return folder.is_dir() and all(path.name == PART for path in folder.iterdir())
 
 
-def _fill(part: Path, folder: Path) -> None:
-    """Give the files of `part` their places in the folder around it, all or none."""
-    moved = []
-    try:
-        for path in sorted(part.iterdir()):
-            os.replace(path, folder / path.name)
-            moved.append(folder / path.name)
-        part.rmdir()
-    except BaseException:
-        for path in moved:
-            _remove(path)
-        raise
-
-
 def _swap(part: Path, folder: Path, old: Path) -> None:
-    """Rename `part` to `folder`, which goes then, and comes back if that fails."""
+    """Rename `part` to `folder`; an old `folder` is removed, or restored if that fails."""
     _remove(old)
-    there = folder.exists()
-    if there:
+    if existed := folder.exists():
         os.replace(folder, old)
     try:
         os.replace(part, folder)
     except BaseException:
-        if there:
+        if existed:
             os.replace(old, folder)
         raise
     _remove(old)

@@ -1,6 +1,6 @@
-"""One writer of a local folder at a time: others are refused in one line, or wait their turn.
+"""One writer of a local folder at a time: others are refused with one line, or wait their turn.
 
-The system lets go of a lock when its process ends, however that is. In buckets nothing is held.
+The system releases a lock when its process ends, however it ends. Buckets are not locked.
 """
 
 import contextlib
@@ -9,115 +9,99 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from gemma_scope_jax.errors import InputError, disk_error
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import AnyPath, is_remote
 
 LOG = logging.getLogger(__name__)
-LOCK = ".lock"  # the file that is locked where a folder cannot be
+LOCK = ".lock"  # the file to lock where a folder cannot be locked
 _held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds
 
 
 @contextlib.contextmanager
-def only_writer(folder: Any, name: Any = None) -> Iterator[None]:
-    """Hold a local folder, made if missing, against other writers; one that stays empty goes.
+def only_writer(folder: AnyPath, name: AnyPath | None = None) -> Iterator[None]:
+    """Hold a local folder, made if missing, against other writers; remove it if it stays empty.
 
-    The system lets go of it when the process ends, however that is. In a bucket, and on the file
-    systems without locks, nothing is held. name: what the folder is called in errors. Raises
-    `InputError` if somebody else holds it, or it cannot be made.
+    Buckets and file systems without locks are not held. name: what errors call the folder. Raises
+    `InputError` if another process holds it, or it cannot be made.
     """
-    if is_remote(folder):
-        yield
-        return
-    path, made = Path(folder), []
-    name = path if name is None else name
-    try:
-        handle, release = _locked(path, name, made)
-    except OSError as error:
-        remove_made(made)
-        raise disk_error(name, error) from error
-    except BaseException:
-        remove_made(made)
-        raise
-    key = _key(handle)
-    _held.add(key)
-    try:
-        remove_leftovers(path)
-        yield
-    finally:
-        _held.discard(key)
-        release()
-        remove_made(made)
-        os.close(handle)
+    with _locked(folder, folder if name is None else name) as handle:
+        key = None if handle is None else _key(handle)
+        if key is not None:
+            _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
-def in_turn(folder: Any) -> Iterator[None]:
-    """`only_writer` for what is short, in a folder that several processes share: it waits."""
-    if is_remote(folder):
+def in_turn(folder: AnyPath) -> Iterator[None]:
+    """`only_writer` for short work in a folder that several processes share: waits its turn."""
+    with _locked(folder, None):
         yield
+
+
+@contextlib.contextmanager
+def _locked(folder: AnyPath, name: AnyPath | None) -> Iterator[int | None]:
+    """A handle of a locked local folder, made if missing and removed if empty; None for a bucket.
+
+    name: what errors call a folder that another process holds; None: wait for it.
+    """
+    if is_remote(folder):
+        yield None
         return
     path, made = Path(folder), []
     try:
-        handle, release = _locked(path, None, made)
-    except OSError as error:
+        handle, release = _acquired(path, name, made)
+    except BaseException as error:
         remove_made(made)
-        raise disk_error(path, error) from error
+        if isinstance(error, OSError):
+            raise disk_error(path if name is None else name, error) from error
+        raise
     try:
         remove_leftovers(path)
-        yield
+        yield handle
     finally:
         release()
         remove_made(made)
         os.close(handle)
 
 
-def _locked(path: Path, name: Any, made: list[Path]) -> tuple[int, Callable[[], None]]:
-    """A handle of the folder, and what lets go of it; `made` gets those that were made for it, the
-    inner first.
-
-    name: what errors call a folder that somebody else holds; None: wait for it.
-    """
+def _acquired(path: Path, name: AnyPath | None, made: list[Path]) -> tuple[int, Callable[[], None]]:
+    """A handle of the folder, and a function that releases it; `made` gets the folders made."""
     while True:
         make_folders(path, made)
-        handle = None
-        try:
+        with contextlib.ExitStack() as undo, contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            release = _lock(handle, path, name)
-            if release and _key(handle) == _key(path):
-                return handle, release
-            if release:
-                release()
-        except FileNotFoundError:  # it was removed, or replaced, in between
-            if path.is_symlink():
-                raise InputError(
-                    f"{path}: is a link to a folder that is not there; make it, or remove the link"
-                ) from None
-        except BaseException:
-            if handle is not None:
-                os.close(handle)
-            raise
-        if handle is not None:
-            os.close(handle)
+            undo.callback(os.close, handle)
+            if release := _lock(handle, path, name):
+                undo.callback(release)
+                if _key(handle) == _key(path):
+                    undo.pop_all()
+                    return handle, release
+        # the folder was removed or replaced in between, or is a link to nothing
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: this link leads to no folder; make it, or remove the link")
 
 
-def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
-    """Lock a folder, of which there is a handle; gives what lets go, besides closing the handle.
+def _lock(handle: int, path: Path, name: AnyPath | None) -> Callable[[], None] | None:
+    """Lock a folder by its handle; returns what must be called before the handle is closed.
 
-    NFS locks files that are open for writing only, which a folder cannot be: there a file in it is
-    locked. None: that file was removed meanwhile, try again.
+    NFS locks only files open for writing, which a folder cannot be: there, a file in it is locked.
+    None: that file was removed meanwhile, try again.
     """
+    nothing = lambda: None
     if _flock(handle, path, name):
-        return lambda: None
+        return nothing
     lock = path / LOCK
     try:
         inner = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
-        return lambda: None  # what is written next says why
+        return nothing  # the next write raises the error
     try:
         if not _flock(inner, path, name):
-            LOG.warning("%s: this file system has no locks; see that nobody else writes here", path)
+            LOG.warning("%s: this file system has no locks; let no other process write here", path)
         if not lock.exists() or _key(inner) != _key(lock):
             os.close(inner)
             return None
@@ -133,19 +117,19 @@ def _lock(handle: int, path: Path, name: Any) -> Callable[[], None] | None:
     return release
 
 
-def _flock(handle: int, path: Path, name: Any) -> bool:
-    """Lock what is open; whether that is possible. Raises `InputError` if it is locked already."""
+def _flock(handle: int, path: Path, name: AnyPath | None) -> bool:
+    """Lock an open file; False if that is impossible. Raises `InputError` if it is locked."""
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if name is not None:
+            wait = "wait for it, or choose another folder"
+            raise InputError(f"{name}: another process is writing here; {wait}") from None
+        LOG.warning("%s: waiting for another process that writes here", path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if name is not None:
-                raise InputError(
-                    f"{name}: another process is writing here; wait for it, or choose another "
-                    "folder"
-                ) from None
-            LOG.warning("%s: waiting for another process, which writes here", path)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            return False
     except OSError:
         return False
     return True
@@ -162,17 +146,13 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-# ---- folders, and what dead writers leave in them ----------------------------------------------
-
-
 def temporary_name(name: str) -> str:
-    """A name for a file until it is whole, unique to the host and process, so that the leftovers of
-    dead processes can be found."""
+    """The name of an unfinished file, unique to host and process: leftovers can be recognised."""
     return f".{name}.{os.uname().nodename}.{os.getpid()}.tmp"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes of this machine that have died were writing in a local folder."""
+    """Delete the unfinished files of dead processes of this machine in a local folder."""
     for path in folder.glob(f".*.{os.uname().nodename}.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not _alive(int(pid)):
@@ -191,7 +171,7 @@ def _alive(pid: int) -> bool:
 
 
 def make_folders(path: Path, made: list[Path]) -> None:
-    """Make a folder with those above it; those that were missing are put in front of `made`."""
+    """Make a folder with its parents; those that were missing are put in front of `made`."""
     for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
         with contextlib.suppress(FileExistsError):
             folder.mkdir()

@@ -1,6 +1,6 @@
 """Names of files and folders: local ones, globs of them, buckets (gs://, s3://), the local cache.
 
-In a bucket an object appears when it is complete; it cannot be appended to, nor memory-mapped.
+In a bucket an object appears when it is complete; it cannot be appended to or memory-mapped.
 `etils.epath` does the rest. `storage/atomic.py` writes files.
 """
 
@@ -12,73 +12,75 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 
 LOG = logging.getLogger(__name__)
+AnyPath = str | os.PathLike
+_Path = TypeVar("_Path", Path, epath.Path)
 _NEEDS = {"gs": ("gcsfs", "tensorflow"), "s3": ("s3fs",)}
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path lies in a bucket: it has a scheme, as in gs://bucket/folder."""
+def is_remote(path: AnyPath) -> bool:
+    """Whether a path is in a bucket: it has a scheme, as in gs://bucket/folder."""
     return "://" in os.fspath(path)
 
 
 def named_paths(pattern: str) -> list[str]:
     """The files and folders that a name or a glob stands for, sorted; `~` is the home folder.
 
-    `[` and `*` may be part of a name (data[1].txt, a folder run [3]): what exists under the very
-    name is meant by it, before any pattern.
+    `[` and `*` may be part of a name (data[1].txt, a folder run [3]): an existing path of exactly
+    this name takes precedence over a pattern.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.lexists(pattern):
         return [pattern]
-    start = os.path.dirname(pattern)  # the longest that is there as it is spelled
+    start = os.path.dirname(pattern)  # the longest parent that exists as spelled
     while start and not os.path.isdir(start):
         start = os.path.dirname(start)
     return sorted(glob.glob(glob.escape(start) + pattern[len(start) :], recursive=True))
 
 
-def folder_path(folder: str | os.PathLike) -> epath.Path:
-    """The folder as an absolute path, `~` expanded; a bucket's as it is.
+def folder_path(folder: AnyPath) -> epath.Path:
+    """The folder as an absolute path, `~` expanded; a bucket's is unchanged.
 
-    Raises `InputError` for schemes that are not known and where the package for one is missing.
+    Raises `InputError` for unknown schemes and if the package for one is missing.
     """
     text = os.fspath(folder)
     if not is_remote(text):
         return epath.Path(text).expanduser().absolute()
     scheme = text.split("://")[0]
     if scheme not in _NEEDS:
-        raise InputError(f"{text}: {scheme}:// is not known; buckets are gs:// and s3://")
+        raise InputError(f"{text}: {scheme}:// is not supported; buckets are gs:// and s3://")
     if not any(map(importlib.util.find_spec, _NEEDS[scheme])):
         raise InputError(f"{text}: {scheme}:// needs `pip install {_NEEDS[scheme][0]}`")
     return epath.Path(text)
 
 
-def existing_parent(path: Any) -> Any:
-    """The path itself if it is there, else the nearest folder above it that is."""
+def existing_parent(path: _Path) -> _Path:
+    """The path itself if it exists, else the nearest folder above it that does."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise `InputError` if no file or folder can be made at `path`: a file stands in its way, or
-    the folder above may not be written. What buckets allow shows when they are written to."""
+def check_writable(path: AnyPath) -> None:
+    """Raise `InputError` if no file or folder can be made at `path`: a file is in its way, or the
+    folder above is not writable. Buckets are not checked: only writing shows what they allow."""
     if is_remote(path):
         folder_path(path)
         return
     place = Path(path).expanduser().absolute()
     above = existing_parent(place.parent)
     if not above.is_dir():
-        raise InputError(f"{path}: {above} is no folder")
+        raise InputError(f"{path}: {above} is not a folder")
     if not os.access(place if place.is_dir() else above, os.W_OK):
-        raise InputError(f"{path}: {above} may not be written to")
+        raise InputError(f"{path}: {above} is not writable")
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that a second run has nothing to compile."""
+    """Keep compiled programs on disk, so that a second run compiles nothing."""
     import jax
 
     # JAX before 0.11 has no types for its settings.
@@ -86,21 +88,21 @@ def use_compilation_cache() -> None:
         try:
             jax.config.update("jax_compilation_cache_dir", str(private_cache("compiled")))
         except InputError as error:
-            LOG.warning("compiled programs are not kept: %s", error)
+            LOG.warning("compiled programs are not cached: %s", error)
             return
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME (or ~/.cache)/gemma_scope_jax."""
+    """The folder for what can be made again: $XDG_CACHE_HOME (or ~/.cache)/gemma_scope_jax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gemma_scope_jax")
 
 
 def private_cache(name: str) -> Path:
-    """A folder of the cache for what is run as it lies there: programs. This user's, mode 0700.
+    """A folder of the cache for files that are executed; this user's only, mode 0700.
 
-    Raises `InputError` if it is another user's or cannot be made.
+    Raises `InputError` if it belongs to another user or cannot be made.
     """
     folder = cache_folder() / name
     try:
@@ -109,8 +111,8 @@ def private_cache(name: str) -> Path:
             found = part.stat()
             if found.st_uid != os.getuid():
                 raise InputError(
-                    f"{part}: belongs to another user (id {found.st_uid}), and what it holds would "
-                    "be run; set XDG_CACHE_HOME to a folder of your own"
+                    f"{part}: belongs to another user (id {found.st_uid}), whose programs would be "
+                    "run; set XDG_CACHE_HOME to a folder of your own"
                 )
             if found.st_mode & 0o077 and (part == folder or found.st_mode & 0o022):
                 part.chmod(0o700)
@@ -119,10 +121,10 @@ def private_cache(name: str) -> Path:
     return folder
 
 
-def local_copy(folder: str | os.PathLike) -> Path:
+def local_copy(folder: AnyPath) -> Path:
     """A local copy of the files of a bucket's folder, kept until they change.
 
-    Raises `InputError` for a folder that is not there or cannot be read.
+    Raises `InputError` for a folder that does not exist or cannot be read.
     """
     remote = folder_path(folder)
     try:
@@ -144,6 +146,6 @@ def local_copy(folder: str | os.PathLike) -> Path:
             os.replace(whole, copy)
     except InputError:
         raise
-    except Exception as error:  # the clients raise types of their own
+    except Exception as error:  # a bucket's clients raise types of their own
         raise InputError(f"{remote}: cannot be read ({reason(error)})") from error
     return copy

@@ -1,8 +1,8 @@
 """safetensors files: read lazily, written as a stream.
 
-Reading touches nothing before it is asked for, and errors are one line. Writing needs no second
-copy of the tensors in memory, and tensors may be produced chunk by chunk; the bytes are those of
-the safetensors library.
+Reading loads nothing before it is requested, and errors are one line. Writing needs no second copy
+of the tensors in memory, and tensors may be produced chunk by chunk; the bytes are those of the
+safetensors library.
 """
 
 import dataclasses
@@ -20,10 +20,6 @@ from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.safetensors_layout import CODES, lay_out
 from gemma_scope_jax.storage.strict_json import parse_json
 
-# -------------------------------------------------------------------------------------------------
-# Reading
-
-
 MOST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
@@ -31,20 +27,18 @@ MOST_HEADER = 100_000_000  # bytes; the library's own limit
 def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
     """Yield `safe_open(path)` for numpy (bfloat16 through ml_dtypes); the file is memory-mapped.
 
-    `f.keys()`, `f.get_slice(name).get_shape() / .get_dtype()` read the header only, and
-    `f.get_slice(name)[a:b]` touches only the pages of those rows.
-    Raises `InputError` for a missing, truncated or foreign file. The library refuses tensors that
-    overlap, leave gaps, end before the file does, or whose shape and bytes disagree; of a name that
-    occurs twice it would take the last.
+    `f.keys()`, `f.get_slice(name).get_shape() / .get_dtype()` read only the header, and
+    `f.get_slice(name)[a:b]` reads only the pages of those rows. Raises `InputError` for a missing,
+    truncated or foreign file. The library refuses tensors that overlap, leave gaps, end before the
+    file does, or whose shape and bytes disagree; if a name occurs twice it would use the last.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
         file = safe_open(os.fspath(path), framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a complete safetensors file ({reason(error)}); download it again"
-        ) from error
+        why = f"not a complete safetensors file ({reason(error)}); download it again"
+        raise InputError(f"{path}: {why}") from error
     with file as opened:
         status = os.stat(path)
         _check_header(os.fspath(path), status.st_size, status.st_mtime_ns)
@@ -56,7 +50,7 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=256)  # a model's file is opened for each of its tensors
 def _check_header(path: str, size: int, changed: int) -> None:
-    """Refuse a header that says something twice; the library has checked all else."""
+    """Refuse a header with duplicate keys; the library has checked everything else."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         parse_json(file.read(min(length, MOST_HEADER)), f"{path}: header")
@@ -65,10 +59,10 @@ def _check_header(path: str, size: int, changed: int) -> None:
 def map_safetensors(
     path: str | os.PathLike, wanted: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, np.ndarray]:
-    """The tensors of a local file, memory-mapped: those of (dtype, shape) in `wanted`, no others.
+    """The tensors of a local file, memory-mapped: exactly those of (dtype, shape) in `wanted`.
 
-    Reading a row touches its pages alone. Lets `OSError` through, and raises `ValueError` for a
-    file that holds anything else, has a gap or an overlap, or is not complete.
+    Reading a row touches only its pages. Lets `OSError` through, and raises `ValueError` for a file
+    that holds anything else, has a gap or an overlap, or is not complete.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -77,25 +71,22 @@ def map_safetensors(
         header = parse_json(file.read(length), path)
     if not isinstance(header, dict) or set(header) != set(wanted):
         raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
-    whole, end = np.memmap(path, np.uint8, "r", offset=8 + length), 0
+    whole, end = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length)), 0
     places = {name: _place(name, header[name], *wanted[name]) for name in wanted}
     for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
         dtype, shape = wanted[name]
         expected = end + math.prod(shape) * CODES[dtype][1]
         if (start, stop) != (end, expected):
-            raise ValueError(f"{name} lies at {start} to {stop}, not at {end} to {expected}")
+            raise ValueError(f"{name} is at {start} to {stop}, not at {end} to {expected}")
         end = stop
     if end != len(whole):
         raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
-    bytes_ = np.asarray(whole)
-    return {
-        name: bytes_[start:stop].view(wanted[name][0]).reshape(wanted[name][1])
-        for name, (start, stop) in places.items()
-    }
+    at = lambda name: whole[slice(*places[name])].view(wanted[name][0]).reshape(wanted[name][1])
+    return {name: at(name) for name in wanted}
 
 
 def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Where a header's entry says that a tensor begins and ends; ValueError if it is another."""
+    """Where a tensor begins and ends according to its entry; ValueError if it is another tensor."""
     entry = entry if isinstance(entry, dict) else {}
     if (entry.get("dtype"), entry.get("shape")) != (CODES[dtype][0], list(shape)):
         said = f"{entry.get('dtype')} {entry.get('shape')}"
@@ -103,11 +94,7 @@ def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[i
     match entry.get("data_offsets"):
         case [int(start), int(stop)]:
             return start, stop
-    raise ValueError(f"{name} has no place in the file")
-
-
-# -------------------------------------------------------------------------------------------------
-# Writing
+    raise ValueError(f"{name} has no offsets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +107,7 @@ class StreamedTensor:
 
     @classmethod
     def whole(cls, array: Any) -> "StreamedTensor":
-        """An array in memory or on a device, from where it is brought when its turn comes."""
+        """An array in memory or on a device; it is fetched when its turn comes."""
         return cls(str(array.dtype), tuple(array.shape), (np.asarray(a) for a in (array,)))
 
 
@@ -137,5 +124,5 @@ def write_safetensors(
 
 
 def array_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array, row after row; no copy of one that lies so."""
+    """The bytes of an array in C order, without a copy if it already has that order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,6 +1,6 @@
-"""How a safetensors file lies on the disk, from names, dtypes and shapes alone.
+"""The layout of a safetensors file on the disk, from names, dtypes and shapes alone.
 
-The bytes are those of the safetensors library. The standard library is all that this takes: the
+The bytes are those of the safetensors library. This module needs only the standard library: the
 catalogue lists sizes without numpy.
 """
 
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 
-# Each dtype's name and bytes in the format, in the order in which the library writes tensors.
+# Each dtype's name and size in the format, in the order in which the library writes tensors.
 CODES = {
     "int64": ("I64", 8),
     "float32": ("F32", 4),
@@ -23,9 +23,8 @@ CODES = {
 def lay_out(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The header of a safetensors file of tensors of (dtype, shape); of each, in the file's order,
-    where in the file it begins and ends. A file that can be sought may be written in any order.
-    """
+    """The header of a safetensors file with tensors of (dtype, shape), and where in the file each
+    begins and ends, in the file's order. A seekable file may be written in any order."""
     kinds, header, end = list(CODES), {}, 0
     for name in sorted(tensors, key=lambda name: (kinds.index(tensors[name][0]), name)):
         dtype, shape = tensors[name]
@@ -35,14 +34,11 @@ def lay_out(
     about = {"__metadata__": dict(metadata)} if metadata else {}
     text = json.dumps(about | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    places = {
-        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
-        for name, entry in header.items()
-    }
-    return len(text).to_bytes(8, "little") + text, places
+    head = len(text).to_bytes(8, "little") + text
+    places = {n: tuple(len(head) + at for at in x["data_offsets"]) for n, x in header.items()}
+    return head, places
 
 
 def file_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of a safetensors file of tensors of (dtype, shape), without metadata."""
+    """The size in bytes of a safetensors file with tensors of (dtype, shape), without metadata."""
     return max(end for _, end in lay_out(tensors)[1].values())

@@ -1,4 +1,4 @@
-"""What web pages are made of: their templates, and data in them that no text can end."""
+"""The parts of web pages: templates, and data that no text can break out of."""
 
 import json
 from importlib import resources
@@ -8,16 +8,16 @@ from gemma_scope_jax.storage.strict_json import legible
 
 
 def page_template(room: str | None, name: str) -> str:
-    """The page `name` beside the modules of `room` (their `__package__`), the palette in place."""
+    """The page `name` beside the modules of `room` (their `__package__`), with our palette."""
     assert room is not None  # a script has none
     read = lambda package, file: resources.files(package).joinpath(file).read_text(encoding="utf-8")
     return read(room, name).replace("{{palette}}", read(__package__, "palette.css").rstrip())
 
 
 def inert_json(value: Any) -> str:
-    """Compact JSON without the signs that mean something in HTML, as escapes: still valid JSON.
+    """Compact JSON with the characters that are special in HTML escaped: still valid JSON.
 
-    The two separators are line ends to old JavaScript. NaN raises `ValueError`.
+    The two separators end lines in old JavaScript. NaN raises `ValueError`.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = legible(text)

@@ -57,30 +57,33 @@ def wrong(folder):
         yield ("cards", coder, *given, "--out", new), says
         yield ("evaluate", coder, *given), says
         yield ("benchmark", coder, "--absorption", *TINY, "--out", new), says
-    yield ("inspect", "words", "--coder", one, *TINY, "--html", blocked), "text.txt is no folder"
+    yield ("inspect", "words", "--coder", one, *TINY, "--html", blocked), "text.txt is not a folder"
     yield ("inspect", "words", "--coder", one, *TINY, "--top-k", 10**6), "top-k"
     yield ("inspect", "words" * 99, "--coder", one, *TINY), "more than the context"
     yield ("check", one, *TINY, "--text", folder / "none.txt"), "no text files match"
     for name in ("extract", "cards"):
         yield (name, one, *TINY, "--text", folder / "none.txt", "--out", new), "no text files match"
-        yield (name, one, *given, "--context-size", 64, "--out", blocked), "text.txt is no folder"
+        yield (
+            (name, one, *given, "--context-size", 64, "--out", blocked),
+            "text.txt is not a folder",
+        )
     yield ("extract", one, *given, "--out", new, "--context-size", 65), "takes 2 to 64"
     yield ("extract", one, *given, "--out", new, "--context-size", 64, "--slots", 0), "slots 0"
     yield ("extract", one, *given, "--out", new, "--roles", "nobody"), "no such role"
     yield ("cards", one, *given, "--out", new, "--top", 0), "top is 0"
     yield ("cards", one, *TINY, "--store", folder / "none", "--out", new), "none"
-    yield ("evaluate", one, *given, "--out", blocked), "text.txt is no folder"
+    yield ("evaluate", one, *given, "--out", blocked), "text.txt is not a folder"
     yield ("evaluate", one, *TINY, "--text", folder / "none.txt"), "no text files match"
     yield ("evaluate", one, *given, "--context-size", 65), "more than the model's context"
     yield ("evaluate", one, *given, "--context-size", 64, "--batch-size", 0), "batch_size"
     table = ("--tpp", folder / "table.csv")
     yield ("benchmark", one, *table, *TINY), "table.csv"
     yield ("benchmark", one, "--probing", folder / "none.csv", *TINY), "none.csv"
-    yield ("benchmark", one, "--absorption", *TINY, "--out", blocked), "text.txt is no folder"
+    yield ("benchmark", one, "--absorption", *TINY, "--out", blocked), "text.txt is not a folder"
     explain = ("explain", one, "--judge", "model", *TINY, "--store")
     yield (*explain, folder / "none", "--sample", 3), "none"
     yield (*explain, new, "--scores", "detecton"), "did you mean detection"
-    yield (*explain, new, "--out", blocked), "text.txt is no folder"
+    yield (*explain, new, "--out", blocked), "text.txt is not a folder"
     train = ("train", folder / "config.py", "--out")
     yield ("train", folder / "config.py"), "--out FOLDER"
     yield (*train, new, "--coders.0.layers", 4), "layer 4: the model has 0..3"
@@ -89,9 +92,9 @@ def wrong(folder):
     yield (*train, new, "--coders.0.init_from", folder / "none"), "none"
     yield (*train, new, "--coders.0.widht", 8), "did you mean coders.0.width"
     yield (*train, new, "--tokens", "many"), "tokens takes a whole number, not many"
-    yield (*train, blocked), "text.txt is no folder"
+    yield (*train, blocked), "text.txt is not a folder"
     store = ("activations", folder / "config.py", "--out")
-    yield (*store, blocked), "text.txt is no folder"
+    yield (*store, blocked), "text.txt is not a folder"
     yield (*store, new, "--coders.0.layers", 4), "layer 4"
     yield (*store, new, "--data.files", folder / "none.txt"), "no text files match"
 

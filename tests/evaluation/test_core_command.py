@@ -103,7 +103,7 @@ BAD = {
     "role": (["--messages", "m", "--text", "TEXT", "--roles", "cook"], "no such role"),
     "twice": (["FOLDER"], "is named twice"),
     "two_at_one_place": (["OTHER", "--replacement"], "two coders write resid_post of layer 1"),
-    "bucket": (["--out", "ftp://x/y"], "ftp:// is not known"),
+    "bucket": (["--out", "ftp://x/y"], "ftp:// is not supported"),
 }
 
 

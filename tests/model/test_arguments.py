@@ -48,7 +48,7 @@ def acts(positions):
 @pytest.mark.parametrize(
     "positions, message",
     [
-        (-1, "position -1: they count from <bos> = 0; the last of T tokens is T - 1"),
+        (-1, "position -1: positions count from <bos> = 0 to T - 1"),
         ([2, -2], "position -2"),
         (jnp.array([-1]), "position -1"),
         (2**31, "beyond every text"),
@@ -111,7 +111,7 @@ def test_positions_out_of_the_text_are_refused(model):
         (dict(stop_at_layer=1.0), "stop_at_layer must be a whole number"),
         (dict(stop_at_layer=True), "stop_at_layer must be a whole number"),
         (dict(logits="some"), "logits must be one of all, last, none, not 'some'"),
-        (dict(remat=("mlp_atc",)), "remat: 'mlp_atc' is no site"),
+        (dict(remat=("mlp_atc",)), "remat: unknown site 'mlp_atc'"),
     ],
 )
 def test_options_that_name_nothing_are_refused(model, options, message):

@@ -169,14 +169,14 @@ def test_generation_takes_a_batch_and_continues_each_text(model):
     for a, b in zip(one.prompts, rows, strict=True):
         np.testing.assert_array_equal(a, b)
     for bad in (packed_batch(), padded([rows[0], rows[0][:0]])):
-        with pytest.raises(InputError, match="one document a row"):
+        with pytest.raises(InputError, match="one document per row"):
             gs.generate(model, bad, 3)
 
 
 @pytest.mark.parametrize("text", ["abc", ["abc"], ("abc", "de"), CHAT, [CHAT]])
 def test_text_where_tokens_are_wanted_says_what_makes_a_batch(model, text):
     for function in (gs.run, gs.forward, lambda *a: gs.generate(*a, 3)):
-        with pytest.raises(InputError, match=r"not text: gs\.tokens\(\[\.\.\.\], tokenizer\)"):
+        with pytest.raises(InputError, match=r"not text: encode it with gs\.tokens"):
             function(model, text)
 
 

@@ -315,5 +315,5 @@ def test_a_call_that_compiles_again_and_again_is_told_why_once(forgotten, cause)
             CAUSES[cause](model, 0) if cause != "functions" else None
     (one,) = said
     assert one.category is gs.RecompilationWarning
-    assert f"run has been compiled for 3 {cause} that" in str(one.message)
+    assert f"run has been compiled for 3 {cause}, all" in str(one.message)
     assert one.filename == __file__

@@ -337,7 +337,7 @@ def tokens_first(x, ctx):
         (np.zeros((2, 0), np.int32), {}, "prompt 0 is empty"),
         (np.array([2, 3]), {}, "ids[None]"),
         ([2, 3], {}, "ids[None]"),
-        ("text", {}, "gs.tokens(["),
+        ("text", {}, "gs.tokens("),
         (7, {}, "ids[None]"),
         (np.ones((1, 3)), {}, "float64[3]"),
         ([[2, 300]], {}, "prompt 0: token id 300 is outside 0..299"),

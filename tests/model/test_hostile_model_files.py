@@ -166,20 +166,20 @@ def test_headers_of_safetensors_files(tmp_path, kind):
 def test_a_tensor_name_of_control_characters_is_shown(tmp_path):
     save_huggingface(random_model(), tmp_path)
     edit_tensors(tmp_path, lambda t: t | {"\x1b[2J": np.ones(2, np.float32)})
-    with pytest.raises(InputError, match=r"tensor \\x1b\[2J is none of Gemma 3's"):
+    with pytest.raises(InputError, match=r"tensor \\x1b\[2J is not one of Gemma 3's"):
         open_huggingface(tmp_path)
 
 
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("attention__sliding_window", 0, "sliding_window is 0, not a positive int"),
-        ("attention__sliding_window", 2**31, "not a positive int"),
-        ("attention__layer_norm_rms_epsilon", 1e-30, "not a positive float"),
-        ("rope__freq_base_swa", 1e30, "not a positive float"),
-        ("rope__scaling__factor", -8.0, "not a positive float"),
-        ("context_length", "long", "not a positive int"),
-        ("attention__sliding_window_pattern", True, "not a positive int"),
+        ("attention__sliding_window", 0, "sliding_window is 0, not a positive number"),
+        ("attention__sliding_window", 2**31, "not a positive number"),
+        ("attention__layer_norm_rms_epsilon", 1e-30, "not a positive number"),
+        ("rope__freq_base_swa", 1e30, "not a positive number"),
+        ("rope__scaling__factor", -8.0, "not a positive number"),
+        ("context_length", "long", "not a positive number"),
+        ("attention__sliding_window_pattern", True, "not a positive number"),
     ],
 )
 def test_numbers_of_a_gguf_file(tmp_path, key, value, message):

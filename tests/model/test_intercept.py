@@ -340,7 +340,10 @@ BAD = {
     "shape": (lambda: gs.write("z", None, wrong_shape), "return the same shape and dtype"),
     "dtype": (lambda: gs.write("z", 2, wrong_dtype), r"\(wrong_dtype\) returned bfloat16"),
     "nothing": (lambda: gs.write("logits", None, no_array), "returned NoneType"),
-    "state": (lambda: gs.fold("z", None, grow, np.zeros(2)), r"given a state float32\[2\]"),
+    "state": (
+        lambda: gs.fold("z", None, grow, np.zeros(2)),
+        r"state float32\[4\] for float32\[2\]",
+    ),
 }
 NEVER = {
     "layer": (lambda: gs.capture("z", 3), "'z' at 'z' is never reached: stop_at_layer is 3"),

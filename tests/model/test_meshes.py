@@ -96,7 +96,7 @@ def test_weights_and_activations_lie_alike_on_explicit_meshes(folder, ours):
     by_hand = model.replace(params=jax.tree.map(put, model.params))
     assert hosts.mesh_under(by_hand) is None
     assert_equal(run(by_hand, tokens), ours[1])
-    with pytest.raises(gs.InputError, match="weights lie on a mesh with Explicit axes"):
+    with pytest.raises(gs.InputError, match="weights are on a mesh with Explicit axes"):
         jax.eval_shape(gs.forward, by_hand, tokens)
 
 

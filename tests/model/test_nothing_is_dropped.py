@@ -65,14 +65,14 @@ def refused(source, message: str, **options) -> None:
 @pytest.mark.parametrize(
     "name, message",
     [
-        (f"{LAYER}.lora_A.weight", "belongs to an adapter that is not merged"),
-        (f"base_model.model.{LAYER}.base_layer.weight", "belongs to an adapter"),
-        (f"{LAYER}.bias", "q_proj.bias is none of Gemma 3's"),
-        ("model.layers.0.self_attn.sinks", "sinks is none of Gemma 3's"),
-        ("language_model.model.embed_tokens.weight", "is none of Gemma 3's"),  # once more
-        ("model.layers.7.mlp.up_proj.weight", "is none of Gemma 3's"),
-        ("score.weight", "score.weight is none of Gemma 3's"),
-        (f"{LAYER}.weight_scale", "weight_scale is none of Gemma 3's"),
+        (f"{LAYER}.lora_A.weight", "belongs to an unmerged adapter"),
+        (f"base_model.model.{LAYER}.base_layer.weight", "belongs to an unmerged adapter"),
+        (f"{LAYER}.bias", "q_proj.bias is not one of Gemma 3's"),
+        ("model.layers.0.self_attn.sinks", "sinks is not one of Gemma 3's"),
+        ("language_model.model.embed_tokens.weight", "is not one of Gemma 3's"),  # once more
+        ("model.layers.7.mlp.up_proj.weight", "is not one of Gemma 3's"),
+        ("score.weight", "score.weight is not one of Gemma 3's"),
+        (f"{LAYER}.weight_scale", "weight_scale is not one of Gemma 3's"),
         ("model.vision_tower.patches.weight", None),
         ("multi_modal_projector.mm_soft_emb_norm.weight", None),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
@@ -220,13 +220,13 @@ ROPES = [  # of a config whose global layers are scaled by 8
     ({"rope_scaling": {"rope_type": "linear"}}, "of type 'linear' with factor None"),
     ({"rope_scaling": NESTED["full_attention"] | {"beta_fast": 32}}, "beta_fast is not supported"),
     ({"rope_scaling": NESTED["full_attention"] | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
-    ({"rope_scaling": NESTED["full_attention"] | {"rope_theta": 5e5}}, "rope_theta is said twice"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_theta is said twice"),
-    ({"rope_parameters": {"sliding_attention": {"rope_theta": 5e5}}}, "local_base_freq is said tw"),
+    ({"rope_scaling": NESTED["full_attention"] | {"rope_theta": 5e5}}, "rope_theta is stated tw"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_theta is stated tw"),
+    ({"rope_parameters": {"sliding_attention": {"rope_theta": 5e5}}}, "base_freq is stated tw"),
     ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}}, "factor is"),
     ({"rope_parameters": NESTED["full_attention"]}, "belong to no kind of layer"),
-    ({"rope_parameters": {"sliding_attention": NESTED["full_attention"]}}, "said twice"),
-    ({"sliding_window_pattern": 2, "_sliding_window_pattern": 3}, "pattern is said twice"),
+    ({"rope_parameters": {"sliding_attention": NESTED["full_attention"]}}, "stated twice"),
+    ({"sliding_window_pattern": 2, "_sliding_window_pattern": 3}, "pattern is stated tw"),
     ({"rope_scaling": NESTED["full_attention"]}, None),
     ({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8}}, None),
     ({"rope_parameters": NESTED}, None),
@@ -278,7 +278,7 @@ def test_what_stands_beside_text_config_must_agree_with_it(model, folder):
     write(attention_bias=True)
     refused(folder, "attention_bias")
     write(inner={"model_type": "gemma3n_text"})
-    refused(folder, "text_config is of 'gemma3n_text'")
+    refused(folder, "model_type of text_config is 'gemma3n_text'")
     write(tie_word_embeddings=False)
     refused(folder, "tie_word_embeddings is False at the top and True in text_config")
 
@@ -291,10 +291,10 @@ def test_what_stands_beside_text_config_must_agree_with_it(model, folder):
 )
 def test_adapters(folder, name):
     (folder / name).write_text("{}")
-    refused(folder, f"holds a LoRA adapter .{name}. that is not merged; merge it")
+    refused(folder, f"holds an unmerged LoRA adapter .{name}.; merge it")
     for other in ("config.json", "model.safetensors"):
         (folder / other).unlink()
-        refused(folder, f"holds a LoRA adapter .{name}.")
+        refused(folder, f"holds an unmerged LoRA adapter .{name}.")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_official_checkpoints_that_cannot_be_used(model, tmp_path, change, messa
 
 
 def test_official_of_no_known_size(official):
-    with pytest.raises(InputError, match="2 layers of width 32 are no Gemma 3"):
+    with pytest.raises(InputError, match="2 layers of width 32 match none of gemma-3-270m"):
         load_model(official)
 
 

@@ -28,10 +28,10 @@ def address():
         (("127.0.0.1:80", 2, 2), "process 2: of 2 processes the last is 1"),
         (("127.0.0.1:80", 2, -1), "process must be from 0"),
         (("127.0.0.1:80", 2, 1, 0), "seconds to wait must be positive"),
-        (("localhost", 2, 1), "'localhost' is no HOST:PORT"),
-        (("host:99999", 2, 1), "no HOST:PORT"),
-        (("", 2, 1), "nothing here tells --coordinator"),
-        (("", None, 1), "nothing here tells --coordinator, --processes"),
+        (("localhost", 2, 1), "'localhost' is not HOST:PORT"),
+        (("host:99999", 2, 1), "not HOST:PORT"),
+        (("", 2, 1), "does not set coordinator"),
+        (("", None, 1), "does not set coordinator, processes"),
     ],
 )
 def test_processes_that_cannot_be_are_refused(given, message):
@@ -62,7 +62,7 @@ def test_a_port_that_is_taken(address):
     with socket.create_server(("127.0.0.1", int(address.split(":")[1]))):
         with pytest.raises(InputError, match=f"cannot listen at {address} .*another port"):
             join_processes(address, 2, 0, 0.2)
-        with pytest.raises(InputError, match="is no process 0 of this job"):
+        with pytest.raises(InputError, match="is not process 0 of this job"):
             join_processes(address, 2, 1, 0.2)  # it takes the connection and never answers
 
 

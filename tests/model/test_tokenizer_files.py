@@ -111,7 +111,7 @@ def changed(proto: pb.ModelProto, change) -> pb.ModelProto:
         (lambda m: m.ClearField("pieces"), "it has no <pad>, <eos>"),
         (lambda m: setattr(m.pieces[-1], "piece", ""), "empty or repeated"),
         (lambda m: setattr(m.pieces[-1], "piece", "<pad>"), "empty or repeated"),
-        (lambda m: setattr(m.pieces[-1], "score", float("nan")), "no numbers"),
+        (lambda m: setattr(m.pieces[-1], "score", float("nan")), "not finite"),
         (lambda m: setattr(m.pieces[30], "piece", "<0x1>"), "not a usable SentencePiece"),
     ],
 )

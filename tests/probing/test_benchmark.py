@@ -332,7 +332,7 @@ def test_results_do_not_depend_on_what_was_measured_before(folder, tiny, compile
             ["--probing", "{}/moods.csv", "--protocol", "saebench", "--limit", "1"],
             "limit of 1 .* too small for 2 classes",
         ),
-        (["--absorption", "--out", "ftp://x"], "ftp:// is not known"),
+        (["--absorption", "--out", "ftp://x"], "ftp:// is not supported"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, tiny, capsys, arguments, message):

@@ -149,7 +149,7 @@ def test_explanations_of_a_coder_in_a_bucket_lie_there(bucket):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: folder_path("ftp://a/b"), "ftp:// is not known"),
+        (lambda: folder_path("ftp://a/b"), "ftp:// is not supported"),
         (lambda: folder_path("s3://a/b"), "s3:// needs `pip install s3fs`"),
         (lambda: load_coder("gs://bucket/nothing"), "gs://bucket/nothing: no such folder"),
     ],

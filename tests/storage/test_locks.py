@@ -139,7 +139,7 @@ def test_shared_folders_are_taken_in_turn(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert caplog.messages in ([], [f"{tmp_path}: waiting for another process, which writes here"])
+    assert caplog.messages in ([], [f"{tmp_path}: waiting for another process that writes here"])
 
 
 def test_file_systems_that_do_not_lock_folders(tmp_path, monkeypatch, caplog):
@@ -165,14 +165,12 @@ def test_file_systems_that_do_not_lock_folders(tmp_path, monkeypatch, caplog):
     with only_writer(folder), only_writer(folder):
         pass
     said = caplog.messages
-    assert (
-        said == [f"{folder}: this file system has no locks; see that nobody else writes here"] * 2
-    )
+    assert said == [f"{folder}: this file system has no locks; let no other process write here"] * 2
 
 
 def test_links_to_nowhere_and_folders_that_are_there(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "purged")
-    with pytest.raises(InputError, match="link: is a link to a folder that is not there"):
+    with pytest.raises(InputError, match="link: this link leads to no folder"):
         _enter(only_writer(tmp_path / "link"))
     (tmp_path / "disk" / ".part").mkdir(parents=True)  # a mount point, after a killed run
     (tmp_path / "disk" / ".part" / "half").write_text("x")

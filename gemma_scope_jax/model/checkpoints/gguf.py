@@ -2,8 +2,7 @@
 
 Most people who run Gemma at home have it as one quantised GGUF file. The header is parsed in a
 fraction of a second although it holds 262,144 token strings, and a tensor is dequantised only when
-it is read. Everything a file says is checked before it is believed: a broken or foreign file
-raises `InputError`.
+it is read. Everything in a file is checked: a broken or foreign file raises `InputError`.
 
 Sources: the GGUF specification (ggml/docs/gguf.md), the block layouts in ggml/src/ggml-common.h.
 """
@@ -24,11 +23,17 @@ from gemma_scope_jax.model.checkpoints.gguf_blocks import CHUNK, block_type, blo
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `shape` in numpy order (rows first), `offset` from the file's start."""
+    """Where a tensor is: `shape` in numpy order (rows first), `offset` from the file's start."""
 
     shape: tuple[int, ...]
     type: str
     offset: int
+
+    @property
+    def size(self) -> int | None:
+        """Bytes in the file; None if they are unknown for this type."""
+        t = block_type(self.type)
+        return None if t is None else math.prod(self.shape) // t.weights * t.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class GGUFFile:
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, dequantised: float32 of its shape. Errors as in `read_rows`."""
-        shape = self._info(name).shape
+        shape = self.info(name).shape
         if len(shape) == 1:
             return self._read(name, 0, shape[0]).reshape(shape)
         return self.read_rows(name, 0, shape[0])
@@ -50,33 +55,32 @@ class GGUFFile:
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a matrix, dequantised: float32 [stop - start, ...].
 
-        Raises `InputError` if the file has no such tensor or rows, if its quantisation is not
-        supported, or if it holds nan or inf.
+        Raises `InputError` if the tensor or rows do not exist, the quantisation is not supported,
+        or the values include nan or inf.
         """
-        shape = self._info(name).shape
+        shape = self.info(name).shape
         if len(shape) < 2 or not 0 <= start <= stop <= shape[0]:
             raise InputError(f"{self.path}: {name} {list(shape)} has no rows {start}:{stop}")
         row = math.prod(shape[1:])
         return self._read(name, start * row, stop * row).reshape(stop - start, *shape[1:])
 
     def same_bytes(self, name: str, other: str) -> bool:
-        """Whether two tensors are one and the same matrix, in the same quantisation."""
-        one, two = self._info(name), self._info(other)
-        t = block_type(one.type)
-        if (one.shape, one.type) != (two.shape, two.type) or t is None:
+        """Whether two tensors hold the same matrix in the same quantisation."""
+        one, two = self.info(name), self.info(other)
+        if (one.shape, one.type) != (two.shape, two.type) or one.size is None:
             return False
-        size = math.prod(one.shape) // t.weights * t.bytes
-        ours, theirs = (self._bytes[x.offset : x.offset + size] for x in (one, two))
-        parts = [slice(i, i + CHUNK) for i in range(0, size, CHUNK)]
+        ours, theirs = (self._bytes[x.offset : x.offset + one.size] for x in (one, two))
+        parts = [slice(i, i + CHUNK) for i in range(0, one.size, CHUNK)]
         return all(np.array_equal(ours[part], theirs[part]) for part in parts)
 
-    def _info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor is. Raises `InputError` if the file has none of this name."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: no tensor {name!r}{nearest(name, self.tensors)}")
         return self.tensors[name]
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        info = self._info(name)
+        info = self.info(name)
         t = block_type(info.type)
         try:
             if t is None:
@@ -85,7 +89,7 @@ class GGUFFile:
             out = dequantize(self._bytes[first:last], t)
         except NotImplementedError:
             raise InputError(
-                f"{self.path}: {name} is quantised as {info.type}, which cannot be undone: use a "
+                f"{self.path}: {name} is quantised as {info.type}, which is not supported; use a "
                 "Q4_K_M, Q5_K_M, Q6_K, Q8_0 or unquantised file"
             ) from None
         for i in range(0, len(out), CHUNK):
@@ -95,7 +99,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads the header front to back; every length is checked against what is left of the file."""
+    """Reads the header front to back; every length is checked against the rest of the file."""
 
     def __init__(self, path: str, data: mmap.mmap):
         self.path, self.data, self.at, self.end = path, data, 0, len(data)
@@ -114,7 +118,7 @@ class _Cursor:
         return struct.unpack_from(form, self.data, self.need(struct.calcsize(form)))[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """A count of things of at least `smallest` bytes each: bounded by what is left."""
+        """A count of items of at least `smallest` bytes each, bounded by the rest of the file."""
         n = self.number("<Q")
         if n > (self.end - self.at) // smallest:
             raise self.fail(f"{what} of {n} does not fit into the file")
@@ -199,28 +203,25 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         if 0 in shape or offset % alignment:
             raise cursor.fail(f"tensor {name} has shape {list(shape)} and offset {offset}")
         known = block_types().get(kind)
+        if known and shape[-1] % known.weights:
+            raise cursor.fail(f"tensor {name} {list(shape)} is not whole {known.name} blocks")
         type = f"ggml type {kind}" if known is None else known.name
         found[name] = TensorInfo(shape, type, offset)
     start = -(-cursor.at // alignment) * alignment
     for name, info in found.items():
-        size = 1
-        if t := block_type(info.type):
-            if info.shape[-1] % t.weights:
-                raise cursor.fail(f"tensor {name} {list(info.shape)} is not whole {t.name} blocks")
-            size = math.prod(info.shape) // t.weights * t.bytes
-        if start + info.offset + size > cursor.end:
+        found[name] = info = dataclasses.replace(info, offset=start + info.offset)
+        if info.offset + (info.size or 1) > cursor.end:
             raise cursor.fail(f"tensor {name} runs past the end of the file (byte {cursor.end})")
-        found[name] = dataclasses.replace(info, offset=start + info.offset)
     _check_layout(cursor, found, alignment)
     return found
 
 
 def _check_layout(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> None:
-    """Each tensor begins where the one before it ends: none shares bytes, none is left out."""
+    """Check that each tensor begins where the one before it ends: no overlaps, no gaps."""
     order = sorted(tensors.items(), key=lambda item: item[1].offset)
     for (name, info), (after, following) in itertools.pairwise(order):
-        if t := block_type(info.type):  # of the others, nobody knows where they end
-            end = info.offset + math.prod(info.shape) // t.weights * t.bytes
+        if info.size is not None:
+            end = info.offset + info.size
             if following.offset - end not in range(alignment):
                 between = "overlaps" if following.offset < end else "leaves a gap to"
                 raise cursor.fail(f"tensor {name} {between} tensor {after}")

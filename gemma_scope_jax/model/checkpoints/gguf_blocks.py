@@ -1,9 +1,8 @@
 """The tensor types of ggml: their sizes, and their blocks as weights.
 
-A quantised tensor is a row of blocks; a block holds a few scales and 1 to 8 bits a weight. The gguf
-package, which llama.cpp's authors publish, undoes them as ggml does, bit for bit. It is handed a
-few blocks at a time: its temporaries then stay in the processor's cache, which makes it 2.5 times
-faster.
+A quantised tensor is a row of blocks; a block holds a few scales and 1 to 8 bits per weight. The
+gguf package, published by llama.cpp's authors, dequantises exactly as ggml does. It gets a few
+blocks at a time: its temporaries then stay in the processor's cache, which is 2.5 times faster.
 """
 
 import functools
@@ -15,7 +14,7 @@ CHUNK = 1 << 16  # weights dequantised at a time
 
 
 class BlockType(NamedTuple):
-    """The name of a ggml type, and its block's weights and bytes."""
+    """The name of a ggml type, and the weights and bytes of its block."""
 
     name: str
     weights: int
@@ -24,21 +23,21 @@ class BlockType(NamedTuple):
 
 @functools.cache
 def block_types() -> dict[int, BlockType]:
-    """All types whose sizes are known, by their numbers in files."""
+    """All types of known size, by their numbers in files."""
     from gguf.constants import GGML_QUANT_SIZES
 
     return {int(kind): BlockType(kind.name, *size) for kind, size in GGML_QUANT_SIZES.items()}
 
 
 def block_type(name: str) -> BlockType | None:
-    """The type of a name such as "Q4_K"; None if its size is not known."""
+    """The type with a name such as "Q4_K"; None if its size is unknown."""
     return next((t for t in block_types().values() if t.name == name), None)
 
 
 def dequantize(data: np.ndarray, kind: BlockType) -> np.ndarray:
     """Bytes (uint8, whole blocks of a type) -> float32 weights, flat; exact.
 
-    Raises `NotImplementedError` for a type that the gguf package cannot undo.
+    Raises `NotImplementedError` for a type that the gguf package cannot dequantise.
     """
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
@@ -46,9 +45,9 @@ def dequantize(data: np.ndarray, kind: BlockType) -> np.ndarray:
     blocks = data.reshape(-1, kind.bytes)
     out = np.empty((len(blocks), kind.weights), np.float32)
     step = max(1, CHUNK // kind.weights)
-    with np.errstate(all="ignore"):  # scales may be nan or inf; the reader looks for those
+    with np.errstate(all="ignore"):  # scales may be nan or inf; the reader checks for them
         for start in range(0, len(blocks), step):
-            one_row = blocks[start : start + step].reshape(1, -1)  # of several it takes 16 a time
+            one_row = blocks[start : start + step].reshape(1, -1)  # it splits several, 16 at a time
             found = quants.dequantize(one_row, GGMLQuantizationType[kind.name])
             out[start : start + step] = found.reshape(-1, kind.weights)
     return out.reshape(-1)

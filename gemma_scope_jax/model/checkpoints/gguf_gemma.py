@@ -1,7 +1,7 @@
 """Gemma 3 out of a GGUF file: its architecture, and its weights in our layout.
 
-Every key under gemma3. and every tensor is used, known not to matter, or refused by name: what is
-skipped is a model that computes something else than the file says.
+Every key under gemma3. and every tensor is used, known not to matter, or refused by name: skipping
+one could mean running a different model than the file describes.
 
 Source: the tensor names and conventions of llama.cpp's Gemma 3 converter and graph.
 """
@@ -15,9 +15,10 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.gguf import GGUFFile
 from gemma_scope_jax.model.checkpoints.huggingface_config import PADDED_VOCAB, TEXT_VOCAB
+from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP, ours, positive, stored_shape
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 
-UNUSED_TOKEN = 5  # the type of a token that pads
+UNUSED_TOKEN = 5  # the type of a padding token
 IMAGE = "<image_soft_token>"  # beyond the text model's vocabulary
 
 _SIZES = {
@@ -35,23 +36,18 @@ _OPTIONS = {
     "norm_epsilon": "attention.layer_norm_rms_epsilon",
     "global_every": "attention.sliding_window_pattern",
 }
-# Ollama's names of some of them.
+# Ollama's names for some of them.
 _ALSO = {"rope.global.freq_base": "global_rope_base", "rope.local.freq_base": "local_rope_base"}
 _ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
-# Keys of gemma3 that must say what Gemma 3 does anyway, and the field that tells it.
-_EQUAL = {
-    "attention.value_length": "head_dim",
-    "attention.key_length_swa": "head_dim",
-    "attention.value_length_swa": "head_dim",
-    "rope.dimension_count": "head_dim",
-    "rope.dimension_count_swa": "head_dim",
-    "attention.scale": "query_scale",
-}
-# Keys that the text model's function does not depend on, and why. Those outside of gemma3. tell of
-# the file, its author and the tokenizer, which `tokenizer_files` reads.
+# Keys of gemma3. that must equal a field of the config.
+_HEAD_DIM = ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa")
+_HEAD_DIM += ("rope.dimension_count", "rope.dimension_count_swa")
+_EQUAL = dict.fromkeys(_HEAD_DIM, "head_dim") | {"attention.scale": "query_scale"}
+# Keys that do not change what the text model computes, and why. Those outside gemma3. describe the
+# file, its author and the tokenizer, which `tokenizer_files` reads.
 HARMLESS_KEYS = {
-    r"context_length": "no more than what it was trained on",
-    r"vocab_size": "the embedding's rows tell it",
+    r"context_length": "only the length of the training texts",
+    r"vocab_size": "the embedding has as many rows",
     r"rope\.scaling\.(original_context_length|finetuned)": "not used by linear scaling",
     r"(vision|mm)\..+": "images, which the text model never sees",
 }
@@ -62,23 +58,15 @@ _HARMLESS_TENSOR = re.compile("|".join(HARMLESS_TENSORS))
 
 
 def _positive(file: GGUFFile, key: str, kind: type) -> Any:
-    """The positive number under gemma3.`key`, or None where the file has none."""
+    """The positive number under gemma3.`key`, or None if the file has none."""
     value = file.metadata.get(f"gemma3.{key}")
-    if value is None:
-        return None
-    allowed = (int,) if kind is int else (int, float)
-    least, most = (1, 2**31 - 1) if kind is int else (1e-20, 1e20)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not least <= value <= most:
-        raise InputError(
-            f"{file.path}: gemma3.{key} is {value!r:.40}, not a positive {kind.__name__}"
-        )
-    return kind(value)
+    return None if value is None else positive(value, kind, f"{file.path}: gemma3.{key}")
 
 
 def gguf_config(file: GGUFFile) -> GemmaConfig:
-    """The architecture a file describes: the preset for a published size, else built as told.
+    """The architecture a file describes: the preset for a published size, else built from the file.
 
-    The vocabulary is the embedding's rows, but for those that pad the multimodal models' 262,208.
+    The vocabulary is the embedding's rows, without those that pad the multimodal models' 262,208.
     Raises `InputError` for another architecture, an adapter, missing keys, keys and tensors that
     may change what the model computes, or a published size whose other numbers (window, RoPE, ...)
     contradict its preset.
@@ -94,19 +82,18 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
         )
     sizes = {field: _positive(file, key, int) for field, key in _SIZES.items()}
     missing = [f"gemma3.{_SIZES[field]}" for field, value in sizes.items() if value is None]
-    embed = file._info("token_embd.weight").shape
+    vocab = file.info("token_embd.weight").shape[0]
     if missing or sizes["heads"] % sizes["kv_heads"] or sizes["layers"] > len(file.tensors):
         raise InputError(f"{file.path}: metadata missing or contradictory: {missing or sizes}")
     options = _options(file)
     known = [c for c in PRESETS.values() if all(getattr(c, k) == v for k, v in sizes.items())]
     if known:
-        for field, value in options.items():
-            if value != getattr(known[0], field):
-                raise InputError(
-                    f"{file.path}: gemma3.{_OPTIONS.get(field, _ROPE_FACTORS[0])} is {value}, but "
-                    f"{known[0].name} has {getattr(known[0], field)}"
-                )
         config = known[0]
+        for field, value in options.items():
+            if value != (wanted := getattr(config, field)):
+                key = _OPTIONS.get(field, _ROPE_FACTORS[0])
+                published = f"{config.name} has {wanted}"
+                raise InputError(f"{file.path}: gemma3.{key} is {value}, but {published}")
     else:
         options.setdefault("window", 1024)
         name = file.metadata.get("general.name")
@@ -117,7 +104,6 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
             **sizes,
             **options,
         )
-    vocab = embed[0]
     if vocab == PADDED_VOCAB and _named_tokens(file) <= TEXT_VOCAB:
         vocab = TEXT_VOCAB
     config = dataclasses.replace(config, vocab=vocab, tied=not _has_head(file))
@@ -127,10 +113,9 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
 
 
 def _options(file: GGUFFile) -> dict[str, Any]:
-    """What the file says beside the sizes, by our fields."""
+    """What the file states beside the sizes, by our fields."""
     options: dict[str, Any] = {}
-    spelled = [*((key, field) for field, key in _OPTIONS.items()), *_ALSO.items()]
-    for key, field in spelled:
+    for key, field in [*((key, field) for field, key in _OPTIONS.items()), *_ALSO.items()]:
         integer = field in ("window", "global_every")
         value = _positive(file, key, int if integer else float)
         if value is None:
@@ -138,13 +123,13 @@ def _options(file: GGUFFile) -> dict[str, Any]:
         value = value if integer else _rounded(value)
         if options.setdefault(field, value) != value:
             raise InputError(f"{file.path}: gemma3.{key} is {value}, elsewhere {options[field]}")
-    kind = file.metadata.get("gemma3.rope.scaling.type", "linear")  # as llama.cpp takes it
+    kind = file.metadata.get("gemma3.rope.scaling.type", "linear")  # llama.cpp's default
     if not isinstance(kind, str) or kind not in ("none", "linear"):
         raise InputError(f"{file.path}: gemma3.rope.scaling.type {kind!r:.40} is not supported")
     factors = [_positive(file, key, float) for key in _ROPE_FACTORS]
     said = {_rounded(value) for value in factors if value is not None}
     if len(said) > 1:
-        raise InputError(f"{file.path}: RoPE is scaled by {sorted(said)} at once")
+        raise InputError(f"{file.path}: RoPE has several scaling factors: {sorted(said)}")
     if said or kind == "none":
         options["global_rope_divisor"] = 1.0 if kind == "none" else said.pop()
     return options
@@ -162,39 +147,35 @@ def _check_keys(file: GGUFFile, config: GemmaConfig) -> None:
             continue
         if key in _EQUAL:
             wanted = _rounded(getattr(config, _EQUAL[key]))
-            if isinstance(value, (int, float)) and _rounded(value) == wanted:
-                continue
-            raise InputError(f"{file.path}: {full} is {value!r:.40}, only {wanted} is supported")
-        if key == "attention.causal" and value is True:
-            continue
-        raise InputError(
-            f"{file.path}: {full} = {value!r:.40} is not known to Gemma 3 and may change what it "
-            "computes"
-        )
+            if not isinstance(value, (int, float)) or _rounded(value) != wanted:
+                only = f"only {wanted} is supported"
+                raise InputError(f"{file.path}: {full} is {value!r:.40}, {only}")
+        elif key != "attention.causal" or value is not True:
+            unknown = "is not known to Gemma 3 and may change what it computes"
+            raise InputError(f"{file.path}: {full} = {value!r:.40} {unknown}")
 
 
 def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
-    """Refuse tensors of which none knows what they do: biases, LoRA, RoPE factors, ..."""
-    stems = [stem for leaf, stem in _LEAVES.items() if leaf not in _TOP]
-    known = {f"blk.{i}.{stem}.weight" for i in range(config.layers) for stem in stems}
-    known |= {f"{_LEAVES[leaf]}.weight" for leaf in _TOP}
+    """Refuse tensors of unknown effect: biases, LoRA, RoPE factors, ..."""
+    known = {_tensor_name(leaf, None) for leaf in TOP}
+    known |= {_tensor_name(leaf, i) for i in range(config.layers) for leaf in LAYER}
     for name in file.tensors:
         if name not in known and not _HARMLESS_TENSOR.fullmatch(name):
-            raise InputError(
-                f"{file.path}: tensor {name} is none of Gemma 3's {config.layers} layers and may "
-                "change what it computes"
+            unknown = (
+                f"is not one of Gemma 3's ({config.layers} layers) and may change what it computes"
             )
+            raise InputError(f"{file.path}: tensor {name} {unknown}")
 
 
 def _has_head(file: GGUFFile) -> bool:
-    """Whether the file unembeds with another matrix than its embedding."""
+    """Whether the file unembeds with a matrix other than its embedding."""
     return "output.weight" in file.tensors and not file.same_bytes(
         "output.weight", "token_embd.weight"
     )
 
 
 def _named_tokens(file: GGUFFile) -> int:
-    """How many of the tokens stand for something: without padding and the images' placeholder."""
+    """The number of real tokens: without padding and the placeholder for images."""
     tokens, types = (file.metadata.get(f"tokenizer.ggml.{x}") for x in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not isinstance(types, np.ndarray):
         return 0
@@ -204,25 +185,9 @@ def _named_tokens(file: GGUFFile) -> int:
     return n
 
 
-_TOP = ("embed", "head", "final_norm")
-_LEAVES = {
-    "embed": "token_embd",
-    "head": "output",
-    "final_norm": "output_norm",
-    "pre_attn_norm": "attn_norm",
-    "w_q": "attn_q",
-    "w_k": "attn_k",
-    "w_v": "attn_v",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "w_o": "attn_output",
-    "post_attn_norm": "post_attention_norm",
-    "pre_mlp_norm": "ffn_norm",
-    "w_gate": "ffn_gate",
-    "w_up": "ffn_up",
-    "w_down": "ffn_down",
-    "post_mlp_norm": "post_ffw_norm",
-}
+def _tensor_name(leaf: str, layer: int | None) -> str:
+    within = "" if layer is None else f"blk.{layer}."
+    return f"{within}{NAMES[leaf][1]}.weight"
 
 
 def gguf_leaf(
@@ -231,38 +196,21 @@ def gguf_leaf(
     """One weight as `Block` or `Params` names it, float32, in our layout without the layer axis.
 
     Matrices are transposed views ([in, out], heads split). The converter added 1 to the norms,
-    which we store as w with gain 1 + w. Of `embed` and `head` come as many rows as the vocabulary
-    has; the rest pads the multimodal models'. Raises `InputError` for a tensor that is missing, of
-    another shape, of an unsupported quantisation, or not finite.
+    which we store as w with gain 1 + w. `embed` and `head` have as many rows as the vocabulary; the
+    rest is padding. Raises `InputError` for a tensor that is missing, of another shape, of an
+    unsupported quantisation, or not finite.
     """
-    c = config
-    D, N, K, H, M = c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp
-    stem = _LEAVES[leaf]
-    name = f"{stem}.weight" if layer is None else f"blk.{layer}.{stem}.weight"
-    wanted = {
-        "embed": (c.vocab, D),
-        "head": (c.vocab, D),
-        "w_q": (N * H, D),
-        "w_k": (K * H, D),
-        "w_v": (K * H, D),
-        "w_o": (D, N * H),
-        "w_gate": (M, D),
-        "w_up": (M, D),
-        "w_down": (D, M),
-        "q_norm": (H,),
-        "k_norm": (H,),
-    }.get(leaf, (D,))
-    found = file._info(name).shape
-    padded = leaf in ("embed", "head") and len(found) == 2 and found[0] >= c.vocab and found[1] == D
+    name, wanted, table = (
+        _tensor_name(leaf, layer),
+        stored_shape(config, leaf),
+        leaf in ("embed", "head"),
+    )
+    found = file.info(name).shape
+    padded = table and len(found) == 2 and found[0] >= wanted[0] and found[1] == wanted[1]
     if found != wanted and not padded:
-        raise InputError(
-            f"{file.path}: {name} has shape {list(found)}, {c.name} needs {list(wanted)}"
-        )
-    if leaf in ("embed", "head"):
-        return file.read_rows(name, *rows.indices(c.vocab)[:2])
+        needs = f"{config.name} needs {list(wanted)}"
+        raise InputError(f"{file.path}: {name} has shape {list(found)}, {needs}")
+    if table:
+        return file.read_rows(name, *rows.indices(config.vocab)[:2])
     x = file.read(name)
-    if leaf.endswith("norm"):
-        return x - np.float32(1)
-    if leaf in ("w_q", "w_k", "w_v"):
-        return x.T.reshape(D, -1, H)
-    return x.T.reshape(N, H, D) if leaf == "w_o" else x.T
+    return ours(config, leaf, x - np.float32(1) if leaf.endswith("norm") else x)

@@ -1,15 +1,12 @@
 """Gemma 3 as a Hugging Face folder: config.json and safetensors, one file or many.
 
-Works for the text-only repositories (270m, 1b), for the multimodal ones (4b and up: the vision
-tower and the projector are left on disk) and for what transformers 4 and 5 save. Every tensor is
-used, known not to matter, or refused. A file is opened for each tensor anew, so that its mapped
-pages are let go again.
+Reads the text-only repositories (270m, 1b), the multimodal ones (4b and up: the vision tower and
+the projector stay on disk) and what transformers 4 and 5 save. Every tensor is used, known not to
+matter, or refused. Each tensor opens its file anew, so that mapped pages are released.
 """
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +22,8 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
     config_json,
     huggingface_config,
 )
-from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
+from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP, ours, stored_shape
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.safetensors_files import (
     StreamedTensor,
@@ -34,29 +32,13 @@ from gemma_scope_jax.storage.safetensors_files import (
 )
 from gemma_scope_jax.storage.strict_json import field, read_json
 
-COMPARED = 4 << 20  # numbers of embedding and head that are compared at a time
+COMPARED = 4 << 20  # numbers of embedding and head compared at a time
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "language_model.", "")
-NAMES = {
-    "pre_attn_norm": "input_layernorm",
-    "w_q": "self_attn.q_proj",
-    "w_k": "self_attn.k_proj",
-    "w_v": "self_attn.v_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "w_o": "self_attn.o_proj",
-    "post_attn_norm": "post_attention_layernorm",
-    "pre_mlp_norm": "pre_feedforward_layernorm",
-    "w_gate": "mlp.gate_proj",
-    "w_up": "mlp.up_proj",
-    "w_down": "mlp.down_proj",
-    "post_mlp_norm": "post_feedforward_layernorm",
-}
 FLOATS = {"F64", "F32", "F16", "BF16"}
-# Tensors that the text model's function does not depend on, and why.
+# Tensors that do not change what the text model computes, and why.
 HARMLESS = {
-    r"(.+\.)?vision_tower\..+": "images, which the text model never sees",
-    r"(.+\.)?multi_modal_projector\..+": "images, which the text model never sees",
-    r"(.+\.)?rotary_emb(_local)?\.inv_freq": "computed anew from config.json",
+    r"(.+\.)?(vision_tower|multi_modal_projector)\..+": "images, which the text model never sees",
+    r"(.+\.)?rotary_emb(_local)?\.inv_freq": "recomputed from config.json",
 }
 _HARMLESS = re.compile("|".join(HARMLESS))
 _ADAPTER = re.compile(r".*(lora_|base_layer\.|modules_to_save\.).*")
@@ -71,14 +53,14 @@ class HuggingFaceFolder:
     config: GemmaConfig
     prefix: str  # what precedes "layers.0..." in the tensors' names
     files: Mapping[str, str]  # tensor name -> path of the safetensors file that holds it
-    head: str | None  # the tensor of the unembedding, where there is one
+    head: str | None  # the tensor of the unembedding, if there is one
 
 
 def open_huggingface(folder: str | os.PathLike) -> HuggingFaceFolder:
     """Open a folder with config.json and model.safetensors or model.safetensors.index.json.
 
-    Checks every tensor's name, shape and dtype from the headers (and that an unembedding is the
-    embedding where config.json says so). Raises `InputError`.
+    Checks every tensor's name, shape and dtype from the headers (and that an unembedding equals the
+    embedding if config.json ties them). Raises `InputError`.
     """
     folder = os.fspath(folder)
     refuse_adapters(epath.Path(folder))
@@ -98,8 +80,8 @@ def huggingface_leaf(
 ) -> np.ndarray:
     """One layer of `leaf` in our layout without L, in the file's dtype (a strided view).
 
-    `embed`, `head` and `final_norm` have no layer; `rows` selects rows of `embed` and `head`, and
-    only these are read. What is float64 becomes float32.
+    `embed`, `head` and `final_norm` have no layer. Of `embed` and `head`, only the `rows` are read.
+    float64 becomes float32.
     """
     name = _tensor_name(file, leaf, layer)
     with open_safetensors(file.files[name]) as opened:
@@ -107,47 +89,43 @@ def huggingface_leaf(
         if leaf in ("embed", "head"):
             start, stop, _ = rows.indices(file.config.vocab)
             return _no_double(tensor[start:stop])
-        return _no_double(tensor[:]).T.reshape(_our_shape(file.config, leaf))
+        return ours(file.config, leaf, _no_double(tensor[:]))
 
 
 def _no_double(x: np.ndarray) -> np.ndarray:
     if x.dtype != np.float64:
         return x
-    with np.errstate(over="ignore"):  # to infinity, which is refused where it is written
+    with np.errstate(over="ignore"):  # to infinity, which the loader refuses
         return x.astype(np.float32)
 
 
 def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     """Write `model` as config.json and model.safetensors, which transformers 4 and 5 load.
 
-    The weights keep their dtype (norms are float32). All of the model passes through host memory.
-    Shards of a model that was saved there before, and their index, are removed. Raises `InputError`
-    if the folder cannot be written; then it is what it was before.
+    The weights keep their dtype (norms are float32). The whole model passes through host memory.
+    Shards of a model saved there before, and their index, are removed. Raises `InputError` if the
+    folder cannot be written, and leaves it unchanged then.
     """
+    params, config = model.params, model.config
     tensors = {
-        "model.embed_tokens.weight": StreamedTensor.whole(model.params.embed),
-        "model.norm.weight": StreamedTensor.whole(model.params.final_norm),
+        f"model.{NAMES[leaf][0]}.weight": StreamedTensor.whole(getattr(params, leaf))
+        for leaf in ("embed", "final_norm")
     }
-    if model.params.head is not None:
-        tensors["lm_head.weight"] = StreamedTensor.whole(model.params.head)
-    config = model.config
-    for leaf in NAMES:
-        stacked = np.asarray(getattr(model.params.blocks, leaf))
-        shape = _file_shape(config, leaf)
+    if params.head is not None:
+        tensors["lm_head.weight"] = StreamedTensor.whole(params.head)
+    for leaf in LAYER:
+        stacked, shape = np.asarray(getattr(params.blocks, leaf)), stored_shape(config, leaf)
         for layer in range(config.layers):
-            name = f"model.layers.{layer}.{NAMES[leaf]}.weight"
+            name = f"model.layers.{layer}.{NAMES[leaf][0]}.weight"
             tensors[name] = StreamedTensor.whole(stacked[layer].reshape(shape[::-1]).T)
+
+    def write_weights(file: BinaryIO) -> None:
+        write_safetensors(file, tensors, {"format": "pt"})
 
     def write_config(file: BinaryIO) -> None:
         file.write(json.dumps(config_json(config, model.dtype), indent=2).encode())
 
-    write_folder(
-        folder,
-        {
-            "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
-            "config.json": write_config,
-        },
-    )
+    write_folder(folder, {"model.safetensors": write_weights, "config.json": write_config})
     try:
         for name in os.listdir(folder):
             if _SUPERSEDED.fullmatch(name):
@@ -159,33 +137,15 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
 def _tensor_name(file: HuggingFaceFolder, leaf: str, layer: int | None = None) -> str:
     if leaf == "head":
         return file.head or "lm_head.weight"
-    if leaf in ("embed", "final_norm"):
-        return file.prefix + {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}[leaf]
-    return f"{file.prefix}layers.{layer}.{NAMES[leaf]}.weight"
-
-
-def _our_shape(config: GemmaConfig, leaf: str) -> tuple[int, ...]:
-    shapes = abstract_params(config)
-    if leaf in ("embed", "final_norm", "head"):
-        return getattr(shapes, leaf).shape
-    return getattr(shapes.blocks, leaf).shape[1:]
-
-
-def _file_shape(config: GemmaConfig, leaf: str) -> tuple[int, ...]:
-    """The shape in the file: norms as ours, matrices (out, in): ours is `.T.reshape(ours)`."""
-    shape = _our_shape(config, leaf)
-    if leaf == "w_o":
-        return shape[-1], math.prod(shape[:-1])
-    if len(shape) > 1 and leaf not in ("embed", "head"):
-        return math.prod(shape[1:]), shape[0]
-    return shape
+    within = "" if layer is None else f"layers.{layer}."
+    return f"{file.prefix}{within}{NAMES[leaf][0]}.weight"
 
 
 def _tensor_files(folder: str) -> dict[str, str]:
-    """Tensor name -> path of its file: of the one file if there is one, else of the index's shards.
+    """Tensor name -> path of its file: model.safetensors if it exists, else the index's shards.
 
-    In this order, as transformers has it: it leaves an index behind when it saves one file where
-    shards were. All tensors of a shard count, whether the index lists them or not.
+    transformers uses the same order: it leaves an old index behind when it saves a single file. All
+    tensors of a shard are included, whether the index lists them or not.
     """
     single = os.path.join(folder, "model.safetensors")
     index = os.path.join(folder, "model.safetensors.index.json")
@@ -196,12 +156,11 @@ def _tensor_files(folder: str) -> dict[str, str]:
         raise InputError(f"{folder}: holds neither model.safetensors nor {index}{_instead(folder)}")
     weight_map = field(read_json(epath.Path(index)), "weight_map", dict, index)
     for name, file in weight_map.items():
-        # The index is foreign data: it may not point out of its folder.
+        # the index is foreign data: it must not point outside its folder
         if not isinstance(file, str) or file != os.path.basename(file) or not file.isprintable():
             raise InputError(f"{index}: the file of tensor {name!r} is {str(file)[:60]!r}")
     found: dict[str, str] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        path = os.path.join(folder, shard)
+    for path in (os.path.join(folder, shard) for shard in dict.fromkeys(weight_map.values())):
         with open_safetensors(path) as file:
             for name in list(file.keys()):
                 if name in found:
@@ -214,7 +173,7 @@ def _tensor_files(folder: str) -> dict[str, str]:
 
 
 def _instead(folder: str) -> str:
-    """What a folder without usable weights holds, and what to do with it."""
+    """What a folder without usable weights holds, and what to do about it."""
     names = sorted(os.listdir(folder))
     if any(n.startswith("pytorch_model") and n.endswith((".bin", ".json")) for n in names):
         return (
@@ -228,44 +187,36 @@ def _instead(folder: str) -> str:
 
 
 def refuse_adapters(folder: epath.Path) -> None:
-    """Raise `InputError` if `folder` holds an adapter: transformers would put it on the model."""
+    """Raise `InputError` if `folder` holds an adapter: transformers would apply it to the model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            raise InputError(
-                f"{folder}: holds a LoRA adapter ({name}) that is not merged; merge it into its "
-                "base model (peft: merge_and_unload, then save_pretrained) and pass that folder"
-            )
+            advice = "merge it into its base model (peft: merge_and_unload) and pass that folder"
+            raise InputError(f"{folder}: holds an unmerged LoRA adapter ({name}); {advice}")
 
 
 def _check_tensors(file: HuggingFaceFolder) -> None:
-    """Every tensor that the config asks for is there, with its shape and a float dtype, and no
-    other tensor that might change what the model computes."""
+    """Check that every tensor exists with its shape and a float dtype, and that no other tensor
+    might change what the model computes."""
     if adapted := next((name for name in file.files if _ADAPTER.fullmatch(name)), None):
-        raise InputError(
-            f"{file.path}: {adapted} belongs to an adapter that is not merged; merge it (peft: "
-            "merge_and_unload) and save the model again"
-        )
+        advice = "merge it (peft: merge_and_unload) and save the model again"
+        raise InputError(f"{file.path}: {adapted} belongs to an unmerged adapter; {advice}")
+    leaves = [(leaf, None) for leaf in TOP if leaf != "head" or not file.config.tied]
+    leaves += [(leaf, layer) for layer in range(file.config.layers) for leaf in LAYER]
     wanted: dict[str, dict[str, str]] = {}  # path -> tensor name -> leaf
-    known = set()
-    leaves = [("embed", None), ("final_norm", None)] + [("head", None)] * (not file.config.tied)
-    layered = ((leaf, layer) for layer in range(file.config.layers) for leaf in NAMES)
-    for leaf, layer in itertools.chain(leaves, layered):
+    known = {file.head}
+    for leaf, layer in leaves:
         name = _tensor_name(file, leaf, layer)
         if name not in file.files:
             raise InputError(f"{file.path}: tensor {name} is missing; download the folder again")
         wanted.setdefault(file.files[name], {})[name] = leaf
         known.add(name)
-    extra = _tensor_name(file, "w_q", file.config.layers)
-    if extra in file.files:
-        raise InputError(
-            f"{file.path}: {extra} is beyond config.json's {file.config.layers} layers"
-        )
+    layers = file.config.layers
+    if (extra := _tensor_name(file, "w_q", layers)) in file.files:
+        raise InputError(f"{file.path}: {extra} is beyond config.json's {layers} layers")
     for name in file.files:
-        if name not in known and name != file.head and not _HARMLESS.fullmatch(name):
-            raise InputError(
-                f"{file.path}: tensor {name} is none of Gemma 3's and may change what it computes; "
-                "save the folder without it if it does not"
-            )
+        if name not in known and not _HARMLESS.fullmatch(name):
+            unknown = "is not one of Gemma 3's and may change what it computes; remove it if not"
+            raise InputError(f"{file.path}: tensor {name} {unknown}")
     for path, names in wanted.items():
         with open_safetensors(path) as opened:
             for name, leaf in names.items():
@@ -275,19 +226,18 @@ def _check_tensors(file: HuggingFaceFolder) -> None:
 
 
 def _check_tensor(path: str, name: str, leaf: str, config: GemmaConfig, tensor: Any) -> None:
-    shape, expected = tuple(tensor.get_shape()), _file_shape(config, leaf)
+    shape, expected = tuple(tensor.get_shape()), stored_shape(config, leaf)
     if leaf in ("embed", "head") and expected[0] == TEXT_VOCAB and shape[:1] == (PADDED_VOCAB,):
         shape = (TEXT_VOCAB, *shape[1:])
     if shape != expected:
         raise InputError(f"{path}: {name} is {shape}, but config.json makes it {expected}")
     if tensor.get_dtype() not in FLOATS:
-        raise InputError(
-            f"{path}: {name} is {tensor.get_dtype()}; load an unquantised folder or a .gguf file"
-        )
+        advice = "load an unquantised folder or a .gguf file"
+        raise InputError(f"{path}: {name} is {tensor.get_dtype()}; {advice}")
 
 
 def _check_head(file: HuggingFaceFolder) -> None:
-    """A head beside a config that ties it to the embedding must be the embedding once more."""
+    """A head that config.json ties to the embedding must equal it."""
     embed, head = _tensor_name(file, "embed"), _tensor_name(file, "head")
     with open_safetensors(file.files[embed]) as one, open_safetensors(file.files[head]) as other:
         ours, theirs = one.get_slice(embed), other.get_slice(head)
@@ -304,6 +254,6 @@ def _check_head(file: HuggingFaceFolder) -> None:
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """To compare: NaN equals itself, it is refused when it is read."""
+    """For comparing: a NaN equals itself, and is refused when it is read."""
     with np.errstate(over="ignore"):
         return x.astype(np.float32).view(np.uint32)

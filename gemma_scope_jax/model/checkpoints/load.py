@@ -1,7 +1,7 @@
-"""One way in for every kind of checkpoint: `load_model` by name, folder or file.
+"""One loader for every kind of checkpoint: `load_model` by name, folder or file.
 
 Weights stream from the file to the devices layer by layer: every leaf is allocated in its final
-sharding; each layer is cast, checked for NaN and written in place there. Beside the model itself
+sharding; each layer is cast, checked for NaN and written in place there. Besides the model itself
 the host holds one layer, or one slice of the embedding, at a time.
 """
 
@@ -10,15 +10,16 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
@@ -26,14 +27,15 @@ from gemma_scope_jax.model.checkpoints.huggingface import (
     open_huggingface,
     refuse_adapters,
 )
-from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, huggingface_config
+from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
 from gemma_scope_jax.model.sharding import own_mesh, param_shardings
+from gemma_scope_jax.progress import Report
 
 EMBED_SLICE = 16 << 20  # bytes (as float32) of embedding that pass through the host at a time
-CONFIGS = ("config.json", "adapter_config.json", *TOKENS[:2])  # all that decides the shapes
+CONFIGS = ("config.json", "adapter_config.json", *TOKENS[:2])  # the files that decide the shapes
 WEIGHTS = (*CONFIGS, *TOKENS[2:], "*.safetensors", "*.safetensors.index.json")
 
 
@@ -41,20 +43,21 @@ WEIGHTS = (*CONFIGS, *TOKENS[2:], "*.safetensors", "*.safetensors.index.json")
 def load_model(
     source: str | os.PathLike,
     *,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     mesh: Mesh | None = None,
     config: GemmaConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Model:
     """Load a Gemma 3 text model.
 
-    `source`: a Hugging Face folder; a .gguf file; an official (Orbax) folder, also on gs://; or a
-    name: "gemma-3-270m" is the packaged model where extra `demo` is installed, all others
-    ("gemma-3-1b-pt", "google/gemma-3-4b-it", any "owner/repository") come from Hugging Face's hub.
-    `dtype`: bfloat16 or float32 for the matrices; norms are always float32.
-    `mesh`: shards the weights as `param_shardings` says; None leaves them on the default device.
-    `config`: only for an official checkpoint whose sizes are no preset's.
-    `progress(done, total)`: called with the bytes of the model loaded so far.
+    source    a Hugging Face folder; a .gguf file; an official (Orbax) folder, also on gs://; or a
+              name: "gemma-3-270m" is the packaged model if extra `demo` is installed, all others
+              ("gemma-3-1b-pt", "google/gemma-3-4b-it", any "owner/repository") come from Hugging
+              Face's hub
+    dtype     bfloat16 or float32 for the matrices; norms are always float32
+    mesh      shards the weights as in `param_shardings`; None: the default device
+    config    only for an official checkpoint whose sizes match no preset
+    progress  called with the bytes of the model loaded so far and in all
 
     Raises `InputError` for an unknown name, a file that is missing, damaged, or not a Gemma 3, and
     weights that are NaN, infinite, or too large for `dtype`.
@@ -67,7 +70,7 @@ def load_model(
 def model_config(source: str | os.PathLike) -> GemmaConfig:
     """The architecture of what `load_model(source)` would load; reads no weights.
 
-    A name of the Gemma 3 family is answered without disk or network. Raises `InputError`.
+    Names of the Gemma 3 family need neither disk nor network. Raises `InputError`.
     """
     if not _is_local(source):
         if not _is_foreign_repository(str(source)):
@@ -80,9 +83,9 @@ def model_config(source: str | os.PathLike) -> GemmaConfig:
 
 
 def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS) -> epath.Path:
-    """The folder or file that `source` (as in `load_model`) stands for, downloaded if need be.
+    """The folder or file that `source` (as in `load_model`) stands for, downloaded if necessary.
 
-    `files`: the patterns to download when it is a repository on the hub. Raises `InputError`.
+    `files`: the patterns to download from a repository on the hub. Raises `InputError`.
     """
     if _is_local(source):
         path = epath.Path(source).expanduser()
@@ -100,7 +103,7 @@ def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS)
 def hub_repository(name: str) -> str:
     """The hub's name of a Gemma 3 model: "gemma-3-1b" -> "google/gemma-3-1b-pt".
 
-    The pretrained 270m alone has no "-pt" there. Raises `InputError` for an unknown name.
+    Only the pretrained 270m has no "-pt" there. Raises `InputError` for an unknown name.
     """
     base = preset(name).name
     if name.endswith("-it"):
@@ -109,7 +112,7 @@ def hub_repository(name: str) -> str:
 
 
 def _is_local(source: str | os.PathLike) -> bool:
-    """Whether `source` is a path rather than a name; what exists on disk always is."""
+    """Whether `source` is a path rather than a name; whatever exists on disk is a path."""
     text = os.fspath(source)
     return (
         not isinstance(source, str)
@@ -122,43 +125,30 @@ def _is_local(source: str | os.PathLike) -> bool:
 
 
 def _is_foreign_repository(name: str) -> bool:
-    """ "owner/repository" of another owner than google."""
+    """Whether `name` is "owner/repository" of an owner other than google."""
     return not name.startswith("google/") and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import constants, errors, snapshot_download
 
     what = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+    reasons: dict[type[Exception], str] = {
+        errors.GatedRepoError: "is gated: accept its licence at https://huggingface.co/"
+        f"{repository}, then run `hf auth login`; or pass a folder that holds it",
+        errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
+        "you may read; check the name, or run `hf auth login`",
+        errors.LocalEntryNotFoundError: f"not on this disk, and the hub {what}; check the network, "
+        "or pass a folder that holds it",
+    }
     try:
         folder = epath.Path(snapshot_download(repository, allow_patterns=list(files)))
-    except GatedRepoError as error:
-        raise InputError(
-            f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
-            "then run `hf auth login`; or pass a folder that holds it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{repository}: neither a local folder nor a repository on the hub that you may read; "
-            "check the name, or run `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{repository}: not on this disk, and the hub {what}; check the network, or pass a "
-            "folder that holds it"
-        ) from error
     except Exception as error:  # the network stack's exceptions change between hub versions
-        raise InputError(
-            f"{repository}: cannot be downloaded ({reason(error)}); check the network, or pass a "
-            "folder that holds it"
-        ) from error
+        other = f"cannot be downloaded ({reason(error)}); check the network, or pass a folder that "
+        known = (why for kind, why in reasons.items() if isinstance(error, kind))
+        raise InputError(f"{repository}: {next(known, f'{other}holds it')}") from error
     if "*.safetensors" in files and not any(folder.glob("*.safetensors")):
-        raise InputError(  # of a folder that is there in part, the hub's library says nothing
+        raise InputError(  # for an incomplete folder, the hub's library raises nothing
             f"{repository}: has no safetensors files, or the hub {what}; check the repository and "
             "the network, or pass a folder that holds the model"
         )
@@ -178,10 +168,10 @@ class _Checkpoint:
 
 
 def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
-    """Tell the format by looking, and check names and shapes before any weight is read."""
+    """Recognise the format, and check names and shapes before any weight is read."""
     where = str(path)
     if config is not None and not (path.is_dir() and is_official(path)):
-        raise InputError(f"{where}: says its architecture itself; `config` is for official folders")
+        raise InputError(f"{where}: states its architecture; `config` is for official folders")
     if path.is_dir() and (path / "config.json").exists():
         folder = open_huggingface(where)
         return _Checkpoint(where, folder.config, functools.partial(huggingface_leaf, folder))
@@ -198,9 +188,8 @@ def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
         refuse_adapters(path)
         files = [x.name for x in path.iterdir() if x.name.endswith(".gguf")]
         hint = f"; pass the file {min(files)} itself" if files else ""
-        raise InputError(
-            f"{where}: neither a Hugging Face folder (config.json) nor an Orbax checkpoint{hint}"
-        )
+        what = "neither a Hugging Face folder (config.json) nor an Orbax checkpoint"
+        raise InputError(f"{where}: {what}{hint}")
     if where.endswith(".safetensors"):
         raise InputError(f"{where}: pass the folder that holds it and its config.json")
     file = open_gguf(where)
@@ -208,27 +197,25 @@ def _open(path: epath.Path, config: GemmaConfig | None) -> _Checkpoint:
     return _Checkpoint(where, known, functools.partial(gguf_leaf, file, known))
 
 
-def _checked_dtype(dtype: Any) -> jnp.dtype:
+def _checked_dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
         known = jnp.dtype(dtype)
     except TypeError:
-        known = jnp.dtype("int8")  # no dtype at all: as wrong as this one
+        known = None
     if known == jnp.float16:
-        raise InputError(
-            "dtype float16: Gemma 3's residual stream outgrows it (65,504) and would become NaN; "
-            "choose bfloat16 or float32"
-        )
-    if known not in (jnp.bfloat16, jnp.float32):
+        why = "Gemma 3's residual stream outgrows it (65,504); choose bfloat16 or float32"
+        raise InputError(f"dtype float16: {why}")
+    if known is None or known not in (jnp.bfloat16, jnp.float32):
         raise InputError(f"dtype {dtype!r}: choose bfloat16 or float32")
     return known
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """Where one leaf of the parameters goes, and how it is laid out while it is filled.
+    """Where one leaf of the parameters goes, and its layout while it is filled.
 
     A leaf is filled as [P, rows, ...]: its first axis is split into the P parts that the sharding
-    gives it, so that writing a slice of rows moves nothing between devices. P is 1 but for a
+    gives it, so that writing a slice of rows moves nothing between devices. P is 1 except for a
     sharded embedding.
     """
 
@@ -238,9 +225,9 @@ class _Leaf:
 
     @property
     def parts(self) -> int:
-        inner = self.inner
-        first = None if inner is None else inner.spec[0]
-        return 1 if inner is None or first is None else inner.mesh.shape[first]
+        if self.inner is None or self.inner.spec[0] is None:
+            return 1
+        return self.inner.mesh.shape[self.inner.spec[0]]
 
     @property
     def rows(self) -> int:
@@ -255,7 +242,7 @@ class _Leaf:
         return NamedSharding(self.sharding.mesh, PartitionSpec(first, None, *rest))
 
     def put(self, values: np.ndarray) -> jax.Array:
-        """Host `values` [P, n, ...] on the devices, each its own part."""
+        """Host `values` [P, n, ...] on the devices, each with its own part."""
         if self.inner is None:
             return jax.device_put(values)
         return jax.make_array_from_callback(values.shape, self.inner, lambda index: values[index])
@@ -269,7 +256,7 @@ def _allocate(leaves: tuple[_Leaf, ...]) -> list[jax.Array]:
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
 def _write(arrays: list, values: list, row: jax.Array, leaves: tuple[_Leaf, ...]):
-    """Write each of `values` [P, n, ...] at `row` of its array; also: which are all finite?"""
+    """Write each of `values` [P, n, ...] at `row` of its array; also return which are finite."""
     cast = [x.astype(leaf.target.dtype) for x, leaf in zip(values, leaves)]
     written = [
         _placed(jax.lax.dynamic_update_slice_in_dim(array, x, row, axis=1), leaf.inner)
@@ -288,21 +275,17 @@ def _placed(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 def _stream(
-    checkpoint: _Checkpoint,
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-    progress: Callable[[int, int], None] | None,
+    checkpoint: _Checkpoint, dtype: jnp.dtype, mesh: Mesh | None, progress: Report | None
 ) -> Params:
     """Fill all leaves: embedding and head by slices of rows, then one layer after the other."""
     config = checkpoint.config
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
-    shardings = (
-        [None] * len(paths) if mesh is None else jax.tree.leaves(param_shardings(config, mesh))
-    )
+    shardings = [None] * len(paths)
+    if mesh is not None:
+        shardings = jax.tree.leaves(param_shardings(config, mesh))
     leaves = tuple(_Leaf(path[-1].name, x, s) for (path, x), s in zip(paths, shardings))
     arrays = dict(zip(leaves, _allocate(leaves)))
-    total = sum(x.size * x.dtype.itemsize for x in arrays.values())
-    done = 0
+    done, total = 0, sum(x.size * x.dtype.itemsize for x in arrays.values())
     for some, layer, row, values in _slices(checkpoint, leaves):
         placed = [leaf.put(x) for leaf, x in zip(some, values)]
         written, finite = _write([arrays[leaf] for leaf in some], placed, np.int32(row), some)
@@ -328,7 +311,7 @@ def _slices(
         step = max(1, EMBED_SLICE // (4 * table.parts * checkpoint.config.d_model))
         for row in range(0, table.rows, step):
             stop = min(row + step, table.rows)
-            starts = range(0, checkpoint.config.vocab, table.rows)  # of the parts
+            starts = range(0, checkpoint.config.vocab, table.rows)  # one per part
             parts = [checkpoint.read(table.name, None, slice(x + row, x + stop)) for x in starts]
             yield (table,), None, row, [np.stack(parts) if len(parts) > 1 else parts[0][None]]
     yield (final_norm,), None, 0, [checkpoint.read("final_norm", None, slice(None))[None]]

@@ -1,8 +1,8 @@
 """Gemma 3 from Google DeepMind's own checkpoints: Orbax folders, local or on gs://.
 
 The published ones (gs://gemma-data/checkpoints/gemma3-*, Kaggle's flax variation) name their arrays
-flatly, "transformer/layer_0/attn/q_einsum" with a leaf "w"; what the gemma library saves is nested
-and has no "transformer". Joined with "/" the two are one, and one layer at a time is read.
+flatly, "transformer/layer_0/attn/q_einsum" with a leaf "w"; the gemma library saves nested ones
+without "transformer". Joined with "/" the names are the same. One layer is read at a time.
 
 Source: gemma 4.0, gm/ckpts/{_checkpoint,_compat}.py and gm/nn/_modules.py.
 """
@@ -17,12 +17,13 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 from gemma_scope_jax.storage.strict_json import read_json
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
-# Arrays that the text model's function does not depend on, and why.
+# Arrays that do not change what the text model computes, and why.
 HARMLESS = {
     r"((params/)?transformer/|params/)?(vision_encoder|SigLiPFromPatches_0)/.+": "images",
     r"((params/)?transformer/|params/)?embedder/mm_.+": "images",
@@ -35,25 +36,13 @@ def _heads_inside(x: np.ndarray) -> np.ndarray:
     return x.transpose(1, 0, 2)  # [N, D, H] -> [D, N, H]
 
 
-# leaf -> (name within the layer, file layout -> ours)
-TOP: dict[str, tuple[str, Callable]] = {
-    "embed": ("embedder/input_embedding", lambda x: x),
-    "final_norm": ("final_norm/scale", lambda x: x),
-}
-LAYER: dict[str, tuple[str, Callable]] = {
-    "pre_attn_norm": ("pre_attention_norm/scale", lambda x: x),
-    "w_q": ("attn/q_einsum/w", _heads_inside),
-    "w_k": ("attn/kv_einsum/w", lambda x: _heads_inside(x[0])),
-    "w_v": ("attn/kv_einsum/w", lambda x: _heads_inside(x[1])),
-    "q_norm": ("attn/_query_norm/scale", lambda x: x),
-    "k_norm": ("attn/_key_norm/scale", lambda x: x),
-    "w_o": ("attn/attn_vec_einsum/w", lambda x: x),
-    "post_attn_norm": ("post_attention_norm/scale", lambda x: x),
-    "pre_mlp_norm": ("pre_ffw_norm/scale", lambda x: x),
-    "w_gate": ("mlp/gating_einsum/w", lambda x: x[0].T),
-    "w_up": ("mlp/gating_einsum/w", lambda x: x[1].T),
-    "w_down": ("mlp/linear/w", lambda x: x),
-    "post_mlp_norm": ("post_ffw_norm/scale", lambda x: x),
+# file layout -> ours, where they differ
+OURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "w_q": _heads_inside,
+    "w_k": lambda x: _heads_inside(x[0]),
+    "w_v": lambda x: _heads_inside(x[1]),
+    "w_gate": lambda x: x[0].T,
+    "w_up": lambda x: x[1].T,
 }
 
 
@@ -63,7 +52,7 @@ class OfficialCheckpoint:
 
     path: str
     config: GemmaConfig
-    arrays: Mapping[str, Any]  # name, as in `TOP` or "layer_0/" + as in `LAYER` -> TensorStore
+    arrays: Mapping[str, Any]  # by name, preceded by "layer_0/" within a layer: TensorStore
 
 
 def is_official(folder: str | os.PathLike) -> bool:
@@ -76,23 +65,21 @@ def open_official(
 ) -> OfficialCheckpoint:
     """Open an Orbax checkpoint of Gemma 3, nested or flat.
 
-    Arrays that are neither the text model's nor `HARMLESS` (a vision encoder, a trainer's state)
-    are refused: LoRA's change what the model computes, and of others nobody knows.
+    Arrays other than the text model's and `HARMLESS` ones (a vision encoder, a trainer's state) are
+    refused: LoRA weights change what the model computes, and others may.
 
-    The files hold no architecture: sizes are taken from the shapes, and the preset of these sizes
+    The files hold no architecture: sizes come from the shapes, and the preset with these sizes
     supplies the rest (window, RoPE). For other sizes pass `config`. Raises `InputError`.
     """
     path, metadata = _metadata(epath.Path(folder))
     stored: dict[str, str] = {}
     for keys in _array_keys(path, metadata):
-        if _joined(keys) in stored:
-            raise InputError(f"{path}: holds {_joined(keys)} twice")
-        stored[_joined(keys)] = ".".join(keys)
+        if (name := _joined(keys)) in stored:
+            raise InputError(f"{path}: holds {name} twice")
+        stored[name] = ".".join(keys)
     if any("stacked_layers/" in name for name in stored):
-        raise InputError(
-            f"{path}: holds stacked layers; load it with gemma.gm.ckpts.load_params and save it "
-            "again with save_params"
-        )
+        advice = "load it with gemma.gm.ckpts.load_params and save it again with save_params"
+        raise InputError(f"{path}: holds stacked layers; {advice}")
     prefix = next((p for p in PREFIXES if f"{p}embedder/input_embedding" in stored), None)
     if prefix is None:
         raise InputError(f"{path}: has no embedder/input_embedding; not a Gemma checkpoint")
@@ -101,7 +88,7 @@ def open_official(
     layers = 0
     while f"layer_{layers}/attn/attn_vec_einsum/w" in stored:
         layers += 1
-    wanted = [*_stems(TOP), *(f"layer_{i}/{x}" for i in range(layers) for x in _stems(LAYER))]
+    wanted = [*_stems(None), *(f"layer_{i}/{x}" for i in range(layers) for x in _stems(0))]
     for name in wanted:
         if name not in stored:
             raise InputError(f"{path}: {name} is missing; download the checkpoint again")
@@ -123,15 +110,10 @@ def _check_others(path: epath.Path, names: Iterable[str]) -> None:
     for name in names:
         if _HARMLESS.fullmatch(name):
             continue
+        why = "is not one of Gemma 3's and may change what it computes; remove it if it does not"
         if "lora" in name.split("/"):
-            raise InputError(
-                f"{path}: {name} belongs to LoRA weights that are not merged; merge them (gemma's "
-                "peft.fuse_params) and save the checkpoint again"
-            )
-        raise InputError(
-            f"{path}: {name} is none of Gemma 3's and may change what it computes; save the "
-            "checkpoint without it if it does not"
-        )
+            why = "belongs to unmerged LoRA weights; merge them (peft.fuse_params) and save again"
+        raise InputError(f"{path}: {name} {why}")
 
 
 def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.ndarray]:
@@ -139,15 +121,16 @@ def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.
 
     `layer=None`: `embed` and `final_norm`. Raises `InputError` for damaged files.
     """
-    table = TOP if layer is None else LAYER
     within = "" if layer is None else f"layer_{layer}/"
-    reads = {stem: file.arrays[within + stem].read() for stem in _stems(table)}  # side by side
+    stems = _stems(layer)
+    reads = {stem: file.arrays[within + stem].read() for stem in stems}  # in parallel
     read = {stem: _result(file.path, within + stem, future) for stem, future in reads.items()}
-    return {leaf: ours(read[stem]) for leaf, (stem, ours) in table.items()}
+    same = lambda x: x
+    return {leaf: OURS.get(leaf, same)(read[stem]) for stem in stems for leaf in stems[stem]}
 
 
 def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    """The checkpoint's absolute path and its _METADATA; a trainer's are one folder deeper."""
+    """The checkpoint's absolute path and its _METADATA; a trainer's is one folder deeper."""
     if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
         path = path / "default"
     metadata = read_json(path / "_METADATA")
@@ -168,16 +151,16 @@ def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[st
 def _open_arrays(
     path: epath.Path, metadata: dict[str, Any], stored: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Name -> TensorStore of each array, opened side by side (on gs:// each takes a round trip).
+    """Name -> TensorStore of each array, opened in parallel (on gs:// each takes a round trip).
 
-    Through tensorstore rather than orbax, which always restores a whole tree at once and, where a
-    file is damaged, leaves its other reads behind to print tracebacks.
+    Uses tensorstore rather than orbax, which always restores a whole tree at once and, if a file is
+    damaged, leaves its other reads running to print tracebacks.
     """
     import tensorstore as ts
 
-    bucket, _, folder = str(path).removeprefix("gs://").partition("/")
     base = {"driver": "file", "path": f"{path}/"}
     if str(path).startswith("gs://"):
+        bucket, _, folder = str(path).removeprefix("gs://").partition("/")
         base = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
     context = ts.Context()
     futures = {}
@@ -197,12 +180,12 @@ def _result(path: str, name: str, future: Any) -> Any:
         return future.result()
     except Exception as error:  # whatever its drivers raise: ValueError, OverflowError, ...
         raise InputError(
-            f"{path}: {name} is damaged ({reason(error)}); download the checkpoint again"
+            f"{path}: {name} is damaged ({reason(error)}); download it again"
         ) from error
 
 
 def _joined(keys: tuple[str, ...]) -> str:
-    """ "/"-joined; the mlp of the nested layout lacks the "w" that the flat one has."""
+    """Joined with "/"; the mlp of the nested layout lacks the "w" that the flat one has."""
     name = "/".join(keys)
     return f"{name}/w" if name.endswith(("mlp/linear", "mlp/gating_einsum")) else name
 
@@ -212,7 +195,7 @@ def _preset_of(path: str, layers: int, width: int) -> GemmaConfig:
         if (config.layers, config.d_model) == (layers, width):
             return config
     raise InputError(
-        f"{path}: {layers} layers of width {width} are no Gemma 3 of {', '.join(PRESETS)}; pass "
+        f"{path}: {layers} layers of width {width} match none of {', '.join(PRESETS)}; pass "
         "`config` for a model of your own"
     )
 
@@ -234,6 +217,9 @@ def _file_shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
     return shapes.get(stem, (D,))
 
 
-def _stems(table: Mapping[str, tuple[str, Callable]]) -> Iterable[str]:
-    """Each name of a table once: w_k and w_v share an array, and so do w_gate and w_up."""
-    return dict.fromkeys(stem for stem, _ in table.values())
+def _stems(layer: int | None) -> dict[str, list[str]]:
+    """Name of an array -> the leaves in it: w_k and w_v share one, and so do w_gate and w_up."""
+    stems: dict[str, list[str]] = {}
+    for leaf in TOP[:2] if layer is None else LAYER:
+        stems.setdefault(NAMES[leaf][2], []).append(leaf)
+    return stems

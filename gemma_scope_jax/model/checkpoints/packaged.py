@@ -1,8 +1,8 @@
 """The real Gemma 3 270M that comes as Python packages (extra `demo`): examples run offline.
 
 The packages are a third party's upload of Gemma 3 270M (pretrained) as a GGUF file in four parts.
-None of their code is run: the parts are located, joined into our cache, and believed only once the
-size and the SHA-256 are the known ones. Gemma terms apply to the weights.
+None of their code is run: the parts are located, joined into our cache, and used only if size and
+SHA-256 match the known ones. The Gemma terms apply to the weights.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ def packaged_model() -> Path:
     found = importlib.metadata.version(DISTRIBUTION) if is_packaged_model_installed() else None
     if found != VERSION:
         raise InputError(
-            f"the packaged Gemma 3 270M {VERSION} is needed, {found or 'none'} is installed; run "
-            f"`pip install {DISTRIBUTION}=={VERSION}`"
+            f"the packaged Gemma 3 270M {VERSION} is needed, but {found or 'none'} is installed; "
+            f"run `pip install {DISTRIBUTION}=={VERSION}`"
         )
     target = cache_folder() / FILE
     try:
@@ -80,10 +80,8 @@ def _join(parts: list[Path], target: Path) -> None:
                 shutil.copyfileobj(piece, whole.file, 1 << 20)
         whole.file.flush()
         if not _is_the_known_file(whole.temporary):
-            raise InputError(
-                f"the parts of {DISTRIBUTION} do not add up to the known file (SHA-256 "
-                f"{SHA256[:12]}...); reinstall version {VERSION}"
-            )
+            known = f"the known file (SHA-256 {SHA256[:12]}...); reinstall version {VERSION}"
+            raise InputError(f"the parts of {DISTRIBUTION} do not add up to {known}")
         whole.commit()
     except BaseException:
         whole.discard()
