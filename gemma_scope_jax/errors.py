@@ -67,5 +67,6 @@ def disk_error(path: str | os.PathLike, error: OSError) -> InputError:
     """The error to show when the system refuses to write."""
     where = os.fspath(path)
     if no_space(error):
-        return InputError(f"{where}: no space left on the disk; choose another folder")
+        advice = "free some, or choose another folder"
+        return InputError(f"{where}: no space left on the disk; {advice}")
     return InputError(f"{where}: cannot be written ({error.strerror or error})")

@@ -113,8 +113,9 @@ def generate(
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:
-        most = f"the model's context of {model.config.context}: shorten the prompt"
-        raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed {most}")
+        most = f"the model's context of {model.config.context}"
+        advice = "shorten the prompt or lower max_new_tokens"
+        raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed {most}: {advice}")
     hooks.check_data(items, model.dtype, longest, longest + new)
     # with one column, the token axis of a read could not be recognised
     width = bucket(longest, 2**31) if pad else max(longest, 2)
@@ -132,8 +133,8 @@ def generate(
         if not items or (isinstance(error, InputError) and not isinstance(error, MisfitError)):
             raise
         raise InputError(
-            f"an intercept does not fit: it gets {tokens.shape[0]} x {tokens.shape[1]} tokens (the "
-            f"prompts, padded on the left), then {len(rows)} x 1 at a time: {error}"
+            f"an intercept does not fit: {error}. It must take {tokens.shape[0]} x "
+            f"{tokens.shape[1]} tokens (the prompts, padded on the left), then {len(rows)} x 1"
         ) from error
     reads = _map_tracks(lambda track: track.cut(longest + new), tracks)
     return Generation(ids, lengths, tuple(rows), reads, chosen)
