@@ -1,12 +1,11 @@
 """The published folders of coders, read and written: single-layer, crosscoder and CLT alike.
 
-A folder holds config.json and params.safetensors, or one params_layer_{i}.safetensors a source
-layer, with `w_enc [D, F]`, `b_enc [F]`, `threshold [F]`, `w_dec [F, D_out]` (of several layers
+A folder holds config.json and params.safetensors, or one params_layer_{i}.safetensors per source
+layer, with `w_enc [D, F]`, `b_enc [F]`, `threshold [F]`, `w_dec [F, D_out]` (for several layers
 `[F, X, D]`, the output layers in absolute order), `b_dec [D_out]` and, for affine coders,
 `affine_skip_connection [D, D_out]`, applied as x @ A.
 
-Files are streamed: reading needs little more memory than the tensors it returns. Whatever cannot be
-used raises `InputError`.
+Files are streamed: reading needs little more memory than the tensors it returns.
 """
 
 import dataclasses
@@ -20,8 +19,10 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.typing import DTypeLike
 
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
 from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
 from gemma_scope_jax.coders.release.parameters import (
@@ -44,13 +45,14 @@ from gemma_scope_jax.storage.safetensors_files import (
     write_safetensors,
 )
 
-PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that its config gives
+PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that come from its config
 
+# -------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_folder(folder: Path, path: str, dtype: Any, decoder: bool | None) -> Coder:
-    """The coder of a local folder that is known as `path`; see `load_coder` for the others."""
+def read_folder(folder: Path, path: str, dtype: DTypeLike | None, decoder: bool | None) -> Coder:
+    """The coder of a local folder that is known as `path`; see `load_coder` for the rest."""
     files, config = describe(folder, path)
     if not config.multi_layer:
         if decoder is False:
@@ -61,8 +63,8 @@ def read_folder(folder: Path, path: str, dtype: Any, decoder: bool | None) -> Co
     return _coder(config, read_multi_layer(files, dtype, decoder))
 
 
-def parameter_files(folder: Any) -> list[str]:
-    """The names of the published parameter files that a folder, given as a path, holds."""
+def parameter_files(folder: Path | epath.Path) -> list[str]:
+    """The names of the published parameter files in a folder."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -71,7 +73,7 @@ def parameter_files(folder: Any) -> list[str]:
 
 
 def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
-    """The parameter files in order and what they are, the headers checked against the config."""
+    """The parameter files in order and their config, checked against the files' headers."""
     names, config_file = parameter_files(folder), folder / "config.json"
     if not names:
         raise InputError(
@@ -89,7 +91,7 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     if config.multi_layer:
         files = [folder / f"params_layer_{i}.safetensors" for i in range(len(config.layers))]
         if missing := [f.name for f in files if f.name not in names]:
-            raise InputError(f"{folder}: {missing[0]} is missing, of {len(files)}; download it")
+            raise InputError(f"{folder}: {missing[0]} of {len(files)} is missing; download it")
     headers = []
     for name in files:
         with open_safetensors(name) as file:
@@ -97,23 +99,26 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
         if headers[-1] != headers[0]:
             raise InputError(f"{name}: shapes or dtypes differ from those of {files[0].name}")
     if ("threshold" in headers[0]) != (config.k is None):
-        what = "there is no tensor" if config.k is None else "there is a tensor"
-        kind = "jump_relu" if config.k is None else "topk"
-        raise InputError(f"{files[0]}: {what} 'threshold', but the architecture is {kind}")
+        what, kind = ("no", "jump_relu") if config.k is None else ("a", "topk")
+        raise InputError(
+            f"{files[0]}: has {what} tensor 'threshold', but its architecture is {kind}"
+        )
     try:
         _check_against_config(_abstract(config, headers[0]), config)
     except InputError as error:
         raise InputError(f"{files[0]}: {error}") from error
     if more := sorted(set(names) - {file.name for file in files}):
-        raise InputError(f"{folder}: {more[0]} is there, but the layers are {config.layers}")
+        raise InputError(f"{folder}: has {more[0]}, but the layers are {config.layers}")
     info = dataclasses.replace(config.info, folder=os.path.abspath(folder))
     return files, dataclasses.replace(config, info=info)
 
 
 def files_of(coder: Coder) -> list[Path]:
-    """The files a coder was loaded from, checked to be still of its shape."""
+    """The files a coder was loaded from, whose decoder must still have its shape."""
     if not coder.info.folder:
-        raise InputError(f"this {coder.kind} was not loaded from a folder: its decoder is nowhere")
+        raise InputError(
+            f"this {coder.kind} has no decoder, and was not loaded from a folder that has one"
+        )
     files, _ = describe(Path(coder.info.folder), coder.info.path)
     with open_safetensors(files[0]) as file:
         shape = read_header(file, files[0])["w_dec"].shape
@@ -134,7 +139,7 @@ def _coder(config: FolderConfig, arrays: Mapping[str, Any]) -> Coder:
 
 
 def _abstract(config: FolderConfig, header: Header) -> Coder:
-    """The coder of a folder whose files have this header, without values."""
+    """The coder of files with this header, without values."""
     if not config.multi_layer:
         return _coder(config, header)
     X, w_dec = len(config.layers), header["w_dec"]
@@ -147,7 +152,7 @@ def _abstract(config: FolderConfig, header: Header) -> Coder:
 
 
 def _check_against_config(coder: Coder, config: FolderConfig) -> None:
-    """Raise `InputError` where tensors and config.json contradict each other."""
+    """Raise `InputError` if tensors and config.json contradict each other."""
     coder.check_shapes()
     if coder.layers != config.layers:
         raise InputError(f"the coder has layers {coder.layers}, the config {config.layers}")
@@ -160,14 +165,10 @@ def _check_against_config(coder: Coder, config: FolderConfig) -> None:
             f"affine_skip_connection {there}, but affine_connection is {config.affine}"
         )
     if model := config.architecture:
-        for site, size in ((coder.reads, coder.d_in), (coder.writes, coder.d_out)):
-            special = {"z": model.heads * model.head_dim, "mlp_act": model.d_mlp}
-            if size != (expected := special.get(site, model.d_model)):
-                raise InputError(
-                    f"{site} of {config.info.model_name} has {expected} values, not {size}"
-                )
+        check_fits(model, coder)
 
 
+# -------------------------------------------------------------------------------------------------
 # Writing
 
 
@@ -176,10 +177,10 @@ def save_coder(
 ) -> None:
     """Write a coder in the published layout: config.json and the parameters, in their own dtype.
 
-    config_extra: keys of config.json that go over those the coder came with. The decoder of a
+    config_extra: keys of config.json that override those the coder came with. The decoder of a
     `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
-    take their names when all are complete. Raises `InputError` for what could not be loaded again,
-    weights that are NaN or infinite among it.
+    get their names when all are complete. Raises `InputError` for what could not be loaded again,
+    such as NaN and infinite weights.
     """
     folder = folder_path(folder)
     coder.check_shapes()
@@ -188,10 +189,9 @@ def save_coder(
         if array is not None and str(array.dtype) not in DTYPES.values():
             raise InputError(f"{field} is {array.dtype}, not {', '.join(DTYPES.values())}")
     config = config_of(coder, config_extra or {})
-    names, sources = ["params.safetensors"], [None]
-    if coder.multi_layer:
-        names = [f"params_layer_{i}.safetensors" for i in range(len(coder.layers))]
-        sources = files_of(coder) if coder.w_dec is None else [None] * len(names)
+    X = len(coder.layers) if coder.multi_layer else 0
+    names = [f"params_layer_{i}.safetensors" for i in range(X)] or ["params.safetensors"]
+    sources = files_of(coder) if coder.multi_layer and coder.w_dec is None else [None] * len(names)
     _check_against_config(coder, folder_config(config, os.fspath(folder), len(names)))
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
@@ -213,15 +213,14 @@ def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO)
     arrays = {field: getattr(coder, field) for field in TENSORS}
     if coder.k is not None:
         del arrays["threshold"]
+    tensors = {}
     if coder.multi_layer:
         w_dec = arrays.pop("w_dec")
         arrays = {field: None if array is None else array[i] for field, array in arrays.items()}
         dtype = str((coder.w_enc if w_dec is None else w_dec).dtype)
         shape = (coder.width, len(coder.layers), coder.d_out)
-        decoder = StreamedTensor(dtype, shape, _decoder_chunks(w_dec, i, source, shape, dtype))
-        tensors = {"w_dec": decoder}
-    else:
-        tensors = {}
+        chunks = _decoder_chunks(w_dec, i, source, shape, dtype)
+        tensors["w_dec"] = StreamedTensor(dtype, shape, chunks)
     for field, array in arrays.items():
         if array is not None:
             tensors[TENSORS[field]] = StreamedTensor.whole(array)
