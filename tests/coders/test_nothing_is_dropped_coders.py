@@ -233,7 +233,7 @@ def test_files_beyond_those_of_the_layers(tmp_path):
     (folder / "params_layer_4.safetensors").write_bytes(
         (folder / "params_layer_3.safetensors").read_bytes()
     )
-    refused(folder, "params_layer_4.safetensors is there")
+    refused(folder, "has params_layer_4.safetensors")
     folder = circuit_tracer_clt(tmp_path)
     for end in ("enc", "dec"):  # W_enc_2 is missing: those after it would not be read
         save_file({f"W_{end}_3": normal(F, D)}, folder / f"W_{end}_3.safetensors")

@@ -159,10 +159,8 @@ def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str,
     b_enc, shape = tensors["b_enc"], tensors["W_enc"].shape
     threshold = tensors.get("threshold", np.zeros_like(b_enc))
     tensors["threshold"] = np.maximum(threshold, 0)  # relu(z) is 0 below 0 anyway
-    if tensors["W_enc"].shape != (inputs, len(b_enc)):
-        raise InputError(
-            f"W_enc has shape {[*tensors['W_enc'].shape]}, b_enc {len(b_enc)} features"
-        )
+    if shape[1] != len(b_enc):
+        raise InputError(f"W_enc has shape {list(shape)}, b_enc {len(b_enc)} features")
     return tensors
 
 
