@@ -19,10 +19,11 @@ from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet
+Started = tuple[TokenBatch, list[ActiveFeatures]]  # a batch on the device and its results, pending
 
 
 class Runner:
-    """The compiled pass of a job: a batch in, active features on the device out."""
+    """The compiled pass of a job. `start` runs a batch, `finish` brings its entries to the host."""
 
     def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
         self.model, self.slots, self.mesh = model, slots, hosts.mesh_under(model)
@@ -34,41 +35,44 @@ class Runner:
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 
-    def compiled(self, batch: TokenBatch) -> Any:
+    def compiled(self, batch: TokenBatch) -> jax.stages.Compiled:
         """The program for batches of this shape."""
         batch, jitted = jax.tree.map(self._put, batch), on_device.active_features
         return jitted.lower(
             self.model, self.weights, batch, slots=self.slots, **self._run.keywords
         ).compile()
 
-    def launch(self, batch: TokenBatch) -> tuple:
-        """(the batch on the device, what is found in it, which is under way)."""
+    def launch(self, batch: TokenBatch) -> Started:
+        """Run a batch without waiting for its results."""
         batch = jax.tree.map(self._put, batch)
         return batch, self._run(self.model, self.weights, batch, slots=self.slots)
 
-    def start(self, batch: TokenBatch) -> tuple:
-        """`launch`, when there is room on the device; hand what this returns to `finish`."""
+    def start(self, batch: TokenBatch) -> Started:
+        """`launch` once there is room on the device; pass the result to `finish`."""
         self._room.acquire()
         return self.launch(batch)
 
-    def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
-        """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
+    def finish(self, started: Started, kept: np.ndarray) -> list[Entries]:
+        """The entries of every coder's layers, coders in order, at the tokens `kept` (of N)."""
         try:
             found = self._on_host(started)
         finally:
             self._room.release()
         entries: dict[tuple[str, int], Entries] = {}
         for group, active in zip(self.groups, found):
-            _check_finite(group, active)
+            if not active.finite.all():
+                layer = group.layers[int(np.argmin(active.finite))]
+                raise InputError(
+                    f"{group.site} of layer {layer}: the model's activations are not finite; the "
+                    "model is damaged, or overflows in this dtype"
+                )
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
-        order = [
-            (name, own) for name, coder in self.coders.items() for own in range(len(coder.layers))
-        ]
-        return [entries[member] for member in order]
+        coders = self.coders.items()
+        return [entries[name, own] for name, coder in coders for own in range(len(coder.layers))]
 
-    def _on_host(self, started: tuple) -> list[ActiveFeatures]:
-        """What was found of this process's rows, as numpy; spilled rows only if there are any."""
+    def _on_host(self, started: Started) -> list[ActiveFeatures]:
+        """The results of this process's rows, as numpy; spilled rows only if there are any."""
         batch, found = started
         slots, widest = self.slots, max(group.width for group in self.groups)
         while any(np.asarray(active.overflow).any() for active in found):
@@ -90,15 +94,6 @@ class Runner:
         return held
 
 
-def _check_finite(group: CoderStack, active: ActiveFeatures) -> None:
-    if not active.finite.all():
-        layer = group.layers[int(np.argmin(active.finite))]
-        raise InputError(
-            f"{group.site} of layer {layer}: the model's activations are not finite; a damaged "
-            "model, or one that overflows in this dtype"
-        )
-
-
 def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.ndarray) -> Entries:
     """The entries of a group's i-th layer at the tokens `kept` (ascending, of N)."""
     count, parts = active.count[i][kept], active.count.shape[-1]  # [n, m]
@@ -112,7 +107,7 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
     if not over.any():
         return Entries(offsets_of(count.sum(-1)), ids, values)
     count, n = count.astype(np.int64), len(active.count[i])
-    found = []  # a row's second product may differ by a tie, so it says itself how many there are
+    found = []  # a row's second product may differ in a tie, so its own entries are counted
     for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
         (here,) = np.nonzero(dense)
         count[row, j] = len(here)
@@ -127,7 +122,9 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
     return Entries(starts[::parts], all_ids, all_values)
 
 
-def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, int, np.ndarray]]:
+def _spilled(
+    tokens: np.ndarray, spilled: np.ndarray, kept: np.ndarray, part: int, n: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
     """(row among `kept`, part, activations [f]) of the spilled tokens; spilled [d, R, F]."""
     size = n // len(tokens)
     for shard, j, r in zip(*np.nonzero(tokens < size)):
