@@ -160,18 +160,9 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     return config
 
 
-_TYPES = {
-    "hf_hook_point_in": str,
-    "hf_hook_point_out": str,
-    "width": int,
-    "model_name": str,
-    "architecture": str,
-    "l0": (int, float),
-    "affine_connection": bool,
-    "type": str,
-    "first": int,
-    "k": int,
-}
+_TEXTS = ("hf_hook_point_in", "hf_hook_point_out", "model_name", "architecture", "type")
+_NUMBERS = dict.fromkeys(("width", "first", "k"), int)
+_TYPES = {**dict.fromkeys(_TEXTS, str), **_NUMBERS, "l0": (int, float), "affine_connection": bool}
 LONGEST, MOST = 1 << 17, 1 << 31  # the most positions of a Gemma 3 text; the most features
 
 # `_TYPES` has the published keys of a config.json and ours, all of which are consulted. Any other
@@ -185,10 +176,8 @@ _COMPUTED = {
     "threshold", "tied", "topk", "transpose", "transposed", "whiten", "whitening",
 }  # fmt: skip
 HARMLESS = {  # SAELens' keys, which a converted coder may have, with values that change nothing
-    "normalize_activations": "none",
-    "reshape_activations": "none",
-    "apply_b_dec_to_input": False,
-    "finetuning_scaling_factor": False,
+    **dict.fromkeys(("normalize_activations", "reshape_activations"), "none"),
+    **dict.fromkeys(("apply_b_dec_to_input", "finetuning_scaling_factor"), False),
     "rescale_acts_by_decoder_norm": False,
 }
 
@@ -293,7 +282,7 @@ def config_of(coder: Coder, extra: Mapping[str, Any]) -> dict[str, Any]:
     model = architecture(info.model_name)
     every = layers == tuple(range(model.layers if model else len(layers)))
     where: Layers = None if coder.kind == "clt" and every else layers
-    config = {
+    config: dict[str, Any] = {
         "hf_hook_point_in": hook_point(coder.reads, where, coder.multi_layer),
         "hf_hook_point_out": hook_point(coder.writes, where, coder.multi_layer),
         "width": coder.width * len(layers),
@@ -307,13 +296,10 @@ def config_of(coder: Coder, extra: Mapping[str, Any]) -> dict[str, Any]:
         config["first"] = coder.first
     if coder.k is not None:
         config["k"] = coder.k
-    kept = dict(info.config)
+    kept = {key: value for key, value in info.config.items() if key not in ("first", "k")}
     for key, value in config.items():
         if key not in kept or _meaning(key, kept[key]) != _meaning(key, value):
             kept[key] = value
-    for key in ("first", "k"):
-        if key not in config:
-            kept.pop(key, None)
     return {**kept, **extra}
 
 
