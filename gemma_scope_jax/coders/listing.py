@@ -17,10 +17,9 @@ def find_addresses(pattern: str = "*", **filters: Any) -> list[Address]:
     if not found:
         given = {name: value for name, value in filters.items() if value is not None}
         wanted = " ".join([pattern, *(f"{name} {value}" for name, value in given.items())])
-        close = ", ".join(str(a) for a in nearest_addresses(wanted))
-        raise InputError(
-            f"no published coder matches {wanted!r}" + (close and f"; nearest: {close}")
-        )
+        close = ", ".join(map(str, nearest_addresses(wanted)))
+        hint = close and f"; nearest: {close}"
+        raise InputError(f"no published coder matches {wanted!r}{hint}")
     return found
 
 

@@ -58,10 +58,8 @@ def load_coder(
     """
     found = _loaders(source, _float_dtype(dtype), decoder, revision)
     if len(found) > 1:
-        raise InputError(
-            f"{source}: a set of {len(found)} coders: name one of them, as {next(iter(found))} "
-            "(in Python, load_coders takes them all)"
-        )
+        one = next(iter(found))
+        raise InputError(f"{source}: a set of {len(found)} coders: name one of them, as {one}")
     (load,) = found.values()
     return load()
 
@@ -191,9 +189,8 @@ def _locate(source: Source, revision: str | None) -> tuple[Path, str]:
     if isinstance(source, os.PathLike) or text[0] in "/.~":
         raise InputError(f"{text}: no such folder")
     if "/" not in text.strip("/"):
-        raise InputError(
-            f"{text!r} is not a folder, address or packaged coder{nearest(text, packaged)}"
-        )
+        hint = nearest(text, packaged)
+        raise InputError(f"{text!r} is not a folder, address or packaged coder{hint}")
     address = catalog.parse_address(text)
     return hub.fetch_folder(address, revision), str(address)
 

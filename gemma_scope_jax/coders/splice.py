@@ -70,10 +70,8 @@ def replacement(
         _, start = _place(coder, first)
         for layer in coder.layers:
             if (coder.writes, layer) in taken:
-                raise InputError(
-                    f"two coders write {coder.writes} of layer {layer}: a replacement model takes "
-                    "one coder per place"
-                )
+                place = f"{coder.writes} of layer {layer}"
+                raise InputError(f"two coders write {place}: a replacement model takes only one")
             taken.add((coder.writes, layer))
         if coder.multi_layer:
             folds.append(splice(coder, error=error, first=first))

@@ -13,16 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.data import documents as sources
 from gemma_scope_jax.data.document_files import Record
-from gemma_scope_jax.data.documents import (
-    Documents,
-    HostShard,
-    Source,
-    StreamedDocuments,
-    TextData,
-    open_documents,
-    parse,
-)
+from gemma_scope_jax.data.documents import Documents, HostShard, Source, StreamedDocuments, TextData
 from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
@@ -69,7 +62,7 @@ class TokenBatches:
         self.seed, self.shard = seed, shard
         self.data = source if isinstance(source, TextData) else TextData()
         self._tokenizer = tokenizer
-        self._documents: Documents = open_documents(source)
+        self._documents: Documents = sources.open_documents(source)
         self._workers = min(16, os.cpu_count() or 1) if workers is None else workers
         if self._workers < 1:
             raise InputError(f"workers must be at least 1, not {workers}")
@@ -210,12 +203,11 @@ def labelled_record(
     if record.kind == "tokens":
         ids, mask = record.value
         if ids[0] != tokenizer.bos_id:
-            raise InputError(
-                f"{record.where} begins with token {ids[0]}, not <bos> ({tokenizer.bos_id})"
-            )
+            bos = tokenizer.bos_id
+            raise InputError(f"{record.where} begins with token {ids[0]}, not <bos> ({bos})")
         return ids[1:], mask[1:], no_roles(len(ids) - 1)
     try:
-        document = parse(record, data)
+        document = sources.parse(record, data)
         if isinstance(document, str):
             ids = tokenizer.encode(document, bos=False)
             return ids, ~tokenizer.special[ids], no_roles(len(ids))

@@ -100,9 +100,7 @@ def kind_of(path: Path) -> str:
             return "stream"
         raise InputError(f"{path}: compressed text must be JSON Lines, named .jsonl{last}")
     if last in _OTHERS:
-        raise InputError(
-            f"{path}: not a format that can be read; convert it to .jsonl (one JSON object a line)"
-        )
+        raise InputError(f"{path}: unsupported format; convert it to .jsonl (a JSON object a line)")
     if last not in _PLAIN and {*_LINES, *_COMPRESSED, *_RECORDS} & set(suffixes):
         raise InputError(f"{path}: rename it so that it ends in its format, .txt or .jsonl")
     return "text"
@@ -118,9 +116,7 @@ def decoded(value: bytes, where: str | os.PathLike) -> str:
     try:
         text = value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: cannot be read as UTF-8 text (byte {error.start} is not UTF-8)"
-        ) from error
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

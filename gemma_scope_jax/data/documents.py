@@ -19,16 +19,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import (
-    SEPARATOR,
-    Record,
-    decoded,
-    indexed_file,
-    is_stream,
-    stream_records,
-    text_files,
-    too_long,
-)
+from gemma_scope_jax.data import document_files as formats
+from gemma_scope_jax.data.document_files import Record, decoded
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
 from gemma_scope_jax.data.text_identity import file_digests, strings_digest
 from gemma_scope_jax.errors import InputError, reason
@@ -209,17 +201,17 @@ def _of_batch(batch: TokenBatch) -> Indexed:
 
 
 def _files(data: TextData) -> Documents:
-    paths = text_files(data.files)
+    paths = formats.text_files(data.files)
     identity = ["files", file_digests(paths)]
     named = lambda: [[path.name, path.stat().st_size] for path in paths]
-    if any(is_stream(path) for path in paths):
+    if any(formats.is_stream(path) for path in paths):
 
         def records(order: Sequence[int] | None) -> Iterator[Record]:
             for number in range(len(paths)) if order is None else order:
-                yield from stream_records(paths[number], skip_long=data.skip_bad)
+                yield from formats.stream_records(paths[number], skip_long=data.skip_bad)
 
         return StreamedDocuments(identity, named, len(paths), records, data.shuffle_window)
-    files = [indexed_file(path) for path in paths]
+    files = [formats.indexed_file(path) for path in paths]
     ends = np.cumsum([file.count for file in files])
     if not ends[-1]:
         raise InputError(f"no text in {' '.join(data.files)}")
@@ -267,14 +259,14 @@ def read_documents(patterns: Sequence[str]) -> list[str]:
 def sample_documents() -> list[str]:
     """The bundled sample: 2,600 tokens, too few to show small differences and rare features."""
     text = (Path(__file__).parent.parent / "packaged" / "sample.txt").read_text(encoding="utf-8")
-    return text.split(SEPARATOR)
+    return text.split(formats.SEPARATOR)
 
 
 def parse(record: Record, data: TextData) -> str | Chat:
     """The text of a record, or its chat if `data.messages`. `InputError`s name the place."""
     value, kind = record.value, record.kind
     if kind == "long":
-        raise too_long(record.where)
+        raise formats.too_long(record.where)
     if kind in ("text", "string") and data.messages:
         raise InputError(f"{record.where}: plain text holds no chats; leave out `messages`")
     if kind == "string":

@@ -44,10 +44,8 @@ def fill_rows(
     `names`: those of the groups, for each kind of label of the pieces; <bos> has no group.
     """
     if batch_size < 1 or context_size < 2:
-        raise InputError(
-            f"batch_size {batch_size}, context_size {context_size}: a sequence must hold <bos> and "
-            "a token"
-        )
+        size = f"batch_size {batch_size}, context_size {context_size}"
+        raise InputError(f"{size}: a sequence must hold <bos> and a token")
     names, shape = names or {}, (batch_size, context_size)
 
     def empty() -> TokenBatch:

@@ -108,10 +108,8 @@ def extract(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(
-            "the device is out of memory: take a smaller batch_size, fewer coders at a time, or a "
-            f"mesh ({reason(error)})"
-        ) from error
+        hint = "take a smaller batch_size, fewer coders at a time, or a mesh"
+        raise InputError(f"the device is out of memory: {hint} ({reason(error)})") from error
     except Exception as error:
         if not is_remote(path):
             raise

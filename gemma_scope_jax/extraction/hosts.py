@@ -38,14 +38,9 @@ def check(model: Model, batch_size: int) -> None:
         return
     owners = [{d.process_index for d in line} for line in mesh.devices]
     if any(len(owner) > 1 for owner in owners) or len(owners) % hosts:
-        raise InputError(
-            'the mesh\'s axis "model" spans hosts: make it no longer than the devices of one host'
-        )
-    if batch_size % (len(owners) // hosts):
-        raise InputError(
-            f"batch_size {batch_size} does not split over the {len(owners) // hosts} rows of a "
-            "host's mesh"
-        )
+        raise InputError('the mesh\'s axis "model" spans hosts: keep it within the devices of one')
+    if batch_size % (rows := len(owners) // hosts):
+        raise InputError(f"batch_size {batch_size} does not split over the {rows} rows of a host")
 
 
 def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:

@@ -25,6 +25,7 @@ from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
+OTHER = "holds features of another"
 _CONTENT = "text_content"  # the text's fingerprint, in stores that identify it by name and size
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 2}
 SHARDS = 32  # per job, about
@@ -151,20 +152,16 @@ def settle(
         there = old[key]
         if key == "data":  # the text is identified by its content: its names may differ
             if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
-                raise InputError(
-                    f"{folder}: holds features of another data (text: what it holds, its order, "
-                    "its settings or the tokenizer differ); choose another folder"
-                )
+                what = "text: what it holds, its order, its settings or the tokenizer"
+                raise InputError(f"{folder}: {OTHER} data ({what}); choose another folder")
             if there["text"] != value["text"]:  # written by a version that used name and size
                 new = old | {_CONTENT: value["text"]}
             there = {**there, **{name: value[name] for name in ("text", "files", "tfds")}}
         if key == "coders":
             value = _called_as(list(there), list(value))
         if there != value:
-            raise InputError(
-                f"{folder}: holds features of another {key} ({_difference(there, value)}); "
-                "choose another folder"
-            )
+            found = _difference(there, value)
+            raise InputError(f"{folder}: {OTHER} {key} ({found}); choose another folder")
     everything = old["tokens"] is None
     if everything or (tokens is not None and tokens <= old["tokens"]):
         return new, old
@@ -375,11 +372,9 @@ def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
         if held["first"] == wanted["first"]:
             return held["name"]
     if same:
-        raise InputError(
-            f"{store.folder}: holds features of {public_name(coder)} from position "
-            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
-        )
+        why = f"are from position {same[0]['first']} on, and the coder begins at {coder.first}"
+        raise InputError(f"{store.folder}: features of {public_name(coder)} {why}; extract again")
+    names = ", ".join(held["name"] for held in some)
     raise InputError(
-        f"{store.folder}: holds no features of {public_name(coder)}, but of "
-        f"{', '.join(held['name'] for held in some)}; extract again"
+        f"{store.folder}: holds no features of {public_name(coder)}, but of {names}; extract again"
     )

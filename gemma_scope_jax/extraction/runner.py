@@ -62,10 +62,10 @@ class Runner:
         for group, active in zip(self.groups, found):
             if not active.finite.all():
                 layer = group.layers[int(np.argmin(active.finite))]
-                raise InputError(
-                    f"{group.site} of layer {layer}: the model's activations are not finite; the "
-                    "model is damaged, or overflows in this dtype"
+                why = (
+                    "the model's activations are not finite: it is damaged, or its dtype overflows"
                 )
+                raise InputError(f"{group.site} of layer {layer}: {why}")
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
         coders = self.coders.items()

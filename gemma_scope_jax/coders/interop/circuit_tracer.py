@@ -144,10 +144,7 @@ def _layer_files(config: dict[str, Any], folder: Path) -> dict[int, Path]:
     elif isinstance(listed, list) and all(isinstance(name, str) for name in listed):
         if remote := [name for name in listed if "://" in name]:
             address = re.sub(r"^hf://|/params\.safetensors.*$", "", remote[0])
-            raise InputError(
-                f"transcoders are files on the hub ({remote[0]}): load each by its address, as "
-                f"{address}"
-            )
+            raise InputError(f"transcoders are on the hub: load each by its address, as {address}")
         for name in listed:
             if os.path.isabs(name) or ".." in Path(name).parts or "\\" in name:
                 raise InputError(f"transcoders: {name!r} is outside the config's folder")
@@ -207,10 +204,8 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
         file = folder / f"W_dec_{i}.safetensors"
         block = read_tensors(file, {f"W_dec_{i}": 3})[f"W_dec_{i}"]
         F, D = parts["W_enc"][0].shape
-        if block.shape != (F, layers - i, D):
-            raise InputError(
-                f"{file}: W_dec_{i} has shape {list(block.shape)}, expected {[F, layers - i, D]}"
-            )
+        if list(block.shape) != (want := [F, layers - i, D]):
+            raise InputError(f"{file}: W_dec_{i} has shape {list(block.shape)}, expected {want}")
         if w_dec is None:  # filled in place: the decoder is nearly all of a CLT's memory
             w_dec = np.empty((layers * (layers + 1) // 2, F, D), block.dtype)
         start = block_index(i, i, layers)
@@ -291,10 +286,7 @@ def _check_writable(coder: Coder) -> None:
     coder.check_shapes()
     check_values(coder)
     if coder.k is not None:
-        raise InputError(
-            "circuit-tracer's format has no TopK coders that other readers support: convert it "
-            "with as_jump_relu"
-        )
+        raise InputError("circuit-tracer has no TopK coders: convert it with as_jump_relu")
 
 
 def _set_files(several: CoderSet) -> Files:
@@ -310,10 +302,8 @@ def _set_files(several: CoderSet) -> Files:
         _check_writable(coder)
         for name in ("reads", "writes", "width", "kind"):
             if (here := getattr(coder, name)) != (first := getattr(coders[0], name)):
-                raise InputError(
-                    f"circuit-tracer needs all layers alike: {name} is {here} in layer {layer}, "
-                    f"{first} in layer 0"
-                )
+                where = f"{here} in layer {layer}, {first} in layer 0"
+                raise InputError(f"circuit-tracer needs all layers alike: {name} is {where}")
     return {f"layer_{i}.safetensors": partial(_layer_tensors, c) for i, c in enumerate(coders)}
 
 

@@ -53,9 +53,7 @@ def hook_of_site(site: str) -> str:
     """The TransformerLens hook name, without `blocks.L.`, of a site, or `InputError`."""
     names = {site: name for name, site in TRANSFORMER_LENS.items()}
     if site not in names:
-        raise InputError(
-            f"TransformerLens has no hook for site {site!r}; it has {', '.join(names)}"
-        )
+        raise InputError(f"TransformerLens has no hook for site {site!r}, only {', '.join(names)}")
     return names[site]
 
 

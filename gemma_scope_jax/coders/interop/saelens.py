@@ -150,9 +150,7 @@ def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str,
     tensors = hooks.read_tensors(path, ranks, {"scaling_factor": 1})
     finetuned = config.get("finetuning_scaling_factor")
     if finetuned not in (None, False) and "scaling_factor" not in tensors:
-        raise InputError(
-            f"finetuning_scaling_factor is {finetuned!r:.40}, but {path.name} has no scaling_factor"
-        )
+        raise InputError(f"finetuning_scaling_factor is {finetuned!r:.40}, without scaling_factor")
     scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
     if (scale != 1).any():
         raise InputError("a finetuned scaling_factor other than 1 is not supported")
@@ -211,15 +209,11 @@ def _input_scale(normalise: Any, folder: Path) -> float:
     if normalise in ("none", False):
         return 1.0
     if normalise not in ("expected_average_only_in", True):
-        raise InputError(
-            f"normalize_activations {normalise!r} depends on the input and does not fold into the "
-            "weights; supported are none and expected_average_only_in"
-        )
+        supported = "only none and expected_average_only_in are supported"
+        raise InputError(f"normalize_activations {normalise!r} does not fold: {supported}")
     if not (folder / SCALER).is_file():
-        raise InputError(
-            f"normalize_activations is expected_average_only_in, but {SCALER} is missing, which "
-            "holds the factor; fold it in SAELens (fold_activation_norm_scaling_factor) first"
-        )
+        fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
+        raise InputError(f"{SCALER} is missing, with the factor of normalize_activations; {fold}")
     try:
         scaler = read_json(folder / SCALER)
     except InputError as error:

@@ -72,9 +72,8 @@ def check_keys(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
             raise unknown_key(key, value, _KNOWN)
     for key in sorted((FUNCTION | PLACE) & set(metadata)):
         if key in config and config[key] != metadata[key]:
-            raise InputError(
-                f"{key} is {config[key]!r:.40}, but {metadata[key]!r:.40} in metadata: keep one"
-            )
+            given = f"{config[key]!r:.40}, but {metadata[key]!r:.40} in metadata"
+            raise InputError(f"{key} is {given}: keep one")
         if key in FUNCTION and key not in config and metadata[key] is not None:
             raise InputError(f"{key} is in metadata, where SAELens does not read it: move it out")
     for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
@@ -86,7 +85,5 @@ def check_keys(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     for of in (config, metadata):
         loaded = of.get("model_from_pretrained_kwargs")
         if isinstance(loaded, dict) and loaded.get("center_writing_weights"):
-            raise InputError(
-                "model_from_pretrained_kwargs: center_writing_weights changes the activations, so "
-                "the coder does not fit the model"
-            )
+            key = "center_writing_weights in model_from_pretrained_kwargs"
+            raise InputError(f"{key} changes the activations: the coder does not fit the model")

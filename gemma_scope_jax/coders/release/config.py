@@ -111,9 +111,7 @@ def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
     """The inverse of `parse_hook_point`."""
     modules = {site: module for module, site in SITES.items()}
     if site not in modules:
-        raise InputError(
-            f"the published format has no hook point for site {site!r}; it has {', '.join(modules)}"
-        )
+        raise InputError(f"no published hook point for site {site!r}, only {', '.join(modules)}")
     where = "all" if layers is None else ",".join(map(str, layers))
     return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
 
@@ -216,10 +214,8 @@ def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> Folde
     for key in sorted(set(given) - set(_TYPES)):
         words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
         if not _COMPUTED.isdisjoint(words) and given[key] != HARMLESS.get(key, ...):
-            raise InputError(
-                f"unknown key {key!r} ({given[key]!r:.40}) seems to describe what the coder "
-                "computes, so it cannot be ignored: remove it if it does not"
-            )
+            why = "may be part of what the coder computes; remove it if it is not"
+            raise InputError(f"unknown key {key!r} ({given[key]!r:.40}), which {why}")
     merged = {**config_from_path(path, given.get("type", "")), **given}
     for key, least, most in (("width", 1, MOST), ("first", 0, LONGEST), ("l0", 0, MOST)):
         if merged.get(key) is not None and not least <= merged[key] <= most:
@@ -246,29 +242,24 @@ def _sites(config: Mapping[str, Any]) -> tuple[str, Layers, str, str]:
     """Type, layers and sites of a merged config, or `InputError` if they contradict each other."""
     missing = [key for key in ("hf_hook_point_in", "hf_hook_point_out") if key not in config]
     if missing:
+        path = "a path of the form resid_post/layer_12_width_16k_l0_medium"
         raise InputError(
-            f"{missing[0]} is missing in config.json, and cannot be inferred from the path, which "
-            "is not of the form resid_post/layer_12_width_16k_l0_medium"
+            f"{missing[0]} is missing in config.json, and can be inferred only from {path}"
         )
-    (reads, layers), (writes, out_layers) = (
-        parse_hook_point(config[f"hf_hook_point_{end}"]) for end in ("in", "out")
-    )
+    source, target = config["hf_hook_point_in"], config["hf_hook_point_out"]
+    (reads, layers), (writes, out_layers) = parse_hook_point(source), parse_hook_point(target)
     if layers != out_layers:
-        raise InputError(
-            f"{config['hf_hook_point_in']} and {config['hf_hook_point_out']} differ in their layers"
-        )
+        raise InputError(f"{source} and {target} differ in their layers")
     if layers and list(layers) != sorted(set(layers)):
-        raise InputError(f"layers {layers} of {config['hf_hook_point_in']} are not increasing")
-    names = ("crosscoder", "clt") if "{" in config["hf_hook_point_in"] else ("sae", "transcoder")
+        raise InputError(f"layers {layers} of {source} are not increasing")
+    names = ("crosscoder", "clt") if "{" in source else ("sae", "transcoder")
     expected = names[reads != writes]
     kind = config.get("type", expected)
     if kind not in catalog.KINDS:
         raise InputError(f"type {kind!r} is unknown{nearest(kind, catalog.KINDS)}")
     if kind != expected:
-        raise InputError(
-            f"type {kind!r} contradicts the hook points {config['hf_hook_point_in']} -> "
-            f"{config['hf_hook_point_out']} of a {expected}"
-        )
+        hooks = f"the hook points {source} -> {target} of a {expected}"
+        raise InputError(f"type {kind!r} contradicts {hooks}")
     return kind, layers, reads, writes
 
 

@@ -24,17 +24,9 @@ from jax.typing import DTypeLike
 
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
+from gemma_scope_jax.coders.release import parameters
 from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
-from gemma_scope_jax.coders.release.parameters import (
-    DTYPES,
-    TENSORS,
-    Header,
-    check_values,
-    read_header,
-    read_multi_layer,
-    read_single_layer,
-    row_chunks,
-)
+from gemma_scope_jax.coders.release.parameters import DTYPES, TENSORS, Header, read_header
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
@@ -57,10 +49,10 @@ def read_folder(folder: Path, path: str, dtype: DTypeLike | None, decoder: bool 
     if not config.multi_layer:
         if decoder is False:
             raise InputError(f"{path}: only a crosscoder's or CLT's decoder can be left on disk")
-        return _coder(config, read_single_layer(files[0], dtype))
+        return _coder(config, parameters.read_single_layer(files[0], dtype))
     if decoder is None:
         decoder = config.type == "crosscoder"
-    return _coder(config, read_multi_layer(files, dtype, decoder))
+    return _coder(config, parameters.read_multi_layer(files, dtype, decoder))
 
 
 def parameter_files(folder: Path | epath.Path) -> list[str]:
@@ -76,9 +68,7 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     """The parameter files in order and their config, checked against the files' headers."""
     names, config_file = parameter_files(folder), folder / "config.json"
     if not names:
-        raise InputError(
-            f"{folder}: holds neither params.safetensors nor params_layer_0.safetensors"
-        )
+        raise InputError(f"{folder}: has neither params.safetensors nor params_layer_0.safetensors")
     given = read_json(config_file) if config_file.exists() else {}
     try:
         config = folder_config(given, path, len(names))
@@ -100,9 +90,7 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
             raise InputError(f"{name}: shapes or dtypes differ from those of {files[0].name}")
     if ("threshold" in headers[0]) != (config.k is None):
         what, kind = ("no", "jump_relu") if config.k is None else ("a", "topk")
-        raise InputError(
-            f"{files[0]}: has {what} tensor 'threshold', but its architecture is {kind}"
-        )
+        raise InputError(f"{files[0]}: has {what} tensor 'threshold', but architecture {kind}")
     try:
         _check_against_config(_abstract(config, headers[0]), config)
     except InputError as error:
@@ -116,9 +104,7 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
 def files_of(coder: Coder) -> list[Path]:
     """The files a coder was loaded from, whose decoder must still have its shape."""
     if not coder.info.folder:
-        raise InputError(
-            f"this {coder.kind} has no decoder, and was not loaded from a folder that has one"
-        )
+        raise InputError(f"this {coder.kind} was not loaded from a folder that has its decoder")
     files, _ = describe(Path(coder.info.folder), coder.info.path)
     with open_safetensors(files[0]) as file:
         shape = read_header(file, files[0])["w_dec"].shape
@@ -159,11 +145,9 @@ def _check_against_config(coder: Coder, config: FolderConfig) -> None:
     width = coder.width * len(coder.layers)
     if config.info.width not in (None, width):
         raise InputError(f"{width} features, but the config's width is {config.info.width}")
-    if config.affine is not None and config.affine != (coder.w_skip is not None):
+    if config.affine not in (None, coder.w_skip is not None):
         there = "is there" if coder.w_skip is not None else "is missing"
-        raise InputError(
-            f"affine_skip_connection {there}, but affine_connection is {config.affine}"
-        )
+        raise InputError(f"affine_skip_connection {there}, affine_connection is {config.affine}")
     if model := config.architecture:
         check_fits(model, coder)
 
@@ -196,7 +180,7 @@ def save_coder(
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     on_host = jax.tree.map(np.asarray, coder)
-    check_values(on_host)
+    parameters.check_values(on_host)
     writers: dict[str, Callable[[BinaryIO], None]] = {
         name: functools.partial(_write_parameters, on_host, i, source)
         for i, (name, source) in enumerate(zip(names, sources))
@@ -233,7 +217,7 @@ def _decoder_chunks(
     """The decoder of source layer `i` [F, X, D] in chunks of rows, zeros before output `i`."""
     X = shape[1]
     first = block_index(i, i, X)
-    for rows in row_chunks(shape, 4):
+    for rows in parameters.row_chunks(shape, 4):
         full = np.zeros((rows.stop - rows.start, *shape[1:]), jnp.dtype(dtype))
         if w_dec is not None:
             full[:, i:] = w_dec[first : first + X - i, rows].transpose(1, 0, 2)

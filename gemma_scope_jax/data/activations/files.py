@@ -74,10 +74,10 @@ def write_shard(
         sums, layers = manifest["sums"][site], manifest["sites"][site]["layers"]
         for i, (total, squares) in enumerate(_sums(**held)):
             if not np.isfinite(squares):
-                raise InputError(
-                    f"{site} of layer {layers[i]}: the model's activations are not finite; the "
-                    "model is damaged, or overflows in this dtype"
+                why = (
+                    "the model's activations are not finite: it is damaged, or its dtype overflows"
                 )
+                raise InputError(f"{site} of layer {layers[i]}: {why}")
             sums["sum"][i] = (np.array(sums["sum"][i]) + total).tolist()
             sums["squared_norm"][i] += squares
         entries[site] = replace_file(path / shard_name(number, site), shard_chunks(held))
@@ -184,10 +184,8 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
             size = path.stat().st_size if path.is_file() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise InputError(
-                    f"{path}: {found} where {entry['bytes']} bytes are expected; copy it again, or "
-                    "write the store again"
-                )
+                hint = "copy it again, or write the store again"
+                raise InputError(f"{path}: {found}, not {entry['bytes']} bytes; {hint}")
 
 
 def checksum(path: Path) -> int:

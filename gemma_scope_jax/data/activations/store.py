@@ -261,9 +261,8 @@ class ActivationStore:
             if site not in stored:
                 raise InputError(f"{self.folder}: no site {site!r}{nearest(site, stored)}")
             if missing := set(layers) - set(stored[site]):
-                raise InputError(
-                    f"{self.folder}: no layer {min(missing)} of {site}; it has {stored[site]}"
-                )
+                layer, own = min(missing), stored[site]
+                raise InputError(f"{self.folder}: no layer {layer} of {site}; it has {own}")
         self.sites: dict[str, tuple[int, ...]] = wanted
         self._index = {s: [stored[s].index(l) for l in layers] for s, layers in wanted.items()}
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
@@ -296,10 +295,8 @@ class ActivationStore:
             for site, entry in shard["files"].items():
                 path = self.folder / files.shard_name(number, site)
                 if files.checksum(path) != entry["crc32"]:
-                    raise InputError(
-                        f"{path}: its bytes have changed since it was written; copy it again, or "
-                        "write the store again"
-                    )
+                    hint = "copy it again, or write the store again"
+                    raise InputError(f"{path}: its bytes have changed; {hint}")
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """{site: [layers, n, D]} of tokens `rows`, integers [n] in any order.

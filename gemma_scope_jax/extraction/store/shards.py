@@ -278,9 +278,7 @@ class Shard:
         sums = [FileSum(*some) for some in self.footer["segments"][segment]["files"]]
         paths = segment_files(self.folder, lists, self.number, segment)
         if len(sums) != len(paths):
-            raise InputError(
-                f"{self.path}: has {len(sums) - 1} lists of features, not {len(lists)}"
-            )
+            raise InputError(f"{self.path}: has {len(sums) - 1} feature lists, not {len(lists)}")
         return list(zip(paths, sums))
 
     def verify(self, lists: Sequence[FeatureList]) -> None:
