@@ -138,11 +138,6 @@ def slots_for(coders: Sequence[Coder]) -> int:
     return -(-int(max(known, default=256)) // 32) * 32
 
 
-def _kernels() -> active.Backend:
-    """What finds the active entries here: C++ on CPUs where it compiles, XLA elsewhere."""
-    return active.backend() if jax.default_backend() == "cpu" else xla
-
-
 @partial(jax.jit, static_argnames=("groups", "slots", "using", "precision"))
 def active_features(
     model: Model,
@@ -157,12 +152,13 @@ def active_features(
     """The active features of every group, at the tokens of the batch's mask.
 
     `precision` is that of the encoders' products, as `jax.lax.Precision`; `using` names the kernels
-    when compiling for another device than this process's.
+    (default: C++ on CPUs where it compiles, XLA elsewhere) when compiling for another device.
     """
     mesh, mask = mesh_of(model.params.embed), batch.counted(0)
+    using = using or (active.backend() if jax.default_backend() == "cpu" else xla)
     reads = []
     for i, (group, w) in enumerate(zip(groups, weights)):
-        how = Search(min(slots, group.width), group.k, using or _kernels(), precision)
+        how = Search(min(slots, group.width), group.k, using, precision)
         where = dict(name=str(i), first=group.first, how=how, mesh=mesh)
         reads.append(read(group.site, group.layers, _active, per_layer(w), mask, **where))
     stop = 1 + max(max(group.layers) for group in groups)

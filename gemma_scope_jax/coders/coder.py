@@ -238,8 +238,7 @@ def named_layers(layers: Sequence[int]) -> str:
     return f"layers {f'{layers[0]}-{layers[-1]}' if every else ', '.join(map(str, layers))}"
 
 
-# -------------------------------------------------------------------------------------------------
-# Maths
+# --- Maths ---------------------------------------------------------------------------------------
 
 
 def float32(x: ArrayLike) -> jax.Array:
@@ -314,8 +313,7 @@ def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# Identity and checks
+# --- Identity and checks -------------------------------------------------------------------------
 
 
 def weights_identity(coder: Coder) -> str:

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.interop import circuit_tracer, saelens
 from gemma_scope_jax.coders.release import catalog, hub, parameters
 from gemma_scope_jax.coders.release.files import describe, files_of, parameter_files, read_folder
+from gemma_scope_jax.coders.release.parameters import Dtype
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.paths import folder_path, is_remote, local_copy, named_paths
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
@@ -36,11 +36,7 @@ Loaders = dict[str, Callable[[], Coder]]  # by what `load_coder` calls each code
 
 
 def load_coder(
-    source: Source,
-    *,
-    dtype: DTypeLike | None = None,
-    decoder: bool | None = None,
-    revision: str | None = None,
+    source: Source, *, dtype: Dtype = None, decoder: bool | None = None, revision: str | None = None
 ) -> Coder:
     """The coder in a folder, at an address of the release, or packaged with this library.
 
@@ -67,7 +63,7 @@ def load_coder(
 def load_coders(
     what: Source | Coder | Iterable[Source | Coder],
     *,
-    dtype: DTypeLike | None = None,
+    dtype: Dtype = None,
     decoder: bool | None = None,
     revision: str | None = None,
 ) -> CoderSet:
@@ -195,9 +191,7 @@ def _locate(source: Source, revision: str | None) -> tuple[Path, str]:
     return hub.fetch_folder(address, revision), str(address)
 
 
-def _loaders(
-    source: Source, dtype: DTypeLike | None, decoder: bool | None, revision: str | None
-) -> Loaders:
+def _loaders(source: Source, dtype: Dtype, decoder: bool | None, revision: str | None) -> Loaders:
     """A loader for each of the coders that a source stands for."""
     found: Loaders = {}
     for name in matching(source) if isinstance(source, str) else [source]:
@@ -231,7 +225,7 @@ def _set_member(source: Source) -> tuple[str, str] | None:
     return (match[1], match[2]) if there else None
 
 
-def _in_folder(folder: Path, path: str, dtype: DTypeLike | None, decoder: bool | None) -> Loaders:
+def _in_folder(folder: Path, path: str, dtype: Dtype, decoder: bool | None) -> Loaders:
     """A loader for each coder of a local folder that is known as `path`."""
     if not parameter_files(folder) and saelens.is_saelens_folder(folder):
         loaders = {path: partial(saelens.load_saelens, folder, path)}
@@ -242,20 +236,18 @@ def _in_folder(folder: Path, path: str, dtype: DTypeLike | None, decoder: bool |
     return {name: partial(_cast, load, dtype, name) for name, load in loaders.items()}
 
 
-def _cast(load: Callable[[], Coder], dtype: DTypeLike | None, path: str) -> Coder:
+def _cast(load: Callable[[], Coder], dtype: Dtype, path: str) -> Coder:
     """Load a coder of another library, in a `dtype` that may not hold its values."""
     coder = load()
     if dtype is None:
         return coder
     coder = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), coder)
-    try:
+    with parameters.errors_name(f"{path}: as {dtype}"):
         parameters.check_values(coder)
-    except InputError as error:
-        raise InputError(f"{path}: as {dtype}, {error}") from error
     return coder
 
 
-def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+def _float_dtype(dtype: Dtype) -> np.dtype | None:
     if dtype is None:
         return None
     with contextlib.suppress(TypeError):

@@ -133,8 +133,7 @@ def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = Non
     return f.at[..., ids].set(jnp.broadcast_to(value, shape), mode="drop")
 
 
-# -------------------------------------------------------------------------------------------------
-# What runs at the site
+# --- What runs at the site -----------------------------------------------------------------------
 
 
 @tokenwise
@@ -232,8 +231,7 @@ def _at(stacked, i):
     return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
 
 
-# -------------------------------------------------------------------------------------------------
-# Checks
+# --- Checks --------------------------------------------------------------------------------------
 
 
 def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:

@@ -54,10 +54,8 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedFile:
-    """A file whose records 0 to count - 1 can be read in any order; `size` in bytes."""
+    """A file whose records 0 to count - 1 can be read in any order."""
 
-    path: Path
-    size: int
     count: int
     read: Callable[[int], Record]
 
@@ -131,9 +129,9 @@ def indexed_file(path: Path) -> IndexedFile:
     if kind == "records":
         return _array_record(path)
     json, name = kind == "lines", shown(str(path))
+    find = _lines if json else _texts
     try:
-        size = path.stat().st_size
-        starts, stops = _scan(path, _lines if json else _texts) if size else (array("Q"),) * 2
+        starts, stops = _scan(path, find) if path.stat().st_size else (array("Q"), array("Q"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -152,7 +150,7 @@ def indexed_file(path: Path) -> IndexedFile:
             raise InputError(f"{where}: the file has become shorter since it was opened")
         return Record(where, value, "json" if json else "text")
 
-    return IndexedFile(path, size, len(starts), read)
+    return IndexedFile(len(starts), read)
 
 
 def _scan(path: Path, find: Callable) -> tuple[array, array]:
@@ -207,7 +205,7 @@ def _array_record(path: Path) -> IndexedFile:
             return Record(where, LONGEST, "long")
         return Record(where, content, "either")
 
-    return IndexedFile(path, path.stat().st_size, count, read)
+    return IndexedFile(count, read)
 
 
 def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:

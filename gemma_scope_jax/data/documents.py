@@ -8,7 +8,6 @@ with only the byte offsets of the documents in memory. What can only be read fro
 
 import codecs
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from gemma_scope_jax.data.text_identity import file_digests, strings_digest
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.tokenizer import ROLES
+from gemma_scope_jax.storage.manifest import digest
 
 Chat = Sequence[Mapping[str, Any]]
 HostShard = tuple[int, int]  # (index, count): the number of this host, and of all hosts
@@ -193,10 +193,8 @@ def _of_batch(batch: TokenBatch) -> Indexed:
     ids, mask = np.asarray(batch.tokens, np.int32), np.asarray(batch.counted(0))
     found = [(ids[place], mask[place]) for place in places]
     get = lambda i: Record(f"document {i}", found[i], "tokens")
-    digest = hashlib.blake2b(digest_size=16)
-    for tokens, used in found:
-        digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + used.tobytes())
-    identity = ["tokens", len(found), digest.hexdigest()]
+    parts = (len(t).to_bytes(8, "little") + t.tobytes() + used.tobytes() for t, used in found)
+    identity = ["tokens", len(found), digest(b"".join(parts), 16)]
     return Indexed(identity, lambda: identity, len(found), get)
 
 
@@ -264,23 +262,22 @@ def sample_documents() -> list[str]:
 
 def parse(record: Record, data: TextData) -> str | Chat:
     """The text of a record, or its chat if `data.messages`. `InputError`s name the place."""
-    value, kind = record.value, record.kind
+    value, kind, where = record.value, record.kind, record.where
     if kind == "long":
-        raise formats.too_long(record.where)
+        raise formats.too_long(where)
     if kind in ("text", "string") and data.messages:
-        raise InputError(f"{record.where}: plain text holds no chats; leave out `messages`")
+        raise InputError(f"{where}: plain text holds no chats; leave out `messages`")
     if kind == "string":
         if not isinstance(value, str):
-            raise InputError(f"{record.where}: must be a str, not {type(value).__name__}")
+            raise InputError(f"{where}: must be a str, not {type(value).__name__}")
         return value
-    if kind == "text":
-        return decoded(value, record.where)
     if kind == "mapping":
-        return _take(value, record.where, data)
+        return _take(value, where, data)
     plain = kind == "either" and not data.messages
-    if plain and value.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-        return decoded(value, record.where)
-    return _take_json(value, record.where, data, plain)
+    other = plain and value.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{"
+    if kind == "text" or other:
+        return decoded(value, where)
+    return _take_json(value, where, data, plain)
 
 
 def _take_json(value: bytes, where: str, data: TextData, plain: bool) -> str | Chat:
@@ -343,28 +340,25 @@ def _message(message: Any, where: str) -> Any:
     """A message of strings, whose content may be a list of parts; `Tokenizer.chat` checks it."""
     if not isinstance(message, Mapping):
         return message
-    plain = {k: _string(v, where) for k, v in message.items()}
+    strings = lambda part: {k: _string(v, where) for k, v in part.items()}
+    plain = strings(message)
     content = _rows(plain.get("content"))
     if isinstance(content, Iterable) and not isinstance(content, str | Mapping):
-        strings = lambda p: {k: _string(v, where) for k, v in p.items()}
         plain["content"] = [strings(p) if isinstance(p, Mapping) else p for p in content]
     return plain
 
 
 def _rows(value: Any) -> Any:
     """A sequence of records, which TFDS stores as a record of sequences."""
-    columns = isinstance(value, Mapping) and all(
-        isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)
-        for v in value.values()
-    )
-    return [dict(zip(value, row)) for row in zip(*value.values())] if columns else value
+    column = lambda v: isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)
+    if isinstance(value, Mapping) and all(map(column, value.values())):
+        return [dict(zip(value, row)) for row in zip(*value.values())]
+    return value
 
 
 def _string(value: Any, where: str) -> Any:
     """A string, which TFDS stores as bytes."""
-    if not isinstance(value, bytes):
-        return value
     try:
-        return value.decode()
+        return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error

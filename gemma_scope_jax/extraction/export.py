@@ -57,8 +57,7 @@ def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
             yield coder["name"], layer, coder["width"], name + suffix
 
 
-# -------------------------------------------------------------------------------------------------
-# delphi (delphi/latents/cache.py and loader.py, EleutherAI)
+# --- delphi (delphi/latents/cache.py and loader.py, EleutherAI) ----------------------------------
 
 
 class _Split(NamedTuple):

@@ -14,8 +14,9 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.data.documents import Source
-from gemma_scope_jax.data.prefetch import Prefetched, prefetch
+from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError, no_space, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
@@ -49,6 +50,7 @@ from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
 LOG = logging.getLogger(__name__)
 Coders = Mapping[str, Coder] | Sequence[Coder] | Coder
 Result = tuple[Packed | Ended, list[Entries] | None]  # a batch and its entries, or a shard's end
+Started = tuple[Packed | Ended | None, Callable[[], list[Entries]] | None]  # waits for the entries
 
 
 @own_mesh
@@ -197,8 +199,7 @@ def token_bytes(coders: Iterable[Coder], values: str) -> float:
     return 3.0 + entry * sum(coder.info.l0 or 64.0 for coder in coders)
 
 
-# -------------------------------------------------------------------------------------------------
-# Running
+# --- Running -------------------------------------------------------------------------------------
 
 
 def _write(
@@ -218,10 +219,11 @@ def _write(
         ThreadPoolExecutor(1, "disk") as disk,
         prefetch(plan.batches(shards)) as batches,
     ):
+        events = (event for event, _ in batches)
         if runner.hosts > 1:
-            results = _results_in_step(runner, batches, plan)
+            results = _results(_started(runner, hosts.in_step(events), plan, None), 1)
         else:
-            results = _results(runner, batches, workers, behind)
+            results = _results(_started(runner, events, plan, workers), behind + 1)
         for shard in shards:
             with ShardWriter(path, shard, lists, manifest["values"], pool, ahead) as writer:
                 for packed, entries in results:
@@ -242,63 +244,47 @@ def _write(
         if closing is not None:
             closing.result()
     if runner.again > 10:
-        LOG.info(
-            "%d batches had to run again: more than %d slots would be faster",
-            runner.again,
-            runner.slots,
-        )
+        hint = "%d batches had to run again: more than %d slots would be faster"
+        LOG.info(hint, runner.again, runner.slots)
 
 
-def _results(
-    runner: Runner, batches: Prefetched, workers: ThreadPoolExecutor, most: int
-) -> Iterator[Result]:
-    """The batches and their entries, in order.
+def _started(
+    runner: Runner,
+    events: Iterable[Packed | Ended | None],
+    plan: ShardPlan,
+    workers: ThreadPoolExecutor | None,
+) -> Iterator[Started]:
+    """Start each batch (None: one of padding), whose entries `workers` make, or else the caller."""
+    zeros = np.zeros((plan.batch_size, plan.context_size), np.int32)
+    for event in events:
+        if isinstance(event, Ended):
+            yield event, None
+            continue
+        batch = TokenBatch(zeros, zeros, zeros > 0) if event is None else event.batch
+        finish = partial(runner.finish, runner.start(batch), np.flatnonzero(batch.segments))
+        yield event, finish if workers is None else workers.submit(finish).result
 
-    Up to `IN_FLIGHT` batches are on the device, and `most` behind it are turned into entries.
+
+def _results(started: Iterable[Started], most: int) -> Iterator[Result]:
+    """The batches and their entries, in order, with up to `most` batches behind the device.
+
+    Batches are finished only after another has started: so hosts in step, which decide alike which
+    batches run again with more slots, start the same programs in the same order.
     """
-    waiting: collections.deque[tuple[Packed | Ended, Future | None]] = collections.deque()
+    waiting: collections.deque[Started] = collections.deque()
 
     def finished(left: int) -> Iterator[Result]:
         while len(waiting) > left:
-            event, future = waiting.popleft()
-            yield event, None if future is None else future.result()
-
-    for event, _ in batches:
-        if isinstance(event, Ended):
-            waiting.append((event, None))
-            continue
-        started, kept = runner.start(event.batch), np.flatnonzero(event.batch.segments)
-        waiting.append((event, workers.submit(runner.finish, started, kept)))
-        yield from finished(most + 1)
-    yield from finished(0)
-
-
-def _results_in_step(runner: Runner, batches: Prefetched, plan: ShardPlan) -> Iterator[Result]:
-    """`_results` where all hosts run one program: each runs as many batches as the one with most.
-
-    All hosts decide alike which batches run again with more slots, so all start the same programs
-    in the same order.
-    """
-    zeros = np.zeros((plan.batch_size, plan.context_size), np.int32)
-    blank = TokenBatch(zeros, zeros, zeros > 0)
-    waiting: list[tuple[Packed | Ended | None, tuple | None]] = []
-
-    def finished() -> Iterator[Result]:
-        for event, started in waiting:
-            entries = None if started is None else runner.finish(*started)
+            event, entries = waiting.popleft()
+            found = None if entries is None else entries()
             if event is not None:
-                yield event, entries
-        waiting.clear()
+                yield event, found
 
-    for event in hosts.in_step(event for event, _ in batches):
-        if isinstance(event, Ended):
-            waiting.append((event, None))
-            continue
-        batch = blank if event is None else event.batch
-        started = runner.start(batch), np.flatnonzero(batch.segments)
-        yield from finished()
-        waiting.append((event, started))
-    yield from finished()
+    for event, entries in started:
+        waiting.append((event, entries))
+        if entries is not None:
+            yield from finished(most)
+    yield from finished(0)
 
 
 def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:

@@ -84,39 +84,22 @@ class ExtractionJob:
 
     def describe(self) -> dict[str, Any]:
         """The part of the manifest that must be the same to continue a store."""
-        text = self.text.data
-        data = {
-            "text": self.text.fingerprint,
-            "files": [shown(f) for f in text.files],
-            "tfds": text.tfds,
-            "seed": self.text.seed,
-            "batch_size": self.batch_size,
-            "context_size": self.settings.context_size,
-            "roles": list(text.roles) if text.messages else None,
-        }
-        return {
-            "model": dict(self.model),
-            "coders": [dict(c) for c in self.coders],
-            "data": data,
-            "values": self.settings.values,
-            "slots": self.slots,
-            "precision": self.settings.precision,
-        }
+        text, settings = self.text.data, self.settings
+        files, roles = [shown(f) for f in text.files], list(text.roles) if text.messages else None
+        data = {"text": self.text.fingerprint, "files": files, "tfds": text.tfds}
+        data |= {"seed": self.text.seed, "batch_size": self.batch_size}
+        data |= {"context_size": settings.context_size, "roles": roles}
+        about = {"model": dict(self.model), "coders": [dict(c) for c in self.coders], "data": data}
+        how = {"values": settings.values, "slots": self.slots, "precision": settings.precision}
+        return about | how
 
 
 def describe(name: str, coder: Coder) -> dict[str, Any]:
     """A coder's entry in the manifest."""
-    return {
-        "name": name,
-        "kind": coder.kind,
-        "layers": list(coder.layers),
-        "reads": coder.reads,
-        "writes": coder.writes,
-        "width": coder.width,
-        "first": coder.first,
-        "l0": coder.info.l0,
-        "weights": weights_identity(coder),
-    }
+    place = {"layers": list(coder.layers), "reads": coder.reads, "writes": coder.writes}
+    sizes = {"width": coder.width, "first": coder.first, "l0": coder.info.l0}
+    weights = weights_identity(coder)
+    return {"name": name, "kind": coder.kind, **place, **sizes, "weights": weights}
 
 
 def store_digest(settings: Mapping[str, Any]) -> str:
@@ -138,14 +121,8 @@ def settle(
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
         first = min(coder["first"] for coder in job.coders)
         size = measure(job.text, tokens, first)
-        work = {
-            "tokens": tokens,
-            "documents": size.documents,
-            "per_shard": job.per_shard(size),
-            "mean": size.mean,
-            "share": size.share,
-            "shuffled": job.text.shuffled,
-        }
+        work = {"tokens": tokens, "documents": size.documents, "per_shard": job.per_shard(size)}
+        work |= {"mean": size.mean, "share": size.share, "shuffled": job.text.shuffled}
         return FORMAT | job.describe() | work | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
@@ -162,25 +139,22 @@ def settle(
         if there != value:
             found = _difference(there, value)
             raise InputError(f"{folder}: {OTHER} {key} ({found}); choose another folder")
-    everything = old["tokens"] is None
-    if everything or (tokens is not None and tokens <= old["tokens"]):
-        return new, old
-    documents = measure(job.text, tokens).documents
-    if documents <= old["documents"]:
-        return new, old
-    return new | {"tokens": tokens, "documents": documents}, old
+    if old["tokens"] is not None and (tokens is None or tokens > old["tokens"]):
+        documents = measure(job.text, tokens).documents
+        if documents > old["documents"]:
+            new = new | {"tokens": tokens, "documents": documents}
+    return new, old
 
 
 def _called_as(there: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The entries of coders `now`, under their names in a store if those are paths: coders are
     identified by their weights, and a folder has several paths."""
-    if len(there) != len(now):
-        return [dict(coder) for coder in now]
-    path = lambda old, new: os.path.isabs(old) or os.path.basename(old) == os.path.basename(new)
-    return [
-        {**coder, "name": old["name"] if path(old["name"], coder["name"]) else coder["name"]}
-        for old, coder in zip(there, now)
-    ]
+    found = [dict(coder) for coder in now]
+    for old, coder in zip(there, found) if len(there) == len(found) else ():
+        name = old["name"]
+        if os.path.isabs(name) or os.path.basename(name) == os.path.basename(coder["name"]):
+            coder["name"] = name
+    return found
 
 
 def plan_of(manifest: Mapping[str, Any], job: ExtractionJob) -> ShardPlan:

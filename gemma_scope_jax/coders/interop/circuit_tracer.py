@@ -30,10 +30,10 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, CoderInfo
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.interop import hooks
-from gemma_scope_jax.coders.interop.hooks import errors_name, read_tensors, text_of
+from gemma_scope_jax.coders.interop.hooks import read_tensors, text_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
-from gemma_scope_jax.coders.release.config import untrained_positions
-from gemma_scope_jax.coders.release.parameters import check_values
+from gemma_scope_jax.coders.release.config import normalise_model_name, untrained_positions
+from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.atomic import write_folder
@@ -87,7 +87,7 @@ def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
             raise InputError(f"k is {config['k']!r:.40}, but the activation is {activation}")
         if other := [key for key in config if key not in CONSULTED and key not in HARMLESS]:
             raise hooks.unknown_key(other[0], config[other[0]], CONSULTED)
-        model_name = hooks.model_named(config)
+        model_name = normalise_model_name(text_of(config, "model_name"))
         where = dict(
             reads=hooks.site_of_hook(text_of(config, "feature_input_hook") or "hook_resid_mid"),
             writes=hooks.site_of_hook(text_of(config, "feature_output_hook") or "hook_mlp_out"),
@@ -160,28 +160,28 @@ def _load_layer(file: Path, where: dict[str, Any], info: CoderInfo) -> SparseCod
     ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1}
     tensors = read_tensors(file, ranks, {THRESHOLD: 1, "W_skip": 2})
     with errors_name(file):
-        skip = tensors.get("W_skip")
-        coder = SparseCoder(
-            w_enc=jnp.asarray(tensors["W_enc"].T),
-            b_enc=jnp.asarray(tensors["b_enc"]),
-            threshold=_threshold(tensors.get(THRESHOLD), tensors["b_enc"]),
-            w_dec=jnp.asarray(tensors["W_dec"]),
-            b_dec=jnp.asarray(tensors["b_dec"]),
-            w_skip=None if skip is None else jnp.asarray(skip.T),
-            info=dataclasses.replace(info, width=tensors["b_enc"].shape[0]),
-            **where,
-        )
+        if "W_skip" in tensors:
+            tensors["W_skip"] = tensors["W_skip"].T
+        arrays = _arrays(tensors, tensors["W_dec"], tensors.get(THRESHOLD))
+        info = dataclasses.replace(info, width=tensors["b_enc"].shape[0])
+        coder = SparseCoder(**arrays, info=info, **where)
         coder.check_shapes()
     return coder
 
 
-def _threshold(threshold: np.ndarray | None, b_enc: np.ndarray) -> jax.Array:
-    """Our thresholds: 0 is relu. Below 0, circuit-tracer lets negative z through, we do not."""
+def _arrays(
+    tensors: dict[str, np.ndarray], w_dec: np.ndarray | None, threshold: np.ndarray | None
+) -> dict[str, jax.Array]:
+    """A coder's arrays. Threshold 0 is relu; below 0, circuit-tracer lets negative z through."""
     if threshold is None:
-        return jnp.zeros(b_enc.shape, b_enc.dtype)
+        threshold = np.zeros_like(tensors["b_enc"])
     if (threshold < 0).any():
         raise InputError("a negative threshold is not supported")
-    return jnp.asarray(threshold)
+    arrays = {"w_enc": tensors["W_enc"].swapaxes(-1, -2), "threshold": threshold, "w_dec": w_dec}
+    arrays |= {"b_enc": tensors["b_enc"], "b_dec": tensors["b_dec"]}
+    if "W_skip" in tensors:
+        arrays["w_skip"] = tensors["W_skip"]
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLayerCoder:
@@ -212,18 +212,9 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
         w_dec[start : start + layers - i] = block.transpose(1, 0, 2)
     with errors_name(folder):
         stacked = {name: _stack(name, arrays, layers) for name, arrays in parts.items()}
-        skip = stacked.get("W_skip")
-        coder = MultiLayerCoder(
-            w_enc=jnp.asarray(stacked["W_enc"].transpose(0, 2, 1)),
-            b_enc=jnp.asarray(stacked["b_enc"]),
-            threshold=_threshold(stacked.get("threshold"), stacked["b_enc"]),
-            w_dec=jnp.asarray(w_dec),
-            b_dec=jnp.asarray(stacked["b_dec"]),
-            w_skip=None if skip is None else jnp.asarray(skip),
-            layers=tuple(range(layers)),
-            info=dataclasses.replace(info, width=stacked["b_enc"].size),
-            **where,
-        )
+        arrays = _arrays(stacked, w_dec, stacked.get("threshold"))
+        info = dataclasses.replace(info, width=stacked["b_enc"].size)
+        coder = MultiLayerCoder(**arrays, layers=tuple(range(layers)), info=info, **where)
         coder.check_shapes()
     return coder
 

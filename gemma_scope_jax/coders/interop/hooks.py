@@ -8,14 +8,13 @@ and explains nothing, so ambiguous names are refused.
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.coders.coder import CoderInfo
-from gemma_scope_jax.coders.release.config import normalise_model_name, parse_hook_point
+from gemma_scope_jax.coders.release.config import parse_hook_point
 from gemma_scope_jax.coders.release.parameters import check_finite
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
@@ -75,27 +74,12 @@ def unknown_key(key: Any, value: Any, known: Iterable[str]) -> InputError:
     )
 
 
-def model_named(config: dict[str, Any]) -> str:
-    """The normalised `model_name` of a config, "" if there is none."""
-    return normalise_model_name(text_of(config, "model_name"))
-
-
 def text_of(config: dict[str, Any], key: str) -> str:
     """A text in a config, "" if absent or null. Raises `InputError` for other types."""
     value = config.get(key)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{key} is a {type(value).__name__}, not a text")
     return value or ""
-
-
-@contextmanager
-def errors_name(path: str | os.PathLike) -> Iterator[None]:
-    """Prefix `InputError`s with `path` unless they name it already."""
-    try:
-        yield
-    except InputError as error:
-        known = os.fspath(path) in str(error)
-        raise (error if known else InputError(f"{os.fspath(path)}: {error}")) from error
 
 
 def read_tensors(

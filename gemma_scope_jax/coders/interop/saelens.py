@@ -19,10 +19,10 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, CoderInfo, float32
 from gemma_scope_jax.coders.interop import hooks
-from gemma_scope_jax.coders.interop.hooks import errors_name, text_of
+from gemma_scope_jax.coders.interop.hooks import text_of
 from gemma_scope_jax.coders.interop.saelens_keys import check_keys
-from gemma_scope_jax.coders.release.config import hook_point, read_json, untrained_positions
-from gemma_scope_jax.coders.release.parameters import check_values
+from gemma_scope_jax.coders.release import config as published
+from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
@@ -47,7 +47,7 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
     linear, and ambiguous hook names.
     """
     folder = Path(path)
-    config = read_json(folder / CONFIG)
+    config = published.read_json(folder / CONFIG)
     with errors_name(folder / CONFIG):
         metadata = config.get("metadata") or {}
         if not isinstance(metadata, dict):
@@ -55,7 +55,7 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
         check_keys(config, metadata)
         flat = {**metadata, **config}
         architecture, k = _architecture(flat)
-        model_name = hooks.model_named(flat)
+        model_name = published.normalise_model_name(text_of(flat, "model_name"))
         reads, writes, layer = _place(flat, architecture)
         first = _first(flat, model_name)
     with errors_name(folder):
@@ -108,12 +108,12 @@ def _first(config: dict[str, Any], model_name: str) -> int:
     """The leading positions it was not trained on: by the model, or by `seqpos_slice`."""
     where = config.get("seqpos_slice")
     if where in (None, [], [None], [None, None], [0, None]):
-        return untrained_positions(model_name)
+        return published.untrained_positions(model_name)
     whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
     start = where[0] if whole else None
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 1 << 17:
         raise InputError(f"seqpos_slice is {where!r:.60}, expected [start, end] or null")
-    return max(start, untrained_positions(model_name))
+    return max(start, published.untrained_positions(model_name))
 
 
 def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
@@ -215,7 +215,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
         raise InputError(f"{SCALER} is missing, with the factor of normalize_activations; {fold}")
     try:
-        scaler = read_json(folder / SCALER)
+        scaler = published.read_json(folder / SCALER)
     except InputError as error:
         raise InputError(f"{error}: no scaling_factor can be read") from error
     if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
@@ -266,27 +266,20 @@ def _config(coder: Coder) -> dict[str, Any]:
         "model_name": coder.info.model_name or None,
         "hook_name": _saelens_hook(coder.reads, coder.layers[0]),
         "hook_head_index": None,
-        "hf_hook_name": hook_point(coder.reads, coder.layers, False),
+        "hf_hook_name": published.hook_point(coder.reads, coder.layers, False),
         "prepend_bos": True,
         **{key: before[key] for key in KEPT if key in before},
     }
-    config = {
-        "architecture": kind,
-        "d_in": coder.d_in,
-        "d_sae": coder.width,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": metadata,
-    }
+    unused = {"normalize_activations": "none", "reshape_activations": "none"}
+    unused |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False}
+    config = {"architecture": kind, "d_in": coder.d_in, "d_sae": coder.width, **unused}
+    config["metadata"] = metadata
     if coder.k is not None:
         config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
     if coder.kind != "sae":
         config["d_out"] = coder.d_out
         metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layers[0])
-        metadata["hf_hook_name_out"] = hook_point(coder.writes, coder.layers, False)
+        metadata["hf_hook_name_out"] = published.hook_point(coder.writes, coder.layers, False)
     return config
 
 

@@ -20,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.typing import DTypeLike
 
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
 from gemma_scope_jax.coders.release import parameters
 from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
-from gemma_scope_jax.coders.release.parameters import DTYPES, TENSORS, Header, read_header
+from gemma_scope_jax.coders.release.parameters import DTYPES, TENSORS, Dtype, Header, read_header
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
@@ -39,11 +38,10 @@ from gemma_scope_jax.storage.safetensors_files import (
 
 PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that come from its config
 
-# -------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, path: str, dtype: DTypeLike | None, decoder: bool | None) -> Coder:
+def read_folder(folder: Path, path: str, dtype: Dtype, decoder: bool | None) -> Coder:
     """The coder of a local folder that is known as `path`; see `load_coder` for the rest."""
     files, config = describe(folder, path)
     if not config.multi_layer:
@@ -70,13 +68,11 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     if not names:
         raise InputError(f"{folder}: has neither params.safetensors nor params_layer_0.safetensors")
     given = read_json(config_file) if config_file.exists() else {}
-    try:
+    with parameters.errors_name(config_file):
         config = folder_config(given, path, len(names))
         foreign = "params.safetensors" in names if config.multi_layer else len(names) > 1
         if foreign or (names[0] != "params.safetensors" and not config.multi_layer):
             raise InputError(f"{', '.join(names[:2])} do not belong to a {config.type}")
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from error
     files = [folder / name for name in names]
     if config.multi_layer:
         files = [folder / f"params_layer_{i}.safetensors" for i in range(len(config.layers))]
@@ -91,10 +87,8 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     if ("threshold" in headers[0]) != (config.k is None):
         what, kind = ("no", "jump_relu") if config.k is None else ("a", "topk")
         raise InputError(f"{files[0]}: has {what} tensor 'threshold', but architecture {kind}")
-    try:
+    with parameters.errors_name(files[0]):
         _check_against_config(_abstract(config, headers[0]), config)
-    except InputError as error:
-        raise InputError(f"{files[0]}: {error}") from error
     if more := sorted(set(names) - {file.name for file in files}):
         raise InputError(f"{folder}: has {more[0]}, but the layers are {config.layers}")
     info = dataclasses.replace(config.info, folder=os.path.abspath(folder))
@@ -152,8 +146,7 @@ def _check_against_config(coder: Coder, config: FolderConfig) -> None:
         check_fits(model, coder)
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 def save_coder(

@@ -4,7 +4,9 @@ Tensors are read in chunks of rows, and every value is checked: NaN, infinite va
 thresholds raise `InputError` instead of turning up in a result.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,18 @@ TENSORS = {  # field of the coder -> tensor in the file
     "w_skip": "affine_skip_connection",
 }
 CHUNK = 32 * 2**20  # bytes of a tensor read or written at once
+Dtype = DTypeLike | None  # None: as stored
 Header = dict[str, jax.ShapeDtypeStruct]  # by field
+
+
+@contextmanager
+def errors_name(path: str | os.PathLike) -> Iterator[None]:
+    """Prefix `InputError`s with `path` unless they name it already."""
+    try:
+        yield
+    except InputError as error:
+        known = os.fspath(path) in str(error)
+        raise (error if known else InputError(f"{os.fspath(path)}: {error}")) from error
 
 
 def read_header(file: Any, path: Path) -> Header:
@@ -102,16 +115,14 @@ def check_values(coder: Coder) -> None:
         raise InputError(f"a TopK coder (k {coder.k}) has no thresholds: set them to 0")
 
 
-def read_single_layer(path: Path, dtype: DTypeLike | None) -> dict[str, jax.Array]:
+def read_single_layer(path: Path, dtype: Dtype) -> dict[str, jax.Array]:
     """All tensors of a file."""
     with open_safetensors(path) as file:
         header = read_header(file, path)
     return {k: jax.device_put(a[0]) for k, a in _stacked([path], header, dtype).items()}
 
 
-def read_multi_layer(
-    files: list[Path], dtype: DTypeLike | None, decoder: bool
-) -> dict[str, jax.Array | None]:
+def read_multi_layer(files: list[Path], dtype: Dtype, decoder: bool) -> dict[str, jax.Array | None]:
     """All tensors of the files, stacked; `w_dec` None unless `decoder`."""
     with open_safetensors(files[0]) as file:
         header = read_header(file, files[0])
@@ -123,7 +134,7 @@ def read_multi_layer(
     return {**arrays, "w_dec": jax.device_put(read_triangle(files, F, D, dtype or w_dec.dtype))}
 
 
-def _stacked(files: list[Path], header: Header, dtype: DTypeLike | None) -> dict[str, np.ndarray]:
+def _stacked(files: list[Path], header: Header, dtype: Dtype) -> dict[str, np.ndarray]:
     """The tensors in `header`, stacked over the files [X, ...], in their own dtype by default."""
     arrays = {k: aligned_empty((len(files), *v.shape), dtype or v.dtype) for k, v in header.items()}
     for i, path in enumerate(files):

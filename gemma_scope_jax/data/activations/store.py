@@ -25,7 +25,7 @@ from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
 from gemma_scope_jax.data.documents import HostShard
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.prefetch import prefetch
+from gemma_scope_jax.data.prefetch import Prefetched, prefetch
 from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
@@ -43,8 +43,7 @@ _OPEN_FILES = 128
 SiteLayers = Mapping[str, Sequence[int]]
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 @own_mesh
@@ -103,22 +102,12 @@ def _new_manifest(
         if not 0 <= min(layers) <= max(layers) < model.config.layers:
             raise InputError(f"layers of {site}: the model has 0..{model.config.layers - 1}")
         held[site] = {"layers": layers, "width": width}
-        zeros = [[0.0] * width for _ in layers]
-        sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
+        sums[site] = {"sum": [[0.0] * width for _ in layers], "squared_norm": [0.0] * len(layers)}
     data = {"text": batches.fingerprint, "rows": batches.batch_size, "length": batches.context_size}
-    return files.FORMAT | {
-        "model": model_identity(model),
-        "sites": held,
-        "dtype": dtype,
-        "first": first,
-        "shard_rows": shard_rows,
-        "data": data,
-        "rows": 0,
-        "shards": [],
-        "position": batches.position,
-        "skip": 0,
-        "sums": sums,
-    }
+    about = {"model": model_identity(model), "sites": held, "dtype": dtype, "first": first}
+    about |= {"shard_rows": shard_rows, "data": data}
+    empty = {"rows": 0, "shards": [], "position": batches.position, "skip": 0, "sums": sums}
+    return files.FORMAT | about | empty
 
 
 def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
@@ -131,10 +120,8 @@ def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
         same = {"data": {**old["data"], "text": batches.fingerprint}}
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
         if same.get(key, old[key]) != new[key]:
-            raise InputError(
-                f"{path}: holds activations of another {key} ({str(old[key])[:100]}, now "
-                f"{str(new[key])[:100]}); choose another folder"
-            )
+            what = f"{key} ({str(old[key])[:100]}, now {str(new[key])[:100]})"
+            raise InputError(f"{path}: holds activations of another {what}; choose another folder")
     files.check_sizes(path, old)
     return old
 
@@ -204,20 +191,17 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
     run = partial(_pass, model, sites=sites, dtype=manifest["dtype"], first=manifest["first"])
     mesh = mesh_under(model.params.embed)
     put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
-    before, waiting = batches.position, None
-    with prefetch(batches) as ahead:
+
+    def started(ahead: Prefetched, before: Any) -> Iterator[tuple]:
         for batch, after in counting(ahead, manifest["first"], before):
-            out = run(jax.tree.map(put, batch))
-            if waiting is not None:
-                yield _in_memory(*waiting)
-            waiting = (before, after, *out)
+            yield before, after, *run(jax.tree.map(put, batch))
             before = after
-        if waiting is not None:
-            yield _in_memory(*waiting)
 
-
-def _in_memory(before: Any, after: Any, values: dict, keep: jax.Array) -> tuple:
-    return before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
+    begin = batches.position  # before the thread moves it
+    with prefetch(batches) as ahead:
+        one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [None]))
+        for (before, after, values, keep), _ in one_ahead:
+            yield before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
 
 
 @partial(jax.jit, static_argnames=("sites", "dtype", "first"))
@@ -238,8 +222,7 @@ def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
     return {"values": jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), "scale": scale}
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
 class ActivationStore:

@@ -72,8 +72,7 @@ def segment_files(
     return [folder / part / name for part in ("tokens", *(some.folder for some in lists))]
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 class ShardWriter:
@@ -219,8 +218,7 @@ def _with_checksum(about: dict[str, Any]) -> bytes:
     return f'{{"crc32":{zlib.crc32(text.encode())},"shard":{text}}}\n'.encode()
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
 class Shard:
