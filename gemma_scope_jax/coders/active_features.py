@@ -185,13 +185,8 @@ def _active(x, ctx: Context, w: Encoder, mask, *, first: int, how: Search, mesh)
     axes = tuple(axis for axis in (rows, split) if axis)
     how = dataclasses.replace(how, slots=min(slots, width // parts), axes=axes, split=split)
     where = (P(rows, None, None), P(rows, None), Encoder(P(None, split), P(split), P(split)))
-    return jax.shard_map(
-        partial(_find, how=how),
-        mesh=mesh,
-        in_specs=where,
-        out_specs=specs(rows, split),
-        check_vma=False,
-    )(x, keep, w)
+    places = dict(mesh=mesh, in_specs=where, out_specs=specs(rows, split))
+    return jax.shard_map(partial(_find, how=how), **places, check_vma=False)(x, keep, w)
 
 
 def _find(x, keep, w: Encoder, *, how: Search) -> ActiveFeatures:

@@ -11,7 +11,7 @@ Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.block.rms_n
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -121,11 +121,7 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model,
-    coder: Coder,
-    tokenizer: Tokenizer,
-    features: Sequence[int] | np.ndarray,
-    **options,
+    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, **options: Any
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 

@@ -32,6 +32,7 @@ from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 Source = str | os.PathLike
+Sources = Source | Coder | Iterable[Source | Coder]
 Loaders = dict[str, Callable[[], Coder]]  # by what `load_coder` calls each coder
 
 
@@ -61,11 +62,7 @@ def load_coder(
 
 
 def load_coders(
-    what: Source | Coder | Iterable[Source | Coder],
-    *,
-    dtype: Dtype = None,
-    decoder: bool | None = None,
-    revision: str | None = None,
+    what: Sources, *, dtype: Dtype = None, decoder: bool | None = None, revision: str | None = None
 ) -> CoderSet:
     """All coders of a glob, a transcoder set's folder, a CLT, or a list of such things, in order.
 

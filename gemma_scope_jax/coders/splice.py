@@ -47,11 +47,10 @@ def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Int
     earlier reconstructions.
     """
     layers, first = _place(coder, first)
+    options = dict(error=error, first=first)
     if coder.multi_layer:
-        return intercept.fold(
-            coder.writes, layers, _splice_fold, _nothing, coder, error=error, first=first
-        )
-    return intercept.write(coder.writes, layers, _splice, coder, error=error, first=first)
+        return intercept.fold(coder.writes, layers, _splice_fold, _nothing, coder, **options)
+    return intercept.write(coder.writes, layers, _splice, coder, **options)
 
 
 def replacement(
@@ -65,9 +64,9 @@ def replacement(
     """
     taken: set[tuple[str, int]] = set()
     folds: list[Intercept] = []
-    by_site: dict[str, list[tuple[Coder, int]]] = {}
+    by_site: dict[str, list[Coder]] = {}
     for coder in coders:
-        _, start = _place(coder, first)
+        _place(coder, first)
         for layer in coder.layers:
             if (coder.writes, layer) in taken:
                 place = f"{coder.writes} of layer {layer}"
@@ -76,15 +75,13 @@ def replacement(
         if coder.multi_layer:
             folds.append(splice(coder, error=error, first=first))
         else:
-            by_site.setdefault(coder.writes, []).append((coder, start))
+            by_site.setdefault(coder.writes, []).append(coder)
     writes = []
     for site, some in by_site.items():
-        layers = jnp.asarray([coder.layers[0] for coder, _ in some], jnp.int32)
-        bare = tuple(coder.unplaced() for coder, _ in some)
-        starts = tuple(start for _, start in some)
-        writes.append(
-            intercept.write(site, None, _splice_own, bare, layers, error=error, firsts=starts)
-        )
+        layers = jnp.asarray([coder.layers[0] for coder in some], jnp.int32)
+        bare = tuple(coder.unplaced() for coder in some)
+        options = dict(error=error, firsts=tuple(_place(coder, first)[1] for coder in some))
+        writes.append(intercept.write(site, None, _splice_own, bare, layers, **options))
     return (*folds, *writes)
 
 
@@ -120,9 +117,8 @@ def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = Non
     """
     ids = jnp.atleast_1d(jnp.asarray(feature, jnp.int32))
     shape, value = (*f.shape[:-1], *ids.shape), jnp.asarray(value, f.dtype)
-    if value.ndim > len(shape) or any(
-        a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1])
-    ):
+    misfit = any(a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1]))
+    if misfit or value.ndim > len(shape):
         raise MisfitError(
             f"clamp: a value of shape {list(value.shape)} for {ids.size} features: give a number, "
             f"[{ids.size}] or {list(shape)}"

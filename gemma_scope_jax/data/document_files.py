@@ -250,10 +250,8 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 def too_long(where: str) -> InputError:
     """The error for a line or a record that is too long."""
-    return InputError(
-        f"{where}: a line or record of more than {LONGEST >> 20} MiB is not a document; is this "
-        "JSON Lines?"
-    )
+    limit = f"{LONGEST >> 20} MiB"
+    return InputError(f"{where}: a line or record of more than {limit}; is this JSON Lines?")
 
 
 def decompressed(path: Path) -> BinaryIO:

@@ -28,12 +28,11 @@ _SETTLED = 2.0  # seconds after which a change of a file is visible in its times
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
     """`file_digest` of each file; small files are read in parallel."""
-    small = [
-        path for path in paths if not os.path.exists(path) or os.path.getsize(path) < REMEMBERED
-    ]
+    large = {p for p in paths if os.path.isfile(p) and os.path.getsize(p) >= REMEMBERED}
+    small = [path for path in paths if path not in large]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = dict(zip(small, pool.map(file_digest, small)))
-    return [found[path] if path in found else file_digest(path) for path in paths]
+    return [file_digest(path) if path in large else found[path] for path in paths]
 
 
 def file_digest(path: Path) -> str:

@@ -4,7 +4,7 @@ The store is read a segment at a time.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -99,20 +99,15 @@ def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
     ]
     progress = Progress(len(work) * store.segment_count, "segments")
     for number, split in enumerate(work):
-        done = number * store.segment_count
-        write = partial(_write_split, store, split, shape, progress, done)
+        done = lambda i, n=number: progress.at(n * store.segment_count + i)
+        write = partial(_write_split, store, split, shape, done)
         file = f"{split.start}_{split.stop - 1}.safetensors"
         writers = {file: write, "config.json": partial(write_json, value=config)}
         write_folder(folder / split.module, writers)
 
 
 def _write_split(
-    store: FeatureStore,
-    split: _Split,
-    shape: tuple[int, int],
-    progress: Progress,
-    done: int,
-    file: BinaryIO,
+    store: FeatureStore, split: _Split, shape: tuple[int, int], done: Callable, file: BinaryIO
 ) -> None:
     """Fill the file's tensors in parallel, a segment at a time. shape: of `tokens`."""
     kind = "uint16" if max(*shape, split.stop - split.start) <= 1 << 16 else "uint32"
@@ -128,7 +123,7 @@ def _write_split(
             file.write(array_bytes(array))
             at[name] += array.nbytes
         before += len(arrays["tokens"])
-        progress.at(done + i)
+        done(i)
     if at != {name: end for name, (_, end) in places.items()}:
         raise InputError(f"{store.folder}: has changed while it was exported; export it again")
 

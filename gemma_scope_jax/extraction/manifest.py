@@ -107,9 +107,7 @@ def store_digest(settings: Mapping[str, Any]) -> str:
     return digest({key: settings[key] for key in _SAME})
 
 
-def settle(
-    folder: Any, job: ExtractionJob, tokens: int | None
-) -> tuple[dict[str, Any], dict | None]:
+def settle(folder: Any, job: ExtractionJob, tokens: int | None) -> tuple[dict, dict | None]:
     """(the manifest that the store will have, the one it has). Writes nothing.
 
     Raises `InputError` if the folder holds something else.
@@ -207,11 +205,8 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
 
 def lists(manifest: Mapping[str, Any]) -> list[FeatureList]:
     """The feature lists of a store, one per coder and layer, in order."""
-    return [
-        FeatureList(coder["name"], layer, coder["width"])
-        for coder in manifest["coders"]
-        for layer in coder["layers"]
-    ]
+    coders = manifest["coders"]
+    return [FeatureList(c["name"], layer, c["width"]) for c in coders for layer in c["layers"]]
 
 
 def _check_manifest(m: dict[str, Any], path: Any) -> None:
@@ -326,9 +321,8 @@ def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
 
 
 def _are_whole(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value <= 1 << 40 for value in values
-    )
+    whole = lambda value: type(value) is int and 0 <= value <= 1 << 40
+    return isinstance(values, list) and all(map(whole, values))
 
 
 def name_in_store(store: Any, coder: Coder, name: str = "") -> str:

@@ -62,9 +62,7 @@ class Runner:
         for group, active in zip(self.groups, found):
             if not active.finite.all():
                 layer = group.layers[int(np.argmin(active.finite))]
-                why = (
-                    "the model's activations are not finite: it is damaged, or its dtype overflows"
-                )
+                why = "the model's activations are not finite: damaged, or its dtype overflows"
                 raise InputError(f"{group.site} of layer {layer}: {why}")
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)

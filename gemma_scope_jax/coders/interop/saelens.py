@@ -197,10 +197,8 @@ def _without_b_dec(tensors: dict[str, np.ndarray]) -> np.ndarray:
     w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
     if w_enc.shape[0] != b_dec.shape[0]:
         raise InputError(f"b_dec has {b_dec.shape[0]} values, W_enc {w_enc.shape[0]} inputs")
-    parts = (
-        b_dec.astype(np.float64) @ w_enc[:, start : start + 4096].astype(np.float64)
-        for start in range(0, w_enc.shape[1], 4096)
-    )
+    starts, mean = range(0, w_enc.shape[1], 4096), b_dec.astype(np.float64)
+    parts = (mean @ w_enc[:, start : start + 4096].astype(np.float64) for start in starts)
     return (b_enc.astype(np.float64) - np.concatenate(list(parts))).astype(np.float32)
 
 

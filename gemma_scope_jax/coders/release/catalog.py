@@ -157,10 +157,8 @@ class Address:
     @property
     def bytes(self) -> int:
         """Size of the folder's weight files with their headers, without `examples.safetensors`."""
-        return sum(
-            file_size({name: ("float32", shape) for name, shape in file.items()})
-            for file in self.shapes.values()
-        )
+        files = self.shapes.values()
+        return sum(file_size({n: ("float32", shape) for n, shape in f.items()}) for f in files)
 
 
 def _grid(size: str, category: str) -> Iterator[tuple[tuple[int, ...], str, str, bool, int | None]]:

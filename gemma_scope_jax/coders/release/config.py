@@ -93,10 +93,8 @@ def instruction_tuned(model_name: str) -> bool:
 
 def parse_hook_point(text: str) -> tuple[str, Layers]:
     """`model.layers.{5,9}.output` -> ("resid_post", (5, 9)); None for the layers of `{all}`."""
-    match = re.fullmatch(
-        r"(?:model\.|language_model\.)*layers\.(\d{1,4}|\{\d{1,4}(?:, ?\d{1,4})*\}|\{all\})\.(.+)",
-        text,
-    )
+    layers = r"(\d{1,4}|\{\d{1,4}(?:, ?\d{1,4})*\}|\{all\})"
+    match = re.fullmatch(rf"(?:model\.|language_model\.)*layers\.{layers}\.(.+)", text)
     if not match:
         raise InputError(f"hook point {text!r} is not of the form model.layers.12.output")
     layers, module = match.groups()
@@ -139,13 +137,12 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     size, variant = repository[-1] if repository else (None, "pt")
     if size in catalog.SIZES:
         config["model_name"] = normalise_model_name(f"gemma-3-{size}-{variant}")
-    names = (name for name in (*parts[-2:-1], kind) if name.removesuffix("_all") in catalog.SITES)
-    if (category := next(names, None)) is None:
+    known = (name for name in (*parts[-2:-1], kind) if name.removesuffix("_all") in catalog.SITES)
+    if (category := next(known, None)) is None:
         return config
     every = tuple(range(catalog.SIZES[size][0])) if size in catalog.SIZES else (0,)
-    address = catalog.Address(
-        size or "270m", variant, category, layers or every, match["width"], match["label"]
-    )
+    names = match["width"], match["label"]
+    address = catalog.Address(size or "270m", variant, category, layers or every, *names)
     multi_layer = address.kind in ("crosscoder", "clt")
     if address.kind == "clt" or (layers and (multi_layer or len(layers) == 1)):
         config["hf_hook_point_in"] = hook_point(address.reads, layers, multi_layer)

@@ -74,9 +74,7 @@ def write_shard(
         sums, layers = manifest["sums"][site], manifest["sites"][site]["layers"]
         for i, (total, squares) in enumerate(_sums(**held)):
             if not np.isfinite(squares):
-                why = (
-                    "the model's activations are not finite: it is damaged, or its dtype overflows"
-                )
+                why = "the model's activations are not finite: damaged, or its dtype overflows"
                 raise InputError(f"{site} of layer {layers[i]}: {why}")
             sums["sum"][i] = (np.array(sums["sum"][i]) + total).tolist()
             sums["squared_norm"][i] += squares

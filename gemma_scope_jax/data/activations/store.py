@@ -292,10 +292,8 @@ class ActivationStore:
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self._starts)
         kind = np.float32 if self.manifest["dtype"] == "int8" else files.DTYPES["bfloat16"]
-        out = {
-            site: np.empty((len(layers), len(rows), self.width(site)), kind)
-            for site, layers in self.sites.items()
-        }
+        empty = lambda site, layers: np.empty((len(layers), len(rows), self.width(site)), kind)
+        out = {site: empty(site, layers) for site, layers in self.sites.items()}
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             places = order[cuts[shard] : cuts[shard + 1]]
             local = rows[places] - self._starts[shard]

@@ -98,9 +98,8 @@ class Segment:
             table = file.read_row_groups(_groups(file.metadata, start, stop), use_threads=False)
             features, rows, values = (table[n].to_numpy() for n in ("feature", "row", "value"))
         rows = (rows - self._row).astype(np.int32)
-        if len(rows) and not (
-            0 <= rows.min() <= rows.max() < len(self) and (np.diff(features) >= 0).all()
-        ):
+        inside = not len(rows) or 0 <= rows.min() <= rows.max() < len(self)
+        if not inside or (np.diff(features) < 0).any():
             raise damaged(path, "rows or features outside of the segment")
         offsets = np.searchsorted(features, np.arange(start, stop + 1)).astype(np.int64)
         here = slice(offsets[0], offsets[-1])

@@ -178,9 +178,8 @@ class ShardWriter:
                 about.append(said)
                 sums.append(list(total))
             tokens, counted = about[0]
-            self._segments.append(
-                {"tokens": tokens, "counted": counted, "entries": about[1:], "files": sums}
-            )
+            counts = {"tokens": tokens, "counted": counted, "entries": about[1:]}
+            self._segments.append({**counts, "files": sums})
 
 
 def _tokens(held: list[tuple], row: int) -> tuple[tuple[int, int], Any, FileSum]:
