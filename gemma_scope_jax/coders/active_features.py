@@ -159,7 +159,7 @@ def active_features(
     reads = []
     for i, (group, w) in enumerate(zip(groups, weights)):
         how = Search(min(slots, group.width), group.k, using, precision)
-        where = dict(name=str(i), first=group.first, how=how, mesh=mesh)
+        where: dict[str, Any] = dict(name=str(i), first=group.first, how=how, mesh=mesh)
         reads.append(read(group.site, group.layers, _active, per_layer(w), mask, **where))
     stop = 1 + max(max(group.layers) for group in groups)
     out = forward(model, batch, reads, stop_at_layer=stop, logits="none", remat=None)
@@ -185,7 +185,7 @@ def _active(x, ctx: Context, w: Encoder, mask, *, first: int, how: Search, mesh)
     axes = tuple(axis for axis in (rows, split) if axis)
     how = dataclasses.replace(how, slots=min(slots, width // parts), axes=axes, split=split)
     where = (P(rows, None, None), P(rows, None), Encoder(P(None, split), P(split), P(split)))
-    places = dict(mesh=mesh, in_specs=where, out_specs=specs(rows, split))
+    places: dict[str, Any] = dict(mesh=mesh, in_specs=where, out_specs=specs(rows, split))
     return jax.shard_map(partial(_find, how=how), **places, check_vma=False)(x, keep, w)
 
 

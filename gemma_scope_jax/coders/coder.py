@@ -171,7 +171,7 @@ class Coder:
         optional = ("w_skip", "w_dec") if self.multi_layer else ("w_skip",)
         sizes: dict[str, int] = {}
         for name, axes in zip(WEIGHTS, self.axes):
-            array = getattr(self, name)
+            array: Any = getattr(self, name)
             if array is None and name in optional:
                 continue
             shape = tuple(getattr(array, "shape", ()))

@@ -150,12 +150,9 @@ def matching(pattern: str) -> list[str]:
     found = folders or packaged or [str(a) for a in catalog.addresses(pattern=pattern)]
     if not found:
         raise InputError(f"{pattern}: matches no folder, packaged coder or address")
-    return sorted(found, key=_by_number)
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 9 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    split = lambda name: re.split(r"(\d+)", name)  # layer 9 comes before layer 10
+    number = lambda part: (int(part), "") if part.isdigit() else (-1, part)
+    return sorted(found, key=lambda name: list(map(number, split(name))))
 
 
 def _packaged() -> list[str]:
@@ -193,7 +190,16 @@ def _loaders(source: Source, dtype: Dtype, decoder: bool | None, revision: str |
     found: Loaders = {}
     for name in matching(source) if isinstance(source, str) else [source]:
         if (member := _set_member(name)) is None:
-            found |= _in_folder(*_locate(name, revision), dtype, decoder)
+            folder, path = _locate(name, revision)
+            own = bool(parameter_files(folder))
+            if not own and saelens.is_saelens_folder(folder):
+                loaders = {path: partial(saelens.load_saelens, folder, path)}
+            elif not own and circuit_tracer.is_circuit_tracer_folder(folder):
+                loaders = circuit_tracer.loaders(folder, path)
+            else:
+                found[path] = partial(read_folder, folder, path, dtype, decoder)
+                continue
+            found |= {one: partial(_cast, load, dtype, one) for one, load in loaders.items()}
             continue
         folder, path = _locate(member[0], revision)
         every = circuit_tracer.loaders(folder, path)
@@ -220,17 +226,6 @@ def _set_member(source: Source) -> tuple[str, str] | None:
         if own.is_dir() and (parameter_files(own) or saelens.is_saelens_folder(own)):
             return None
     return (match[1], match[2]) if there else None
-
-
-def _in_folder(folder: Path, path: str, dtype: Dtype, decoder: bool | None) -> Loaders:
-    """A loader for each coder of a local folder that is known as `path`."""
-    if not parameter_files(folder) and saelens.is_saelens_folder(folder):
-        loaders = {path: partial(saelens.load_saelens, folder, path)}
-    elif not parameter_files(folder) and circuit_tracer.is_circuit_tracer_folder(folder):
-        loaders = circuit_tracer.loaders(folder, path)
-    else:
-        return {path: partial(read_folder, folder, path, dtype, decoder)}
-    return {name: partial(_cast, load, dtype, name) for name, load in loaders.items()}
 
 
 def _cast(load: Callable[[], Coder], dtype: Dtype, path: str) -> Coder:

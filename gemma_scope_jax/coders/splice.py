@@ -47,7 +47,7 @@ def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Int
     earlier reconstructions.
     """
     layers, first = _place(coder, first)
-    options = dict(error=error, first=first)
+    options: dict[str, Any] = dict(error=error, first=first)
     if coder.multi_layer:
         return intercept.fold(coder.writes, layers, _splice_fold, _nothing, coder, **options)
     return intercept.write(coder.writes, layers, _splice, coder, **options)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from gemma_scope_jax.coders.active_features import ActiveFeatures, specs
 from gemma_scope_jax.errors import InputError
@@ -41,12 +41,6 @@ def check(model: Model, batch_size: int) -> None:
         raise InputError('the mesh\'s axis "model" spans hosts: keep it within the devices of one')
     if batch_size % (rows := len(owners) // hosts):
         raise InputError(f"batch_size {batch_size} does not split over the {rows} rows of a host")
-
-
-def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """This process's rows [B, ...] as its part of the batch of all processes."""
-    place = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_process_local_data(place, array)
 
 
 def own_part(mesh: Mesh, active: ActiveFeatures, width: int) -> Any:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from etils import epath
+
 from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.extraction.store.codec import VALUES
@@ -107,7 +109,7 @@ def store_digest(settings: Mapping[str, Any]) -> str:
     return digest({key: settings[key] for key in _SAME})
 
 
-def settle(folder: Any, job: ExtractionJob, tokens: int | None) -> tuple[dict, dict | None]:
+def settle(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> tuple[dict, dict | None]:
     """(the manifest that the store will have, the one it has). Writes nothing.
 
     Raises `InputError` if the folder holds something else.
@@ -163,7 +165,7 @@ def plan_of(manifest: Mapping[str, Any], job: ExtractionJob) -> ShardPlan:
     return ShardPlan(job.text, documents, per_shard, *shape, mean, share)
 
 
-def agree(folder: Any, job: ExtractionJob, tokens: int | None) -> ShardPlan:
+def agree(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> ShardPlan:
     """The plan of the store in the folder, which is begun or extended if necessary."""
     new, old = settle(folder, job, tokens)
     if old is not None and new["documents"] != old["documents"]:
@@ -195,7 +197,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_features_manifest(folder: Any) -> dict[str, Any]:
+def read_features_manifest(folder: epath.Path) -> dict[str, Any]:
     """The manifest of a store. Raises `InputError` for folders without one, or a foreign one."""
     path = folder / MANIFEST
     if not path.exists():
@@ -209,7 +211,7 @@ def lists(manifest: Mapping[str, Any]) -> list[FeatureList]:
     return [FeatureList(c["name"], layer, c["width"]) for c in coders for layer in c["layers"]]
 
 
-def _check_manifest(m: dict[str, Any], path: Any) -> None:
+def _check_manifest(m: dict[str, Any], path: epath.Path) -> None:
     """Raise `InputError` unless every field that is used has a valid type and size."""
     for coder in field(m, "coders", list, path, least=1):
         for key in ("name", "reads", "writes", "kind", "weights"):
@@ -247,7 +249,7 @@ _FORMAT = Format(
 )
 
 
-def shards_there(folder: Any) -> list[int]:
+def shards_there(folder: epath.Path) -> list[int]:
     """The numbers of the shards in a folder."""
     try:
         names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
@@ -257,13 +259,13 @@ def shards_there(folder: Any) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def missing(folder: Any, plan: ShardPlan) -> list[int]:
+def missing(folder: epath.Path, plan: ShardPlan) -> list[int]:
     """The shards that are still missing."""
     there = set(shards_there(folder))
     return [shard for shard in range(plan.shards) if shard not in there]
 
 
-def finish(folder: Any, plan: ShardPlan) -> bool:
+def finish(folder: epath.Path, plan: ShardPlan) -> bool:
     """Write the index if all shards are complete; returns whether they are.
 
     A shard that was made for fewer documents is removed, so that it is made again.
@@ -299,7 +301,7 @@ def summary(shard: Shard, store: str) -> dict[str, Any]:
     }
 
 
-def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
+def read_index(folder: epath.Path, documents: int) -> list[dict[str, Any]] | None:
     """The shards' summaries, in order; None if the store of `documents` is not complete."""
     path = folder / INDEX
     if not path.exists():

@@ -1,13 +1,15 @@
 """The compiled pass of an extraction: batches of tokens in, entries of every coder's layer out."""
 
+import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.active_features import ActiveFeatures, CoderStack
@@ -30,7 +32,9 @@ class Runner:
         self.hosts = hosts.count_of(model)
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
-        self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
+        rows = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
+        whole = partial(jax.make_array_from_process_local_data, rows)  # of all processes' rows
+        self._put = jnp.asarray if rows is None else whole
         self._run = partial(on_device.active_features, groups=self.groups, precision=precision)
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
@@ -82,7 +86,7 @@ class Runner:
             if self.hosts > 1:
                 active = hosts.own_part(self.mesh, active, group.width)
             spilled = active.spilled
-            host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
+            host: Any = jax.tree.map(np.asarray, dataclasses.replace(active, spilled=None))
             size = host.count.shape[1] // host.spilled_tokens.shape[1]
             some = [
                 np.asarray(spilled[i]) if (which < size).any() else None
@@ -106,7 +110,10 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
         return Entries(offsets_of(count.sum(-1)), ids, values)
     count, n = count.astype(np.int64), len(active.count[i])
     found = []  # a row's second product may differ in a tie, so its own entries are counted
-    for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
+    tokens, size = active.spilled_tokens[i], n // len(active.spilled_tokens[i])
+    for shard, j, r in zip(*np.nonzero(tokens < size)):
+        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
+        dense = active.spilled[i][shard, r, j * part : (j + 1) * part]
         (here,) = np.nonzero(dense)
         count[row, j] = len(here)
         found.append((row * parts + j, here + j * part, dense[here]))
@@ -118,13 +125,3 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
         fits[some], all_ids[some], all_values[some] = False, here, dense
     all_ids[fits], all_values[fits] = ids, values
     return Entries(starts[::parts], all_ids, all_values)
-
-
-def _spilled(
-    tokens: np.ndarray, spilled: np.ndarray, kept: np.ndarray, part: int, n: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(row among `kept`, part, activations [f]) of the spilled tokens; spilled [d, R, F]."""
-    size = n // len(tokens)
-    for shard, j, r in zip(*np.nonzero(tokens < size)):
-        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
-        yield row, int(j), spilled[shard, r, j * part : (j + 1) * part]

@@ -198,8 +198,8 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
     for i in range(layers):
         ranks = {f"W_enc_{i}": 2, f"b_enc_{i}": 1, f"b_dec_{i}": 1}
         optional = {f"threshold_{i}": 1, f"W_skip_{i}": 2}
-        tensors = read_tensors(folder / f"W_enc_{i}.safetensors", ranks, optional)
-        for name, tensor in tensors.items():
+        encoder = read_tensors(folder / f"W_enc_{i}.safetensors", ranks, optional)
+        for name, tensor in encoder.items():
             parts.setdefault(name.removesuffix(f"_{i}"), []).append(tensor)
         file = folder / f"W_dec_{i}.safetensors"
         block = read_tensors(file, {f"W_dec_{i}": 3})[f"W_dec_{i}"]
@@ -211,20 +211,18 @@ def _load_clt(folder: Path, where: dict[str, Any], info: CoderInfo) -> MultiLaye
         start = block_index(i, i, layers)
         w_dec[start : start + layers - i] = block.transpose(1, 0, 2)
     with errors_name(folder):
-        stacked = {name: _stack(name, arrays, layers) for name, arrays in parts.items()}
+        stacked = {}
+        for name, tensors in parts.items():
+            if len(tensors) != layers:
+                raise InputError(f"{len(tensors)} of {layers} layers have {name}")
+            if len({tensor.shape for tensor in tensors}) > 1:
+                raise InputError(f"the layers' {name} have different shapes")
+            stacked[name] = np.stack(tensors)
         arrays = _arrays(stacked, w_dec, stacked.get("threshold"))
         info = dataclasses.replace(info, width=stacked["b_enc"].size)
         coder = MultiLayerCoder(**arrays, layers=tuple(range(layers)), info=info, **where)
         coder.check_shapes()
     return coder
-
-
-def _stack(name: str, arrays: list[np.ndarray], layers: int) -> np.ndarray:
-    if len(arrays) != layers:
-        raise InputError(f"{len(arrays)} of {layers} layers have {name}")
-    if len({array.shape for array in arrays}) > 1:
-        raise InputError(f"the layers' {name} have different shapes")
-    return np.stack(arrays)
 
 
 def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLike) -> None:
@@ -241,12 +239,9 @@ def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLi
     first = several[0]
     clt = len(several) == 1 and first.multi_layer
     files = _clt_files(first) if clt else _set_files(several)
-    config = {
-        "model_kind": KINDS[clt],
-        "model_name": first.info.model_name,
-        "feature_input_hook": hooks.hook_of_site(first.reads),
-        "feature_output_hook": hooks.hook_of_site(first.writes),
-    }
+    config = {"model_kind": KINDS[clt], "model_name": first.info.model_name}
+    config["feature_input_hook"] = hooks.hook_of_site(first.reads)
+    config["feature_output_hook"] = hooks.hook_of_site(first.writes)
     if scan := hooks.config_from(first.info, "circuit_tracer").get("scan"):
         config["scan"] = scan
     if others := _coder_files(Path(folder)) - set(files):

@@ -10,6 +10,7 @@ Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_
 `training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,11 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
             tensors["W_skip"] = tensors["W_skip"].T
         weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
         kind = "transcoder" if "transcoder" in architecture else "sae"
-        about = dict(path=known_as or str(path), folder=os.path.abspath(folder))
-        width = weights["w_enc"].shape[1]
-        info = CoderInfo(model_name, kind, width=width, config={"sae_lens": config}, **about)
-        place = dict(layer=layer, reads=reads, writes=writes, first=first, k=k, info=info)
-        coder = SparseCoder(**weights, **place)
+        own, width = os.path.abspath(folder), weights["w_enc"].shape[1]
+        info = CoderInfo(model_name, kind, width=width, path=known_as or str(path), folder=own)
+        info = dataclasses.replace(info, config={"sae_lens": config})
+        place: dict[str, Any] = dict(layer=layer, reads=reads, writes=writes, first=first, k=k)
+        coder = SparseCoder(**weights, **place, info=info)
         coder.check_shapes()
         for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
             if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
@@ -180,7 +181,13 @@ def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
         raise InputError(f"normalize_activations {normalise!r} of a transcoder is undefined")
     with np.errstate(all="ignore"):  # damaged weights hold anything
         if subtract:
-            tensors["b_enc"] = _without_b_dec(tensors)
+            w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
+            if w_enc.shape[0] != len(b_dec):
+                raise InputError(f"b_dec has {len(b_dec)} values, W_enc {w_enc.shape[0]} inputs")
+            starts, mean = range(0, w_enc.shape[1], 4096), b_dec.astype(np.float64)
+            parts = [mean @ w_enc[:, i : i + 4096].astype(np.float64) for i in starts]  # in pieces
+            shifted = b_enc.astype(np.float64) - np.concatenate(parts)
+            tensors["b_enc"] = shifted.astype(np.float32)
         if config.get("rescale_acts_by_decoder_norm"):
             w_dec = tensors["W_dec"].astype(np.float32)
             norms = np.linalg.norm(w_dec.astype(np.float64), axis=1).astype(np.float32)
@@ -190,16 +197,6 @@ def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
         if scale != 1:
             for name, factor in (("W_enc", scale), ("W_dec", 1 / scale), ("b_dec", 1 / scale)):
                 tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
-
-
-def _without_b_dec(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """b_enc - b_dec @ W_enc, summed in float64, a few features at a time."""
-    w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
-    if w_enc.shape[0] != b_dec.shape[0]:
-        raise InputError(f"b_dec has {b_dec.shape[0]} values, W_enc {w_enc.shape[0]} inputs")
-    starts, mean = range(0, w_enc.shape[1], 4096), b_dec.astype(np.float64)
-    parts = (mean @ w_enc[:, start : start + 4096].astype(np.float64) for start in starts)
-    return (b_enc.astype(np.float64) - np.concatenate(list(parts))).astype(np.float32)
 
 
 def _input_scale(normalise: Any, folder: Path) -> float:

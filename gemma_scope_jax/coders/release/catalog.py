@@ -353,7 +353,7 @@ def _reason(text: str) -> str:
     if not planned:
         return f"{size} has no {category}; 270m and 1b have"
     for what, column in (("width", 1), ("l0", 2)):
-        value, allowed = found.get(what), dict.fromkeys(row[column] for row in planned)
+        value, allowed = found.get(what), dict.fromkeys(str(row[column]) for row in planned)
         if value is not None and value not in allowed:
             slip = _SLIPS.get(value)
             hint = f"{slip}, not {value}" if slip in allowed else f"not {value}"

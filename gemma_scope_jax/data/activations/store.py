@@ -197,9 +197,9 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
             yield before, after, *run(jax.tree.map(put, batch))
             before = after
 
-    begin = batches.position  # before the thread moves it
+    begin, end = batches.position, tuple[Any, ...]()  # before the thread moves the position
     with prefetch(batches) as ahead:
-        one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [None]))
+        one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [end]))
         for (before, after, values, keep), _ in one_ahead:
             yield before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
 

@@ -24,6 +24,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -104,7 +105,7 @@ class ShardWriter:
         for path in segment_files(folder, lists, shard, 0):
             if not is_remote(folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(path.parent)
+                remove_leftovers(Path(path.parent))
 
     def __enter__(self) -> "ShardWriter":
         return self

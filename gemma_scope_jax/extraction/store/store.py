@@ -24,7 +24,7 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.extraction import manifest as manifests
 from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
 from gemma_scope_jax.extraction.store.segment import Segment
-from gemma_scope_jax.extraction.store.shards import FeatureList, Shard
+from gemma_scope_jax.extraction.store.shards import Shard
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.storage.paths import folder_path
 
@@ -92,13 +92,13 @@ class FeatureStore:
             layer = layers[0]
         if layer not in layers:
             raise InputError(f"{name}: layer {layer} is none of its layers {layers}")
-        return self.lists.index(FeatureList(name, layer, about["width"]))
+        return next(n for n, l in enumerate(self.lists) if (l.coder, l.layer) == (name, layer))
 
     def about(self, coder: str | None = None) -> dict[str, Any]:
         """A coder's entry in the manifest; None: the only coder's."""
         if coder is None and len(self.coders) > 1:
             raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
-        name = self.coders[0] if coder is None else coder
+        name = self.manifest["coders"][0]["name"] if coder is None else coder
         if name not in self.coders:
             raise InputError(f"{self.folder}: no coder {name!r}{nearest(name, self.coders)}")
         return self.manifest["coders"][self.coders.index(name)]
