@@ -197,7 +197,8 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
             yield before, after, *run(jax.tree.map(put, batch))
             before = after
 
-    begin, end = batches.position, tuple[Any, ...]()  # before the thread moves the position
+    begin = batches.position  # before the thread moves it
+    end: tuple = ()
     with prefetch(batches) as ahead:
         one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [end]))
         for (before, after, values, keep), _ in one_ahead:
