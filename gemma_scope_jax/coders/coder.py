@@ -2,8 +2,7 @@
 
 The rooms above take a `Coder` and never ask which class it is. Coders of several layers put the
 layer axis first in activations, features and reconstructions: [X, ..., D] and [X, ..., F]. A coder
-of one layer takes any leading axes, so code that always puts an X axis first (of size 1) runs on
-every coder.
+of one layer takes any leading axes, so code that always puts an X axis first runs on every coder.
 
 All coder arithmetic is float32 at full precision, whatever the dtype of the input or the weights:
 residual norms reach 25,000, and bfloat16 coder maths visibly bends the dose-response of steering.
@@ -36,10 +35,9 @@ Index = int | jax.Array  # one of a coder's own layers, 0 to X - 1; may be trace
 class CoderInfo:
     """Where a coder comes from. Metadata only: it never changes a compiled program.
 
-    `jax.jit` compiles for a coder's static fields. Any two `CoderInfo` are equal and hash alike, so
-    coders that differ only in weights and in this share one program. The price: a coder *returned*
-    by a jitted function carries the info of the call that compiled it; restore the right one with
-    `coder.replace(info=...)`.
+    Any two `CoderInfo` are equal and hash alike, so coders that differ only in weights and in this
+    share one program. The price: a coder *returned* by a jitted function carries the info of the
+    call that compiled it; restore the right one with `coder.replace(info=...)`.
     """
 
     model_name: str = ""  # "google/gemma-3-270m", "google/gemma-3-4b-it"; "" if unknown
@@ -74,9 +72,8 @@ class Encoder(NamedTuple):
 class Coder:
     """A frozen pytree that encodes activations at `reads` and reconstructs those at `writes`.
 
-    The subclasses are `SparseCoder` and `MultiLayerCoder`; the arrays of the latter have a leading
-    layer axis X. The arguments i and j are the coder's own layers, 0 to X - 1; `layers` holds the
-    corresponding layers of the model.
+    The arrays of a `MultiLayerCoder` have a leading layer axis X, those of a `SparseCoder` do not.
+    i and j are the coder's own layers, 0 to X - 1; `layers` are the corresponding model layers.
     """
 
     multi_layer: ClassVar[bool]
@@ -89,9 +86,7 @@ class Coder:
     w_skip: jax.Array | None = None  # [X, D, D_out], applied as x @ w_skip
     reads: str = static_field(default="resid_post")
     writes: str = static_field(default="resid_post")
-    # Leading token positions it was not trained on: 1 for `<bos>`, 4 for instruction-tuned models
-    # (`<bos><start_of_turn>user\n`).
-    first: int = static_field(default=1)
+    first: int = static_field(default=1)  # positions not trained on: 1 (`<bos>`), for chats 4
     k: int | None = static_field(default=None)  # TopK: features kept per token, over all layers
     info: CoderInfo = static_field(default=CoderInfo())
 
@@ -281,9 +276,8 @@ TOKENS = 256  # encoded at a time by `as_jump_relu`
 def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:
     """The JumpReLU coder nearest to a TopK coder: one threshold for all features, at least 0.
 
-    For readers that do not support TopK. It is another function: TopK keeps k features of every
-    token, while with a threshold a token of twice the norm has far more features. Measure the
-    converted coder anew.
+    It is another function, to be measured anew: TopK keeps k features of every token, while with a
+    threshold a token of twice the norm has far more.
 
     x: raw activations at `reads`, [N, D] or, for several layers, [X, N, D]: a few thousand typical
     tokens without <bos>. On these the mean L0 becomes k, if enough pre-activations are positive.
@@ -317,10 +311,8 @@ def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:
 
 
 def weights_identity(coder: Coder) -> str:
-    """16 hexadecimal digits that identify a coder's weights.
-
-    The decoder of several layers, which may still be on disk, is left out: training that changes it
-    changes the biases, too.
+    """16 hexadecimal digits that identify a coder's weights. For several layers without the decoder,
+    which may be on disk: training that changes it changes the biases, too.
     """
     weights = coder.replace(w_dec=None) if coder.multi_layer else coder
     return checksum(weights if coder.k is None else (weights, np.array([coder.k], np.float32)))

@@ -42,10 +42,8 @@ def load_coder(
     """The coder in a folder, at an address of the release, or packaged with this library.
 
     source: a folder in the layout of the release, of SAELens or of circuit-tracer (for one of a
-        transcoder set, `FOLDER/layer_3`); an address such as
-        "gemma-scope-2-270m-pt/resid_post/layer_12_width_16k_l0_medium", whose weights and config
-        are downloaded into the hub's cache; the name of a packaged coder; or a glob that matches
-        one of these.
+        transcoder set, `FOLDER/layer_3`); an address, whose weights and config are downloaded into
+        the hub's cache; the name of a packaged coder; or a glob that matches one of these.
     dtype: of the weights in memory; default: as stored. The arithmetic is float32 either way.
     decoder: False leaves the decoder of a coder of several layers on disk (see `load_decoder`).
         By default a CLT's stays there and a crosscoder's is loaded.
@@ -67,10 +65,8 @@ def load_coders(
     """All coders of a glob, a transcoder set's folder, a CLT, or a list of such things, in order.
 
     what: what `load_coder` takes; a glob over folders, packaged coders or addresses (the first of
-        these with a match wins); a circuit-tracer folder with a transcoder per layer; loaded
-        coders; or a list of any of these.
-    dtype, decoder, revision: as for `load_coder`. `decoder=True` also loads the decoders that
-        coders among `what` have left on disk.
+        these with a match wins); a circuit-tracer set; loaded coders; or a list of any of these.
+    dtype, decoder, revision: as for `load_coder`. `decoder=True` also applies to loaded coders.
     """
     dtype = _float_dtype(dtype)
     found: list[Coder] = []

@@ -19,8 +19,7 @@ def encode(
 ) -> jax.Array:
     """`coder.encode`, zero on padding and on the first tokens of each document: [B, T, F].
 
-    activations  the coder's input [B, T, D], as `capture(coder.reads, coder.layer)` gives it;
-                 several layers: [X, B, T, D], which gives [X, B, T, F]
+    activations  the coder's captured input [B, T, D]; several layers: [X, B, T, D]
     batch        the `TokenBatch` that was run, or its tokens [B, T]
     first        tokens to skip in each document; default: the coder's own `first`
 

@@ -1,7 +1,6 @@
 """Coders by name, with everything that belongs to them except the model's weights, which load last.
 
     opened = open_coders(["gemma-3-270m-resid-post-12-width-4k-l0-50"])
-    opened.tokenizer.encode("a text"); opened.shape.layers
     model = load_model(opened.model)
 
 Whatever does not fit is reported before gigabytes are read.

@@ -42,9 +42,8 @@ def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Int
     """Replace the activation that the coder writes by its reconstruction.
 
     With `error` the reconstruction error is added back as a constant: values stay exactly the same,
-    and gradients flow through the features alone. Without, the model runs on the reconstruction.
-    Skip connections are included. A coder of several layers reads each layer as changed by its own
-    earlier reconstructions.
+    and gradients flow through the features alone. Skip connections are included. A coder of several
+    layers reads each layer as changed by its own earlier reconstructions.
     """
     layers, first = _place(coder, first)
     options: dict[str, Any] = dict(error=error, first=first)

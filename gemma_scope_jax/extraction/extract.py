@@ -3,10 +3,9 @@
     store = extract(model, {"sae": sae}, tokenizer, TextData(("*.txt",)), "store", tokens=10**6)
 
 The device runs a batch while the host writes the previous one. Each shard is either complete or
-absent, so after a kill at any moment the same call continues; several processes, on one machine or
-many, make every n-th shard each (`share`) and write side by side into one folder, local or gs://.
-Processes of one JAX program share the shards automatically; if they also share a mesh, they run in
-step, each on its own rows.
+absent, so after a kill the same call continues, and several processes can each make every n-th
+shard (`share`) of one folder, local or gs://. Processes of one JAX program share the shards
+automatically; if they also share a mesh, they run in step, each on its own rows.
 """
 
 import collections

@@ -1,9 +1,8 @@
 """What the readers of other libraries' folders share: hook names, config texts, tensors of a file.
 
-Hook names are a trap. TransformerLens' `hook_mlp_in` is the residual stream before the norm, its
-`ln2.hook_normalized` is the norm without the (1 + w) gain; the transcoders of Gemma Scope 2 read
-neither, though SAELens' configs for them say `hook_mlp_in`. A coder on the wrong tensor still runs
-and explains nothing, so ambiguous names are refused.
+TransformerLens' `hook_mlp_in` is the residual stream before the norm, its `ln2.hook_normalized` the
+norm without the (1 + w) gain; Gemma Scope 2's transcoders read neither, though SAELens' configs for
+them have `hook_mlp_in`. A coder on the wrong tensor still runs, so ambiguous names are refused.
 """
 
 import os

@@ -19,7 +19,7 @@ from gemma_scope_jax.coders.coder import Coder, CoderInfo
 from gemma_scope_jax.coders.release import catalog
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
-from gemma_scope_jax.storage.strict_json import parse_json
+from gemma_scope_jax.storage import strict_json
 
 # Hugging Face module and its input or output -> site. The release uses the first four.
 SITES = {
@@ -180,15 +180,10 @@ HARMLESS = {  # SAELens' keys, which a converted coder may have, with values tha
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """A config.json as a dict, or `InputError`."""
     try:
-        data = Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        why = getattr(error, "strerror", error)
-        raise InputError(f"{file}: cannot be read ({why})") from error
-    try:
-        config = parse_json(data, "it")
-    except InputError as error:
-        why = str(error).removeprefix("it: ").removeprefix("not usable as JSON ").strip("()")
-        raise InputError(f"{file}: not JSON ({why}); download it again") from error
+        config = strict_json.read_json(Path(file))
+    except ValueError as error:  # an `InputError`, or a NUL in the path
+        why = str(error).removeprefix(f"{file}: ")
+        raise InputError(f"{file}: {why}; download it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
     return config
