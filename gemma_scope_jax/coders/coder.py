@@ -311,7 +311,7 @@ def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:
 
 
 def weights_identity(coder: Coder) -> str:
-    """16 hexadecimal digits that identify a coder's weights. For several layers without the decoder,
+    """16 hexadecimal digits that identify a coder's weights; of several layers without the decoder,
     which may be on disk: training that changes it changes the biases, too.
     """
     weights = coder.replace(w_dec=None) if coder.multi_layer else coder
