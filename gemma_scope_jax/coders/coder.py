@@ -166,18 +166,18 @@ class Coder:
         optional = ("w_skip", "w_dec") if self.multi_layer else ("w_skip",)
         sizes: dict[str, int] = {}
         for name, axes in zip(WEIGHTS, self.axes):
-            array: Any = getattr(self, name)
+            array = getattr(self, name)
             if array is None and name in optional:
                 continue
-            shape = tuple(getattr(array, "shape", ()))
+            shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", None)
             if len(shape) == len(axes.split()) and 0 not in shape:
                 sizes = {**dict(zip(axes.split(), shape)), **sizes}
             expected = [sizes.get(axis, axis) for axis in axes.split()]
             if list(shape) != expected:
                 wanted = ", ".join(map(str, expected))
                 raise InputError(f"{name} has shape {list(shape)}, expected [{wanted}]")
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise InputError(f"{name} has dtype {array.dtype}, expected a float")
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise InputError(f"{name} has dtype {dtype}, expected a float")
             X = sizes.get("X", 1)
             sizes["P"] = X * (X + 1) // 2
         k, features = self.k, sizes.get("X", 1) * self.width
