@@ -99,9 +99,8 @@ class Indexed:
     def numbers(
         self, seed: int | None, epoch: int, shard: HostShard, start: int, stop: int | None = None
     ) -> Iterator[int]:
-        """The numbers of this host's documents `start` to `stop` in an epoch's order (seed None: as
-        they lie).
-        """
+        """This host's documents `start` to `stop`, by number, in an epoch's order; seed None:
+        unshuffled."""
         index, hosts = shard
         end = self.count if stop is None else min(self.count, index + stop * hosts)
         for first in range(index + start * hosts, end, hosts * _BLOCK):
@@ -113,7 +112,7 @@ class Indexed:
     def ordered(
         self, seed: int | None, epoch: int = 0, shard: HostShard = (0, 1), start: int = 0
     ) -> Iterator[Record]:
-        """This host's documents of an epoch, from its `start`th on; seed None: as they lie."""
+        """This host's documents of an epoch, from its `start`th on; seed None: unshuffled."""
         return map(self.read, self.numbers(seed, epoch, shard, start))
 
 
@@ -121,7 +120,7 @@ class Indexed:
 class StreamedDocuments:
     """Documents that can only be read from the beginning.
 
-    `identity` and `named`: see `Indexed`. `read` takes the order of the parts (None: as they lie)
+    `identity` and `named`: see `Indexed`. `read` takes the order of the parts (None: unshuffled)
     and gives all records; `once`: it can be called only once. `window`: documents held in memory.
     """
 

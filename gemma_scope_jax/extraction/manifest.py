@@ -170,7 +170,7 @@ def agree(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> ShardPl
     new, old = settle(folder, job, tokens)
     if old is not None and new["documents"] != old["documents"]:
         (folder / INDEX).unlink(missing_ok=True)
-        if old["documents"] % old["per_shard"]:  # the last shard was cut short: made anew
+        if old["documents"] % old["per_shard"]:  # the last shard was cut short
             (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)
     if new != old:
         write_text(folder / MANIFEST, json.dumps(new, indent=1))

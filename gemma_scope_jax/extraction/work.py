@@ -24,14 +24,14 @@ from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
 SAMPLE = 2_000_000  # tokens counted before the start: targets up to here are met to the document
-FEW = 200_000  # likewise if all the text is wanted
+FEW = 200_000  # tokens counted before the start if all the text is wanted
 _THREADS = min(16, os.cpu_count() or 1)
 Encoded = tuple[int, int, str, np.ndarray, np.ndarray]  # shard, number, where, ids, mask
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Documents in an order, as tokens. seed None: as they lie."""
+    """Documents in an order, as tokens. seed None: unshuffled."""
 
     documents: Documents
     data: TextData
@@ -59,8 +59,8 @@ class Text:
     def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
         """(number, record) of the documents at places `start` to `stop` of the order.
 
-        Numbers count documents as they lie, or, for compressed files and iterables, places in the
-        order.
+        Numbers count documents in the order of the files; for compressed files and iterables they
+        are the places in the shuffled order.
         """
         documents = self.documents
         if not isinstance(documents, Indexed):

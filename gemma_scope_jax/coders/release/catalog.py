@@ -283,10 +283,9 @@ def parse_address(text: str) -> Address:
     """
     match = _GRAMMAR.fullmatch(text.strip().strip("/"))
     if match and match["size"] in SIZES:
-        everywhere = "_".join(map(str, range(SIZES[match["size"]][0])))
-        layers = match["layers"] or (everywhere if match["category"] == "clt" else "-1")
         given: dict[str, Any] = match.groupdict()
-        given["layers"] = tuple(map(int, layers.split("_")))
+        layers = match["layers"].split("_") if match["layers"] else range(SIZES[match["size"]][0])
+        given["layers"] = tuple(map(int, layers))
         given["affine"] = match["affine"] is not None
         given["seed"] = int(match["seed"]) if match["seed"] else None
         address = Address(**given)
