@@ -187,35 +187,30 @@ def save_coder(
 
 def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO) -> None:
     """Write the parameter file of source layer `i`; its decoder is in memory or in `source`."""
-    arrays = {field: getattr(coder, field) for field in TENSORS}
-    if coder.k is not None:
-        del arrays["threshold"]
     tensors = {}
-    if coder.multi_layer:
-        w_dec = arrays.pop("w_dec")
-        arrays = {field: None if array is None else array[i] for field, array in arrays.items()}
-        dtype = str((coder.w_enc if w_dec is None else w_dec).dtype)
-        shape = (coder.width, len(coder.layers), coder.d_out)
-        chunks = _decoder_chunks(w_dec, i, source, shape, dtype)
-        tensors["w_dec"] = StreamedTensor(dtype, shape, chunks)
-    for field, array in arrays.items():
-        if array is not None:
-            tensors[TENSORS[field]] = StreamedTensor.whole(array)
+    for field, name in TENSORS.items():
+        array = getattr(coder, field)
+        if field == "w_dec" and coder.multi_layer:
+            tensors[name] = _decoder_tensor(coder, i, source)
+        elif array is not None and not (field == "threshold" and coder.k is not None):
+            tensors[name] = StreamedTensor.whole(array[i] if coder.multi_layer else array)
     write_safetensors(file, tensors)
 
 
-def _decoder_chunks(
-    w_dec: np.ndarray | None, i: int, source: Path | None, shape: tuple[int, ...], dtype: str
-) -> Iterator[np.ndarray]:
+def _decoder_tensor(coder: Coder, i: int, source: Path | None) -> StreamedTensor:
     """The decoder of source layer `i` [F, X, D] in chunks of rows, zeros before output `i`."""
-    X = shape[1]
-    first = block_index(i, i, X)
-    for rows in parameters.row_chunks(shape, 4):
-        full = np.zeros((rows.stop - rows.start, *shape[1:]), jnp.dtype(dtype))
-        if w_dec is not None:
-            full[:, i:] = w_dec[first : first + X - i, rows].transpose(1, 0, 2)
-        else:
-            assert source is not None
-            with open_safetensors(source) as file:
-                full[:, i:] = file.get_slice("w_dec")[rows, i:]
-        yield full
+    X, first = len(coder.layers), block_index(i, i, len(coder.layers))
+    shape = (coder.width, X, coder.d_out)
+    dtype = (coder.w_enc if source else coder.w_dec).dtype
+
+    def chunks() -> Iterator[np.ndarray]:
+        for rows in parameters.row_chunks(shape, 4):
+            full = np.zeros((rows.stop - rows.start, *shape[1:]), dtype)
+            if source is None:
+                full[:, i:] = coder.w_dec[first : first + X - i, rows].transpose(1, 0, 2)
+            else:
+                with open_safetensors(source) as file:
+                    full[:, i:] = file.get_slice("w_dec")[rows, i:]
+            yield full
+
+    return StreamedTensor(str(dtype), shape, chunks())
