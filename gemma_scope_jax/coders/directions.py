@@ -101,8 +101,7 @@ def extreme_logits(
     """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
     smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
 
-    The direct path only, without control tokens. Raises `InputError` for a coder that does not
-    write to the residual stream.
+    The direct path only, without control tokens. Raises `InputError` for sites off the stream.
     """
     if coder.writes not in TO_LOGITS:
         raise InputError(f"features at {coder.writes} do not write to the residual stream")
@@ -125,8 +124,7 @@ def logit_tokens(
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
-    Takes the options of `extreme_logits`. Empty lists for coders that do not write to the residual
-    stream.
+    Takes the options of `extreme_logits`. Empty for coders that do not write the residual stream.
     """
     if coder.writes not in TO_LOGITS or not len(features):
         return [([], []) for _ in features]

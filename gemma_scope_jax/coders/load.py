@@ -81,8 +81,7 @@ def load_coders(
 def load_decoder(source: Coder | Source, **options: Any) -> Coder:
     """The coder with its decoder in memory; for several layers the triangle only, file by file.
 
-    source: a coder, returned unchanged unless its decoder was left on disk; or what `load_coder`
-    takes (with its options).
+    source: a coder, unchanged unless its decoder is on disk; or what `load_coder` takes.
     """
     if not isinstance(source, Coder):
         return load_coder(source, decoder=True, **options)
@@ -136,8 +135,7 @@ def decoder_rows(
 def matching(pattern: str) -> list[str]:
     """The folders, packaged coders or addresses that a glob matches.
 
-    Without `*`, `?` or `[` a pattern stands for itself, as does an existing folder. Raises
-    `InputError` if a glob matches nothing.
+    Without `*`, `?` or `[` a pattern stands for itself. Raises `InputError` if nothing matches.
     """
     if not set("*?[") & set(pattern):
         return [pattern]

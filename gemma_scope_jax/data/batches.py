@@ -38,9 +38,8 @@ class TokenBatches:
     workers    threads that tokenise, at about 0.5 million tokens/s each; None: one per core, up to
                16. They do not change the batches
 
-    `position` is a small JSON-able dict: where the next batch begins. On resuming, `batch_size` and
-    `context_size` may change, everything else must not. Raises `InputError` for sources that cannot
-    be read and positions of other data.
+    `position` is a small JSON-able dict: where the next batch begins. Only `batch_size` and
+    `context_size` may then change. Raises `InputError` for bad sources and positions of other data.
     """
 
     names: Mapping[str, tuple[str, ...]] = {}  # of the groups, if batches are labelled

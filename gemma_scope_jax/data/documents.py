@@ -86,8 +86,7 @@ class TextData:
 class Indexed:
     """Documents that can be read in any order: `read` takes 0 to count - 1.
 
-    `identity` is JSON that identifies them by content; `named` gives what older versions used
-    instead (names and sizes).
+    `identity` is JSON that identifies them by content, `named` by names and sizes (older versions).
     """
 
     identity: Any
@@ -152,8 +151,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
     """The documents of `source`: a `TextData`, a list or other iterable of strings, a function
     that returns a fresh iterable for each epoch (`window` is its shuffle window), or a batch.
 
-    Reads the files once, for their identity and for where documents begin. Raises `InputError` for
-    what cannot be read.
+    Reads files once, to identify them and to find the documents. Raises `InputError`.
     """
     if isinstance(source, TextData):
         if source.tfds:

@@ -85,8 +85,7 @@ def _run_ahead(batches: Iterable[Any], done: queue.Queue, stop: threading.Event)
 def prefetch(batches: Iterable[Any], n: int = 4) -> Prefetched:
     """(batch, position after it), made ahead of time by a background thread; up to `n` wait.
 
-    `position` is `batches.position` after that batch, None if there is no such attribute. Errors in
-    the thread reach whoever takes the next batch.
+    `position` is `batches.position` after that batch, or None. The consumer gets all errors.
     """
     if n < 1:
         raise InputError(f"prefetch at least one batch, not {n}")

@@ -38,8 +38,7 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
 def file_digest(path: Path) -> str:
     """32 hexadecimal digits of a file's bytes (BLAKE2b of the digests of its parts).
 
-    Those of large files are cached, by path, size, times and inode. Raises `InputError` for files
-    that cannot be read.
+    Those of large files are cached, by path, size, times and inode. Raises `InputError`.
     """
     try:
         stat = path.stat()

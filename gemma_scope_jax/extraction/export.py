@@ -29,8 +29,7 @@ def export_store(
     """Write `store` as "delphi" into a local folder, which must be new or empty.
 
     splits  the number of files for delphi's features; default: 50 million activations per file
-    Raises `InputError` for other formats, a folder that is not empty, and a full disk; nothing
-    remains then.
+    Raises `InputError` for other formats, folders that are not empty and full disks.
     """
     path = Path(folder).expanduser()
     if format not in FORMATS:

@@ -69,8 +69,7 @@ def extract(
     coders     by name; without names they are called by their addresses
     source     a `TextData`, a list of strings, a function returning an iterable, a `TokenBatch`
     folder     the same call continues a store begun there; more `tokens` extend it
-    tokens     about how many tokens to read, `<bos>` included, in whole documents (exact to a
-               document up to two million); None: all
+    tokens     about how many tokens to read in whole documents, `<bos>` included; None: all
     profile    an empty folder for a trace of a few batches
     settings   fields of `ExtractionSettings`: batch_size, context_size, seed, values, slots, ...
 

@@ -75,9 +75,8 @@ class ExtractionJob:
     def per_shard(self, size: Size) -> int:
         """Documents per shard of a text of this size.
 
-        A kill loses at most a shard, processes share shards, and the last batch of each is half
-        empty. So, unless `shard_tokens` is given, there are about `SHARDS`, but none has less than
-        `FEWEST` batches or more than `MOST`.
+        A kill loses at most a shard, and the last batch of each is half empty. So, without
+        `shard_tokens`, there are about `SHARDS`, each of `FEWEST` to `MOST` batches.
         """
         batch = self.batch_size * self.settings.context_size
         fitting = max(size.documents * size.mean / SHARDS, FEWEST * batch)

@@ -1,8 +1,7 @@
 """What to extract, cut into shards: which documents, in which order, as packed batches.
 
 A shard is a run of documents of the shuffled order, packed by itself, so its content depends only
-on its number: any process may make any shard at any time, and the store that many processes make is
-the same as that of one.
+on its number: any process may make any shard at any time, and the store is the same.
 """
 
 import dataclasses

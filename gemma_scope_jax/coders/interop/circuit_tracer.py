@@ -72,9 +72,7 @@ def load_circuit_tracer(path: str | os.PathLike) -> CoderSet:
 
 def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
     """The loaders of a folder that is known as `path`: {path: the CLT}, or for a set
-    {path/layer_3: the transcoder of layer 3}; these are also the folders for what is written about
-    each coder.
-    """
+    {path/layer_3: the transcoder of layer 3}."""
     config = _read_yaml(folder / CONFIG)
     with errors_name(folder / CONFIG):
         kind = text_of(config, "model_kind")

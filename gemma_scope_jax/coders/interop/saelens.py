@@ -44,8 +44,7 @@ def is_saelens_folder(path: str | os.PathLike) -> bool:
 def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
     """The coder of a SAELens folder, its input transformations folded into the weights.
 
-    Raises `InputError` for damaged files, unsupported architectures, normalisations that are not
-    linear, and ambiguous hook names.
+    Raises `InputError` for damaged files and what is unsupported, nonlinear or ambiguous.
     """
     folder = Path(path)
     config = published.read_json(folder / CONFIG)

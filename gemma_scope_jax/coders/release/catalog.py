@@ -132,8 +132,7 @@ class Address:
     def l0(self) -> int | None:
         """The target L0 (mean active features per token) in the published config.
 
-        It ramps up over the first third of the depth. None for multi-layer `medium`, whose target
-        is not documented anywhere.
+        It ramps up over the first third of the depth; for multi-layer `medium` it is undocumented.
         """
         if len(self.layers) > 1:
             return 150 if self.label == "big" else None

@@ -156,8 +156,7 @@ def save_coder(
 
     config_extra: keys of config.json that override those the coder came with. The decoder of a
     `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
-    get their names when all are complete. Raises `InputError` for what could not be loaded again,
-    such as NaN and infinite weights.
+    get their names when all are complete. Raises `InputError` for what could not be loaded again.
     """
     folder = folder_path(folder)
     coder.check_shapes()

@@ -1,8 +1,7 @@
 """The files of an activation store: shards in the safetensors format, and a manifest.
 
 A shard's file holds one site: `values` [layers, rows, D], and for int8 `scale` [layers, rows], each
-contiguous, so reading a row touches only its pages. A file gets its name when it is complete and on
-the disk.
+contiguous, so reading a row touches only its pages. A file gets its name once it is complete.
 """
 
 import json

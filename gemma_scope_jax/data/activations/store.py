@@ -229,10 +229,9 @@ def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
 class ActivationStore:
     """Activations written by `write_activations` into a local folder, memory-mapped.
 
-    sites      {site: layers} to read; default: all that is stored
-
-    `len(store)` is the number of tokens. Opening checks that every file exists with its size;
-    `verify` reads them all. Raises `InputError` for folders that are not a complete store.
+    `sites` are the {site: layers} to read; default: all. `len(store)` is the number of tokens.
+    Opening checks that every file exists with its size; `verify` reads them all. Raises
+    `InputError` for folders that are not a complete store.
     """
 
     def __init__(self, folder: str | os.PathLike, sites: SiteLayers | None = None):

@@ -6,8 +6,7 @@
     for segment in store.segments():
         offsets, features, values = segment.by_token()
 
-Tokens are numbered by their row in the store; they come in pieces of documents, each beginning with
-`<bos>`. The format of the files: `shards.py`.
+Tokens come in pieces of documents, each beginning with `<bos>`. The files' format: `shards.py`.
 """
 
 import bisect
