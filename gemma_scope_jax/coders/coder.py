@@ -169,7 +169,7 @@ class Coder:
             array = getattr(self, name)
             if array is None and name in optional:
                 continue
-            shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", None)
+            shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", object)
             if len(shape) == len(axes.split()) and 0 not in shape:
                 sizes = {**dict(zip(axes.split(), shape)), **sizes}
             expected = [sizes.get(axis, axis) for axis in axes.split()]
