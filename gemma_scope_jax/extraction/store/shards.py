@@ -29,12 +29,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from etils import epath
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.store import tables
 from gemma_scope_jax.extraction.store.codec import Entries, joined, kept_values, turned
-from gemma_scope_jax.extraction.store.tables import DELTA, DICTIONARY, SPLIT, FileSum
+from gemma_scope_jax.extraction.store.tables import DELTA, DICTIONARY, SPLIT, AnyPath, FileSum
 from gemma_scope_jax.storage.atomic import WholeFile
 from gemma_scope_jax.storage.locks import remove_leftovers
 from gemma_scope_jax.storage.paths import is_remote
@@ -66,8 +65,8 @@ def first_row(shard: int) -> int:
 
 
 def segment_files(
-    folder: epath.Path, lists: Sequence[FeatureList], shard: int, segment: int
-) -> list[epath.Path]:
+    folder: AnyPath, lists: Sequence[FeatureList], shard: int, segment: int
+) -> list[AnyPath]:
     """The paths of a segment's files: its tokens, and each list of features."""
     name = f"{shard:06d}-{segment:04d}.parquet"
     return [folder / part / name for part in ("tokens", *(some.folder for some in lists))]
@@ -87,7 +86,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: epath.Path,
+        folder: AnyPath,
         shard: int,
         lists: Sequence[FeatureList],
         values: str,
@@ -98,7 +97,7 @@ class ShardWriter:
         self._pool, self._ahead = pool, ahead
         self._row = first_row(shard)
         self._segments: list[dict] = []
-        self._written: list[epath.Path] = []
+        self._written: list[AnyPath] = []
         self._held: list[tuple] = []
         self._waiting = 0
         self._coding: collections.deque = collections.deque()
@@ -151,7 +150,7 @@ class ShardWriter:
             self.discard()
             raise
 
-    def _write(self, path: epath.Path, data: bytes | memoryview) -> None:
+    def _write(self, path: AnyPath, data: bytes | memoryview) -> None:
         with WholeFile(path) as file:
             file.write(data)
         self._written.append(path)
@@ -227,7 +226,7 @@ class Shard:
     Raises `InputError` for a missing, foreign, incomplete or damaged file.
     """
 
-    def __init__(self, folder: epath.Path, number: int):
+    def __init__(self, folder: AnyPath, number: int):
         self.folder, self.number = folder, number
         self.path = path = folder / shard_name(number)
         try:
@@ -271,7 +270,7 @@ class Shard:
             if len(sums) != len(files) or len(sums) != lists + 1:
                 raise InputError(f"files are {str(files)[:60]}")
 
-    def files(self, segment: int, lists: Sequence[FeatureList]) -> list[tuple[epath.Path, FileSum]]:
+    def files(self, segment: int, lists: Sequence[FeatureList]) -> list[tuple[AnyPath, FileSum]]:
         """The paths and sums of a segment's files: of its tokens, and of each list."""
         sums = [FileSum(*some) for some in self.footer["segments"][segment]["files"]]
         paths = segment_files(self.folder, lists, self.number, segment)

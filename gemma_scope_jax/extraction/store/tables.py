@@ -8,6 +8,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from gemma_scope_jax.errors import InputError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+AnyPath = Path | epath.Path  # local or in a bucket
 DELTA, SPLIT, DICTIONARY = "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT", "dictionary"
 GROUP = 1 << 17  # rows per row group, all of which are read for one feature
 _TAIL = 8  # bytes of the footer's length and the magic
@@ -66,7 +68,7 @@ def _footer_at(tail: bytes | memoryview) -> int:
 
 
 @contextlib.contextmanager
-def opened(path: epath.Path, there: FileSum) -> Iterator["ParquetFile"]:
+def opened(path: AnyPath, there: FileSum) -> Iterator["ParquetFile"]:
     """Open the file at `path` for reading. Raises `InputError` if it, or what the block reads, is
     not what was written."""
     import pyarrow as pa
@@ -93,7 +95,7 @@ def opened(path: epath.Path, there: FileSum) -> Iterator["ParquetFile"]:
         raise damaged(path, str(error).partition("\n")[0]) from error
 
 
-def check_sum(path: epath.Path, there: FileSum) -> None:
+def check_sum(path: AnyPath, there: FileSum) -> None:
     """Read every byte of a file. Raises `InputError` if it is not what was written."""
     with opened(path, there), path.open("rb") as file:
         crc = 0
@@ -103,11 +105,11 @@ def check_sum(path: epath.Path, there: FileSum) -> None:
         raise damaged(path, "its data")
 
 
-def damaged(path: epath.Path, what: str) -> InputError:
+def damaged(path: AnyPath, what: str) -> InputError:
     return InputError(f"{path}: damaged ({what}); {again(path)}")
 
 
-def again(path: epath.Path) -> str:
+def again(path: AnyPath) -> str:
     """How to replace the shard to which the file at `path` belongs."""
     name = os.path.basename(os.fspath(path)).partition("-")[0]
     return f"delete {f'shard-{name}.json' if name.isdigit() else 'it'} and extract again"
