@@ -1,24 +1,24 @@
-"""One type for all coders: what SAEs, transcoders, crosscoders and CLTs answer alike.
+"""The interface that SAEs, transcoders, crosscoders and CLTs share.
 
-The rooms above take a `Coder` and never ask which class it is. Coders of several layers have the
+The rooms above take a `Coder` and never ask which class it is. Coders of several layers put the
 layer axis first in activations, features and reconstructions: [X, ..., D] and [X, ..., F]. A coder
-of one layer takes any leading axes, so also an X of 1: code that always puts the layers first runs
-on every coder.
+of one layer takes any leading axes, so code that always puts an X axis first runs on every coder.
 
-All coder arithmetic is float32 at full precision whatever the dtype of the input or the weights:
+All coder arithmetic is float32 at full precision, whatever the dtype of the input or the weights:
 residual norms reach 25,000, and bfloat16 coder maths visibly bends the dose-response of steering.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
@@ -27,20 +27,22 @@ from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import checksum
 from gemma_scope_jax.storage.strict_json import legible
 
+WEIGHTS = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec", "w_skip")
+Index = int | jax.Array  # one of a coder's own layers, 0 to X - 1; may be traced
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CoderInfo:
     """Where a coder comes from. Metadata only: it never changes a compiled program.
 
-    A coder's static fields are part of what `jax.jit` compiles for. Any two `CoderInfo` are equal
-    and hash alike, so coders that differ only in weights and in this share one program. The price:
-    a coder *returned* by a jitted function carries the info of the first call that compiled it; put
-    the right one back with `coder.replace(info=...)`.
+    Any two `CoderInfo` are equal and hash alike, so coders that differ only in weights and in this
+    share one program. The price: a coder *returned* by a jitted function carries the info of the
+    call that compiled it; restore the right one with `coder.replace(info=...)`.
     """
 
     model_name: str = ""  # "google/gemma-3-270m", "google/gemma-3-4b-it"; "" if unknown
     type: str = ""  # as published: "sae", "transcoder", "crosscoder", "clt"
-    l0: float | None = None  # the target L0 it was trained for
+    l0: float | None = None  # the target L0 in training
     width: int | None = None  # as published: the total over all layers
     path: str = ""  # the address or folder it was loaded from
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json as read
@@ -59,37 +61,46 @@ def static_field(**kwargs) -> Any:
 
 
 class Encoder(NamedTuple):
-    """What encoding one source layer takes; stacked over layers, each with X first."""
+    """The encoder of one source layer; stacked over layers, each array has X first."""
 
     w_enc: Any  # [D, F]
     b_enc: Any  # [F]
     threshold: Any  # [F]
 
 
+@flax.struct.dataclass
 class Coder:
     """A frozen pytree that encodes activations at `reads` and reconstructs those at `writes`.
 
-    `SparseCoder` and `MultiLayerCoder` are the two there are. Their arrays have a leading layer
-    axis X if `multi_layer`; i and j count the coder's own layers, 0 to X - 1, which are `layers` of
-    the model. `first` is how many leading token positions the coder was not trained on: 1 for
-    `<bos>`, 4 for the coders of instruction-tuned models (`<bos><start_of_turn>user\\n`). With a
-    `k` it is a TopK coder: of a token's features only the k largest stay, over all layers.
+    The arrays of a `MultiLayerCoder` have a leading layer axis X, those of a `SparseCoder` do not.
+    i and j are the coder's own layers, 0 to X - 1; `layers` are the corresponding model layers.
     """
 
     multi_layer: ClassVar[bool]
-    w_enc: Any  # [X, D, F]
-    b_enc: Any  # [X, F]
-    threshold: Any  # [X, F]
-    w_dec: Any  # [F, D_out], of several layers blocks [P, F, D]; None if left on disk
-    b_dec: Any  # [X, D_out]
-    w_skip: Any  # [X, D, D_out] or None, applied as x @ w_skip
-    layers: tuple[int, ...]
-    reads: str
-    writes: str
-    first: int
-    k: int | None
-    info: CoderInfo
-    kind: str  # "sae", "transcoder", "skip_transcoder", "crosscoder" or "clt"
+    axes: ClassVar[tuple[str, ...]]  # of the arrays in `WEIGHTS`, see `check_shapes`
+    w_enc: jax.Array  # [X, D, F]
+    b_enc: jax.Array  # [X, F]
+    threshold: jax.Array  # [X, F]
+    w_dec: Any  # [F, D_out]; several layers: blocks [P, F, D], or None if left on disk
+    b_dec: jax.Array  # [X, D_out]
+    w_skip: jax.Array | None = None  # [X, D, D_out], applied as x @ w_skip
+    reads: str = static_field(default="resid_post")
+    writes: str = static_field(default="resid_post")
+    first: int = static_field(default=1)  # positions not trained on: 1 (`<bos>`), for chats 4
+    k: int | None = static_field(default=None)  # TopK: features kept per token, over all layers
+    info: CoderInfo = static_field(default=CoderInfo())
+
+    if TYPE_CHECKING:  # a field of one subclass and a property of the other
+
+        @property
+        def layers(self) -> tuple[int, ...]: ...
+
+        def replace(self, **changes: Any) -> Self: ...
+
+    @property
+    def kind(self) -> str:
+        """ "sae", "transcoder", "skip_transcoder", "crosscoder" or "clt"."""
+        raise NotImplementedError
 
     @property
     def d_in(self) -> int:
@@ -106,50 +117,75 @@ class Coder:
         """The number of features F of each source layer; the published width is the total, X F."""
         return self.w_enc.shape[-1]
 
-    def pre_activations(self, x: Any) -> jax.Array:
+    def pre_activations(self, x: ArrayLike) -> jax.Array:
         """x [X, ..., D] -> z [X, ..., F], float32."""
         raise NotImplementedError
 
-    def encode(self, x: Any) -> jax.Array:
-        """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32."""
+    def encode(self, x: ArrayLike) -> jax.Array:
+        """x [X, ..., D], raw activations at `reads` -> feature activations [X, ..., F], float32.
+
+        Every token is encoded, although the features of `<bos>` and padding are meaningless;
+        `gs.encode(coder, x, batch)` and `gs.features(coder)` leave those tokens out.
+        """
         raise NotImplementedError
 
-    def encode_layer(self, i: Any, x: Any) -> jax.Array:
-        """The features of source layer `i` alone: x [..., D] -> [..., F]. `i` may be traced."""
+    def encode_layer(self, i: Index, x: ArrayLike) -> jax.Array:
+        """The features of source layer `i` alone: x [..., D] -> [..., F].
+
+        Raises `InputError` for TopK coders of several layers, see `by_layer`.
+        """
         raise NotImplementedError
 
-    def decode(self, f: Any, x: Any = None) -> jax.Array:
-        """f [X, ..., F] -> reconstructions [X, ..., D_out]; with a skip it also needs `x`."""
+    def decode(self, f: ArrayLike, x: ArrayLike | None = None) -> jax.Array:
+        """f [X, ..., F] -> reconstructions [X, ..., D_out] at `writes`, float32.
+
+        A coder with `w_skip` also needs `x` [X, ..., D], the input of `encode`; others ignore it.
+        """
         raise NotImplementedError
 
-    def encoder(self, i: Any) -> Encoder:
-        """The encoder of source layer `i`, as stored. `i` may be traced."""
+    def encoder(self, i: Index) -> Encoder:
+        """The encoder of source layer `i`, as stored."""
         raise NotImplementedError
 
-    def decoder(self, i: Any, j: Any) -> jax.Array:
+    def decoder(self, i: Index, j: Index) -> jax.Array:
         """What the features of layer `i` write to layer `j` >= `i`: [F, D_out], as stored."""
         raise NotImplementedError
 
-    def check_shapes(self) -> None:
-        """Raise `InputError` unless the fields' shapes agree. Looks at no values."""
-        raise NotImplementedError
-
     def unplaced(self) -> Self:
-        """The same maths at layers 0 to X - 1, from position 0 on: one program for all places."""
+        """The same coder at layers 0 to X - 1, from position 0 on: one program for all places."""
         raise NotImplementedError
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with other values in the fields named."""
-        raise NotImplementedError
-
-    def reconstruct(self, x: Any) -> jax.Array:
+    def reconstruct(self, x: ArrayLike) -> jax.Array:
         """decode(encode(x), x): x [X, ..., D] -> [X, ..., D_out], float32."""
         return self.decode(self.encode(x), x)
 
     __call__ = reconstruct
 
+    def check_shapes(self) -> None:
+        """Raise `InputError` unless the fields agree in shape. Values are not read."""
+        optional = ("w_skip", "w_dec") if self.multi_layer else ("w_skip",)
+        sizes: dict[str, int] = {}
+        for name, axes in zip(WEIGHTS, self.axes):
+            array = getattr(self, name)
+            if array is None and name in optional:
+                continue
+            shape, dtype = tuple(getattr(array, "shape", ())), getattr(array, "dtype", object)
+            if len(shape) == len(axes.split()) and 0 not in shape:
+                sizes = {**dict(zip(axes.split(), shape)), **sizes}
+            expected = [sizes.get(axis, axis) for axis in axes.split()]
+            if list(shape) != expected:
+                wanted = ", ".join(map(str, expected))
+                raise InputError(f"{name} has shape {list(shape)}, expected [{wanted}]")
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise InputError(f"{name} has dtype {dtype}, expected a float")
+            X = sizes.get("X", 1)
+            sizes["P"] = X * (X + 1) // 2
+        k, features = self.k, sizes.get("X", 1) * self.width
+        if k is not None and not (type(k) is int and 0 < k <= features):
+            raise InputError(f"k is {k!r:.40}, expected a whole number from 1 to {features}")
+
     def source(self, layer: int | None) -> int:
-        """Which own layer i the model's `layer` is; None: the only one. Raises `InputError`."""
+        """The own layer i of the model's `layer`; None: the only one. Raises `InputError`."""
         if layer is None and len(self.layers) == 1:
             return 0
         if layer not in self.layers:
@@ -157,13 +193,22 @@ class Coder:
             raise InputError(f"layer {layer}: this coder has features of {own}")
         return self.layers.index(layer)
 
-    def _own(self, i: Any) -> Any:
-        """`i` itself if traced; else an int, checked, as dynamic indexing would silently clamp."""
+    def _own(self, i: Index) -> Index:
+        """`i` itself if traced, else a checked int: dynamic indexing would silently clamp it."""
         if isinstance(i, Tracer):
             return i
         if not 0 <= (i := whole_number("layer", i)) < len(self.layers):
             raise InputError(f"this {self.kind} has layers 0 to {len(self.layers) - 1}, not {i}")
         return i
+
+    def _skip_input(self, x: ArrayLike | None) -> ArrayLike:
+        """The `x` that `decode` needs for the skip, or `InputError`."""
+        if x is None:
+            raise InputError(
+                f"this {self.kind} adds x @ w_skip: call decode(f, x), where x is the "
+                f"{self.reads} of {named_layers(self.layers)} that was encoded"
+            )
+        return x
 
     def __repr__(self) -> str:
         """One line without arrays."""
@@ -188,27 +233,26 @@ def named_layers(layers: Sequence[int]) -> str:
     return f"layers {f'{layers[0]}-{layers[-1]}' if every else ', '.join(map(str, layers))}"
 
 
-# -------------------------------------------------------------------------------------------------
-# Maths
+# --- Maths ---------------------------------------------------------------------------------------
 
 
-def float32(x: Any) -> jax.Array:
+def float32(x: ArrayLike) -> jax.Array:
     """`x` as a float32 array; the identity (no copy) if it is one."""
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def matmul(x: jax.Array, w: Any) -> jax.Array:
+def matmul(x: jax.Array, w: ArrayLike) -> jax.Array:
     """x [..., A] @ w [A, B] in full float32 -> [..., B]."""
     return jnp.matmul(x, float32(w), precision=jax.lax.Precision.HIGHEST)
 
 
-def along_last(v: Any, like: jax.Array) -> jax.Array:
-    """A vector [A], float32, with the unit axes that broadcast it over `like` [..., A]."""
-    return float32(v).reshape((1,) * (like.ndim - 1) + (-1,))
+def along_last(v: ArrayLike, template: jax.Array) -> jax.Array:
+    """A vector [A], float32, with the unit axes that broadcast it over `template` [..., A]."""
+    return float32(v).reshape((1,) * (template.ndim - 1) + (-1,))
 
 
 def jump_relu(z: jax.Array, threshold: jax.Array) -> jax.Array:
-    """z * (z > threshold), z and threshold of the same rank. Strict: a tie is silent.
+    """z * (z > threshold), z and threshold of the same rank. Strict: a tie is not active.
 
     The product mask * relu(z) is the official form; unlike a `where` it lets a NaN through.
     """
@@ -218,8 +262,7 @@ def jump_relu(z: jax.Array, threshold: jax.Array) -> jax.Array:
 def largest(f: jax.Array, k: int) -> jax.Array:
     """f [..., F], not negative, with all but the k largest of each row set to 0.
 
-    Exactly k are kept, of equal ones the first; fewer where fewer are above 0. Gradients go to
-    those that are kept.
+    Of equal values the first are kept. Gradients go to the kept values.
     """
     if k >= f.shape[-1]:
         return f
@@ -230,25 +273,24 @@ def largest(f: jax.Array, k: int) -> jax.Array:
 TOKENS = 256  # encoded at a time by `as_jump_relu`
 
 
-def as_jump_relu(coder: Coder, x: Any) -> Coder:
-    """The JumpReLU coder nearest to a TopK coder: one threshold for all features, never below 0.
+def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:
+    """The JumpReLU coder nearest to a TopK coder: one threshold for all features, at least 0.
 
-    Another function, for readers that know no TopK: TopK gives each token its k features, JumpReLU
-    each feature its threshold, so a token of twice the norm has as many features of the one and far
-    more of the other. The converted coder's figures have to be measured anew.
+    It is another function, to be measured anew: TopK keeps k features of every token, while with a
+    threshold a token of twice the norm has far more.
 
-    x: raw activations at `reads`, [N, D] or, of several layers, [X, N, D]; a few thousand tokens
-    that are as the coder's future ones, without <bos>. On these its mean L0 is k, as far as so many
-    pre-activations are positive. Raises `InputError` for a coder without k and an x without tokens.
+    x: raw activations at `reads`, [N, D] or, for several layers, [X, N, D]: a few thousand typical
+    tokens without <bos>. On these the mean L0 becomes k, if enough pre-activations are positive.
+    Raises `InputError` for a coder without k and an x without tokens.
     """
     if coder.k is None:
-        raise InputError("this coder is no TopK coder: it has thresholds of its own")
+        raise InputError("this coder is not a TopK coder: it has thresholds of its own")
     axes = 1 + coder.multi_layer
     x = np.asarray(x, np.float32)
     x = x.reshape(*x.shape[: axes - 1], -1, x.shape[-1]) if x.ndim >= axes else x
     tokens = x.shape[-2] if x.ndim == 1 + axes else 0
     if not tokens:
-        raise InputError(f"no activations to set a threshold by, x has shape {list(x.shape)}")
+        raise InputError(f"no activations to set a threshold from: x has shape {list(x.shape)}")
     wanted = coder.k * tokens
     found = np.zeros(0, np.float32)
     for start in range(0, tokens, TOKENS):
@@ -265,15 +307,12 @@ def as_jump_relu(coder: Coder, x: Any) -> Coder:
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# Identity and checks
+# --- Identity and checks -------------------------------------------------------------------------
 
 
 def weights_identity(coder: Coder) -> str:
-    """Tells a coder's weights from any others: 16 hexadecimal digits.
-
-    Without the decoder of several layers, which may still be on disk: whatever trains it moves the
-    biases, too.
+    """16 hexadecimal digits that identify a coder's weights; of several layers without the decoder,
+    which may be on disk: training that changes it changes the biases, too.
     """
     weights = coder.replace(w_dec=None) if coder.multi_layer else coder
     return checksum(weights if coder.k is None else (weights, np.array([coder.k], np.float32)))
@@ -292,12 +331,9 @@ def check_fits(config: GemmaConfig, coder: Coder) -> None:
         raise InputError(
             f"the coder is for layer {last}, but {config.name} has layers 0 to {config.layers - 1}"
         )
-    for site, size, verb in (
-        (coder.reads, coder.d_in, "reads"),
-        (coder.writes, coder.d_out, "writes"),
-    ):
-        width = site_width(config, site)
-        if size != width:
+    sites = (coder.reads, coder.d_in, "reads"), (coder.writes, coder.d_out, "writes")
+    for site, size, verb in sites:
+        if size != (width := site_width(config, site)):
             raise InputError(
                 f"the coder {verb} {size} values at {site}, where {config.name} has {width}: "
                 "it is for another model"
@@ -309,39 +345,14 @@ def by_layer(coder: Coder) -> None:
     if coder.multi_layer and coder.k is not None:
         raise InputError(
             f"this {coder.kind} keeps the {coder.k} largest features of a token over all of its "
-            "layers, so that none can be encoded alone, as inside the model: encode all layers at "
-            "once, or make it a JumpReLU coder with as_jump_relu"
+            "layers, so a single layer cannot be encoded, as the model would need: encode all "
+            "layers at once, or convert it with as_jump_relu"
         )
 
 
-def expect_last_axis(x: Any, size: int, what: str) -> jax.Array:
-    """`x` in float32, or an `InputError` saying that `what` [..., size] was expected."""
+def expect_last_axis(x: ArrayLike, size: int, what: str) -> jax.Array:
+    """`x` in float32; raises `InputError` unless it is `what` [..., size]."""
     shape = np.shape(x)
     if len(shape) < 1 or shape[-1] != size:
         raise InputError(f"expected {what} with last axis {size}, got an array of shape {shape}")
     return float32(x)
-
-
-def expect_shapes(coder: Coder, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `InputError` unless every named field of `coder` is a float array of that shape."""
-    for name, shape in expected.items():
-        array = getattr(coder, name)
-        got = tuple(getattr(array, "shape", ()))
-        if got != shape:
-            raise InputError(f"{name} has shape {list(got)}, expected {list(shape)}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(f"{name} has dtype {array.dtype}, expected a float")
-
-
-def expect_rank(coder: Coder, name: str, axes: str) -> tuple[int, ...]:
-    """The shape of a field, or `InputError` unless it has the axes named, none empty."""
-    shape = tuple(getattr(getattr(coder, name), "shape", ()))
-    if len(shape) != len(axes.split()) or 0 in shape:
-        raise InputError(f"{name} has shape {list(shape)}, expected [{', '.join(axes.split())}]")
-    return shape
-
-
-def check_k(k: Any, features: int) -> None:
-    """Raise `InputError` unless k is None or can be the number of features kept of so many."""
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= features):
-        raise InputError(f"k is {k!r:.40}, expected a whole number from 1 to {features}")

@@ -1,6 +1,6 @@
-"""Several coders as one thing: a transcoder a layer, a CLT, whatever a glob matches."""
+"""Several coders as one thing: a transcoder per layer, a CLT, whatever a glob matches."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_scope_jax.coders.coder import Coder, ends, named_layers, public_name
@@ -8,15 +8,15 @@ from gemma_scope_jax.errors import InputError
 
 
 class CoderSet(Sequence[Coder]):
-    """Coders in order, each under a name of its own: transcoders of all layers, a CLT, a glob's.
+    """Coders in order, each under a unique name; see `load_coders` for sets from disk.
 
-    `coders[0]`, `coders["name"]` and `coders[:4]` (a set again); iterating gives the coders. See
-    `load_coders` for sets from disk.
+    `coders[0]`, `coders["name"]` and `coders[:4]` (a set again); iterating gives the coders.
     """
 
     def __init__(self, coders: Coder | Mapping[str, Coder] | Iterable[Coder]):
-        """Coders without a name are called by their address or folder, numbered where they share
-        it. Raises `InputError` for none, and for what is no coder.
+        """Coders without a name get that of their address or folder, numbered where they share it.
+
+        Raises `InputError` if there are none, and for anything that is not a coder.
         """
         if isinstance(coders, CoderSet):
             coders = coders._by_name
@@ -31,8 +31,8 @@ class CoderSet(Sequence[Coder]):
             raise InputError("no coders: give at least one")
         names = names or list(map(_name, given))
         numbered = [f"{name}-{i}" for i, name in enumerate(names)]
-        some = [n if names.count(n) == 1 else number for n, number in zip(names, numbered)]
-        self._by_name = dict(zip(some if len(set(some)) == len(some) else numbered, given))
+        unique = [n if names.count(n) == 1 else number for n, number in zip(names, numbered)]
+        self._by_name = dict(zip(unique if len(set(unique)) == len(unique) else numbered, given))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,9 +44,9 @@ class CoderSet(Sequence[Coder]):
         return tuple(sorted({layer for coder in self for layer in coder.layers}))
 
     def at(self, layer: int) -> Coder:
-        """The coder that reads the model's `layer`. Raises `InputError` unless there is just one.
+        """The only coder that reads the model's `layer`, or `InputError`.
 
-        Its own number of that layer is `coder.source(layer)`.
+        `coder.source(layer)` is the coder's own number of that layer.
         """
         there = [name for name, coder in self.items() if layer in coder.layers]
         if len(there) != 1:
@@ -54,17 +54,17 @@ class CoderSet(Sequence[Coder]):
             raise InputError(f"layer {layer}: {said} here, of {named_layers(self.layers)}")
         return self._by_name[there[0]]
 
-    def items(self) -> Iterable[tuple[str, Coder]]:
+    def items(self) -> ItemsView[str, Coder]:
         return self._by_name.items()
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, slice):
             return CoderSet({name: self._by_name[name] for name in self.names[key]})
-        if isinstance(key, str):
-            if key not in self._by_name:
-                raise InputError(f"no coder {key!r} in this set; it has {', '.join(self.names)}")
-            return self._by_name[key]
-        return self._by_name[self.names[key]]
+        if not isinstance(key, str):
+            return self._by_name[self.names[key]]
+        if key not in self._by_name:
+            raise InputError(f"no coder {key!r} in this set; it has {', '.join(self.names)}")
+        return self._by_name[key]
 
     def __len__(self) -> int:
         return len(self._by_name)

@@ -1,10 +1,10 @@
-"""What features write, from the weights alone: the tokens they push, and which write alike.
+"""What features write, from the weights alone: the tokens they promote, and similar features.
 
     logits  = unembedding @ (gain * row)      gain = 1 + w of the final norm
     similar = rows whose cosine with a row is largest, within a coder or in another one
 
-The official notebook multiplies by w, without the 1, which the norm itself does not do: the ranking
-differs. `gain="notebook"` gives that one.
+The official notebook multiplies by w, not by 1 + w as the norm itself does, which ranks tokens
+differently; `gain="notebook"` reproduces it.
 
 Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.block.rms_norm`.
 """
@@ -27,10 +27,11 @@ ROWS = 128  # decoder rows through the unembedding at a time: logits [128, V] ar
 BLOCK = 1024  # rows compared with all others at a time
 TO_LOGITS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
 Gain = Literal["exact", "notebook"]
+Features = Sequence[int] | np.ndarray
 
 
 def written(coder: Coder, layer: int | None = None) -> jax.Array:
-    """All that the features of a layer write [F, D]; of several outputs, one after the other."""
+    """All that the features of a layer write [F, D]; several outputs are concatenated along D."""
     i = coder.source(layer)
     blocks = [float32(coder.decoder(i, j)) for j in range(i, len(coder.layers))]
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, -1)
@@ -39,12 +40,9 @@ def written(coder: Coder, layer: int | None = None) -> jax.Array:
 def check_comparable(
     coder: Coder, layer: int | None, other: Coder, other_layer: int | None
 ) -> None:
-    """Raises `InputError` for coders whose features of a layer do not write as many values."""
-
-    def size(of: Coder, of_layer: int | None) -> int:
-        return of.d_out * (len(of.layers) - of.source(of_layer))
-
-    mine, theirs = size(coder, layer), size(other, other_layer)
+    """Raise `InputError` unless the features of both layers write equally many values."""
+    mine = coder.d_out * (len(coder.layers) - coder.source(layer))
+    theirs = other.d_out * (len(other.layers) - other.source(other_layer))
     if mine != theirs:
         raise InputError(
             f"{other.info.path or other.kind}: its features write {theirs} values, those of "
@@ -53,11 +51,11 @@ def check_comparable(
 
 
 def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Array) -> jax.Array:
-    """The directions [n, D] that features write to the final residual stream, by themselves.
+    """The directions [n, D] that features write to the final residual stream, each by itself.
 
-    A CLT's features write at every layer from theirs on, and those add up; a crosscoder's write the
-    same stream at several layers, and the last is the one that counts. Of rows at `z`, which pass
-    a norm after the output projection, only the direction is right.
+    A CLT's features write to every layer from their own on, which adds up; a crosscoder's write the
+    same stream at several layers, of which the last is taken. Rows at `z` pass a norm after the
+    output projection, so only their direction is right.
     """
     i, last = coder.source(layer), len(coder.layers) - 1
     outputs = range(i, last + 1) if coder.kind == "clt" else [last]
@@ -93,7 +91,7 @@ def extreme_logits(
     model: Model,
     coder: Coder,
     tokenizer: Tokenizer,
-    features: Any,
+    features: Features,
     *,
     k: int = 10,
     gain: Gain = "exact",
@@ -103,12 +101,11 @@ def extreme_logits(
     """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
     smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
 
-    The direct path only; control tokens are left out. Raises `InputError` for a coder that does not
-    write to the residual stream.
+    The direct path only, without control tokens. Raises `InputError` for sites off the stream.
     """
     if coder.writes not in TO_LOGITS:
         raise InputError(f"features at {coder.writes} do not write to the residual stream")
-    special = np.ones(model.config.vocab, bool)  # as are rows of the embedding that no token has
+    special = np.ones(model.config.vocab, bool)  # True, too, for embedding rows without a token
     special[: len(tokenizer.special)] = tokenizer.special[: len(special)]
     features, allowed = np.asarray(features, np.int32), jnp.asarray(~special)
     chunk = min(ROWS, 1 << max(0, len(features) - 1).bit_length())
@@ -123,35 +120,27 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model,
-    coder: Coder,
-    tokenizer: Tokenizer,
-    features: Any,
-    *,
-    k: int = 10,
-    gain: Gain = "exact",
+    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, **options: Any
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
-    Empty lists for coders that do not write to the residual stream.
+    Takes the options of `extreme_logits`. Empty for coders that do not write the residual stream.
     """
     if coder.writes not in TO_LOGITS or not len(features):
         return [([], []) for _ in features]
-    chunks = extreme_logits(model, coder, tokenizer, features, k=k, gain=gain)
     return [
         (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
-        for chunk in chunks
+        for chunk in extreme_logits(model, coder, tokenizer, features, **options)
         for top, bottom in zip(chunk[0], chunk[2])
     ]
 
 
-# -------------------------------------------------------------------------------------------------
-# Similar rows
+# --- Similar rows --------------------------------------------------------------------------------
 
 
 @partial(jax.jit, static_argnames="k")
 def _most_similar(rows: jax.Array, others: jax.Array, own: jax.Array, *, k: int):
-    """The k largest cosines of unit rows [n, D] with `others` [G, D], but for number `own` [n]."""
+    """The k largest cosines of unit rows [n, D] with `others` [G, D], except number `own` [n]."""
     cosines = jnp.einsum("nd,gd->ng", rows, others, precision=jax.lax.Precision.HIGHEST)
     same = own[:, None] == jnp.arange(others.shape[0], dtype=jnp.int32)[None, :]
     return jax.lax.top_k(jnp.where(same, -jnp.inf, cosines), k)
@@ -159,8 +148,7 @@ def _most_similar(rows: jax.Array, others: jax.Array, own: jax.Array, *, k: int)
 
 def unit_rows(rows: jax.Array) -> jax.Array:
     """Rows [F, D] at length 1; zeros stay zeros."""
-    norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / jnp.maximum(norms, 1e-30)
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-30)
 
 
 def most_similar(
@@ -168,12 +156,12 @@ def most_similar(
     others: jax.Array | None,
     k: int,
     what: str = "",
-    features: Sequence[int] | None = None,
+    features: Features | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers and cosines [F, k] of the rows among `others` [G, D] most like each of rows
-    [F, D]; None: among the rows themselves, each but itself. -1 where there are fewer than k.
+    """The numbers and cosines [F, k] of the rows of `others` [G, D] nearest to each of rows [F, D];
+    None: of the other rows. -1 where there are fewer than k.
 
-    features: only of these of the rows, [len(features), k].
+    features: the rows to look up, default all; then the results are [len(features), k].
     """
     itself = others is None
     some = np.arange(len(rows)) if features is None else np.asarray(features, np.int64)

@@ -1,4 +1,4 @@
-"""The published coders that fit what is asked for, found offline, in plain data."""
+"""Search among the published coders, offline, with results as plain data."""
 
 from typing import Any
 
@@ -6,39 +6,25 @@ from gemma_scope_jax.coders.release.catalog import Address, addresses, nearest_a
 from gemma_scope_jax.errors import InputError
 
 
-def find_addresses(
-    pattern: str = "*",
-    *,
-    model: str | None = None,
-    kind: str | None = None,
-    layer: int | None = None,
-    width: str | None = None,
-    l0: str | None = None,
-    affine: bool | None = None,
-) -> list[Address]:
-    """The published coders that match, without asking the network.
+def find_addresses(pattern: str = "*", **filters: Any) -> list[Address]:
+    """The published coders that match, without network access.
 
     pattern: part of an address, or a glob: `*-1b-it/transcoder_all/*_16k_*`.
-    model: `270m`, `1b-it`, `google/gemma-3-1b-pt`; kind: sae, transcoder, crosscoder or clt.
-    width: 16k, 65k, 262k, 524k or 1m; l0: small, medium or big, the label of the target L0.
+    filters: model, kind, layer, width, l0, affine, as `addresses` takes them; None matches all.
     Raises `InputError` naming the nearest coders if nothing matches.
     """
-    filters: dict[str, Any] = dict(
-        model=model, kind=kind, layer=layer, width=width, l0=l0, affine=affine
-    )
     found = list(addresses(**filters, pattern=pattern))
     if not found:
         given = {name: value for name, value in filters.items() if value is not None}
         wanted = " ".join([pattern, *(f"{name} {value}" for name, value in given.items())])
-        close = ", ".join(str(a) for a in nearest_addresses(wanted))
-        raise InputError(
-            f"no published coder matches {wanted!r}" + (close and f"; nearest: {close}")
-        )
+        close = ", ".join(map(str, nearest_addresses(wanted)))
+        hint = close and f"; nearest: {close}"
+        raise InputError(f"no published coder matches {wanted!r}{hint}")
     return found
 
 
 def describe_address(a: Address) -> dict[str, Any]:
-    """What is known of a published coder, as plain data for JSON; sizes in bytes."""
+    """A published coder as plain data for JSON; sizes in bytes."""
     return {
         "address": str(a),
         "kind": a.kind,

@@ -1,32 +1,30 @@
 """Features of captured activations, zero at the tokens that a coder was not trained on.
 
-A coder is a function of an activation and does not know which token that is of. Of `<bos>` and of
-padding `coder.encode` gives features that mean nothing, and often many, large ones: averaged with
-the others they spoil every figure.
+A coder cannot see which token an activation belongs to. On `<bos>` and padding `coder.encode` gives
+meaningless features, often many and large: averaged with the others they spoil every figure.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import as_batch
+from gemma_scope_jax.model.batch import TokenBatch, as_batch
 
 
-def encode(coder: Coder, activations: Any, batch: Any, *, first: int | None = None) -> jax.Array:
+def encode(
+    coder: Coder, activations: ArrayLike, batch: TokenBatch | ArrayLike, *, first: int | None = None
+) -> jax.Array:
     """`coder.encode`, zero on padding and on the first tokens of each document: [B, T, F].
 
-    activations  what the coder reads, [B, T, D], as `capture(coder.reads, coder.layer)` has it; of
-                 a coder of several layers [X, B, T, D], which gives [X, B, T, F]
+    activations  the coder's captured input [B, T, D]; several layers: [X, B, T, D]
     batch        the `TokenBatch` that was run, or its tokens [B, T]
-    first        how many tokens to skip of each document; default: the coder's own
+    first        tokens to skip in each document; default: the coder's own `first`
 
-    The same as `run(model, batch, [features(coder)])` reads. To average over the tokens that are
-    left, or those that the batch's mask keeps of them, use `batch.counted(coder.first)`. Raises
-    `InputError` for activations of other tokens.
+    Equals what `run(model, batch, [features(coder)])` reads. To average over the remaining tokens,
+    use `batch.counted(coder.first)`. Raises `InputError` for activations of other tokens.
     """
     batch, f = as_batch(batch), coder.encode(activations)
     B, T = batch.tokens.shape

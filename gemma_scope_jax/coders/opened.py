@@ -1,10 +1,9 @@
-"""Coders by name with all that goes with them but the model's weights, which load last.
+"""Coders by name, with everything that belongs to them except the model's weights, which load last.
 
     opened = open_coders(["gemma-3-270m-resid-post-12-width-4k-l0-50"])
-    opened.tokenizer.encode("a text"); opened.shape.layers
     model = load_model(opened.model)
 
-Whatever does not fit is known before gigabytes are read.
+Whatever does not fit is reported before gigabytes are read.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ DEFAULT_MODEL = "gemma-3-270m"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OpenedCoders:
-    """Coders, and what is known of the model that they are for without its weights."""
+    """Coders, and what is known about their model without its weights."""
 
     coders: CoderSet
     model: str  # as `load_model` takes it
@@ -36,22 +35,21 @@ def open_coders(
 ) -> OpenedCoders:
     """Load coders, and find the architecture and the tokenizer of their model.
 
-    names      what `load_coders` takes; a text that is no list names a single coder
+    names      what `load_coders` takes; a single string names a single coder
     model      a name, a folder or a file; default: the coders' own model
     one_layer  refuse coders of several layers
-    decoders   load those of coders of several layers, too, which else stay on the disk
+    decoders   also load the decoders of coders of several layers, otherwise left on disk
     Raises `InputError` for coders of several models, and those that do not fit the model.
     """
     if not names:
-        raise InputError("name at least one CODER (see `gemma-scope list`)")
+        raise InputError("name at least one coder (see `gemma-scope list`)")
     loaded = load_coders(load_coder(names) if isinstance(names, str) else names)
     for coder in loaded:
         if one_layer and coder.multi_layer:
-            where = coder.info.path
-            raise InputError(f"{where} has several layers: this takes coders of one layer")
+            raise InputError(f"{coder.info.path} has several layers: a coder of one is needed here")
     made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
     if not model and len(made_for) > 1:
-        raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): --model?")
+        raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): choose one")
     model = model or next(iter(made_for), DEFAULT_MODEL)
     shape = model_config(model)
     for coder in loaded:

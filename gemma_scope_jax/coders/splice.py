@@ -1,15 +1,13 @@
 """Putting coders into the model: their features, reconstructions and edits as intercepts.
 
-A coder knows its layers, the site it reads and the site it writes, so that it can place itself:
-`features` is a `read`, `splice` and `edit` are a `write`, or a `fold` for coders of several layers,
-whose features also write to later layers. The weights are intercept arguments, data: another SAE
-for the same place never recompiles.
+A coder has its layers and sites, so it can place itself: `features` is a `read`, `splice` and
+`edit` are a `write`, or a `fold` for coders of several layers, whose features also write to later
+layers. The weights are intercept arguments, that is data: another SAE for the same place never
+recompiles.
 
-Coder maths is float32, cast back to the model's dtype. Positions below `first` (default: the
-coder's own; 1 skips `<bos>`, 4 the opening of a chat) and padding are left alone by everything, and
-features are zero there. Positions are absolute, so all of it works the same while generating.
-
-`replacement` is the model with the reconstructions of many coders in place at once.
+Coder maths is float32, cast back to the model's dtype. Padding and positions below `first`
+(default: the coder's own; 1 skips `<bos>`, 4 the opening of a chat) are never changed, and features
+are zero there. Positions are absolute, so everything works the same while generating.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,24 +19,9 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, along_last, by_layer, float32, matmul
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.arguments import (
-    MisfitError,
-    at_positions,
-    check_finite,
-    is_abstract,
-    on_host,
-    whole_number,
-)
-from gemma_scope_jax.model.intercept import (
-    LAYER_SITES,
-    Context,
-    Intercept,
-    fold,
-    read,
-    token_mask,
-    tokenwise,
-    write,
-)
+from gemma_scope_jax.model import arguments, intercept
+from gemma_scope_jax.model.arguments import MisfitError, at_positions, is_abstract, whole_number
+from gemma_scope_jax.model.intercept import LAYER_SITES, Context, Intercept, token_mask, tokenwise
 
 
 def features(
@@ -46,60 +29,58 @@ def features(
 ) -> Intercept:
     """Read the feature activations: `reads[name]` is float32 [B, T, F].
 
-    With `k`: (values float32 [B, T, k], indices int32 [B, T, k]), the largest first, so that only
-    they leave the device. A coder of several layers gives a leading axis X, in both forms.
+    With `k`: (values float32 [B, T, k], indices int32 [B, T, k]), the largest first, and only these
+    leave the device. A coder of several layers adds a leading axis X in both forms.
     """
     layers, first = _place(coder, first)
     if k is not None and not 1 <= whole_number("k", k) <= coder.width:
         raise InputError(f"k is {k}: this {coder.kind} has {coder.width} features a layer")
-    return read(coder.reads, layers, _features, coder, name=name, first=first, k=k)
+    return intercept.read(coder.reads, layers, _features, coder, name=name, first=first, k=k)
 
 
 def splice(coder: Coder, *, error: bool = True, first: int | None = None) -> Intercept:
     """Replace the activation that the coder writes by its reconstruction.
 
-    With `error` what the coder misses is added back as a constant: values stay exactly as they
-    were, and gradients flow through the features alone. Without, the model runs on what the coder
-    knows. Skip connections are included. A coder of several layers reads each layer as its own
-    earlier reconstructions have left it.
+    With `error` the reconstruction error is added back as a constant: values stay exactly the same,
+    and gradients flow through the features alone. Skip connections are included. A coder of several
+    layers reads each layer as changed by its own earlier reconstructions.
     """
     layers, first = _place(coder, first)
+    options: dict[str, Any] = dict(error=error, first=first)
     if coder.multi_layer:
-        return fold(coder.writes, layers, _splice_fold, _nothing, coder, error=error, first=first)
-    return write(coder.writes, layers, _splice, coder, error=error, first=first)
+        return intercept.fold(coder.writes, layers, _splice_fold, _nothing, coder, **options)
+    return intercept.write(coder.writes, layers, _splice, coder, **options)
 
 
 def replacement(
     coders: Iterable[Coder], *, error: bool = False, first: int | None = None
 ) -> tuple[Intercept, ...]:
-    """The replacement model of coders: the reconstruction of each in place of what it writes.
+    """The replacement model: the reconstructions of all coders in place of what they write.
 
-    The same as `splice` of each, as one program for any layers: which layer a coder of one layer
-    belongs to is data, and the model's layers branch to their own. Raises `InputError` if two
-    coders write the same activation.
+    Equals `splice` of each coder, but as one program for any layers: the layer of a coder of one
+    layer is data, and each of the model's layers branches to its own coder. Raises `InputError` if
+    two coders write the same activation.
     """
-    coders, taken = tuple(coders), set()
+    taken: set[tuple[str, int]] = set()
     folds: list[Intercept] = []
-    by_site: dict[str, list[tuple[Coder, int]]] = {}
+    by_site: dict[str, list[Coder]] = {}
     for coder in coders:
-        _, start = _place(coder, first)
+        _place(coder, first)
         for layer in coder.layers:
             if (coder.writes, layer) in taken:
-                raise InputError(
-                    f"two coders write {coder.writes} of layer {layer}: a replacement model takes "
-                    "one for each place"
-                )
+                place = f"{coder.writes} of layer {layer}"
+                raise InputError(f"two coders write {place}: a replacement model takes only one")
             taken.add((coder.writes, layer))
         if coder.multi_layer:
             folds.append(splice(coder, error=error, first=first))
         else:
-            by_site.setdefault(coder.writes, []).append((coder, start))
+            by_site.setdefault(coder.writes, []).append(coder)
     writes = []
     for site, some in by_site.items():
-        layers = jnp.asarray([coder.layers[0] for coder, _ in some], jnp.int32)
-        bare = tuple(coder.unplaced() for coder, _ in some)
-        starts = tuple(start for _, start in some)
-        writes.append(write(site, None, _splice_own, bare, layers, error=error, firsts=starts))
+        layers = jnp.asarray([coder.layers[0] for coder in some], jnp.int32)
+        bare = tuple(coder.unplaced() for coder in some)
+        options = dict(error=error, firsts=tuple(_place(coder, first)[1] for coder in some))
+        writes.append(intercept.write(site, None, _splice_own, bare, layers, **options))
     return (*folds, *writes)
 
 
@@ -108,13 +89,13 @@ def edit(
 ) -> Intercept:
     """Change features: `fn(f, ctx, *args)` takes and returns activations float32 [B, T, F].
 
-    decode(fn(f)) - decode(f) is added to the activation that the coder writes, so what the coder
-    misses stays. `args` are data; `fn` is the program, a module-level function such as `clamp`.
-    `positions` restricts the change to those absolute positions, as those of `steer` do.
+    decode(fn(f)) - decode(f) is added to the activation that the coder writes, so its
+    reconstruction error stays. `args` are data; `fn` is the program, a module-level function such
+    as `clamp`. `positions` restricts the change to these absolute positions, as in `steer`.
 
     For a coder of several layers `fn` is called at each of them (`ctx.layer` is the model's) and
-    the change goes to all later layers; a crosscoder's sites lie on the residual stream, where an
-    early change also arrives through the model itself, as well.
+    the change goes to all later layers. A crosscoder's sites lie on the residual stream, so an
+    early change also reaches later layers through the model itself.
     """
     layers, first = _place(coder, first)
     positions = at_positions(positions)
@@ -122,34 +103,32 @@ def edit(
         _check_clamp(coder, *args)
     if coder.multi_layer:
         fold_args = (_edit_fold, _nothing, coder, positions, *args)
-        return fold(coder.writes, layers, *fold_args, fn=fn, first=first)
-    return write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
+        return intercept.fold(coder.writes, layers, *fold_args, fn=fn, first=first)
+    return intercept.write(coder.writes, layers, _edit, coder, positions, *args, fn=fn, first=first)
 
 
 @tokenwise
 def clamp(f: jax.Array, ctx: Context, feature: Any, value: Any, layer: Any = None) -> jax.Array:
     """Set `feature` (an id, or ids [n]) of f [B, T, F] to `value` (a number, [n], or [B, T, n]).
 
-    0.0 ablates it. `layer`: the model layers they belong to, a number or [n], for coders of several
-    layers; by default every layer of the coder. An id may occur once a layer.
+    0.0 ablates it. `layer`: the features' model layers, a number or [n], for coders of several
+    layers; default: every layer of the coder. An id may occur only once per layer.
     """
     ids = jnp.atleast_1d(jnp.asarray(feature, jnp.int32))
     shape, value = (*f.shape[:-1], *ids.shape), jnp.asarray(value, f.dtype)
-    if value.ndim > len(shape) or any(
-        a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1])
-    ):
+    misfit = any(a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1]))
+    if misfit or value.ndim > len(shape):
         raise MisfitError(
             f"clamp: a value of shape {list(value.shape)} for {ids.size} features: give a number, "
             f"[{ids.size}] or {list(shape)}"
         )
-    if layer is not None:  # elsewhere: an id that is none, which is left out
+    if layer is not None:  # at other layers: an id out of range, which is dropped
         here = jnp.broadcast_to(jnp.asarray(layer, jnp.int32) == ctx.layer, ids.shape)
         ids = jnp.where(here, ids, f.shape[-1])
     return f.at[..., ids].set(jnp.broadcast_to(value, shape), mode="drop")
 
 
-# -------------------------------------------------------------------------------------------------
-# What happens at the site
+# --- What runs at the site -----------------------------------------------------------------------
 
 
 @tokenwise
@@ -165,7 +144,7 @@ def _splice(x, ctx, coder, *, error, first):
 
 @tokenwise
 def _splice_own(x, ctx, coders, layers, *, error, firsts):
-    """`_splice` of the coder of the layer at hand, if there is one; `layers` [n] are theirs."""
+    """`_splice` of the current layer's coder, if it has one; `layers` [n] are the coders' own."""
     here = layers == ctx.layer
     which = jnp.where(here.any(), 1 + jnp.argmax(here), 0)
 
@@ -205,7 +184,7 @@ def _edit_fold(x, ctx, written, coder, positions, *args, fn, first):
 
 
 def _change(x, ctx, coder, positions, args, fn, first):
-    """fn(f) - f [B, T, F], zero wherever nothing may change."""
+    """fn(f) - f [B, T, F], zero where nothing may change."""
     f = _encode(coder, ctx, _source(x, ctx, coder), token_mask(ctx, x, first))
     g = fn(f, ctx, *args)
     if getattr(g, "shape", None) != f.shape:
@@ -222,7 +201,7 @@ def _add(x, y):
 
 
 def _nothing(embed, coder, *_):
-    """What the earlier layers wrote, before the first: zeros [X, B, T, D]."""
+    """The initial state of the folds, before any layer has written: zeros [X, B, T, D]."""
     return jnp.zeros((len(coder.layers), *embed.shape[:-1], coder.d_out), jnp.float32)
 
 
@@ -232,7 +211,7 @@ def _encode(coder, ctx, x, mask):
 
 
 def _index(coder: Coder, ctx: Context):
-    """Which of the coder's own layers the model is at; traced where `ctx.layer` is."""
+    """The own number of the layer that the model is at; traced if `ctx.layer` is."""
     if isinstance(ctx.layer, int):
         return coder.layers.index(ctx.layer)
     table = np.searchsorted(coder.layers, np.arange(max(coder.layers) + 1)).astype(np.int32)
@@ -247,12 +226,11 @@ def _at(stacked, i):
     return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
 
 
-# -------------------------------------------------------------------------------------------------
-# Checks
+# --- Checks --------------------------------------------------------------------------------------
 
 
 def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:
-    """Where the coder acts, checked: its layer or layers, and the first position."""
+    """The coder's layer or layers and its first position, checked."""
     if not isinstance(coder, Coder):
         raise InputError(f"expected a coder (see load_coder), got {type(coder).__name__}")
     by_layer(coder)
@@ -260,31 +238,31 @@ def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]
     if min(sites) < 0 or sites[0] > sites[1]:
         raise InputError(
             f"a coder that reads {coder.reads!r} and writes {coder.writes!r} has no place in a "
-            f"layer, whose sites are, in order: {' '.join(LAYER_SITES)}"
+            f"layer; the sites of a layer are, in order: {' '.join(LAYER_SITES)}"
         )
     layers = coder.layers if coder.multi_layer else coder.layers[0]
     return layers, coder.first if first is None else whole_number("first", first, 0)
 
 
 def _check_clamp(coder: Coder, feature: Any = None, value: Any = 0.0, layer: Any = None) -> None:
-    """Out of range, a feature or layer would silently be none (or wrap around)."""
+    """Out of range, a feature or layer would silently be dropped (or wrap around)."""
     if feature is None:
         raise InputError("clamp needs a feature and a value: edit(coder, clamp, feature, value)")
-    check_finite("the value of clamp", value)
+    arguments.check_finite("the value of clamp", value)
     if is_abstract(feature):
         return
-    ids = np.atleast_1d(on_host("feature", feature))
+    ids = np.atleast_1d(arguments.on_host("feature", feature))
     known = ids.dtype.kind in "iu" or not ids.size
     bad = ids[(ids < 0) | (ids >= coder.width)] if known else ids.reshape(-1)
     if bad.size:
         raise InputError(f"feature {bad[0]} is not an id from 0 to {coder.width - 1}")
     if ids.ndim > 1:
-        raise InputError(f"features are an id or ids [n], not {list(ids.shape)}")
+        raise InputError(f"features must be an id or ids [n], not {list(ids.shape)}")
     if is_abstract(layer):
         return
-    at = np.atleast_1d(on_host("layer", -1 if layer is None else layer))
+    at = np.atleast_1d(arguments.on_host("layer", -1 if layer is None else layer))
     if layer is not None and (at.dtype.kind not in "iu" or not np.isin(at, coder.layers).all()):
-        raise InputError(f"clamp: layer {layer!r} is none of the coder's, {coder.layers}")
+        raise InputError(f"clamp: layer {layer!r} is not among the coder's, {coder.layers}")
     if at.shape not in ((1,), ids.shape):
         raise InputError(f"clamp: {at.size} layers for {ids.size} features")
     pairs = list(zip(ids.tolist(), np.broadcast_to(at, ids.shape).tolist()))

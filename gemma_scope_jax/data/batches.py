@@ -1,7 +1,6 @@
 """Text in, packed token batches out: deterministic, shuffled, resumable at any batch boundary.
 
-Where the next batch begins is a number of a document and a token in it: resuming tokenises nothing
-that came before.
+A position is a document's number and a token in it, so resuming tokenises nothing that came before.
 """
 
 import copy
@@ -14,16 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.data import documents as sources
 from gemma_scope_jax.data.document_files import Record
-from gemma_scope_jax.data.documents import (
-    Documents,
-    HostShard,
-    Source,
-    StreamedDocuments,
-    TextData,
-    open_documents,
-    parse,
-)
+from gemma_scope_jax.data.documents import Documents, HostShard, Source, StreamedDocuments, TextData
 from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
@@ -38,18 +30,16 @@ class TokenBatches:
     """An iterator of `TokenBatch`es [batch_size, context_size], packed as by `pack`.
 
     source     a `TextData`, a list or other iterable of strings, a function returning one, or a
-               `TokenBatch`, whose documents are packed anew
-    tokenizer  `model.tokenizer.Tokenizer` (`bos_id`, `special`, `encode`; `chat` for chats)
-    seed       of the order; every epoch has another
-    shard      (index, count): of `count` hosts this is the `index`th and takes its share
-    epochs     how often the documents come; None: without end. The last batch may be padded
-    position   a `position` of an earlier iterator over the same data: go on from there
-    workers    threads that tokenise (a core each; about 0.5 million tokens/s); None: one a core,
-               up to 16. They change nothing in the batches
+               `TokenBatch`, whose documents are packed again
+    seed       of the order, which is another in every epoch
+    shard      (index, count): the share of the `index`th of `count` hosts
+    epochs     None: without end. The last batch may be padded
+    position   a `position` of an earlier iterator over the same data: continue from there
+    workers    threads that tokenise, at about 0.5 million tokens/s each; None: one per core, up to
+               16. They do not change the batches
 
-    `position` is a small JSON-able dict: where the batch after the last one given begins.
-    `batch_size` and `context_size` may change on resuming, everything else must not. Raises
-    `InputError` for sources that cannot be read and positions that belong to other data.
+    `position` is a small JSON-able dict: where the next batch begins. Only `batch_size` and
+    `context_size` may then change. Raises `InputError` for bad sources and positions of other data.
     """
 
     names: Mapping[str, tuple[str, ...]] = {}  # of the groups, if batches are labelled
@@ -57,7 +47,7 @@ class TokenBatches:
     def __init__(
         self,
         source: Source,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         batch_size: int,
         context_size: int,
         *,
@@ -71,26 +61,30 @@ class TokenBatches:
         self.seed, self.shard = seed, shard
         self.data = source if isinstance(source, TextData) else TextData()
         self._tokenizer = tokenizer
-        self._documents: Documents = open_documents(source)
+        self._documents: Documents = sources.open_documents(source)
         self._workers = min(16, os.cpu_count() or 1) if workers is None else workers
         if self._workers < 1:
             raise InputError(f"workers must be at least 1, not {workers}")
         self._epochs = 1 if self._documents.once else epochs
-        _check_shard(shard, self._documents)
-        about = (self._documents, self.data, tokenizer, seed, shard)
-        self.fingerprint = fingerprint(*about)
-        self._about = about
+        index, count = shard
+        if not 0 <= index < count:
+            raise InputError(f"shard {shard}: must be (index, count) with 0 <= index < count")
+        if not isinstance(self._documents, StreamedDocuments) and self._documents.count < count:
+            few = self._documents.count
+            raise InputError(f"{few} documents are too few to split over {count} hosts")
+        self._about = (self._documents, self.data, tokenizer, seed, shard)
+        self.fingerprint = fingerprint(*self._about)
         beginning = {"data": self.fingerprint, **dict.fromkeys(_PLACE, 0)}
         self._go_to(beginning if position is None else position)
 
     def at(self, position: Mapping[str, Any]) -> "TokenBatches":
-        """The same batches from a position on, without looking through the files again."""
+        """The same batches from a position on, without scanning the files again."""
         other = copy.copy(self)
         other._go_to(position)
         return other
 
     def same_text(self, there: Any) -> bool:
-        """Whether `there` is the `fingerprint` of this text, also as older versions gave it."""
+        """Whether `there` is the `fingerprint` of this text, in today's or an older form."""
         return there == self.fingerprint or same_text(there, *self._about)
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
@@ -104,18 +98,14 @@ class TokenBatches:
             )
         self.position: dict[str, Any] = {**position, "data": self.fingerprint}
         shape = (self.batch_size, self.context_size)
-        bos = self._tokenizer.bos_id
-        self._batches = fill_rows(self._pieces(), *shape, bos, self.names)
+        self._batches = fill_rows(self._pieces(), *shape, self._tokenizer.bos_id, self.names)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
 
     def __next__(self) -> TokenBatch:
         batch, rest = next(self._batches)
-        if rest is None:
-            place = (self._epochs, 0, 0)
-        else:
-            place = (rest.epoch, rest.document, rest.offset)
+        place = (self._epochs, 0, 0) if rest is None else (rest.epoch, rest.document, rest.offset)
         self.position = {"data": self.fingerprint, **dict(zip(_PLACE, place))}
         return batch
 
@@ -137,7 +127,7 @@ class TokenBatches:
                 epoch, start, offset = epoch + 1, 0, 0
 
     def _encode(self, record: Record) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Ids, mask and labels of a document, as `Piece` has them."""
+        """Ids, mask and labels of a document, as in `Piece`."""
         return *encode_record(self._tokenizer, record, self.data), {}
 
 
@@ -150,10 +140,9 @@ def fingerprint(
     *,
     named: bool = False,
 ) -> str:
-    """Tells data, order and tokenizer from others; 16 hexadecimal digits.
+    """16 hexadecimal digits that identify data, order and tokenizer, wherever the text is stored.
 
-    Where the text lies, and how that is spelled, does not matter: its content does. `named`: as
-    versions before did, which knew files by names and sizes.
+    `named`: in the form of older versions, which identified files by names and sizes.
     """
     settings = dataclasses.asdict(data)
     for name in ("files", "tfds", "tfds_folder"):  # those are in the documents' identity
@@ -162,17 +151,16 @@ def fingerprint(
         del settings["shuffle_window"]
     sample = tokenizer.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
-    parts = [identity, settings, seed, list(shard), sample]
-    return digest(json.dumps(parts))
+    return digest(json.dumps([identity, settings, seed, list(shard), sample]))
 
 
 def same_text(there: Any, *about: Any) -> bool:
-    """Whether `there` is the `fingerprint` of `about`, or what it was before it knew content."""
+    """Whether `there` is the `fingerprint` of `about`, in today's or an older form."""
     return there == fingerprint(*about) or there == fingerprint(*about, named=True)
 
 
 def readings(position: Mapping[str, Any]) -> int:
-    """How many times the text has been begun before a position: 2 where it is read again."""
+    """How often the text has been begun before a position: 2 while it is read again."""
     epoch, *rest = (position[name] for name in _PLACE)
     return epoch + any(rest)
 
@@ -180,10 +168,10 @@ def readings(position: Mapping[str, Any]) -> int:
 def counting(
     batches: Iterable[tuple[TokenBatch, Any]], first: int, position: Mapping[str, Any]
 ) -> Iterator[tuple[TokenBatch, Any]]:
-    """(batch, position after it) as they come, from `position` on, for those who wait for tokens
-    that count: not before position `first` of their piece.
+    """(batch, position after it), from `position` on, unchanged.
 
-    Raises `InputError` once a whole pass over the text has had none.
+    Raises `InputError` once a whole pass over the text has had no token in the mask at position
+    `first` of its piece or later.
     """
     place = lambda position: tuple(position[name] for name in _PLACE)
     epoch, *rest = place(position)
@@ -193,8 +181,8 @@ def counting(
             waiting = not batch.counted(first).any()
             if waiting and place(after) >= (epoch + 1, *rest):
                 raise InputError(
-                    "in all of the text no token counts: none is of the roles and kinds that do, "
-                    f"or lies at position {first} or later of its piece of a document"
+                    "no token counts in the whole text: none has one of the selected roles and "
+                    f"kinds and lies at position {first} or later of its piece of a document"
                 )
         yield batch, after
 
@@ -202,7 +190,7 @@ def counting(
 def encode_record(
     tokenizer: Tokenizer, record: Record, data: TextData
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a document without <bos>, int32 [n], and its mask: which to use, bool [n]."""
+    """Token ids of a document without <bos>, int32 [n], and the mask of those to use, bool [n]."""
     return labelled_record(tokenizer, record, data)[:2]
 
 
@@ -214,12 +202,11 @@ def labelled_record(
     if record.kind == "tokens":
         ids, mask = record.value
         if ids[0] != tokenizer.bos_id:
-            raise InputError(
-                f"{record.where} begins with token {ids[0]}, not <bos> ({tokenizer.bos_id})"
-            )
+            bos = tokenizer.bos_id
+            raise InputError(f"{record.where} begins with token {ids[0]}, not <bos> ({bos})")
         return ids[1:], mask[1:], no_roles(len(ids) - 1)
     try:
-        document = parse(record, data)
+        document = sources.parse(record, data)
         if isinstance(document, str):
             ids = tokenizer.encode(document, bos=False)
             return ids, ~tokenizer.special[ids], no_roles(len(ids))
@@ -230,13 +217,5 @@ def labelled_record(
         where = "" if record.where in str(error) else f"{record.where}: "
         hint = "" if record.kind == "string" else " (or set skip_bad=True)"
         raise InputError(f"{where}{error}{hint}") from error
-    ids, said = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
-    return ids, said & ~tokenizer.special[ids], chat.roles[1:]
-
-
-def _check_shard(shard: HostShard, documents: Documents) -> None:
-    index, count = shard
-    if not 0 <= index < count:
-        raise InputError(f"shard {shard}: must be (index, count) with 0 <= index < count")
-    if not isinstance(documents, StreamedDocuments) and documents.count < count:
-        raise InputError(f"{documents.count} documents are too few to split over {count} hosts")
+    ids, selected = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
+    return ids, selected & ~tokenizer.special[ids], chat.roles[1:]

@@ -1,8 +1,8 @@
-"""The formats text files come in: where the documents of a file lie, and how to read one of them.
+"""The formats of text files: where the documents of a file are, and how to read one of them.
 
 Plain files are scanned once, memory-mapped, for the byte offsets of their documents; ArrayRecord
-files bring their own index. Compressed files are read line after line. The suffix, in any case,
-says which it is; what would be read as something it is not is refused.
+files have their own index. Compressed files are read line by line. The suffix, in upper or lower
+case, decides the format; formats that cannot be read are refused.
 """
 
 import codecs
@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma_scope_jax.errors import InputError, shown
+from gemma_scope_jax.errors import InputError, reason, shown
 from gemma_scope_jax.storage.paths import is_remote, named_paths
 
 SEPARATOR = "\n\f\n"
-LONGEST = 1 << 28  # bytes of a line of JSON or a record: more is no document, but fills the memory
+LONGEST = 1 << 28  # bytes of a line of JSON or a record; longer ones would fill the memory
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _RECORDS = (".array_record", ".arrayrecord")
 _COMPRESSED = (".gz", ".zst")
-_PLAIN = (".txt", ".text", ".md")  # whatever stands before them
+_PLAIN = (".txt", ".text", ".md")  # whatever precedes them
 _OTHERS = (
     ".7z", ".arrow", ".avro", ".br", ".bz2", ".csv", ".db", ".doc", ".docx", ".feather", ".gguf",
     ".json", ".lz4", ".npy", ".npz", ".orc", ".parquet", ".pdf", ".pickle", ".pkl", ".pt", ".rar",
@@ -40,11 +40,11 @@ _SPACE = re.compile(rb"\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A document as it lies in its source, not yet parsed.
+    """A document as stored in its source, not yet parsed.
 
     `where` names it in messages and stores. `kind`: "text" (UTF-8 bytes), "json" (bytes), "either"
-    of the two, "string" (a str), "tokens" (their ids, and which to use), "mapping" (a record of a
-    dataset) or "long" (a line that is longer than any document: it is not read).
+    of the two, "string" (a str), "tokens" (ids and mask), "mapping" (a record of a dataset) or
+    "long" (a line longer than `LONGEST`, which is not read).
     """
 
     where: str
@@ -54,18 +54,16 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedFile:
-    """A file whose records 0 .. count - 1 can be read in any order; `size` in bytes."""
+    """A file whose records 0 to count - 1 can be read in any order."""
 
-    path: Path
-    size: int
     count: int
     read: Callable[[int], Record]
 
 
 def text_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that names and glob patterns name (`~` is expanded), sorted, each once.
+    """The files that names and glob patterns match (`~` is expanded), sorted, each once.
 
-    Raises `InputError` if a pattern names none, or a file of a format that cannot be read.
+    Raises `InputError` if a pattern matches none, or a file of a format that cannot be read.
     """
     found: dict[str, str] = {}
     for pattern in patterns:
@@ -77,7 +75,7 @@ def text_files(patterns: Sequence[str]) -> list[Path]:
             raise InputError(f"{pattern}: is a folder; name its files, such as {pattern}/*.jsonl")
         if not files:
             raise InputError(f"no text files match {pattern}")
-        for path in files:  # however it is spelled, a file is one file
+        for path in files:  # one file may be spelled in several ways
             found.setdefault(os.path.abspath(path), path)
     paths = [Path(found[place]) for place in sorted(found)]
     for path in paths:
@@ -86,8 +84,8 @@ def text_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says it is: "text", "lines" (of JSON), "stream" (of lines, compressed) or
-    "records". Raises `InputError` for formats that would be read as something they are not."""
+    """The format by a file's name: "text", "lines" (of JSON), "stream" (of lines, compressed) or
+    "records". Raises `InputError` for other formats."""
     name = _SHARD.sub("", path.name.lower())
     suffixes = Path(name).suffixes or [""]
     last, before = suffixes[-1], suffixes[-2] if len(suffixes) > 1 else ""
@@ -100,32 +98,28 @@ def kind_of(path: Path) -> str:
             return "stream"
         raise InputError(f"{path}: compressed text must be JSON Lines, named .jsonl{last}")
     if last in _OTHERS:
-        raise InputError(
-            f"{path}: not a format that can be read; convert it to .jsonl (a JSON object a line)"
-        )
+        raise InputError(f"{path}: unsupported format; convert it to .jsonl (a JSON object a line)")
     if last not in _PLAIN and {*_LINES, *_COMPRESSED, *_RECORDS} & set(suffixes):
-        raise InputError(f"{path}: rename it: its name should end in what it is, .txt or .jsonl")
+        raise InputError(f"{path}: rename it so that it ends in its format, .txt or .jsonl")
     return "text"
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a file can only be read from its beginning."""
+    """Whether a file can only be read from the beginning."""
     return kind_of(path) == "stream"
 
 
 def decoded(value: bytes, where: str | os.PathLike) -> str:
-    """UTF-8 text without a byte order mark, its lines ended by line feeds. Raises `InputError`."""
+    """UTF-8 text without a byte order mark, with line feeds at line ends. Raises `InputError`."""
     try:
         text = value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: cannot be read as UTF-8 text (byte {error.start} is not UTF-8)"
-        ) from error
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of one document, without the line break at its end. `InputError`."""
+    """The text of a file with one document, without the final line break, or `InputError`."""
     return decoded(path.read_bytes(), path).removesuffix("\n")
 
 
@@ -135,9 +129,9 @@ def indexed_file(path: Path) -> IndexedFile:
     if kind == "records":
         return _array_record(path)
     json, name = kind == "lines", shown(str(path))
+    find = _lines if json else _texts
     try:
-        size = path.stat().st_size
-        starts, stops = _scan(path, _lines if json else _texts) if size else (array("Q"),) * 2
+        starts, stops = _scan(path, find) if path.stat().st_size else (array("Q"), array("Q"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -156,11 +150,11 @@ def indexed_file(path: Path) -> IndexedFile:
             raise InputError(f"{where}: the file has become shorter since it was opened")
         return Record(where, value, "json" if json else "text")
 
-    return IndexedFile(path, size, len(starts), read)
+    return IndexedFile(len(starts), read)
 
 
 def _scan(path: Path, find: Callable) -> tuple[array, array]:
-    """Start and stop byte of each document that is not blank; a byte order mark is none."""
+    """Start and stop byte of each document that is not blank, without a byte order mark."""
     starts, stops = array("Q"), array("Q")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
         mark = len(codecs.BOM_UTF8)
@@ -202,23 +196,21 @@ def _array_record(path: Path) -> IndexedFile:
         source: Any = ArrayRecordDataSource([os.fspath(path)])
         count = len(source)
     except Exception as error:  # the C++ reader raises plain RuntimeErrors and ValueErrors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a complete ArrayRecord file ({reason})") from error
-
+        raise InputError(f"{path}: not a complete ArrayRecord file ({reason(error)})") from error
     name = shown(str(path))
 
     def read(number: int) -> Record:
-        content = source[number]  # a chunk of records is decompressed whole, whatever its size
+        content, where = source[number], f"{name}, record {number}"
         if len(content) > LONGEST:
-            return Record(f"{name}, record {number}", LONGEST, "long")
-        return Record(f"{name}, record {number}", content, "either")
+            return Record(where, LONGEST, "long")
+        return Record(where, content, "either")
 
-    return IndexedFile(path, path.stat().st_size, count, read)
+    return IndexedFile(count, read)
 
 
 def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:
-    """The documents of any supported file in order. Raises `InputError` for broken files, and
-    unless `skip_long` for the first line that is too long: what is compressed may be endless.
+    """The documents of any supported file in order. Raises `InputError` for broken files and,
+    unless `skip_long`, for the first line that is too long: compressed data may be endless.
     """
     if not is_stream(path):
         file = indexed_file(path)
@@ -231,9 +223,9 @@ def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:
                 where = f"{name}, line {number}"
                 if number == 1 and line is not None:
                     line = line.removeprefix(codecs.BOM_UTF8)
-                if line is None and not skip_long:
-                    raise too_long(where)
                 if line is None:
+                    if not skip_long:
+                        raise too_long(where)
                     yield Record(where, LONGEST, "long")
                 elif line and not line.isspace():
                     yield Record(where, line, "json")
@@ -246,7 +238,7 @@ def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """The lines of a file; None for one that is too long, which is then read over."""
+    """The lines of a file; None for one that is too long, which is skipped."""
     while line := file.readline(LONGEST + 1):
         if len(line) <= LONGEST or line.endswith(b"\n"):
             yield line
@@ -257,15 +249,13 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def too_long(where: str) -> InputError:
-    """What is wrong with a line, or a record, that is longer than any document."""
-    return InputError(
-        f"{where}: a line or record of more than {LONGEST >> 20} MiB is no document; is this JSON "
-        "Lines?"
-    )
+    """The error for a line or a record that is too long."""
+    limit = f"{LONGEST >> 20} MiB"
+    return InputError(f"{where}: a line or record of more than {limit}; is this JSON Lines?")
 
 
 def decompressed(path: Path) -> BinaryIO:
-    """A .gz or .zst file, opened to be read in binary. Raises `InputError` without zstandard."""
+    """A .gz or .zst file, opened for binary reading. Raises `InputError` without zstandard."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     try:
@@ -285,15 +275,15 @@ def decompressed(path: Path) -> BinaryIO:
 
 
 def _check_frames(path: Path, zstandard: Any) -> None:
-    """Raise `InputError` for a .zst file that ends within a frame: its reader would only end early.
+    """Raise `InputError` for a .zst file that ends within a frame, which its reader would not.
 
-    Headers alone are read, those of frames and of the blocks in them (RFC 8878).
+    Reads only the headers of frames and their blocks (RFC 8878).
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         while head := file.read(18):
             start = file.tell() - len(head)
-            if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a frame to be skipped
+            if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a skippable frame
                 file.seek(start + 8 + int.from_bytes(head[4:8], "little"))
             else:
                 checked = zstandard.get_frame_parameters(head).has_checksum

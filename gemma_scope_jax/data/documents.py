@@ -1,49 +1,42 @@
-"""Where text comes from: files, TensorFlow Datasets, Python objects; shuffled, split over hosts.
+"""Sources of text: files, TensorFlow Datasets, Python objects; shuffled, split over hosts.
 
-What can be read in any order (text, JSON Lines, ArrayRecord, TFDS, lists) is shuffled globally: the
-memory holds the byte offsets of the documents and nothing else. What can only be read from its
-beginning (compressed files, iterables) is shuffled within a window. Either way the order is a
-function of (seed, epoch), so a run resumes by a document's number.
+What can be read in any order (text, JSON Lines, ArrayRecord, TFDS, lists) is shuffled globally,
+with only the byte offsets of the documents in memory. What can only be read from the beginning
+(compressed files, iterables) is shuffled within a window. Either way the order is a function of
+(seed, epoch), so a run resumes at a document's number.
 """
 
 import codecs
 import dataclasses
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import (
-    SEPARATOR,
-    Record,
-    decoded,
-    indexed_file,
-    is_stream,
-    stream_records,
-    text_files,
-    too_long,
-)
+from gemma_scope_jax.data import document_files as formats
+from gemma_scope_jax.data.document_files import Record, decoded
 from gemma_scope_jax.data.order import shuffled_positions, shuffled_window
 from gemma_scope_jax.data.text_identity import file_digests, strings_digest
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.tokenizer import ROLES
+from gemma_scope_jax.storage.manifest import digest
 
 Chat = Sequence[Mapping[str, Any]]
-HostShard = tuple[int, int]  # (index, count): which of `count` hosts this is
+HostShard = tuple[int, int]  # (index, count): the number of this host, and of all hosts
 _BLOCK = 1024  # positions shuffled at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """What to read: either `files` or `tfds`, and what of a record is text.
+    """What to read: either `files` or `tfds`, and which part of a record is text.
 
-    One compressed file among the files makes all of them a stream. Raises `InputError`.
+    A compressed file among the files makes all of them a stream. Raises `InputError`.
     """
 
     files: tuple[str, ...] = ()
@@ -79,71 +72,75 @@ class TextData:
         if unknown := set(self.roles) - set(ROLES):
             raise InputError(f"no such role: {sorted(unknown)}; known are {', '.join(ROLES)}")
         if self.messages and not self.roles:
-            raise InputError("chats need at least one role whose tokens count")
+            raise InputError("chats need at least one role whose tokens are used")
         if self.shuffle_window < 1:
             raise InputError(f"shuffle_window must be at least 1, not {self.shuffle_window}")
 
     @property
     def counted_roles(self) -> tuple[str, ...]:
-        """`roles` as `tokenizer.Chat.mask` knows them."""
+        """`roles` under the names of `tokenizer.Chat.mask`."""
         return tuple(dict.fromkeys(ROLES[role] for role in self.roles))
 
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-    """Documents that can be read in any order.
+    """Documents that can be read in any order: `read` takes 0 to count - 1.
 
-    `identity` is JSON that tells these documents from others, by content; `named` gives what older
-    versions took for it (names and sizes). `read` takes 0 .. count - 1.
+    `identity` is JSON that identifies them by content, `named` by names and sizes (older versions).
     """
 
     identity: Any
+    named: Callable[[], Any]
     count: int
     read: Callable[[int], Record]
-    named: Callable[[], Any]
-    once: bool = False
+    once: ClassVar[bool] = False
 
-    def ordered(self, seed: int, epoch: int, shard: HostShard, start: int = 0) -> Iterator[Record]:
-        """This host's documents of an epoch, from its `start`th on."""
+    def numbers(
+        self, seed: int | None, epoch: int, shard: HostShard, start: int, stop: int | None = None
+    ) -> Iterator[int]:
+        """This host's documents `start` to `stop`, by number, in an epoch's order; seed None:
+        unshuffled."""
         index, hosts = shard
-        for first in range(index + start * hosts, self.count, hosts * _BLOCK):
-            stop = min(self.count, first + hosts * _BLOCK)
-            positions = np.arange(first, stop, hosts)
-            for number in shuffled_positions(positions, self.count, seed, epoch).tolist():
-                yield self.read(number)
+        end = self.count if stop is None else min(self.count, index + stop * hosts)
+        for first in range(index + start * hosts, end, hosts * _BLOCK):
+            positions = np.arange(first, min(end, first + hosts * _BLOCK), hosts)
+            if seed is not None:
+                positions = shuffled_positions(positions, self.count, seed, epoch)
+            yield from positions.tolist()
 
-    def in_order(self) -> Iterator[Record]:
-        """All documents as they lie."""
-        return map(self.read, range(self.count))
+    def ordered(
+        self, seed: int | None, epoch: int = 0, shard: HostShard = (0, 1), start: int = 0
+    ) -> Iterator[Record]:
+        """This host's documents of an epoch, from its `start`th on; seed None: unshuffled."""
+        return map(self.read, self.numbers(seed, epoch, shard, start))
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedDocuments:
     """Documents that can only be read from the beginning.
 
-    `identity` and `named` as of `Indexed`. `read` takes the order of the parts (None: as they lie)
-    and gives all records; `once`: it can be called once only.
+    `identity` and `named`: see `Indexed`. `read` takes the order of the parts (None: unshuffled)
+    and gives all records; `once`: it can be called only once. `window`: documents held in memory.
     """
 
     identity: Any
+    named: Callable[[], Any]
     parts: int
     read: Callable[[Sequence[int] | None], Iterator[Record]]
     window: int
-    named: Callable[[], Any]
     once: bool = False
 
-    def ordered(self, seed: int, epoch: int, shard: HostShard, start: int = 0) -> Iterator[Record]:
-        """This host's documents of an epoch, from its `start`th on; all are read, to skip them."""
+    def ordered(
+        self, seed: int | None, epoch: int = 0, shard: HostShard = (0, 1), start: int = 0
+    ) -> Iterator[Record]:
+        """As `Indexed.ordered`; all earlier documents are read, too, to skip them."""
+        if seed is None:
+            records = self.read(None)
+        else:
+            order = shuffled_positions(np.arange(self.parts), self.parts, seed, epoch).tolist()
+            records = shuffled_window(self.read(order), self.window, seed, epoch)
         index, hosts = shard
-        order = shuffled_positions(np.arange(self.parts), self.parts, seed, epoch).tolist()
-        shuffled = shuffled_window(self.read(order), self.window, seed, epoch)
-        for position, record in enumerate(shuffled):
-            if position % hosts == index and position // hosts >= start:
-                yield record
-
-    def in_order(self) -> Iterator[Record]:
-        """All documents as they lie."""
-        return self.read(None)
+        return itertools.islice(records, index + start * hosts, None, hosts)
 
 
 Documents = Indexed | StreamedDocuments
@@ -154,8 +151,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
     """The documents of `source`: a `TextData`, a list or other iterable of strings, a function
     that returns a fresh iterable for each epoch (`window` is its shuffle window), or a batch.
 
-    Reads the files once, for their identity and for where documents begin. Raises `InputError` for
-    what cannot be read.
+    Reads files once, to identify them and to find the documents. Raises `InputError`.
     """
     if isinstance(source, TextData):
         if source.tfds:
@@ -173,17 +169,17 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
         get = lambda i: Record(f"document {i}", source[i], "string")
         named = lambda: ["list", [len(s) if isinstance(s, str) else -1 for s in source]]
         identity = ["list", len(source), strings_digest(source)]
-        return Indexed(identity, len(source), get, named)
+        return Indexed(identity, named, len(source), get)
     if not callable(source) and not isinstance(source, Iterable):
         raise InputError(f"cannot take text from a {type(source).__name__}")
 
-    def records(order):
+    def records(order: Sequence[int] | None) -> Iterator[Record]:
         strings = source() if callable(source) else source
         return (Record(f"document {i}", s, "string") for i, s in enumerate(strings))
 
-    identity = ["iterable"]  # of what comes nothing is known before it comes
+    unknown = ["iterable"]  # until it is read
     once = isinstance(source, Iterator)
-    return StreamedDocuments(identity, 1, records, window, lambda: identity, once=once)
+    return StreamedDocuments(unknown, lambda: unknown, 1, records, window, once)
 
 
 def _of_batch(batch: TokenBatch) -> Indexed:
@@ -194,25 +190,23 @@ def _of_batch(batch: TokenBatch) -> Indexed:
     ids, mask = np.asarray(batch.tokens, np.int32), np.asarray(batch.counted(0))
     found = [(ids[place], mask[place]) for place in places]
     get = lambda i: Record(f"document {i}", found[i], "tokens")
-    digest = hashlib.blake2b(digest_size=16)
-    for tokens, used in found:
-        digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes() + used.tobytes())
-    identity = ["tokens", len(found), digest.hexdigest()]
-    return Indexed(identity, len(found), get, lambda: identity)
+    parts = (len(t).to_bytes(8, "little") + t.tobytes() + used.tobytes() for t, used in found)
+    identity = ["tokens", len(found), digest(b"".join(parts), 16)]
+    return Indexed(identity, lambda: identity, len(found), get)
 
 
 def _files(data: TextData) -> Documents:
-    paths = text_files(data.files)
+    paths = formats.text_files(data.files)
     identity = ["files", file_digests(paths)]
     named = lambda: [[path.name, path.stat().st_size] for path in paths]
-    if any(is_stream(path) for path in paths):
+    if any(formats.is_stream(path) for path in paths):
 
-        def records(order):
+        def records(order: Sequence[int] | None) -> Iterator[Record]:
             for number in range(len(paths)) if order is None else order:
-                yield from stream_records(paths[number], skip_long=data.skip_bad)
+                yield from formats.stream_records(paths[number], skip_long=data.skip_bad)
 
-        return StreamedDocuments(identity, len(paths), records, data.shuffle_window, named)
-    files = [indexed_file(path) for path in paths]
+        return StreamedDocuments(identity, named, len(paths), records, data.shuffle_window)
+    files = [formats.indexed_file(path) for path in paths]
     ends = np.cumsum([file.count for file in files])
     if not ends[-1]:
         raise InputError(f"no text in {' '.join(data.files)}")
@@ -221,84 +215,78 @@ def _files(data: TextData) -> Documents:
         which = int(np.searchsorted(ends, number, side="right"))
         return files[which].read(number - int(ends[which]) + files[which].count)
 
-    return Indexed(identity, int(ends[-1]), read, named)
+    return Indexed(identity, named, int(ends[-1]), read)
 
 
 def _tfds(data: TextData) -> Indexed:
     """Random access to a prepared TFDS dataset, without TensorFlow."""
+    what = f"TFDS dataset {data.tfds!r}"
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise InputError(
-            f"TFDS dataset {data.tfds!r} needs `pip install tensorflow-datasets array_record`"
-        ) from None
+        raise InputError(f"{what} needs `pip install tensorflow-datasets array_record`") from None
     try:
-        builder = tfds.builder(
-            data.tfds,
-            data_dir=os.path.expanduser(data.tfds_folder) or None,
-            file_format="array_record",
-        )
+        folder = os.path.expanduser(data.tfds_folder) or None
+        builder = tfds.builder(data.tfds, data_dir=folder, file_format="array_record")
         source = builder.as_data_source(split=data.split)
     except Exception as error:  # TFDS raises dozens of types
         raise InputError(
-            f"TFDS dataset {data.tfds!r}, split {data.split!r}: {reason(error)}; prepare it by "
+            f"{what}, split {data.split!r}: {reason(error)}; prepare it by "
             f"`tfds build {data.tfds} --file_format=array_record`"
         ) from error
     if not len(source):
-        raise InputError(f"TFDS dataset {data.tfds!r}, split {data.split!r} is empty")
+        raise InputError(f"{what}, split {data.split!r} is empty")
     name = f"TFDS {data.tfds} {data.split}"
     get = lambda i: Record(f"{name}, record {i}", source[i], "mapping")
     identity = [builder.info.full_name, data.split, len(source)]  # a version's data never change
-    return Indexed(identity, len(source), get, lambda: identity)
+    return Indexed(identity, lambda: identity, len(source), get)
 
 
 def read_documents(patterns: Sequence[str]) -> list[str]:
-    """All documents of the files as they lie. Raises `InputError` for bad files and for none."""
+    """All documents of the files in order. Raises `InputError` for bad files and if none match."""
     data = TextData(files=tuple(patterns))
-    documents = [parse(record, data) for record in open_documents(data).in_order()]
+    documents = [parse(record, data) for record in open_documents(data).ordered(None)]
     if not documents:
         raise InputError(f"no text in {' '.join(patterns)}")
     return documents  # type: ignore[return-value]  # no chats without `messages`
 
 
 def sample_documents() -> list[str]:
-    """The bundled sample: 2,600 tokens of text, too few for small differences and rare features."""
+    """The bundled sample: 2,600 tokens, too few to show small differences and rare features."""
     text = (Path(__file__).parent.parent / "packaged" / "sample.txt").read_text(encoding="utf-8")
-    return text.split(SEPARATOR)
+    return text.split(formats.SEPARATOR)
 
 
 def parse(record: Record, data: TextData) -> str | Chat:
-    """The text of a record, or its chat if `data.messages`. Raises `InputError` saying where."""
-    value, kind = record.value, record.kind
+    """The text of a record, or its chat if `data.messages`. `InputError`s name the place."""
+    value, kind, where = record.value, record.kind, record.where
     if kind == "long":
-        raise too_long(record.where)
+        raise formats.too_long(where)
     if kind in ("text", "string") and data.messages:
-        raise InputError(f"{record.where}: plain text holds no chats; leave out `messages`")
+        raise InputError(f"{where}: plain text holds no chats; leave out `messages`")
     if kind == "string":
         if not isinstance(value, str):
-            raise InputError(f"{record.where}: must be a str, not {type(value).__name__}")
+            raise InputError(f"{where}: must be a str, not {type(value).__name__}")
         return value
-    if kind == "text":
-        return decoded(value, record.where)
     if kind == "mapping":
-        return _take(value, record.where, data)
+        return _take(value, where, data)
     plain = kind == "either" and not data.messages
-    if plain and value.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-        return decoded(value, record.where)
-    return _take_json(value, record.where, data, plain)
+    other = plain and value.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{"
+    if kind == "text" or other:
+        return decoded(value, where)
+    return _take_json(value, where, data, plain)
 
 
 def _take_json(value: bytes, where: str, data: TextData, plain: bool) -> str | Chat:
-    """`_take` of a line of JSON; with `plain` it may also be text that only looks like it.
+    """`_take` of a line of JSON; with `plain` it may also be text that only looks like JSON.
 
-    Stricter than `json.loads` where the text is concerned and as fast: what other keys hold does
-    not matter, so not all that `strict_json` refuses is refused here.
+    As fast as `json.loads`, and as strict as `strict_json` only about the keys that are read.
     """
     watched = (data.messages, "role", "content") if data.messages else (data.field,)
     try:
         text = value.decode("utf-8-sig")
         quoted = json.dumps(data.field, ensure_ascii=False)
-        often = data.messages or text.count(quoted) > 1  # perhaps in one object
+        often = data.messages or text.count(quoted) > 1  # perhaps twice in one object
         found = json.loads(text, object_pairs_hook=partial(_once, watched) if often else None)
         taken = _take(found, where, data)
         if "\\ud" in text or "\\uD" in text:  # an escape may write half a character
@@ -308,7 +296,7 @@ def _take_json(value: bytes, where: str, data: TextData, plain: bool) -> str | C
     except RecursionError:
         raise InputError(f"{where}: not JSON (nested too deeply to be read)") from None
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: a lone surrogate in its text, half a character") from error
+        raise InputError(f"{where}: its text has a lone surrogate, half a character") from error
     except ValueError as error:
         if plain and isinstance(error, json.JSONDecodeError):
             return decoded(value, where)
@@ -317,7 +305,7 @@ def _take_json(value: bytes, where: str, data: TextData, plain: bool) -> str | C
 
 
 def _once(watched: Sequence[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which the keys that are read are there once: else which of them was meant?"""
+    """An object; raises `ValueError` if a key that is read occurs twice in it."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -346,31 +334,28 @@ def _take(value: Any, where: str, data: TextData) -> str | Chat:
 
 
 def _message(message: Any, where: str) -> Any:
-    """A message of strings, whose content may be a list of parts; what else it is `chat` says."""
+    """A message of strings, whose content may be a list of parts; `Tokenizer.chat` checks it."""
     if not isinstance(message, Mapping):
         return message
-    plain = {k: _string(v, where) for k, v in message.items()}
+    strings = lambda part: {k: _string(v, where) for k, v in part.items()}
+    plain = strings(message)
     content = _rows(plain.get("content"))
     if isinstance(content, Iterable) and not isinstance(content, str | Mapping):
-        strings = lambda p: {k: _string(v, where) for k, v in p.items()}
         plain["content"] = [strings(p) if isinstance(p, Mapping) else p for p in content]
     return plain
 
 
 def _rows(value: Any) -> Any:
-    """TFDS keeps a sequence of records as a record of sequences."""
-    columns = isinstance(value, Mapping) and all(
-        isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)
-        for v in value.values()
-    )
-    return [dict(zip(value, row)) for row in zip(*value.values())] if columns else value
+    """A sequence of records, which TFDS stores as a record of sequences."""
+    column = lambda v: isinstance(v, Sequence | np.ndarray) and not isinstance(v, str | bytes)
+    if isinstance(value, Mapping) and all(map(column, value.values())):
+        return [dict(zip(value, row)) for row in zip(*value.values())]
+    return value
 
 
 def _string(value: Any, where: str) -> Any:
-    """TFDS keeps strings as bytes."""
-    if not isinstance(value, bytes):
-        return value
+    """A string, which TFDS stores as bytes."""
     try:
-        return value.decode()
+        return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from error

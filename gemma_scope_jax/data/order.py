@@ -1,13 +1,13 @@
-"""A shuffled order of n things that needs no list of n: a keyed bijection on 0 .. n - 1.
+"""A shuffled order of n things without a list of n: a keyed bijection on 0 to n - 1.
 
-A Feistel network permutes the numbers of an even count of bits, and whoever lands outside of
-0 .. n - 1 walks on until inside. Position p of epoch e is thus a pure function of (seed, e, p, n):
+A Feistel network permutes the numbers of an even number of bits, and numbers of n or more are
+permuted again (cycle walking). Position p of epoch e is thus a pure function of (seed, e, p, n):
 nothing to store, and resuming costs nothing.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -17,51 +17,40 @@ _ROUNDS = 8
 
 
 def shuffled_positions(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The things at `positions` (integers in 0 .. n - 1, any shape) of the order of an epoch.
-
-    int64; over all positions each of 0 .. n - 1 occurs once.
-    """
-    return _walk(_feistel, positions, n, seed, epoch)
+    """The things at `positions` (integers below n, any shape) in an epoch's order, int64."""
+    return _walk(positions, n, seed, epoch, back=False)
 
 
 def positions_of(things: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where `things` stand in the order of an epoch: `shuffled_positions` backwards, int64."""
-    return _walk(_feistel_back, things, n, seed, epoch)
+    """The positions of `things` in an epoch's order, int64: the inverse of `shuffled_positions`."""
+    return _walk(things, n, seed, epoch, back=True)
 
 
-def _walk(step: Callable, values: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Each of `values` a step on, and further until it is inside of 0 .. n - 1."""
+def _walk(values: np.ndarray, n: int, seed: int, epoch: int, back: bool) -> np.ndarray:
+    """Permute until every value lies in 0 to n - 1 (cycle walking)."""
     half = max(2, (max(1, n - 1).bit_length() + 1) // 2)
-    keys = _round_keys(seed, epoch)
-    value = step(np.asarray(values, np.uint64), half, keys)
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, "<u8")
+    value = _feistel(np.asarray(values, np.uint64), half, keys, back)
     outside = value >= n
     while outside.any():
-        value[outside] = step(value[outside], half, keys)
+        value[outside] = _feistel(value[outside], half, keys, back)
         outside = value >= n
     return value.astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, "<u8")
+def _feistel(value: np.ndarray, half: int, keys: np.ndarray, back: bool) -> np.ndarray:
+    """A permutation of 0 to 4 ** half - 1: rounds of (left, right) -> (right, left ^ f(right)).
 
-
-def _feistel(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0 .. 4 ** half - 1: rounds of (left, right) -> (right, left ^ f(right))."""
+    The inverse, `back`, is the same with the halves swapped and the keys reversed.
+    """
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
     left, right = value >> shift, value & mask
+    if back:
+        left, right, keys = right, left, keys[::-1]
     for key in keys:
         left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << shift) | right
-
-
-def _feistel_back(value: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    """The inverse of `_feistel`."""
-    mask, shift = np.uint64(2**half - 1), np.uint64(half)
-    left, right = value >> shift, value & mask
-    for key in keys[::-1]:
-        left, right = right ^ (_mix(left + key) & mask), left
-    return (left << shift) | right
+    return (right << shift) | left if back else (left << shift) | right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -72,7 +61,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def shuffled_window(items: Iterable[T], window: int, seed: int, epoch: int) -> Iterator[T]:
-    """All `items`, each drawn at random from the `window` next ones; for what has no length."""
+    """All `items`, each drawn at random from the next `window`; for streams of unknown length."""
     rng, held = random.Random(f"{seed} {epoch}"), []
     for item in items:
         if len(held) < window:

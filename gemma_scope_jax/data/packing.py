@@ -1,6 +1,6 @@
-"""Documents into rows of one length: piece after piece, each with its own <bos> and segment id.
+"""Documents packed into rows of one length, piece by piece, each with its own <bos> and segment id.
 
-Segment ids keep the pieces apart, so no token sees another document.
+The segment ids keep the pieces apart, so no token sees another document.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
 
-_MIN_ROOM = 8  # a piece cut to fewer tokens would see next to nothing
+_MIN_ROOM = 8  # tokens; a piece cut to fewer would have next to no context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,14 @@ def fill_rows(
     bos: int,
     names: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Iterator[tuple[TokenBatch, Piece | None]]:
-    """Batches [batch_size, context_size], each with the document from whose offset on the next one
-    goes on.
+    """Batches [batch_size, context_size], each with the piece at whose offset the next one begins.
 
-    The last batch may be padded; nothing comes after it (None). The mask is False on <bos> and
-    padding. `names` of the groups of each kind of the pieces' labels; <bos> is in no group.
+    The last batch may be padded; its piece is None. The mask is False on <bos> and padding.
+    `names`: those of the groups, for each kind of label of the pieces; <bos> has no group.
     """
     if batch_size < 1 or context_size < 2:
-        raise InputError(
-            f"batch_size {batch_size}, context_size {context_size}: a sequence must hold <bos> and "
-            "a token"
-        )
+        size = f"batch_size {batch_size}, context_size {context_size}"
+        raise InputError(f"{size}: a sequence must hold <bos> and a token")
     names, shape = names or {}, (batch_size, context_size)
 
     def empty() -> TokenBatch:
@@ -92,6 +89,5 @@ def pack(
     `encode` maps a document to token ids without <bos>, all of which are used. A document that
     would get fewer than 8 tokens at the end of a row starts in the next.
     """
-    ids = (encode(document) for document in documents)
-    pieces = (Piece(0, 0, i, np.ones(len(i), bool)) for i in ids)
+    pieces = (Piece(0, 0, ids, np.ones(len(ids), bool)) for ids in map(encode, documents))
     return (filled for filled, _ in fill_rows(pieces, batch_size, context_size, bos))

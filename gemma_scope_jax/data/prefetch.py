@@ -1,6 +1,6 @@
-"""Work done ahead of time, so that nobody waits: in a thread for batches, in a pool for documents.
+"""Work done ahead of time: batches in a thread, documents in a pool.
 
-The consumer gets the same things in the same order, and every error.
+The consumer gets the same results in the same order, and every error.
 """
 
 import collections
@@ -18,7 +18,7 @@ from gemma_scope_jax.errors import InputError
 def map_ahead(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator[Any]:
-    """`map(function, items)`, in order, with up to `ahead` items under way in the pool."""
+    """`map(function, items)`, in order, with up to `ahead` items pending in the pool."""
     waiting: collections.deque = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -29,9 +29,9 @@ def map_ahead(
 
 
 class Prefetched:
-    """What `prefetch` returns: an iterator of (batch, position after it).
+    """The result of `prefetch`: an iterator of (batch, position after it).
 
-    `close()` ends the thread, as does leaving a `with` block or forgetting the iterator.
+    `close()` ends the thread, as does leaving a `with` block or dropping the iterator.
     """
 
     def __init__(self, batches: Iterable[Any], n: int):
@@ -66,7 +66,7 @@ class Prefetched:
 
 
 def _run_ahead(batches: Iterable[Any], done: queue.Queue, stop: threading.Event) -> None:
-    def put(item) -> None:
+    def put(item: tuple) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 done.put(item, timeout=0.1)
@@ -78,15 +78,14 @@ def _run_ahead(batches: Iterable[Any], done: queue.Queue, stop: threading.Event)
             if stop.is_set():
                 return
         put((None, None, StopIteration()))
-    except BaseException as error:  # whatever it is, the consumer must see it
+    except BaseException as error:  # the consumer must see all errors
         put((None, None, error))
 
 
 def prefetch(batches: Iterable[Any], n: int = 4) -> Prefetched:
-    """(batch, position after it), made ahead of time by one background thread; up to `n` wait.
+    """(batch, position after it), made ahead of time by a background thread; up to `n` wait.
 
-    `position` is that of the batch taken, however far ahead `batches` is; None where `batches` has
-    none. Errors in the thread reach whoever takes the next batch.
+    `position` is `batches.position` after that batch, or None. The consumer gets all errors.
     """
     if n < 1:
         raise InputError(f"prefetch at least one batch, not {n}")

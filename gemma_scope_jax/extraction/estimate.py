@@ -1,6 +1,7 @@
-"""What an extraction would take, before it is begun: tokens, bytes on disk, memory, time."""
+"""What an extraction would take, before it begins: tokens, bytes on disk, memory, time."""
 
 import dataclasses
+import os
 import shutil
 import time
 from typing import Any
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 
 from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.data.documents import Source
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
-from gemma_scope_jax.extraction.extract import job_of, token_bytes
+from gemma_scope_jax.extraction.extract import Coders, job_of, token_bytes
+from gemma_scope_jax.extraction.manifest import ExtractionSettings
 from gemma_scope_jax.extraction.runner import IN_FLIGHT, Runner
 from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.batch import TokenBatch
@@ -23,49 +26,56 @@ from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remot
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What `plan_extraction` found; bytes and seconds are estimates, `memory` is the compiler's."""
+    """The result of `plan_extraction`; bytes and seconds are estimates, `memory` is compiled."""
 
     documents: int
     tokens: int
     shards: int
     shards_done: int
-    batch: tuple[int, int]  # sequences, tokens of each
+    batch: tuple[int, int]  # sequences, tokens per sequence
     bytes_per_token: float
     bytes: int
     bytes_free: int | None  # None: a bucket
-    memory: int  # of a device: weights, one batch, temporaries
-    memory_limit: int | None  # None: not known, as on CPUs
-    tokens_per_second: float | None  # measured on one batch; None where the memory does not suffice
+    memory: int  # per device: weights, one batch, temporaries
+    memory_limit: int | None  # None: unknown, as on CPUs
+    tokens_per_second: float | None  # measured on one batch; None if the memory is too small
     seconds: float | None
 
 
 def plan_extraction(
-    model: Model, coders: Any, tokenizer: Tokenizer, source: Any, folder: Any, **settings: Any
+    model: Model,
+    coders: Coders,
+    tokenizer: Tokenizer,
+    source: Source,
+    folder: str | os.PathLike,
+    *,
+    tokens: int | None = None,
+    **settings: Any,
 ) -> Estimate:
     """An `Estimate` for `extract` with the same arguments. Compiles the program, runs one batch.
 
     Nothing is written. Raises `InputError` as `extract` does.
     """
-    named, path = dict(CoderSet(coders).items()), folder_path(folder)
-    share, tokens = settings.get("share", (0, 1)), settings.pop("tokens", None)
+    named, path, wanted = CoderSet(coders), folder_path(folder), ExtractionSettings(**settings)
+    index, count = wanted.share
     if hosts.count_of(model) > 1:
-        raise InputError("a plan is made by one process: leave out --coordinator")
-    job = job_of(model, named, tokenizer, source, **settings)
+        raise InputError("plan in a single process: the model's mesh spans several")
+    job = job_of(model, named, tokenizer, source, wanted)
     plan = manifests.plan_of(manifests.settle(path, job, tokens)[0], job)
-    documents, mean, there = plan.documents, plan.mean, set(manifests.shards_there(path))
-    mine = [s for s in range(plan.shards) if s % share[1] == share[0]]
-    left = [s for s in mine if s not in there]
-    ahead = sum(map(plan.in_shard, left)) * mean
-    size = token_bytes(named, job.values) * plan.share
-    runner = Runner(model, named, job.slots, job.precision)
-    memory, limit = _memory(runner, job.batch_size, job.context_size)
+    there = set(manifests.shards_there(path))
+    mine = [shard for shard in range(plan.shards) if shard % count == index]
+    left = [shard for shard in mine if shard not in there]
+    ahead = sum(map(plan.in_shard, left)) * plan.mean
+    size = token_bytes(named, wanted.values) * plan.share
+    runner = Runner(model, dict(named.items()), job.slots, wanted.precision)
+    memory, limit = _memory(runner, plan)
     rate = None if limit is not None and memory > limit else _rate(runner, plan)
     return Estimate(
-        documents=documents,
-        tokens=int(sum(map(plan.in_shard, mine)) * mean),
+        documents=plan.documents,
+        tokens=int(sum(map(plan.in_shard, mine)) * plan.mean),
         shards=len(mine),
         shards_done=len(mine) - len(left),
-        batch=(job.batch_size, job.context_size),
+        batch=(plan.batch_size, plan.context_size),
         bytes_per_token=size,
         bytes=int(size * ahead),
         bytes_free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
@@ -76,11 +86,10 @@ def plan_extraction(
     )
 
 
-def _memory(runner: Runner, batch_size: int, context_size: int) -> tuple[int, int | None]:
-    """Bytes of a device that the compiled program takes, and how many there are, if known."""
-    ids = np.zeros((batch_size, context_size), np.int32)
-    compiled = runner.compiled(TokenBatch(ids, ids, ids > 0))
-    found = compiled.memory_analysis()
+def _memory(runner: Runner, plan: ShardPlan) -> tuple[int, int | None]:
+    """Bytes per device that the compiled program takes, and that the device has, if known."""
+    ids = np.zeros((plan.batch_size, plan.context_size), np.int32)
+    found: Any = runner.compiled(TokenBatch(ids, ids, ids > 0)).memory_analysis()
     names = ("argument", "output", "temp", "generated_code")
     sizes = {name: getattr(found, f"{name}_size_in_bytes") for name in names}
     size = sum(sizes.values()) + (IN_FLIGHT - 1) * sizes["output"]
@@ -89,9 +98,8 @@ def _memory(runner: Runner, batch_size: int, context_size: int) -> tuple[int, in
 
 
 def _rate(runner: Runner, plan: ShardPlan) -> float:
-    """Tokens a second of the first batch, the second time it runs."""
-    shards = range(plan.shards)
-    packed: Any = next(p for p in plan.batches(shards) if isinstance(p, Packed))
+    """Tokens per second of the first batch, the second time it runs."""
+    packed = next(p for p in plan.batches(range(plan.shards)) if isinstance(p, Packed))
     batch, kept = packed.batch, np.flatnonzero(packed.batch.segments)
     for _ in range(2):
         start = time.perf_counter()

@@ -1,13 +1,13 @@
 """A feature store in the format of others: delphi's cache of latents.
 
-It goes through the store a segment at a time; what it holds is what the store holds.
+The store is read a segment at a time.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from gemma_scope_jax.storage.safetensors_files import array_bytes
 from gemma_scope_jax.storage.safetensors_layout import lay_out
 
 FORMATS = ("delphi",)
-_HELD = 50_000_000  # entries of a delphi file, which delphi reads whole
+_HELD = 50_000_000  # entries per delphi file, which delphi reads whole
 
 
 def export_store(
@@ -28,10 +28,8 @@ def export_store(
 ) -> Path:
     """Write `store` as "delphi" into a local folder, which must be new or empty.
 
-    splits  files that delphi's features are split into; default: as many as keep 50 million
-            activations in each
-    Raises `InputError` for other formats, a folder that holds something, and a full disk; then
-    nothing stays.
+    splits  the number of files for delphi's features; default: 50 million activations per file
+    Raises `InputError` for other formats, folders that are not empty and full disks.
     """
     path = Path(folder).expanduser()
     if format not in FORMATS:
@@ -44,48 +42,21 @@ def export_store(
 
 
 def lists(store: FeatureStore) -> Iterator[tuple[str, int, int, str]]:
-    """(coder, layer, width, column name) of everything that is stored. Names are folders' names:
-    of one that climbs, as ../coders/one does, that part is left out.
+    """(coder, layer, width, folder name) of each stored list. Parts of a coder's name that would
+    leave the folder, such as the .. of ../coders/one, are left out.
     """
     whole = [[p for p in name.split("/") if p.strip(".")] or ["coder"] for name in store.coders]
     short = [parts[-1] for parts in whole]
-    names = [
-        name if short.count(name) == 1 else "/".join(parts) for name, parts in zip(short, whole)
-    ]
+    names = [n if short.count(n) == 1 else "/".join(parts) for n, parts in zip(short, whole)]
     for number, (coder, name) in enumerate(zip(store.manifest["coders"], names)):
         if names.count(name) > 1:
             name = f"{name}-{number}"
         for layer in coder["layers"]:
-            several = f"/layer_{layer}" * (len(coder["layers"]) > 1)
-            yield coder["name"], layer, coder["width"], name + several
+            suffix = f"/layer_{layer}" if len(coder["layers"]) > 1 else ""
+            yield coder["name"], layer, coder["width"], name + suffix
 
 
-# -------------------------------------------------------------------------------------------------
-# delphi (delphi/latents/cache.py and loader.py, EleutherAI)
-
-
-def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
-    """{module}/{start}_{end}.safetensors, `end` the last feature: `locations` uint16 or uint32
-    [N, 3] (row of `tokens`, position in it, feature - start), `activations` float16 [N], `tokens`
-    int64 [rows, length]; and config.json.
-
-    A piece of a document is a row, padded with 0 to the store's length. delphi takes activations
-    as they are: what float16 does not hold (it ends at 65504) raises `InputError`.
-    """
-    length = store.manifest["data"]["context_size"]
-    shape = sum(_piece_count(segment) for segment in store.segments()), length
-    config = partial(write_json, value=_delphi_config(store, *shape))
-    work = [
-        _Split(coder, layer, name, start, stop, count)
-        for coder, layer, width, name in lists(store)
-        for start, stop, count in _ranges(store.fired(coder, layer), splits, width)
-    ]
-    progress = Progress(len(work) * store.segment_count, "segments")
-    for number, split in enumerate(work):
-        done = number * store.segment_count
-        write = partial(_write_split, store, split, shape, progress, done)
-        file = f"{split.start}_{split.stop - 1}.safetensors"
-        write_folder(folder / split.module, {file: write, "config.json": config})
+# --- delphi (delphi/latents/cache.py and loader.py, EleutherAI) ----------------------------------
 
 
 class _Split(NamedTuple):
@@ -99,34 +70,59 @@ class _Split(NamedTuple):
     count: int
 
 
+def _delphi(store: FeatureStore, folder: Path, splits: int | None) -> None:
+    """{module}/{start}_{end}.safetensors, `end` the last feature: `locations` uint16 or uint32
+    [N, 3] (row of `tokens`, position in it, feature - start), `activations` float16 [N], `tokens`
+    int64 [rows, length]; and config.json, delphi's `CacheConfig` and the model's name.
+
+    A piece of a document is a row, padded with 0 to the store's length. Activations are not scaled:
+    those beyond float16 (65504) raise `InputError`.
+    """
+    data = store.manifest["data"]
+    length = data["context_size"]
+    shape = sum(map(_piece_count, store.segments())), length
+    config = {
+        "model_name": store.manifest["model"]["name"],
+        "dataset_repo": " ".join(data["files"]),
+        "dataset_split": "",
+        "dataset_name": "",
+        "dataset_column": "text",
+        "batch_size": data["batch_size"],
+        "ctx_len": length,
+        "n_tokens": shape[0] * length,
+    }
+    work = [
+        _Split(coder, layer, name, *part)
+        for coder, layer, width, name in lists(store)
+        for part in _ranges(store.fired(coder, layer), splits, width)
+    ]
+    progress = Progress(len(work) * store.segment_count, "segments")
+    for number, split in enumerate(work):
+        done = lambda i, n=number: progress.at(n * store.segment_count + i)
+        write = partial(_write_split, store, split, shape, done)
+        file = f"{split.start}_{split.stop - 1}.safetensors"
+        writers = {file: write, "config.json": partial(write_json, value=config)}
+        write_folder(folder / split.module, writers)
+
+
 def _write_split(
-    store: FeatureStore,
-    split: _Split,
-    shape: tuple[int, int],
-    progress: Progress,
-    done: int,
-    file: BinaryIO,
+    store: FeatureStore, split: _Split, shape: tuple[int, int], done: Callable, file: BinaryIO
 ) -> None:
-    """Fill a file's tensors side by side, a segment at a time. shape: of `tokens`."""
-    small = max(*shape, split.stop - split.start) <= 1 << 16
-    header, places = lay_out(
-        {
-            "locations": ("uint16" if small else "uint32", (split.count, 3)),
-            "activations": ("float16", (split.count,)),
-            "tokens": ("int64", shape),
-        }
-    )
+    """Fill the file's tensors in parallel, a segment at a time. shape: of `tokens`."""
+    kind = "uint16" if max(*shape, split.stop - split.start) <= 1 << 16 else "uint32"
+    tensors = {"locations": (kind, (split.count, 3)), "activations": ("float16", (split.count,))}
+    header, places = lay_out({**tensors, "tokens": ("int64", shape)})
     file.write(header)
     at, before = {name: begin for name, (begin, _) in places.items()}, 0
     for i, segment in enumerate(store.segments(), 1):
         arrays = _delphi_arrays(segment, split, shape[1], before)
-        arrays["locations"] = arrays["locations"].astype(np.uint16 if small else np.uint32)
+        arrays["locations"] = arrays["locations"].astype(kind)
         for name, array in arrays.items():
             file.seek(at[name])
             file.write(array_bytes(array))
             at[name] += array.nbytes
         before += len(arrays["tokens"])
-        progress.at(done + i)
+        done(i)
     if at != {name: end for name, (_, end) in places.items()}:
         raise InputError(f"{store.folder}: has changed while it was exported; export it again")
 
@@ -134,7 +130,7 @@ def _write_split(
 def _delphi_arrays(
     segment: Segment, split: _Split, length: int, before: int
 ) -> dict[str, np.ndarray]:
-    """What a segment, whose first piece is row `before`, adds to the tensors of a file."""
+    """A segment's part of the tensors of a file; its first piece is row `before`."""
     tokens = np.zeros((_piece_count(segment), length), np.int64)
     tokens[segment.pieces, segment.positions] = segment.tokens
     offsets, rows, values = segment.features(split.start, split.stop, split.coder, split.layer)
@@ -158,27 +154,12 @@ def _piece_count(segment: Segment) -> int:
     return int(segment.pieces[-1]) + 1
 
 
-def _delphi_config(store: FeatureStore, rows: int, length: int) -> dict[str, Any]:
-    """What delphi's `CacheConfig` says, and the model's name."""
-    data = store.manifest["data"]
-    return {
-        "model_name": store.manifest["model"]["name"],
-        "dataset_repo": " ".join(data["files"]),
-        "dataset_split": "",
-        "dataset_name": "",
-        "dataset_column": "text",
-        "batch_size": data["batch_size"],
-        "ctx_len": length,
-        "n_tokens": rows * length,
-    }
-
-
 def _ranges(fired: np.ndarray, splits: int | None, width: int) -> list[tuple[int, int, int]]:
-    """Ranges of features with about as many activations in each, and how many those are."""
+    """(start, stop, activations) of ranges of features with about as many activations each."""
     total = int(fired.sum())
     splits = max(1, -(-total // _HELD)) if splits is None else splits
     if not 1 <= splits <= width:
-        raise InputError(f"splits must be 1 to {width}, the features, not {splits}")
+        raise InputError(f"splits must be 1 to {width}, the number of features, not {splits}")
     wanted = np.arange(1, splits) * total / splits
     ends = np.searchsorted(np.cumsum(fired), wanted, side="left") + 1
     ends = np.unique(np.concatenate([ends[ends < width], [width]])).tolist()

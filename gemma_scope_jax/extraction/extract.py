@@ -1,33 +1,38 @@
-"""Sparse features of a text, by the billion: model, coders and text in, a store of what fires out.
+"""Sparse features of a text, by the billion: model, coders and text in, a store of activations out.
 
     store = extract(model, {"sae": sae}, tokenizer, TextData(("*.txt",)), "store", tokens=10**6)
 
-The device runs a batch while the host writes the one before. Each shard is whole or not there, so
-the same call goes on after a kill at any moment; several processes, on one machine or on many, make
-every n-th shard each (`share`) and write side by side into one folder, local or gs://. Processes of
-one JAX program share by themselves; with one mesh, too, they run in step, each on its own rows.
+The device runs a batch while the host writes the previous one. Each shard is either complete or
+absent, so after a kill the same call continues, and several processes can each make every n-th
+shard (`share`) of one folder, local or gs://. Processes of one JAX program share the shards
+automatically; if they also share a mesh, they run in step, each on its own rows.
 """
 
 import collections
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.data.documents import Source
 from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError, no_space, reason
 from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction import manifest as manifests
+from gemma_scope_jax.extraction.manifest import ExtractionJob, ExtractionSettings
 from gemma_scope_jax.extraction.runner import Runner
-from gemma_scope_jax.extraction.store.codec import VALUES
+from gemma_scope_jax.extraction.store.codec import VALUES, Entries
 from gemma_scope_jax.extraction.store.shards import ShardWriter
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.extraction.work import Ended, Packed, ShardPlan, open_text
@@ -42,124 +47,103 @@ from gemma_scope_jax.storage.locks import in_turn
 from gemma_scope_jax.storage.paths import check_writable, folder_path, is_remote
 
 LOG = logging.getLogger(__name__)
+Coders = Mapping[str, Coder] | Sequence[Coder] | Coder
+Result = tuple[Packed | Ended, list[Entries] | None]  # a batch and its entries, or a shard's end
+Started = tuple[Packed | Ended | None, Callable[[], list[Entries]] | None]  # waits for the entries
 
 
 @own_mesh
 def extract(
     model: Model,
-    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    coders: Coders,
     tokenizer: Tokenizer,
-    source: Any,
+    source: Source,
     folder: str | os.PathLike,
     *,
     tokens: int | None = None,
-    batch_size: int | None = None,
-    context_size: int = 1024,
-    seed: int | None = 0,
-    values: str = "float16",
-    slots: int | None = None,
-    precision: str = "highest",
-    shard_tokens: int | None = None,
-    share: tuple[int, int] = (0, 1),
     profile: str | os.PathLike | None = None,
+    **settings: Any,
 ) -> FeatureStore:
     """Store the active features of `coders` on a text; returns the store.
 
     coders     by name; without names they are called by their addresses
-    source     the trainer's: a `TextData`, a list of strings, a function returning an iterable, a
-               `TokenBatch`
-    folder     the same call continues what was begun there; more `tokens` extend it
-    tokens     read by the model, `<bos>` included, about: whole documents, to one of them up to two
-               million; None: all
-    batch_size     sequences of a process's batch; None: 2,048 tokens on a CPU, 32,768 elsewhere
-    context_size   tokens of a sequence
-    seed       of the documents' order; None: as they lie
-    values     "float16", as many bits of a float32 as float16 has, or "float32"
-    slots      features a token has room for; more are right, too, but slower
-    shard_tokens  of a shard, about; default: a 32nd of the job, between limits (`per_shard`)
-    precision  of the encoders' products: "highest" is float32, "high" three passes of bfloat16 on
-               TPUs and TF32 on GPUs, "default" one pass and TF32
-    share      (i, n): this process makes every n-th shard, from the i-th on
+    source     a `TextData`, a list of strings, a function returning an iterable, a `TokenBatch`
+    folder     the same call continues a store begun there; more `tokens` extend it
+    tokens     about how many tokens to read in whole documents, `<bos>` included; None: all
     profile    an empty folder for a trace of a few batches
+    settings   fields of `ExtractionSettings`: batch_size, context_size, seed, values, slots, ...
 
-    Tokens before a coder's `first` of each piece have no features, nor have those that the data
-    exclude. Raises `InputError` for what does not fit: a coder, another store in the folder, a full
-    disk, activations that are not finite.
+    Tokens before a coder's `first` in each piece, and those that the data excludes, have no
+    features. Raises `InputError` for what does not fit: a coder, another store in the folder, a
+    full disk, activations that are not finite.
     """
-    trace = StepTrace(profile)
-    named = dict(CoderSet(coders).items())
-    if share == (0, 1):
-        share = (jax.process_index(), jax.process_count())
-    job = job_of(
-        model, named, tokenizer, source, batch_size=batch_size, context_size=context_size,
-        seed=seed, values=values, slots=slots, precision=precision, shard_tokens=shard_tokens,
-        share=share,
-    )  # fmt: skip
+    trace, named, wanted = StepTrace(profile), CoderSet(coders), ExtractionSettings(**settings)
+    index, count = wanted.share
+    if wanted.share == (0, 1):
+        index, count = jax.process_index(), jax.process_count()
+    job = job_of(model, named, tokenizer, source, wanted)
     path = folder_path(folder)
     try:
-        with in_turn(path):  # several processes fill the folder, and must agree on what with
+        with in_turn(path):  # several processes fill the folder, and must agree on its content
             plan = manifests.agree(path, job, tokens)
             left = manifests.missing(path, plan)
             if left:
                 (path / manifests.INDEX).unlink(missing_ok=True)
-        mine = [shard for shard in left if shard % share[1] == share[0]]
+        mine = [shard for shard in left if shard % count == index]
         if mine or hosts.count_of(model) > 1:
-            _check_room(path, named, plan, len(mine), values)
+            _check_room(path, plan, len(mine), token_bytes(named, wanted.values))
             with trace:
-                _write(model, named, path, plan, mine, job, trace)
+                runner = Runner(model, dict(named.items()), job.slots, wanted.precision)
+                _write(runner, path, plan, mine, trace)
         hosts.wait(model)
         with in_turn(path):
             manifests.finish(path, plan)
     except InputError:
         raise
     except OSError as error:
-        what = "no space left" if no_space(error) else error.strerror or error
-        hint = "free some and run the same again: whole shards stay" if no_space(error) else ""
-        raise InputError(f"{path}: {what}{'; ' * bool(hint)}{hint}") from error
+        if no_space(error):
+            why = "no space left; free some and run the same again: whole shards stay"
+            raise InputError(f"{path}: {why}") from error
+        raise InputError(f"{path}: {error.strerror or error}") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError(
-            "the device's memory does not suffice: take a smaller batch_size, fewer coders at a "
-            f"time, or a mesh ({reason(error)})"
-        ) from error
+        hint = "take a smaller batch_size, fewer coders at a time, or a mesh"
+        raise InputError(f"the device is out of memory: {hint} ({reason(error)})") from error
     except Exception as error:
         if not is_remote(path):
             raise
-        raise InputError(f"{path}: {reason(error)}") from error  # the clients' own types
+        raise InputError(f"{path}: {reason(error)}") from error  # the cloud clients' own types
     return FeatureStore(path)
 
 
 def check_extraction(
     config: GemmaConfig,
-    coders: Mapping[str, Coder] | Sequence[Coder] | Coder,
+    coders: Coders,
     folder: str | os.PathLike | None = None,
     *,
     tokens: int | None = None,
-    batch_size: int | None = None,
-    context_size: int = 1024,
-    seed: int | None = 0,
-    values: str = "float16",
-    slots: int | None = None,
-    precision: str = "highest",
-    share: tuple[int, int] = (0, 1),
+    **settings: Any,
 ) -> None:
-    """Raise `InputError` for what `extract` would refuse and can be known before a model, of which
-    `config` is the architecture, is loaded."""
+    """Raise the `InputError`s of `extract` that need no weights, only the model's architecture."""
+    given = ExtractionSettings(**settings)
     for name, coder in CoderSet(coders).items():
         try:
             check_fits(config, coder)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-    if values not in VALUES:
-        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {values!r}")
-    if precision not in on_device.PRECISIONS:
-        raise InputError(f"precision is {', '.join(on_device.PRECISIONS)}, not {precision!r}")
-    if not 0 <= share[0] < share[1]:
-        raise InputError(f"share {share}: must be (i, n) with 0 <= i < n")
-    if not 2 <= context_size <= config.context:
-        raise InputError(f"context_size {context_size}: {config.name} takes 2 to {config.context}")
-    for name, value in {"batch_size": batch_size, "slots": slots, "tokens": tokens}.items():
+    if given.values not in VALUES:
+        raise InputError(f"values are stored as {' or '.join(VALUES)}, not {given.values!r}")
+    if given.precision not in on_device.PRECISIONS:
+        known = ", ".join(on_device.PRECISIONS)
+        raise InputError(f"precision must be one of {known}, not {given.precision!r}")
+    if not 0 <= given.share[0] < given.share[1]:
+        raise InputError(f"share {given.share}: must be (i, n) with 0 <= i < n")
+    if not 2 <= given.context_size <= config.context:
+        size = given.context_size
+        raise InputError(f"context_size {size}: {config.name} takes 2 to {config.context}")
+    limits = {"batch_size": given.batch_size, "slots": given.slots, "tokens": tokens}
+    for name, value in limits.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
     if folder is not None:
@@ -168,52 +152,37 @@ def check_extraction(
 
 def job_of(
     model: Model,
-    named: Mapping[str, Coder],
+    coders: CoderSet,
     tokenizer: Tokenizer,
-    source: Any,
-    *,
-    batch_size: int | None = None,
-    context_size: int = 1024,
-    seed: int | None = 0,
-    values: str = "float16",
-    slots: int | None = None,
-    precision: str = "highest",
-    shard_tokens: int | None = None,
-    share: tuple[int, int] = (0, 1),
-) -> manifests.ExtractionJob:
-    """The settings of an extraction, checked."""
-    check_extraction(
-        model.config, named, batch_size=batch_size, context_size=context_size, values=values,
-        slots=slots, precision=precision, share=share,
-    )  # fmt: skip
-    batch_size = _batch_size_for(model, context_size) if batch_size is None else batch_size
+    source: Source,
+    settings: ExtractionSettings,
+) -> ExtractionJob:
+    """The extraction with all settings checked and decided."""
+    check_extraction(model.config, coders, **dataclasses.asdict(settings))
+    batch_size, slots = settings.batch_size, settings.slots
+    if batch_size is None:  # as many sequences as keep a device busy
+        size = (2048 if jax.default_backend() == "cpu" else 32768) // settings.context_size
+        mesh = mesh_of(model.params.embed)
+        rows = 1 if mesh is None else mesh.shape["data"] // hosts.count_of(model)
+        batch_size = -(-max(1, size) // rows) * rows
     hosts.check(model, batch_size)
-    widest = max(coder.width for coder in named.values())
-    slots = on_device.slots_for(list(named.values())) if slots is None else slots
-    return manifests.ExtractionJob(
-        text=open_text(source, fit_tokenizer(tokenizer, model.config), seed),
-        batch_size=batch_size, context_size=context_size, values=values,
-        slots=min(slots, widest), precision=precision,
-        shard_tokens=shard_tokens,
-        model=model_identity(model), coders=[manifests.describe(n, c) for n, c in named.items()],
-    )  # fmt: skip
+    slots = on_device.slots_for(list(coders)) if slots is None else slots
+    return ExtractionJob(
+        text=open_text(source, fit_tokenizer(tokenizer, model.config), settings.seed),
+        settings=settings,
+        batch_size=batch_size,
+        slots=min(slots, max(coder.width for coder in coders)),
+        model=model_identity(model),
+        coders=[manifests.describe(name, coder) for name, coder in coders.items()],
+    )
 
 
-def _batch_size_for(model: Model, context_size: int) -> int:
-    """Sequences of a batch that keep a device busy."""
-    size = max(1, (2048 if jax.default_backend() == "cpu" else 32768) // context_size)
-    mesh = mesh_of(model.params.embed)
-    own = 1 if mesh is None else mesh.shape["data"] // hosts.count_of(model)
-    return -(-size // own) * own
-
-
-def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: int, values: str):
+def _check_room(path: epath.Path, plan: ShardPlan, shards: int, each: float) -> None:
+    """Raise `InputError` unless the disk has room for so many shards, `each` bytes per token."""
     if is_remote(path):
         return
-    free, needed = (
-        shutil.disk_usage(path).free,
-        shards * plan.per_shard * plan.mean * plan.share * token_bytes(named, values),
-    )
+    free = shutil.disk_usage(path).free
+    needed = shards * plan.per_shard * plan.mean * plan.share * each
     if needed > free:
         raise InputError(
             f"{path}: {shards} shards need about {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
@@ -221,34 +190,25 @@ def _check_room(path: Any, named: Mapping[str, Coder], plan: ShardPlan, shards: 
         )
 
 
-def token_bytes(coders: Mapping[str, Coder], values: str) -> float:
-    """About how many bytes of the store a token that counts takes: its id, and of each active
-    feature the token and the activation."""
+def token_bytes(coders: Iterable[Coder], values: str) -> float:
+    """The approximate bytes per token in the store: its id, and a token number and an activation
+    for each active feature."""
     entry = {"float16": 3.2, "float32": 4.8}[values]
-    l0 = sum(c.info.l0 or 64.0 for c in coders.values())
-    return 3.0 + entry * l0
+    return 3.0 + entry * sum(coder.info.l0 or 64.0 for coder in coders)
 
 
-# -------------------------------------------------------------------------------------------------
-# Running
+# --- Running -------------------------------------------------------------------------------------
 
 
 def _write(
-    model,
-    coders,
-    path,
-    plan: ShardPlan,
-    shards: list[int],
-    job: "manifests.ExtractionJob",
-    trace: StepTrace,
+    runner: Runner, path: epath.Path, plan: ShardPlan, shards: list[int], trace: StepTrace
 ) -> None:
-    """Make `shards`; the device computes a batch while the host stores the one before."""
-    runner = Runner(model, coders, job.slots, job.precision)
-    first = min(c.first for c in coders.values())  # a coder's own is heeded on the device
+    """Make `shards`; the device computes a batch while the host stores the previous one."""
+    manifest = manifests.read_features_manifest(path)
+    first = min(coder["first"] for coder in manifest["coders"])  # the device applies each coder's
     progress, done = Progress(int(sum(map(plan.in_shard, shards)) * plan.mean)), 0
     threads = min(16, os.cpu_count() or 1)
-    behind = max(1, threads // 2)  # batches that are turned into entries behind the device
-    manifest = manifests.read_features_manifest(path)
+    behind = max(1, threads // 2)  # batches behind the device that are turned into entries
     store, lists, closing = manifests.store_digest(manifest), manifests.lists(manifest), None
     ahead = max(1, min(4, threads // len(lists)))
     with (
@@ -257,17 +217,18 @@ def _write(
         ThreadPoolExecutor(1, "disk") as disk,
         prefetch(plan.batches(shards)) as batches,
     ):
+        events = (event for event, _ in batches)
         if runner.hosts > 1:
-            results = _results_in_step(runner, batches, job)
+            results = _results(_started(runner, hosts.in_step(events), plan, None), 1)
         else:
-            results = _results(runner, batches, workers, behind)
+            results = _results(_started(runner, events, plan, workers), behind + 1)
         for shard in shards:
-            with ShardWriter(path, shard, lists, job.values, pool, ahead) as writer:
+            with ShardWriter(path, shard, lists, manifest["values"], pool, ahead) as writer:
                 for packed, entries in results:
                     if isinstance(packed, Ended):
                         break
                     tokens, counted = _rows(packed, first)
-                    writer.add(tokens, counted, packed.pieces, entries)
+                    writer.add(tokens, counted, packed.pieces, entries or [])
                     done += len(tokens)
                     progress.at(done)
                     trace.done()
@@ -275,74 +236,57 @@ def _write(
                     raise InputError(f"the text has changed: shard {shard} has no documents now")
                 if closing is not None:
                     closing.result()
-                about = {"store": store, "documents": packed.documents}
-                closing = disk.submit(writer.close, **about)
-        for _ in results:  # other hosts' batches, which all run
+                closing = disk.submit(writer.close, store=store, documents=packed.documents)
+        for _ in results:  # the other hosts' batches, which all processes run
             pass
         if closing is not None:
             closing.result()
     if runner.again > 10:
-        LOG.info(
-            "%d batches had to run again: more slots than %d are faster", runner.again, job.slots
-        )
+        hint = "%d batches had to run again: more than %d slots would be faster"
+        LOG.info(hint, runner.again, runner.slots)
 
 
-def _results(
-    runner: Runner, batches: Any, workers: ThreadPoolExecutor, most: int
-) -> Iterator[tuple[Packed | Ended, Any]]:
-    """(batch, its entries), and (`Ended`, None), in order.
-
-    Up to `IN_FLIGHT` batches are on the device, and `most` behind it are turned into entries.
-    """
-    waiting: collections.deque = collections.deque()
-    for event, _ in batches:
+def _started(
+    runner: Runner,
+    events: Iterable[Packed | Ended | None],
+    plan: ShardPlan,
+    workers: ThreadPoolExecutor | None,
+) -> Iterator[Started]:
+    """Start each batch (None: one of padding), whose entries `workers` make, or else the caller."""
+    zeros = np.zeros((plan.batch_size, plan.context_size), np.int32)
+    for event in events:
         if isinstance(event, Ended):
-            waiting.append((event, None))
+            yield event, None
             continue
-        batch = event.batch
-        started = runner.start(batch)
-        kept = np.flatnonzero(batch.segments)
-        waiting.append((event, workers.submit(runner.finish, started, kept)))
-        while len(waiting) > most + 1:
-            packed, future = waiting.popleft()
-            yield packed, None if future is None else future.result()
-    while waiting:
-        packed, future = waiting.popleft()
-        yield packed, None if future is None else future.result()
+        batch = TokenBatch(zeros, zeros, zeros > 0) if event is None else event.batch
+        finish = partial(runner.finish, runner.start(batch), np.flatnonzero(batch.segments))
+        yield event, finish if workers is None else workers.submit(finish).result
 
 
-def _results_in_step(
-    runner: Runner, batches: Any, job: "manifests.ExtractionJob"
-) -> Iterator[tuple[Packed | Ended, Any]]:
-    """`_results` where all hosts run one program: each runs as many batches as the one with most.
+def _results(started: Iterable[Started], most: int) -> Iterator[Result]:
+    """The batches and their entries, in order, with up to `most` batches behind the device.
 
-    What is run again for want of slots is decided by all alike, so all start the same programs in
-    the same order.
+    Batches are finished only after another has started: so hosts in step, which decide alike which
+    batches run again with more slots, start the same programs in the same order.
     """
-    zeros = np.zeros((job.batch_size, job.context_size), np.int32)
-    blank = TokenBatch(zeros, zeros, zeros > 0)
-    waiting: collections.deque = collections.deque()
-    for event in hosts.in_step(event for event, _ in batches):
-        if isinstance(event, Ended):
-            waiting.append((event, None))
-            continue
-        batch = blank if event is None else event.batch
-        started = runner.start(batch), np.flatnonzero(batch.segments)
-        while waiting:
-            yield from _finished(runner, *waiting.popleft())
-        waiting.append((event, started))
-    while waiting:
-        yield from _finished(runner, *waiting.popleft())
+    waiting: collections.deque[Started] = collections.deque()
 
+    def finished(left: int) -> Iterator[Result]:
+        while len(waiting) > left:
+            event, entries = waiting.popleft()
+            found = None if entries is None else entries()
+            if event is not None:
+                yield event, found
 
-def _finished(runner: Runner, event: Packed | Ended | None, started: Any) -> Iterator[tuple]:
-    entries = None if started is None else runner.finish(*started)
-    if event is not None:
-        yield event, entries
+    for event, entries in started:
+        waiting.append((event, entries))
+        if entries is not None:
+            yield from finished(most)
+    yield from finished(0)
 
 
 def _rows(packed: Packed, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [n] of a batch without its padding, and which count, bool [n]."""
+    """Tokens int32 [n] of a batch without its padding, and which have features, bool [n]."""
     kept = np.flatnonzero(packed.batch.segments)
     positions = np.concatenate([np.arange(n) for n in packed.pieces[:, 2]])
     counted = packed.batch.mask.reshape(-1)[kept] & (positions >= first)

@@ -1,71 +1,58 @@
 """One mesh over several hosts: each has its own rows of every batch, and all run in step.
 
-A host that has run out of text runs batches of padding until the others have, too.
+A host that has run out of text runs batches of padding until the others are done.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from gemma_scope_jax.coders.active_features import ActiveFeatures, specs
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.work import Ended
 from gemma_scope_jax.model import sharding
 from gemma_scope_jax.model.config import Model
 
+T = TypeVar("T")
+
 
 def mesh_under(model: Model) -> Any:
-    """The mesh ("data", "model") that the model's weights lie on, or None."""
+    """The mesh ("data", "model") of the model's weights, or None."""
     return sharding.mesh_under(model.params.embed)
 
 
 def count_of(model: Model) -> int:
-    """How many processes the model's mesh spans; 1 without a mesh."""
+    """The number of processes that the model's mesh spans; 1 without a mesh."""
     mesh = mesh_under(model)
     return 1 if mesh is None else len({d.process_index for d in mesh.devices.flat})
 
 
 def check(model: Model, batch_size: int) -> None:
-    """Raise `InputError` unless hosts have whole rows of the mesh, which split `batch_size`."""
+    """Raise `InputError` unless each host has whole rows of the mesh, which divide `batch_size`."""
     mesh, hosts = mesh_under(model), count_of(model)
     if hosts == 1:
         return
     owners = [{d.process_index for d in line} for line in mesh.devices]
     if any(len(owner) > 1 for owner in owners) or len(owners) % hosts:
-        raise InputError(
-            'the mesh\'s axis "model" spans hosts: make it as long as the devices of one, or less'
-        )
-    if batch_size % (len(owners) // hosts):
-        raise InputError(
-            f"batch_size {batch_size} does not split over the {len(owners) // hosts} rows of a "
-            "host's mesh"
-        )
+        raise InputError('the mesh\'s axis "model" spans hosts: keep it within the devices of one')
+    if batch_size % (rows := len(owners) // hosts):
+        raise InputError(f"batch_size {batch_size} does not split over the {rows} rows of a host")
 
 
-def put_rows(mesh: Any, array: np.ndarray) -> jax.Array:
-    """This process's rows [B, ...] as its part of a batch of all of them."""
-    place = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_process_local_data(place, array)
-
-
-def own_part(mesh: Any, active: ActiveFeatures, width: int) -> Any:
-    """What a group's results hold of this process's rows."""
-    split = "model" if width % mesh.shape["model"] == 0 else None
-    layered = jax.tree.map(
-        lambda spec: PartitionSpec(None, *spec),
-        specs("data", split),
-        is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )
+def own_part(mesh: Mesh, active: ActiveFeatures, width: int) -> Any:
+    """The part of a group's results that belongs to this process's rows."""
+    each = specs("data", "model" if width % mesh.shape["model"] == 0 else None)
+    is_spec = lambda s: isinstance(s, PartitionSpec)
+    layered = jax.tree.map(lambda spec: PartitionSpec(None, *spec), each, is_leaf=is_spec)
     return multihost_utils.global_array_to_host_local_array(active, mesh, layered)
 
 
-def in_step(events: Iterable[Any]) -> Iterator[Any]:
-    """`events`, and None as often as another process has more batches (`Ended` is not one)."""
-    from gemma_scope_jax.extraction.work import Ended
-
+def in_step(events: Iterable[T]) -> Iterator[T | None]:
+    """`events`, then a None for each batch that another process has more (`Ended` is not one)."""
     for event in events:
         if not isinstance(event, Ended):
             _anyone(True)
@@ -79,6 +66,6 @@ def _anyone(more: bool) -> bool:
 
 
 def wait(model: Model) -> None:
-    """Until all processes of the model's mesh are here."""
+    """Wait until all processes of the model's mesh are here."""
     if count_of(model) > 1:
         multihost_utils.sync_global_devices("features are written")

@@ -1,17 +1,21 @@
-"""What a feature store says of itself: manifest.json, written before the first shard and equal for
-all processes, and index.json, written when every shard is there.
+"""The metadata of a feature store: manifest.json, written before the first shard and equal for all
+processes, and index.json, written when all shards are complete.
 
 The manifest holds what makes two stores the same (model, coders, text, order, batches, how values
-are kept), how many documents are wanted, of how many they are drawn (`shuffled`; null: their
-numbers count the order), and the versions that wrote it, which nothing compares.
+are kept), the number of documents wanted and of those they are drawn from (`shuffled`; null:
+document numbers are places in the order), and the versions that wrote it, which are never compared.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from etils import epath
 
 from gemma_scope_jax.coders.coder import Coder, public_name, weights_identity
 from gemma_scope_jax.errors import InputError, shown
@@ -23,86 +27,91 @@ from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 MANIFEST, INDEX = "manifest.json", "index.json"
-_CONTENT = "text_content"  # what a text holds, in stores begun when it was known by name and size
+OTHER = "holds features of another"
+_CONTENT = "text_content"  # the text's fingerprint, in stores that identify it by name and size
 FORMAT = {"format": "gemma_scope_jax sparse features", "version": 2}
-SHARDS = 32  # of a job, about
-FEWEST, MOST = 16, 32  # batches of a shard
-LONGEST = 1 << 17  # tokens of a shard, if `MOST` small batches are less
+SHARDS = 32  # per job, about
+FEWEST, MOST = 16, 32  # batches per shard
+LONGEST = 1 << 17  # tokens per shard, if `MOST` small batches are less
 _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtractionSettings:
+    """How to extract.
+
+    batch_size     sequences per batch and process; None: 2,048 tokens on a CPU, 32,768 elsewhere
+    context_size   tokens per sequence
+    seed           of the documents' order; None: in the order of the files
+    values         "float16", rounded to the 11 significant bits of a float16, or "float32"
+    slots          features a token has room for before it takes a slower path; None: 4 times L0
+    precision      of the encoders' products: "highest" is float32, "high" three passes of bfloat16
+                   on TPUs and TF32 on GPUs, "default" one pass and TF32
+    shard_tokens   about how many tokens a shard has; None: see `ExtractionJob.per_shard`
+    share          (i, n): this process makes every n-th shard, from the i-th on
+    """
+
+    batch_size: int | None = None
+    context_size: int = 1024
+    seed: int | None = 0
+    values: str = "float16"
+    slots: int | None = None
+    precision: str = "highest"
+    shard_tokens: int | None = None
+    share: tuple[int, int] = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractionJob:
-    """The settings of an extraction."""
+    """An extraction whose settings are decided."""
 
     text: Text
+    settings: ExtractionSettings
     batch_size: int
-    context_size: int
-    values: str
     slots: int
-    precision: str
-    shard_tokens: int | None
     model: Mapping[str, str]
     coders: Sequence[Mapping[str, Any]]
 
     def per_shard(self, size: Size) -> int:
-        """Documents of a shard of a text of this size, which `shard_tokens` decides, or the job:
-        a kill loses a shard at the most, processes share shards, and the last batch of each is
-        half empty. So there are about `SHARDS`, but none has less than `FEWEST` batches or more
-        than `MOST`.
+        """Documents per shard of a text of this size.
+
+        A kill loses at most a shard, and the last batch of each is half empty. So, without
+        `shard_tokens`, there are about `SHARDS`, each of `FEWEST` to `MOST` batches.
         """
-        batch = self.batch_size * self.context_size
+        batch = self.batch_size * self.settings.context_size
         fitting = max(size.documents * size.mean / SHARDS, FEWEST * batch)
-        tokens = self.shard_tokens or min(fitting, max(LONGEST, MOST * batch))
+        tokens = self.settings.shard_tokens or min(fitting, max(LONGEST, MOST * batch))
         return max(1, round(tokens / max(size.mean, 1.0)))
 
     def describe(self) -> dict[str, Any]:
-        """The part of the manifest that must be the same on going on."""
-        data = {
-            "text": self.text.fingerprint,
-            "files": [shown(f) for f in self.text.data.files],
-            "tfds": self.text.data.tfds,
-            "seed": self.text.seed,
-            "batch_size": self.batch_size,
-            "context_size": self.context_size,
-            "roles": list(self.text.data.roles) if self.text.data.messages else None,
-        }
-        return {
-            "model": dict(self.model),
-            "coders": [dict(c) for c in self.coders],
-            "data": data,
-            "values": self.values,
-            "slots": self.slots,
-            "precision": self.precision,
-        }
+        """The part of the manifest that must be the same to continue a store."""
+        text, settings = self.text.data, self.settings
+        files, roles = [shown(f) for f in text.files], list(text.roles) if text.messages else None
+        data = {"text": self.text.fingerprint, "files": files, "tfds": text.tfds}
+        data |= {"seed": self.text.seed, "batch_size": self.batch_size}
+        data |= {"context_size": settings.context_size, "roles": roles}
+        about = {"model": dict(self.model), "coders": [dict(c) for c in self.coders], "data": data}
+        how = {"values": settings.values, "slots": self.slots, "precision": settings.precision}
+        return about | how
 
 
 def describe(name: str, coder: Coder) -> dict[str, Any]:
-    """What a manifest says of a coder."""
-    return {
-        "name": name,
-        "kind": coder.kind,
-        "layers": list(coder.layers),
-        "reads": coder.reads,
-        "writes": coder.writes,
-        "width": coder.width,
-        "first": coder.first,
-        "l0": coder.info.l0,
-        "weights": weights_identity(coder),
-    }
+    """A coder's entry in the manifest."""
+    place = {"layers": list(coder.layers), "reads": coder.reads, "writes": coder.writes}
+    sizes = {"width": coder.width, "first": coder.first, "l0": coder.info.l0}
+    weights = weights_identity(coder)
+    return {"name": name, "kind": coder.kind, **place, **sizes, "weights": weights}
 
 
 def store_digest(settings: Mapping[str, Any]) -> str:
-    """What ties a shard to its store: a digest of what two stores must share to be the same."""
+    """A digest of what makes two stores the same, which ties a shard to its store."""
     return digest({key: settings[key] for key in _SAME})
 
 
-def settle(
-    folder: Any, job: ExtractionJob, tokens: int | None
-) -> tuple[dict[str, Any], dict | None]:
-    """(the manifest that the store is to have, the one that is there). Writes nothing.
+def settle(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> tuple[dict, dict | None]:
+    """(the manifest that the store will have, the one it has). Writes nothing.
 
-    Raises `InputError` if what is there is something else.
+    Raises `InputError` if the folder holds something else.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
@@ -111,97 +120,64 @@ def settle(
             raise InputError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
         first = min(coder["first"] for coder in job.coders)
         size = measure(job.text, tokens, first)
-        work = {
-            "tokens": tokens,
-            "documents": size.documents,
-            "per_shard": job.per_shard(size),
-            "mean": size.mean,
-            "share": size.share,
-            "shuffled": job.text.shuffled,
-        }
+        work = {"tokens": tokens, "documents": size.documents, "per_shard": job.per_shard(size)}
+        work |= {"mean": size.mean, "share": size.share, "shuffled": job.text.shuffled}
         return FORMAT | job.describe() | work | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
     for key, value in job.describe().items():
         there = old[key]
-        if key == "data":
-            there = _of_this_text(old, value, job, folder)
-            if old["data"]["text"] != value["text"]:  # of an older version: told by name and size
+        if key == "data":  # the text is identified by its content: its names may differ
+            if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
+                what = "text: what it holds, its order, its settings or the tokenizer"
+                raise InputError(f"{folder}: {OTHER} data ({what}); choose another folder")
+            if there["text"] != value["text"]:  # written by a version that used name and size
                 new = old | {_CONTENT: value["text"]}
+            there = {**there, **{name: value[name] for name in ("text", "files", "tfds")}}
         if key == "coders":
             value = _called_as(list(there), list(value))
-        if _content(there) != _content(value):
-            raise InputError(
-                f"{folder}: holds features of another {key} ({_difference(there, value)}); "
-                "choose another folder"
-            )
-    everything = old["tokens"] is None
-    if everything or (tokens is not None and tokens <= old["tokens"]):
-        return new, old
-    documents = measure(job.text, tokens).documents
-    if documents <= old["documents"]:
-        return new, old
-    return new | {"tokens": tokens, "documents": documents}, old
-
-
-def _of_this_text(
-    old: Mapping[str, Any], now: dict, job: ExtractionJob, folder: Any
-) -> dict[str, Any]:
-    """What a manifest says of its text, which is known by its content: how it is called may differ.
-
-    Raises `InputError` for another text.
-    """
-    there = old["data"]
-    if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
-        raise InputError(
-            f"{folder}: holds features of another data (text: what it holds, its order, its "
-            "settings or the tokenizer differ); choose another folder"
-        )
-    return {**there, **{key: now[key] for key in ("text", "files", "tfds")}}
+        if there != value:
+            found = _difference(there, value)
+            raise InputError(f"{folder}: {OTHER} {key} ({found}); choose another folder")
+    if old["tokens"] is not None and (tokens is None or tokens > old["tokens"]):
+        documents = measure(job.text, tokens).documents
+        if documents > old["documents"]:
+            new = new | {"tokens": tokens, "documents": documents}
+    return new, old
 
 
 def _called_as(there: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is said of coders now, under the names that a store has for them if those are paths:
-    coders are known by their weights, and folders by any of their paths."""
-    if len(there) != len(now):
-        return [dict(coder) for coder in now]
-    path = lambda old, new: os.path.isabs(old) or os.path.basename(old) == os.path.basename(new)
-    return [
-        {**coder, "name": old["name"] if path(old["name"], coder["name"]) else coder["name"]}
-        for old, coder in zip(there, now)
-    ]
+    """The entries of coders `now`, under their names in a store if those are paths: coders are
+    identified by their weights, and a folder has several paths."""
+    found = [dict(coder) for coder in now]
+    for old, coder in zip(there, found) if len(there) == len(found) else ():
+        name = old["name"]
+        if os.path.isabs(name) or os.path.basename(name) == os.path.basename(coder["name"]):
+            coder["name"] = name
+    return found
 
 
 def plan_of(manifest: Mapping[str, Any], job: ExtractionJob) -> ShardPlan:
     """The work that a manifest describes."""
-    m = manifest
-    share = m.get("share", 1.0)  # of older stores the mean is of tokens that count
-    return ShardPlan(
-        job.text, m["documents"], m["per_shard"], job.batch_size, job.context_size, m["mean"], share
-    )
+    documents, per_shard, mean = (manifest[key] for key in ("documents", "per_shard", "mean"))
+    share = manifest.get("share", 1.0)  # in older stores the mean is that of tokens with features
+    shape = job.batch_size, job.settings.context_size
+    return ShardPlan(job.text, documents, per_shard, *shape, mean, share)
 
 
-def agree(folder: Any, job: ExtractionJob, tokens: int | None) -> ShardPlan:
-    """The plan of the store in the folder, begun or extended here if need be."""
+def agree(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> ShardPlan:
+    """The plan of the store in the folder, which is begun or extended if necessary."""
     new, old = settle(folder, job, tokens)
     if old is not None and new["documents"] != old["documents"]:
         (folder / INDEX).unlink(missing_ok=True)
-        if old["documents"] % old["per_shard"]:  # the last shard was cut short: made anew
+        if old["documents"] % old["per_shard"]:  # the last shard was cut short
             (folder / shard_name(old["documents"] // old["per_shard"])).unlink(missing_ok=True)
     if new != old:
         write_text(folder / MANIFEST, json.dumps(new, indent=1))
     return plan_of(new, job)
 
 
-def _content(value: Any) -> Any:
-    """Of what a manifest says: without where files lie, as the text has a fingerprint."""
-    if isinstance(value, dict):
-        return {key: v for key, v in value.items() if key != "files"}
-    return value
-
-
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        old, new = _content(old), _content(new)
         key = next(k for k in new if old.get(k) != new[k])
         return f"{key} {_difference(old.get(key), new[key])}"
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -220,8 +196,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_features_manifest(folder: Any) -> dict[str, Any]:
-    """The manifest of a store. Raises `InputError` for folders that have none, or another's."""
+def read_features_manifest(folder: epath.Path) -> dict[str, Any]:
+    """The manifest of a store. Raises `InputError` for folders without one, or a foreign one."""
     path = folder / MANIFEST
     if not path.exists():
         raise InputError(f"{folder}: holds no sparse features ({MANIFEST} is missing)")
@@ -229,16 +205,13 @@ def read_features_manifest(folder: Any) -> dict[str, Any]:
 
 
 def lists(manifest: Mapping[str, Any]) -> list[FeatureList]:
-    """What a store holds of every coder's layer, in order."""
-    return [
-        FeatureList(coder["name"], layer, coder["width"])
-        for coder in manifest["coders"]
-        for layer in coder["layers"]
-    ]
+    """The feature lists of a store, one per coder and layer, in order."""
+    coders = manifest["coders"]
+    return [FeatureList(c["name"], layer, c["width"]) for c in coders for layer in c["layers"]]
 
 
-def _check_manifest(m: dict[str, Any], path: Any) -> None:
-    """Raise `InputError` unless what is read of a manifest has its type and size."""
+def _check_manifest(m: dict[str, Any], path: epath.Path) -> None:
+    """Raise `InputError` unless every field that is used has a valid type and size."""
     for coder in field(m, "coders", list, path, least=1):
         for key in ("name", "reads", "writes", "kind", "weights"):
             field(coder, key, str, path)
@@ -275,36 +248,33 @@ _FORMAT = Format(
 )
 
 
-def shards_there(folder: Any) -> list[int]:
+def shards_there(folder: epath.Path) -> list[int]:
     """The numbers of the shards in a folder."""
     try:
         names = [os.path.basename(os.fspath(p)) for p in folder.iterdir()]
-    except FileNotFoundError:  # a bucket's folder is there when something is in it
+    except FileNotFoundError:  # a bucket's folder exists once something is in it
         return []
-    found = [
-        n.removeprefix("shard-").removesuffix(".json")
-        for n in names
-        if n.startswith("shard-") and n.endswith(".json")
-    ]
-    return sorted(int(n) for n in found if n.isdigit())
+    found = (re.fullmatch(r"shard-(\d+)\.json", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
 
 
-def missing(folder: Any, plan: ShardPlan) -> list[int]:
-    """The shards still to be made."""
+def missing(folder: epath.Path, plan: ShardPlan) -> list[int]:
+    """The shards that are still missing."""
     there = set(shards_there(folder))
     return [shard for shard in range(plan.shards) if shard not in there]
 
 
-def finish(folder: Any, plan: ShardPlan) -> bool:
-    """Write the index if every shard is there, and whole; returns whether it is.
+def finish(folder: epath.Path, plan: ShardPlan) -> bool:
+    """Write the index if all shards are complete; returns whether they are.
 
-    A shard that was made for fewer documents is removed, to be made anew.
+    A shard that was made for fewer documents is removed, so that it is made again.
     """
     if missing(folder, plan):
         return False
     wanted = store_digest(read_features_manifest(folder))
-    if _holds(folder, plan.documents):
-        return True
+    with contextlib.suppress(InputError):
+        if read_index(folder, plan.documents) is not None:
+            return True
     shards = []
     for number in range(plan.shards):
         shards.append(summary(Shard(folder, number), wanted))
@@ -315,16 +285,8 @@ def finish(folder: Any, plan: ShardPlan) -> bool:
     return True
 
 
-def _holds(folder: Any, documents: int) -> bool:
-    """Whether there is an index of so many documents."""
-    try:
-        return read_index(folder, documents) is not None
-    except InputError:
-        return False
-
-
 def summary(shard: Shard, store: str) -> dict[str, Any]:
-    """What the index holds of a shard. Raises `InputError` if it is another store's."""
+    """A shard's entry in the index. Raises `InputError` if the shard is another store's."""
     footer = shard.footer
     if footer["store"] != store:
         raise InputError(f"{shard.path}: belongs to another store; delete it and extract again")
@@ -338,8 +300,8 @@ def summary(shard: Shard, store: str) -> dict[str, Any]:
     }
 
 
-def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
-    """The shards' summaries, in order; None while the store of `documents` is not complete."""
+def read_index(folder: epath.Path, documents: int) -> list[dict[str, Any]] | None:
+    """The shards' summaries, in order; None if the store of `documents` is not complete."""
     path = folder / INDEX
     if not path.exists():
         return None
@@ -360,15 +322,14 @@ def read_index(folder: Any, documents: int) -> list[dict[str, Any]] | None:
 
 
 def _are_whole(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value <= 1 << 40 for value in values
-    )
+    whole = lambda value: type(value) is int and 0 <= value <= 1 << 40
+    return isinstance(values, list) and all(map(whole, values))
 
 
 def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
-    """What a feature store calls a coder, which it knows by its weights and where it begins.
+    """The name of a coder in a feature store, found by its weights and `first`.
 
-    name: what it should be called there. Raises `InputError`.
+    name: the name that it must have there. Raises `InputError` if the store lacks the coder.
     """
     wanted = describe("", coder)
     some = [held for held in store.manifest["coders"] if name in ("", held["name"])]
@@ -380,11 +341,9 @@ def name_in_store(store: Any, coder: Coder, name: str = "") -> str:
         if held["first"] == wanted["first"]:
             return held["name"]
     if same:
-        raise InputError(
-            f"{store.folder}: holds features of {public_name(coder)} from position "
-            f"{same[0]['first']} on, and the coder begins at {coder.first}; extract again"
-        )
+        why = f"are from position {same[0]['first']} on, and the coder begins at {coder.first}"
+        raise InputError(f"{store.folder}: features of {public_name(coder)} {why}; extract again")
+    names = ", ".join(held["name"] for held in some)
     raise InputError(
-        f"{store.folder}: holds no features of {public_name(coder)}, but of "
-        f"{', '.join(held['name'] for held in some)}; extract again"
+        f"{store.folder}: holds no features of {public_name(coder)}, but of {names}; extract again"
     )

@@ -1,13 +1,15 @@
 """The compiled pass of an extraction: batches of tokens in, entries of every coder's layer out."""
 
+import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_scope_jax.coders import active_features as on_device
 from gemma_scope_jax.coders.active_features import ActiveFeatures, CoderStack
@@ -19,56 +21,60 @@ from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet
+Started = tuple[TokenBatch, list[ActiveFeatures]]  # a batch on the device and its results, pending
 
 
 class Runner:
-    """The compiled pass of a job: a batch in, active features on the device out."""
+    """The compiled pass of a job. `start` runs a batch, `finish` brings its entries to the host."""
 
     def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
         self.model, self.slots, self.mesh = model, slots, hosts.mesh_under(model)
         self.hosts = hosts.count_of(model)
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
-        self._put = jnp.asarray if self.mesh is None else partial(hosts.put_rows, self.mesh)
+        rows = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec("data"))
+        whole = partial(jax.make_array_from_process_local_data, rows)  # of all processes' rows
+        self._put = jnp.asarray if rows is None else whole
         self._run = partial(on_device.active_features, groups=self.groups, precision=precision)
         self._room = threading.Semaphore(IN_FLIGHT)
         self.again = 0  # batches that had to run again with more slots
 
-    def compiled(self, batch: TokenBatch) -> Any:
+    def compiled(self, batch: TokenBatch) -> jax.stages.Compiled:
         """The program for batches of this shape."""
         batch, jitted = jax.tree.map(self._put, batch), on_device.active_features
         return jitted.lower(
             self.model, self.weights, batch, slots=self.slots, **self._run.keywords
         ).compile()
 
-    def launch(self, batch: TokenBatch) -> tuple:
-        """(the batch on the device, what is found in it, which is under way)."""
+    def launch(self, batch: TokenBatch) -> Started:
+        """Run a batch without waiting for its results."""
         batch = jax.tree.map(self._put, batch)
         return batch, self._run(self.model, self.weights, batch, slots=self.slots)
 
-    def start(self, batch: TokenBatch) -> tuple:
-        """`launch`, when there is room on the device; hand what this returns to `finish`."""
+    def start(self, batch: TokenBatch) -> Started:
+        """`launch` once there is room on the device; pass the result to `finish`."""
         self._room.acquire()
         return self.launch(batch)
 
-    def finish(self, started: tuple, kept: np.ndarray) -> list[Entries]:
-        """The entries of every coder's layer, coders in order, at the tokens `kept` (of N)."""
+    def finish(self, started: Started, kept: np.ndarray) -> list[Entries]:
+        """The entries of every coder's layers, coders in order, at the tokens `kept` (of N)."""
         try:
             found = self._on_host(started)
         finally:
             self._room.release()
         entries: dict[tuple[str, int], Entries] = {}
         for group, active in zip(self.groups, found):
-            _check_finite(group, active)
+            if not active.finite.all():
+                layer = group.layers[int(np.argmin(active.finite))]
+                why = "the model's activations are not finite: damaged, or its dtype overflows"
+                raise InputError(f"{group.site} of layer {layer}: {why}")
             for i, member in enumerate(group.members):
                 entries[member] = layer_entries(group, active, i, kept)
-        order = [
-            (name, own) for name, coder in self.coders.items() for own in range(len(coder.layers))
-        ]
-        return [entries[member] for member in order]
+        coders = self.coders.items()
+        return [entries[name, own] for name, coder in coders for own in range(len(coder.layers))]
 
-    def _on_host(self, started: tuple) -> list[ActiveFeatures]:
-        """What was found of this process's rows, as numpy; spilled rows only if there are any."""
+    def _on_host(self, started: Started) -> list[ActiveFeatures]:
+        """The results of this process's rows, as numpy; spilled rows only if there are any."""
         batch, found = started
         slots, widest = self.slots, max(group.width for group in self.groups)
         while any(np.asarray(active.overflow).any() for active in found):
@@ -80,7 +86,7 @@ class Runner:
             if self.hosts > 1:
                 active = hosts.own_part(self.mesh, active, group.width)
             spilled = active.spilled
-            host: Any = jax.tree.map(np.asarray, active.replace(spilled=None))
+            host: Any = jax.tree.map(np.asarray, dataclasses.replace(active, spilled=None))
             size = host.count.shape[1] // host.spilled_tokens.shape[1]
             some = [
                 np.asarray(spilled[i]) if (which < size).any() else None
@@ -88,15 +94,6 @@ class Runner:
             ]
             held.append(host.replace(spilled=some))
         return held
-
-
-def _check_finite(group: CoderStack, active: ActiveFeatures) -> None:
-    if not active.finite.all():
-        layer = group.layers[int(np.argmin(active.finite))]
-        raise InputError(
-            f"{group.site} of layer {layer}: the model's activations are not finite; a damaged "
-            "model, or one that overflows in this dtype"
-        )
 
 
 def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.ndarray) -> Entries:
@@ -112,8 +109,11 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
     if not over.any():
         return Entries(offsets_of(count.sum(-1)), ids, values)
     count, n = count.astype(np.int64), len(active.count[i])
-    found = []  # a row's second product may differ by a tie, so it says itself how many there are
-    for row, j, dense in _spilled(active.spilled_tokens[i], active.spilled[i], kept, part, n):
+    found = []  # a row's second product may differ in a tie, so its own entries are counted
+    tokens, size = active.spilled_tokens[i], n // len(active.spilled_tokens[i])
+    for shard, j, r in zip(*np.nonzero(tokens < size)):
+        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
+        dense = active.spilled[i][shard, r, j * part : (j + 1) * part]
         (here,) = np.nonzero(dense)
         count[row, j] = len(here)
         found.append((row * parts + j, here + j * part, dense[here]))
@@ -125,11 +125,3 @@ def layer_entries(group: CoderStack, active: ActiveFeatures, i: int, kept: np.nd
         fits[some], all_ids[some], all_values[some] = False, here, dense
     all_ids[fits], all_values[fits] = ids, values
     return Entries(starts[::parts], all_ids, all_values)
-
-
-def _spilled(tokens, spilled, kept, part: int, n: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(row among `kept`, part, activations [f]) of the spilled tokens; spilled [d, R, F]."""
-    size = n // len(tokens)
-    for shard, j, r in zip(*np.nonzero(tokens < size)):
-        row = int(np.searchsorted(kept, shard * size + tokens[shard, j, r]))
-        yield row, int(j), spilled[shard, r, j * part : (j + 1) * part]

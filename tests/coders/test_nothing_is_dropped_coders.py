@@ -233,11 +233,11 @@ def test_files_beyond_those_of_the_layers(tmp_path):
     (folder / "params_layer_4.safetensors").write_bytes(
         (folder / "params_layer_3.safetensors").read_bytes()
     )
-    refused(folder, "params_layer_4.safetensors is there")
+    refused(folder, "has params_layer_4.safetensors")
     folder = circuit_tracer_clt(tmp_path)
     for end in ("enc", "dec"):  # W_enc_2 is missing: those after it would not be read
         save_file({f"W_{end}_3": normal(F, D)}, folder / f"W_{end}_3.safetensors")
-    refused(folder, "W_dec_3.safetensors is there")
+    refused(folder, "has W_dec_3.safetensors")
 
 
 @pytest.mark.parametrize("name", ["../other/layer_0.safetensors", "a/../../b.safetensors",
@@ -245,7 +245,7 @@ def test_files_beyond_those_of_the_layers(tmp_path):
 def test_paths_that_leave_the_folder(tmp_path, name):
     folder = circuit_tracer(tmp_path)
     edit_config(folder / "config.yaml", transcoders=[name, "layer_1.safetensors"])
-    refused(folder, "leaves the folder")
+    refused(folder, "outside the config")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -254,9 +254,9 @@ def test_paths_that_leave_the_folder(tmp_path, name):
     ({"activation_fn_kwargs": {"leak": 0.1}}, "activation_fn_kwargs"),
     ({"seqpos_slice": [5, None, 2]}, "seqpos_slice"),
     ({"metadata": {**METADATA, "architecture": "gated"}}, "architecture"),
-    ({"metadata": {**METADATA, "k": 3}}, "k stands in metadata"),
+    ({"metadata": {**METADATA, "k": 3}}, "k is in metadata"),
     ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
-    ({"hook_name": "blocks.3.hook_resid_post"}, "which"),
+    ({"hook_name": "blocks.3.hook_resid_post"}, "keep one"),
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing"),
     ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm of a jumprelu"),
 ])  # fmt: skip

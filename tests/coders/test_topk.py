@@ -202,18 +202,10 @@ def test_extraction_lists_the_k_features_of_each_token(model, kernels, mesh, mon
     group = groups[0]
     weights = active_features.encoders(group, coders, grid)
     w = jax.tree.map(lambda a: a[0], weights)
+    how = active_features.Search(slots=48, k=group.k, using=using, precision="highest")
     run = jax.jit(
         lambda x, w: active_features._active(
-            x,
-            _Here(),
-            w,
-            segments > 0,
-            first=0,
-            slots=48,
-            k=group.k,
-            using=using,
-            precision="highest",
-            mesh=grid,
+            x, _Here(), w, segments > 0, first=0, how=how, mesh=grid
         )
     )
     monkeypatch.setattr(

@@ -88,7 +88,7 @@ def test_tfds_records_are_read_without_tensorflow(monkeypatch):
     data = TextData(tfds="mine/x:1.0.0", tfds_folder="/data")
     assert sorted(texts_of(open_documents(data))) == sorted(TEXTS)
     chats = TextData(tfds="mine/x:1.0.0", tfds_folder="/data", messages="chat")
-    assert parse(next(open_documents(chats).in_order()), chats) == CHAT
+    assert parse(next(open_documents(chats).ordered(None)), chats) == CHAT
     with pytest.raises(InputError, match="tfds build"):
         open_documents(TextData(tfds="mine/x:1.0.0", tfds_folder="/data", split="test"))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)

@@ -42,7 +42,7 @@ def bad_files(folder):
         "number.jsonl": (b'{"text": 3}\n', "must be text, not int"),
         "list.jsonl": (b'["a"]\n', "no key 'text'"),
         "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "lone surrogate"),
-        "latin.txt": ("über".encode("latin-1"), "cannot be read as UTF-8"),
+        "latin.txt": ("über".encode("latin-1"), "not UTF-8 text"),
         "cut.jsonl.gz": (gzip.compress(good)[:-20], "broken or truncated"),
         "fake.jsonl.gz": (good, "broken or truncated"),
         "line.jsonl.gz": (gzip.compress(b"\n\n{"), "line 3: not JSON"),

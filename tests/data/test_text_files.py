@@ -105,7 +105,7 @@ def test_a_name_that_is_not_utf8_is_legible_where_it_is_quoted(tmp_path):
     except (OSError, UnicodeError):
         pytest.skip("this file system takes no such names")
     data = TextData(files=(f"{tmp_path}/*.txt",))
-    (where, _) = [record.where for record in open_documents(data).in_order()]
+    (where, _) = [record.where for record in open_documents(data).ordered(None)]
     assert where == rf"{tmp_path}/caf\udce9.txt, byte 0"
     (tmp_path / "b.txt").write_text("three")
     text = EvaluationText(data, Letters(), batch_size=1, context_size=32)
@@ -166,7 +166,7 @@ def test_a_key_of_a_message_that_is_there_twice_is_refused(tmp_path):
     path.write_text('{"m": [{"role": "user", "content": "a", "content": "b"}]}\n')
     data = TextData(files=(str(path),), messages="m")
     with pytest.raises(InputError, match="'content' occurs twice"):
-        parse(next(open_documents(data).in_order()), data)
+        parse(next(open_documents(data).ordered(None)), data)
 
 
 def test_a_record_longer_than_any_document_is_a_bad_one(tmp_path, monkeypatch):

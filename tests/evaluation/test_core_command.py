@@ -91,7 +91,7 @@ def test_without_losses_or_text(tiny, folders, capsys):
 
 
 BAD = {
-    "no_coder": ([], "name at least one CODER"),
+    "no_coder": ([], "name at least one coder"),
     "no_text": (["--text", "/nowhere/*.txt"], "no text files match /nowhere"),
     "no_tokens": (["--tokens", "0"], "too few"),
     "no_losses": (["--replacement", "--loss-tokens", "0"], "--replacement measures losses"),

@@ -293,7 +293,7 @@ def test_chats_count_what_the_roles_say(tmp_path):
     # tokens are those that are read, as in training; what a store takes goes by those that count
     plan = plan_extraction(model, CODERS["a"], Chats(), data, tmp_path / "t", tokens=12, **SETTINGS)
     assert plan.documents == 2 and plan.tokens == 12
-    assert plan.bytes_per_token == pytest.approx(token_bytes({"a": CODERS["a"]}, "float32") / 3)
+    assert plan.bytes_per_token == pytest.approx(token_bytes([CODERS["a"]], "float32") / 3)
     some = extract(model, CODERS["a"], Chats(), data, tmp_path / "t", tokens=12, **SETTINGS)
     assert len(some) == 12 and some.counted == 4
 
@@ -326,12 +326,13 @@ def test_one_program_whatever_the_shard(model, documents, tmp_path):
     ],
 )
 def test_shards_fit_the_job(documents, mean, batch, wanted):
-    job = manifests.ExtractionJob(
-        None, 2, batch // 2, "float16", 9, "high", None, {}, [])  # fmt: skip
+    settings = manifests.ExtractionSettings(context_size=batch // 2)
+    job = manifests.ExtractionJob(None, settings, 2, 9, {}, [])
     size = work.Size(documents, float(mean), 1.0)
     shards = -(-documents // job.per_shard(size))
     assert wanted <= shards <= 1.1 * wanted
-    by_hand = dataclasses.replace(job, shard_tokens=mean)
+    settings = dataclasses.replace(settings, shard_tokens=mean)
+    by_hand = dataclasses.replace(job, settings=settings)
     assert by_hand.per_shard(size) == 1
 
 

@@ -68,7 +68,7 @@ def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
     ("changes", "said"),
     [
         (dict(values="int4"), "values are stored as float16 or float32, not 'int4'"),
-        (dict(precision="best"), "precision is highest, high, default, not 'best'"),
+        (dict(precision="best"), "precision must be one of highest, high, default, not 'best'"),
         (dict(share=(3, 3)), r"share \(3, 3\): must be"),
         (dict(context_size=100_000), "context_size 100000: .* takes 2 to"),
         (dict(batch_size=0), "batch_size 0: must be at least 1"),
@@ -203,7 +203,7 @@ def test_bad_reading_is_one_line(store, tmp_path):
         (lambda: store.feature(0, "x"), "layer None is none of its layers"),
         (lambda: store.fired("aa"), "no coder 'aa'"),
         (lambda: store.feature(0, "aa"), "no coder 'aa'"),
-        (lambda: store.segment(0).rows(3, 3, "a"), "3 to 3 is no range"),
+        (lambda: store.segment(0).rows(3, 3, "a"), "rows 3 to 3: must be a range"),
         (lambda: store.document(1000), "document 1000 is not in the store"),
         (lambda: store.windows([len(store)], 1, 1), "rows must be 0 to"),
         (lambda: store.places(np.arange(len(store)) > 3), "rows must be whole numbers, not bool"),

@@ -160,7 +160,7 @@ def test_names_of_sites_do_not_leave_the_folder(tmp_path, name):
     path = tmp_path / "s" / "manifest.json"
     manifest = path.read_text().replace('"resid_post"', json.dumps(name))
     path.write_text(manifest)
-    with pytest.raises(InputError, match="is no site"):
+    with pytest.raises(InputError, match="is not a site"):
         ActivationStore(tmp_path / "s")
 
 

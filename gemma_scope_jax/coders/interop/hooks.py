@@ -1,21 +1,19 @@
-"""What the folders of other libraries share: hook names, texts of a config, tensors of a file.
+"""What the readers of other libraries' folders share: hook names, config texts, tensors of a file.
 
-Hook names are the trap of this trade. TransformerLens' `hook_mlp_in` is the residual stream before
-the norm, its `ln2.hook_normalized` is the norm without the (1 + w) gain; neither is what the
-transcoders of Gemma Scope 2 read, though SAELens' configs for them say `hook_mlp_in`. A coder on
-the wrong tensor still runs and explains nothing, so a name that does not say which is refused.
+TransformerLens' `hook_mlp_in` is the residual stream before the norm, its `ln2.hook_normalized` the
+norm without the (1 + w) gain; Gemma Scope 2's transcoders read neither, though SAELens' configs for
+them have `hook_mlp_in`. A coder on the wrong tensor still runs, so ambiguous names are refused.
 """
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from gemma_scope_jax.coders.coder import CoderInfo
-from gemma_scope_jax.coders.release.config import normalise_model_name, parse_hook_point
+from gemma_scope_jax.coders.release.config import parse_hook_point
 from gemma_scope_jax.coders.release.parameters import check_finite
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
@@ -34,9 +32,9 @@ TRANSFORMER_LENS = {
 AMBIGUOUS = {
     "hook_mlp_in": "is the residual stream before the norm in TransformerLens, the normed input of "
     "the MLP in some configs",
-    "ln2.hook_normalized": "is the norm without its (1 + w) gain, which is no site",
-    "ln1.hook_normalized": "is the norm without its (1 + w) gain, which is no site",
-    "mlp.hook_out": "is the output of the MLP before the post-norm, which is no site",
+    "ln2.hook_normalized": "is the norm without its (1 + w) gain, which is not a site",
+    "ln1.hook_normalized": "is the norm without its (1 + w) gain, which is not a site",
+    "mlp.hook_out": "is the output of the MLP before the post-norm, which is not a site",
 }
 
 
@@ -53,9 +51,7 @@ def hook_of_site(site: str) -> str:
     """The TransformerLens hook name, without `blocks.L.`, of a site, or `InputError`."""
     names = {site: name for name, site in TRANSFORMER_LENS.items()}
     if site not in names:
-        raise InputError(
-            f"TransformerLens has no hook for site {site!r}; it has {', '.join(names)}"
-        )
+        raise InputError(f"TransformerLens has no hook for site {site!r}, only {', '.join(names)}")
     return names[site]
 
 
@@ -69,42 +65,34 @@ def site_and_layer(name: str) -> tuple[str, int]:
     return site, layers[0]
 
 
-def model_named(config: dict[str, Any]) -> str:
-    """The normalised `model_name` of a config, "" if there is none."""
-    return normalise_model_name(text_of(config, "model_name"))
+def unknown_key(key: Any, value: Any, known: Iterable[str]) -> InputError:
+    """The error for a key that may change the function, so that it cannot be ignored."""
+    return InputError(
+        f"unknown key {key!r:.60} ({value!r:.40}), which may be part of what the coder computes"
+        f"{nearest(str(key), known)}; remove it if it is not"
+    )
 
 
 def text_of(config: dict[str, Any], key: str) -> str:
-    """A text of a config, "" if it is absent or null, `InputError` if it is something else."""
+    """A text in a config, "" if absent or null. Raises `InputError` for other types."""
     value = config.get(key)
     if value is not None and not isinstance(value, str):
         raise InputError(f"{key} is a {type(value).__name__}, not a text")
     return value or ""
 
 
-@contextmanager
-def errors_name(path: str | os.PathLike) -> Iterator[None]:
-    """Put `path` in front of the `InputError`s that do not name it yet."""
-    try:
-        yield
-    except InputError as error:
-        known = os.fspath(path) in str(error)
-        raise (error if known else InputError(f"{os.fspath(path)}: {error}")) from error
-
-
 def read_tensors(
-    path: str | os.PathLike, shapes: dict[str, int], optional: dict[str, int] | None = None
+    path: str | os.PathLike, required: dict[str, int], optional: dict[str, int] | None = None
 ) -> dict[str, np.ndarray]:
     """The named tensors (name -> rank) of a safetensors file, as float32 or bfloat16.
 
-    Raises `InputError` for a tensor that is missing, has another rank, is empty or not a float, for
-    NaN and values that float32 does not hold, and for a tensor that is neither in `shapes` nor in
-    `optional`: ignoring it would change the coder.
+    Raises `InputError` for a tensor that is missing, unknown, empty, not a float or of another
+    rank, and for NaN and values that float32 cannot hold.
     """
-    ranks, found = {**shapes, **(optional or {})}, {}
+    ranks, found = {**required, **(optional or {})}, {}
     with open_safetensors(path) as file:
         names = list(file.keys())
-        if missing := [name for name in shapes if name not in names]:
+        if missing := [name for name in required if name not in names]:
             raise InputError(f"{path}: no tensor {missing[0]!r}{nearest(missing[0], names)}")
         if unknown := [name for name in names if name not in ranks]:
             raise InputError(f"{path}: tensor {unknown[0]!r} is not one of {', '.join(ranks)}")
@@ -118,12 +106,12 @@ def read_tensors(
             with np.errstate(over="ignore"):
                 tensor = file.get_tensor(name)
                 tensor = tensor if dtype == "BF16" else tensor.astype(np.float32, copy=False)
-            check_finite(tensor, path, name)
+            check_finite(tensor, f"{path}: {name}")
             found[name] = tensor
     return found
 
 
 def config_from(info: CoderInfo, library: str) -> dict[str, Any]:
-    """The config a coder had when it was read from that library's folder; {} otherwise."""
+    """The config of a coder that was read from this library's folder; {} for others."""
     config = info.config.get(library)
     return dict(config) if isinstance(config, dict) else {}

@@ -1,15 +1,16 @@
 """Coders in SAELens' folders (`cfg.json` and `sae_weights.safetensors`), read and written.
 
-SAELens computes relu(z) * (z > threshold), relu(z) or the k largest of relu(z) of
-z = (x - b_dec) @ W_enc + b_enc, where b_dec is subtracted only with `apply_b_dec_to_input`. All are
-a `SparseCoder`: relu is threshold 0, and the subtraction folds into b_enc. What cannot be folded
-exactly is refused, and so is every tensor and every key of cfg.json that is neither consulted nor
-known to change nothing (`saelens_keys`).
+With z = (x - b_dec) @ W_enc + b_enc, where b_dec is subtracted only with `apply_b_dec_to_input`,
+SAELens computes relu(z) * (z > threshold), relu(z) or the k largest of relu(z). All of these are a
+`SparseCoder`: relu is threshold 0, and the subtraction folds into b_enc. What cannot be folded
+exactly is refused, as is every tensor and every key of cfg.json that is neither consulted nor known
+to change nothing (`saelens_keys`).
 
 Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_sae_loaders.py`,
 `training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, CoderInfo, float32
-from gemma_scope_jax.coders.interop.hooks import (
-    config_from,
-    errors_name,
-    hook_of_site,
-    model_named,
-    read_tensors,
-    site_and_layer,
-    text_of,
-)
+from gemma_scope_jax.coders.interop import hooks
+from gemma_scope_jax.coders.interop.hooks import text_of
 from gemma_scope_jax.coders.interop.saelens_keys import check_keys
-from gemma_scope_jax.coders.release.config import hook_point, read_json, untrained_positions
-from gemma_scope_jax.coders.release.parameters import check_values
+from gemma_scope_jax.coders.release import config as published
+from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
@@ -37,14 +31,8 @@ from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safe
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TOPK = "topk"
-ARCHITECTURES = (
-    "standard",
-    "jumprelu",
-    "transcoder",
-    "skip_transcoder",
-    "jumprelu_transcoder",
-    "jumprelu_skip_transcoder",
-)
+ARCHITECTURES = ("standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder")
+ARCHITECTURES += ("jumprelu_skip_transcoder",)
 KEPT = ("neuronpedia_id", "dataset_path", "context_size", "prepend_bos", "exclude_special_tokens")
 
 
@@ -56,107 +44,80 @@ def is_saelens_folder(path: str | os.PathLike) -> bool:
 def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
     """The coder of a SAELens folder, its input transformations folded into the weights.
 
-    Raises `InputError`, one line, for damaged files, architectures other than `ARCHITECTURES`,
-    normalisations that are not linear, and hook names that do not say which tensor is meant.
+    Raises `InputError` for damaged files and what is unsupported, nonlinear or ambiguous.
     """
     folder = Path(path)
-    config = read_json(folder / CONFIG)
+    config = published.read_json(folder / CONFIG)
     with errors_name(folder / CONFIG):
         metadata = config.get("metadata") or {}
         if not isinstance(metadata, dict):
             raise InputError(f"metadata is a {type(metadata).__name__}, not an object")
         check_keys(config, metadata)
         flat = {**metadata, **config}
-        architecture = _supported(flat)
-        k = _kept(flat) if architecture == TOPK else None
-        model_name = model_named(flat)
+        architecture, k = _architecture(flat)
+        model_name = published.normalise_model_name(text_of(flat, "model_name"))
         reads, writes, layer = _place(flat, architecture)
         first = _first(flat, model_name)
     with errors_name(folder):
         tensors = _weights(folder / WEIGHTS, architecture, flat)
         _fold(tensors, flat, folder)
-        if (skip := tensors.pop("W_skip", None)) is not None:
-            skip = jnp.asarray(skip.T)
+        if "W_skip" in tensors:
+            tensors["W_skip"] = tensors["W_skip"].T
         weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
         kind = "transcoder" if "transcoder" in architecture else "sae"
-        width = weights["w_enc"].shape[1]
-        coder = SparseCoder(
-            **weights,
-            w_skip=skip,
-            layer=layer,
-            reads=reads,
-            writes=writes,
-            first=first,
-            k=k,
-            info=CoderInfo(
-                model_name,
-                kind,
-                width=width,
-                path=known_as or str(path),
-                folder=os.path.abspath(folder),
-                config={"sae_lens": config},
-            ),
-        )
+        own, width = os.path.abspath(folder), weights["w_enc"].shape[1]
+        info = CoderInfo(model_name, kind, width=width, path=known_as or str(path), folder=own)
+        info = dataclasses.replace(info, config={"sae_lens": config})
+        place: dict[str, Any] = dict(layer=layer, reads=reads, writes=writes, first=first, k=k)
+        coder = SparseCoder(**weights, **place, info=info)
         coder.check_shapes()
         for key, size in (("d_in", coder.d_in), ("d_sae", coder.width), ("d_out", coder.d_out)):
             if flat.get(key, size) != size and (key != "d_out" or kind == "transcoder"):
-                raise InputError(f"{CONFIG} says {key} {flat[key]!r}, {WEIGHTS} has {size}")
+                raise InputError(f"{CONFIG} has {key} {flat[key]!r}, {WEIGHTS} has {size}")
     return coder
 
 
-def _supported(config: dict[str, Any]) -> str:
-    """The architecture, or an `InputError` for anything whose encoding is another function."""
+def _architecture(config: dict[str, Any]) -> tuple[str, int | None]:
+    """The architecture and its k, or `InputError` for anything that encodes differently."""
     activation = text_of(config, "activation_fn") or text_of(config, "activation_fn_str") or "relu"
     architecture = text_of(config, "architecture") or "standard"
-    if activation == TOPK and architecture == "standard" and _k(config) is not None:
+    arguments, k = config.get("activation_fn_kwargs"), config.get("k")
+    if k is None and isinstance(arguments, dict):
+        k = arguments.get("k")
+    if activation == TOPK and architecture == "standard" and k is not None:
         architecture = TOPK  # as it was written before version 6
     if architecture == TOPK and activation in ("relu", TOPK):
-        activation = "relu"
-    if architecture not in (*ARCHITECTURES, TOPK) or activation != "relu":
+        activation, known = "relu", type(k) is int  # `check_shapes` limits its size
+    else:
+        known = architecture in ARCHITECTURES
+    if not known or activation != "relu":
         what = architecture if activation == "relu" else f"{architecture} with {activation}"
+        what += f" with k {k!r:.40}" if architecture == TOPK and k is not None else ""
         raise InputError(
-            f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, "
-            "and topk with its k"
+            f"architecture {what} is not supported, only {', '.join(ARCHITECTURES)}, and topk with "
+            "its k, a whole number"
         )
     if architecture != TOPK and config.get("rescale_acts_by_decoder_norm") not in (None, False):
         raise InputError(f"rescale_acts_by_decoder_norm of a {architecture} is not supported")
     if any(config.get(key) is not None for key in ("hook_head_index", "hook_point_head_index")):
         raise InputError("a coder of a single head (hook_head_index) is not supported")
-    return architecture
-
-
-def _k(config: dict[str, Any]) -> Any:
-    """The k of a TopK coder as the config has it, None if it is nowhere."""
-    arguments = config.get("activation_fn_kwargs")
-    inner = arguments.get("k") if isinstance(arguments, dict) else None
-    return inner if config.get("k") is None else config["k"]
-
-
-def _kept(config: dict[str, Any]) -> int:
-    """The k of a topk coder; `check_shapes` looks at how large it is."""
-    k = _k(config)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise InputError(
-            f"architecture topk is not supported, only {', '.join(ARCHITECTURES)}, unless its k is "
-            f"a whole number, not {k!r:.40}"
-        )
-    return k
+    return architecture, k if architecture == TOPK else None
 
 
 def _first(config: dict[str, Any], model_name: str) -> int:
-    """How many leading positions it was not trained on: by the model, or by `seqpos_slice`."""
+    """The leading positions it was not trained on: by the model, or by `seqpos_slice`."""
     where = config.get("seqpos_slice")
     if where in (None, [], [None], [None, None], [0, None]):
-        return untrained_positions(model_name)
+        return published.untrained_positions(model_name)
     whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
     start = where[0] if whole else None
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < 1 << 17:
         raise InputError(f"seqpos_slice is {where!r:.60}, expected [start, end] or null")
-    return max(start, untrained_positions(model_name))
+    return max(start, published.untrained_positions(model_name))
 
 
 def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
-    """Sites and layer, by the Hugging Face names; TransformerLens' only where they are absent."""
+    """Sites and layer, by the Hugging Face names if present, else by TransformerLens'."""
     hook = text_of(config, "hook_name") or text_of(config, "hook_point")
     names = {"hf_hook_name": text_of(config, "hf_hook_name") or hook}
     if "transcoder" in architecture:
@@ -165,12 +126,12 @@ def _place(config: dict[str, Any], architecture: str) -> tuple[str, str, int]:
     places = []
     for key, name in names.items():
         if not name:
-            raise InputError(f"neither {key} nor {key.removeprefix('hf_')} says where the coder is")
+            raise InputError(f"{key} or {key.removeprefix('hf_')} must say where the coder is")
         try:
-            places.append(site_and_layer(name))
+            places.append(hooks.site_and_layer(name))
         except InputError as error:
             example = "model.layers.12.pre_feedforward_layernorm.output"
-            raise InputError(f"{error}; set {key} to the module meant, as {example}") from error
+            raise InputError(f"{error}; set {key} to the module, such as {example}") from error
     (reads, layer), (writes, out_layer) = places[0], places[-1]
     if layer != out_layer:
         raise InputError(f"it reads layer {layer} and writes layer {out_layer}: not supported")
@@ -186,29 +147,27 @@ def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str,
         ranks["threshold"] = 1
     if "skip" in architecture:
         ranks["W_skip"] = 2
-    tensors = read_tensors(path, ranks, {"scaling_factor": 1})
+    tensors = hooks.read_tensors(path, ranks, {"scaling_factor": 1})
     finetuned = config.get("finetuning_scaling_factor")
     if finetuned not in (None, False) and "scaling_factor" not in tensors:
-        raise InputError(
-            f"finetuning_scaling_factor is {finetuned!r:.40}, but {path.name} has no scaling_factor"
-        )
+        raise InputError(f"finetuning_scaling_factor is {finetuned!r:.40}, without scaling_factor")
     scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
     if (scale != 1).any():
         raise InputError("a finetuned scaling_factor other than 1 is not supported")
-    F = tensors["b_enc"].shape[0]
-    tensors.setdefault("threshold", np.zeros(F, tensors["b_enc"].dtype))
-    tensors["threshold"] = np.maximum(tensors["threshold"], 0)  # relu(z) is 0 below 0 anyway
-    if tensors["W_enc"].shape != (tensors["W_enc"].shape[0], F):
-        raise InputError(f"W_enc has shape {list(tensors['W_enc'].shape)}, b_enc {F} features")
+    b_enc, shape = tensors["b_enc"], tensors["W_enc"].shape
+    threshold = tensors.get("threshold", np.zeros_like(b_enc))
+    tensors["threshold"] = np.maximum(threshold, 0)  # relu(z) is 0 below 0 anyway
+    if shape[1] != len(b_enc):
+        raise InputError(f"W_enc has shape {list(shape)}, b_enc {len(b_enc)} features")
     return tensors
 
 
 def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> None:
     """Fold what SAELens does to the input into the weights, in place.
 
-    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. Features that are
-    rescaled by the norms n of their decoder rows: W_enc n, b_enc n, W_dec / n. A fixed scale s of
-    all activations (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the others.
+    apply_b_dec_to_input: (x - b_dec) @ W_enc = x @ W_enc - b_dec @ W_enc. Features rescaled by the
+    norms n of their decoder rows: W_enc n, b_enc n, W_dec / n. A fixed scale s of all activations
+    (expected_average_only_in): W_enc s, W_dec / s, b_dec / s, after the others.
     """
     transcoder = "transcoder" in str(config.get("architecture"))
     subtract = config.get("apply_b_dec_to_input")
@@ -216,10 +175,18 @@ def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
     normalise = config.get("normalize_activations") or "none"
     scale = _input_scale(normalise, folder)
     if subtract and transcoder:
-        raise InputError(f"{CONFIG} says apply_b_dec_to_input, which no transcoder can do")
+        raise InputError(f"{CONFIG} has apply_b_dec_to_input, which a transcoder cannot do")
+    if scale != 1 and transcoder:
+        raise InputError(f"normalize_activations {normalise!r} of a transcoder is undefined")
     with np.errstate(all="ignore"):  # damaged weights hold anything
         if subtract:
-            tensors["b_enc"] = _without_b_dec(tensors)
+            w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
+            if w_enc.shape[0] != len(b_dec):
+                raise InputError(f"b_dec has {len(b_dec)} values, W_enc {w_enc.shape[0]} inputs")
+            starts, mean = range(0, w_enc.shape[1], 4096), b_dec.astype(np.float64)
+            parts = [mean @ w_enc[:, i : i + 4096].astype(np.float64) for i in starts]  # in pieces
+            shifted = b_enc.astype(np.float64) - np.concatenate(parts)
+            tensors["b_enc"] = shifted.astype(np.float32)
         if config.get("rescale_acts_by_decoder_norm"):
             w_dec = tensors["W_dec"].astype(np.float32)
             norms = np.linalg.norm(w_dec.astype(np.float64), axis=1).astype(np.float32)
@@ -227,46 +194,26 @@ def _fold(tensors: dict[str, np.ndarray], config: dict[str, Any], folder: Path) 
                 tensors[name] = tensors[name].astype(np.float32) * norms
             tensors["W_dec"] = w_dec / np.where(norms > 0, norms, 1)[:, None]
         if scale != 1:
-            if transcoder:
-                raise InputError(
-                    f"normalize_activations {normalise!r} of a transcoder is undefined"
-                )
             for name, factor in (("W_enc", scale), ("W_dec", 1 / scale), ("b_dec", 1 / scale)):
                 tensors[name] = tensors[name].astype(np.float32) * np.float32(factor)
 
 
-def _without_b_dec(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """b_enc - b_dec @ W_enc, summed in float64, for a few features at a time."""
-    w_enc, b_enc, b_dec = (tensors[name] for name in ("W_enc", "b_enc", "b_dec"))
-    if w_enc.shape[0] != b_dec.shape[0]:
-        raise InputError(f"b_dec has {b_dec.shape[0]} values, W_enc {w_enc.shape[0]} inputs")
-    parts = (
-        b_dec.astype(np.float64) @ w_enc[:, start : start + 4096].astype(np.float64)
-        for start in range(0, w_enc.shape[1], 4096)
-    )
-    return (b_enc.astype(np.float64) - np.concatenate([*parts])).astype(np.float32)
-
-
 def _input_scale(normalise: Any, folder: Path) -> float:
-    """The factor SAELens scales activations with, 1 for none, `InputError` if there is no such."""
+    """The factor by which SAELens scales activations, 1 for none, or `InputError`."""
     if normalise in ("none", False):
         return 1.0
     if normalise not in ("expected_average_only_in", True):
-        raise InputError(
-            f"normalize_activations {normalise!r} depends on the input and does not fold into the "
-            "weights; supported are none and expected_average_only_in"
-        )
+        supported = "only none and expected_average_only_in are supported"
+        raise InputError(f"normalize_activations {normalise!r} does not fold: {supported}")
     if not (folder / SCALER).is_file():
-        raise InputError(
-            "normalize_activations is expected_average_only_in, but its factor is nowhere: "
-            f"{SCALER} is missing; fold it in SAELens (fold_activation_norm_scaling_factor) first"
-        )
+        fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
+        raise InputError(f"{SCALER} is missing, with the factor of normalize_activations; {fold}")
     try:
-        scaler = read_json(folder / SCALER)
+        scaler = published.read_json(folder / SCALER)
     except InputError as error:
-        raise InputError(f"{error}: it holds no scaling_factor that can be read") from error
+        raise InputError(f"{error}: no scaling_factor can be read") from error
     if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
-        raise InputError(f"{folder / SCALER}: key {other[0]!r:.60} is not known")
+        raise InputError(f"{folder / SCALER}: unknown key {other[0]!r:.60}")
     scale = scaler.get("scaling_factor")
     number = scale if isinstance(scale, int | float) else 0.0
     if scale is True or not 1e-30 < number < 1e30 or scaler.get("has_whitening"):
@@ -275,49 +222,37 @@ def _input_scale(normalise: Any, folder: Path) -> float:
 
 
 def save_saelens(coder: Coder, folder: str | os.PathLike) -> None:
-    """Write `folder` so that SAELens 6 loads it with the same encodings; float32. A TopK SAE is
-    its "topk".
+    """Write `folder` so that SAELens 6 loads it with the same encodings, in float32.
 
-    Hook names are those that SAELens' own Gemma Scope 2 loader writes, `hook_mlp_in` for
-    transcoders included: use `hf_hook_name`, which is right for every site. Both files appear
-    together or not at all. Raises `InputError` for a site that SAELens has no name for.
+    Hook names are those of SAELens' own Gemma Scope 2 loader, including `hook_mlp_in` for
+    transcoders: use `hf_hook_name`, which is right for every site. Both files appear together or
+    not at all. Raises `InputError` for sites and kinds that SAELens does not have.
     """
     if coder.multi_layer:
         raise InputError("SAELens holds coders of one layer: save_saelens takes a SparseCoder")
     coder.check_shapes()
     check_values(coder)
     config = _config(coder)
-    weights = {
-        "W_enc": coder.w_enc,
-        "b_enc": coder.b_enc,
-        "threshold": coder.threshold,
-        "W_dec": coder.w_dec,
-        "b_dec": coder.b_dec,
-    }
-    if coder.k is not None:
-        del weights["threshold"]
+    weights = {"W_enc": coder.w_enc, "b_enc": coder.b_enc}
+    weights |= {"W_dec": coder.w_dec, "b_dec": coder.b_dec}
+    if coder.k is None:
+        weights["threshold"] = coder.threshold
     if coder.w_skip is not None:
         weights["W_skip"] = coder.w_skip.T
     tensors = {name: StreamedTensor.whole(float32(weight)) for name, weight in weights.items()}
-    write_folder(
-        Path(folder),
-        {
-            WEIGHTS: lambda file: write_safetensors(file, tensors),
-            CONFIG: lambda file: write_json(file, config),
-        },
-    )
+    write_weights = lambda file: write_safetensors(file, tensors)
+    write_config = lambda file: write_json(file, config)
+    write_folder(Path(folder), {WEIGHTS: write_weights, CONFIG: write_config})
 
 
 def _config(coder: Coder) -> dict[str, Any]:
     """cfg.json as SAELens 6.54 writes it."""
-    kind = {"sae": "jumprelu"}.get(coder.kind, f"jumprelu_{coder.kind}")
+    kind = "jumprelu" if coder.kind == "sae" else f"jumprelu_{coder.kind}"
     if coder.k is not None:
         if coder.kind != "sae":
-            raise InputError(
-                f"SAELens has no TopK {coder.kind}: make it a JumpReLU one with as_jump_relu"
-            )
+            raise InputError(f"SAELens has no TopK {coder.kind}: convert it with as_jump_relu")
         kind = TOPK
-    before = config_from(coder.info, "sae_lens")
+    before = hooks.config_from(coder.info, "sae_lens")
     before = {**before, **(before.get("metadata") or {})}
     metadata = {
         "sae_lens_version": "6.54.0",  # of the format; below 6 means the old, flat one
@@ -325,29 +260,22 @@ def _config(coder: Coder) -> dict[str, Any]:
         "model_name": coder.info.model_name or None,
         "hook_name": _saelens_hook(coder.reads, coder.layers[0]),
         "hook_head_index": None,
-        "hf_hook_name": hook_point(coder.reads, coder.layers, False),
+        "hf_hook_name": published.hook_point(coder.reads, coder.layers, False),
         "prepend_bos": True,
         **{key: before[key] for key in KEPT if key in before},
     }
-    config = {
-        "architecture": kind,
-        "d_in": coder.d_in,
-        "d_sae": coder.width,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": metadata,
-    }
+    unused = {"normalize_activations": "none", "reshape_activations": "none"}
+    unused |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False}
+    config = {"architecture": kind, "d_in": coder.d_in, "d_sae": coder.width, **unused}
+    config["metadata"] = metadata
     if coder.k is not None:
         config |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
     if coder.kind != "sae":
         config["d_out"] = coder.d_out
         metadata["hook_name_out"] = _saelens_hook(coder.writes, coder.layers[0])
-        metadata["hf_hook_name_out"] = hook_point(coder.writes, coder.layers, False)
+        metadata["hf_hook_name_out"] = published.hook_point(coder.writes, coder.layers, False)
     return config
 
 
 def _saelens_hook(site: str, layer: int) -> str:
-    return f"blocks.{layer}.{'hook_mlp_in' if site == 'mlp_in' else hook_of_site(site)}"
+    return f"blocks.{layer}.{'hook_mlp_in' if site == 'mlp_in' else hooks.hook_of_site(site)}"

@@ -1,21 +1,22 @@
 """The keys of SAELens' cfg.json: consulted, known to change nothing, or refused by name.
 
-A key that is left out without a look can make a coder another function. Source: sae-lens 6.54
+Ignoring an unknown key could turn a coder into another function. Source: sae-lens 6.54
 (`saes/sae.py`, `saes/topk_sae.py`), and the flat configs of versions 2 to 5.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.coders.interop.hooks import unknown_key
+from gemma_scope_jax.errors import InputError
 
-# What decides the function, all looked at by `interop_saelens`.
+# What decides the function; `interop.saelens` consults all of these.
 FUNCTION = {
     "architecture", "activation_fn", "activation_fn_str", "activation_fn_kwargs", "k",
     "apply_b_dec_to_input", "normalize_activations", "reshape_activations",
     "rescale_acts_by_decoder_norm", "finetuning_scaling_factor", "d_in", "d_sae", "d_out",
 }  # fmt: skip
-# Where it stands, looked at, too; version 6 has them in `metadata`.
+# Where the coder acts, consulted, too; version 6 has these keys in `metadata`.
 PLACE = {
     "model_name", "hook_name", "hook_point", "hf_hook_name", "hook_name_out", "hf_hook_name_out",
     "hook_head_index", "hook_point_head_index", "seqpos_slice", "model_from_pretrained_kwargs",
@@ -63,22 +64,18 @@ _KNOWN = FUNCTION | PLACE | {key for keys in HARMLESS.values() for key in keys} 
 def check_keys(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Raise `InputError` for a key that is neither consulted nor known to change nothing.
 
-    SAELens never computes with what is in `metadata`, where anything may stand but a key that says
-    there what else decides the function, or another place than beside it.
+    SAELens computes nothing from `metadata`, so any key may stand there, except for one that
+    decides the function, or that contradicts the same key outside.
     """
     for key, value in config.items():
         if key not in _KNOWN:
-            raise InputError(
-                f"key {key!r:.60} ({value!r:.40}) is not known, and may be part of what the coder "
-                f"computes{nearest(str(key), _KNOWN)}; take it out if it is not"
-            )
+            raise unknown_key(key, value, _KNOWN)
     for key in sorted((FUNCTION | PLACE) & set(metadata)):
         if key in config and config[key] != metadata[key]:
-            raise InputError(
-                f"{key} is {config[key]!r:.40}, and {metadata[key]!r:.40} in metadata: which?"
-            )
+            given = f"{config[key]!r:.40}, but {metadata[key]!r:.40} in metadata"
+            raise InputError(f"{key} is {given}: keep one")
         if key in FUNCTION and key not in config and metadata[key] is not None:
-            raise InputError(f"{key} stands in metadata, where SAELens does not look: move it out")
+            raise InputError(f"{key} is in metadata, where SAELens does not read it: move it out")
     for key in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if not isinstance(config.get(key), bool | None):
             raise InputError(f"{key} is {config[key]!r:.40}, not true or false")
@@ -88,7 +85,5 @@ def check_keys(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     for of in (config, metadata):
         loaded = of.get("model_from_pretrained_kwargs")
         if isinstance(loaded, dict) and loaded.get("center_writing_weights"):
-            raise InputError(
-                "model_from_pretrained_kwargs: center_writing_weights makes other activations than "
-                "the model has"
-            )
+            key = "center_writing_weights in model_from_pretrained_kwargs"
+            raise InputError(f"{key} changes the activations: the coder does not fit the model")

@@ -1,8 +1,8 @@
-"""Every coder of the Gemma Scope 2 release, by rule and offline: what exists, where, and how big.
+"""Every coder of the Gemma Scope 2 release, by rule and offline: what exists, where, and its size.
 
 The release is regular enough to be generated: ten repositories, nine kinds of folders, and a few
-gaps. The single-layer rules reproduce all 8,784 entries, and their target L0s, of the
-`pretrained_saes.yaml` of SAELens 6.54.12; the crosscoders and cross-layer transcoders follow the
+gaps. The single-layer rules reproduce all 8,784 entries, with their target L0s, of
+`pretrained_saes.yaml` in SAELens 6.54.12; the crosscoders and cross-layer transcoders follow the
 model cards and the technical paper (Table 1). An address reads
 
     gemma-scope-2-{270m|1b|4b|12b|27b}-{pt|it}/
@@ -12,15 +12,17 @@ model cards and the technical paper (Table 1). An address reads
 
 with `_affine` and `_seed_1` at the end where they apply.
 
-This module needs no JAX, so that listing the release takes no time.
+This module does not import JAX, so listing the release takes no time.
 """
 
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_layout import file_size
@@ -46,11 +48,8 @@ SITES = {  # category without `_all` -> the site it reads, the site it writes
     "crosscoder": ("resid_post", "resid_post"),
     "clt": ("mlp_in", "mlp_out"),
 }
-CATEGORIES = (
-    *(c + end for c in ("resid_post", "attn_out", "mlp_out", "transcoder") for end in ("", "_all")),
-    "crosscoder",
-    "clt",
-)
+CATEGORIES = (*(c + end for c in list(SITES)[:4] for end in ("", "_all")), "crosscoder", "clt")
+ADDRESS = "an address is gemma-scope-2-SIZE-pt/CATEGORY/layer_L_width_W_l0_LABEL"
 
 
 def sweep_layers(size: str) -> tuple[int, ...]:
@@ -60,7 +59,7 @@ def sweep_layers(size: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """One coder of the release. `str()` gives the published address, without `google/`."""
+    """A coder of the release. `str()` gives the published address, without `google/`."""
 
     size: str  # 270m, 1b, ...
     variant: str  # pt or it
@@ -79,8 +78,8 @@ class Address:
     @property
     def folder(self) -> str:
         """The folder inside the repository."""
-        layers = "".join(f"_{layer}" for layer in self.layers)
-        layers = "" if self.category == "clt" else f"layer{layers}_"
+        numbers = "_".join(map(str, self.layers))
+        layers = "" if self.category == "clt" else f"layer_{numbers}_"
         affine = "_affine" if self.affine else ""
         seed = "" if self.seed is None else f"_seed_{self.seed}"
         return f"{self.category}/{layers}width_{self.width}_l0_{self.label}{affine}{seed}"
@@ -131,10 +130,9 @@ class Address:
 
     @property
     def l0(self) -> int | None:
-        """The target L0 (mean active features a token) in the published config.
+        """The target L0 (mean active features per token) in the published config.
 
-        It ramps up over the first third of the depth. The target of multi-layer `medium` is
-        not documented anywhere: None.
+        It ramps up over the first third of the depth; for multi-layer `medium` it is undocumented.
         """
         if len(self.layers) > 1:
             return 150 if self.label == "big" else None
@@ -144,61 +142,50 @@ class Address:
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """File name -> tensor name -> shape, of the folder's float32 weights."""
+        """File name -> tensor name -> shape of the folder's float32 weights."""
         X, D = len(self.layers), self.d_in
         F = self.width_exact // X
-        file = {
-            "b_dec": (D,),
-            "b_enc": (F,),
-            "threshold": (F,),
-            "w_dec": (F, D) if X == 1 else (F, X, D),
-            "w_enc": (D, F),
-        }
+        file = {"b_dec": (D,), "b_enc": (F,), "threshold": (F,), "w_enc": (D, F)}
+        file["w_dec"] = (F, D) if X == 1 else (F, X, D)
         if self.affine:
-            file = {"affine_skip_connection": (D, D), **file}
+            file["affine_skip_connection"] = (D, D)
         if X == 1:
             return {"params.safetensors": file}
         return {f"params_layer_{i}.safetensors": file for i in range(X)}
 
     @property
     def bytes(self) -> int:
-        """Size of the folder's weight files, headers included (`examples.safetensors` is not)."""
-        return sum(
-            file_size({name: ("float32", shape) for name, shape in file.items()})
-            for file in self.shapes.values()
-        )
+        """Size of the folder's weight files with their headers, without `examples.safetensors`."""
+        files = self.shapes.values()
+        return sum(file_size({n: ("float32", shape) for n, shape in f.items()}) for f in files)
 
 
 def _grid(size: str, category: str) -> Iterator[tuple[tuple[int, ...], str, str, bool, int | None]]:
-    """(layers, width, label, affine, seed) of all that a category was planned to hold."""
+    """(layers, width, label, affine, seed) of everything planned for a category."""
     base, every = category.removesuffix("_all"), category.endswith("_all")
     everywhere, sweep = tuple(range(SIZES[size][0])), sweep_layers(size)
-    plain_and_affine = (False, True)
+    labels, affines = ("medium", "big"), (False,)
     if base == "crosscoder":
-        widths, labels, affines = ("65k", "262k", "524k", "1m"), ("medium", "big"), (False,)
-        layer_sets = [sweep]
+        widths, layer_sets = ("65k", "262k", "524k", "1m"), [sweep]
     elif base == "clt":
-        widths = tuple(CLT_WIDTHS) if size in ("270m", "1b") else ()
-        labels, affines = ("medium", "big"), plain_and_affine
-        layer_sets = [everywhere]
+        widths, layer_sets = tuple(CLT_WIDTHS) if size in ("270m", "1b") else (), [everywhere]
+        affines = (False, True)
     else:
         widths = ("16k", "262k") if every else ("16k", "65k", "262k")
         if not every and (base == "resid_post" or (base == "mlp_out" and size == "1b")):
             widths = (*widths, "1m")
         labels = ("small", "big") if every else LABELS
-        affines = plain_and_affine if base == "transcoder" else (False,)
+        affines = (False, True) if base == "transcoder" else (False,)
         layer_sets = [(layer,) for layer in (everywhere if every else sweep)]
     for layers in layer_sets:
-        for width in widths:
-            for label in labels:
-                for affine in affines:
-                    yield layers, width, label, affine, None
+        for width, label, affine in itertools.product(widths, labels, affines):
+            yield layers, width, label, affine, None
         if category == "resid_post":
             yield layers, "262k", "medium", False, 1
 
 
 def _missing(a: Address) -> bool:
-    """The gaps: planned, but in no published list."""
+    """Whether a planned address is in no published list."""
     if a.size == "27b" and a.category == "transcoder_all" and a.width == "16k" and not a.affine:
         return a.layer in ((4, 5, 43) if a.label == "small" else (4, 43))
     if (a.size, a.variant) == ("27b", "pt"):
@@ -214,31 +201,24 @@ def _planned() -> dict[Address, bool]:
     """Every address of the full grid, in reading order -> whether it is listed."""
     every = (
         Address(size, variant, category, *rest)
-        for size in SIZES
-        for variant in VARIANTS
-        for category in CATEGORIES
+        for size, variant, category in itertools.product(SIZES, VARIANTS, CATEGORIES)
         for rest in _grid(size, category)
     )
     return {address: not _missing(address) for address in every}
 
 
-def exists(address: Address) -> bool:
-    """Whether the published lists hold `address`."""
-    return _planned().get(address, False)
-
-
-def _choice(what: str, value, allowed) -> None:
+def _choice(what: str, value: str | None, allowed: Collection[str]) -> None:
     if value is not None and value not in allowed:
         slip = _SLIPS.get(str(value).lower())
         hint = f"; did you mean {slip}?" if slip in allowed else nearest(str(value), allowed)
-        raise InputError(f"{what} {value!r} is not one of {', '.join(map(str, allowed))}{hint}")
+        raise InputError(f"{what} {value!r} is not one of {', '.join(allowed)}{hint}")
 
 
 def _model(text: str) -> tuple[str, str | None]:
     """`270m`, `1b-it`, `google/gemma-3-1b-pt`, `gemma-scope-2-1b-pt` -> size, variant or None."""
     match = re.fullmatch(r"(?:google/)?(?:gemma-(?:scope-2|3|v3)-)?(\w+?)(?:-(\w+))?", text)
     size, variant = match.groups() if match else (text, None)
-    _choice("model", size, tuple(SIZES))
+    _choice("model", size, SIZES)
     _choice("model variant", variant, VARIANTS)
     return size, variant
 
@@ -253,18 +233,19 @@ def addresses(
     affine: bool | None = None,
     pattern: str | None = None,
 ) -> Iterator[Address]:
-    """The listed coders that match everything given, in reading order.
+    """The listed coders that match all arguments, in reading order.
 
     model: `270m`, `1b-it`, `google/gemma-3-1b-pt`, ...; without pt or it, both.
-    kind: sae, transcoder, crosscoder or clt; category: a folder, as `resid_post_all`.
-    layer: among the layers it reads. width and l0: labels, as `16k` and `big`.
+    kind: sae, transcoder, crosscoder or clt; category: a folder such as `resid_post_all`.
+    layer: one of the layers it reads. width: 16k, 65k, 262k, 524k or 1m.
+    l0: small, medium or big, the label of the target L0.
     pattern: a glob over the whole address; without `*`, `?` or `[`, a part of it.
     Raises `InputError` for a value that no coder of the release has.
     """
     size, variant = _model(model) if model is not None else (None, None)
     _choice("kind", kind, KINDS)
     _choice("category", category, CATEGORIES)
-    _choice("width", width, tuple(WIDTHS))
+    _choice("width", width, WIDTHS)
     _choice("l0", l0, LABELS)
     if layer is not None:
         depth = SIZES[size or "27b"][0]
@@ -272,23 +253,15 @@ def addresses(
             raise InputError(f"layer {layer}: {size or 'the largest model'} has 0 to {depth - 1}")
     if pattern is not None:
         pattern = pattern.removeprefix("google/")
-        if not set(pattern) & set("*?["):
-            pattern = f"*{pattern}*"
-    wanted = dict(
-        size=size,
-        variant=variant,
-        kind=kind,
-        category=category,
-        width=width,
-        label=l0,
-        affine=affine,
-    )
-    wanted = {name: value for name, value in wanted.items() if value is not None}
+        pattern = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    names = ("size", "variant", "kind", "category", "width", "label", "affine")
+    values = (size, variant, kind, category, width, l0, affine)
+    wanted = [(name, value) for name, value in zip(names, values) if value is not None]
     return (
         a
         for a, listed in _planned().items()
         if listed
-        and all(getattr(a, name) == value for name, value in wanted.items())
+        and all(getattr(a, name) == value for name, value in wanted)
         and (layer is None or layer in a.layers)
         and (pattern is None or fnmatchcase(str(a), pattern))
     )
@@ -304,30 +277,23 @@ _GRAMMAR = re.compile(
 def parse_address(text: str) -> Address:
     """The `Address` of a published address, with or without `google/`.
 
-    Accepts whatever the plan of the release holds: the gaps of the published lists (see `exists`)
-    and other seeds too, since the hub may have them. Raises `InputError`, saying what is wrong and
-    naming the nearest coders, for anything else.
+    Gaps in the published lists and other seeds are accepted, too, since the hub may have them.
+    Otherwise raises `InputError` with what is wrong and the nearest coders.
     """
     match = _GRAMMAR.fullmatch(text.strip().strip("/"))
     if match and match["size"] in SIZES:
-        everywhere = "_".join(map(str, range(SIZES[match["size"]][0])))
-        layers = match["layers"] or (everywhere if match["category"] == "clt" else "-1")
-        address = Address(
-            size=match["size"],
-            variant=match["variant"],
-            category=match["category"],
-            layers=tuple(int(layer) for layer in layers.split("_")),
-            width=match["width"],
-            label=match["label"],
-            affine=bool(match["affine"]),
-            seed=int(match["seed"]) if match["seed"] else None,
-        )
+        given: dict[str, Any] = match.groupdict()
+        layers = match["layers"].split("_") if match["layers"] else range(SIZES[match["size"]][0])
+        given["layers"] = tuple(map(int, layers))
+        given["affine"] = match["affine"] is not None
+        given["seed"] = int(match["seed"]) if match["seed"] else None
+        address = Address(**given)
         written = f"{address.repo}/{address.folder}".endswith(match[0])
         if written and dataclasses.replace(address, seed=None) in _planned():
             return address
-    close = ", ".join(str(a) for a in nearest_addresses(text))
-    close = f"; nearest: {close}" if close else ""
-    raise InputError(f"no coder {text.strip()!r} in Gemma Scope 2: {_reason(text)}{close}")
+    close = ", ".join(map(str, nearest_addresses(text)))
+    hint = _reason(text) + (close and f"; nearest: {close}")
+    raise InputError(f"no coder {text.strip()!r} in Gemma Scope 2: {hint}")
 
 
 _SLIPS = {
@@ -342,7 +308,7 @@ _SLIPS = {
 
 
 def _loose(text: str) -> dict:
-    """What can be made out in a text that may not be an address: raw strings by field."""
+    """The fields that can be recognised in a text that may not be an address, as raw strings."""
     text = re.sub(r"gemma-(scope-2|3|v3)-?|google/", " ", text.lower())
     words = [w for w in re.split(r"[^0-9a-z]+", text) if w]
     found: dict = {"affine": "affine" in words, "every": "all" in words, "layers": ()}
@@ -372,9 +338,8 @@ def _reason(text: str) -> str:
     """What is wrong with an address, in a clause."""
     found = _loose(text)
     size, base = found.get("size"), found.get("category")
-    width, label = found.get("width"), found.get("l0")
     if size is None or base is None:
-        return "an address is gemma-scope-2-SIZE-pt/CATEGORY/layer_L_width_W_l0_LABEL"
+        return ADDRESS
     if size not in SIZES:
         return f"the models are {', '.join(SIZES)}"
     if "variant" not in found:
@@ -385,29 +350,26 @@ def _reason(text: str) -> str:
     planned = list(_grid(size, category))
     if not planned:
         return f"{size} has no {category}; 270m and 1b have"
-    widths, labels = [row[1] for row in planned], [row[2] for row in planned]
-    for what, value, options in (("width", width, widths), ("l0", label, labels)):
-        allowed = tuple(dict.fromkeys(options))
+    for what, column in (("width", 1), ("l0", 2)):
+        value, allowed = found.get(what), dict.fromkeys(str(row[column]) for row in planned)
         if value is not None and value not in allowed:
             slip = _SLIPS.get(value)
             hint = f"{slip}, not {value}" if slip in allowed else f"not {value}"
             return f"{category} of {size} has {what} {', '.join(allowed)} ({hint})"
-    layers = {row[0] for row in planned}
+    layers = sorted({row[0] for row in planned})
     if base != "clt" and found["layers"] not in layers:
-        few = "; ".join("_".join(map(str, row)) for row in sorted(layers))
-        few = f"0 to {len(layers) - 1}" if found["every"] else few.replace(";", ",")
+        few = ", ".join("_".join(map(str, row)) for row in layers)
+        few = f"0 to {len(layers) - 1}" if found["every"] else few
         more = "" if found["every"] or base == "crosscoder" else f" (every layer: {base}_all)"
         return f"{category} of {size} has layers {few}{more}"
     if found["affine"] and not any(row[3] for row in planned):
         return f"{category} has no affine coders"
-    return "an address is gemma-scope-2-SIZE-pt/CATEGORY/layer_L_width_W_l0_LABEL"
+    return ADDRESS
 
 
 def _distance(found: dict, a: Address) -> float:
-    """How far an address is from what `_loose` made out."""
-    far = 0.0
-    if "size" in found:
-        far += 8 * (found["size"] != a.size)
+    """How far an address is from what `_loose` recognised."""
+    far = 8.0 * (found.get("size", a.size) != a.size)
     far += 3 * (found.get("variant", a.variant) != a.variant)
     if found.get("category", a.site) != a.site:
         far += 3 if SITES[found["category"]] == (a.reads, a.writes) else 5
@@ -423,9 +385,8 @@ def _distance(found: dict, a: Address) -> float:
 
 
 def nearest_addresses(text: str, n: int = 3) -> list[Address]:
-    """The `n` listed coders nearest to `text`; none where nothing can be made out in it."""
+    """The `n` listed coders nearest to `text`; none if nothing in it is recognised."""
     found = _loose(text)
     if not {"size", "category", "width", "l0"} & set(found) and not found["layers"]:
         return []
-    ranked = sorted(addresses(), key=lambda a: _distance(found, a))
-    return ranked[:n]
+    return sorted(addresses(), key=lambda a: _distance(found, a))[:n]

@@ -1,7 +1,7 @@
-"""What a published folder holds: told by its config.json, and by its path where that is silent.
+"""What a published folder holds, from its config.json and, where that has gaps, from its path.
 
 Some folders of the release have no config.json, some lack keys, and models are spelled in four
-ways. Here all of that becomes one `FolderConfig`, and a coder becomes a config.json again.
+ways. This module turns all of that into one `FolderConfig`, and a coder into a config.json.
 
 Source: the eight keys of the release's config.json files (`hf_hook_point_in, hf_hook_point_out,
 width, model_name, architecture, l0, affine_connection, type`). Hook points are names of Hugging
@@ -12,15 +12,16 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.coders.coder import Coder, CoderInfo
 from gemma_scope_jax.coders.release import catalog
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
-from gemma_scope_jax.storage.strict_json import parse_json
+from gemma_scope_jax.storage import strict_json
 
-# Hugging Face module and end of it -> site. The release uses the first four.
+# Hugging Face module and its input or output -> site. The release uses the first four.
 SITES = {
     "output": "resid_post",
     "self_attn.o_proj.input": "z",
@@ -31,14 +32,14 @@ SITES = {
     "pre_feedforward_layernorm.input": "resid_mid",
     "mlp.down_proj.input": "mlp_act",
 }
-ARCHITECTURES = ("jump_relu", "jumprelu")  # as published; ours besides: TOPK, with its `k`
-TOPK = "topk"
+ARCHITECTURES = ("jump_relu", "jumprelu")  # as published
+TOPK = "topk"  # our own architecture, with a `k`
 Layers = tuple[int, ...] | None  # None: "{all}", every layer of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderConfig:
-    """What config.json and path say; None where neither does."""
+    """What config.json and path give; None where neither does."""
 
     type: str  # sae, transcoder, crosscoder or clt
     layers: tuple[int, ...]
@@ -46,7 +47,7 @@ class FolderConfig:
     writes: str
     first: int  # leading token positions the coder was not trained on
     affine: bool | None
-    k: int | None  # of a TopK coder
+    k: int | None  # for a TopK coder
     info: CoderInfo
 
     @property
@@ -55,7 +56,7 @@ class FolderConfig:
 
     @property
     def architecture(self) -> GemmaConfig | None:
-        """The model's, None for a model that is not Gemma 3."""
+        """The model's architecture, None if it is not Gemma 3."""
         return architecture(self.info.model_name)
 
 
@@ -81,21 +82,19 @@ def architecture(model_name: str) -> GemmaConfig | None:
 
 
 def untrained_positions(model_name: str) -> int:
-    """How many leading positions the release's coders of this model were not trained on."""
+    """The leading positions that the release's coders of this model were not trained on."""
     return 4 if instruction_tuned(model_name) else 1
 
 
 def instruction_tuned(model_name: str) -> bool:
-    """Whether a model's name says so, however it is spelled: -it, -IT, _it, -it-qat-q4_0."""
+    """Whether a model's name marks it so, in any spelling: -it, -IT, _it, -it-qat-q4_0."""
     return re.search(r"[-_]it(?![a-z0-9])", model_name.lower()) is not None
 
 
 def parse_hook_point(text: str) -> tuple[str, Layers]:
     """`model.layers.{5,9}.output` -> ("resid_post", (5, 9)); None for the layers of `{all}`."""
-    match = re.fullmatch(
-        r"(?:model\.|language_model\.)*layers\.(\d{1,4}|\{\d{1,4}(?:, ?\d{1,4})*\}|\{all\})\.(.+)",
-        text,
-    )
+    layers = r"(\d{1,4}|\{\d{1,4}(?:, ?\d{1,4})*\}|\{all\})"
+    match = re.fullmatch(rf"(?:model\.|language_model\.)*layers\.{layers}\.(.+)", text)
     if not match:
         raise InputError(f"hook point {text!r} is not of the form model.layers.12.output")
     layers, module = match.groups()
@@ -110,9 +109,7 @@ def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
     """The inverse of `parse_hook_point`."""
     modules = {site: module for module, site in SITES.items()}
     if site not in modules:
-        raise InputError(
-            f"the published format has no hook point for site {site!r}; it has {', '.join(modules)}"
-        )
+        raise InputError(f"no published hook point for site {site!r}, only {', '.join(modules)}")
     where = "all" if layers is None else ",".join(map(str, layers))
     return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
 
@@ -124,33 +121,28 @@ _FOLDER = re.compile(
 
 
 def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
-    """What the end of a path, `{repository}/{category}/{folder}`, says, in the keys of config.json.
+    """The keys of config.json that the end of a path, `{repository}/{category}/{folder}`, implies.
 
-    `kind`, a config's `type`, stands in for a category that the path does not have.
-    Knows `gemma-scope-2-1b-pt/...` and the hub cache's `models--google--gemma-scope-2-1b-pt/
-    snapshots/.../...`. {} for a folder whose name follows no grammar.
+    `kind`, a config's `type`, replaces a category missing in the path. The repository may be
+    `gemma-scope-2-1b-pt` or, in the hub's cache, `models--google--gemma-scope-2-1b-pt/snapshots/
+    ...`. {} for a folder whose name does not follow the grammar.
     """
     parts = [part for part in path.replace(os.sep, "/").split("/") if part]
     match = _FOLDER.fullmatch(parts[-1]) if parts else None
     if not match:
         return {}
     config: dict[str, Any] = {"affine_connection": True} if match["affine"] else {}
-    layers: Layers = None
-    if match["layers"]:
-        layers = tuple(int(layer) for layer in match["layers"].split("_"))
+    layers = tuple(map(int, match["layers"].split("_"))) if match["layers"] else None
     repository = re.findall(r"gemma-scope-2-(\d+[mb])-(pt|it)(?=/)", "/".join(parts))
     size, variant = repository[-1] if repository else (None, "pt")
     if size in catalog.SIZES:
         config["model_name"] = normalise_model_name(f"gemma-3-{size}-{variant}")
-    category = parts[-2] if len(parts) > 1 else ""
-    if category.removesuffix("_all") not in catalog.SITES:
-        category = kind
-    if category.removesuffix("_all") not in catalog.SITES:
+    known = (name for name in (*parts[-2:-1], kind) if name.removesuffix("_all") in catalog.SITES)
+    if (category := next(known, None)) is None:
         return config
     every = tuple(range(catalog.SIZES[size][0])) if size in catalog.SIZES else (0,)
-    address = catalog.Address(
-        size or "270m", variant, category, layers or every, match["width"], match["label"]
-    )
+    names = match["width"], match["label"]
+    address = catalog.Address(size or "270m", variant, category, layers or every, *names)
     multi_layer = address.kind in ("crosscoder", "clt")
     if address.kind == "clt" or (layers and (multi_layer or len(layers) == 1)):
         config["hf_hook_point_in"] = hook_point(address.reads, layers, multi_layer)
@@ -163,24 +155,14 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     return config
 
 
-_TYPES = {
-    "hf_hook_point_in": str,
-    "hf_hook_point_out": str,
-    "width": int,
-    "model_name": str,
-    "architecture": str,
-    "l0": (int, float),
-    "affine_connection": bool,
-    "type": str,
-    "first": int,
-    "k": int,
-}
-LONGEST, MOST = 1 << 17, 1 << 31  # positions that a text of Gemma 3 can have; features
+_TEXTS = ("hf_hook_point_in", "hf_hook_point_out", "model_name", "architecture", "type")
+_NUMBERS = dict.fromkeys(("width", "first", "k"), int)
+_TYPES = {**dict.fromkeys(_TEXTS, str), **_NUMBERS, "l0": (int, float), "affine_connection": bool}
+LONGEST, MOST = 1 << 17, 1 << 31  # the most positions of a Gemma 3 text; the most features
 
-# Keys of a config.json that are ours or published, all of them consulted, stand in `_TYPES`. Any
-# other is a note that its writer left (`config_extra`) and is kept, never consulted. But one that
-# speaks of what a coder computes, in its whole or in a part of its name, is no note: who wrote it
-# has another function in mind.
+# `_TYPES` has the published keys of a config.json and ours, all of which are consulted. Any other
+# key is a note by its writer (`config_extra`): kept, never consulted. But a key whose name contains
+# one of these words may describe what the coder computes, so ignoring it could change the function.
 _COMPUTED = {
     "act", "activation", "activations", "apply", "bias", "center", "centre", "centred", "centered",
     "clip", "fold", "fn", "gate", "gated", "head", "jump", "noise", "norm", "normalise",
@@ -188,11 +170,9 @@ _COMPUTED = {
     "reshape", "scale", "scaler", "scaling", "shift", "subtract", "subtraction", "temperature",
     "threshold", "tied", "topk", "transpose", "transposed", "whiten", "whitening",
 }  # fmt: skip
-HARMLESS = {  # values of SAELens' keys with which nothing is done; a coder may come from there
-    "normalize_activations": "none",
-    "reshape_activations": "none",
-    "apply_b_dec_to_input": False,
-    "finetuning_scaling_factor": False,
+HARMLESS = {  # SAELens' keys, which a converted coder may have, with values that change nothing
+    **dict.fromkeys(("normalize_activations", "reshape_activations"), "none"),
+    **dict.fromkeys(("apply_b_dec_to_input", "finetuning_scaling_factor"), False),
     "rescale_acts_by_decoder_norm": False,
 }
 
@@ -200,15 +180,10 @@ HARMLESS = {  # values of SAELens' keys with which nothing is done; a coder may 
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """A config.json as a dict, or `InputError`."""
     try:
-        with open(file, "rb") as opened:
-            config = parse_json(opened.read(), "it")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # what is not JSON, and a NUL in the path
-        if not isinstance(error, InputError):
-            raise InputError(f"{file}: cannot be read ({error})") from error
-        why = str(error).removeprefix("it: ").removeprefix("not usable as JSON ").strip("()")
-        raise InputError(f"{file}: not JSON ({why}); download it again") from error
+        config = strict_json.read_json(Path(file))
+    except ValueError as error:  # an `InputError`, or a NUL in the path
+        why = str(error).removeprefix(f"{file}: ")
+        raise InputError(f"{file}: {why}; download it again") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
     return config
@@ -217,27 +192,31 @@ def read_json(file: str | os.PathLike) -> dict[str, Any]:
 def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> FolderConfig:
     """The meaning of a config.json ({} if there is none) found at `path`, an address or a folder.
 
-    What the config does not say is inferred from the path. "All layers" are the model's or, if the
-    model is not known, as many as there are parameter `files`. Raises `InputError`, not naming the
-    file, for unknown hook points, values of the wrong type and contradictions.
+    Missing keys are inferred from the path. "All layers" are the model's or, if the model is
+    unknown, as many as there are parameter `files`. Raises `InputError`, without the file's name,
+    for unknown hook points, values of the wrong type and contradictions.
     """
     given = {key: value for key, value in config.items() if value is not None and value != ""}
     for key, expected in _TYPES.items():
         value = given.get(key)
         wrong_bool = isinstance(value, bool) and expected is not bool
         if key in given and (not isinstance(value, expected) or wrong_bool):
-            raise InputError(f"{key} is {value!r}, not a {_name(expected)}")
+            kinds = {str: "text", int: "whole number", bool: "true or false"}
+            raise InputError(f"{key} is {value!r}, not a {kinds.get(expected, 'number')}")
     for key in sorted(set(given) - set(_TYPES)):
         words = re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
         if not _COMPUTED.isdisjoint(words) and given[key] != HARMLESS.get(key, ...):
-            raise InputError(f"key {key!r} ({given[key]!r:.40}) speaks of what the coder computes, "
-                             "and nothing is known of it: it cannot be left out")  # fmt: skip
+            why = "may be part of what the coder computes; remove it if it is not"
+            raise InputError(f"unknown key {key!r} ({given[key]!r:.40}), which {why}")
     merged = {**config_from_path(path, given.get("type", "")), **given}
     for key, least, most in (("width", 1, MOST), ("first", 0, LONGEST), ("l0", 0, MOST)):
         if merged.get(key) is not None and not least <= merged[key] <= most:
             raise InputError(f"{key} is {merged[key]}, expected {least} to {most}")
-    k = _kept(merged)
-
+    name, k = merged.get("architecture", "jump_relu"), merged.get("k")
+    if name not in (*ARCHITECTURES, TOPK):
+        raise InputError(f"architecture {name!r} is not jump_relu or {TOPK}")
+    if (name == TOPK) != (k is not None):
+        raise InputError(f"architecture {name!r} and k {k!r}: {TOPK} needs a k, others have none")
     model_name = normalise_model_name(merged.get("model_name", ""))
     kind, layers, reads, writes = _sites(merged)
     model = architecture(model_name)
@@ -251,63 +230,42 @@ def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> Folde
     return FolderConfig(kind, layers, reads, writes, first, affine, k, info)
 
 
-def _kept(config: Mapping[str, Any]) -> int | None:
-    """The k of a TopK coder's config, None for a JumpReLU coder's, `InputError` for others."""
-    name, k = config.get("architecture", "jump_relu"), config.get("k")
-    if name not in (*ARCHITECTURES, TOPK):
-        raise InputError(f"architecture {name!r} is not jump_relu or {TOPK}")
-    if (name == TOPK) != (k is not None):
-        raise InputError(f"architecture {name!r} and k {k!r}: only {TOPK} has a k, and needs it")
-    return k
-
-
-def _name(expected: Any) -> str:
-    return {str: "text", int: "whole number", bool: "true or false"}.get(expected, "number")
-
-
 def _sites(config: Mapping[str, Any]) -> tuple[str, Layers, str, str]:
-    """Type, layers and sites of a merged config, or `InputError` where they contradict."""
+    """Type, layers and sites of a merged config, or `InputError` if they contradict each other."""
     missing = [key for key in ("hf_hook_point_in", "hf_hook_point_out") if key not in config]
     if missing:
+        path = "a path of the form resid_post/layer_12_width_16k_l0_medium"
         raise InputError(
-            f"{missing[0]} is in no config.json, and the path is not of the form "
-            "resid_post/layer_12_width_16k_l0_medium that would tell"
+            f"{missing[0]} is missing in config.json, and can be inferred only from {path}"
         )
-    (reads, layers), (writes, out_layers) = (
-        parse_hook_point(config[f"hf_hook_point_{end}"]) for end in ("in", "out")
-    )
+    source, target = config["hf_hook_point_in"], config["hf_hook_point_out"]
+    (reads, layers), (writes, out_layers) = parse_hook_point(source), parse_hook_point(target)
     if layers != out_layers:
-        raise InputError(
-            f"{config['hf_hook_point_in']} and {config['hf_hook_point_out']} differ in their layers"
-        )
+        raise InputError(f"{source} and {target} differ in their layers")
     if layers and list(layers) != sorted(set(layers)):
-        raise InputError(f"layers {layers} of {config['hf_hook_point_in']} are not increasing")
-    multi_layer = "{" in config["hf_hook_point_in"]
-    names = ("crosscoder", "clt") if multi_layer else ("sae", "transcoder")
+        raise InputError(f"layers {layers} of {source} are not increasing")
+    names = ("crosscoder", "clt") if "{" in source else ("sae", "transcoder")
     expected = names[reads != writes]
     kind = config.get("type", expected)
     if kind not in catalog.KINDS:
         raise InputError(f"type {kind!r} is unknown{nearest(kind, catalog.KINDS)}")
     if kind != expected:
-        raise InputError(
-            f"type {kind!r} contradicts the hook points {config['hf_hook_point_in']} -> "
-            f"{config['hf_hook_point_out']} of a {expected}"
-        )
+        hooks = f"the hook points {source} -> {target} of a {expected}"
+        raise InputError(f"type {kind!r} contradicts {hooks}")
     return kind, layers, reads, writes
 
 
 def config_of(coder: Coder, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a coder: the eight published keys, those it came with, and `extra`.
 
-    A TopK coder's architecture is "topk", which no reader of published folders takes for its own,
-    beside the `k`.
-    A key it came with keeps its spelling where it still means the same; `extra` goes over all.
+    A TopK coder has a `k` and the architecture "topk", which other readers refuse. Keys that it
+    came with keep their spelling if they still mean the same; `extra` overrides all others.
     """
     info, layers = coder.info, coder.layers
     model = architecture(info.model_name)
     every = layers == tuple(range(model.layers if model else len(layers)))
     where: Layers = None if coder.kind == "clt" and every else layers
-    config = {
+    config: dict[str, Any] = {
         "hf_hook_point_in": hook_point(coder.reads, where, coder.multi_layer),
         "hf_hook_point_out": hook_point(coder.writes, where, coder.multi_layer),
         "width": coder.width * len(layers),
@@ -321,18 +279,15 @@ def config_of(coder: Coder, extra: Mapping[str, Any]) -> dict[str, Any]:
         config["first"] = coder.first
     if coder.k is not None:
         config["k"] = coder.k
-    kept = dict(info.config)
+    kept = {key: value for key, value in info.config.items() if key not in ("first", "k")}
     for key, value in config.items():
         if key not in kept or _meaning(key, kept[key]) != _meaning(key, value):
             kept[key] = value
-    for key in ("first", "k"):
-        if key not in config:
-            kept.pop(key, None)
     return {**kept, **extra}
 
 
 def _meaning(key: str, value: Any) -> Any:
-    """A config value in one spelling, for comparison; itself if it cannot be understood."""
+    """A config value in one spelling, for comparison; unchanged if it cannot be understood."""
     try:
         if key.startswith("hf_hook_point"):
             return parse_hook_point(value)

@@ -1,12 +1,11 @@
 """The published folders of coders, read and written: single-layer, crosscoder and CLT alike.
 
-A folder holds config.json and params.safetensors, or one params_layer_{i}.safetensors a source
-layer, with `w_enc [D, F]`, `b_enc [F]`, `threshold [F]`, `w_dec [F, D_out]` (of several layers
+A folder holds config.json and params.safetensors, or one params_layer_{i}.safetensors per source
+layer, with `w_enc [D, F]`, `b_enc [F]`, `threshold [F]`, `w_dec [F, D_out]` (for several layers
 `[F, X, D]`, the output layers in absolute order), `b_dec [D_out]` and, for affine coders,
 `affine_skip_connection [D, D_out]`, applied as x @ A.
 
-Files are streamed: reading needs little more memory than the tensors it returns. Whatever cannot be
-used raises `InputError`.
+Files are streamed: reading needs little more memory than the tensors it returns.
 """
 
 import dataclasses
@@ -20,20 +19,13 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
+from gemma_scope_jax.coders.release import parameters
 from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
-from gemma_scope_jax.coders.release.parameters import (
-    DTYPES,
-    TENSORS,
-    Header,
-    check_values,
-    read_header,
-    read_multi_layer,
-    read_single_layer,
-    row_chunks,
-)
+from gemma_scope_jax.coders.release.parameters import DTYPES, TENSORS, Dtype, Header, read_header
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_folder, write_json
@@ -44,25 +36,25 @@ from gemma_scope_jax.storage.safetensors_files import (
     write_safetensors,
 )
 
-PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that its config gives
+PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that come from its config
 
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, path: str, dtype: Any, decoder: bool | None) -> Coder:
-    """The coder of a local folder that is known as `path`; see `load_coder` for the others."""
+def read_folder(folder: Path, path: str, dtype: Dtype, decoder: bool | None) -> Coder:
+    """The coder of a local folder that is known as `path`; see `load_coder` for the rest."""
     files, config = describe(folder, path)
     if not config.multi_layer:
         if decoder is False:
             raise InputError(f"{path}: only a crosscoder's or CLT's decoder can be left on disk")
-        return _coder(config, read_single_layer(files[0], dtype))
+        return _coder(config, parameters.read_single_layer(files[0], dtype))
     if decoder is None:
         decoder = config.type == "crosscoder"
-    return _coder(config, read_multi_layer(files, dtype, decoder))
+    return _coder(config, parameters.read_multi_layer(files, dtype, decoder))
 
 
-def parameter_files(folder: Any) -> list[str]:
-    """The names of the published parameter files that a folder, given as a path, holds."""
+def parameter_files(folder: Path | epath.Path) -> list[str]:
+    """The names of the published parameter files in a folder."""
     try:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
@@ -71,25 +63,21 @@ def parameter_files(folder: Any) -> list[str]:
 
 
 def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
-    """The parameter files in order and what they are, the headers checked against the config."""
+    """The parameter files in order and their config, checked against the files' headers."""
     names, config_file = parameter_files(folder), folder / "config.json"
     if not names:
-        raise InputError(
-            f"{folder}: holds neither params.safetensors nor params_layer_0.safetensors"
-        )
+        raise InputError(f"{folder}: has neither params.safetensors nor params_layer_0.safetensors")
     given = read_json(config_file) if config_file.exists() else {}
-    try:
+    with parameters.errors_name(config_file):
         config = folder_config(given, path, len(names))
         foreign = "params.safetensors" in names if config.multi_layer else len(names) > 1
         if foreign or (names[0] != "params.safetensors" and not config.multi_layer):
             raise InputError(f"{', '.join(names[:2])} do not belong to a {config.type}")
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from error
     files = [folder / name for name in names]
     if config.multi_layer:
         files = [folder / f"params_layer_{i}.safetensors" for i in range(len(config.layers))]
         if missing := [f.name for f in files if f.name not in names]:
-            raise InputError(f"{folder}: {missing[0]} is missing, of {len(files)}; download it")
+            raise InputError(f"{folder}: {missing[0]} of {len(files)} is missing; download it")
     headers = []
     for name in files:
         with open_safetensors(name) as file:
@@ -97,23 +85,20 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
         if headers[-1] != headers[0]:
             raise InputError(f"{name}: shapes or dtypes differ from those of {files[0].name}")
     if ("threshold" in headers[0]) != (config.k is None):
-        what = "there is no tensor" if config.k is None else "there is a tensor"
-        kind = "jump_relu" if config.k is None else "topk"
-        raise InputError(f"{files[0]}: {what} 'threshold', but the architecture is {kind}")
-    try:
+        what, kind = ("no", "jump_relu") if config.k is None else ("a", "topk")
+        raise InputError(f"{files[0]}: has {what} tensor 'threshold', but architecture {kind}")
+    with parameters.errors_name(files[0]):
         _check_against_config(_abstract(config, headers[0]), config)
-    except InputError as error:
-        raise InputError(f"{files[0]}: {error}") from error
     if more := sorted(set(names) - {file.name for file in files}):
-        raise InputError(f"{folder}: {more[0]} is there, but the layers are {config.layers}")
+        raise InputError(f"{folder}: has {more[0]}, but the layers are {config.layers}")
     info = dataclasses.replace(config.info, folder=os.path.abspath(folder))
     return files, dataclasses.replace(config, info=info)
 
 
 def files_of(coder: Coder) -> list[Path]:
-    """The files a coder was loaded from, checked to be still of its shape."""
+    """The files a coder was loaded from, whose decoder must still have its shape."""
     if not coder.info.folder:
-        raise InputError(f"this {coder.kind} was not loaded from a folder: its decoder is nowhere")
+        raise InputError(f"this {coder.kind} was not loaded from a folder that has its decoder")
     files, _ = describe(Path(coder.info.folder), coder.info.path)
     with open_safetensors(files[0]) as file:
         shape = read_header(file, files[0])["w_dec"].shape
@@ -134,7 +119,7 @@ def _coder(config: FolderConfig, arrays: Mapping[str, Any]) -> Coder:
 
 
 def _abstract(config: FolderConfig, header: Header) -> Coder:
-    """The coder of a folder whose files have this header, without values."""
+    """The coder of files with this header, without values."""
     if not config.multi_layer:
         return _coder(config, header)
     X, w_dec = len(config.layers), header["w_dec"]
@@ -147,28 +132,21 @@ def _abstract(config: FolderConfig, header: Header) -> Coder:
 
 
 def _check_against_config(coder: Coder, config: FolderConfig) -> None:
-    """Raise `InputError` where tensors and config.json contradict each other."""
+    """Raise `InputError` if tensors and config.json contradict each other."""
     coder.check_shapes()
     if coder.layers != config.layers:
         raise InputError(f"the coder has layers {coder.layers}, the config {config.layers}")
     width = coder.width * len(coder.layers)
     if config.info.width not in (None, width):
         raise InputError(f"{width} features, but the config's width is {config.info.width}")
-    if config.affine is not None and config.affine != (coder.w_skip is not None):
+    if config.affine not in (None, coder.w_skip is not None):
         there = "is there" if coder.w_skip is not None else "is missing"
-        raise InputError(
-            f"affine_skip_connection {there}, but affine_connection is {config.affine}"
-        )
+        raise InputError(f"affine_skip_connection {there}, affine_connection is {config.affine}")
     if model := config.architecture:
-        for site, size in ((coder.reads, coder.d_in), (coder.writes, coder.d_out)):
-            special = {"z": model.heads * model.head_dim, "mlp_act": model.d_mlp}
-            if size != (expected := special.get(site, model.d_model)):
-                raise InputError(
-                    f"{site} of {config.info.model_name} has {expected} values, not {size}"
-                )
+        check_fits(model, coder)
 
 
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 def save_coder(
@@ -176,10 +154,9 @@ def save_coder(
 ) -> None:
     """Write a coder in the published layout: config.json and the parameters, in their own dtype.
 
-    config_extra: keys of config.json that go over those the coder came with. The decoder of a
+    config_extra: keys of config.json that override those the coder came with. The decoder of a
     `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
-    take their names when all are complete. Raises `InputError` for what could not be loaded again,
-    weights that are NaN or infinite among it.
+    get their names when all are complete. Raises `InputError` for what could not be loaded again.
     """
     folder = folder_path(folder)
     coder.check_shapes()
@@ -188,15 +165,14 @@ def save_coder(
         if array is not None and str(array.dtype) not in DTYPES.values():
             raise InputError(f"{field} is {array.dtype}, not {', '.join(DTYPES.values())}")
     config = config_of(coder, config_extra or {})
-    names, sources = ["params.safetensors"], [None]
-    if coder.multi_layer:
-        names = [f"params_layer_{i}.safetensors" for i in range(len(coder.layers))]
-        sources = files_of(coder) if coder.w_dec is None else [None] * len(names)
+    X = len(coder.layers) if coder.multi_layer else 0
+    names = [f"params_layer_{i}.safetensors" for i in range(X)] or ["params.safetensors"]
+    sources = files_of(coder) if coder.multi_layer and coder.w_dec is None else [None] * len(names)
     _check_against_config(coder, folder_config(config, os.fspath(folder), len(names)))
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     on_host = jax.tree.map(np.asarray, coder)
-    check_values(on_host)
+    parameters.check_values(on_host)
     writers: dict[str, Callable[[BinaryIO], None]] = {
         name: functools.partial(_write_parameters, on_host, i, source)
         for i, (name, source) in enumerate(zip(names, sources))
@@ -210,36 +186,30 @@ def save_coder(
 
 def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO) -> None:
     """Write the parameter file of source layer `i`; its decoder is in memory or in `source`."""
-    arrays = {field: getattr(coder, field) for field in TENSORS}
-    if coder.k is not None:
-        del arrays["threshold"]
-    if coder.multi_layer:
-        w_dec = arrays.pop("w_dec")
-        arrays = {field: None if array is None else array[i] for field, array in arrays.items()}
-        dtype = str((coder.w_enc if w_dec is None else w_dec).dtype)
-        shape = (coder.width, len(coder.layers), coder.d_out)
-        decoder = StreamedTensor(dtype, shape, _decoder_chunks(w_dec, i, source, shape, dtype))
-        tensors = {"w_dec": decoder}
-    else:
-        tensors = {}
-    for field, array in arrays.items():
-        if array is not None:
-            tensors[TENSORS[field]] = StreamedTensor.whole(array)
+    tensors = {}
+    for field, name in TENSORS.items():
+        array = getattr(coder, field)
+        if field == "w_dec" and coder.multi_layer:
+            tensors[name] = _decoder_tensor(coder, i, source)
+        elif array is not None and not (field == "threshold" and coder.k is not None):
+            tensors[name] = StreamedTensor.whole(array[i] if coder.multi_layer else array)
     write_safetensors(file, tensors)
 
 
-def _decoder_chunks(
-    w_dec: np.ndarray | None, i: int, source: Path | None, shape: tuple[int, ...], dtype: str
-) -> Iterator[np.ndarray]:
+def _decoder_tensor(coder: Coder, i: int, source: Path | None) -> StreamedTensor:
     """The decoder of source layer `i` [F, X, D] in chunks of rows, zeros before output `i`."""
-    X = shape[1]
-    first = block_index(i, i, X)
-    for rows in row_chunks(shape, 4):
-        full = np.zeros((rows.stop - rows.start, *shape[1:]), jnp.dtype(dtype))
-        if w_dec is not None:
-            full[:, i:] = w_dec[first : first + X - i, rows].transpose(1, 0, 2)
-        else:
-            assert source is not None
-            with open_safetensors(source) as file:
-                full[:, i:] = file.get_slice("w_dec")[rows, i:]
-        yield full
+    X, first = len(coder.layers), block_index(i, i, len(coder.layers))
+    shape = (coder.width, X, coder.d_out)
+    dtype = (coder.w_enc if source else coder.w_dec).dtype
+
+    def chunks() -> Iterator[np.ndarray]:
+        for rows in parameters.row_chunks(shape, 4):
+            full = np.zeros((rows.stop - rows.start, *shape[1:]), dtype)
+            if source is None:
+                full[:, i:] = coder.w_dec[first : first + X - i, rows].transpose(1, 0, 2)
+            else:
+                with open_safetensors(source) as file:
+                    full[:, i:] = file.get_slice("w_dec")[rows, i:]
+            yield full
+
+    return StreamedTensor(str(dtype), shape, chunks())

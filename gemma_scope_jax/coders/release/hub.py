@@ -1,6 +1,6 @@
-"""Fetching one folder of the release from the Hugging Face hub: its weights and config.json only.
+"""Downloads from the Hugging Face hub: a folder's weights and config.json, or another of its files.
 
-Many folders also hold an examples.safetensors larger than the weights: it is fetched by itself.
+Many folders also hold an examples.safetensors larger than the weights: it is fetched separately.
 """
 
 import contextlib
@@ -11,41 +11,42 @@ from gemma_scope_jax.errors import InputError, disk_error, reason
 
 
 def fetch_folder(address: Address, revision: str | None = None) -> Path:
-    """The local folder (in the hub's cache) of an address, its weights and config.json downloaded.
+    """Download the weights and config.json of an address; returns the folder in the hub's cache.
 
-    Raises `InputError` saying what to do when there is no network, no such folder or no access.
+    Raises `InputError` saying what to do if the network, the folder or the access is missing.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
-    # Some folders have no config.json; if it is the network that fails, the weights will say so.
+    # Some folders have no config.json. If it is the network that fails, so will the weights.
     with contextlib.suppress(EntryNotFoundError):
         _fetch(address, "config.json", revision)
-    for name in address.shapes:
-        try:
-            file = _fetch(address, name, revision)
-        except EntryNotFoundError as error:
-            raise _not_there(address, name, error) from error
-    return Path(file).parent
+    return [fetch_file(address, name, revision) for name in address.shapes][-1].parent
 
 
 def fetch_file(address: Address, name: str, revision: str | None = None) -> Path:
-    """Another file of an address's folder. Raises `InputError` as `fetch_folder` does."""
-    from huggingface_hub.errors import EntryNotFoundError
+    """Download a file of an address's folder. Raises `InputError` as `fetch_folder` does."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(_fetch(address, name, revision))
+        return _fetch(address, name, revision)
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(address, name, error) from error
     except EntryNotFoundError as error:
-        raise _not_there(address, name, error) from error
+        others = [str(a) for a in nearest_addresses(str(address), 4) if a != address][:3]
+        raise InputError(
+            f"{address} has no {name} on the hub; nearest: {', '.join(others)}"
+        ) from error
 
 
-def _fetch(address: Address, name: str, revision: str | None) -> str:
+def _fetch(address: Address, name: str, revision: str | None) -> Path:
     """Download a file. Raises `InputError`, or huggingface_hub's `EntryNotFoundError`."""
     import huggingface_hub
     from huggingface_hub import errors
 
     repo, page = address.repo, f"https://huggingface.co/{address.repo}"
+    file = f"{address.folder}/{name}"
     try:
-        return huggingface_hub.hf_hub_download(repo, f"{address.folder}/{name}", revision=revision)
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
     except errors.EntryNotFoundError:
         raise
     except errors.GatedRepoError as error:
@@ -56,28 +57,17 @@ def _fetch(address: Address, name: str, revision: str | None) -> str:
         raise InputError(f"{repo} has no revision {revision!r}; see {page}/commits") from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"there is no {repo}, or it needs a login: see {page}, then `hf auth login`"
+            f"{repo} does not exist or needs a login: see {page}, then `hf auth login`"
         ) from error
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError):
-            raise disk_error(f"{repo}/{address.folder}/{name}", error) from error
+    except Exception as error:  # each version of the library raises other types
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
+            raise disk_error(f"{repo}/{file}", error) from error
         raise _unreachable(address, name, error) from error
-    except Exception as error:  # each version of the library brings other kinds
-        raise _unreachable(address, name, error) from error
-
-
-def _not_there(address: Address, name: str, error: Exception) -> InputError:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if isinstance(error, LocalEntryNotFoundError):
-        return _unreachable(address, name, error)
-    others = [str(a) for a in nearest_addresses(str(address), 4) if a != address]
-    return InputError(f"{address} has no {name} on the hub; nearest: {', '.join(others[:3])}")
 
 
 def _unreachable(address: Address, name: str, error: Exception) -> InputError:
     return InputError(
-        f"{address}: {name} is not in the cache and cannot be fetched "
+        f"{address}: {name} is not in the cache and cannot be downloaded "
         f"({type(error).__name__}: {reason(error)}); check the network, or download the folder "
         "elsewhere and pass its path"
     )

@@ -1,14 +1,13 @@
 """The files of an activation store: shards in the safetensors format, and a manifest.
 
 A shard's file holds one site: `values` [layers, rows, D], and for int8 `scale` [layers, rows], each
-contiguous, so that reading a row touches its pages and no others. A file appears under its name
-when it is complete and on the disk, and not before.
+contiguous, so reading a row touches only its pages. A file gets its name once it is complete.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from gemma_scope_jax.storage.strict_json import field
 MANIFEST = "manifest.json"
 FORMAT = {"format": "gemma_scope_jax activations", "version": 1}
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
-_CHUNK = 512  # rows summed at a time: they stay in the cache
+_CHUNK = 512  # rows summed at a time: they stay in the CPU's cache
+Buffers = dict[str, dict[str, np.ndarray]]  # site -> tensor -> [layers, rows, ...]
 _KEYS = ("model", "sites", "dtype", "first", "shard_rows", "data", "rows", "shards", "position",
          "skip", "sums")  # fmt: skip
 
@@ -44,7 +44,7 @@ def shard_name(number: int, site: str) -> str:
 
 
 def row_bytes(sites: Mapping[str, Mapping], dtype: str) -> int:
-    """Bytes on disk of a token."""
+    """Bytes on disk per token."""
     scale = 4 if dtype == "int8" else 0
     size = DTYPES[dtype].itemsize
     return sum(len(s["layers"]) * (s["width"] * size + scale) for s in sites.values())
@@ -53,8 +53,8 @@ def row_bytes(sites: Mapping[str, Mapping], dtype: str) -> int:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def shard_buffers(manifest: dict, rows: int) -> dict[str, dict[str, np.ndarray]]:
-    """Room for a shard: {site: {tensor: [layers, rows, ...]}}."""
+def shard_buffers(manifest: dict, rows: int) -> Buffers:
+    """Buffers for a shard: {site: {tensor: [layers, rows, ...]}}."""
     dtype, buffers = DTYPES[manifest["dtype"]], {}
     for site, held in manifest["sites"].items():
         layers = len(held["layers"])
@@ -63,33 +63,33 @@ def shard_buffers(manifest: dict, rows: int) -> dict[str, dict[str, np.ndarray]]
     return buffers
 
 
-def write_shard(path: Path, manifest: dict, buffers, rows: int, position, skip: int) -> None:
-    """Write a shard's files, then the manifest that knows them."""
+def write_shard(
+    path: Path, manifest: dict, buffers: Buffers, rows: int, position: Any, skip: int
+) -> None:
+    """Write a shard's files, then the manifest that lists them."""
     number, entries = len(manifest["shards"]), {}
     for site, tensors in buffers.items():
         held = {name: buffer[:, :rows] for name, buffer in tensors.items()}
         sums, layers = manifest["sums"][site], manifest["sites"][site]["layers"]
         for i, (total, squares) in enumerate(_sums(**held)):
             if not np.isfinite(squares):
-                raise InputError(
-                    f"{site} of layer {layers[i]}: the model's activations are not finite; a "
-                    "damaged model, or one that overflows in this dtype"
-                )
+                why = "the model's activations are not finite: damaged, or its dtype overflows"
+                raise InputError(f"{site} of layer {layers[i]}: {why}")
             sums["sum"][i] = (np.array(sums["sum"][i]) + total).tolist()
             sums["squared_norm"][i] += squares
         entries[site] = replace_file(path / shard_name(number, site), shard_chunks(held))
     manifest["shards"].append({"rows": rows, "files": entries})
     manifest |= {"rows": manifest["rows"] + rows, "position": position, "skip": skip}
-    write_manifest(path, manifest)
+    replace_file(path / MANIFEST, [json.dumps(manifest, indent=1).encode() + b"\n"])
 
 
 def _sums(values: np.ndarray, scale: np.ndarray | None = None) -> Iterator[tuple]:
-    """Of each layer: the sum [D] and the sum of squared norms, float64, of what is stored."""
+    """For each layer the sum [D] and the sum of squared norms, float64, of the stored values."""
     for layer, x in enumerate(values):
         total, squares = np.zeros(x.shape[1]), 0.0
         for start in range(0, len(x), _CHUNK):
-            part = x[start : start + _CHUNK].astype(np.float32)  # faster than at once to float64
-            part = part.astype(np.float64)
+            # in two steps, which is faster
+            part = x[start : start + _CHUNK].astype(np.float32).astype(np.float64)
             if scale is not None:
                 part *= scale[layer, start : start + _CHUNK, None]
             total += part.sum(0)
@@ -97,8 +97,8 @@ def _sums(values: np.ndarray, scale: np.ndarray | None = None) -> Iterator[tuple
         yield total, squares
 
 
-def replace_file(path: Path, chunks: Iterator[Any]) -> dict[str, Any]:
-    """Write a file so that it appears complete; its size and checksum. Lets `OSError` through."""
+def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int]:
+    """Write a file atomically; returns its size and checksum. Lets `OSError` through."""
     crc = size = 0
     with WholeFile(path) as file:
         for chunk in chunks:
@@ -108,7 +108,7 @@ def replace_file(path: Path, chunks: Iterator[Any]) -> dict[str, Any]:
     return {"bytes": size, "crc32": crc}
 
 
-def shard_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
+def shard_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]:
     """The bytes of a shard's file."""
     header, places = lay_out({name: (a.dtype.name, a.shape) for name, a in tensors.items()})
     yield header
@@ -117,15 +117,11 @@ def shard_chunks(tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
             yield array_bytes(part)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    replace_file(folder / MANIFEST, iter([json.dumps(manifest, indent=1).encode() + b"\n"]))
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_activations_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store. Raises `InputError` for folders without and foreign ones."""
+    """The manifest of a store. Raises `InputError` for folders without one, or a foreign one."""
     path = folder / MANIFEST
     if not path.exists():
         raise InputError(f"{folder}: holds no activations ({MANIFEST} is missing)")
@@ -133,7 +129,7 @@ def read_activations_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_manifest(m: dict[str, Any], path: Path) -> None:
-    """Raise `InputError` unless everything that is read of a manifest has its type and size."""
+    """Raise `InputError` unless every field that is used has a valid type and size."""
     if (dtype := field(m, "dtype", str, path)) not in DTYPES:
         raise InputError(f"{path}: dtype is {dtype!r}, not {' or '.join(DTYPES)}")
     for key, least in (("first", 0), ("shard_rows", 1), ("rows", 0), ("skip", 0)):
@@ -145,14 +141,19 @@ def _check_manifest(m: dict[str, Any], path: Path) -> None:
     sites, sums = field(m, "sites", dict, path, least=1), field(m, "sums", dict, path)
     for site in sites:
         if not site.isidentifier():  # it is part of file names
-            raise InputError(f"{path}: {site!r} is no site")
+            raise InputError(f"{path}: {site!r} is not a site")
         held, where = field(sites, site, dict, path), f"{path}: {site}"
         width = field(held, "width", int, where, least=1)
         layers = field(held, "layers", list, where)
-        if not layers or not all(_is_whole(layer) for layer in layers):
+        if not layers or not all(type(layer) is int and layer >= 0 for layer in layers):
             raise InputError(f"{where}: layers are {layers}, not whole numbers")
         for key, shape in (("sum", (len(layers), width)), ("squared_norm", (len(layers),))):
-            if not _has_shape(field(field(sums, site, dict, path), key, list, where), shape):
+            numbers = field(field(sums, site, dict, path), key, list, where)
+            try:
+                found = np.asarray(numbers)
+            except ValueError:  # lists of several lengths
+                found = np.zeros(0)
+            if found.dtype.kind not in "iuf" or found.shape != shape:
                 raise InputError(f"{where}: {key} does not hold numbers {list(shape)}")
     rows = 0
     for shard in field(m, "shards", list, path):
@@ -172,30 +173,16 @@ _FORMAT = Format(
 )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _has_shape(numbers: list, shape: tuple[int, ...]) -> bool:
-    try:
-        found = np.asarray(numbers)
-    except ValueError:  # lists of several lengths
-        return False
-    return found.dtype.kind in "iuf" and found.shape == shape
-
-
 def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless every shard is there with its size."""
+    """Raise `InputError` unless every shard's file exists with its size."""
     for number, shard in enumerate(manifest["shards"]):
         for site, entry in shard["files"].items():
             path = folder / shard_name(number, site)
             size = path.stat().st_size if path.is_file() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise InputError(
-                    f"{path}: {found} where {entry['bytes']} bytes are expected; copy it again, or "
-                    "write the store again"
-                )
+                hint = "copy it again, or write the store again"
+                raise InputError(f"{path}: {found}, not {entry['bytes']} bytes; {hint}")
 
 
 def checksum(path: Path) -> int:
@@ -210,14 +197,14 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def map_shard(path: Path, manifest: Mapping[str, Any], site: str, rows: int) -> dict[str, Any]:
+def map_shard(
+    path: Path, manifest: Mapping[str, Any], site: str, rows: int
+) -> dict[str, np.ndarray]:
     """The tensors of a shard's file, memory-mapped. Raises `InputError` for a foreign file."""
     held, dtype = manifest["sites"][site], manifest["dtype"]
     layers = len(held["layers"])
-    wanted: dict[str, tuple[str, tuple[int, ...]]]
-    wanted = {"values": (dtype, (layers, rows, held["width"]))}
-    if dtype == "int8":
-        wanted["scale"] = ("float32", (layers, rows))
+    scale = {"scale": ("float32", (layers, rows))} if dtype == "int8" else {}
+    wanted = {"values": (dtype, (layers, rows, held["width"])), **scale}
     try:
         return map_safetensors(path, wanted)
     except (OSError, ValueError) as error:

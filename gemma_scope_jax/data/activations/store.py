@@ -1,11 +1,12 @@
 """Activations on disk: written once, in shards, by a writer that may be killed at any moment; read
-in any order, memory-mapped, in a global shuffle that rewrites nothing.
+memory-mapped in any order, such as a global shuffle.
 
-A model's pass costs far more than reading its activations again: many coders, epochs and sweeps
-then share one pass. The manifest is replaced after each shard and says where in the text the next
-one begins, so the same call continues to the same bytes.
+Running the model costs far more than reading its activations, so many coders, epochs and sweeps
+share one pass. The manifest is replaced after each shard and holds the position in the text where
+the next one begins, so the same call continues to the same bytes.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -22,8 +23,9 @@ import numpy as np
 
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
+from gemma_scope_jax.data.documents import HostShard
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.prefetch import prefetch
+from gemma_scope_jax.data.prefetch import Prefetched, prefetch
 from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
@@ -41,8 +43,7 @@ _OPEN_FILES = 128
 SiteLayers = Mapping[str, Sequence[int]]
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 @own_mesh
@@ -57,14 +58,14 @@ def write_activations(
     shard_rows: int = 65536,
     first: int = 1,
 ) -> "ActivationStore":
-    """Store the activations of `tokens` tokens that count, at some layers of some sites.
+    """Store the activations of `tokens` tokens, at some layers of some sites.
 
-    `sites` maps a site to its layers. Tokens before position `first` of their document's piece
-    don't count, nor do those the data excludes. `dtype`: "bfloat16", or "int8" with a float32 scale
-    a token and layer. Two shards of `shard_rows` tokens are held in memory. The same call continues
-    what was begun, more `tokens` extend it; killing it loses at most the shard being filled. The
-    bytes are then the same, as far as the device gives the same results in two processes (CPUs do).
-    Raises `InputError` for what does not fit: sites, another store in the folder, a full disk.
+    `sites` maps a site to its layers. Tokens before position `first` of their document's piece, and
+    those that the data excludes, are left out. `dtype`: "bfloat16", or "int8" with a float32 scale
+    per token and layer. Two shards of `shard_rows` tokens are held in memory. The same call
+    continues a store, more `tokens` extend it; a kill loses at most the shard being filled. The
+    bytes are the same then, if the device computes the same in two processes (CPUs do). Raises
+    `InputError` for what does not fit: sites, another store in the folder, a full disk.
     """
     if dtype not in files.DTYPES:
         raise InputError(f"activations are stored as {' or '.join(files.DTYPES)}, not {dtype!r}")
@@ -84,12 +85,14 @@ def write_activations(
     return ActivationStore(path)
 
 
-def _new_manifest(model: Model, batches, sites: SiteLayers, dtype, shard_rows, first) -> dict:
-    """The manifest of an empty store: what it will hold, and no shards."""
+def _new_manifest(
+    model: Model, batches: TokenBatches, sites: SiteLayers, dtype: str, shard_rows: int, first: int
+) -> dict[str, Any]:
+    """The manifest of an empty store."""
     if not sites:
         raise InputError("no sites to store")
     if not model.params.final_norm.is_fully_addressable:
-        raise InputError("the model is spread over several hosts: store activations with one each")
+        raise InputError("the model is spread over several hosts: use one host per store")
     held, sums = {}, {}
     for site, given in sites.items():
         layers = [int(layer) for layer in given]
@@ -99,45 +102,28 @@ def _new_manifest(model: Model, batches, sites: SiteLayers, dtype, shard_rows, f
         if not 0 <= min(layers) <= max(layers) < model.config.layers:
             raise InputError(f"layers of {site}: the model has 0..{model.config.layers - 1}")
         held[site] = {"layers": layers, "width": width}
-        zeros = [[0.0] * width for _ in layers]
-        sums[site] = {"sum": zeros, "squared_norm": [0.0] * len(layers)}
+        sums[site] = {"sum": [[0.0] * width for _ in layers], "squared_norm": [0.0] * len(layers)}
     data = {"text": batches.fingerprint, "rows": batches.batch_size, "length": batches.context_size}
-    return files.FORMAT | {
-        "model": model_identity(model),
-        "sites": held,
-        "dtype": dtype,
-        "first": first,
-        "shard_rows": shard_rows,
-        "data": data,
-        "rows": 0,
-        "shards": [],
-        "position": batches.position,
-        "skip": 0,
-        "sums": sums,
-    }
+    about = {"model": model_identity(model), "sites": held, "dtype": dtype, "first": first}
+    about |= {"shard_rows": shard_rows, "data": data}
+    empty = {"rows": 0, "shards": [], "position": batches.position, "skip": 0, "sums": sums}
+    return files.FORMAT | about | empty
 
 
 def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
-    """The manifest of the store begun in the folder, or `new`. `InputError` if it is another's."""
+    """The manifest of the store in the folder, or `new`. Raises `InputError` for another store."""
     if not (path / files.MANIFEST).exists():
         return new
     old = files.read_activations_manifest(path)
-    data = old["data"]  # whose text may have been known by names and sizes
-    if isinstance(data, dict) and batches.same_text(data.get("text")):
-        data = {**data, "text": batches.fingerprint}
+    same = {}
+    if batches.same_text(old["data"].get("text")):  # perhaps in the form of older versions
+        same = {"data": {**old["data"], "text": batches.fingerprint}}
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
-        if (data if key == "data" else old[key]) != new[key]:
-            raise InputError(
-                f"{path}: holds activations of another {key} ({_short(old[key])}, now "
-                f"{_short(new[key])}); choose another folder"
-            )
+        if same.get(key, old[key]) != new[key]:
+            what = f"{key} ({str(old[key])[:100]}, now {str(new[key])[:100]})"
+            raise InputError(f"{path}: holds activations of another {what}; choose another folder")
     files.check_sizes(path, old)
     return old
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 100 else text[:97] + "..."
 
 
 def _full(path: Path, manifest: dict, tokens: int) -> InputError:
@@ -146,23 +132,19 @@ def _full(path: Path, manifest: dict, tokens: int) -> InputError:
     free = shutil.disk_usage(path).free / 1e9
     return InputError(
         f"{path}: no space left: the {left:,} tokens still to be stored need {needed:.3g} GB and "
-        f"{free:.3g} GB are free; free some, store fewer or as int8, and run the same again"
+        f"{free:.3g} GB are free; free some, or store fewer or as int8, and run the same again"
     )
 
 
 def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, tokens: int) -> None:
-    """Fill shard after shard; each is written while the next fills.
-
-    `manifest` follows what has been written, here and in the folder.
-    """
+    """Fill shard after shard; each is written while the next is filled. Updates `manifest`."""
     left = (tokens - manifest["rows"]) * files.row_bytes(manifest["sites"], manifest["dtype"])
     if left > shutil.disk_usage(path).free:
         raise _full(path, manifest, tokens)
     rows, shard_rows, skip = manifest["rows"], manifest["shard_rows"], manifest["skip"]
     progress = Progress(tokens, begun=rows)
-    buffers, spare = (
-        files.shard_buffers(manifest, min(shard_rows, tokens - rows)) for _ in range(2)
-    )
+    size = min(shard_rows, tokens - rows)
+    buffers, spare = files.shard_buffers(manifest, size), files.shard_buffers(manifest, size)
     filled, after = 0, manifest["position"]
     rest = batches.at(after)
     with ThreadPoolExecutor(1) as disk:
@@ -177,9 +159,8 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
                     if writing is not None:
                         writing.result()
                     place = (after, 0) if at == len(keep) else (before, at)
-                    writing = disk.submit(
-                        files.write_shard, path, manifest, buffers, filled, *place
-                    )
+                    shard = (path, manifest, buffers, filled, *place)
+                    writing = disk.submit(files.write_shard, *shard)
                     buffers, spare, filled = spare, buffers, 0
             progress.at(rows)
             if rows == tokens:
@@ -191,11 +172,11 @@ def _write(model: Model, batches: TokenBatches, path: Path, manifest: dict, toke
     if rows < tokens:
         LOG.warning("the text ended at %s of %s tokens", f"{rows:,}", f"{tokens:,}")
     if (times := readings(after)) > 1:
-        LOG.warning("the text has been read %d times over: the store repeats it", times)
+        LOG.warning("the text has been read %d times: the store repeats it", times)
 
 
-def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:
-    """Put the tokens `keep` of a pass into the buffers from row `start` on."""
+def _copy(values: dict, keep: np.ndarray, buffers: files.Buffers, start: int) -> None:
+    """Copy the tokens `keep` of a pass into the buffers from row `start` on."""
     for site, tensors in buffers.items():
         for name, buffer in tensors.items():
             for into, x in zip(buffer, values[site][name]):
@@ -203,42 +184,33 @@ def _copy(values: dict, keep: np.ndarray, buffers: dict, start: int) -> None:
 
 
 def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tuple]:
-    """(position before, position after, {site: {tensor: [layers, B*T, ...]}}, the tokens that
-    count) of each batch.
-
-    The device computes a batch while the one before is stored.
+    """(position before, position after, {site: {tensor: [layers, B*T, ...]}}, the tokens to store)
+    of each batch. The device computes a batch while the previous one is stored.
     """
     sites = tuple((site, tuple(held["layers"])) for site, held in manifest["sites"].items())
     run = partial(_pass, model, sites=sites, dtype=manifest["dtype"], first=manifest["first"])
     mesh = mesh_under(model.params.embed)
     put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
-    before, waiting = batches.position, None
-    with prefetch(batches) as ahead:
+
+    def started(ahead: Prefetched, before: Any) -> Iterator[tuple]:
         for batch, after in counting(ahead, manifest["first"], before):
-            out = run(jax.tree.map(put, batch))
-            if waiting is not None:
-                yield _in_memory(*waiting)
-            waiting = (before, after, *out)
+            yield before, after, *run(jax.tree.map(put, batch))
             before = after
-        if waiting is not None:
-            yield _in_memory(*waiting)
 
-
-def _in_memory(before, after, values: dict, keep: jax.Array) -> tuple:
-    return before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
+    begin = batches.position  # before the thread moves it
+    end: tuple = ()
+    with prefetch(batches) as ahead:
+        one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [end]))
+        for (before, after, values, keep), _ in one_ahead:
+            yield before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
 
 
 @partial(jax.jit, static_argnames=("sites", "dtype", "first"))
-def _pass(model: Model, batch: TokenBatch, *, sites, dtype: str, first: int):
-    """Activations as they are stored, {site: {tensor: [layers, B*T, ...]}}, and which count."""
-    out = forward(
-        model,
-        batch,
-        [capture(site, layers) for site, layers in sites],
-        stop_at_layer=1 + max(max(layers) for _, layers in sites),
-        logits="none",
-        remat=None,
-    )
+def _pass(model: Model, batch: TokenBatch, *, sites: tuple, dtype: str, first: int):
+    """Activations as stored, {site: {tensor: [layers, B*T, ...]}}, and which tokens to store."""
+    captures = [capture(site, layers) for site, layers in sites]
+    stop = 1 + max(max(layers) for _, layers in sites)
+    out = forward(model, batch, captures, stop_at_layer=stop, logits="none", remat=None)
     flat = {site: x.reshape(x.shape[0], -1, x.shape[-1]) for site, x in out.reads.items()}
     store = _as_int8 if dtype == "int8" else lambda x: {"values": x.astype(jnp.bfloat16)}
     return {site: store(x) for site, x in flat.items()}, batch.counted(first).reshape(-1)
@@ -251,18 +223,15 @@ def _as_int8(x: jax.Array) -> dict[str, jax.Array]:
     return {"values": jnp.clip(jnp.round(steps), -127, 127).astype(jnp.int8), "scale": scale}
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
 class ActivationStore:
-    """Activations written by `write_activations`, memory-mapped.
+    """Activations written by `write_activations` into a local folder, memory-mapped.
 
-    folder     a local folder
-    sites      {site: layers} to read; default: all that is stored
-
-    `len(store)` is the number of tokens. Opening checks that every file is there with its size;
-    `verify` reads them all. Raises `InputError` for folders that are no store, or not whole.
+    `sites` are the {site: layers} to read; default: all. `len(store)` is the number of tokens.
+    Opening checks that every file exists with its size; `verify` reads them all. Raises
+    `InputError` for folders that are not a complete store.
     """
 
     def __init__(self, folder: str | os.PathLike, sites: SiteLayers | None = None):
@@ -275,9 +244,8 @@ class ActivationStore:
             if site not in stored:
                 raise InputError(f"{self.folder}: no site {site!r}{nearest(site, stored)}")
             if missing := set(layers) - set(stored[site]):
-                raise InputError(
-                    f"{self.folder}: no layer {min(missing)} of {site}; it has {stored[site]}"
-                )
+                layer, own = min(missing), stored[site]
+                raise InputError(f"{self.folder}: no layer {layer} of {site}; it has {own}")
         self.sites: dict[str, tuple[int, ...]] = wanted
         self._index = {s: [stored[s].index(l) for l in layers] for s, layers in wanted.items()}
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
@@ -292,7 +260,7 @@ class ActivationStore:
         return digest(self.manifest["shards"])
 
     def width(self, site: str) -> int:
-        """Values a token and layer."""
+        """Values per token and layer."""
         return self.manifest["sites"][site]["width"]
 
     def mean(self, site: str) -> np.ndarray:
@@ -300,7 +268,7 @@ class ActivationStore:
         return np.array(self.manifest["sums"][site]["sum"])[self._index[site]] / len(self)
 
     def mean_squared_norm(self, site: str) -> np.ndarray:
-        """float64 [layers]."""
+        """The mean squared norm of the activations, float64 [layers]."""
         sums = self.manifest["sums"][site]["squared_norm"]
         return np.array(sums)[self._index[site]] / len(self)
 
@@ -310,15 +278,13 @@ class ActivationStore:
             for site, entry in shard["files"].items():
                 path = self.folder / files.shard_name(number, site)
                 if files.checksum(path) != entry["crc32"]:
-                    raise InputError(
-                        f"{path}: its bytes have changed since it was written; copy it again, or "
-                        "write the store again"
-                    )
+                    hint = "copy it again, or write the store again"
+                    raise InputError(f"{path}: its bytes have changed; {hint}")
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """{site: [layers, n, D]} of tokens `rows`, integers [n] in any order.
 
-        bfloat16, or float32 for a store in int8. Raises `InputError` for rows not in the store.
+        bfloat16, or float32 for an int8 store. Raises `InputError` for rows outside of the store.
         """
         rows = np.asarray(rows, np.int64)
         if rows.ndim != 1 or (rows.size and not 0 <= rows.min() <= rows.max() < len(self)):
@@ -326,10 +292,8 @@ class ActivationStore:
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self._starts)
         kind = np.float32 if self.manifest["dtype"] == "int8" else files.DTYPES["bfloat16"]
-        out = {
-            site: np.empty((len(layers), len(rows), self.width(site)), kind)
-            for site, layers in self.sites.items()
-        }
+        empty = lambda site, layers: np.empty((len(layers), len(rows), self.width(site)), kind)
+        out = {site: empty(site, layers) for site, layers in self.sites.items()}
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             places = order[cuts[shard] : cuts[shard + 1]]
             local = rows[places] - self._starts[shard]
@@ -343,13 +307,11 @@ class ActivationStore:
         return out
 
     def _map(self, shard: int, site: str) -> dict[str, np.ndarray]:
-        """A shard's tensors; the files used last stay open."""
+        """A shard's tensors; the most recently used files stay open."""
         key = (shard, site)
         if key not in self._maps:
-            path, rows = (
-                self.folder / files.shard_name(*key),
-                self.manifest["shards"][shard]["rows"],
-            )
+            path = self.folder / files.shard_name(*key)
+            rows = self.manifest["shards"][shard]["rows"]
             self._maps[key] = files.map_shard(path, self.manifest, site, rows)
             if len(self._maps) > _OPEN_FILES:
                 self._maps.popitem(last=False)
@@ -357,17 +319,12 @@ class ActivationStore:
         return self._maps[key]
 
     def batch_rows(
-        self,
-        batch: int,
-        n: int,
-        seed: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        rows: int | None = None,
+        self, batch: int, n: int, seed: int = 0, shard: HostShard = (0, 1), rows: int | None = None
     ) -> np.ndarray:
-        """The rows, int64 [batch], of batch `n` of a shuffle without end; every epoch another.
+        """The rows, int64 [batch], of batch `n` of an endless shuffle, another in every epoch.
 
         Host `shard` = (index, count) takes its part of a global batch of `batch` x count rows.
-        `rows`: only of the first so many of the store.
+        `rows`: use only the first `rows` of the store.
         """
         size = len(self) if rows is None else rows
         index, count = shard
@@ -383,18 +340,12 @@ class ActivationStore:
         return found
 
     def batches(
-        self,
-        batch: int,
-        seed: int = 0,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        rows: int | None = None,
+        self, batch: int, seed: int = 0, start: int = 0, **options: Any
     ) -> Iterator[dict[str, np.ndarray]]:
         """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
 
         A batch depends on (seed, number) alone: to resume, start where you stopped.
-        `data.prefetch.prefetch` reads ahead.
+        `data.prefetch.prefetch` reads ahead. options: `shard` and `rows`, as in `batch_rows`.
         """
-        while True:
-            yield self.read(self.batch_rows(batch, start, seed, shard, rows))
-            start += 1
+        for n in itertools.count(start):
+            yield self.read(self.batch_rows(batch, n, seed, **options))

@@ -1,4 +1,4 @@
-"""Active features as arrays, by token or by feature, and their values as they are stored."""
+"""Active features as arrays, by token or by feature, and the rounding of stored values."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ _SMALLEST, _LARGEST, _INFINITE = 0x2000, 0x7F7FE000, 0x7F800000  # float32, as b
 
 
 class Entries(NamedTuple):
-    """Active features of n tokens: those of token i are offsets[i] to offsets[i + 1] of the rest.
+    """Active features of n tokens: those of token i are ids[offsets[i] : offsets[i + 1]].
 
     Or, by feature, the tokens of feature i: then `ids` are rows.
     """
@@ -23,7 +23,7 @@ class Entries(NamedTuple):
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """Where lists of so many things each [n] begin, and where the last ends: int64 [n + 1]."""
+    """Where consecutive lists of these lengths [n] begin, and the last ends: int64 [n + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
@@ -36,8 +36,8 @@ def joined(parts: Sequence[Entries]) -> Entries:
 
 
 def turned(entries: Entries, lists: int) -> Entries:
-    """Entries by token as entries by feature, of which there are `lists`, or the other way round;
-    ids ascend in each list."""
+    """Entries by token as entries by feature, or the reverse; `lists` is the number of lists in the
+    result, in each of which ids ascend."""
     import scipy.sparse
 
     shape = (len(entries.offsets) - 1, lists)
@@ -47,14 +47,12 @@ def turned(entries: Entries, lists: int) -> Entries:
 
 
 def kept_values(values: np.ndarray, kind: str) -> np.ndarray:
-    """Positive float32 values as they are stored: themselves, or for "float16" their first 11
-    significant bits, which are as many as float16 has. What is active stays above zero.
-
-    Raises `InputError` for what is not finite.
+    """Positive float32 values as stored: unchanged, or for "float16" rounded to its 11 significant
+    bits, but never to zero. Raises `InputError` for values that are not finite.
     """
     bits = values.view(np.uint32)
     if bits.size and bits.max() >= _INFINITE:
-        raise InputError("a feature's activation is not finite: a damaged coder, or a wrong one")
+        raise InputError("a feature's activation is not finite: the coder is damaged or wrong")
     if kind == "float32":
         return values
     nearest = bits + (0x0FFF + (bits >> 13 & 1)) & 0xFFFFE000  # ties to even

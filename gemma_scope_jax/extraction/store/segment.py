@@ -1,4 +1,4 @@
-"""A segment of a feature store: some ten thousands of tokens, by token and by feature."""
+"""A segment of a feature store: some ten thousand tokens, by token and by feature."""
 
 import functools
 from typing import Any
@@ -7,21 +7,25 @@ import numpy as np
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.store.codec import Entries, turned
-from gemma_scope_jax.extraction.store.shards import FeatureList, Shard, first_row
+from gemma_scope_jax.extraction.store.shards import Shard, first_row
 from gemma_scope_jax.extraction.store.tables import damaged, opened
 
 
+def _column(name: str) -> Any:
+    return property(lambda segment: segment._table[name])
+
+
 class Segment:
-    """Some ten thousands of tokens of a store. Arrays are read when they are asked for.
+    """Some ten thousand tokens of a store. Arrays are read when first used.
 
     start      the store's row of its first token
-    tokens     int32 [n], `<bos>` of every piece included
-    pieces     int32 [n]: which piece of the segment a token belongs to
-    positions  int32 [n], in its piece: `<bos>` is 0
+    tokens     int32 [n], with the `<bos>` of every piece
+    pieces     int32 [n]: the token's piece in the segment
+    positions  int32 [n], in the piece: `<bos>` is 0
     documents  int64 [n]: the number of its document
     offsets    int32 [n]: its place in the document's tokens; -1: a `<bos>`
-    counted    bool [n]: whether features count, and are stored: from the coders' smallest `first`
-               on; those of one coder: `counted_by`
+    counted    bool [n]: whether the token has features, from the coders' smallest `first` on; for
+               one coder: `counted_by`
     """
 
     def __init__(self, store: Any, shard: Shard, number: int, start: int):
@@ -29,7 +33,7 @@ class Segment:
         segments = shard.footer["segments"]
         self._about = segments[number]
         before = sum(segment["tokens"] for segment in segments[:number])
-        self._row = first_row(shard.number) + before  # what the files call the first token
+        self._row = first_row(shard.number) + before  # the first token's row in the files
         self._files = shard.files(number, store.lists)
 
     def __len__(self) -> int:
@@ -46,91 +50,70 @@ class Segment:
             raise damaged(path, f"it has {table.num_rows} tokens, not {len(self)}")
         return found
 
-    @property
-    def tokens(self) -> np.ndarray:
-        return self._table["token"]
-
-    @property
-    def positions(self) -> np.ndarray:
-        return self._table["position"]
-
-    @property
-    def documents(self) -> np.ndarray:
-        return self._table["document"]
-
-    @property
-    def offsets(self) -> np.ndarray:
-        return self._table["offset"]
-
-    @property
-    def counted(self) -> np.ndarray:
-        return self._table["counted"]
+    tokens = _column("token")
+    positions = _column("position")
+    documents = _column("document")
+    offsets = _column("offset")
+    counted = _column("counted")
 
     def counted_by(self, coder: str | None = None) -> np.ndarray:
-        """bool [n]: where a coder's features count: `counted`, from its own `first` on."""
+        """bool [n]: the tokens that have features of a coder: `counted`, from its `first` on."""
         return self.counted & (self.positions >= self._store.about(coder)["first"])
 
     @functools.cached_property
     def pieces(self) -> np.ndarray:
         return np.cumsum(self.positions == 0, dtype=np.int32) - np.int32(1)
 
-    def where(self, rows: Any) -> list[str]:
-        """Where the documents of some of the segment's rows come from, as "FILE, byte 123"."""
+    def where(self, rows: np.ndarray) -> list[str]:
+        """The sources of the documents at some of the segment's rows, as "FILE, byte 123"."""
         places = {number: where for number, where, _ in self._shard.footer["documents"]}
         return [places[number] for number in self.documents[rows].tolist()]
 
     def by_token(self, coder: str | None = None, layer: int | None = None) -> Entries:
-        """(offsets [n + 1], features, values): those of token i begin at offsets[i]."""
+        """(offsets [n + 1], features, values) of all tokens, see `Entries`."""
         return turned(self.by_feature(coder, layer), len(self))
 
     def rows(
         self, start: int, stop: int, coder: str | None = None, layer: int | None = None
     ) -> Entries:
         """`by_token` of the segment's rows `start` to `stop`."""
-        if not 0 <= start < stop <= len(self):
-            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {len(self)}")
+        _check_range("rows", start, stop, len(self))
         offsets, ids, values = self.by_token(coder, layer)
         offsets = offsets[start : stop + 1]
         some = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], ids[some], values[some])
 
     def by_feature(self, coder: str | None = None, layer: int | None = None) -> Entries:
-        """(offsets [F + 1], rows, values): of each feature, the segment's tokens, ascending."""
-        c = self._store.place(coder, layer)
-        return self._features(c, 0, self._store.lists[c].width)
+        """(offsets [F + 1], rows, values): the segment's tokens of each feature, ascending."""
+        return self.features(0, self._store.width(coder), coder, layer)
 
     def features(
         self, start: int, stop: int, coder: str | None = None, layer: int | None = None
     ) -> Entries:
         """`by_feature` of features `start` to `stop`; reads the row groups that hold them."""
-        return self._features(self._store.place(coder, layer), start, stop)
-
-    def feature(
-        self, feature: int, coder: str | None = None, layer: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the segment, values) of one feature; reads the row groups around it."""
-        found = self.features(feature, feature + 1, coder, layer)
-        return found.ids, found.values
-
-    def _features(self, c: int, start: int, stop: int) -> Entries:
-        some: FeatureList = self._store.lists[c]
-        if not 0 <= start < stop <= some.width:
-            raise InputError(f"{start} to {stop} is no range of what there is, 0 to {some.width}")
+        c = self._store.place(coder, layer)
+        _check_range("features", start, stop, self._store.lists[c].width)
         path, there = self._files[1 + c]
         with opened(path, there) as file:
             table = file.read_row_groups(_groups(file.metadata, start, stop), use_threads=False)
             features, rows, values = (table[n].to_numpy() for n in ("feature", "row", "value"))
         rows = (rows - self._row).astype(np.int32)
-        if len(rows) and not (
-            0 <= rows.min() <= rows.max() < len(self) and (np.diff(features) >= 0).all()
-        ):
-            raise damaged(path, "rows or features that the segment has not")
+        inside = not len(rows) or 0 <= rows.min() <= rows.max() < len(self)
+        if not inside or (np.diff(features) < 0).any():
+            raise damaged(path, "rows or features outside of the segment")
         offsets = np.searchsorted(features, np.arange(start, stop + 1)).astype(np.int64)
         here = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], rows[here], values[here])
 
+    def feature(
+        self, feature: int, coder: str | None = None, layer: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the segment, values) of one feature."""
+        found = self.features(feature, feature + 1, coder, layer)
+        return found.ids, found.values
+
     def fired(self, c: int) -> np.ndarray:
-        """int64 [F]: on how many tokens each feature of a list is active."""
+        """int64 [F]: the number of tokens on which each feature of a list is active."""
         path, there = self._files[1 + c]
         with opened(path, there) as file:
             features = file.read(["feature"], use_threads=False)["feature"].to_numpy()
@@ -138,6 +121,11 @@ class Segment:
         if len(features) and not 0 <= features.min() <= features.max() < width:
             raise damaged(path, f"features beyond {width}")
         return np.bincount(features, minlength=width)
+
+
+def _check_range(what: str, start: int, stop: int, size: int) -> None:
+    if not 0 <= start < stop <= size:
+        raise InputError(f"{what} {start} to {stop}: must be a range within 0 to {size}")
 
 
 def _groups(metadata: Any, start: int, stop: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A shard of sparse features: Parquet files, and JSON that is written last and knows them all.
+"""A shard of sparse features: Parquet files, and a JSON file that is written last and lists them.
 
     shard-000012.json                                       documents, segments, files, checksums
     tokens/000012-0000.parquet                              a row for each token of segment 0
@@ -8,15 +8,14 @@ Tokens come in segments, which never cut a piece of a document. Columns:
 
     tokens    row int64, document int64, position int32 (in its piece, `<bos>` is 0), offset int32
               (in the document's tokens, -1 for `<bos>`), token int32, counted bool
-    features  feature int32, row int64, value float32; by feature, and of each by row
+    features  feature int32, row int64, value float32; sorted by feature, then by row
 
-`row` names a token of the store: shard * 2 ** 32 + its place in the shard. Activations are kept
-once, by feature: sorted so, ids and rows take a byte and a half together; to read them by token is
-to turn the matrix of a segment, which takes no longer than to read a second copy of them would. The
-coder and the layer are read off the path by whatever knows Hive's partitions (DuckDB, polars,
-pandas).
+`row` identifies a token of the store: shard * 2 ** 32 + its place in the shard. Activations are
+stored once, by feature: sorted like this, ids and rows take one and a half bytes together.
+Transposing a segment to read it by token is as fast as reading a second copy would be. Programs
+that support Hive partitions (DuckDB, polars, pandas) get coder and layer from the path.
 
-A shard is there when its JSON is. Measured alternatives: docs/trials.md.
+A shard exists once its JSON does. Measured alternatives: docs/trials.md.
 """
 
 import collections
@@ -24,22 +23,17 @@ import contextlib
 import json
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction.store import tables
 from gemma_scope_jax.extraction.store.codec import Entries, joined, kept_values, turned
-from gemma_scope_jax.extraction.store.tables import (
-    DELTA,
-    DICTIONARY,
-    SPLIT,
-    FileSum,
-    check_sum,
-    encoded,
-)
+from gemma_scope_jax.extraction.store.tables import DELTA, DICTIONARY, SPLIT, AnyPath, FileSum
 from gemma_scope_jax.storage.atomic import WholeFile
 from gemma_scope_jax.storage.locks import remove_leftovers
 from gemma_scope_jax.storage.paths import is_remote
@@ -47,11 +41,10 @@ from gemma_scope_jax.storage.strict_json import field, legible, parse_json
 
 SEGMENT = 1 << 16  # tokens after which a segment ends, at the end of the batch
 _MOST = 1 << 40
-_SHIFT = 32  # of the shard's number in `row`
 
 
 class FeatureList(NamedTuple):
-    """What is stored of one layer of a coder."""
+    """The stored features of one layer of a coder."""
 
     coder: str
     layer: int
@@ -67,32 +60,33 @@ def shard_name(number: int) -> str:
 
 
 def first_row(shard: int) -> int:
-    """What `row` is of a shard's first token."""
-    return shard << _SHIFT
+    """The `row` of a shard's first token."""
+    return shard << 32
 
 
-def segment_files(folder: Any, lists: Sequence[FeatureList], shard: int, segment: int) -> list[Any]:
-    """Where the files of a segment are: its tokens, and every list of features."""
+def segment_files(
+    folder: AnyPath, lists: Sequence[FeatureList], shard: int, segment: int
+) -> list[AnyPath]:
+    """The paths of a segment's files: its tokens, and each list of features."""
     name = f"{shard:06d}-{segment:04d}.parquet"
-    return [folder / of / name for of in ("tokens", *(some.folder for some in lists))]
+    return [folder / part / name for part in ("tokens", *(some.folder for some in lists))]
 
 
-# -------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing -------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Writes one shard: `add` batch after batch, then `close`. Left by an error, nothing stays.
+    """Writes one shard: `add` batch after batch, then `close`. After an error nothing remains.
 
-    lists   what entries are given to `add`, in this order
+    lists   the lists of entries that `add` gets, in this order
     values  "float16" or "float32"
-    pool    threads that encode and compress; `ahead` segments wait for them at the most
+    pool    threads that encode and compress, at most `ahead` segments behind
     Lets `OSError` through.
     """
 
     def __init__(
         self,
-        folder: Any,
+        folder: AnyPath,
         shard: int,
         lists: Sequence[FeatureList],
         values: str,
@@ -103,24 +97,24 @@ class ShardWriter:
         self._pool, self._ahead = pool, ahead
         self._row = first_row(shard)
         self._segments: list[dict] = []
-        self._written: list[Any] = []
+        self._written: list[AnyPath] = []
         self._held: list[tuple] = []
         self._waiting = 0
         self._coding: collections.deque = collections.deque()
         for path in segment_files(folder, lists, shard, 0):
             if not is_remote(folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(path.parent)
+                remove_leftovers(Path(path.parent))
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: Any, *_) -> None:
         if kind is not None:
             self.discard()
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Delete what has been written."""
         for job in (job for jobs in self._coding for job in jobs):
             job.cancel()
         self._coding.clear()
@@ -128,11 +122,15 @@ class ShardWriter:
             with contextlib.suppress(Exception):
                 path.unlink(missing_ok=True)
 
-    def add(self, tokens, counted, pieces, entries: Sequence[Entries]) -> None:
-        """A batch.
-
-        tokens int32 [n], counted bool [n], pieces int64 [p, 3] (document, offset in it, length with
-        `<bos>`), and the entries of every list.
+    def add(
+        self,
+        tokens: np.ndarray,
+        counted: np.ndarray,
+        pieces: np.ndarray,
+        entries: Sequence[Entries],
+    ) -> None:
+        """Add a batch: tokens int32 [n], counted bool [n], pieces int64 [p, 3] (document, offset in
+        it, length with `<bos>`), and the entries of every list.
         """
         self._held.append((tokens, counted, pieces, entries))
         self._waiting += len(tokens)
@@ -152,15 +150,15 @@ class ShardWriter:
             self.discard()
             raise
 
-    def _write(self, path: Any, data: Any) -> None:
+    def _write(self, path: AnyPath, data: bytes | memoryview) -> None:
         with WholeFile(path) as file:
             file.write(data)
         self._written.append(path)
 
     def _flush(self) -> None:
-        """Have what is held encoded as a segment, and write those that have been."""
+        """Have the held batches encoded as a segment, and write those that are ready."""
         held, self._held, self._waiting = self._held, [], 0
-        jobs: list[Any] = [self._pool.submit(_tokens, held, self._row)]
+        jobs: list[Future] = [self._pool.submit(_tokens, held, self._row)]
         for c, some in enumerate(self.lists):
             entries = [h[3][c] for h in held]
             jobs.append(self._pool.submit(_features, entries, some.width, self.values, self._row))
@@ -169,7 +167,7 @@ class ShardWriter:
         self._store(self._ahead)
 
     def _store(self, left: int) -> None:
-        """Write the oldest segments until `left` are being encoded."""
+        """Write the oldest segments until `left` are still being encoded."""
         while len(self._coding) > left:
             jobs = self._coding.popleft()
             about, sums = [], []
@@ -180,13 +178,12 @@ class ShardWriter:
                 about.append(said)
                 sums.append(list(total))
             tokens, counted = about[0]
-            self._segments.append(
-                {"tokens": tokens, "counted": counted, "entries": about[1:], "files": sums}
-            )
+            counts = {"tokens": tokens, "counted": counted, "entries": about[1:]}
+            self._segments.append({**counts, "files": sums})
 
 
 def _tokens(held: list[tuple], row: int) -> tuple[tuple[int, int], Any, FileSum]:
-    """(tokens, how many count), and the file of a segment's tokens, of which `row` is the first."""
+    """(tokens, those counted), and the file of a segment's tokens, the first of which is `row`."""
     tokens, counted, pieces = (np.concatenate([h[i] for h in held]) for i in range(3))
     documents, offsets, lengths = pieces.astype(np.int64).T
     positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -199,11 +196,11 @@ def _tokens(held: list[tuple], row: int) -> tuple[tuple[int, int], Any, FileSum]
         "token": (tokens.astype(np.int32), SPLIT),
         "counted": (counted, "PLAIN"),
     }
-    return (len(tokens), int(counted.sum())), *encoded(columns, ("row", "document"))
+    return (len(tokens), int(counted.sum())), *tables.encoded(columns, ("row", "document"))
 
 
 def _features(parts: list[Entries], width: int, kind: str, row: int) -> tuple[int, Any, FileSum]:
-    """How many activations a list has in a segment, whose first token is `row`, and their file."""
+    """The number of activations of a list in the segment that begins at `row`, and their file."""
     entries = joined(parts)
     index = turned(entries._replace(values=kept_values(entries.values, kind)), width)
     features = np.repeat(np.arange(width, dtype=np.int32), np.diff(index.offsets))
@@ -212,7 +209,7 @@ def _features(parts: list[Entries], width: int, kind: str, row: int) -> tuple[in
         "row": (index.ids + np.int64(row), DELTA),
         "value": (index.values, SPLIT),
     }
-    return len(features), *encoded(columns, ("feature", "row"))
+    return len(features), *tables.encoded(columns, ("feature", "row"))
 
 
 def _with_checksum(about: dict[str, Any]) -> bytes:
@@ -220,23 +217,22 @@ def _with_checksum(about: dict[str, Any]) -> bytes:
     return f'{{"crc32":{zlib.crc32(text.encode())},"shard":{text}}}\n'.encode()
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading -------------------------------------------------------------------------------------
 
 
 class Shard:
-    """What a shard's JSON says, checked: `footer`, and how many `bytes` it has with its files.
+    """A shard's JSON, checked: `footer`, and the total `bytes` of it and its files.
 
-    Raises `InputError` for a file that is none, is not whole, or has a byte flipped.
+    Raises `InputError` for a missing, foreign, incomplete or damaged file.
     """
 
-    def __init__(self, folder: Any, number: int):
+    def __init__(self, folder: AnyPath, number: int):
         self.folder, self.number = folder, number
         self.path = path = folder / shard_name(number)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise InputError(f"{path}: is missing; extract again to make it anew") from None
+            raise InputError(f"{path}: is missing; extract again to replace it") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
         try:
@@ -252,7 +248,7 @@ class Shard:
         self.bytes = len(data) + sum(files)
 
     def _check(self) -> None:
-        """Raise `InputError` unless all that is read of the JSON has its type and size."""
+        """Raise `InputError` unless every field that is used has a valid type and size."""
         footer, path = self.footer, self.path
         whole = lambda value: type(value) is int and 0 <= value <= _MOST
         field(footer, "version", int, path, least=1, most=1)
@@ -260,11 +256,10 @@ class Shard:
         field(footer, "store", str, path)
         lists = field(footer, "lists", int, path, least=1, most=_MOST)
         for document in field(footer, "documents", list, path):
-            if not (isinstance(document, list) and len(document) == 3):
-                raise InputError(f"a document is {str(document)[:60]}")
-            number, where, tokens = document
-            if not (whole(number) and isinstance(where, str) and whole(tokens)):
-                raise InputError("documents are not [number, place, tokens]")
+            match document:
+                case [number, str(), tokens] if whole(number) and whole(tokens):
+                    continue
+            raise InputError(f"a document is {str(document)[:60]}, not [number, place, tokens]")
         for segment in field(footer, "segments", list, path):
             tokens = field(segment, "tokens", int, path, least=1, most=_MOST)
             field(segment, "counted", int, path, least=0, most=tokens)
@@ -275,18 +270,16 @@ class Shard:
             if len(sums) != len(files) or len(sums) != lists + 1:
                 raise InputError(f"files are {str(files)[:60]}")
 
-    def files(self, segment: int, lists: Sequence[FeatureList]) -> list[tuple[Any, FileSum]]:
-        """A segment's files, of its tokens and of every list: where they are, and their sums."""
+    def files(self, segment: int, lists: Sequence[FeatureList]) -> list[tuple[AnyPath, FileSum]]:
+        """The paths and sums of a segment's files: of its tokens, and of each list."""
         sums = [FileSum(*some) for some in self.footer["segments"][segment]["files"]]
         paths = segment_files(self.folder, lists, self.number, segment)
         if len(sums) != len(paths):
-            raise InputError(
-                f"{self.path}: is of {len(sums) - 1} lists of features, not {len(lists)}"
-            )
+            raise InputError(f"{self.path}: has {len(sums) - 1} feature lists, not {len(lists)}")
         return list(zip(paths, sums))
 
     def verify(self, lists: Sequence[FeatureList]) -> None:
-        """Read everything. Raises `InputError` naming the first file that is damaged."""
+        """Read everything. Raises `InputError` naming the first damaged file."""
         for segment in range(len(self.footer["segments"])):
             for path, there in self.files(segment, lists):
-                check_sum(path, there)
+                tables.check_sum(path, there)

@@ -6,8 +6,7 @@
     for segment in store.segments():
         offsets, features, values = segment.by_token()
 
-Tokens have a row in the store, from 0 on; they come in pieces of documents, each beginning with
-`<bos>`. How the files look: `shards.py`.
+Tokens come in pieces of documents, each beginning with `<bos>`. The files' format: `shards.py`.
 """
 
 import bisect
@@ -29,12 +28,12 @@ from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.storage.paths import folder_path
 
 _OPEN_SHARDS = 64
-_HELD_SEGMENTS = 128  # with half a megabyte of tokens and pieces each: windows come from all over
+_HELD_SEGMENTS = 128  # half a megabyte of tokens and pieces each: windows come from all over
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document of a store. tokens int32 [n] without `<bos>`; rows int64 [n]: where they are."""
+    """A document of a store. tokens int32 [n] without `<bos>`; rows int64 [n] in the store."""
 
     number: int
     where: str  # "FILE, byte 123"
@@ -48,10 +47,10 @@ class FeatureStore:
     folder    local or in a bucket
     manifest  the model, the coders, the data: see `manifest.py`
     coders    their names
-    counted   on how many tokens features count, of the coder with the smallest `first`
-    complete  whether all that was asked for is there; else what there is can be read
+    counted   the number of tokens that have features, for the coder with the smallest `first`
+    complete  whether all of the extraction is there; what there is can be read in any case
 
-    Raises `InputError` for folders that are no store, damaged files, unknown coders and features.
+    Raises `InputError` for other folders, damaged files, unknown coders and features.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -85,40 +84,30 @@ class FeatureStore:
         return Shard(self.folder, number)
 
     def place(self, coder: str | None = None, layer: int | None = None) -> int:
-        """Which of the stored lists a coder's layer (of the model) is."""
-        if coder is None:
-            coder = self._only_coder()
-        at = 0
-        for about in self.manifest["coders"]:
-            layers = about["layers"]
-            if about["name"] != coder:
-                at += len(layers)
-            elif layer is None and len(layers) == 1:
-                return at
-            elif layer in layers:
-                return at + layers.index(layer)
-            else:
-                raise InputError(f"{coder}: layer {layer} is none of its layers {layers}")
-        raise InputError(f"{self.folder}: no coder {coder!r}{nearest(coder, self.coders)}")
-
-    def _only_coder(self) -> str:
-        if len(self.coders) > 1:
-            raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
-        return self.manifest["coders"][0]["name"]
+        """The number in `lists` of a coder's layer (of the model)."""
+        about = self.about(coder)
+        name, layers = about["name"], about["layers"]
+        if layer is None and len(layers) == 1:
+            layer = layers[0]
+        if layer not in layers:
+            raise InputError(f"{name}: layer {layer} is none of its layers {layers}")
+        return next(n for n, l in enumerate(self.lists) if (l.coder, l.layer) == (name, layer))
 
     def about(self, coder: str | None = None) -> dict[str, Any]:
-        """What the manifest says of a coder."""
-        name = self._only_coder() if coder is None else coder
+        """A coder's entry in the manifest; None: the only coder's."""
+        if coder is None and len(self.coders) > 1:
+            raise InputError(f"{self.folder}: which coder? it has {', '.join(self.coders)}")
+        name = self.manifest["coders"][0]["name"] if coder is None else coder
         if name not in self.coders:
             raise InputError(f"{self.folder}: no coder {name!r}{nearest(name, self.coders)}")
         return self.manifest["coders"][self.coders.index(name)]
 
     def width(self, coder: str | None = None) -> int:
-        """Features (a layer) of a coder."""
+        """The number of features (per layer) of a coder."""
         return self.about(coder)["width"]
 
     def counted_by(self, coder: str | None = None) -> int:
-        """On how many tokens a coder's features count."""
+        """The number of tokens that have features of a coder."""
         first = self.about(coder)["first"]
         if first not in self._counted_by:
             counts = (int(segment.counted_by(coder).sum()) for segment in self.segments())
@@ -141,12 +130,11 @@ class FeatureStore:
         return Segment(self, self._open(shard), within, int(self._starts[number]))
 
     def segments(self) -> Iterator[Segment]:
-        """All segments in order; what was read of one is forgotten with it."""
-        for number, (shard, within) in enumerate(self._places):
-            yield Segment(self, self._open(shard), within, int(self._starts[number]))
+        """All segments in order; their arrays are not kept."""
+        return map(self._make_segment, range(self.segment_count))
 
-    def _by_segment(self, rows: Any) -> Iterator[tuple[np.ndarray, Segment, np.ndarray]]:
-        """(which of `rows`, their segment, their rows in it)."""
+    def _by_segment(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Segment, np.ndarray]]:
+        """(indices into `rows`, their segment, their rows in it)."""
         rows = np.asarray(rows)
         if rows.size and rows.dtype.kind not in "iu":
             raise InputError(f"{self.folder}: rows must be whole numbers, not {rows.dtype}")
@@ -158,7 +146,7 @@ class FeatureStore:
             which = np.flatnonzero(number == n)
             yield which, self.segment(n), rows[which] - self._starts[n]
 
-    def windows(self, rows: Any, before: int, after: int) -> np.ndarray:
+    def windows(self, rows: np.ndarray, before: int, after: int) -> np.ndarray:
         """Tokens int32 [m, before + 1 + after] around `rows` [m]; -1 outside of their pieces."""
         around = np.arange(-before, after + 1)[None, :]
         found = np.full((len(rows), around.shape[1]), -1, np.int32)
@@ -170,7 +158,7 @@ class FeatureStore:
             found[which] = np.where(inside, segment.tokens[at], -1)
         return found
 
-    def places(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(document number int64 [m], position in its piece int32 [m]) of `rows` [m]."""
         documents = np.empty(len(rows), np.int64)
         positions = np.empty(len(rows), np.int32)
@@ -180,7 +168,7 @@ class FeatureStore:
         return documents, positions
 
     def tokens_of(
-        self, rows: Any, coder: str | None = None, layer: int | None = None
+        self, rows: np.ndarray, coder: str | None = None, layer: int | None = None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """(features, values) of each of `rows`."""
         found: list[Any] = [None] * len(rows)
@@ -195,12 +183,12 @@ class FeatureStore:
     # ---- by document -----------------------------------------------------------------------------
 
     def _held(self, place: int) -> list[tuple[int, str, int]]:
-        """Number, where it is, and tokens of the documents of `shards[place]`."""
+        """(number, where, tokens) of the documents of `shards[place]`."""
         return self._open(self.shards[place]["shard"]).footer["documents"]
 
     def _may_hold(self, number: int) -> range:
-        """The places in `shards` where a document can be: its shard, which its place in the order
-        says, or all of a store that does not tell the order."""
+        """The places in `shards` where a document can be: that of its place in the order, or all if
+        the order is not in the manifest."""
         if "shuffled" not in self.manifest:
             return range(len(self.shards))
         count, position = self.manifest["shuffled"], np.array([number])
@@ -211,28 +199,26 @@ class FeatureStore:
         held = place < len(self.shards) and self.shards[place]["shard"] == shard
         return range(place, place + held)
 
-    def _find(self, number: int) -> tuple[int, int]:
-        """(place of a document's shard in `shards`, place in the shard)."""
+    def _find(self, number: int) -> tuple[int, str]:
+        """(place of a document's shard in `shards`, where the document comes from)."""
         for place in self._may_hold(number):
-            for within, (held, _, _) in enumerate(self._held(place)):
+            for held, where, _ in self._held(place):
                 if held == number:
-                    return place, within
+                    return place, where
         raise InputError(f"{self.folder}: document {number} is not in the store")
 
     @property
     def document_numbers(self) -> list[int]:
-        """The numbers of the documents there are, in the store's order; a list of them all."""
+        """The numbers of all documents, in the store's order."""
         return [number for place in range(len(self.shards)) for number, _, _ in self._held(place)]
 
     def where(self, number: int) -> str:
         """Where a document comes from, as "FILE, byte 123"."""
-        place, within = self._find(number)
-        return self._held(place)[within][1]
+        return self._find(number)[1]
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> Document:
         """A document, or its tokens `start` to `stop`. Raises `InputError` if it is not stored."""
-        place, within = self._find(number)
-        where = self._held(place)[within][1]
+        place, where = self._find(number)
         before = sum(len(shard["segments"]) for shard in self.shards[:place])
         none = np.zeros(0, np.int32)
         tokens, rows, at = [none], [none.astype(np.int64)], [none]
@@ -266,7 +252,7 @@ class FeatureStore:
     ) -> Entries:
         """(offsets [stop - start + 1], rows int64, values) of features `start` to `stop`.
 
-        Neighbours share blocks of the index: a run of them is read in the time of one.
+        Neighbouring features share row groups: reading a run of them takes the time of one.
         """
         width = self.width(coder)
         if not 0 <= start < stop <= width:
@@ -286,7 +272,7 @@ class FeatureStore:
         return Entries(offsets, rows, values)
 
     def fired(self, coder: str | None = None, layer: int | None = None) -> np.ndarray:
-        """int64 [F]: on how many tokens each feature is active."""
+        """int64 [F]: the number of tokens on which each feature is active."""
         place = self.place(coder, layer)
         total = np.zeros(self.lists[place].width, np.int64)
         for segment in self.segments():
@@ -294,7 +280,7 @@ class FeatureStore:
         return total
 
     def verify(self) -> None:
-        """Read every byte. Raises `InputError` naming the file and the block that is damaged."""
+        """Read every byte. Raises `InputError` naming the first damaged file."""
         for shard in self.shards:
             there = Shard(self.folder, shard["shard"])
             there.verify(self.lists)

@@ -1,47 +1,51 @@
 """Parquet files of a feature store: written in memory, opened with every byte under a checksum.
 
-Parquet's own checksums cover the data of its pages. The footer's stands with the file's size in the
-shard's JSON, see `shards.py`, and so does one of the whole file, which `verify` goes by.
+Parquet's own checksums cover the data of its pages. The shard's JSON (see `shards.py`) has the
+file's size and the checksums of the footer and, for `verify`, of the whole file.
 """
 
 import contextlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from gemma_scope_jax.errors import InputError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+AnyPath = Path | epath.Path  # local or in a bucket
 DELTA, SPLIT, DICTIONARY = "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT", "dictionary"
-GROUP = 1 << 17  # rows of a row group: what is read for one feature
+GROUP = 1 << 17  # rows per row group, all of which are read for one feature
 _TAIL = 8  # bytes of the footer's length and the magic
-_LEVEL = 1  # of zstd; more make little smaller
+_LEVEL = 1  # of zstd; higher levels save little
 
 
 class FileSum(NamedTuple):
-    """What a shard's JSON says of a file: its bytes, its crc32, and the crc32 of its footer."""
+    """A file's entry in a shard's JSON: its size, its crc32, and the crc32 of its footer."""
 
     bytes: int
     crc: int
     footer: int
 
 
-def encoded(columns: Mapping[str, tuple[np.ndarray, str]], statistics: Sequence[str]) -> Any:
-    """Columns, each an array and its encoding, as the bytes of a Parquet file, and their sum."""
+def encoded(
+    columns: Mapping[str, tuple[np.ndarray, str]], statistics: Sequence[str]
+) -> tuple[memoryview, FileSum]:
+    """Columns, each an array and its encoding, as the bytes of a Parquet file, and its sums."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     out = pa.BufferOutputStream()
-    how: dict[str, Any] = {  # pyarrow's types do not know of lists of columns
-        "use_dictionary": [name for name, (_, kind) in columns.items() if kind == DICTIONARY],
-        "column_encoding": {
-            name: kind for name, (_, kind) in columns.items() if kind != DICTIONARY
-        },
+    kinds = {name: kind for name, (_, kind) in columns.items()}
+    how: dict[str, Any] = {  # pyarrow's types lack lists of columns
+        "use_dictionary": [name for name, kind in kinds.items() if kind == DICTIONARY],
+        "column_encoding": {name: kind for name, kind in kinds.items() if kind != DICTIONARY},
         "write_statistics": list(statistics),
     }
     parquet.write_table(
@@ -58,15 +62,15 @@ def encoded(columns: Mapping[str, tuple[np.ndarray, str]], statistics: Sequence[
     return data, FileSum(len(data), zlib.crc32(data), zlib.crc32(data[_footer_at(data[-_TAIL:]) :]))
 
 
-def _footer_at(tail: Any) -> int:
+def _footer_at(tail: bytes | memoryview) -> int:
     """Where a footer begins, counted from the file's end (negative)."""
     return -_TAIL - int.from_bytes(tail[:4], "little")
 
 
 @contextlib.contextmanager
-def opened(path: Any, there: FileSum) -> Iterator["ParquetFile"]:
-    """The file at `path`, to be read. Raises `InputError` if it, or what is read of it in the
-    block, is not what was written."""
+def opened(path: AnyPath, there: FileSum) -> Iterator["ParquetFile"]:
+    """Open the file at `path` for reading. Raises `InputError` if it, or what the block reads, is
+    not what was written."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -75,9 +79,7 @@ def opened(path: Any, there: FileSum) -> Iterator["ParquetFile"]:
             if file.seek(0, os.SEEK_END) != there.bytes:
                 raise damaged(path, f"it has {file.tell()} bytes, not {there.bytes}")
             file.seek(-_TAIL, os.SEEK_END)
-            at = _footer_at(file.read(_TAIL))
-            if -at > there.bytes:
-                raise damaged(path, "its footer")
+            at = max(_footer_at(file.read(_TAIL)), -there.bytes)
             file.seek(at, os.SEEK_END)
             if zlib.crc32(file.read()) != there.footer:
                 raise damaged(path, "its footer")
@@ -93,7 +95,7 @@ def opened(path: Any, there: FileSum) -> Iterator["ParquetFile"]:
         raise damaged(path, str(error).partition("\n")[0]) from error
 
 
-def check_sum(path: Any, there: FileSum) -> None:
+def check_sum(path: AnyPath, there: FileSum) -> None:
     """Read every byte of a file. Raises `InputError` if it is not what was written."""
     with opened(path, there), path.open("rb") as file:
         crc = 0
@@ -103,11 +105,11 @@ def check_sum(path: Any, there: FileSum) -> None:
         raise damaged(path, "its data")
 
 
-def damaged(path: Any, what: str) -> InputError:
+def damaged(path: AnyPath, what: str) -> InputError:
     return InputError(f"{path}: damaged ({what}); {again(path)}")
 
 
-def again(path: Any) -> str:
-    """How to have a shard made anew, of which `path` is a file."""
+def again(path: AnyPath) -> str:
+    """How to replace the shard to which the file at `path` belongs."""
     name = os.path.basename(os.fspath(path)).partition("-")[0]
     return f"delete {f'shard-{name}.json' if name.isdigit() else 'it'} and extract again"
