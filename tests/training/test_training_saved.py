@@ -294,7 +294,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
     """Of several layers, too, whose activations have other norms; and unfolding undoes it."""
     config = coder(layers, width=16, target_l0=5)
     X = len(config.layer_tuple)
-    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((config,)), 6, 6, 0)
     scale = jnp.asarray([3.0, 400.0][:X])
     folded = fold(w, 0, config, {"in": scale, "out": scale}, 1)
     assert folded.k == 5
@@ -316,7 +316,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
 
 def test_a_topk_coder_is_not_taken_for_another_to_train_on():
     config = coder(width=16, target_l0=5)
-    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((config,)), 6, 6, 0)
     scales = {"in": jnp.ones(1), "out": jnp.ones(1)}
     folded = fold(w, 0, config, scales)
     for activation in ("jumprelu", "batch_topk"):
