@@ -14,9 +14,8 @@ def command(
 ) -> int:
     """Check that a coder does what it claims; exit with 1 and say why if something looks wrong.
 
-    Compares L0 with its target, FVU and delta loss; and how the coder fits where its config places
-    it with how it fits at the neighbouring layers and other sites, without the (1 + w) gain, and
-    with the skip transposed.
+    Shows L0 and its target, FVU and delta loss, and the fit at the coder's place beside the fit at
+    neighbouring layers and other sites, without the (1 + w) gain, and with the skip transposed.
 
     Args:
         text: Measure on this text file, whose documents are separated by a line holding a form

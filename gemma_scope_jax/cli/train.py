@@ -23,12 +23,12 @@ def command(
     hosts: gs.Processes,
     overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
 ) -> None:
-    """Train coders as a configs/*.py file says; the same command continues an interrupted run.
+    """Train the coders of a configs/*.py file; the same command continues an interrupted run.
 
     Any field of the config can be set here: --tokens 100000 --coders.0.width 8192; --coders.*.width
     sets it for all coders, and --fields lists the fields. A config is a Python program, and is run:
-    use only configs that you have read, or trust. On several hosts run the command on each: TPU
-    pods and SLURM are recognised; elsewhere, number the hosts.
+    use only configs that you trust. On several hosts, run the command on each: TPU pods and SLURM
+    are recognised; elsewhere, number the hosts.
 
     Args:
         config: A Python file that sets `config`. It is run.

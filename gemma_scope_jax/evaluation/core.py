@@ -17,14 +17,9 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.evaluation import figures
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan
-from gemma_scope_jax.evaluation.figures import (
-    Losses,
-    Metrics,
-    Tally,
-    density_histogram,
-    frequencies,
-)
+from gemma_scope_jax.evaluation.figures import Losses, Metrics, Tally
 from gemma_scope_jax.evaluation.geometry import NAMES, Geometry
 from gemma_scope_jax.evaluation.results import LOSS_TOKENS, coder_id, saebench_result
 from gemma_scope_jax.evaluation.texts import EvaluationText
@@ -87,14 +82,14 @@ def core_result(
             "total_tokens_eval_sparsity_variance": fit.tokens, "typical_tokens": typical.tokens,
         },
         "misc_metrics": {
-            **frequencies(metrics.density),
+            **figures.frequencies(metrics.density),
             "average_max_encoder_cosine_sim": np.nan, "average_max_decoder_cosine_sim": np.nan,
             **({} if geometry is None else geometry.averages()),
             "features": int(metrics.density.size), "dead": metrics.dead, "dense": metrics.dense,
         },
     }  # fmt: skip
     unstructured = {
-        "density_histogram": density_histogram(metrics.density),
+        "density_histogram": figures.density_histogram(metrics.density),
         "groups": metrics.groups,
         "typical": dataclasses.asdict(typical),
         "warnings": doubts(metrics),

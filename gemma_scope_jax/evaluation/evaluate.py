@@ -5,9 +5,8 @@
 
 There are two passes. The first reads the activations that the coders need, once for all coders, and
 stops after the last layer read; it also gives the means for the mean ablation. The second runs the
-model to the end: once as it is and once for each change, with the logits of a few tokens at a time.
-Programs are compiled once for a shape of batch and of coder, whatever the layer; batches stream,
-and only sums are kept.
+model to the end: once as it is and once for each change. Programs are compiled once for a shape of
+batch and of coder, whatever the layer; batches stream, and only sums are kept.
 """
 
 import dataclasses
@@ -66,7 +65,6 @@ class EvaluationPlan:
         return tuple((kind, name) for kind, names in kinds.items() for name in names)
 
 
-@own_mesh
 def evaluate(
     model: Model, coder: Coder, batches: Batches, *, delta_loss: bool = True, ablation: bool = False
 ) -> Metrics:

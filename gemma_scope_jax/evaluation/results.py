@@ -2,9 +2,8 @@
 
 Every SAEBench evaluation writes one JSON document for each coder: an envelope,
 `eval_result_metrics` with plain numbers by category, `eval_result_details` with a list of flat
-records, and `eval_result_unstructured` for anything else. Ours do the same, so that its plots and
-the public results can be put beside them; what we measure beyond SAEBench has other names in the
-same groups, which its readers ignore.
+records, and `eval_result_unstructured` for anything else. Ours do the same, so that results can be
+compared; what we measure beyond SAEBench has other names, which its readers ignore.
 
 Source: SAEBench 0.6 (`evals/base_eval_output.py`, `eval_output_schema_*.json`). A number that does
 not exist (a loss on no tokens) is -1, as there; in `eval_result_unstructured` it is null.
@@ -29,20 +28,9 @@ from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import field
 
-ENVELOPE = (
-    "eval_type_id",
-    "eval_config",
-    "eval_id",
-    "datetime_epoch_millis",
-    "eval_result_metrics",
-    "eval_result_details",
-    "sae_bench_commit_hash",
-    "sae_lens_id",
-    "sae_lens_release_id",
-    "sae_lens_version",
-    "sae_cfg_dict",
-    "eval_result_unstructured",
-)
+ENVELOPE = ("eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "sae_cfg_dict")
+ENVELOPE += ("eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+ENVELOPE += ("sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version")
 UNDEFINED = -1  # SAEBench's number for "no number"
 LOSS_TOKENS = "total_tokens_eval_reconstruction"  # in the group "token_stats"
 

@@ -3,13 +3,9 @@
     L = (MSE + alpha beta KL(p(x), p(x_hat))) / (1 + beta),  alpha = MSE / KL as a constant
 
 The model runs on the tokens of a pass as it is, and with the reconstruction in place of what the
-coder writes; the KL divergence of the two predictions is differentiated through the layers in
-between. A coder of several layers is spliced at all of them at once, with reconstructions from the
-activations of the unchanged model. There is no shuffle buffer: updates see whole texts.
-
-`coders.splice.replacement` is not used here: it runs published coders, on activations that earlier
-reconstructions have changed. Here the reconstructions come from weights in training's units (some
-activations need the whole batch), and are differentiated.
+coder writes; the KL divergence of the two predictions is differentiated. A coder of several layers
+is spliced at all of them at once, with reconstructions from the activations of the unchanged model
+(unlike `coders.splice.replacement`). There is no shuffle buffer: updates see whole texts.
 """
 
 import dataclasses

@@ -1,11 +1,10 @@
 """The two sources of activations behind one interface: the model on text, or a store on disk.
 
 A feed has `batches`, with the position after each (JSON, for checkpoints), and a compiled `step`
-that takes one, `step(state, batch, started)` -> (state, parts of the loss, None before the start);
-`ready` is true once the coders can start, from a `sample`. `made_with` identifies the model by its
-weights; `readings` is how often the data have been begun after `done` passes, and `repeats` how
-often a store holds its text. Each host reads the same text and keeps its own rows, so that the
-number of hosts changes neither results nor checkpoints.
+that takes one, `step(state, batch, started)` -> (state, parts of the loss, None before the start).
+`ready`: the coders can start, from a `sample`; `made_with`: the model, by its weights; `readings`:
+how often the data have been begun after `done` passes; `repeats`: how often a store holds its text.
+Each host reads the same text and keeps its own rows: their number does not change results.
 """
 
 import dataclasses

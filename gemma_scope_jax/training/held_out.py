@@ -1,9 +1,8 @@
 """The share of a text or store that is held out of training, to measure saved coders on.
 
-In text, a hash of the tokens decides for each block of `BLOCK` tokens of a document: the choice is
-the same in every epoch and after every interruption, in streams and in lists, on any number of
-hosts and for copies of a text, and nothing has to be read twice or kept. In a store it is the last
-rows, from other documents than nearly all rows before them.
+In text, a hash of the tokens decides for each block of `BLOCK` tokens of a document: always the
+same choice, in every epoch, after an interruption, in streams, and for copies of a text. In a store
+it is the last rows, from other documents than nearly all rows before them.
 """
 
 import hashlib

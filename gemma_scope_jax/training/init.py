@@ -103,10 +103,9 @@ def from_coders(
     """A coder of several layers from one Matryoshka-ordered coder for each layer; N = 1.
 
     From the earliest layer on, each layer takes its first `width` unmarked features. For each, it
-    marks the most similar feature of every later layer (the early decoder times the later encoder):
-    it is the same feature, and should not be taken again. The early feature starts by writing what
-    the marked one wrote, times the similarity; this rule is ours, the paper has only the choice.
-    Also returns the ids of the features taken, [F] for each layer.
+    marks the most similar feature of every later layer (the early decoder times the later encoder),
+    which is not taken again. The early feature starts by writing what the marked one wrote, times
+    the similarity (our rule). Also returns the ids of the features taken, [F] for each layer.
     Source: Gemma Scope 2 technical paper, section 3.3.
     """
     X = len(coders)

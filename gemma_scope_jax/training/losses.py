@@ -66,9 +66,8 @@ def frequency_penalty(frequency: jax.Array, limit: float) -> jax.Array:
     """limit * sum max(0, p / limit - 1)^2 over the last axis, p [..., F] the share of tokens.
 
     The paper penalises features above 10 %, but gives no formula. Here one more activation of a
-    feature costs 2 at twice the limit (under equation (4) it costs 1), and nothing up to the limit.
-    Under equation (5), near its target, it costs (4 / L0*) (L0 - L0*) lambda, a few thousandths, so
-    weights of about 0.01 have an effect.
+    feature costs 2 at twice the limit, and nothing up to the limit. Near the target of equation (5)
+    it costs (4 / L0*) (L0 - L0*) lambda, a few thousandths: weights of about 0.01 have an effect.
     """
     return limit * jnp.sum(jax.nn.relu(frequency / limit - 1.0) ** 2, -1)
 
@@ -79,10 +78,9 @@ def share_of_tokens(
     """The share p of tokens on which features are active, with a gradient to their thresholds.
 
     `fired` is the number of a feature's active tokens, `excess` the sum of z - threshold over them,
-    all [..., F]. The gradient is that of values with an exponential distribution above the
-    threshold, dp / dthreshold = -p / mean(z - threshold), with a mean of at least `narrowest`: the
-    kernel of `step` is too narrow for features with all values far above their threshold, which
-    should be penalised most.
+    all [..., F]. The gradient is that of exponentially distributed values, dp / dthreshold = -p /
+    mean(z - threshold), with a mean of at least `narrowest`: the kernel of `step` is too narrow for
+    features with all values far above their threshold.
     """
     fired, excess = jax.lax.stop_gradient((fired, excess))
     mean = jnp.maximum(excess / jnp.maximum(fired, 1.0), narrowest)

@@ -1,9 +1,9 @@
 """The figures of a saved coder: loaded back from its folder, on tokens that were not trained on.
 
-Training measures a coder on its batches, in its own units and, with BatchTopK, as another function
-than the saved one. Here the files themselves are measured, with the definitions of `evaluate`: with
-y what a coder writes and r its error, FVU = E|r|^2 / (E|y|^2 - |E y|^2), the mean over layers;
-"typical" leaves out tokens above `OUTLIER` median norms. L0 is over all layers, as in the recipe.
+Training measures a coder in its own units and, with BatchTopK, as another function than the saved
+one. Here the files are measured, with the definitions of `evaluate`: with y what a coder writes and
+r its error, FVU = E|r|^2 / (E|y|^2 - |E y|^2), the mean over layers; "typical" leaves out tokens
+above `OUTLIER` median norms. L0 is over all layers, as in the recipe.
 """
 
 import contextlib

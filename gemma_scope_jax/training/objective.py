@@ -1,11 +1,11 @@
 """The loss of a group of coders on a batch, and its gradients: over all features, or active ones.
 
 The loss is written once over `Codes`: pre-activations with their thresholds, either for all F
-features or for up to K features of each token: the active ones, and those within the kernel of the
+features or for up to K features of each token, those active or within the kernel of the
 straight-through estimator. Both give the same gradients; the second needs one dense product with
-the encoder and otherwise touches active features only (`kernels.active`). A few tokens of a batch
-may need more than K features (early on, outlier tokens do): they are done densely, beside the rest.
-If there are too many of them, the whole batch is dense (`lax.cond`): the result never depends on K.
+the encoder and otherwise touches active features only (`kernels.active`). A few tokens (early on,
+outlier tokens) may need more than K features, and are done densely; with too many such tokens, the
+whole batch is dense (`lax.cond`). So the result never depends on K.
 """
 
 import dataclasses
@@ -296,10 +296,9 @@ def _below_threshold(
     threshold) and of the active tokens. relu(t - z) = (t - z) + relu(z - t), and the first part is
     linear in the mean token: dead features need no dense product.
 
-    The gradient goes to the thresholds alone, so that a dead feature begins to fire on the tokens
-    that it points to most. Raised through its bias, it would write a constant wherever it fires,
-    which the sparsity penalty undoes by raising the threshold, and so on. The bias is raised only
-    where the threshold is 0 already and z is below it on every token.
+    The gradient goes to the thresholds, so that a dead feature begins to fire on the tokens that it
+    points to most. Through its bias, it would write a constant wherever it fires, which the
+    sparsity penalty undoes; the bias is raised only where the threshold is already 0.
     """
     stop = jax.lax.stop_gradient
     lever = jnp.where(w.threshold > 0, w.threshold, -w.b_enc)

@@ -64,9 +64,8 @@ def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
     """Gradients of a coder, for each kind of weight, of at most `clip` times their usual norm.
 
     The usual norm is the root of the sum of Adam's second moments. An outlier token has thousands
-    of active features; Adam moves each at its full rate, together they overshoot, and at high
-    learning rates one such batch could undo a run. Thresholds are exempt: they have to respond at
-    once to an L0 off its target, and one token cannot move them far.
+    of active features; Adam moves each at its full rate, and at high learning rates one such batch
+    could undo a run. Thresholds are exempt: they have to respond at once to an L0 off its target.
     """
     if not config.clip:
         return grads
@@ -86,11 +85,10 @@ def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
 def limited(changes: Weights, config: OptimizerConfig) -> Weights:
     """Adam's changes, before the learning rate, limited for each feature.
 
-    A feature that is seldom active has moments of nearly 0: without momentum, the first token on
-    which it is active again moves each of its weights by up to 30 learning rates, which at high
-    rates destroys the feature. So no feature's encoder, decoder or bias moves by more than
-    `step_limit` (root mean square of its entries), or the learning rate if that is larger.
-    Thresholds are exempt (see `clipped`): limiting them left more features dead.
+    A feature that is seldom active has moments of nearly 0: without momentum, the next token on
+    which it fires moves its weights by up to 30 learning rates, which can destroy the feature. So
+    no feature's encoder, decoder or bias moves by more than `step_limit` (root mean square), or the
+    learning rate if that is larger. Limiting thresholds, too, left more features dead.
     """
     if not config.step_limit:
         return changes
