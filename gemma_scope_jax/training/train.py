@@ -139,10 +139,9 @@ def run_mesh(config: TrainConfig) -> Mesh | None:
     if config.mesh is not None:
         for name in ("train_batch_size",) if config.store else ("train_batch_size", "batch_size"):
             if (size := getattr(config, name)) % (count := config.mesh[0]):
-                message = (
+                raise InputError(
                     f"{name} {size} must be a multiple of the {count} devices of its mesh axis"
                 )
-                raise InputError(message)
         return make_mesh(*config.mesh) if config.mesh != (1, 1) else None
     devices = jax.devices()
     alone = len(devices) == 1 or (devices[0].platform == "cpu" and jax.process_count() == 1)
