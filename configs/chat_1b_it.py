@@ -1,9 +1,9 @@
-"""An SAE for chats from one for text: the release's 1b coder, finetuned on the model's own answers.
+"""An SAE for chats: the release's 1b coder for text, finetuned on the model's own answers.
 
     gemma-scope train configs/chat_1b_it.py --out runs/chat_1b_it --data.files chats.jsonl
 
-The JSON Lines files hold "messages", [{"role": ..., "content": ...}], in each record; the answers
-should come from the model itself. Tokens of its turns count, and none before the fifth position.
+Each record of the JSON Lines files holds "messages", [{"role": ..., "content": ...}]; the answers
+should come from the model itself. Only tokens of its turns are used, from the fifth position on.
 Needs the weights of google/gemma-3-1b-it and the coder from the hub.
 """
 

@@ -1,14 +1,12 @@
-"""A weakly causal crosscoder of Gemma 3 270M over the four layers of the release's.
+"""A weakly causal crosscoder of Gemma 3 270M over the same four layers as the release's.
 
     gemma-scope train configs/crosscoder_270m.py --out runs/crosscoder_270m
 
-A feature is read at one of the layers and may write to that one and to all later ones; the target
-L0 counts all of a token's features.
+A feature reads one of the layers and may write to that one and to all later ones; the target L0 is
+over all layers of a token.
 
-The text is documents separated by a line holding one form feed; name your own files with
-`--data.files`. A run of a few million tokens needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
-thresholds that start from the data. `--tokens 100000` shows in minutes that it works.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
+run needs other settings than the published recipe: see docs/methods/recipe.md.
 """
 
 import gemma_scope_jax as gs

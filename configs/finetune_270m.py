@@ -1,14 +1,12 @@
-"""End-to-end finetuning, equation (6) of the paper: the packaged SAE, by what it does to the model.
+"""End-to-end finetuning of the packaged SAE by its effect on the model, equation (6) of the paper.
 
     gemma-scope train configs/finetune_270m.py --out runs/finetune_270m
 
-The model runs twice on every pass, and gradients come back through its later layers. Passes are
-short, since the logits of all tokens are held.
+The model runs twice for every pass, and gradients flow back through its later layers. Passes are
+short, since the logits of all tokens are in memory.
 
-The text is documents separated by a line holding one form feed; name your own files with
-`--data.files`. A run of a few million tokens needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
-thresholds that start from the data. `--tokens 100000` shows in minutes that it works.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
+run needs other settings than the published recipe: see docs/methods/recipe.md.
 """
 
 import gemma_scope_jax as gs
@@ -20,7 +18,7 @@ sae = gs.CoderConfig(
     prefixes=(256, 1024),
     threshold=None,
     init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
-    # A batch is one passage here: features that are on for a tenth of it are no fault.
+    # A batch is one passage here: features may well be active on a tenth of it.
     loss=gs.LossConfig(
         l0_weight=0.1,
         l0_warmup=0,

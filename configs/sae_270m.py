@@ -2,14 +2,12 @@
 
     gemma-scope train configs/sae_270m.py --out runs/sae_270m
 
-The packaged one had `--tokens 8400000 --store FOLDER`, from a store of half as many activations, 20
-minutes on two CPU cores; expect an FVU of 0.14 on training batches, an L0 within a per cent of 50,
-and 1 % of dead features.
+The packaged SAE was trained with `--tokens 8400000 --store FOLDER`, from a store of half as many
+activations, in 20 minutes on two CPU cores; expect an FVU of 0.14 on training batches, an L0 within
+a per cent of 50, and 1 % of dead features.
 
-The text is documents separated by a line holding one form feed; name your own files with
-`--data.files`. A run of a few million tokens needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
-thresholds that start from the data. `--tokens 100000` shows in minutes that it works.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
+run needs other settings than the published recipe: see docs/methods/recipe.md.
 """
 
 import gemma_scope_jax as gs
@@ -20,8 +18,8 @@ sae = gs.CoderConfig(
     target_l0=50,
     prefixes=(256, 1024),
     threshold=None,
-    # The target L0 comes down from 400 over the first half of the updates: with 50 features a token
-    # from the beginning, many come to nothing.
+    # The target L0 falls from 400 over the first half of the updates: with 50 features a token from
+    # the beginning, many features die.
     loss=gs.LossConfig(
         l0_weight=0.1,
         l0_start=400,

@@ -1,14 +1,12 @@
-"""An SAE on each kind of site, in one run: resid_post, z and mlp_out of layer 9; TopK ones beside.
+"""SAEs on each kind of site in one run: resid_post, z and mlp_out of layer 9; and two TopK SAEs.
 
     gemma-scope train configs/sites_270m.py --out runs/sites_270m
 
-`z` is what the output projection of attention reads: the release calls these SAEs attn_out. A TopK
-coder is saved as one, a BatchTopK coder as a JumpReLU coder with one threshold that keeps its L0.
+`z` is the input of attention's output projection: the release calls these SAEs attn_out. A TopK
+coder is saved as such, a BatchTopK coder as a JumpReLU coder with one threshold for the same L0.
 
-The text is documents separated by a line holding one form feed; name your own files with
-`--data.files`. A run of a few million tokens needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
-thresholds that start from the data. `--tokens 100000` shows in minutes that it works.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
+run needs other settings than the published recipe: see docs/methods/recipe.md.
 """
 
 import gemma_scope_jax as gs

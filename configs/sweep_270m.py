@@ -2,12 +2,10 @@
 
     gemma-scope train configs/sweep_270m.py --out runs/sweep_270m
 
-The model runs once for all of them, and they are trained as one batch of eight.
+One model pass feeds all of them, and they are trained as one batch of eight.
 
-The text is documents separated by a line holding one form feed; name your own files with
-`--data.files`. A run of a few million tokens needs a higher learning rate and shorter warm-ups than
-the published recipe (7e-5, 1,000 and 50,000 updates), smaller batches than its 4,096, and
-thresholds that start from the data. `--tokens 100000` shows in minutes that it works.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
+run needs other settings than the published recipe: see docs/methods/recipe.md.
 """
 
 import gemma_scope_jax as gs

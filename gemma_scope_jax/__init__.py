@@ -1,8 +1,8 @@
-"""Gemma Scope 2 as a system, in JAX: see docs/architecture.md for the map of the rooms.
+"""Gemma Scope 2 as a system, in JAX: docs/architecture.md is the map of the rooms.
 
-Everything public is importable from here, and every command is written over it; names resolve on
-first use, so that importing the package costs nothing beyond jax. Rooms are nouns and public names
-verbs, so that none hides the other.
+Everything public can be imported from here, and every command is written over it. Names resolve on
+first use, so that importing the package is fast. Rooms are nouns and public names verbs, so that
+none hides the other.
 """
 
 import importlib
@@ -44,7 +44,7 @@ _PUBLIC = {
     "coders.masked": ["encode"],
     "coders.splice": ["clamp", "edit", "features", "replacement", "splice"],
     "coders.load": ["decoder_rows", "load_coder", "load_coders", "load_decoder"],
-    "coders.opened": ["open_coders"],
+    "coders.opened": ["OpenedCoders", "open_coders"],
     "coders.release.files": ["save_coder"],
     "coders.release.catalog": ["addresses"],
     "coders.listing": ["describe_address", "find_addresses"],
@@ -52,15 +52,15 @@ _PUBLIC = {
     "data.document_files": ["decoded", "read_text", "text_files"],
     "training.recipe": ["CoderConfig", "LossConfig", "OptimizerConfig", "TrainConfig"],
     "training.config_file": ["field_table", "load_config", "override"],
-    "training.estimate": ["plan_training"],
+    "training.estimate": ["TrainEstimate", "plan_training"],
     "training.train": ["store_activations", "train"],
     "extraction.estimate": ["plan_extraction"],
     "extraction.extract": ["check_extraction", "extract"],
     "extraction.export": ["export_store"],
     "extraction.manifest": ["name_in_store"],
     "extraction.store.store": ["FeatureStore"],
-    "evaluation.check": ["check_coder"],
-    "evaluation.core_run": ["evaluate_coders"],
+    "evaluation.check": ["CheckReport", "check_coder"],
+    "evaluation.core_run": ["check_evaluation", "evaluate_coders"],
     "evaluation.evaluate": ["evaluate", "text_batches"],
     "evaluation.report": ["core_doubts", "core_tables"],
     "evaluation.texts": ["EvaluationText"],
@@ -73,7 +73,7 @@ _PUBLIC = {
         "is_number",
         "read_explanations",
     ],
-    "autointerp.job": ["open_explanation_job", "open_judge", "judge_status"],
+    "autointerp.job": ["ExplanationJob", "judge_status", "open_explanation_job", "open_judge"],
     "autointerp.judges.endpoint": ["Endpoint"],
     "cards.build": ["build_cards", "store_dtype"],
     "cards.card_files": ["FeatureCards"],

@@ -1,13 +1,14 @@
-"""The command `gemma-scope`: a file a subcommand, written over the public names of the package.
+"""The command `gemma-scope`: one file a subcommand, written over the public names of the package.
 
 Exit codes: 0 done; 1 `check` has warnings; 2 bad input, with one line "error: ..." on stderr; 130
 interrupted. Results go to stdout, progress and log messages to stderr. Only the subcommand that is
-asked for is imported, so that --help and list answer at once.
+called is imported, so that --help and list answer at once.
 """
 
 import ast
 import functools
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
@@ -21,21 +22,9 @@ from gemma_scope_jax.cli.shared import Refused
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.progress import shown_log, shown_streams
 
-COMMANDS = (
-    "inspect",
-    "list",
-    "check",
-    "train",
-    "activations",
-    "extract",
-    "verify",
-    "export",
-    "cards",
-    "evaluate",
-    "benchmark",
-    "explain",
-)
-OVERRIDES = ("train", "activations")  # take the fields of a config as options, too
+COMMANDS = ("inspect", "list", "check", "train", "activations", "extract", "verify", "export")
+COMMANDS += ("cards", "evaluate", "benchmark", "explain")
+OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
@@ -44,11 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv, sys.excepthook = sys.argv[1:], traceback_of_a_bug
     if argv and argv[0] in ("--version", "-V"):
-        print(f"gemma-scope-jax {_version()}")
+        found = importlib.metadata.distributions(name="gemma-scope-jax")
+        print("gemma-scope-jax", next((d.version for d in found), "(not installed)"))
         return 0
     try:
         with shown_streams(styled=True):  # help and mistakes are in colour, and quote arguments
-            run = _understood(argv)
+            run = _parsed(argv)
         with shown_streams(), shown_log():
             code = run()
             sys.stdout.flush()
@@ -68,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _understood(argv: list[str]) -> Callable[[], int | None]:
-    """The command with its arguments, to be run."""
+def _parsed(argv: list[str]) -> Callable[[], int | None]:
+    """The command with its arguments, ready to be run."""
     if not argv or argv[0] not in COMMANDS:
+        about = "Look into Gemma 3 with its sparse coders (Gemma Scope 2)."
+        known = {name: _summary(name) for name in COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
-            {name: _summary(name) for name in COMMANDS},
-            prog="gemma-scope",
-            description="Gemma 3 and its sparse coders (Gemma Scope 2), looked into.",
-            args=argv,
+            known, prog="gemma-scope", description=about, args=argv
         )
     name, *rest = argv
     command = importlib.import_module(f"{__name__}.{name}").command
@@ -84,7 +73,7 @@ def _understood(argv: list[str]) -> Callable[[], int | None]:
     def later(*args, **kwargs):
         return functools.partial(command, *args, **kwargs)
 
-    options: dict[str, Any] = dict(prog=f"gemma-scope {name}", config=CONFIG, args=rest)
+    options: dict[str, Any] = {"prog": f"gemma-scope {name}", "config": CONFIG, "args": rest}
     if name not in OVERRIDES:
         return tyro.cli(later, **options)
     run, overrides = tyro.cli(later, return_unknown_args=True, **options)
@@ -92,7 +81,7 @@ def _understood(argv: list[str]) -> Callable[[], int | None]:
 
 
 def _summary(name: str) -> Callable[[], Any]:
-    """A function whose help is the first line of a command's; nothing is imported for it."""
+    """A function that has the first line of a command's help, without importing the command."""
     tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "command")
 
@@ -103,7 +92,7 @@ def _summary(name: str) -> Callable[[], Any]:
 
 
 def traceback_of_a_bug(*error: Any) -> None:
-    """Print it as Python does; its message may quote a file."""
+    """Print a traceback as Python does, safely: its message may quote a file."""
     with shown_streams(styled=True):
         sys.__excepthook__(*error)
 
@@ -112,12 +101,3 @@ def _fail(message: str) -> int:
     print(f"error: {shown(message)}", file=sys.stderr)
     gs.abandon(2, message)
     return 2
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gemma-scope-jax")
-    except PackageNotFoundError:
-        return "(not installed)"

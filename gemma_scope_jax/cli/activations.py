@@ -7,11 +7,9 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 
-Config = Annotated[shared.Place, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-
 
 def command(
-    config: Config,
+    config: Annotated[shared.Place, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
     *,
     out: shared.Folder,
     tokens: int | None = None,
@@ -23,10 +21,10 @@ def command(
     Any field of the config can be set here, as for `gemma-scope train`.
 
     Args:
-        config: A Python file that sets `config`, which is run, as by `train`.
+        config: A Python file that sets `config`. As with `train`, it is run.
         out: The folder of the store; the same command continues an interrupted one.
         tokens: Store this many activations. The default is the config's.
-        dtype: How they are stored; int8 has a scale for each token and halves the size.
+        dtype: How activations are stored; int8 has a scale for each token and halves the size.
     """
     gs.check_writable(out)
     wanted = gs.override(gs.load_config(config), overrides)

@@ -32,21 +32,21 @@ def command(
     """Benchmark coders side by side: sparse probing, feature absorption, TPP, SCR.
 
     Tables are CSV files (.csv, .csv.zst, .csv.gz; globs and folders too) with a column "prompt" or
-    "text" and labels beside it. The same command goes on where an interrupted one was; what has
-    been measured is not measured again.
+    "text" and labels beside it. The same command continues an interrupted one; what has been
+    measured is not measured again.
 
     Args:
         probing: Probe tables with a column "target": how well k features tell its classes apart.
-        without: Leave out the tables of these names, or globs of names, from probing.
+        without: Leave out tables with these names, or globs of names, from probing.
         protocol: How to probe: sae-probes (last token, tuned penalty, AUC) or saebench (mean,
             accuracy).
         ks: Probe with these numbers of features. The default is the protocol's.
         absorption: Measure the absorption of first letters of the vocabulary's words.
-        words: Take this many words of each letter; None takes all, as SAEBench does.
+        words: Use this many words for each letter; None uses all, as SAEBench does.
         tpp: Measure TPP on tables with a column "target" of 3 classes or more.
         scr: Measure SCR on tables with two columns of two values each beside the text.
-        limit: Take at most this many examples of a table.
-        out: The folder for the results: comparison.md, and SAEBench's JSON for each coder and
+        limit: Use at most this many examples of a table.
+        out: The folder of the results: comparison.md, and SAEBench's JSON for each coder and
             benchmark.
     """
     if not (probing or absorption or tpp or scr):
@@ -54,17 +54,9 @@ def command(
     tables = gs.benchmark_tables(probing=probing, without=without, tpp=tpp, scr=scr, limit=limit)
     gs.check_writable(out)
     opened = shared.open_coders(coders, model, one_layer=True)
-    result = gs.benchmark(
-        shared.load_model(opened.model, dtype),
-        opened.coders,
-        opened.tokenizer,
-        out,
-        tables,
-        protocol=protocol,
-        ks=ks,
-        absorption=absorption,
-        words=words,
-        limit=limit,
-    )
+    weights = shared.load_model(opened.model, dtype)
+    given = (weights, opened.coders, opened.tokenizer, out, tables)
+    how = {"protocol": protocol, "ks": ks, "absorption": absorption, "words": words}
+    result = gs.benchmark(*given, **how, limit=limit)
     print(result.table)
     print(f"by task: {result.file}")

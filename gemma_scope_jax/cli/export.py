@@ -16,7 +16,7 @@ def command(
     splits: int | None = None,
     json: shared.Json = False,
 ) -> None:
-    """Write a feature store as delphi's cache of latents. The store itself is Parquet.
+    """Write a feature store, which itself is Parquet, as delphi's cache of latents.
 
     Args:
         out: A new folder for the files.

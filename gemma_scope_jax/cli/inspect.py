@@ -30,11 +30,12 @@ def command(
         text: The text to look at; "-" reads standard input.
         model: The model: a name, a Hugging Face folder, a .gguf file or an official checkpoint. The
             default is the coder's model.
+        coder: The coder: an address of the release, a folder, or a packaged coder.
         file: Read the text from this file.
         top_k: List this many features for each token.
         html: Also write one self-contained web page to this file.
         explanations: Show these explanations of the features, from `gemma-scope explain`. The
-            default is explanations.json beside the coder, if it is there.
+            default is explanations.json beside the coder, if it exists.
     """
     text = shared.given_text(text, file)
     if html is not None:
@@ -42,13 +43,11 @@ def command(
     opened = shared.open_coders(coder, model, one_layer=True)
     (loaded,) = opened.coders
     gs.check_text(opened.shape, loaded, opened.tokenizer, text, top_k=top_k)
-    labels = gs.read_labels(loaded.info.folder, loaded.width)
     known = gs.read_explanations(explanations or gs.explained_folder(loaded.info), loaded.width)
+    about = {"labels": gs.read_labels(loaded.info.folder, loaded.width), "explanations": known}
     weights = shared.load_model(opened.model, dtype)
-    with shared.stage("compiling and running (what was compiled before is taken from the cache)"):
-        seen = gs.inspect_text(
-            weights, loaded, opened.tokenizer, text, top_k=top_k, labels=labels, explanations=known
-        )
+    with shared.stage("compiling and running (programs compiled before come from the cache)"):
+        seen = gs.inspect_text(weights, loaded, opened.tokenizer, text, top_k=top_k, **about)
     if html is not None:
         gs.write_text(html, gs.inspection_page(seen))
     if json:

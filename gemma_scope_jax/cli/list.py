@@ -11,16 +11,17 @@ from gemma_scope_jax.errors import InputError
 
 COLUMNS = ("address", "kind", "layer", "sites", "features", "L0", "size")
 NUMBERS = ("layer", "features", "L0", "size")  # right-aligned
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 
 
 def command(
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*",
     *,
-    model: shared.Name = "",
-    kind: shared.Name = "",
+    model: Name = None,
+    kind: Name = None,
     layer: int | None = None,
-    width: shared.Name = "",
-    l0: shared.Name = "",
+    width: Name = None,
+    l0: Name = None,
     affine: bool | None = None,
     json: shared.Json = False,
     limit: int | None = None,
@@ -28,7 +29,7 @@ def command(
     """List the published coders, offline.
 
     Args:
-        pattern: List addresses that hold this text or match this glob, such as
+        pattern: List addresses that contain this text or match this glob, such as
             "*-1b-it/transcoder_all/*_16k_*".
         model: List coders of this model: 270m, 1b-it, google/gemma-3-1b-pt, ...
         kind: List coders of this kind: sae, transcoder, crosscoder or clt.
@@ -40,9 +41,9 @@ def command(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: expected 1 or more")
-    names = {"model": model, "kind": kind, "width": width, "l0": l0}
-    given: dict[str, Any] = {key: value or None for key, value in names.items()}
-    found = gs.find_addresses(pattern, **given, layer=layer, affine=affine)
+    found = gs.find_addresses(
+        pattern, model=model, kind=kind, layer=layer, width=width, l0=l0, affine=affine
+    )
     shown = found[:limit]
     if json:
         records = [json_format.dumps(gs.describe_address(a)) for a in shown]
@@ -50,11 +51,9 @@ def command(
         return
     rows = [COLUMNS, *map(_row, shown)]
     widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = [str.rjust if name in NUMBERS else str.ljust for name in COLUMNS]
     for row in rows:
-        cells = (
-            cell.rjust(width) if name in NUMBERS else cell.ljust(width)
-            for name, cell, width in zip(COLUMNS, row, widths)
-        )
+        cells = (side(cell, width) for side, cell, width in zip(sides, row, widths))
         print("  ".join(cells).rstrip())
     plural = "s" if len(found) > 1 else ""
     total = f"{len(found)} coder{plural}, {shared.size(sum(a.bytes for a in found), '.1f')}"

@@ -1,4 +1,4 @@
-"""What subcommands share: types of arguments, input, opening coders and models, output."""
+"""What the commands share: types of options, opening coders and models, output."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional, arg
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.errors import InputError
@@ -16,12 +17,12 @@ from gemma_scope_jax.progress import console, stage
 
 _UNPRINTED = re.compile(r"[^ -~]")
 PACKAGED_CODER = "gemma-3-270m-resid-post-12-width-4k-l0-50"
-PIPE_WIDTH = 300  # in a file or a pipe nothing need be cut
+PIPE_WIDTH = 300  # in a file or a pipe nothing needs to be cut
 
 
-def _of_place(kind: type) -> Any:
+def _of_place(kind: type[str] | type[Path]) -> Any:
     """How an option that names a place is read: `~` is the home folder, also in --option=~/file,
-    which no shell expands. Addresses in buckets and on the hub have none."""
+    which no shell expands; addresses in buckets and on the hub stay as they are."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
@@ -31,52 +32,39 @@ def _of_place(kind: type) -> Any:
     )
 
 
-def _arg(metavar: str | None = None, help: str | None = None, **more: Any) -> Any:
-    return tyro.conf.arg(metavar=metavar, help=help, **more)
-
-
 Place = Annotated[str, _of_place(str)]
 LocalPlace = Annotated[Path, _of_place(Path)]
-Name = Annotated[str, _arg("NAME")]
-NameOrPlace = Annotated[Place, _arg("NAME")]  # of a model or a coder
-Folder = Annotated[Place, _arg("FOLDER")]
-BucketFile = Annotated[Place, _arg("FILE")]  # local or gs://
-File = Annotated[LocalPlace | None, _arg("FILE", help_behavior_hint="")]
-# options of several commands, with their help
-Coder = Annotated[
-    Place,
-    tyro.conf.Positional,
-    _arg("CODER", "The coder: an address of the release, a folder, or a packaged coder."),
-]
+Name = Annotated[str, arg(metavar="NAME")]
+NameOrPlace = Annotated[Place, arg(metavar="NAME")]  # of a model or a coder
+Folder = Annotated[Place, arg(metavar="FOLDER")]
+BucketFile = Annotated[Place, arg(metavar="FILE")]  # local or gs://
+File = Annotated[LocalPlace | None, arg(metavar="FILE", help_behavior_hint="")]
+
+# Options of several commands, with their help.
+_CODER = "The coder: an address of the release, a folder, or a packaged coder."
+_CODERS = "The coders: addresses of the release, folders, packaged coders, or globs of them."
+_STORE = "The folder of a feature store, as filled by `gemma-scope extract`."
+_MODEL = "The model: a name, a folder or a file. The default is the coders' model."
+_DTYPE = "The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere."
+Coder = Annotated[Place, Positional, arg(metavar="CODER", help=_CODER)]
 Coders = Annotated[
-    tuple[Place, ...],
-    tyro.conf.Positional,
-    _arg(
-        "CODER...",
-        "The coders: addresses of the release, folders, packaged coders, or globs of them.",
-        help_behavior_hint="",
-    ),
+    tuple[Place, ...], Positional, arg(metavar="CODER...", help=_CODERS, help_behavior_hint="")
 ]
-Store = Annotated[
-    Place, tyro.conf.Positional, _arg("STORE", "The folder that `gemma-scope extract` filled.")
-]
-Model = Annotated[
-    Place, _arg("NAME", "The model: a name, a folder or a file. The default is the coders' model.")
-]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"],
-    _arg(help="The dtype of the model; auto is float32 on a CPU and bfloat16 elsewhere."),
-]
-Json = Annotated[bool, _arg(help="Print JSON.")]
+Store = Annotated[Place, Positional, arg(metavar="STORE", help=_STORE)]
+Model = Annotated[Place, arg(metavar="NAME", help=_MODEL)]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], arg(help=_DTYPE)]
+ContextSize = Annotated[int, arg(help="The number of tokens in a sequence.")]
+Seed = Annotated[int, arg(help="The random seed of the order of the documents.")]
+Json = Annotated[bool, arg(help="Print JSON.")]
 
 
 class Refused(Exception):
-    """An `InputError` from the fields of a dataclass, which tyro would take for a mistake of its
-    own: it draws a box around every ValueError."""
+    """An `InputError` from the fields of a dataclass. tyro would take it for a mistake of its own:
+    it draws a box around every ValueError."""
 
 
 class Options:
-    """Before a dataclass of the library among a class's bases: what is wrong is one line."""
+    """A base class put before a dataclass of the library: a wrong value gives one line."""
 
     def __post_init__(self) -> None:
         try:
@@ -86,7 +74,7 @@ class Options:
 
 
 def given_text(text: str, file: Path | None) -> str:
-    """The text to look at; of standard input and files without the line break at the end."""
+    """The text to look at, without the line break at the end of a file or of standard input."""
     if text and file is not None:
         raise InputError("give a text or --file FILE, not both")
     if file is not None:
@@ -99,21 +87,21 @@ def given_text(text: str, file: Path | None) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON whose texts stay legible; control characters in them are JSON's own escapes."""
+    """Print JSON with legible texts, in which control characters appear as JSON's own escapes."""
     text = gs.legible(json.dumps(value, ensure_ascii=False))
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
-def open_coders(names: str | Sequence[str], model: str = "", **options: Any) -> Any:
-    """`gs.open_coders`, said on stderr."""
+def open_coders(names: str | Sequence[str], model: str = "", **options: bool) -> "gs.OpenedCoders":
+    """`gs.open_coders`, announced on stderr."""
     gs.use_compilation_cache()
     named = [names] if isinstance(names, str) else names
     with stage(f"loading coder{'s' * (len(named) > 1)} {' '.join(named)}"):
         return gs.open_coders(names, model, **options)
 
 
-def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> Any:
-    """A model, and how far it is; `mesh`: (data, model) devices that it is spread over."""
+def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> "gs.Model":
+    """A model, with its progress shown; `mesh`: the (data, model) devices it is spread over."""
     import jax
 
     if dtype == "auto":
@@ -129,7 +117,7 @@ def screen() -> Any:
 
 
 def print_whole(part: Any) -> None:
-    """Print a table with no number cut: in a narrow terminal its lines are too long instead."""
+    """Print a table without cutting numbers: in a narrow terminal its lines are too long."""
     from rich.measure import Measurement
 
     wide = screen()
@@ -137,7 +125,7 @@ def print_whole(part: Any) -> None:
     wide.print(part, width=max(wide.width, least), no_wrap=False, crop=False)
 
 
-def print_store(store: Any, json: bool = False) -> None:
+def print_store(store: "gs.FeatureStore", json: bool = False) -> None:
     """What a feature store holds, and where it is."""
     entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
     lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
@@ -149,11 +137,8 @@ def print_store(store: Any, json: bool = False) -> None:
         return
     for (name, layer), value in zip(lists, l0):
         print(f"{name}  layer {layer}  L0 {value:.1f}")
-    each = store.bytes / max(len(store), 1)
-    print(
-        f"{store.counted:,} tokens with features, {len(store):,} in all, {size(store.bytes)}, "
-        f"{each:.0f} bytes a token"
-    )
+    held = f"{size(store.bytes)}, {store.bytes / max(len(store), 1):.0f} bytes a token"
+    print(f"{store.counted:,} tokens with features, {len(store):,} in all, {held}")
     rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
     print(f"store: {store.folder}{rest}")
 

@@ -1,4 +1,4 @@
-"""Text on the command line: the fields of `gs.TextData`, its files called --text."""
+"""Text on the command line: the fields of `gs.TextData`, with its files called --text."""
 
 import dataclasses
 from typing import Annotated
@@ -15,6 +15,6 @@ Files = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions(shared.Options, gs.TextData):
-    """What is read, and what of it counts."""
+    """The text that is read, and which of its tokens are used."""
 
     files: Files = ()

@@ -1,6 +1,6 @@
 """`gemma-scope train`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -20,24 +20,23 @@ def command(
     profile: shared.LocalPlace | None = None,
     plan: bool = False,
     fields: bool = False,
-    hosts: gs.Processes = gs.Processes(),
+    hosts: gs.Processes,
     overrides: tyro.conf.Suppress[tuple[str, ...]] = (),
 ) -> None:
-    """Train coders as a configs/*.py file says; the same command continues an interrupted run.
+    """Train the coders of a configs/*.py file; the same command continues an interrupted run.
 
     Any field of the config can be set here: --tokens 100000 --coders.0.width 8192; --coders.*.width
     sets it for all coders, and --fields lists the fields. A config is a Python program, and is run:
-    use none that you have not read, or do not trust. On several hosts run the command on each: TPU
-    pods and SLURM are recognised, elsewhere number them.
+    use only configs that you trust. On several hosts, run the command on each: TPU pods and SLURM
+    are recognised; elsewhere, number the hosts.
 
     Args:
-        config: A Python file that sets `config`, which is run.
+        config: A Python file that sets `config`. It is run.
         out: The folder of the run, local or gs://: checkpoints, log and, at the end, coders/ in the
             published layout.
-        profile: An empty folder for a trace of a few passes, to open in XProf or Perfetto.
-        plan: Only say what the run would take: tokens, updates, memory, disk.
+        profile: Write a trace of a few passes to this empty folder, to open in XProf or Perfetto.
+        plan: Only print what the run would take: tokens, updates, memory, disk.
         fields: Only list the fields of a config, with type, default and meaning.
-        hosts: Several hosts.
     """
     if fields:
         print_fields()
@@ -65,21 +64,21 @@ def print_fields() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table, wide = Table(box=None, padding=(0, 2, 0, 0)), shared.screen()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("field", "type", "default", "meaning"):
         table.add_column(heading, no_wrap=heading == "field")
     for row in gs.field_table():
         table.add_row(*map(Text, row))
-    wide.print(table)
+    shared.screen().print(table)
 
 
-def print_plan(found: Any) -> None:
+def print_plan(found: "gs.TrainEstimate") -> None:
     """What a run would take, in a few lines."""
+    disk = shared.size(found.checkpoints * found.checkpoint + found.saved)
     free = "" if found.free is None else f" ({shared.size(found.free)} free)"
     limit = "" if found.memory_limit is None else f" of {shared.size(found.memory_limit)}"
-    disk = found.checkpoints * found.checkpoint + found.saved
     print(f"coders   {found.coders}, {shared.size(found.saved)} as they are saved")
     print(f"tokens   {found.tokens:,} in {found.passes:,} passes, {found.updates:,} updates")
     print(f"memory   {shared.size(found.memory)}{limit} on a device")
-    print(f"disk     {shared.size(disk)}{free}, {found.checkpoints} checkpoints among it")
+    print(f"disk     {disk}{free}, including {found.checkpoints} checkpoints")
     print("time     shown as soon as the run is under way; the same command continues it")

@@ -5,7 +5,7 @@ from gemma_scope_jax.cli import shared
 
 
 def command(store: shared.Store) -> None:
-    """Read every byte of a feature store and say which file is damaged, if any is."""
+    """Read every byte of a feature store, and name a damaged file if there is one."""
     found = gs.FeatureStore(store)
     found.verify()
     shared.print_store(found)

@@ -1,9 +1,9 @@
-"""Does a coder do what it says? Its figures on a text, and whether it would fit better elsewhere.
+"""Does a coder do what it claims? Its figures on a text, and whether it would fit better elsewhere.
 
-Silent mistakes with coders are of few kinds: the wrong layer or site, a norm's (1 + w) gain that is
-in the activations but was not in training (or the other way round), a skip connection transposed.
-All leave shapes intact and ruin the fit, and each can be undone and measured: `check_coder` fits
-the coder to what its config says and to every such alternative, and compares.
+Silent mistakes with coders are few: the wrong layer or site, a norm's (1 + w) gain that is in the
+activations but was not in training (or the reverse), a transposed skip connection. They leave
+shapes intact and ruin the fit, and each can be undone and measured: `check_coder` compares the fit
+at the place that the config states with the fit of every such alternative.
 
 Source: the audits quoted in the documentation of Gemma Scope 2 coders; an affine transcoder of 27B
 explains 0.69 of its target, and 0.38 with its skip transposed.
@@ -12,7 +12,7 @@ explains 0.69 of its target, and 0.38 with its skip transposed.
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, check_fits, float32
 from gemma_scope_jax.evaluation.evaluate import Batches, batch_list, evaluate
 from gemma_scope_jax.evaluation.figures import Metrics
-from gemma_scope_jax.evaluation.metrics import Fit, coder_sums, fit, merge, on_host
+from gemma_scope_jax.evaluation.metrics import Fit, Sums, coder_sums, fit, merge, on_host
 from gemma_scope_jax.model.batch import TokenBatch, as_batch
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import forward, site_width
@@ -30,9 +30,9 @@ from gemma_scope_jax.model.sharding import own_mesh
 
 TYPICAL = 1  # of the groups of `Sums`
 CLEARLY = 0.8  # an alternative is better if its FVU is below this share of the stated place's
-USELESS = 0.9  # FVU from which a coder says little more than the mean
+USELESS = 0.9  # FVU from which a coder is hardly better than the mean
 L0_FACTOR = 3.0  # L0 on ordinary text may well be twice the target, or half of it
-COSTLY = 0.05  # nats that zeros must cost before the delta loss is held against them
+COSTLY = 0.05  # nats that zeros must cost before the delta loss is compared with their cost
 
 GAINS = {"attn_out": "post_attn_norm", "mlp_in": "pre_mlp_norm", "mlp_out": "post_mlp_norm"}
 POST_NORM = {"attn_out": "post_attn_scale", "mlp_out": "post_mlp_scale"}
@@ -44,10 +44,10 @@ Reading = tuple[str, int, str]
 
 @dataclasses.dataclass(frozen=True)
 class Alternative:
-    """A way the coder may be meant, and how well it fits (typical tokens, see `metrics.py`)."""
+    """A place the coder may be meant for, and its fit there (typical tokens, see `metrics.py`)."""
 
     name: str  # "resid_post of layer 11"
-    verdict: str  # what it means, should this one fit best
+    verdict: str  # what it means if this one fits best
     fit: Fit
 
 
@@ -57,7 +57,7 @@ class CheckReport:
 
     metrics: Metrics
     target_l0: float | None
-    stated: Alternative  # where the config says
+    stated: Alternative  # the place in the config
     alternatives: list[Alternative]
     warnings: list[str]
 
@@ -73,45 +73,45 @@ class CheckReport:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Way:
-    name: str
-    verdict: str
+class _Way(NamedTuple):
     reads: Reading
     writes: Reading
+    verdict: str
     transposed: bool = False
 
 
 @own_mesh
 def check_coder(model: Model, coder: Coder, batches: Batches) -> CheckReport:
-    """Measure `coder` on batches, as `evaluate` takes them, and every alternative to its place.
+    """Measure `coder` on batches, as for `evaluate`, at its place and at every alternative to it.
 
-    Raises `InputError` if it does not fit the model at all. A few thousand tokens are enough.
+    A few thousand tokens are enough. Raises `InputError` if it does not fit the model at all.
     """
     batches = [as_batch(batch) for batch in batch_list(batches)]
     metrics = evaluate(model, coder, batches, ablation=True)
     ways = list(_ways(model.config, coder))
-    sums: list[Any] = [None] * len(ways)
+    places = tuple(sorted({place for way in ways for place in (way.reads, way.writes)}))
+    sums: list[Sums | None] = [None] * len(ways)
     for batch in batches:
-        places = {place for way in ways for place in (way.reads, way.writes)}
-        seen = _activations(model, batch.plain, coder.layers, tuple(sorted(places)))
+        seen = _activations(model, batch.plain, coder.layers, places)
         mask = batch.counted(coder.first).reshape(-1)
         no_groups = (np.zeros((0, mask.size), bool), np.zeros(mask.size, np.int32))
         for i, way in enumerate(ways):
-            used = _transposed(coder) if way.transposed else coder
+            used = coder
+            if way.transposed:
+                used = coder.replace(w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
             data = (seen[way.reads], seen[way.writes], mask, *no_groups)
             sums[i] = merge(sums[i], on_host(_sums(used.unplaced(), *data)))
-    stated, *others = (Alternative(w.name, w.verdict, fit(s, TYPICAL)) for w, s in zip(ways, sums))
-    # of several layers: per layer or in all, unknown
+    stated, *others = (
+        Alternative(_name(coder, way), way.verdict, fit(found, TYPICAL))
+        for way, found in zip(ways, sums)
+        if found is not None
+    )
+    # for several layers it is not known whether the target is for each layer or for all
     target = None if coder.multi_layer else coder.info.l0
     return CheckReport(metrics, target, stated, others, _warnings(metrics, target, stated, others))
 
 
 _sums = jax.jit(coder_sums)
-
-
-def _transposed(coder: Coder) -> Coder:
-    return coder.replace(w_skip=jnp.swapaxes(jnp.asarray(coder.w_skip), -1, -2))
 
 
 def _warnings(
@@ -127,8 +127,8 @@ def _warnings(
     elif not stated.fit.fvu < USELESS:
         found.append(
             f"the coder hardly explains anything here: FVU is {stated.fit.fvu:.3f} with "
-            f"{stated.name}, and no alternative that was tried does better; is it for another "
-            "model, or the text of another kind?"
+            f"{stated.name}, and no alternative does better; is the coder for another model, or "
+            "for another kind of text?"
         )
     if target and not target / L0_FACTOR <= metrics.l0 <= target * L0_FACTOR:
         found.append(
@@ -144,65 +144,55 @@ def _warnings(
     return found
 
 
-# -------------------------------------------------------------------------------------------------
-# The alternatives
+def _name(coder: Coder, way: _Way) -> str:
+    def place(site: str, shift: int, change: str) -> str:
+        layers = [layer + shift for layer in coder.layers]
+        where = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        if len(layers) > 5:
+            where = f"{len(layers)} layers"
+        without = {"": "", "ungained": " without its gain", "unnormed": " before its norm"}
+        return f"{site} of {where}{without[change]}"
 
-
-def _name(coder: Coder, place: Reading) -> str:
-    site, shift, change = place
-    layers = [layer + shift for layer in coder.layers]
-    several = (
-        f"layers {', '.join(map(str, layers))}" if len(layers) < 6 else f"{len(layers)} layers"
-    )
-    where = f"{site} of " + (f"layer {layers[0]}" if len(layers) == 1 else several)
-    without = {"": "", "ungained": " without its gain", "unnormed": " before its norm"}
-    return where + without[change]
+    ends = (way.reads,) if coder.reads == coder.writes else (way.reads, way.writes)
+    return " -> ".join(place(*end) for end in ends) + ", skip transposed" * way.transposed
 
 
 def _ways(config: GemmaConfig, coder: Coder) -> Iterator[_Way]:
-    """The stated way first. All have activations of the coder's widths."""
+    """The places to compare, the stated one first. All have activations of the coder's widths."""
     check_fits(config, coder)
     reads, writes = (coder.reads, 0, ""), (coder.writes, 0, "")
-    is_sae = coder.reads == coder.writes
-
-    def way(r: Reading, w: Reading, verdict: str, transposed: bool = False) -> _Way:
-        name = _name(coder, r)
-        if not is_sae:
-            name += f" -> {_name(coder, w)}"
-        return _Way(name + (", skip transposed" if transposed else ""), verdict, r, w, transposed)
-
-    yield way(reads, writes, "")
-    layers = coder.layers
+    yield _Way(reads, writes, "")
     for shift in (-1, 1):
-        if min(layers) + shift >= 0 and max(layers) + shift < config.layers:
-            yield way(
-                (coder.reads, shift, ""), (coder.writes, shift, ""), "it belongs to another layer"
-            )
+        if min(coder.layers) + shift >= 0 and max(coder.layers) + shift < config.layers:
+            other = (coder.reads, shift, ""), (coder.writes, shift, "")
+            yield _Way(*other, "it belongs to another layer")
     wrong = "it sits at the wrong site"
     gain = "the (1 + w) gain is missing: the coder was made for activations without it"
-    if is_sae:
-        for site in SAE_SITES:
-            if site != coder.reads and site_width(config, site) == coder.d_in:
-                yield way((site, 0, ""), (site, 0, ""), wrong)
+    if coder.reads == coder.writes:
+        others = {(s, 0, ""): wrong for s in SAE_SITES if site_width(config, s) == coder.d_in}
+        others.pop(reads, None)
         if coder.reads in GAINS:
-            yield way((coder.reads, 0, "ungained"), (coder.reads, 0, "ungained"), gain)
+            others[coder.reads, 0, "ungained"] = gain
         if coder.reads in POST_NORM:
-            yield way((coder.reads, 0, "unnormed"), (coder.reads, 0, "unnormed"), wrong)
+            others[coder.reads, 0, "unnormed"] = wrong
+        yield from (_Way(place, place, verdict) for place, verdict in others.items())
         return
     if coder.reads in GAINS:
-        yield way((coder.reads, 0, "ungained"), writes, gain)
+        yield _Way((coder.reads, 0, "ungained"), writes, gain)
     if coder.reads == "mlp_in":
-        yield way(("resid_mid", 0, ""), writes, wrong)
+        yield _Way(("resid_mid", 0, ""), writes, wrong)
     if coder.writes in GAINS:
-        yield way(reads, (coder.writes, 0, "ungained"), gain)
+        yield _Way(reads, (coder.writes, 0, "ungained"), gain)
     if coder.writes in POST_NORM:
-        yield way(reads, (coder.writes, 0, "unnormed"), wrong)
+        yield _Way(reads, (coder.writes, 0, "unnormed"), wrong)
     if coder.w_skip is not None and coder.d_in == coder.d_out:
-        yield way(reads, writes, "the skip connection is transposed", transposed=True)
+        yield _Way(reads, writes, "the skip connection is transposed", transposed=True)
 
 
 @partial(jax.jit, static_argnames=("layers", "places"))
-def _activations(model: Model, batch: TokenBatch, layers, places) -> dict[Reading, jax.Array]:
+def _activations(
+    model: Model, batch: TokenBatch, layers: tuple[int, ...], places: tuple[Reading, ...]
+) -> dict[Reading, jax.Array]:
     """The activation at every place, float32 [X, B*T, D], from one pass."""
     reads, stop = [], 0
     for site, shift, change in places:

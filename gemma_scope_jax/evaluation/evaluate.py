@@ -3,11 +3,10 @@
     metrics = gs.evaluate(model, coder, gs.tokens([text], tokenizer))
     metrics.l0, metrics.fvu, metrics.delta_loss, metrics.typical.fvu
 
-Two passes. The first reads the activations that any of the coders needs, once for all, and stops
-after the last layer read; it leaves the mean activations that the mean ablation of the second
-needs. The second runs the model to the end: once as it is and once for each change, logits a chunk
-at a time for all of them. Programs are compiled once for a shape of batch and of coder, whatever
-the layer; batches stream, and only sums are kept.
+There are two passes. The first reads the activations that the coders need, once for all coders, and
+stops after the last layer read; it also gives the means for the mean ablation. The second runs the
+model to the end: once as it is and once for each change. Programs are compiled once for a shape of
+batch and of coder, whatever the layer; batches stream, and only sums are kept.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.splice import replacement
 from gemma_scope_jax.data.packing import pack
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.evaluation.figures import SPLICED, Losses, Metrics, Tally
+from gemma_scope_jax.evaluation.figures import SPLICED, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import ablated, compare, final_residual, predicts
 from gemma_scope_jax.model.batch import TokenBatch, TokenLabels, as_batch, check_ids, check_tokens
@@ -33,10 +31,7 @@ from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
-__all__ = ["Losses", "Metrics", "EvaluationPlan", "evaluate", "evaluate_all", "measure"]
-
 RUNS_AT_ONCE = 8  # changed runs whose predictions are compared in one go
-
 
 Batch = TokenBatch | tuple[Any, Any] | Any  # (tokens, segments); tokens [B, T] alone
 Batches = TokenBatch | Iterable[Batch]
@@ -46,12 +41,12 @@ Batches = TokenBatch | Iterable[Batch]
 class EvaluationPlan:
     """What to measure.
 
-    loss_tokens   run the whole model on the first batches that hold so many tokens; None: on all
-    ablations     yardsticks, of `ABLATIONS`: "zero", "zero everywhere" (at <bos>, too: SAELens'),
-                  "mean" (the mean over the counted tokens of the first pass)
-    replacement   also with all coders' reconstructions in place at once
+    loss_tokens   run the whole model on the first batches that hold this many tokens; None: on all
+    ablations     some of `ABLATIONS`: "zero", "zero everywhere" (also at <bos>, as in SAELens),
+                  "mean" (the mean over the tokens that the first pass measures)
+    replacement   also run the model with all coders' reconstructions in place at once
     settled       indices of coders that run in the first pass only
-    positions     figures by position in the piece of a document that a row holds, in powers of two
+    positions     give figures by position in a piece of a document, in powers of two
     groups        {kind: names} of the groups in the batches' labels
     """
 
@@ -70,19 +65,18 @@ class EvaluationPlan:
         return tuple((kind, name) for kind, names in kinds.items() for name in names)
 
 
-@own_mesh
 def evaluate(
     model: Model, coder: Coder, batches: Batches, *, delta_loss: bool = True, ablation: bool = False
 ) -> Metrics:
     """Measure `coder` on batches: a `TokenBatch` (see `gs.tokens`) or an iterable of them, of
     (tokens, segments) or of tokens alone, int [B, T] each.
 
-    delta_loss: also run the model with and without the coder's reconstruction, the whole depth.
-    ablation: and with zeros in its place, as a yardstick for the delta, once with <bos> left alone
-    and once as SAELens does, at <bos> too.
-    Measured are the tokens of `batch.counted(coder.first)`; those before `coder.first` in each
-    document are left alone by the reconstruction, too. A multi-layer coder's figures are means
-    over its layers. Raises `InputError` if the coder does not fit the model or no token is counted.
+    delta_loss: also run the whole model with and without the coder's reconstruction. ablation: also
+    run it with zeros in place of the activation, once with <bos> left alone and once at <bos> too,
+    as SAELens does.
+    Figures are over the tokens of `batch.counted(coder.first)`; the reconstruction, too, leaves the
+    tokens before `coder.first` of each document alone. Figures of a multi-layer coder are means
+    over its layers. Raises `InputError` if the coder does not fit the model or no token is left.
     """
     return evaluate_all(model, [coder], batches, delta_loss=delta_loss, ablation=ablation)[0]
 
@@ -96,44 +90,38 @@ def evaluate_all(
     delta_loss: bool = True,
     ablation: bool = False,
 ) -> list[Metrics]:
-    """`evaluate` of any coders on the same batches: the model's own passes are shared."""
+    """`evaluate` for several coders on the same batches, sharing the model's own passes."""
     tokens = None if delta_loss or ablation else 0
-    plan = EvaluationPlan(
-        loss_tokens=tokens, ablations=("zero", "zero everywhere") if ablation else ()
-    )
+    plan = EvaluationPlan(tokens, ("zero", "zero everywhere") if ablation else ())
     return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
-
-
-# -------------------------------------------------------------------------------------------------
-# The two passes
 
 
 @dataclasses.dataclass
 class Measured:
-    """What has been summed so far."""
+    """The sums of all batches so far."""
 
     tallies: list[Tally]
     replacement: Tally | None
-    fitted: int = 0  # batches whose fit is in it
-    compared: int = 0  # steps of the second pass: so many runs of a batch
+    fitted: int = 0  # batches whose fit is included
+    compared: int = 0  # steps of the second pass, each some of the runs of a batch
+
+    @property
+    def all(self) -> list[Tally]:
+        return self.tallies + [t for t in (self.replacement,) if t is not None]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """To be saved, and given to `measure` as `saved` to go on from there."""
+        """Arrays from which `restore` continues."""
         found = {"fitted": np.asarray(self.fitted), "compared": np.asarray(self.compared)}
-        for i, tally in enumerate(self._all()):
+        for i, tally in enumerate(self.all):
             found |= {f"{i}/{name}": value for name, value in tally.arrays().items()}
         return found
 
     def restore(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Raises KeyError, TypeError or ValueError for arrays that are not such sums."""
+        """Raises KeyError, TypeError or ValueError for arrays of other sums."""
         self.fitted, self.compared = int(saved["fitted"]), int(saved["compared"])
-        for i, tally in enumerate(self._all()):
+        for i, tally in enumerate(self.all):
             head = f"{i}/"
-            some = {k.removeprefix(head): saved[k] for k in saved if k.startswith(head)}
-            tally.restore(some)
-
-    def _all(self) -> list[Tally]:
-        return self.tallies + [t for t in (self.replacement,) if t is not None]
+            tally.restore({k.removeprefix(head): saved[k] for k in saved if k.startswith(head)})
 
 
 def measure(
@@ -142,17 +130,15 @@ def measure(
     batches: Batches,
     plan: EvaluationPlan,
     *,
-    saved: Mapping[str, np.ndarray] | None = None,
-    saved_in: str = "what was saved",
-    after: Callable[[Measured, str, int], None] | None = None,
+    begin: Callable[[Measured], None] = lambda measured: None,
+    after: Callable[[Measured, str, int], None] = lambda measured, stage, tokens: None,
 ) -> Measured:
-    """The sums of all coders over the batches, as `plan` says.
+    """The sums of all coders over the batches, as the plan says.
 
-    batches: read once for each pass; those of an iterator, which ends, are kept for the second.
-    saved: `Measured.arrays` of an earlier call on the same coders, batches and plan: what it ran is
-    not run again; `saved_in` is where it lay. after(measured, "fit" or "loss", tokens) is called
-    after each step: a batch, or of the second pass some of a batch's runs, which count as their
-    share of its tokens.
+    batches  read once for each pass; those of an iterator are kept for the second pass
+    begin    called first: it may `restore` the sums of an interrupted call, which are not run again
+    after    called as after(measured, "fit" or "loss", tokens) after each step: a batch or, in the
+             second pass, some of a batch's runs, which stand for their share of its tokens
     Raises `InputError` for coders that do not fit the model, and for two at one place if they are
     to replace it together.
     """
@@ -162,14 +148,10 @@ def measure(
     together = Tally(tuple(coders), names) if plan.replacement else None
     measured = Measured([Tally((coder,), names) for coder in coders], together)
     if plan.replacement:
-        replacement(coders)  # says now if two are at one place
-    if saved is not None:
-        try:
-            measured.restore(saved)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{saved_in}: damaged ({reason(error)}): delete it") from error
+        replacement(coders)  # raises now if two are at one place
+    begin(measured)
     ready, batches = partial(_ready, model.config), batch_list(batches)
-    again = batches is not iter(batches)  # else what the second pass needs is kept
+    again = batches is not iter(batches)  # else the batches for the second pass are kept
     kept: list[TokenBatch] = []
     held = 0
     for number, batch in enumerate(map(ready, batches)):
@@ -180,15 +162,14 @@ def measure(
             continue
         _add_fits(model, measured.tallies, batch, _groups(batch, names))
         measured.fitted += 1
-        if after is not None:
-            after(measured, "fit", batch.size)
+        after(measured, "fit", batch.size)
     if measured.fitted and plan.loss_tokens != 0:
         _measure_losses(model, measured, map(ready, batches) if again else kept, plan, after)
     return measured
 
 
 def batch_list(batches: Batches) -> Iterable[Batch]:
-    """Batches to go through, where one may be given alone."""
+    """An iterable of batches, also where a single one is given."""
     return [batches] if isinstance(batches, TokenBatch) else batches
 
 
@@ -197,9 +178,9 @@ def _measure_losses(
     measured: Measured,
     batches: Iterable[TokenBatch],
     plan: EvaluationPlan,
-    after: Callable[[Measured, str, int], None] | None,
+    after: Callable[[Measured, str, int], None],
 ) -> None:
-    """The second pass, from where `measured` is."""
+    """The second pass, from where `measured` stopped."""
     runs = _runs(model, measured, plan)
     some = [runs[i : i + RUNS_AT_ONCE] for i in range(0, len(runs), RUNS_AT_ONCE)]
     names = plan.names(model.config.context)
@@ -215,14 +196,13 @@ def _measure_losses(
                 clean = final_residual(model, batch.plain, ())
             _add_losses(model, clean, part, batch, groups)
             measured.compared += 1
-            if after is not None:
-                after(measured, "loss", batch.size // len(some))
+            after(measured, "loss", batch.size // len(some))
         if plan.loss_tokens is not None and held >= plan.loss_tokens:
             return
 
 
 def _ready(config: GemmaConfig, given: Batch) -> TokenBatch:
-    """A batch, checked, its tokens and segments on the device."""
+    """A batch, checked, with its tokens and segments on the device."""
     batch = as_batch(given)
     ids = np.asarray(batch.tokens)
     check_tokens(config, ids, None, None, None)
@@ -232,7 +212,7 @@ def _ready(config: GemmaConfig, given: Batch) -> TokenBatch:
 
 
 def _groups(batch: TokenBatch, names: Sequence[tuple[str, str]]) -> np.ndarray:
-    """bool [G, B T]: which tokens are of each group (kind, name)."""
+    """bool [G, B T]: which tokens belong to each group (kind, name)."""
     labels = dict(batch.labels)
     ranges = tuple(name for kind, name in names if kind == "position")
     if ranges:
@@ -243,7 +223,7 @@ def _groups(batch: TokenBatch, names: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def _pieces(batch: TokenBatch) -> np.ndarray:
-    """int32 [B T]: the number of the piece of a document that each token is of."""
+    """int32 [B T]: the number of the piece of a document that each token belongs to."""
     starts = np.array(batch.positions == 0)
     starts[:, 0] = True
     return np.cumsum(starts.reshape(-1)).astype(np.int32)
@@ -253,9 +233,6 @@ def position_names(context: int) -> tuple[str, ...]:
     """Names of the groups of positions 0, 1, 2-3, 4-7, ... below `context`."""
     starts = [2**i for i in range(max(1, int(np.ceil(np.log2(context)))))]
     return ("0", *(str(a) if a == 1 else f"{a}-{2 * a - 1}" for a in starts))
-
-
-# --- how they fit
 
 
 def _add_fits(
@@ -268,14 +245,16 @@ def _add_fits(
             wanted.setdefault(site, set()).update(coder.layers)
     layers = {site: tuple(sorted(some)) for site, some in wanted.items()}
     seen = _read(model, batch.plain, layers=tuple(layers.items()))
+
+    def of(site: str, coder: Coder) -> jax.Array:
+        at = [layers[site].index(layer) for layer in coder.layers]
+        return seen[site] if at == list(range(len(seen[site]))) else seen[site][np.array(at)]
+
     found, pieces = [], _pieces(batch)
     for coder in coders:
+        data = of(coder.reads, coder), of(coder.writes, coder)
         mask = batch.counted(coder.first).reshape(-1)
-        read, target = (
-            _take(seen[site], tuple(layers[site].index(layer) for layer in coder.layers))
-            for site in (coder.reads, coder.writes)
-        )
-        found.append(_fit_step(coder.unplaced(), read, target, mask, groups, pieces))
+        found.append(_fit_step(coder.unplaced(), *data, mask, groups, pieces))
     for tally, sums in zip(tallies, found):
         tally.add_fit(on_host(sums), sums.fired, sums.pieces)
 
@@ -283,12 +262,8 @@ def _add_fits(
 _fit_step = jax.jit(coder_sums)
 
 
-def _take(x: jax.Array, where: tuple[int, ...]) -> jax.Array:
-    return x if where == tuple(range(len(x))) else x[np.array(where)]
-
-
 def read_sites(model: Model, layers: dict[str, tuple[int, ...]], batch: TokenBatch):
-    """Activations {site: [X, B*T, D]} at the `layers` of each site. The model stops at the last."""
+    """Activations {site: [X, B*T, D]} at the `layers` of each site; stops after the last layer."""
     out = forward(
         model,
         batch,
@@ -304,27 +279,25 @@ def _read(model: Model, batch: TokenBatch, *, layers):
     return read_sites(model, dict(layers), batch)
 
 
-# --- what they cost
-
-
 @dataclasses.dataclass(frozen=True)
 class _ChangedRun:
-    """One changed run of the model, and whose figures it is: (tally, run name)."""
+    """One changed run of the model, and whose figures it gives: (tally, name of the run)."""
 
     intercepts: tuple[Any, ...]
     users: list[tuple[Tally, str]]
 
 
 def _runs(model: Model, measured: Measured, plan: EvaluationPlan) -> list[_ChangedRun]:
-    """Coders of the same place share what does not depend on them: the ablations."""
+    """The changed runs: coders at the same place share their ablations."""
     runs: list[_ChangedRun] = []
     shared: dict[Any, _ChangedRun] = {}
     means = {}
     for tally in measured.tallies:
         assert tally.sums is not None
         means[id(tally.coders[0])] = tally.sums.mean[0].astype(np.float32)
-    costly = [t for i, t in enumerate(measured.tallies) if i not in plan.settled]
-    for tally in costly + [t for t in (measured.replacement,) if t is not None]:
+    for i, tally in enumerate(measured.all):
+        if i in plan.settled:
+            continue
         runs.append(_ChangedRun(replacement(tally.coders), [(tally, SPLICED)]))
         for name in plan.ablations:
             some = tally.coders
@@ -355,8 +328,8 @@ def _add_losses(
 def text_batches(
     tokenizer: Tokenizer, texts: Iterable[str], *, context_size: int = 256, batch_size: int = 4
 ) -> Iterator[TokenBatch]:
-    """Batches [batch_size, context_size] of packed `texts`, with every token in their mask: <bos>
-    is left out by the `first` of coders."""
+    """Batches [batch_size, context_size] of packed `texts`, with every token in their mask: it is
+    the `first` of coders that leaves out <bos>."""
     encode = lambda text: tokenizer.encode(text, bos=False)
     for packed in pack(texts, encode, batch_size, context_size, tokenizer.bos_id):
         yield packed.plain

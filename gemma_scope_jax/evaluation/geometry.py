@@ -1,4 +1,4 @@
-"""How a coder's features lie: norms, how alike encoder and decoder are, and the nearest neighbour.
+"""The geometry of a coder's features: norms, the cosine of encoder and decoder, nearest neighbours.
 
 Source: SAEBench 0.6, `evals/core/main.py` (feature-wise weight-based metrics).
 """
@@ -18,8 +18,8 @@ from gemma_scope_jax.evaluation.results import plain
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Float32 arrays [F], or [X, F] of a coder of several layers, whose neighbours are those of
-    the same source layer and whose decoder row is what it writes to all its layers, as one vector.
+    """Float32 arrays [F], or [X, F] for a coder of several layers: there, neighbours are features
+    of the same source layer, and a decoder row joins what a feature writes to all its layers.
     """
 
     encoder_bias: np.ndarray
@@ -33,22 +33,23 @@ class Geometry:
 
     def averages(self) -> dict[str, Any]:
         """The means, under SAEBench's names where it has them."""
-        mean = lambda a: float(np.mean(a, dtype=np.float64))
-        return plain(
-            {
-                "average_max_encoder_cosine_sim": mean(self.max_encoder_cosine),
-                "average_max_decoder_cosine_sim": mean(self.max_decoder_cosine),
-                "average_encoder_decoder_cosine_sim": mean(self.encoder_decoder_cosine),
-                "average_encoder_norm": mean(self.encoder_norm),
-                "average_decoder_norm": mean(self.decoder_norm),
-            }
-        )
+        mean = lambda name: float(np.mean(getattr(self, name), dtype=np.float64))
+        ours = (name for name in NAMES if name not in ("encoder_bias", "threshold"))
+        return plain({f"average_{NAMES[name]}": mean(name) for name in ours})
+
+
+# of the fields, SAEBench's names, and names like them
+NAMES = {
+    f.name: f.name + "_sim" * f.name.endswith("cosine")
+    for f in dataclasses.fields(Geometry)
+    if f.name != "decoder_norms_by_layer"
+}
 
 
 def geometry(coder: Coder) -> Geometry:
     """The geometry of a coder's features. A zero vector has cosine 0 with everything.
 
-    A transcoder's encoder and decoder lie at different sites: their cosine is of the numbers.
+    The cosine of a transcoder's encoder and decoder compares vectors of different sites.
     """
     X, shape = len(coder.layers), np.shape(coder.b_enc)
     norms = np.zeros((X, coder.width, X), np.float32)
@@ -57,18 +58,16 @@ def geometry(coder: Coder) -> Geometry:
         enc, dec = float32(coder.encoder(i).w_enc).T, written(coder, layer)
         *found, norms[i, :, i:] = map(np.asarray, _norms(enc, dec, outputs=X - i))
         each.append([*found, _nearest(enc), _nearest(dec)])
-    columns = (np.stack(a).reshape(shape) for a in zip(*each))
-    enc_norm, dec_norm, same, near_enc, near_dec = columns
+    enc_norm, dec_norm, *cosines = (np.stack(a).reshape(shape) for a in zip(*each))
     bias, threshold = (np.asarray(float32(a)) for a in (coder.b_enc, coder.threshold))
-    by_layer = norms if coder.multi_layer else None
-    return Geometry(bias, enc_norm, dec_norm, threshold, same, near_enc, near_dec, by_layer)
+    by_layer = {"decoder_norms_by_layer": norms} if coder.multi_layer else {}
+    return Geometry(bias, enc_norm, dec_norm, threshold, *cosines, **by_layer)
 
 
 @partial(jax.jit, static_argnames="outputs")
 def _norms(enc: jax.Array, dec: jax.Array, *, outputs: int):
-    """enc [F, D], dec [F, outputs D_out]: norms, the cosine of enc and the first D of dec, norms of
-    the outputs [F, outputs].
-    """
+    """Norms of enc [F, D] and dec [F, outputs D_out], the cosine of enc and the first D of dec, and
+    norms of the outputs [F, outputs]."""
     blocks = dec.reshape(len(dec), outputs, -1)
     enc_norm, dec_norm = jnp.linalg.norm(enc, axis=1), jnp.linalg.norm(dec, axis=1)
     own_norm = jnp.linalg.norm(blocks, axis=-1)

@@ -1,15 +1,15 @@
-"""How sparse and how faithful a coder is: the sums of a batch on the device, merged, as figures.
+"""How sparse and how faithful a coder is: sums of batches on the device, merged into figures.
 
-A batch becomes sums on the device (float32, about the batch's own mean, so nothing cancels) and the
-sums of all batches are merged on the host in float64. Sums of the same text cut into other batches
-merge to the same figures. With y the activation that a coder writes, r = y - reconstruction:
+A batch becomes sums on the device (float32, about the batch's own mean, so nothing cancels), which
+are merged on the host in float64. Cutting a text into other batches gives the same figures. With y
+the activation that a coder writes, r = y - reconstruction:
 
     FVU = E||r||^2 / (E||y||^2 - ||E y||^2),   explained variance = 1 - FVU
 
-Other libraries call other things explained variance; each comes under a name of its own, see
-`Fit`. A few tokens of Gemma 3's residual stream have several times the usual norm and most of the
-variance, so every figure also comes "typical": without the tokens whose norm at the site written is
-more than `OUTLIER` times the median norm of their batch.
+Other libraries define explained variance otherwise; `Fit` has each under a name of its own. A few
+outlier tokens of Gemma 3's residual stream have several times the usual norm and most of the
+variance. So every figure also exists as "typical": without the tokens whose norm at the written
+site is more than `OUTLIER` times the median norm of their batch.
 
 Sources: Gemma Scope 2 technical paper, section 4.1 (FVU); SAELens 6.54 `evals.py`; SAEBench 0.6
 `evals/core/main.py`; dictionary_learning `evaluation.py`; Rajamanoharan et al. 2024 (arXiv
@@ -26,8 +26,8 @@ import numpy as np
 from gemma_scope_jax.coders.coder import Coder, float32
 
 OUTLIER = 3.0
-TOKEN_CHUNK = 256  # features [256, F] exist at a time, never more
-TINY_NORM = 1e-4  # activations below this norm have an L2 ratio of their reconstruction's norm
+TOKEN_CHUNK = 256  # only features [256, F] exist at a time
+TINY_NORM = 1e-4  # below this norm of the activation, the L2 ratio is the reconstruction's norm
 
 # What is summed over the tokens of a group, beside their number and the means of y and r.
 COLUMNS = (
@@ -47,9 +47,9 @@ COLUMNS = (
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens of G groups, for each of a coder's X layers. Mergeable: see `merge`.
+    """Sums over the tokens of G groups, for each of a coder's X layers.
 
-    Group 0 is every counted token, group 1 the typical ones; more are the caller's.
+    Group 0 holds every token in the mask, group 1 the typical ones; the caller defines the rest.
     """
 
     tokens: Any  # [G, X] how many
@@ -60,7 +60,6 @@ class Sums(NamedTuple):
 
 def merge(a: Sums | None, b: Sums) -> Sums:
     """The sums over the tokens of both, float64 on the host (Chan et al. 1979)."""
-    b = Sums(*(np.asarray(v, np.float64) for v in b))
     if a is None:
         return b
     tokens = a.tokens + b.tokens
@@ -76,17 +75,17 @@ def merge(a: Sums | None, b: Sums) -> Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How sparse and how faithful a coder is on some tokens; of several layers their mean.
+    """How sparse and how faithful a coder is on some tokens; for several layers, their mean.
 
-    The conventions for explained variance, y the activation and r its error:
+    The conventions for explained variance, with y the activation and r its error:
         explained_variance  1 - E||r||^2 / (E||y||^2 - ||E y||^2) = 1 - FVU (SAELens 6.54)
         ..._per_token       mean of 1 - ||r||^2 / ||y - the batch's mean||^2 (SAELens' and
-                            SAEBench's "legacy"; changes with the size of the batches)
+                            SAEBench's "legacy"; depends on the size of the batches)
         ..._scalar_mean     1 - E||r||^2 / (E||y||^2 - (E||y||^2 / D)^2) (SAEBench 0.6's
                             "explained_variance"; its total variance can be negative)
         ..._about_zero      1 - E||r||^2 / E||y||^2
         ..._of_the_rest     1 - sum_d Var r_d / sum_d Var y_d (dictionary_learning's frac_variance_
-                            explained: the mean of the error is forgiven)
+                            explained: forgives the mean of the error)
     """
 
     tokens: int
@@ -98,7 +97,7 @@ class Fit:
     cosine: float  # mean cosine of y and its reconstruction
     l2_norm_in: float  # mean ||y||
     l2_norm_out: float  # mean ||reconstruction||
-    l2_ratio: float  # mean of the tokens' norm out / norm in: below 1, it shrinks
+    l2_ratio: float  # mean of the tokens' norm out / norm in: below 1, the coder shrinks
     relative_reconstruction_bias: float  # E||reconstruction||^2 / E<y, reconstruction>
     explained_variance: float
     explained_variance_per_token: float
@@ -108,12 +107,11 @@ class Fit:
 
 
 def fits(sums: Sums, group: int = 0) -> tuple[Fit, ...]:
-    """The figures of one group of merged sums, for each layer; NaN where no token was counted."""
-    n = np.asarray(sums.tokens[group], np.float64)
-    D = sums.mean.shape[-1]
-    s = dict(zip(COLUMNS, np.moveaxis(np.asarray(sums.columns[group], np.float64), -1, 0)))
+    """The figures of one group of merged sums, for each layer; NaN where there is no token."""
+    n, D = sums.tokens[group], sums.mean.shape[-1]
+    s = dict(zip(COLUMNS, np.moveaxis(sums.columns[group], -1, 0)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        energy = s["spread"] / n + (np.asarray(sums.mean[group], np.float64) ** 2).sum(-1)
+        energy = s["spread"] / n + (sums.mean[group] ** 2).sum(-1)
         error = s["error"] / n
         fvu = s["error"] / s["spread"]
         values = {
@@ -141,14 +139,8 @@ def fits(sums: Sums, group: int = 0) -> tuple[Fit, ...]:
 
 def fit(sums: Sums, group: int = 0) -> Fit:
     """`fits`, averaged over a coder's layers."""
-    return mean_fit(fits(sums, group))
-
-
-def mean_fit(layers: tuple[Fit, ...]) -> Fit:
-    """The mean of the layers' figures; of one layer, itself."""
-    rows = [dataclasses.astuple(layer) for layer in layers]
-    mean = [float(np.mean(column)) for column in zip(*rows)]
-    return Fit(max(layer.tokens for layer in layers), *mean[1:])
+    tokens, *figures = zip(*(dataclasses.astuple(layer) for layer in fits(sums, group)))
+    return Fit(max(tokens), *(float(np.mean(column)) for column in figures))
 
 
 def median_norm(y: jax.Array, mask: jax.Array) -> jax.Array:
@@ -158,17 +150,13 @@ def median_norm(y: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(middle), 0.0, middle)
 
 
-# -------------------------------------------------------------------------------------------------
-# A batch on the device
-
-
 class BatchSums(NamedTuple):
-    """What `coder_sums` returns, on the device."""
+    """The result of `coder_sums`, on the device."""
 
-    centre: Any  # [X, D] mean of y over all counted tokens
-    groups: Sums  # means of y less `centre`, and "spread" about it
-    fired: Any  # int32 [X, F] on how many tokens each feature is active
-    pieces: Any  # int32 [X, F] in how many pieces of documents
+    centre: jax.Array  # [X, D] mean of y over the tokens in the mask
+    groups: Sums  # with the means of y and "spread" relative to `centre`
+    fired: jax.Array  # int32 [X, F] on how many tokens each feature is active
+    pieces: jax.Array  # int32 [X, F] in how many pieces of documents
 
 
 def coder_sums(
@@ -176,9 +164,9 @@ def coder_sums(
 ) -> BatchSums:
     """Sums of one batch: inputs x [X, N, D], targets y [X, N, D_out]; X is 1 for one layer.
 
-    mask    bool [N]: the tokens to count
-    groups  bool [G, N]: subsets of them to sum as well
-    pieces  int32 [N]: which piece of a document a token is of, never falling
+    mask    bool [N]: the tokens to sum over
+    groups  bool [G, N]: groups of tokens with sums of their own
+    pieces  int32 [N]: the number of a token's piece of a document, in rising order
     """
     x, y = float32(x), float32(y)
     back, active, l1, fired, in_pieces = _reconstructions(coder, x, mask, pieces)
@@ -214,7 +202,7 @@ def coder_sums(
 
 
 def on_host(batch: BatchSums) -> Sums:
-    """The sums of a batch in float64, each group's about its own means."""
+    """The sums of a batch in float64, those of each group about its own means."""
     centre = np.asarray(batch.centre, np.float64)
     s = Sums(*(np.asarray(v, np.float64) for v in batch.groups))
     columns = s.columns.copy()
@@ -258,7 +246,7 @@ def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Ar
 def _count_pieces(on, piece, count, seen, last):
     """Add to `count` [X, F] the pieces in which a feature is `on` [X, n, F] for the first time.
 
-    `seen` are the features that were on in piece `last`, which may go on here.
+    `seen` are the features that were on in piece `last`, which may continue here.
     """
 
     def one(p, carry):

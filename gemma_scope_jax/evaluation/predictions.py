@@ -1,18 +1,18 @@
 """What a change does to the model's predictions: loss, KL divergence and top-1 agreement.
 
-Logits are made a chunk of tokens at a time from final residuals, the model's own and those of each
-changed run beside each other, so that of [B T, V] only a chunk ever exists and the model's own are
-made once for all runs.
+Logits are computed from final residuals, a chunk of tokens at a time, for the model's own run and
+the changed runs together: [B T, V] never exists whole, and the model's own logits serve all runs.
 
     loss       -log p(next token), nats
     KL         sum_v p(v) (log p(v) - log q(v)), p the model's, q the changed run's
     agreement  whether the model's most likely token is the changed run's too
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.model.batch import TokenBatch
@@ -24,12 +24,12 @@ LOGIT_CHUNK = 128  # tokens whose logits [128, V] exist at a time, of the model 
 
 
 class Predictions(NamedTuple):
-    """Per token, float32: `clean` [B, T], the others [R, B, T], R changed runs."""
+    """Per token, float32: `clean` [B, T], the others [R, B, T] for R changed runs."""
 
-    clean: Any  # the model's own loss
-    loss: Any
-    kl: Any
-    same: Any  # 1 where the most likely token is the same
+    clean: jax.Array  # the model's own loss
+    loss: jax.Array
+    kl: jax.Array
+    same: jax.Array  # 1 where the most likely token is the same
 
 
 def predicts(batch: TokenBatch, first: int) -> jax.Array:
@@ -42,7 +42,7 @@ def predicts(batch: TokenBatch, first: int) -> jax.Array:
 def compare(model: Model, clean: jax.Array, changed: jax.Array, tokens: jax.Array) -> Predictions:
     """Predictions from final residuals: the model's own [B, T, D], those of R runs [R, B, T, D].
 
-    The last token of a row predicts nothing: what stands there means nothing. See `predicts`.
+    Values are meaningless where a token predicts nothing, see `predicts`.
     """
     B, T, D = clean.shape
     N = B * T
@@ -76,10 +76,6 @@ def compare(model: Model, clean: jax.Array, changed: jax.Array, tokens: jax.Arra
     return Predictions(own.reshape(-1)[:N].reshape(B, T), *map(join, others))
 
 
-# -------------------------------------------------------------------------------------------------
-# The runs
-
-
 @jax.jit
 def final_residual(model: Model, batch: TokenBatch, intercepts: tuple[Intercept, ...]) -> jax.Array:
     """The last residual [B, T, D] of a run under `intercepts`, before the final norm."""
@@ -89,23 +85,18 @@ def final_residual(model: Model, batch: TokenBatch, intercepts: tuple[Intercept,
 
 
 def ablated(
-    config: GemmaConfig, coders: tuple[Coder, ...], means: tuple[Any, ...] | None = None
+    config: GemmaConfig, coders: tuple[Coder, ...], means: tuple[np.ndarray, ...] | None = None
 ) -> tuple[Intercept, ...]:
-    """Zeros in place of what the coders write, or `means`: [X, D] of each coder's X layers."""
-    values: dict[tuple[str, int], Any] = {}
-    at: dict[tuple[str, int], Any] = {}
+    """Zeros in place of what the coders write, or `means`: [X, D] for each coder's X layers."""
+    found: dict[tuple[str, int], tuple[jax.Array, jax.Array]] = {}
     for i, coder in enumerate(coders):
         key, layers = (coder.writes, coder.first), jnp.asarray(coder.layers)
-        if key not in values:
-            values[key] = jnp.zeros((config.layers, coder.d_out), jnp.float32)
-            at[key] = jnp.zeros(config.layers, bool)
-        at[key] = at[key].at[layers].set(True)
+        none = jnp.zeros((config.layers, coder.d_out), jnp.float32), jnp.zeros(config.layers, bool)
+        values, at = found.get(key, none)
         if means is not None:
-            values[key] = values[key].at[layers].set(float32(means[i]))
-    return tuple(
-        write(site, None, _set_to, values[site, first], at[site, first], first=first)
-        for site, first in values
-    )
+            values = values.at[layers].set(float32(means[i]))
+        found[key] = values, at.at[layers].set(True)
+    return tuple(write(s, None, _set_to, *data, first=n) for (s, n), data in found.items())
 
 
 def _set_to(x: jax.Array, ctx: Context, values: jax.Array, at: jax.Array, *, first: int):

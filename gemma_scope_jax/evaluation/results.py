@@ -1,14 +1,12 @@
 """Results of evaluations as files that SAEBench's own tools read.
 
-Every SAEBench evaluation writes one JSON document a coder: the same envelope, `eval_result_metrics`
-grouped by category with plain numbers inside, `eval_result_details` a list of flat records, and
-`eval_result_unstructured` for whatever fits neither. Ours do too, so that its plots and the public
-results can stand beside them; what we measure beyond SAEBench lies in the same groups under names
-of its own, which its readers ignore.
+Every SAEBench evaluation writes one JSON document for each coder: an envelope,
+`eval_result_metrics` with plain numbers by category, `eval_result_details` with a list of flat
+records, and `eval_result_unstructured` for anything else. Ours do the same, so that results can be
+compared; what we measure beyond SAEBench has other names, which its readers ignore.
 
-Source: SAEBench 0.6 (`evals/base_eval_output.py`, `eval_output_schema_*.json`). Where it asks for
-a number and there is none (a loss on no tokens), it writes -1, and so do we; in what is
-unstructured it is null.
+Source: SAEBench 0.6 (`evals/base_eval_output.py`, `eval_output_schema_*.json`). A number that does
+not exist (a loss on no tokens) is -1, as there; in `eval_result_unstructured` it is null.
 """
 
 import json
@@ -17,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
@@ -30,21 +28,11 @@ from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.paths import folder_path
 from gemma_scope_jax.storage.strict_json import field
 
-ENVELOPE = (
-    "eval_type_id",
-    "eval_config",
-    "eval_id",
-    "datetime_epoch_millis",
-    "eval_result_metrics",
-    "eval_result_details",
-    "sae_bench_commit_hash",
-    "sae_lens_id",
-    "sae_lens_release_id",
-    "sae_lens_version",
-    "sae_cfg_dict",
-    "eval_result_unstructured",
-)
+ENVELOPE = ("eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "sae_cfg_dict")
+ENVELOPE += ("eval_result_metrics", "eval_result_details", "eval_result_unstructured")
+ENVELOPE += ("sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version")
 UNDEFINED = -1  # SAEBench's number for "no number"
+LOSS_TOKENS = "total_tokens_eval_reconstruction"  # in the group "token_stats"
 
 
 def saebench_result(
@@ -63,10 +51,11 @@ def saebench_result(
     config        how it was measured (SAEBench's `eval_config`)
     metrics       {category: {metric: number}}
     details       records of numbers and strings, such as one a feature or one a data set
-    coder         what was measured; None if it is several, and then `name` says what
+    coder         what was measured; None for several coders, which `name` names
     unstructured  anything else; arrays become lists
     """
     release, ident = coder_id(coder, name)
+    versions = [found.version for found in distributions(name="gemma-scope-jax")]
     return {
         "eval_type_id": eval_type,
         "eval_config": plain(config),
@@ -74,7 +63,7 @@ def saebench_result(
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": plain(metrics, UNDEFINED),
         "eval_result_details": plain(list(details), UNDEFINED),
-        "sae_bench_commit_hash": f"gemma_scope_jax {_version()}",
+        "sae_bench_commit_hash": f"gemma_scope_jax {versions[0] if versions else 'unknown'}",
         "sae_lens_id": ident,
         "sae_lens_release_id": release,
         "sae_lens_version": None,
@@ -84,10 +73,8 @@ def saebench_result(
 
 
 def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.Path:
-    """Write a document where SAEBench would; returns the file, complete or not there at all.
-
-    FOLDER/EVAL_TYPE/RELEASE_ID_eval_results.json; the folder may be gs://.
-    """
+    """Write a document whole, at the path that SAEBench uses in a folder, which may be gs://:
+    FOLDER/EVAL_TYPE/RELEASE_ID_eval_results.json. Returns the path."""
     path = result_path(
         folder, result["eval_type_id"], result["sae_lens_release_id"], result["sae_lens_id"]
     )
@@ -96,19 +83,15 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """A document that was written, ours or SAEBench's. Raises `InputError`."""
+    """Read a document, ours or SAEBench's. Raises `InputError`."""
     return _FORMAT.read(epath.Path(path))
 
 
 def _check(result: dict[str, Any], path: Any) -> None:
-    for key, kind in (
-        ("eval_type_id", str),
-        ("sae_lens_id", str),
-        ("sae_lens_release_id", str),
-        ("eval_config", dict),
-        ("eval_result_metrics", dict),
-    ):
-        field(result, key, kind, path)
+    for key in ("eval_type_id", "sae_lens_id", "sae_lens_release_id"):
+        field(result, key, str, path)
+    for key in ("eval_config", "eval_result_metrics"):
+        field(result, key, dict, path)
     for group in result["eval_result_metrics"]:
         for name in (numbers := field(result["eval_result_metrics"], group, dict, path)):
             field(numbers, name, float, f"{path}, {group}", default=None)
@@ -124,11 +107,11 @@ def result_path(folder: str | os.PathLike, eval_type: str, release: str, ident: 
 
 
 def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
-    """(release, id): of an address its first part and the rest; of a folder a number for the path
-    to it, which is nobody's business, and its name."""
+    """(release, id): the first part of an address and the rest; for a folder a digest of its path,
+    which stays private, and its name."""
     if coder is None:
         if not name:
-            raise InputError("a result of no single coder needs a name")
+            raise InputError("a result of several coders needs a name")
         return "gemma_scope_jax", name
     path = coder.info.path
     if not path:
@@ -144,7 +127,7 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
 
 
 def coder_config(coder: Coder) -> dict[str, Any]:
-    """What the coder is (SAEBench's `sae_cfg_dict`): sizes and place, some in SAELens' words."""
+    """SAEBench's `sae_cfg_dict` of a coder: its sizes and place, some under SAELens' names."""
     info = coder.info
     name = "jumprelu" if coder.k is None else "topk"
     return {
@@ -168,15 +151,13 @@ def coder_config(coder: Coder) -> dict[str, Any]:
 
 
 def plain(value: Any, undefined: Any = None) -> Any:
-    """`value` as JSON can hold it: arrays as lists, what is not finite as `undefined`."""
+    """`value` as plain JSON data: arrays as lists, numbers that are not finite as `undefined`."""
     if isinstance(value, Mapping):
         return {str(k): plain(v, undefined) for k, v in value.items()}
-    if isinstance(value, str) or value is None:
+    if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Sequence):
         return [plain(v, undefined) for v in value]
-    if isinstance(value, bool | int):
-        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else undefined
     if hasattr(value, "dtype"):  # an array or a scalar of numpy or jax
@@ -184,10 +165,3 @@ def plain(value: Any, undefined: Any = None) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"a {type(value).__name__} has no place in a JSON document")
-
-
-def _version() -> str:
-    try:
-        return version("gemma-scope-jax")
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,4 +1,4 @@
-"""The model card of a finished coder: what it is, what made it, its curves and last figures."""
+"""The model card of a finished coder: what it is, how it was trained, its curves and figures."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.strict_json import legible
 from gemma_scope_jax.training.log import read_log
-from gemma_scope_jax.training.measure import doubt
+from gemma_scope_jax.training.measure import Figures, doubt
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
 
 LOG = logging.getLogger(__name__)
@@ -28,21 +28,20 @@ def write_card(
     tokens: int,
     times: tuple[int, int] = (1, 1),
 ) -> None:
-    """README.md, train_config.json and, with matplotlib, curves.png in the coder's folder.
+    """Write README.md, train_config.json and, with matplotlib, curves.png to the coder's folder.
 
-    `tokens`: how many were read in the end. `times`: how often the data were begun, and how often a
-    store of activations held its text.
+    `tokens`: how many were read. `times`: how often the data were begun, and how often a store of
+    activations holds its text.
     """
     rows = [row for _, row in read_log(log)] if log.exists() else []
     saved = rows[-1].get("saved", {}).get(name) if rows else None
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
     picture = _plot(rows)
-    recipe = _public(as_json(config))
-    files = {"train_config.json": (json.dumps(recipe, indent=1) + "\n").encode()}
+    recipe = json.dumps(_public(as_json(config)), indent=1) + "\n"
+    text = legible(_text(name, config, rows, tokens, times, saved, bool(picture)))
+    files = {"train_config.json": recipe.encode(), "README.md": text.encode()}
     if picture:
         files["curves.png"] = picture
-    text = _text(name, config, rows, tokens, times, saved, bool(picture))
-    files["README.md"] = legible(text).encode()
     write_folder(folder, {n: partial(_write, data) for n, data in files.items()})
     if not picture:  # of an earlier save
         (folder / "curves.png").unlink(missing_ok=True)
@@ -55,10 +54,10 @@ def _write(data: bytes, file: BinaryIO) -> None:
 def _text(
     name: str,
     config: TrainConfig,
-    rows: list,
+    rows: list[tuple[int, Figures]],
     tokens: int,
     times: tuple[int, int],
-    saved: dict | None,
+    saved: Figures | None,
     picture: bool,
 ) -> str:
     coder = next(c for c in config.coders if c.folder == name)
@@ -81,17 +80,16 @@ def _text(
     if saved:
         lines += ["", *_as_saved(saved, config)]
     if rows:
-        tokens, last = rows[-1]  # of the last line of the log
-        lines += ["", f"Of the last training batches, at {tokens:,} tokens:", ""]
-        lines += _table(last)
+        tokens, last = rows[-1]
+        lines += ["", f"On the last training batches, at {tokens:,} tokens:", "", *_table(last)]
     if picture:
         lines += ["", "![curves](curves.png)"]
     return "\n".join(lines) + "\n"
 
 
 def _public(value: Any) -> Any:
-    """JSON whose paths have lost all but their ends, "train/*.txt": a card goes with the coder, and
-    where its text lay on this machine is nobody's business."""
+    """JSON with paths cut to their ends, "train/*.txt": a card is published with the coder, and the
+    folders of this machine stay private."""
     if isinstance(value, dict):
         return {key: _public(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -102,7 +100,7 @@ def _public(value: Any) -> Any:
 
 
 def _function(coder: CoderConfig) -> str:
-    """What a coder that was not trained as a JumpReLU is saved as."""
+    """The function of a coder that was not trained as a JumpReLU."""
     if coder.activation == "jumprelu":
         return ""
     if coder.k is not None:
@@ -114,13 +112,11 @@ def _function(coder: CoderConfig) -> str:
     )
 
 
-def _as_saved(saved: dict, config: TrainConfig) -> list[str]:
-    """The figures of the coder in this folder, and a warning where they are bad."""
+def _as_saved(saved: Figures, config: TrainConfig) -> list[str]:
+    """The figures of the coder in this folder, with a warning if they are bad."""
     what = f"not trained on (about {100 * config.held_share:.2g} % of the data are held out)"
     if not saved["held_out"]:
-        what = (
-            "trained on, as none of so little text, or of one that the store repeats, is held out"
-        )
+        what = "trained on: nothing is held out of little text, or of a text that a store repeats"
     lines = [f"As saved, loaded back and measured on {saved['tokens']:,} tokens that were {what}:"]
     lines += ["", *_table({k: v for k, v in saved.items() if k not in ("tokens", "held_out")})]
     if why := doubt(saved):
@@ -128,25 +124,25 @@ def _as_saved(saved: dict, config: TrainConfig) -> list[str]:
     return lines
 
 
-def _table(figures: dict) -> list[str]:
+def _table(figures: Figures) -> list[str]:
     said = ("not finite" if v is None else f"{v:.4g}" for v in figures.values())
     head = ["| " + " | ".join(figures) + " |", "|" + " --- |" * len(figures)]
     return [*head, "| " + " | ".join(said) + " |"]
 
 
 def _again(read: int, held: int) -> str:
-    """How often the same text came, if it did more than once."""
+    """How often the same text was read, if more than once."""
     said = f", read {read} times over" if read > 1 else ""
     return said + (f" (the store holds its text {held} times over)" if held > 1 else "")
 
 
-def _plot(rows: list) -> bytes | None:
+def _plot(rows: list[tuple[int, Figures]]) -> bytes | None:
     if len(rows) < 2:
         return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        LOG.warning("no curves.png: it needs matplotlib, pip install 'gemma-scope-jax[track]'")
+        LOG.warning("no curves.png: it needs pip install 'gemma-scope-jax[track]'")
         return None
     figure: Any = Figure(figsize=(9, 2.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES):
@@ -154,8 +150,7 @@ def _plot(rows: list) -> bytes | None:
         axes.plot([t / 1e6 for t, _ in rows], values, lw=1)
         axes.set(title=title, xlabel="million tokens")
         later = values[len(values) // 50 :]  # the first few can be ten times the rest
-        settled = max((v for v in later if math.isfinite(v)), default=0)
-        axes.set_ylim(0, 1.1 * settled if settled > 0 else None)
+        axes.set_ylim(0, 1.1 * max((v for v in later if math.isfinite(v)), default=0) or None)
     stream = io.BytesIO()
     figure.savefig(stream, dpi=110)
     return stream.getvalue()

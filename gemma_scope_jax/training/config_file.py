@@ -1,7 +1,7 @@
 """Fields of a `TrainConfig` by name: changed from a command line, and listed with their meaning.
 
 config = override(config, ["--tokens", "100000", "--coders.0.width", "8192"])
-field_table()[0]  # ("coders", "any number of CoderConfig", "required", "The coders that ...")
+field_table()[0]  # ("coders", "any number of CoderConfig", "required", "The coders ...")
 """
 
 import ast
@@ -24,11 +24,11 @@ from gemma_scope_jax.training.recipe import TrainConfig
 NONE = ("none", "null")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 ALL = "*"  # in place of a number: every coder
+FieldPath = tuple[str, ...]
 
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
-    """The `config` of a configs/*.py file, a program that is run. Raises `InputError` if there is
-    none."""
+    """The `config` that a configs/*.py file sets; the file is run. Raises `InputError`."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
@@ -49,24 +49,24 @@ def load_config(path: str | os.PathLike) -> TrainConfig:
 
 
 def override(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
-    """The config with the fields changed that `words` of a command line name.
+    """The config with some fields changed, which `words` of a command line name.
 
     `--tokens 100000`, `--tokens=100000`, `--coders.0.loss.kl_weight 1`, `--coders.*.width 8192`.
-    Values of a tuple are words (`--data.files a.txt b.txt`), numbers also with commas between.
-    Raises `InputError` for a field that is not there, naming the nearest, for a value of another
-    type, and for what the config's own checks refuse.
+    Values of a tuple are words (`--data.files a.txt b.txt`); commas may separate numbers.
+    Raises `InputError` for an unknown field, with the nearest names, for a value of another type,
+    and for what the config's own checks refuse.
     """
     known, changes = dict(_paths(config)), {}
     for name, values in _options(words):
-        parts = name.split(".")
-        for path in _expanded(parts, known):
-            if path not in known:
-                raise InputError(f"no field {name}{nearest(name, map('.'.join, known))}")
-            changes[path] = _value(name, known[path], values)
+        pattern = name.split(".")
+        paths = [path for path in known if _matches(path, pattern)]
+        if not paths:
+            raise InputError(f"no field {name}{nearest(name, map('.'.join, known))}")
+        changes |= {path: _value(name, known[path], values) for path in paths}
     return _changed(config, changes)
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(name, values) of each option."""
     found: list[tuple[str, list[str]]] = []
     for word in words:
@@ -77,46 +77,36 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             raise InputError(f"{word}: expected a field, such as --tokens 100000")
         else:
             found[-1][1].append(word)
-    return iter(found)
+    return found
 
 
-def _expanded(parts: list[str], known: dict[tuple[str, ...], Any]) -> list[tuple[str, ...]]:
-    """The paths that a name with `*` stands for; one without it for itself."""
-    if ALL not in parts:
-        return [tuple(parts)]
-    fits = lambda path: (
-        len(path) == len(parts)
-        and all(b == ALL and a.isdecimal() or a == b for a, b in zip(path, parts))
-    )
-    return [path for path in known if fits(path)] or [tuple(parts)]
+def _matches(path: FieldPath, pattern: Sequence[str]) -> bool:
+    fits = (b == ALL and a.isdecimal() or a == b for a, b in zip(path, pattern))
+    return len(path) == len(pattern) and all(fits)
 
 
-def _paths(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _paths(value: Any, at: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """(path, type) of every field of a tree of dataclasses."""
-    if not dataclasses.is_dataclass(value):
-        return
-    hints = typing.get_type_hints(type(value))
-    for f in dataclasses.fields(value):
-        path, held = (*at, f.name), getattr(value, f.name)
-        yield path, hints[f.name]
-        some = enumerate(held) if isinstance(held, tuple) else [("", held)]
-        for n, one in some:
-            yield from _paths(one, path if n == "" else (*path, str(n)))
-
-
-def _changed(value: Any, changes: dict[tuple[str, ...], Any]) -> Any:
-    """The tree with the leaves of `changes` replaced, each dataclass rebuilt once."""
-    if () in changes:
-        return changes[()]
     if isinstance(value, tuple):
-        return tuple(_changed(one, _below(changes, str(n))) for n, one in enumerate(value))
-    heads = dict.fromkeys(path[0] for path in changes)
-    new = {name: _changed(getattr(value, name), _below(changes, name)) for name in heads}
-    return dataclasses.replace(value, **new) if new else value
+        for n, one in enumerate(value):
+            yield from _paths(one, (*at, str(n)))
+    elif dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        for f in dataclasses.fields(value):
+            yield (*at, f.name), hints[f.name]
+            yield from _paths(getattr(value, f.name), (*at, f.name))
 
 
-def _below(changes: dict[tuple[str, ...], Any], name: str) -> dict[tuple[str, ...], Any]:
-    return {path[1:]: value for path, value in changes.items() if path[0] == name}
+def _changed(value: Any, changes: dict[FieldPath, Any]) -> Any:
+    """The tree with the leaves of `changes` replaced, each dataclass rebuilt once."""
+    if not changes or () in changes:
+        return changes.get((), value)
+    below = lambda name: {path[1:]: new for path, new in changes.items() if path[0] == name}
+    if isinstance(value, tuple):
+        return tuple(_changed(one, below(str(n))) for n, one in enumerate(value))
+    names = dict.fromkeys(path[0] for path in changes)
+    new = {name: _changed(getattr(value, name), below(name)) for name in names}
+    return dataclasses.replace(value, **new)
 
 
 def _value(name: str, kind: Any, values: Sequence[str]) -> Any:
@@ -125,7 +115,7 @@ def _value(name: str, kind: Any, values: Sequence[str]) -> Any:
         found, fits = _as(choice, values)
         if fits:
             return found
-    if any(dataclasses.is_dataclass(c) or _of_dataclasses(c) for c in _choices(kind)):
+    if any(map(dataclasses.is_dataclass, (kind, *typing.get_args(kind)))):
         raise InputError(f"{name} is a group of fields: name one of them, see --fields")
     said = " ".join(values) if values else "nothing"
     raise InputError(f"{name} takes {_type_name(kind)}, not {said}")
@@ -136,14 +126,15 @@ def _choices(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if is_union else (kind,)
 
 
-def _of_dataclasses(kind: Any) -> bool:
-    return any(map(dataclasses.is_dataclass, typing.get_args(kind)))
-
-
 def _as(kind: Any, values: Sequence[str]) -> tuple[Any, bool]:
-    """(the value, whether the words are one of this type)."""
+    """(the value, whether the words are a value of this type)."""
     if typing.get_origin(kind) is tuple:
-        return _as_tuple(typing.get_args(kind), values)
+        kinds = typing.get_args(kind)
+        if kinds[0] in (int, float):
+            values = [part for value in values for part in re.split(r"[,\s]+", value) if part]
+        found = [_as(kinds[0], [value]) for value in values]
+        right = kinds[-1] is ... or len(found) == len(kinds)
+        return tuple(v for v, _ in found), right and all(fits for _, fits in found)
     if kind is bool and not values:
         return True, True
     if len(values) != 1:
@@ -161,21 +152,8 @@ def _as(kind: Any, values: Sequence[str]) -> tuple[Any, bool]:
         return None, False
 
 
-def _as_tuple(kinds: tuple[Any, ...], values: Sequence[str]) -> tuple[Any, bool]:
-    kind = kinds[0]
-    if kind in (int, float):
-        values = [part for value in values for part in re.split(r"[,\s]+", value) if part]
-    found = [_as(kind, [value]) for value in values]
-    right = kinds[-1] is ... or len(found) == len(kinds)
-    return tuple(v for v, _ in found), right and all(fits for _, fits in found)
-
-
-# -------------------------------------------------------------------------------------------------
-# What the fields mean
-
-
 def field_table(kind: type = TrainConfig, at: str = "") -> list[tuple[str, str, str, str]]:
-    """(name, type, default, meaning) of every field, those of nested configs after their group."""
+    """(name, type, default, meaning) of every field; nested fields follow their config's row."""
     rows, hints, docs = [], typing.get_type_hints(kind), field_docs(kind)
     for f in dataclasses.fields(kind):
         default = "required" if f.default is dataclasses.MISSING else _shown(f.default)
@@ -189,7 +167,7 @@ def field_table(kind: type = TrainConfig, at: str = "") -> list[tuple[str, str, 
 
 @functools.cache
 def field_docs(kind: type) -> dict[str, str]:
-    """What the string below each field of a dataclass says, on one line."""
+    """The string below each field of a dataclass, on one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -208,14 +186,10 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         first, *rest = typing.get_args(kind)
         if dataclasses.is_dataclass(first):
-            return f"any number of {_name(first)}"
+            return f"any number of {_type_name(first)}"
         plural = {int: "whole numbers", float: "numbers", str: "texts"}[first]
         return plural if rest == [...] else f"{len(rest) + 1} {plural}"
-    return "None" if kind is type(None) else names.get(kind, _name(kind))
-
-
-def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
+    return "None" if kind is type(None) else names.get(kind) or kind.__name__
 
 
 def _shown(default: Any) -> str:

@@ -1,4 +1,4 @@
-"""The two ends of a run: what its coders start from, and the published form that they end in."""
+"""The two ends of a run: what its coders start from, and their published form at the end."""
 
 import dataclasses
 from typing import Any
@@ -18,9 +18,9 @@ SAMPLE = 8192  # activations from which coders start and TopK is calibrated
 
 
 def load_starts(config: TrainConfig) -> dict[str, Any]:
-    """The coders that the config's coders start from: by folder, one or a list of one a layer.
+    """What the config's coders start from: by folder, a coder, or a list with one for each layer.
 
-    Raises `InputError` for those that do not fit.
+    Raises `InputError` for coders that do not fit.
     """
     found: dict[str, Any] = {}
     for c in config.coders:
@@ -41,9 +41,8 @@ def some(sample: Sites, count: int) -> Sites:
 
 
 def start(plan: TrainPlan, state: TrainState, sample: Sites, starts: dict[str, Any]) -> TrainState:
-    """What a sample {site: [L, B, D]} decides before the first update: scales, first weights.
-
-    `starts` is what `load_starts` gives.
+    """The state before the first update: scales and first weights from a sample {site: [L, B, D]}
+    and `starts`, from `load_starts`.
     """
     state = dataclasses.replace(state, scale=buffer.scales(some(sample, 2 * SAMPLE), plan))
     few = some(sample, SAMPLE)
@@ -57,7 +56,7 @@ def start(plan: TrainPlan, state: TrainState, sample: Sites, starts: dict[str, A
                 own = unfold(starts[c.folder], c, scales)
             elif c.init_layers:
                 own, _ = init.from_coders(starts[c.folder], c, scales)
-                l0 = init.expected_l0(own, CoderGroup((0,), (c,)), 0, x[n])
+                l0 = init.expected_l0(own, CoderGroup((c,)), 0, x[n])
                 targets = targets.at[n].set(jnp.maximum(l0, c.target_l0))
             else:
                 continue
@@ -70,11 +69,11 @@ def start(plan: TrainPlan, state: TrainState, sample: Sites, starts: dict[str, A
 def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder]:
     """All coders of a state in the published form, by folder, in the config's order.
 
-    BatchTopK becomes JumpReLU with the threshold at which `sample`, of tokens that were not trained
-    on, has the target L0; so does TopK where the config says `as_jump_relu`, and stays TopK where
-    it does not.
+    BatchTopK, and TopK with `as_jump_relu`, become JumpReLU with the threshold at which `sample`,
+    of tokens that were not trained on, has the target L0.
     """
     config, found = plan.config, {}
+    kinds = ("sae", "transcoder"), ("crosscoder", "clt")
     name = config.model if "/" in config.model else f"google/{config.model}"
     for group, own in zip(plan.groups, state.groups):
         weights = own.weights
@@ -82,19 +81,9 @@ def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder
             x, _ = buffer.pairs(plan, group, some(sample, SAMPLE), state.scale)
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
+            kind = kinds[c.is_multi_layer][c.target != c.reads]
             width = c.width * len(c.layer_tuple)
-            kind = {
-                (False, False): "sae",
-                (False, True): "transcoder",
-                (True, False): "crosscoder",
-                (True, True): "clt",
-            }
-            info = CoderInfo(
-                model_name=name,
-                type=kind[c.is_multi_layer, c.target != c.reads],
-                l0=c.target_l0,
-                width=width,
-            )
+            info = CoderInfo(model_name=name, type=kind, l0=c.target_l0, width=width)
             scales = buffer.scales_of(plan, c, state.scale)
             found[c.folder] = fold(weights, n, c, scales, config.first, info)
     return {c.folder: found[c.folder] for c in config.coders}

@@ -1,10 +1,9 @@
-"""What a training run would take, before it is begun: tokens, updates, memory, disk."""
+"""What a training run would take, before it starts: tokens, updates, memory, disk."""
 
 import dataclasses
 import os
 import shutil
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,64 +11,59 @@ import jax.numpy as jnp
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
 from gemma_scope_jax.model.checkpoints.load import model_config
-from gemma_scope_jax.model.config import Model, abstract_params
+from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 from gemma_scope_jax.training.feeds import store_step, train_step
 from gemma_scope_jax.training.held_out import SIDES
 from gemma_scope_jax.training.recipe import TrainConfig
-from gemma_scope_jax.training.state import TrainPlan, abstract_state, make_plan
+from gemma_scope_jax.training.state import TrainPlan, TrainState, abstract_state, make_plan
 from gemma_scope_jax.training.train import check_inputs, run_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainEstimate:
-    """What `plan_training` found; sizes in bytes, `memory` as the compiler says."""
+    """The result of `plan_training`; sizes in bytes, `memory` from the compiler."""
 
     coders: int
-    tokens: int  # read by the model; from a store, activations drawn
+    tokens: int  # read by the model; with a store, activations drawn
     passes: int  # calls of the compiled step
     updates: int  # of the optimizer
     memory: int  # of a device: the model's weights, the run's state, temporaries
-    memory_limit: int | None  # None: not known, as on CPUs
-    checkpoint: int  # one of them
-    checkpoints: int  # as many as are kept
-    saved: int  # all coders, as they are written in the end
-    free: int | None  # of the disk; None: a bucket
+    memory_limit: int | None  # None: unknown, as on CPUs
+    checkpoint: int  # one checkpoint
+    checkpoints: int  # how many are kept
+    saved: int  # all coders, as written at the end
+    free: int | None  # on the disk; None: a bucket
 
 
 def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEstimate:
-    """A `TrainEstimate` for `train(config, out)`: compiles its step, loads and writes nothing.
+    """Estimate `train(config, out)`: compiles its step, loads and writes nothing.
 
-    Raises `InputError` as `train` does for what can be known before the model is loaded.
+    Raises `InputError` as `train` does before it loads the model.
     """
     check_inputs(config)
     path, mesh, shape = folder_path(out), run_mesh(config), model_config(config.model)
     plan = make_plan(config, shape, mesh)
     state = abstract_state(plan, shape)
-    weights = jax.tree.leaves([group.weights for group in state.groups])
-    filling = 0 if config.store else -(-config.buffer // config.tokens_a_pass)
+    size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     device = jax.devices()[0]
     return TrainEstimate(
         coders=len(config.coders),
         tokens=config.passes * config.tokens_a_pass,
         passes=config.passes,
-        updates=max(0, config.passes - filling) * config.updates,
+        updates=config.all_updates,
         memory=_memory(plan, state, shape),
         memory_limit=(device.memory_stats() or {}).get("bytes_limit"),
-        checkpoint=_size(state),
+        checkpoint=size(state),
         checkpoints=config.keep,
-        saved=sum(a.size * a.dtype.itemsize for a in weights),
+        saved=size([group.weights for group in state.groups]),
         free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
     )
 
 
-def _size(tree: Any) -> int:
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
-def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
-    """Bytes of a device that the compiled step takes, with all that goes in and comes out."""
+def _memory(plan: TrainPlan, state: TrainState, shape: GemmaConfig) -> int:
+    """Bytes that the compiled step takes on a device, with all inputs and outputs."""
     c = plan.config
     if c.store:
         rows = c.updates * c.train_batch_size
@@ -87,6 +81,6 @@ def _memory(plan: TrainPlan, state: Any, shape: Any) -> int:
     compiled = jax.jit(step, donate_argnums=0).lower(state, *inputs).compile()
     found = compiled.memory_analysis()
     if found is None:
-        raise InputError("this backend does not say how much memory a program takes")
+        raise InputError("this backend does not report how much memory a program takes")
     sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
     return int(sum(sizes) - found.alias_size_in_bytes + found.generated_code_size_in_bytes)

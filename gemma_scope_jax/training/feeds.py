@@ -1,16 +1,14 @@
 """The two sources of activations behind one interface: the model on text, or a store on disk.
 
-A feed gives batches with the position after each (JSON, for checkpoints), and a compiled step that
-takes one: `step(state, batch, started)` -> (state, parts of the loss, None before they started).
-`made_with` tells the model whose activations they are from others, by its weights.
-`ready` tells whether the coders can start, from what `sample` gives; `readings`, how many times the
-data have been begun after `done` passes, and `repeats`, how often a store holds its text. With
-several hosts each reads the same text and keeps its rows, so that their number changes neither
-results nor checkpoints.
+A feed has `batches`, with the position after each (JSON, for checkpoints), and a compiled `step`
+that takes one, `step(state, batch, started)` -> (state, parts of the loss, None before the start).
+`ready`: the coders can start, from a `sample`; `made_with`: the model, by its weights; `readings`:
+how often the data have been begun after `done` passes; `repeats`: how often a store holds its text.
+Each host reads the same text and keeps its own rows: their number does not change results.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.data.activations.store import ActivationStore
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
@@ -31,21 +29,26 @@ from gemma_scope_jax.model.tokenizer import fit_tokenizer, load_tokenizer
 from gemma_scope_jax.training import buffer, end_to_end
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.held_out import SplitBatches, held_rows, is_held_out
+from gemma_scope_jax.training.objective import Parts
 from gemma_scope_jax.training.recipe import TrainConfig
 from gemma_scope_jax.training.state import Sites, TrainPlan, TrainState, placement
 
+StepResult = tuple[TrainState, list[Parts] | None]
+
 
 def fill_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan) -> TrainState:
-    """A model pass that only fills the buffer, and what is held out."""
+    """A model pass that only fills the buffer and the held-out activations."""
     x, mask = buffer.model_activations(model, batch, plan)
     held = is_held_out(batch).reshape(-1)
     return buffer.hold(buffer.fill(state, x, mask & ~held), x, mask & held)
 
 
-def train_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan):
+def train_step(
+    state: TrainState, model: Model, batch: TokenBatch, plan: TrainPlan
+) -> tuple[TrainState, list[Parts]]:
     """A model pass and `updates` updates, one program: (state, means of the loss parts)."""
     state = fill_step(state, model, batch, plan)
-    by_effect = None
+    by_effect = [{}] * len(plan.groups)
     if any(group.template.loss.kl_weight for group in plan.groups):
         with steps.precision(plan.config):
             trained = dataclasses.replace(batch, mask=batch.counted(0) & ~is_held_out(batch))
@@ -57,10 +60,10 @@ def train_step(state: TrainState, model: Model, batch: TokenBatch, plan: TrainPl
 
     state, parts = jax.lax.scan(one, state, None, length=plan.config.updates)
     parts = jax.tree.map(lambda p: jnp.mean(p, 0), parts)
-    return state, [a or b for a, b in zip(parts, by_effect)] if by_effect else parts
+    return state, [a | b for a, b in zip(parts, by_effect)]
 
 
-def store_step(state: TrainState, x: Sites, plan: TrainPlan):
+def store_step(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, list[Parts]]:
     """`updates` updates on stored activations x {site: [L, updates * batch, D]}."""
     cut = lambda a: jnp.moveaxis(a.reshape(a.shape[0], plan.config.updates, -1, a.shape[-1]), 1, 0)
     state, parts = jax.lax.scan(lambda s, x: steps.update(s, x, plan), state, jax.tree.map(cut, x))
@@ -71,13 +74,13 @@ def token_batches(
     config: TrainConfig,
     model: GemmaConfig,
     data: Any = None,
-    position: Any = None,
+    position: dict[str, Any] | None = None,
     *,
     split: bool = False,
 ) -> TokenBatches:
     """The token batches of a run from a position on; `data` replaces the config's text.
 
-    split: they tell the tokens that are held out, see `SplitBatches`.
+    split: label the tokens that are held out, see `SplitBatches`.
     """
     kind = partial(SplitBatches, share=config.held_share) if split else TokenBatches
     return kind(
@@ -98,22 +101,19 @@ class TextFeed:
         self.made_with = model_identity(model)
         places = placement(plan, model.config)
         self.fill = jax.jit(partial(fill_step, plan=plan), donate_argnums=0, out_shardings=places)
-        self.train = jax.jit(
-            partial(train_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
-        )
+        self.train = _compiled(train_step, plan, places)
 
     @contextmanager
-    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
+    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[TokenBatch, Any]]]:
         """Token batches from a position of the text on; `done` is not needed."""
-        mesh, shape = self.plan.mesh, self.model.config
-        source = token_batches(self.plan.config, shape, self.data, position, split=True)
-        position = source.position
+        mesh, c = self.plan.mesh, self.plan.config
+        source = token_batches(c, self.model.config, self.data, position, split=True)
+        begin = source.position
         with prefetch(source) as batches:
             place = partial(jax.tree.map, lambda a: put(mesh, a, "data"))
-            checked = counting(batches, self.plan.config.first, position)
-            yield ((place(batch), after) for batch, after in checked)
+            yield ((place(batch), after) for batch, after in counting(batches, c.first, begin))
 
-    def step(self, state: TrainState, batch: Any, started: bool):
+    def step(self, state: TrainState, batch: Any, started: bool) -> StepResult:
         if not started:
             return self.fill(state, self.model, batch), None
         return self.train(state, self.model, batch)
@@ -133,7 +133,7 @@ class TextFeed:
         return state.buffer
 
     def held_out(self, state: TrainState) -> Sites:
-        """What was held out {site: [L, n, D]}, the latest of it."""
+        """The latest held-out activations {site: [L, n, D]}."""
         return {site: rows[:, : int(state.held_filled)] for site, rows in state.held.items()}
 
 
@@ -145,22 +145,19 @@ class StoreFeed:
         _check_store(self.store, plan.config, model)
         self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)
         self.made_with = self.store.manifest["model"]
-        places = placement(plan, model.config)
-        self.train = jax.jit(
-            partial(store_step, plan=plan), donate_argnums=0, out_shardings=(places, None)
-        )
+        self.train = _compiled(store_step, plan, placement(plan, model.config))
 
     @contextmanager
-    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Any, Any]]]:
+    def batches(self, position: Any, done: int) -> Iterator[Iterator[tuple[Sites, Any]]]:
         """The batches from number `done` on: a function of the seed and that number.
 
-        Raises `InputError` if the store has changed since: another order would follow.
+        Raises `InputError` if the store has changed, which would change the order.
         """
         c, here = self.plan.config, {"store": self.store.fingerprint}
         if position is not None and position != here:
             raise InputError(
                 f"{c.store}: has grown or changed since this run began, which would change the "
-                "order; give it back what it held, or train into another folder"
+                "order: restore its contents, or train into another folder"
             )
         with prefetch(self._batches(done)) as batches:
             yield ((self._on_device(x), here) for x, _ in batches)
@@ -169,7 +166,7 @@ class StoreFeed:
         c = self.plan.config
         return self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
 
-    def step(self, state: TrainState, batch: Any, started: bool):
+    def step(self, state: TrainState, batch: Any, started: bool) -> StepResult:
         return self.train(state, batch)
 
     def readings(self, position: Any, done: int) -> int:
@@ -182,13 +179,13 @@ class StoreFeed:
         return True
 
     def sample(self, state: TrainState) -> Sites:
-        """Activations from all over the store {site: [L, B, D]}."""
+        """Activations {site: [L, B, D]}, evenly spaced over the store."""
         count = min(self.rows, self.plan.config.buffer)
         rows = np.linspace(0, self.rows - 1, count, dtype=np.int64)
         return self._on_device(self.store.read(rows))
 
     def held_out(self, state: TrainState) -> Sites:
-        """The last rows of the store {site: [L, n, D]}, on which nothing was trained."""
+        """The last rows of the store {site: [L, n, D]}, which were not trained on."""
         held = self.store.read(np.arange(self.rows, len(self.store)))
         return {site: put(self.plan.mesh, rows) for site, rows in held.items()}
 
@@ -197,7 +194,7 @@ class StoreFeed:
 
 
 def _check_store(store: ActivationStore, config: TrainConfig, model: Model) -> None:
-    """Raise `InputError` unless the store holds what the config says."""
+    """Raise `InputError` unless the store holds what the config needs."""
     held = store.manifest
     if not len(store):
         raise InputError(f"{config.store}: holds no activations yet")
@@ -212,8 +209,12 @@ def _check_store(store: ActivationStore, config: TrainConfig, model: Model) -> N
         )
 
 
-def put(mesh: Any, array: np.ndarray, *axes: str | None) -> jax.Array:
-    """An array that every host has, on the mesh; each device gets its part. No mesh: as it is."""
+def _compiled(step: Callable[..., Any], plan: TrainPlan, places: Any) -> Callable[..., Any]:
+    return jax.jit(partial(step, plan=plan), donate_argnums=0, out_shardings=(places, None))
+
+
+def put(mesh: Mesh | None, array: np.ndarray, *axes: str | None) -> jax.Array:
+    """An array that every host has, split over the mesh, if there is one."""
     if mesh is None:
         return jnp.asarray(array)
     sharding = NamedSharding(mesh, PartitionSpec(*axes))

@@ -1,21 +1,21 @@
-"""What a run never trains on: a share of its text, or of its store, to measure saved coders on.
+"""The share of a text or store that is held out of training, to measure saved coders on.
 
-Of text it is blocks of `BLOCK` tokens of a document (short documents whole), chosen by a hash of
-their tokens: the same in every epoch and after every interruption, in streams and in lists, on any
-number of hosts, and copies of a text fall on the same side. Nothing has to be read twice or kept.
-Of a store it is the last rows, which come from other documents than nearly all before them.
+In text, a hash of the tokens decides for each block of `BLOCK` tokens of a document: always the
+same choice, in every epoch, after an interruption, in streams, and for copies of a text. In a store
+it is the last rows, from other documents than nearly all rows before them.
 """
 
 import hashlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.model.batch import TokenBatch
 
 BLOCK = 64  # tokens
-KEPT = 8192  # activations that are measured on, at most: the latest
+KEPT = 8192  # the latest activations, at most, are measured on
 SIDES = ("trained", "held out")
 
 
@@ -43,12 +43,12 @@ class SplitBatches(TokenBatches):
         return ids, mask, {"split": held_out(ids, self._share).astype(np.int32)}
 
 
-def is_held_out(batch: TokenBatch) -> Any:
-    """bool [B, T]: the tokens of a batch that are held out; none where nothing was split."""
+def is_held_out(batch: TokenBatch) -> jax.Array:
+    """bool [B, T]: the tokens of a batch that are held out; none without the label."""
     split = batch.labels.get("split")
     return split.where("held out") if split else batch.segments < 0
 
 
 def held_rows(rows: int, share: float) -> int:
-    """How many of a store's rows, the last, are held out."""
+    """How many rows are held out, at the end of a store of this many rows."""
     return min(KEPT, int(np.ceil(share * rows)), rows - 1)

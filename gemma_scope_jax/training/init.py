@@ -1,12 +1,11 @@
-"""How coders start: at random, from the data, from a coder, from one coder a layer.
+"""How coders start: at random, from the data, from a coder, or from one coder for each layer.
 
-Random is the published start: decoders He-uniform and of unit norm, the encoder their transpose (a
-transcoder's is drawn apart, as its two ends are different spaces), biases zero, thresholds given.
+Random is the published start: decoders are He-uniform with unit norm, encoders their transpose (a
+transcoder's are drawn separately: its sites are different spaces), biases zero, thresholds given.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from gemma_scope_jax.training.weights import (
 
 
 def random_weights(group: CoderGroup, d_in: int, d_out: int, seed: int) -> Weights:
-    """The published start, each coder from its own seed, so that grouping changes nothing."""
+    """The published start; each coder has its own seed, so that grouping changes nothing."""
     one = [_random(c, d_in, d_out, jax.random.key(seed)) for c in group.coders]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
 
@@ -35,7 +34,7 @@ def _random(config: CoderConfig, d_in: int, d_out: int, key: jax.Array) -> Weigh
     key = jax.random.fold_in(key, config.seed)
     dec, enc = jax.random.split(key)
 
-    def he(key, *shape):
+    def he(key: jax.Array, *shape: int) -> jax.Array:
         bound = (6.0 / shape[-1]) ** 0.5
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -56,13 +55,11 @@ def _unit(w: jax.Array) -> jax.Array:
 
 
 def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weights:
-    """Biases, skip and thresholds from a sample x [N, X, B, D], y [N, X, B, E], where asked for.
+    """With `threshold=None`: biases, skip and thresholds from samples x [N, X, B, D], y (with E).
 
-    With `threshold=None` the decoder bias starts at the mean, the affine skip at the ridge
-    regression of y on x, and each threshold where its feature is active on target_l0 / (X F) of the
-    tokens (of l0_start, where the target comes down from it): a short run then starts near its
-    target L0 with nothing dead, instead of spending itself on getting there from half of all
-    features.
+    The decoder bias starts at the mean, the affine skip at the ridge regression of y on x, and each
+    threshold where its feature is active on target_l0 / (X F) of the tokens (l0_start / (X F), if
+    given). So even a short run starts near its target L0, with nothing dead.
     """
     if group.template.threshold is not None:
         return w
@@ -83,20 +80,16 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
     starts = [c.loss.l0_start or c.target_l0 for c in group.coders]
     share = [l0 / (group.X * group.template.width) for l0 in starts]
     bias = encoder_bias(w, group.template.apply_b_dec_to_input)
-    rows = [
-        [_exceeded(w.w_enc[n, i] @ x[n, i].T, share[n]) for i in range(group.X)]
-        for n in range(len(group.coders))
-    ]
-    threshold = jnp.stack([jnp.stack(r) for r in rows]) + bias
-    return dataclasses.replace(w, threshold=jnp.maximum(threshold, 0.001))
+    at = lambda n, i: _exceeded(w.w_enc[n, i] @ x[n, i].T, share[n])
+    rows = [jnp.stack([at(n, i) for i in range(group.X)]) for n in range(len(starts))]
+    return dataclasses.replace(w, threshold=jnp.maximum(jnp.stack(rows) + bias, 0.001))
 
 
 def _exceeded(z: jax.Array, share: float) -> jax.Array:
-    """What each row of z [F, B] exceeds in a share of its values.
+    """The value that each row of z [F, B] exceeds in a share of its columns.
 
-    Halfway between two of them and, as many tokens may have the same value, a ten-thousandth below
-    the upper one at least: whether a value on the threshold is above it would hang on rounding.
-    Only the largest values are sorted, since few are asked for.
+    It is halfway between two values, and at least a ten-thousandth below the upper one: many tokens
+    may have the same value, and rounding would decide whether it is above itself.
     """
     above = min(max(round(share * z.shape[1]), 1), z.shape[1] - 1)
     top = jax.lax.top_k(z, above + 1)[0]
@@ -105,16 +98,15 @@ def _exceeded(z: jax.Array, share: float) -> jax.Array:
 
 
 def from_coders(
-    coders: Sequence[Any], config: CoderConfig, scales: Mapping[str, Any]
+    coders: Sequence[Coder], config: CoderConfig, scales: Mapping[str, jax.Array]
 ) -> tuple[Weights, list[jax.Array]]:
-    """A coder of several layers from one Matryoshka-ordered coder a layer; N = 1.
+    """A coder of several layers from one Matryoshka-ordered coder for each layer; N = 1.
 
-    From the earliest layer on, each layer takes the first `width` features not marked yet, and
-    marks, for each, the most similar one of every later layer, similarity being the early decoder
-    times the later encoder: it is the same feature, and should not be taken again. Where a feature
-    was marked, the early one starts by writing what the later one wrote, times the similarity (that
-    last rule is ours; the paper tells only the choice). Also returns the features taken, [F] ids a
-    layer. Source: Gemma Scope 2 technical paper, section 3.3.
+    From the earliest layer on, each layer takes its first `width` unmarked features. For each, it
+    marks the most similar feature of every later layer (the early decoder times the later encoder),
+    which is not taken again. The early feature starts by writing what the marked one wrote, times
+    the similarity (our rule). Also returns the ids of the features taken, [F] for each layer.
+    Source: Gemma Scope 2 technical paper, section 3.3.
     """
     X = len(coders)
     single = [_alone(c, config, i, scales) for i, c in enumerate(coders)]
@@ -123,8 +115,8 @@ def from_coders(
     for i, w in enumerate(single):
         if int(free[i].sum()) < config.width:
             raise InputError(
-                f"{config.init_layers[i]}: {int(free[i].sum())} features are left to take after "
-                f"those of earlier layers; {config.width} are needed"
+                f"{config.init_layers[i]}: only {int(free[i].sum())} features are left after those "
+                f"of earlier layers; {config.width} are needed"
             )
         ids = jnp.nonzero(free[i], size=config.width)[0]
         taken.append(ids)
@@ -156,20 +148,18 @@ def from_coders(
 
 
 def check_coders(coders: Sequence[Coder], config: CoderConfig) -> None:
-    """Raise `InputError` unless there is a coder of one layer for each of the config's."""
+    """Raise `InputError` unless the coders are of one layer each, those of the config."""
     for coder, address, layer in zip(coders, config.init_layers, config.layer_tuple):
         if coder.multi_layer:
-            raise InputError(f"{address}: a coder of one layer is needed here")
+            raise InputError(f"{address}: has several layers; a coder of one layer is needed")
         got = (coder.layers[0], coder.reads, coder.writes)
-        if got != (layer, config.reads, config.target):
-            raise InputError(
-                f"{address}: stands at layer {got[0]}, {got[1]} to {got[2]}, not at layer {layer}, "
-                f"{config.reads} to {config.target}"
-            )
+        if got != (wanted := (layer, config.reads, config.target)):
+            place = "layer {}, {} to {}".format
+            raise InputError(f"{address}: is for {place(*got)}, not for {place(*wanted)}")
 
 
-def _alone(coder: Coder, config: CoderConfig, i: int, scales: Mapping[str, Any]) -> Weights:
-    """Coder of layer `i` in training units."""
+def _alone(coder: Coder, config: CoderConfig, i: int, scales: Mapping[str, jax.Array]) -> Weights:
+    """The coder of layer `i` in training units."""
     one = dataclasses.replace(
         config,
         layers=config.layer_tuple[i],

@@ -1,9 +1,10 @@
-"""What a run shows while it lasts: its progress, log.jsonl, TensorBoard and wandb."""
+"""What a run shows while it runs: its progress, log.jsonl, TensorBoard and wandb."""
 
 import json
 import math
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.paths import is_remote
 from gemma_scope_jax.storage.strict_json import field, parse_json
+from gemma_scope_jax.training.objective import Parts
 from gemma_scope_jax.training.recipe import TrainConfig, as_json
+from gemma_scope_jax.training.weights import CoderGroup
 
 _NOT_FINITE = re.compile(r"(?<=: )-?(NaN|Infinity)(?=[,}])")
 FIRST, EVERY = 2.0, 10.0  # seconds between reports, at the start and after 1,000 seconds
@@ -25,16 +28,17 @@ class TrainLog:
     """Reports at most every few seconds; reading a number waits for the device."""
 
     def __init__(self, config: TrainConfig, out: epath.Path, done: int):
-        self.config, self.out, self.began, self.begun = config, out, time.monotonic(), done
-        self.logged, self.log, self.written = -math.inf, out / "log.jsonl", time.monotonic()
-        self.text = "" if jax.process_index() else self._until(done * config.tokens_a_pass)
-        tracked = () if jax.process_index() else config.track
+        self.config, self.log, self.begun = config, out / "log.jsonl", done
+        self.began = self.written = time.monotonic()
+        self.logged, self.text, self.trackers = -math.inf, "", []
         each = config.tokens_a_pass
         self.progress = Progress(config.passes * each, begun=done * each, every=0.0)
-        self.trackers = [_tracker(name, config, out) for name in tracked]
+        if not jax.process_index():
+            self.text = self._until(done * each)
+            self.trackers = [_tracker(name, config, out) for name in config.track]
 
     def _until(self, tokens: int) -> str:
-        """The log so far, without what a killed run wrote beyond the checkpoint it goes on from."""
+        """The log up to the checkpoint that the run continues from."""
         if not self.log.exists():
             return ""
         kept = "".join(line for line, row in read_log(self.log) if row["tokens"] <= tokens)
@@ -43,20 +47,21 @@ class TrainLog:
         return kept if is_remote(self.log) else ""
 
     def due(self) -> bool:
-        """More often at first: a run of minutes should have a curve, one of days a small log."""
+        """Whether to report: more often at first, so that even a short run has a curve."""
         now = time.monotonic()
         return now - self.logged > min(EVERY, max(FIRST, 0.01 * (now - self.began)))
 
-    def report(self, done: int, update: int, parts: list | None, groups: Any) -> None:
-        """One line: tokens, rate and time left, then each coder's loss parts (if any yet)."""
+    def report(
+        self, done: int, update: int, parts: list[Parts] | None, groups: Sequence[CoderGroup]
+    ) -> None:
+        """One line: tokens, rate and time left, then the parts of each coder's loss, if known."""
         config, each = self.config, self.config.tokens_a_pass
         seconds = max(time.monotonic() - self.began, 1e-9)
-        if jax.process_index():  # one host speaks for all
+        if jax.process_index():  # the first host reports for all
             self.logged = time.monotonic()
             return
-        rate = (done - self.begun) * each / seconds
         row: dict[str, Any] = {"tokens": done * each, "update": update}
-        row["tokens_per_s"] = round(rate, 1)
+        row["tokens_per_s"] = round((done - self.begun) * each / seconds, 1)
         row["coders"] = _by_coder(config, parts, groups) if parts else {}
         self._write(json.dumps(finite(row), allow_nan=False) + "\n")
         for track in self.trackers:
@@ -65,7 +70,7 @@ class TrainLog:
         self.logged = time.monotonic()
 
     def _write(self, line: str) -> None:
-        """Append to the log; in a bucket, where nothing can be appended, write it anew at times."""
+        """Append to the log; in a bucket, which cannot append, rewrite it now and then."""
         if not is_remote(self.log):
             try:
                 with self.log.open("a") as file:
@@ -78,22 +83,22 @@ class TrainLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what a bucket's log still lacks."""
+        """Write the lines that a bucket's log still lacks."""
         if self.text:
             write_text(self.log, self.text)
             self.written = time.monotonic()
 
 
 def finite(value: Any) -> Any:
-    """JSON's null for what is no number: a loss that has overflowed."""
+    """The value with JSON's null for numbers that are not finite, such as an overflowed loss."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(log: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a log.jsonl and what they hold, null as NaN; without one that a killed process
-    has not ended. Raises `InputError` that names a line of anything else.
+    """The lines of a log.jsonl with their contents, null as NaN; an unfinished last line is left
+    out. Raises `InputError` with the number of any other line that cannot be used.
     """
     try:
         text = log.read_bytes().decode(errors="replace")
@@ -113,7 +118,9 @@ def read_log(log: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[str, float]]:
+def _by_coder(
+    config: TrainConfig, parts: list[Parts], groups: Sequence[CoderGroup]
+) -> dict[str, dict[str, float]]:
     found = {}
     for group, part in zip(groups, parts):
         values = {k: np.asarray(v) for k, v in part.items()}
@@ -123,7 +130,7 @@ def _by_coder(config: TrainConfig, parts: list, groups: Any) -> dict[str, dict[s
 
 
 def _summary(coders: dict[str, dict[str, float]]) -> str:
-    """ "  FVU 0.21  L0 50.3  dead 0.0 %", of many coders the range."""
+    """ "  FVU 0.21  L0 50.3  dead 0.0 %"; for several coders, the range."""
     text = ""
     for name, key, scale, form in (
         ("loss", "loss", 1, ".4f"),
@@ -140,7 +147,7 @@ def _summary(coders: dict[str, dict[str, float]]) -> str:
     return text
 
 
-def _tracker(name: str, config: TrainConfig, out: epath.Path) -> Any:
+def _tracker(name: str, config: TrainConfig, out: epath.Path) -> Callable[[dict[str, Any]], None]:
     """A function that takes a row of the log. Raises `InputError` if the package is missing."""
     try:
         if name == "tensorboard":
@@ -151,21 +158,17 @@ def _tracker(name: str, config: TrainConfig, out: epath.Path) -> Any:
         import wandb
 
         run = wandb.init(project="gemma_scope_jax", dir=str(out), config=as_json(config))
-        return lambda row: run.log(dict(_flat(row)), step=row["update"])
+        return lambda row: run.log(_flat(row), step=row["update"])
     except ImportError as error:
         raise InputError(f"track {name!r} needs: pip install 'gemma-scope-jax[track]'") from error
 
 
-def _flat(row: dict) -> Any:
-    yield "tokens_per_s", row["tokens_per_s"]
-    for coder, parts in row["coders"].items():
-        for key, value in parts.items():
-            if value is None:
-                continue
-            yield f"{coder}/{key}", value
+def _flat(row: dict[str, Any]) -> dict[str, float]:
+    named = {f"{c}/{k}": v for c, parts in row["coders"].items() for k, v in parts.items()}
+    return {"tokens_per_s": row["tokens_per_s"]} | named
 
 
-def _to_tensorboard(writer: Any, row: dict) -> None:
-    for key, value in _flat(row):
+def _to_tensorboard(writer: Any, row: dict[str, Any]) -> None:
+    for key, value in _flat(row).items():
         writer.add_scalar(key, value, row["update"])
     writer.flush()

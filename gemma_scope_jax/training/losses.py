@@ -8,8 +8,8 @@ the rectangle kernel K(u) = 1[|u| < 1/2] and bandwidth e,
     d JumpReLU(z) / d threshold = -(threshold / e) K((z - threshold) / e)
     d H(z - threshold) / d threshold = -(1 / e) K((z - threshold) / e)
 
-and the sparsity penalty sends no gradient to z. Activations have unit mean squared norm. Shapes are
-those of the caller: `z` and `threshold` alike, over all features or over the active ones alone.
+and the sparsity penalty sends no gradient to z. Activations have unit mean squared norm; `z` and
+`threshold` have the same shape, over all features or over the active ones.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 
-def _near(z, threshold, bandwidth):
+def _near(z: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
     return (jnp.abs(z - threshold) < 0.5 * bandwidth).astype(z.dtype)
 
 
@@ -28,17 +28,13 @@ def jumprelu(z: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
     return jnp.where(z > threshold, jax.nn.relu(z), 0.0)
 
 
-def _jumprelu_fwd(z, threshold, bandwidth):
-    return jumprelu(z, threshold, bandwidth), (z, threshold)
-
-
-def _jumprelu_bwd(bandwidth, saved, g):
+def _jumprelu_backward(bandwidth, saved, g):
     z, threshold = saved
     dz = jnp.where((z > threshold) & (z > 0), g, 0.0)
     return dz, -(threshold / bandwidth) * g * _near(z, threshold, bandwidth)
 
 
-jumprelu.defvjp(_jumprelu_fwd, _jumprelu_bwd)
+jumprelu.defvjp(lambda z, t, width: (jumprelu(z, t, width), (z, t)), _jumprelu_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -47,16 +43,12 @@ def step(z: jax.Array, threshold: jax.Array, bandwidth: float) -> jax.Array:
     return (z > threshold).astype(z.dtype)
 
 
-def _step_fwd(z, threshold, bandwidth):
-    return step(z, threshold, bandwidth), (z, threshold)
-
-
-def _step_bwd(bandwidth, saved, g):
+def _step_backward(bandwidth, saved, g):
     z, threshold = saved
     return jnp.zeros_like(z), -g * _near(z, threshold, bandwidth) / bandwidth
 
 
-step.defvjp(_step_fwd, _step_bwd)
+step.defvjp(lambda z, t, width: (step(z, t, width), (z, t)), _step_backward)
 
 
 def quadratic_l0(l0: jax.Array, target: jax.Array) -> jax.Array:
@@ -65,31 +57,30 @@ def quadratic_l0(l0: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def tanh_l0(f: jax.Array, scale: float) -> jax.Array:
-    """sum tanh(c f) over the last axis: Anthropic's smooth count of active features.
-
-    Source: Circuits updates, January 2025; decoder rows have unit norm, so they do not appear.
-    """
+    """sum tanh(c f) over the last axis: Anthropic's smooth count of active features, for decoder
+    rows of unit norm. Source: Circuits updates, January 2025."""
     return jnp.sum(jnp.tanh(scale * f), -1)
 
 
 def frequency_penalty(frequency: jax.Array, limit: float) -> jax.Array:
     """limit * sum max(0, p / limit - 1)^2 over the last axis, p [..., F] the share of tokens.
 
-    The paper tells that features above 10 % are penalised, not how. Here one more activation of a
-    feature at twice the limit costs 2, as it costs 1 under equation (4), and nothing at the limit:
-    features below it are left alone. Under equation (5) near its target one more activation costs
-    (4 / L0*) (L0 - L0*) lambda, a few thousandths, so weights of about 0.01 are felt.
+    The paper penalises features above 10 %, but gives no formula. Here one more activation of a
+    feature costs 2 at twice the limit, and nothing up to the limit. Near the target of equation (5)
+    it costs (4 / L0*) (L0 - L0*) lambda, a few thousandths: weights of about 0.01 have an effect.
     """
     return limit * jnp.sum(jax.nn.relu(frequency / limit - 1.0) ** 2, -1)
 
 
-def share_of_tokens(fired, excess, threshold, tokens: int, narrowest: float) -> jax.Array:
+def share_of_tokens(
+    fired: jax.Array, excess: jax.Array, threshold: jax.Array, tokens: int, narrowest: float
+) -> jax.Array:
     """The share p of tokens on which features are active, with a gradient to their thresholds.
 
-    `fired` counts a feature's active tokens, `excess` sums z - threshold over them, all [..., F].
-    The gradient is that of values spread exponentially above the threshold, dp / dthreshold =
-    -p / mean(z - threshold), the mean being `narrowest` at least: the narrow kernel of `step` sees
-    nothing of a feature whose every value is far above its threshold, the one that should pay most.
+    `fired` is the number of a feature's active tokens, `excess` the sum of z - threshold over them,
+    all [..., F]. The gradient is that of exponentially distributed values, dp / dthreshold = -p /
+    mean(z - threshold), with a mean of at least `narrowest`: the kernel of `step` is too narrow for
+    features with all values far above their threshold.
     """
     fired, excess = jax.lax.stop_gradient((fired, excess))
     mean = jnp.maximum(excess / jnp.maximum(fired, 1.0), narrowest)
@@ -98,7 +89,7 @@ def share_of_tokens(fired, excess, threshold, tokens: int, narrowest: float) -> 
 
 
 def token_weight(y: jax.Array, outlier: float) -> jax.Array:
-    """min(1, outlier^2 / |y|^2) over y [..., D]: rare enormous tokens weigh as if at `outlier`."""
+    """min(1, outlier^2 / |y|^2) over y [..., D]: outlier tokens have the weight of `outlier`."""
     return jnp.minimum(1.0, outlier**2 / jnp.maximum(jnp.sum(y * y, -1), 1e-9))
 
 

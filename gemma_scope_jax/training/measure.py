@@ -1,10 +1,9 @@
-"""The figures of a coder as it is saved: loaded back from its folder, on what was not trained on.
+"""The figures of a saved coder: loaded back from its folder, on tokens that were not trained on.
 
-Training knows a coder by its batches, in its own units and, with BatchTopK, by another function
-than the one saved. Here the files themselves are measured, with the definitions of `evaluate`: with
-y what a coder writes and r its error, FVU = E|r|^2 / (E|y|^2 - |E y|^2), of several layers the
-mean; "typical" is without tokens of more than `OUTLIER` median norms. L0 is over all layers, as in
-the recipe.
+Training measures a coder in its own units and, with BatchTopK, as another function than the saved
+one. Here the files are measured, with the definitions of `evaluate`: with y what a coder writes and
+r its error, FVU = E|r|^2 / (E|y|^2 - |E y|^2), the mean over layers; "typical" leaves out tokens
+above `OUTLIER` median norms. L0 is over all layers, as in the recipe.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.load import load_coder
@@ -25,18 +25,19 @@ from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.training.log import finite, read_log
+from gemma_scope_jax.training.state import Sites
 
 LOG = logging.getLogger(__name__)
 OUTLIER = 3.0
 TOKENS = 256  # encoded at a time
-USELESS = 1.0  # FVU from which the mean activation says more than the coder
+USELESS = 1.0  # FVU from which the mean activation is as good as the coder
+Figures = dict[str, Any]  # numbers by name; null where they were not finite
 
 
-def measure(coder: Coder, sites: dict[str, Any], layers: dict[str, tuple[int, ...]]) -> dict:
-    """L0 (mean and largest, of all layers), FVU and typical FVU on raw activations.
+def measure(coder: Coder, sites: Sites, layers: dict[str, tuple[int, ...]]) -> Figures:
+    """L0 (mean and largest, over all layers), FVU and typical FVU on raw activations.
 
-    sites: {site: [L, n, D]}, of which `layers` says which layers they are. {"tokens": 0} where
-    there are none.
+    sites: {site: [L, n, D]}, at the `layers` of each site. {"tokens": 0} if n is 0.
     """
 
     def rows(site: str) -> np.ndarray:
@@ -67,73 +68,68 @@ def measure(coder: Coder, sites: dict[str, Any], layers: dict[str, tuple[int, ..
 
 
 def _parts(coder: Coder, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(active features [m], reconstructions float64 [X, m, D]) of x [X, n, D], some at a time."""
-    n = x.shape[1]
-    for start in range(0, n, TOKENS):
+    """(active features [m], reconstructions float64 [X, m, D]) of parts of x [X, n, D]."""
+    for start in range(0, x.shape[1], TOKENS):
         some = x[:, start : start + TOKENS]
         size = some.shape[1]
-        padded = np.pad(some, ((0, 0), (0, min(TOKENS, n) - size), (0, 0)))
-        active, back = _run(coder, padded)
+        rest = min(TOKENS, x.shape[1]) - size
+        active, back = _run(coder, np.pad(some, ((0, 0), (0, rest), (0, 0))))
         yield np.asarray(active)[:size], np.asarray(back, np.float64)[:, :size]
 
 
 @jax.jit
-def _run(coder: Coder, x):
+def _run(coder: Coder, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     f = coder.encode(x)
     return jnp.sum(f > 0, (0, -1), dtype=jnp.int32), coder.decode(f, x)
 
 
 def save_measured(
-    found: dict[str, Coder], folder: Any, sites: dict[str, Any], layers: dict, apart: bool
-) -> tuple[dict[str, dict], list[str]]:
-    """Save coders below a folder, by name, then measure each as loaded back, on the host: coders
-    may be spread over devices none of which holds one alone.
+    found: dict[str, Coder],
+    folder: epath.Path,
+    sites: Sites,
+    layers: dict[str, tuple[int, ...]],
+    apart: bool,
+) -> tuple[dict[str, Figures], list[str]]:
+    """Save coders below a folder, by name, then measure each as loaded back. That happens on the
+    host: a single device may be too small for a coder.
 
-    sites, layers: as `measure` takes them; `apart`: whether those tokens were not trained on. Gives
-    the figures by name, and of each whose weights are no numbers why it was not saved.
+    sites, layers: see `measure`; `apart`: whether those tokens were not trained on. Returns the
+    figures by name, and a line for each coder that was not saved as its weights are NaN.
     """
-    there, saved, refused = [], {}, []
+    saved, refused = {}, {}
     for name, coder in found.items():
         try:
             save_coder(coder, folder / name)
         except InputError as error:
             if "NaN" not in str(error):
                 raise
-            refused.append(f"{name}: {error}")
-            continue
-        there.append(name)
-    for name in there:
-        with _on_the_host():
+            refused[name] = f"{name}: {error}"
+    try:
+        host = jax.default_device(jax.devices("cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        host = contextlib.nullcontext()
+    with host:
+        for name in (name for name in found if name not in refused):
             loaded = load_coder(os.fspath(folder / name), decoder=True)
             saved[name] = measure(loaded, sites, layers) | {"held_out": apart}
-        LOG.info("%s", said(name, saved[name]))
-        if why := doubt(saved[name]):
-            LOG.warning("%s: %s", name, why)
-    return saved, refused
+            LOG.info("%s", said(name, saved[name]))
+            if why := doubt(saved[name]):
+                LOG.warning("%s: %s", name, why)
+    return saved, list(refused.values())
 
 
-def _on_the_host() -> Any:
-    try:
-        return jax.default_device(jax.devices("cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return contextlib.nullcontext()
-
-
-def log_saved(log: Any, tokens: int, saved: dict[str, dict]) -> None:
-    """Put the figures of saved coders, {name: figures}, into the last row of log.jsonl.
-
-    Figures that are not finite become null there.
-    """
+def log_saved(log: epath.Path, tokens: int, saved: dict[str, Figures]) -> None:
+    """Put the figures of saved coders, by name, into the last row of log.jsonl."""
     rows = read_log(log) if log.exists() else []
     row = rows[-1][1] if rows else {"tokens": tokens, "coders": {}}
     last = json.dumps(finite(row | {"saved": saved}), allow_nan=False) + "\n"
     write_text(log, "".join(line for line, _ in rows[:-1]) + last)
 
 
-def said(name: str, figures: dict) -> str:
+def said(name: str, figures: Figures) -> str:
     """The figures of a saved coder in a line for the terminal."""
     if not figures["tokens"]:
-        return f"{name} as saved: not measured, there was no token for it"
+        return f"{name} as saved: not measured, for lack of tokens"
     on = "not trained on" if figures["held_out"] else "trained on"
     return (
         f"{name} as saved: FVU {figures['fvu']:.4g} ({figures['fvu_typical']:.4g} of typical "
@@ -142,11 +138,8 @@ def said(name: str, figures: dict) -> str:
     )
 
 
-def doubt(figures: dict) -> str:
-    """What is wrong with a coder of these figures, in words for people; "" if nothing is.
-
-    Figures may be those of the log, null where they were not finite.
-    """
+def doubt(figures: Figures) -> str:
+    """What is wrong with a coder of these figures (they may come from the log), "" for nothing."""
     if not figures["tokens"]:
         return "it was measured on no token"
     fvu = math.inf if figures["fvu"] is None else figures["fvu"]

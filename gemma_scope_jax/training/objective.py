@@ -1,12 +1,11 @@
-"""What a batch costs a group of coders, and its gradients: over all features, or the active ones.
+"""The loss of a group of coders on a batch, and its gradients: over all features, or active ones.
 
-The loss is written once over `Codes`: pre-activations with their thresholds, either of all F
-features or of the at most K a token that can matter, the active ones and those within the kernel of
-the straight-through estimator. Both give the same gradients; the second needs one dense product
-with the encoder and otherwise touches active features only (`kernels.active`). A few tokens of a
-batch may need more than K (early on, those of enormous norm do): their rows are done densely beside
-the rest. Too many of them make the whole batch dense (`lax.cond`), so the result never depends on
-K.
+The loss is written once over `Codes`: pre-activations with their thresholds, either for all F
+features or for up to K features of each token, those active or within the kernel of the
+straight-through estimator. Both give the same gradients; the second needs one dense product with
+the encoder and otherwise touches active features only (`kernels.active`). A few tokens (early on,
+outlier tokens) may need more than K features, and are done densely; with too many such tokens, the
+whole batch is dense (`lax.cond`). So the result never depends on K.
 """
 
 import dataclasses
@@ -20,30 +19,32 @@ from gemma_scope_jax.coders.coder import largest
 from gemma_scope_jax.kernels import active
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses
+from gemma_scope_jax.training.recipe import LossConfig
 from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
-ROWS = 64  # one token in so many may need more slots than there are
+ROWS = 64  # one token in this many may need more than K slots
+Parts = dict[str, jax.Array]  # of the loss, for the log: [N] each
 
 
 @flax.struct.dataclass
 class Dials:
-    """What weighs the losses of a group at one update, and moves during a run."""
+    """The weights of a group's losses that change during a run."""
 
     l0_weight: jax.Array  # float32 [N]: of the L0 penalty
     l0_target: jax.Array  # float32 [N]
-    dead: jax.Array  # float32 [N, X, F]: 0 for a feature in use, up to 1 for a silent one
+    dead: jax.Array  # float32 [N, X, F]: 0 for a feature in use, up to 1 for a dead one
 
 
 @flax.struct.dataclass
 class Codes:
-    """Pre-activations and thresholds of features, all of them or the `feature` ids given."""
+    """Pre-activations and thresholds of all features, or of the `feature` ids."""
 
     z: jax.Array  # [N, X, B, F or K]
     threshold: jax.Array  # likewise, or [N, X, 1, F]
-    feature: Any = None  # int32 [N, X, B, K]; None: all features
+    feature: jax.Array | None = None  # int32 [N, X, B, K]; None: all features
     count: Any = None  # int32 [N, X, B], slots in use
-    rest: Any = None  # Rows: tokens that are not in here but there
+    rest: "Rows | None" = None  # tokens that are done densely, and have no slots in use
 
 
 @flax.struct.dataclass
@@ -51,35 +52,38 @@ class Rows:
     """A few tokens of a batch with all their features."""
 
     codes: Codes  # of R tokens
-    at: jax.Array  # int32 [R]: which of the batch they are
-    used: jax.Array  # bool [R]: others are there to make up the number
+    at: jax.Array  # int32 [R]: their positions in the batch
+    used: jax.Array  # bool [R]: the others only fill up the number
 
 
-def gradients(w: Weights, x, y, dials: Dials, group: CoderGroup, capacity: int):
+def gradients(
+    w: Weights, x: jax.Array, y: jax.Array, dials: Dials, group: CoderGroup, capacity: int
+) -> tuple[Weights, Parts]:
     """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
 
     `capacity` is K, 0 for dense products. Parts are [N] each, and `frequency` [N, X, F], shares of
-    tokens; a sparse step adds `dense`, 1 where too many tokens needed more than K and all was done
-    densely.
+    tokens; a sparse step adds `dense`, 1 if too many tokens needed more than K and the whole batch
+    was done densely.
     """
+    on_all = lambda w: jax.grad(
+        lambda w: loss(w, encode(w, x, group), x, y, dials, group), has_aux=True
+    )(w)
     if not capacity or group.template.activation != "jumprelu":
-        return _dense_gradients(w, x, y, dials, group)
+        return on_all(w)
     shape = x.shape[:3]
     slots = shape[0] * shape[1]
     low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.template.loss.bandwidth
 
-    def find(w_enc, b_enc, b_dec):
-        bias = encoder_bias(
-            dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec),
-            group.template.apply_b_dec_to_input,
-        )
-        flat: Any = [a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low)]
-        found = active.encode_active(flat[0], flat[1], flat[2], flat[3], capacity)
+    def find(w_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array):
+        moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)
+        bias = encoder_bias(moved, group.template.apply_b_dec_to_input)
+        x_, enc, bias, low_ = (a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low))
+        found = active.encode_active(x_, enc, bias, low_, capacity)
         return found.z, (found.feature, found.count)
 
     z, pull, (feature, count) = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
     unflat = lambda a: a.reshape(*shape, *a.shape[2:])
-    over = jnp.any(count > capacity, 0)  # [B]: by all coders alike
+    over = jnp.any(count > capacity, 0)  # [B]: the same for all coders
     count = jnp.where(over[None, :], 0, count)
     rows = jnp.argsort(~over, stable=True)[: max(1, shape[2] // ROWS)].astype(jnp.int32)
 
@@ -98,20 +102,14 @@ def gradients(w: Weights, x, y, dials: Dials, group: CoderGroup, capacity: int):
         )
         return grads, parts
 
-    on_all = lambda w: _dense_gradients(w, x, y, dials, group)
     many = jnp.sum(over) > rows.shape[0]
     grads, parts = jax.lax.cond(many, on_all, on_active, w)
     share = jnp.broadcast_to(many, parts["loss"].shape).astype(jnp.float32)
     return grads, parts | {"dense": share}
 
 
-def _dense_gradients(w: Weights, x, y, dials: Dials, group: CoderGroup):
-    total = lambda w: loss(w, encode(w, x, group), x, y, dials, group)
-    return jax.grad(total, has_aux=True)(w)
-
-
 def encode(w: Weights, x: jax.Array, group: CoderGroup) -> Codes:
-    """Pre-activations of all features, x [N, X, B, D]."""
+    """Pre-activations of all features on x [N, X, B, D]."""
     if x.shape[0] * x.shape[1] == 1:  # a plain product is faster than a batch of one
         z = (x[0, 0] @ w.w_enc[0, 0].T)[None, None]
     else:
@@ -121,31 +119,26 @@ def encode(w: Weights, x: jax.Array, group: CoderGroup) -> Codes:
     return Codes(z, w.threshold[:, :, None, :])
 
 
-def activate(codes: Codes, group: CoderGroup, edge: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Feature activations and 1 where active, both like `codes.z`, with their gradients.
+def activate(
+    codes: Codes, group: CoderGroup, edge: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(feature activations, 1 where active), both like `codes.z`, with their gradients.
 
-    `edge`: what TopK and BatchTopK keep, if not the `cutoff` of these very codes.
+    `edge`: the smallest z to keep, if it is not the `cutoff` of these codes.
     """
     z, config = codes.z, group.template
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
-    if config.activation == "topk" and edge is None:
-        f = _topk(z, int(config.target_l0))
+    if config.activation == "topk" and edge is None:  # as saved coders compute it
+        N, X, B, F = z.shape
+        together = jnp.moveaxis(jax.nn.relu(z), 2, 1).reshape(N, B, X * F)
+        kept = largest(together, int(config.target_l0)).reshape(N, B, X, F)
+        f = jnp.moveaxis(kept, 1, 2)
         return f, jax.lax.stop_gradient(f > 0).astype(z.dtype)
     edge = cutoff(z, group) if edge is None else edge
     on = jax.lax.stop_gradient((z >= edge) & (z > 0)).astype(z.dtype)
     return z * on, on
-
-
-def _topk(z: jax.Array, k: int) -> jax.Array:
-    """z [N, X, B, F] with all but the k largest of a token, over all layers, at 0, and none below.
-
-    The same as saved coders compute.
-    """
-    N, X, B, F = z.shape
-    together = jnp.moveaxis(jax.nn.relu(z), 2, 1).reshape(N, B, X * F)
-    return jnp.moveaxis(largest(together, k).reshape(N, B, X, F), 1, 2)
 
 
 def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
@@ -164,7 +157,7 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
 def decode(
     w: Weights, f: jax.Array, codes: Codes, x: jax.Array, group: CoderGroup
 ) -> list[jax.Array]:
-    """The nested reconstructions of each output layer j: [N, M, B, E] in a list of X."""
+    """The nested reconstructions of each of X output layers: a list of [N, M, B, E]."""
     outputs, N = [], x.shape[0]
     for j, w_dec in enumerate(w.w_dec):
         if codes.feature is None:
@@ -182,8 +175,8 @@ def decode(
     return outputs
 
 
-def _dense_parts(f, w_dec, ends):
-    """f [N, X, B, F] times w_dec [N, X, F, E] by prefixes: [N, M, B, E], not yet cumulated."""
+def _dense_parts(f: jax.Array, w_dec: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """f [N, X, B, F] times w_dec [N, X, F, E] by prefixes: [N, M, B, E], not yet summed up."""
     parts, begin = [], 0
     for end in ends:
         if f.shape[0] * f.shape[1] == 1:
@@ -199,27 +192,34 @@ def per_feature(codes: Codes, values: jax.Array, group: CoderGroup) -> jax.Array
     """Sums over the batch: values like `codes.z` -> [N, X, F]."""
     if codes.feature is None:
         return jnp.sum(values, 2)
-    N, X = values.shape[:2]
-    flat = lambda a: a.reshape(N * X, *a.shape[2:])
-    sums = active.per_feature(
-        flat(values), flat(codes.feature), flat(codes.count), group.template.width
-    )
-    return sums.reshape(N, X, -1)
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    slots = flat(values), flat(codes.feature), flat(codes.count)
+    sums = active.per_feature(*slots, group.template.width)
+    return sums.reshape(*values.shape[:2], -1)
 
 
-def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=None):
+def loss(
+    w: Weights,
+    codes: Codes,
+    x: jax.Array,
+    y: jax.Array,
+    dials: Dials,
+    group: CoderGroup,
+    kl: jax.Array | None = None,
+) -> tuple[jax.Array, Parts]:
     """The sum of the group's losses, and their parts: [N] each, `frequency` [N, X, F].
 
-    `kl` [N], where given, joins the reconstruction as equation (6) says.
+    `kl` [N], if given, joins the reconstruction as in equation (6).
     """
     config, B = group.template.loss, x.shape[2]
     f, on = activate(codes, group)
     outputs = decode(w, f, codes, x, group)
-    count = lambda f, on: jnp.sum(on, (1, 3))
+    active_features = lambda on: jnp.sum(on, (1, 3))
+    count = lambda f, on: active_features(on)
     if config.sparsity == "tanh":
         count = lambda f, on: jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1)
     above = lambda codes: jax.nn.relu(codes.z - codes.threshold)
-    l0, sparsity = jnp.sum(on, (1, 3)), count(f, on)  # [N, B]
+    l0, sparsity = active_features(on), count(f, on)  # [N, B]
     fired = per_feature(codes, on, group)  # [N, X, F]
     edge = cutoff(codes.z, group) if group.template.activation != "jumprelu" else None
     excess: Any = per_feature(codes, above(codes), group) if edge is None else None
@@ -232,7 +232,7 @@ def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=Non
             out.at[:, :, rows.at].set(jnp.where(keep > 0, new, out[:, :, rows.at]))
             for out, new in zip(outputs, more)
         ]
-        l0 = l0.at[:, rows.at].add(jnp.sum(more_on, (1, 3)))
+        l0 = l0.at[:, rows.at].add(active_features(more_on))
         sparsity = sparsity.at[:, rows.at].add(count(more_f, more_on))
         fired = fired + jnp.sum(more_on, 2)
         excess = excess + jnp.sum(above(rows.codes) * keep, 2)
@@ -262,11 +262,13 @@ def loss(w: Weights, codes: Codes, x, y, dials: Dials, group: CoderGroup, kl=Non
     return jnp.sum(total), parts
 
 
-def reconstruction(outputs: list[jax.Array], y: jax.Array, outlier: float):
+def reconstruction(
+    outputs: list[jax.Array], y: jax.Array, outlier: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Squared errors [N] of the whole and of the mean over prefixes, and the variance [N].
 
-    Means over tokens, rare enormous ones weighed down, and sums over layers, whose activations have
-    unit mean squared norm each; outputs are X of [N, M, B, E], y is [N, X, B, E].
+    They are means over tokens, with outlier tokens weighted down, and sums over layers; `outputs`
+    has X of [N, M, B, E], y is [N, X, B, E].
     """
     weight = losses.token_weight(y, outlier)  # [N, X, B]
     each = [jnp.sum((y[:, j, None] - out) ** 2, -1) for j, out in enumerate(outputs)]
@@ -276,8 +278,8 @@ def reconstruction(outputs: list[jax.Array], y: jax.Array, outlier: float):
     return over(error[:, :, -1]), over(jnp.mean(error, 2)), over(weight * centred)
 
 
-def _penalty(sparsity, target, config):
-    """The sparsity term [N] without its weight, from counts [N, B] of active features."""
+def _penalty(sparsity: jax.Array, target: jax.Array, config: LossConfig) -> jax.Array:
+    """The sparsity term [N] without its weight, from the numbers [N, B] of active features."""
     if config.sparsity != "quadratic":
         return jnp.mean(sparsity, -1)
     if config.per_token:
@@ -285,17 +287,18 @@ def _penalty(sparsity, target, config):
     return losses.quadratic_l0(jnp.mean(sparsity, -1), target)
 
 
-def _below_threshold(w: Weights, mean_x, excess, fired, group: CoderGroup) -> jax.Array:
+def _below_threshold(
+    w: Weights, mean_x: jax.Array, excess: jax.Array, fired: jax.Array, group: CoderGroup
+) -> jax.Array:
     """The mean over tokens of relu(threshold - z) of JumpReLU coders: [N, X, F].
 
     mean_x [N, X, D] is the mean token; excess and fired [N, X, F] are the means of relu(z -
     threshold) and of the active tokens. relu(t - z) = (t - z) + relu(z - t), and the first part is
-    linear in the mean token: dead features cost no dense product.
+    linear in the mean token: dead features need no dense product.
 
-    The gradient goes to the thresholds alone: a dead feature comes to fire on the tokens that it
-    points to most. Raised through its bias, it would write a constant wherever it fires, which the
-    sparsity penalty undoes by raising the threshold, and so on. The bias is raised only where the
-    threshold is 0 already and z is below it on every token.
+    The gradient goes to the thresholds, so that a dead feature begins to fire on the tokens that it
+    points to most. Through its bias, it would write a constant wherever it fires, which the
+    sparsity penalty undoes; the bias is raised only where the threshold is already 0.
     """
     stop = jax.lax.stop_gradient
     lever = jnp.where(w.threshold > 0, w.threshold, -w.b_enc)
@@ -303,30 +306,32 @@ def _below_threshold(w: Weights, mean_x, excess, fired, group: CoderGroup) -> ja
     return below + stop(1.0 - fired) * (lever - stop(lever))
 
 
-def _below_cutoff(w: Weights, mean_x, z, edge, group: CoderGroup) -> jax.Array:
-    """`_below_threshold` of TopK coders, which have no thresholds of their own: the gradient goes
-    to z [N, X, B, F], and the threshold is the mean cut-off `edge`."""
+def _below_cutoff(
+    w: Weights, mean_x: jax.Array, z: jax.Array, edge: jax.Array, group: CoderGroup
+) -> jax.Array:
+    """`_below_threshold` for TopK coders, which have no thresholds: the mean cut-off `edge` takes
+    their place, and the gradient goes to z [N, X, B, F]."""
     edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
     threshold = jnp.broadcast_to(edge, w.threshold.shape)
     excess = jnp.sum(jax.nn.relu(z - threshold[:, :, None, :]), 2)
     return threshold - _mean_z(w, mean_x, group) + excess / z.shape[2]
 
 
-def _mean_z(w: Weights, mean_x, group: CoderGroup) -> jax.Array:
+def _mean_z(w: Weights, mean_x: jax.Array, group: CoderGroup) -> jax.Array:
     """Pre-activations of the mean token: [N, X, F]."""
     z = jnp.einsum("nxd,nxfd->nxf", mean_x, w.w_enc)
     return z + encoder_bias(w, group.template.apply_b_dec_to_input)
 
 
 def calibrated(w: Weights, x: jax.Array, group: CoderGroup) -> Weights:
-    """Thresholds for a TopK or BatchTopK group: one a coder, where a sample has the target L0.
+    """A threshold for each coder of a TopK or BatchTopK group, at which x has the target L0.
 
-    x is [N, X, B, D] of unit mean squared norm, of tokens that were not trained on: on those that
-    were, more pre-activations are large. For BatchTopK this is the cut-off of training itself, on a
-    larger batch; TopK's fixed count a token becomes a mean. None is below 0.
+    x is [N, X, B, D] of unit mean squared norm, from tokens that were not trained on: on others,
+    more pre-activations are large. For BatchTopK this is the cut-off of training itself, on a
+    larger batch; for TopK, the fixed number of features of a token becomes a mean. It is 0 or more.
     """
     batch = dataclasses.replace(group.template, activation="batch_topk")
-    batch = CoderGroup(group.members, (batch, *group.coders[1:]))
+    batch = CoderGroup((batch, *group.coders[1:]))
     edge = jnp.squeeze(cutoff(encode(w, x, group).z, batch), -1)
     edge = jnp.maximum(jnp.nextafter(edge, -jnp.inf), 0.0)  # JumpReLU is strict, and a ReLU
     return dataclasses.replace(w, threshold=jnp.broadcast_to(edge, w.threshold.shape))

@@ -1,8 +1,7 @@
-"""What a training run is: nested frozen dataclasses, written beside the weights they made.
+"""The recipe of a training run: nested frozen dataclasses, saved beside the weights they made.
 
 Defaults are the published recipe (Gemma Scope 2 technical paper, section 3) where it is known;
-fields that the paper leaves open, or that a short run needs otherwise, say so. A `configs/*.py`
-file exposes one `TrainConfig` as `config`.
+fields that are not in the paper say so. A `configs/*.py` file sets `config` to a `TrainConfig`.
 """
 
 import dataclasses
@@ -17,38 +16,32 @@ SPARSITIES = ("quadratic", "step", "tanh")
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32")
 
 
-def _check(config: Any, what: str, test: Any, *names: str) -> None:
-    """Raise `InputError` for the first of the fields that is not `what`."""
+_MUST_BE = {
+    "positive": lambda v: v > 0,
+    "a number that is not negative": lambda v: v >= 0,
+    "at least 0 and below 1": lambda v: 0 <= v < 1,
+    "above 0 and at most 1": lambda v: 0 < v <= 1,
+    "above 0 and at most a half": lambda v: 0 < v <= 0.5,
+    "a share from 0 to 1": lambda v: 0 <= v <= 1,
+    "a whole number from 0 on": lambda v: isinstance(v, int) and v >= 0,
+    "a whole number from 1 on": lambda v: isinstance(v, int) and v >= 1,
+    "a whole number from 0 on, or a share below 1": lambda v: (
+        v >= 0 and (v < 1 or isinstance(v, int))
+    ),
+}
+
+
+def _check(config: Any, what: str, *names: str) -> None:
+    """Raise `InputError` for the first of the fields that is not `what` of `_MUST_BE`."""
     for name in names:
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and test(value)):
+        if not (number and _MUST_BE[what](value)):
             raise InputError(f"{name} must be {what}, not {value!r}")
 
 
-def _positive(config: Any, *names: str) -> None:
-    _check(config, "positive", lambda v: v > 0, *names)
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    _check(config, "a number that is not negative", lambda v: v >= 0, *names)
-
-
-def _whole(config: Any, least: int, *names: str) -> None:
-    _check(
-        config,
-        f"a whole number from {least} on",
-        lambda v: isinstance(v, int) and v >= least,
-        *names,
-    )
-
-
-def _share(config: Any, *names: str) -> None:
-    _check(config, "at least 0 and below 1", lambda v: 0 <= v < 1, *names)
-
-
 def _tuples(config: Any, *names: str) -> None:
-    """Lists become tuples, as compiled programs need them; `InputError` for what is neither."""
+    """Turn lists into tuples, as compiled programs need them; `InputError` for anything else."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -64,100 +57,98 @@ def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What one coder minimises, each activation of unit mean squared norm.
+    """The losses of one coder, for activations of unit mean squared norm.
 
-    Losses compose: reconstruction (the mean over `prefixes` where there are any), sparsity,
-    frequency, the revival of dead features and, with `kl_weight`, the effect on the model.
+    They add up: reconstruction (the mean over `prefixes`, if any), sparsity, frequency, the revival
+    of dead features and, with `kl_weight`, the effect on the model.
     """
 
     sparsity: str = "quadratic"
     """The sparsity loss: "quadratic" is equation (5), which aims at a target L0; "step" is equation
-    (4), without target; "tanh" is Anthropic's."""
+    (4), which has no target; "tanh" is Anthropic's."""
     l0_weight: float = 0.1
     """lambda, the weight of the sparsity loss; the paper does not give it."""
     l0_warmup: int | float = 50_000
-    """Updates over which lambda grows from 0; below 1 a share of the run's updates."""
+    """Updates over which lambda grows from 0; below 1, a share of the run's updates."""
     l0_start: float | None = None
-    """The target L0 at the start, which comes down linearly over `l0_warmup`."""
+    """The target L0 at the start, from which the target falls linearly over `l0_warmup`."""
     per_token: bool = True
-    """Square each token's distance to the target L0, as equation (5) is written; false squares that
-    of the batch mean, so that one token may use more features than another."""
+    """Square each token's distance from the target L0, as in equation (5); false squares that of
+    the batch mean, so that some tokens may use more features than others."""
     tanh_scale: float = 4.0
-    """c in tanh(c f), where decoder rows have unit norm."""
+    """c in tanh(c f), for decoder rows of unit norm."""
     frequency_limit: float = 0.1
     """The share of tokens above which a feature is penalised."""
     frequency_weight: float = 0.0
-    """The weight of that penalty (`losses.frequency_penalty`); the paper gives no formula."""
+    """The weight of this penalty (`losses.frequency_penalty`); the paper gives no formula."""
     bandwidth: float = 0.001
     """The width of the straight-through kernel."""
     dead_below: float = 0.01
-    """A feature is dead while it is active on a smaller share of tokens than this times the mean
-    feature's, target_l0 / (layers * width)."""
+    """A feature is dead while its share of active tokens is below this times that of the mean
+    feature, target_l0 / (layers * width)."""
     dead_after: int = 1000
-    """Updates over which that share is averaged: how long a silent feature takes to count as
+    """Updates over which that share is averaged, and after which a feature that no longer fires is
     dead."""
     dead_weight: float = 0.01
     """The weight of the pre-activation loss that revives dead features; 0 turns it off. It is not
-    in the paper but in Anthropic's circuits updates of January 2025. Adam moves silent features
-    alike at any weight: it matters for those that are active now and then."""
+    in the paper, but in Anthropic's circuits updates of January 2025. Under Adam it matters for
+    features that fire now and then; those that never fire move alike at any weight."""
     outlier: float = 3.0
-    """Tokens above this many root-mean-square norms count as if at it: one token in a thousand has
-    6 times the median norm, 40 times its square."""
+    """Tokens above this many root-mean-square norms are weighted as if they were at it: one token
+    in a thousand has 6 times the median norm, 40 times its square."""
     kl_weight: float = 0.0
     """beta of equation (6), end-to-end finetuning; 0 turns it off."""
 
     def __post_init__(self) -> None:
         _one_of("sparsity", self.sparsity, SPARSITIES)
-        _positive(self, "bandwidth", "outlier", "frequency_limit", "tanh_scale", "dead_below")
-        _not_negative(self, "l0_weight", "frequency_weight", "dead_weight", "kl_weight")
-        _whole(self, 0, "dead_after")
-        warmup = "a whole number from 0 on, or a share below 1"
-        _check(self, warmup, lambda v: v >= 0 and (v < 1 or isinstance(v, int)), "l0_warmup")
-        if self.l0_start is not None:
-            _positive(self, "l0_start")
+        positive = ["bandwidth", "outlier", "frequency_limit", "tanh_scale", "dead_below"]
+        _check(self, "positive", *positive, *(["l0_start"] if self.l0_start is not None else []))
+        weights = ("l0_weight", "frequency_weight", "dead_weight", "kl_weight")
+        _check(self, "a number that is not negative", *weights)
+        _check(self, "a whole number from 0 on", "dead_after")
+        _check(self, "a whole number from 0 on, or a share below 1", "l0_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
 class CoderConfig:
-    """One coder: an SAE or transcoder on one layer; a crosscoder or CLT over several.
+    """One coder: an SAE or transcoder on one layer; a crosscoder or CLT over several layers.
 
-    `layers` is an int for a coder of one layer and a tuple for one of several. It reads one site
-    and writes the same one (SAE, crosscoder) or another (transcoder, CLT).
+    It reads one site and writes the same one (SAE, crosscoder) or another (transcoder, CLT).
     """
 
     layers: int | tuple[int, ...]
-    """The model's layer, or the layers of a coder of several: 12, or 5,9,12,15."""
+    """The layer of an SAE or transcoder, 12; or the layers of a crosscoder or CLT, 5,9,12,15."""
     reads: str = "resid_post"
-    """The site that it reads."""
+    """The site that the coder reads."""
     writes: str = ""
-    """The site that it writes; the default is the one it reads."""
+    """The site that the coder writes; the default is the one it reads."""
     width: int = 4096
     """Features of each layer."""
     target_l0: float = 50.0
-    """Features that are active on a token, over all layers."""
+    """The number of features to be active on a token, over all layers."""
     activation: str = "jumprelu"
-    """"jumprelu"; or "topk", which keeps target_l0 features of each token over all layers; or
-    "batch_topk", which keeps as many on average and is saved as the JumpReLU nearest to it."""
+    """"jumprelu"; "topk", which keeps target_l0 features of each token over all layers; or
+    "batch_topk", which keeps as many on average and is saved as the nearest JumpReLU."""
     as_jump_relu: bool = False
-    """Save "topk", too, as a JumpReLU: another function, whose figures are on its card."""
+    """Also save "topk" as a JumpReLU, which is another function; its figures are on the card."""
     skip: bool = False
     """Add an affine skip connection, x @ w_skip."""
     prefixes: tuple[int, ...] = ()
-    """Matryoshka: the first so many features must reconstruct alone, too."""
+    """Matryoshka: the first n features must also reconstruct alone, for each of these n."""
     input_bias: bool = True
     """Subtract b_dec from the input of a coder that writes what it reads."""
     threshold: float | None = 0.001
-    """The thresholds at the start; None takes them from the data (`init.from_data`)."""
+    """The thresholds at the start; None derives them from the data (`init.from_data`)."""
     init_from: str = ""
     """The folder or address of a coder to finetune."""
     init_layers: tuple[str, ...] = ()
-    """Coders of one layer to start from, one a layer (`init.from_coders`)."""
+    """Coders of one layer to start from, one for each layer (`init.from_coders`)."""
     seed: int = 0
     """The random seed of the first weights."""
     name: str = ""
-    """The name of its folder; the default is made from the rest."""
+    """The name of the coder's folder; the default is made from the other fields."""
     loss: LossConfig = LossConfig()
-    """What it minimises."""
+    """The losses of the coder."""
 
     def __post_init__(self) -> None:
         _one_of("activation", self.activation, ACTIVATIONS)
@@ -166,31 +157,31 @@ class CoderConfig:
             _tuples(self, "layers")
         if any(isinstance(n, bool) or not isinstance(n, int) for n in self.layer_tuple):
             raise InputError(f"layers must be a whole number or a tuple of them, not {self.layers}")
-        _whole(self, 1, "width")
-        _whole(self, 0, "seed")
-        _positive(self, "target_l0")
+        _check(self, "a whole number from 1 on", "width")
+        _check(self, "a whole number from 0 on", "seed")
+        _check(self, "positive", "target_l0")
         if self.threshold is not None:
-            _not_negative(self, "threshold")
+            _check(self, "a number that is not negative", "threshold")
         if self.target_l0 >= self.width * len(self.layer_tuple):
             raise InputError(f"target_l0 {self.target_l0} must be below the width {self.width}")
         if list(self.layer_tuple) != sorted(set(self.layer_tuple)) or not self.layer_tuple:
             raise InputError(f"layers {self.layers} must be one layer, or several in rising order")
-        if list(self.prefixes) != sorted(set(self.prefixes)) or not all(
-            0 < p < self.width for p in self.prefixes
-        ):
-            raise InputError(f"prefixes {self.prefixes} must rise and lie below {self.width}")
+        ends = (0, *self.prefixes, self.width)
+        if list(ends) != sorted(set(ends)):
+            raise InputError(f"prefixes {self.prefixes} must rise, and stay below {self.width}")
         if self.init_layers and len(self.init_layers) != len(self.layer_tuple):
-            raise InputError(f"init_layers has {len(self.init_layers)} coders, not one a layer")
+            count = len(self.init_layers)
+            raise InputError(f"init_layers has {count} coders, not one for each layer")
         if self.init_from and self.init_layers:
             raise InputError("init_from and init_layers exclude each other")
         if self.activation != "jumprelu" and self.target_l0 != int(self.target_l0):
             raise InputError(f"{self.activation} needs a whole target_l0, not {self.target_l0}")
         if self.as_jump_relu and self.activation != "topk":
-            raise InputError(f"as_jump_relu is for topk: {self.activation} is saved so anyway")
+            raise InputError(f"as_jump_relu is for topk: {self.activation} is saved as one anyway")
 
     @property
     def k(self) -> int | None:
-        """Of the saved coder: how many features of a token are kept, None for JumpReLU."""
+        """How many features of a token the saved coder keeps; None for JumpReLU."""
         exact = self.activation == "topk" and not self.as_jump_relu
         return int(self.target_l0) if exact else None
 
@@ -204,7 +195,7 @@ class CoderConfig:
 
     @property
     def target(self) -> str:
-        """The site it writes."""
+        """The site that the coder writes."""
         return self.writes or self.reads
 
     @property
@@ -214,7 +205,7 @@ class CoderConfig:
 
     @property
     def folder(self) -> str:
-        """Its folder, named as in the release, with the width and the target L0 in figures."""
+        """The coder's folder, named as in the release, with numbers for width and target L0."""
         if self.name:
             return self.name
         if self.is_multi_layer:
@@ -239,9 +230,9 @@ class OptimizerConfig:
     learning_rate: float = 7e-5
     """The learning rate after the warm-up."""
     warmup: int = 1000
-    """Updates over which the learning rate grows, by a cosine from a tenth."""
+    """Updates over which the learning rate grows along a cosine, from a tenth."""
     decay: float = 0.0
-    """The share of the updates, at the end, over which it falls linearly to 0; none in the
+    """The share of the updates, at the end, over which the rate falls linearly to 0; not in the
     paper."""
     b1: float = 0.0
     """The decay of Adam's first moments."""
@@ -253,24 +244,24 @@ class OptimizerConfig:
     """The most that a feature's weights move in an update (root mean square), or the learning rate
     if that is larger (`optimizer.limited`); not in the paper; 0 turns it off."""
     clip: float = 1.2
-    """The largest norm of a coder's gradients, in usual norms (`optimizer.clipped`); not in the
-    paper; 0 turns it off."""
+    """The largest norm of a coder's gradients, as a multiple of their usual norm
+    (`optimizer.clipped`); not in the paper; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        _check(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "learning_rate")
-        _positive(self, "epsilon")
-        _not_negative(self, "clip", "step_limit")
-        _whole(self, 0, "warmup")
-        _share(self, "b1", "b2")
-        _check(self, "a share from 0 to 1", lambda v: 0 <= v <= 1, "decay")
+        _check(self, "above 0 and at most 1", "learning_rate")
+        _check(self, "positive", "epsilon")
+        _check(self, "a number that is not negative", "clip", "step_limit")
+        _check(self, "a whole number from 0 on", "warmup")
+        _check(self, "at least 0 and below 1", "b1", "b2")
+        _check(self, "a share from 0 to 1", "decay")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Any number of coders fed by one model pass, or by one activation store."""
+    """Any number of coders trained on one model pass, or on one activation store."""
 
     coders: tuple[CoderConfig, ...]
-    """The coders that are trained, all in one run."""
+    """The coders to train, all in one run."""
     data: TextData = TextData()
     """The text that the model reads."""
     store: str = ""
@@ -280,57 +271,50 @@ class TrainConfig:
     model_dtype: str = "bfloat16"
     """The dtype of the model's matrices: bfloat16 or float32."""
     tokens: int = 4_000_000
-    """Tokens that the model reads, <bos> included; from a store, the activations drawn."""
+    """The number of tokens that the model reads, <bos> included; with a store, the number of
+    activations drawn."""
     batch_size: int = 4
-    """Sequences of a model pass."""
+    """The number of sequences in a model pass."""
     context_size: int = 1024
-    """Tokens of a sequence."""
+    """The number of tokens in a sequence."""
     first: int = 1
-    """Leading positions that are not trained on: 1 for <bos>, 4 for chats."""
+    """Leave out this many leading positions of a text: 1 for <bos>, 4 for chats."""
     buffer: int = 131_072
-    """Activations that are shuffled on the device."""
+    """The number of activations that are shuffled on the device."""
     train_batch_size: int = 4096
-    """Activations of an update."""
+    """The number of activations in an update."""
     updates: int = 1
-    """Optimizer updates of a model pass: an activation is seen updates * train_batch_size /
+    """Optimizer updates for each model pass: an activation is used updates * train_batch_size /
     (batch_size * context_size) times on average."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam, the same for all coders."""
     sparse: float = 4.0
-    """Slots for the active features of a token in the sparse step, in target L0s; 0 computes dense
-    products. Tokens that need more make that update dense."""
+    """Slots for the active features of a token in the sparse step, as a multiple of the target L0;
+    0 computes dense products. An update in which too many tokens need more slots is dense."""
     precision: str = "default"
     """The precision of the coders' products, float32 in and out: "default" is the backend's (TPU:
-    one pass of bfloat16, GPU: TF32); CPUs compute in float32 whatever is set."""
+    one pass of bfloat16, GPU: TF32); CPUs always compute in float32."""
     mesh: tuple[int, int] | None = None
-    """Devices over the batch and over the features; None takes all over the features, and on CPUs
-    one device."""
+    """Devices over the batch and over the features; None spreads the features over all devices, and
+    uses one device on CPUs."""
     held_out: float = 1 / 64
-    """The share of the text or store that is never trained on, on which the saved coders are
-    measured; short runs hold out more (`held_share`)."""
+    """The share of the text or store that is never trained on; the saved coders are measured on it.
+    Short runs hold out more (`held_share`)."""
     seed: int = 0
     """The random seed of the order of the text."""
     checkpoint_every: float = 300.0
     """Seconds between checkpoints; 0 writes one after every pass."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """The number of checkpoints to keep."""
     track: tuple[str, ...] = ()
-    """Where curves go beside log.jsonl: "tensorboard", "wandb"."""
+    """Also write curves for these programs, beside log.jsonl: "tensorboard", "wandb"."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "tokens",
-            "batch_size",
-            "context_size",
-            "buffer",
-            "train_batch_size",
-            "updates",
-            "keep",
-        )
-        _whole(self, 1, *counts)
-        _whole(self, 0, "first", "seed")
-        _not_negative(self, "sparse", "checkpoint_every")
-        _check(self, "above 0 and at most a half", lambda v: 0 < v <= 0.5, "held_out")
+        sizes = ("batch_size", "context_size", "train_batch_size", "buffer")
+        _check(self, "a whole number from 1 on", "tokens", *sizes, "updates", "keep")
+        _check(self, "a whole number from 0 on", "first", "seed")
+        _check(self, "a number that is not negative", "sparse", "checkpoint_every")
+        _check(self, "above 0 and at most a half", "held_out")
         _tuples(self, "coders", "track")
         if self.mesh is not None:
             _tuples(self, "mesh")
@@ -341,54 +325,57 @@ class TrainConfig:
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.track:
             _one_of("track", name, ("tensorboard", "wandb"))
-        if not self.store and self.buffer < max(
-            self.train_batch_size, 2 * self.batch_size * self.context_size
-        ):
+        least = max(self.train_batch_size, 2 * self.batch_size * self.context_size)
+        if not self.store and self.buffer < least:
             raise InputError(f"buffer {self.buffer} must hold a batch and two model passes")
         if not self.store and self.tokens <= self.buffer:
             raise InputError(f"tokens {self.tokens} do not fill the buffer of {self.buffer}")
-        if self.store and any(c.loss.kl_weight for c in self.coders):
+        by_effect = any(c.loss.kl_weight for c in self.coders)
+        if self.store and by_effect:
             raise InputError("kl_weight needs the model on text, not stored activations")
-        if self.updates > 1 and any(c.loss.kl_weight for c in self.coders):
-            raise InputError("kl_weight needs updates=1: it makes one update of a model pass")
+        if self.updates > 1 and by_effect:
+            raise InputError("kl_weight needs updates=1: it makes one update for each model pass")
         folders = [c.folder for c in self.coders]
-        twice = sorted({f for f in folders if folders.count(f) > 1})
-        if twice:
+        if twice := sorted({f for f in folders if folders.count(f) > 1}):
             raise InputError(f"two coders are called {twice[0]}: give one another name or seed")
 
     @property
     def tokens_a_pass(self) -> int:
-        return (
-            self.updates * self.train_batch_size
-            if self.store
-            else self.batch_size * self.context_size
-        )
+        if self.store:
+            return self.updates * self.train_batch_size
+        return self.batch_size * self.context_size
 
     @property
     def held_share(self) -> float:
-        """Of the text or store, held out: where `held_out` would be too little, more."""
+        """The share of the text or store that is held out: `held_out`, or more in short runs."""
         return max(self.held_out, min(1 / 16, 1024 / self.tokens))
 
     @property
+    def passes(self) -> int:
+        """How often the compiled step is called."""
+        return max(1, self.tokens // self.tokens_a_pass)
+
+    @property
+    def all_updates(self) -> int:
+        """Optimizer updates of the whole run: none in the passes that fill the buffer."""
+        filling = 0 if self.store else -(-self.buffer // self.tokens_a_pass)
+        return max(0, self.passes - filling) * self.updates
+
+    @property
     def warmed(self) -> "TrainConfig":
-        """This config with every `l0_warmup` that is a share as a number of updates."""
-        filling = 0 if self.store else -(-self.buffer // self.tokens_a_pass)  # passes before them
-        updates = max(0, self.passes - filling) * self.updates
+        """This config with each `l0_warmup` that is a share turned into a number of updates."""
 
         def counted(coder: CoderConfig) -> CoderConfig:
             if not 0 < coder.loss.l0_warmup < 1:
                 return coder
-            loss = dataclasses.replace(coder.loss, l0_warmup=int(coder.loss.l0_warmup * updates))
-            return dataclasses.replace(coder, loss=loss)
+            warmup = int(coder.loss.l0_warmup * self.all_updates)
+            return dataclasses.replace(
+                coder, loss=dataclasses.replace(coder.loss, l0_warmup=warmup)
+            )
 
         return dataclasses.replace(self, coders=tuple(map(counted, self.coders)))
 
-    @property
-    def passes(self) -> int:
-        """Calls of the compiled step in all."""
-        return max(1, self.tokens // self.tokens_a_pass)
 
-
-def as_json(config: Any) -> dict:
-    """A config as plain JSON values (tuples become lists), names that are not UTF-8 legible."""
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """A config as plain JSON values, with names that are not UTF-8 made legible."""
     return legible(dataclasses.asdict(config))

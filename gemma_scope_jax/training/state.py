@@ -1,7 +1,7 @@
-"""What a run carries from update to update, and the plan that its program is compiled from.
+"""What a run carries from update to update, and the plan from which its program is compiled.
 
 `TrainPlan` is static: the recipe, the coders in groups of one shape, the sites that are read, the
-mesh. `TrainState` is data: all that a checkpoint holds.
+mesh. `TrainState` is data: everything in a checkpoint.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.kernels import active
 from gemma_scope_jax.model.config import GemmaConfig
@@ -29,46 +29,46 @@ class GroupState:
     """What one group of coders carries from update to update."""
 
     weights: Weights
-    optimizer: Any
-    activity: jax.Array  # float32 [N, X, F]: recent share of tokens, cut; see `step.activities`
-    l0_start: jax.Array  # float32 [N]: target L0 from which the target comes down
+    optimizer: Any  # optax's state
+    activity: jax.Array  # float32 [N, X, F]: recent share of tokens; see `step.activities`
+    l0_start: jax.Array  # float32 [N]: the target L0 at the start
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint holds: resuming from it continues bit for bit."""
+    """Everything in a checkpoint: a run resumed from it continues bit for bit."""
 
     groups: tuple[GroupState, ...]
     buffer: Sites  # site -> [L, buffer, D] raw activations, bfloat16; empty with a store
-    slot: jax.Array  # int32: of the buffer, to write next
+    slot: jax.Array  # int32: the next slot of the buffer to write
     filled: jax.Array  # int32: slots ever written
     order: jax.Array  # int32 [buffer]: the order in which slots are drawn
     drawn: jax.Array  # int32: slots of `order` already drawn
     scale: Sites  # site -> float32 [L]: root-mean-square norm of raw activations; 0 until known
     update: jax.Array  # int32: updates done
-    total: jax.Array  # int32: updates there will be, known when they begin
+    total: jax.Array  # int32: updates of the whole run, known when they begin
     key: jax.Array
-    held: Sites  # site -> [L, kept, D] the latest activations that are held out; {} with a store
-    held_slot: jax.Array  # int32: of `held`, to write next
+    held: Sites  # site -> [L, kept, D] the latest held-out activations; {} with a store
+    held_slot: jax.Array  # int32: the next slot of `held` to write
     held_filled: jax.Array  # int32: slots ever written
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """What decides the program of a run: static, and the same for every step."""
+    """The static part of a run, from which its program follows."""
 
     config: TrainConfig
     groups: tuple[CoderGroup, ...]
-    sites: tuple[tuple[str, tuple[int, ...]], ...]  # each site with the layers somebody reads
-    mesh: Any = None
+    sites: tuple[tuple[str, tuple[int, ...]], ...]  # each site with the layers that coders use
+    mesh: Mesh | None = None
 
     @property
     def stop(self) -> int:
-        """The model's layers that have to run."""
+        """How many of the model's layers have to run."""
         return 1 + max(layer for _, layers in self.sites for layer in layers)
 
     def capacity(self, group: CoderGroup) -> int:
-        """Slots a token (of one layer) in the sparse step, 0 for dense products."""
+        """Slots for a token (of one layer) in the sparse step; 0 for dense products."""
         if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
             return 0
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
@@ -77,8 +77,8 @@ class TrainPlan:
         return slots if least * slots < group.template.width else 0
 
 
-def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> TrainPlan:
-    """The plan of a run. Raises `InputError` for layers and sites that the model does not have."""
+def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Mesh | None = None) -> TrainPlan:
+    """The plan of a run. Raises `InputError` for sites that the model does not have."""
     config, wanted = config.warmed, {}
     for coder in config.coders:
         for site in (coder.reads, coder.target):
@@ -89,7 +89,7 @@ def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Any = None) -> Trai
 
 
 def init_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
-    """Coders at random, an empty buffer."""
+    """Random coders and an empty buffer."""
     config = plan.config
     buffer = 0 if config.store else config.buffer
     rows = lambda count: {
@@ -97,20 +97,16 @@ def init_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
         for s, ls in plan.sites
         if buffer
     }
+    counters = ("slot", "filled", "update", "total", "held_slot", "held_filled")
     return TrainState(
-        tuple(_group_state(plan, group, model) for group in plan.groups),
-        rows(buffer),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-        jnp.arange(max(1, buffer), dtype=jnp.int32),  # Orbax saves no empty arrays
-        jnp.asarray(buffer, jnp.int32),  # all drawn: the first draw shuffles
-        {s: jnp.zeros(len(ls)) for s, ls in plan.sites},
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
-        jax.random.key(config.seed),
-        rows(min(KEPT, buffer)),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
+        groups=tuple(_group_state(plan, group, model) for group in plan.groups),
+        buffer=rows(buffer),
+        order=jnp.arange(max(1, buffer), dtype=jnp.int32),  # Orbax cannot save empty arrays
+        drawn=jnp.asarray(buffer, jnp.int32),  # all drawn: the first draw shuffles
+        scale={s: jnp.zeros(len(ls)) for s, ls in plan.sites},
+        key=jax.random.key(config.seed),
+        held=rows(min(KEPT, buffer)),
+        **{name: jnp.zeros((), jnp.int32) for name in counters},
     )
 
 
@@ -126,14 +122,17 @@ def _group_state(plan: TrainPlan, group: CoderGroup, model: GemmaConfig) -> Grou
     )
 
 
-def state_shardings(state: TrainState, mesh: Any) -> TrainState:
-    """Where a state lives on a mesh: features over "model", buffered activations over "data".
+def placement(plan: TrainPlan, model: GemmaConfig) -> Any:
+    """A tree of shardings, the placement of a state on the plan's mesh; None for one device.
 
-    Weights, the optimizer's moments and counters of features split over their feature axis; what
-    has none, or does not divide, is everywhere. `state` may be abstract.
+    Features are split over "model" (weights, the optimizer's moments, `activity`), buffered
+    activations over "data"; arrays that have no such axis, or do not divide, are everywhere.
     """
+    mesh = plan.mesh
+    if mesh is None:
+        return None
 
-    def one(path, leaf):
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = {getattr(p, "name", getattr(p, "key", "")) for p in path}
         spec = [None] * leaf.ndim
         if names & {"w_enc", "b_enc", "threshold", "w_dec", "activity"}:
@@ -146,32 +145,21 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
             spec[axis] = over
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(lambda: init_state(plan, model)))
 
 
 def first_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
     """`init_state`, made in place on the plan's mesh."""
     if plan.mesh is None:
         return init_state(plan, model)
-    places = placement(plan, model)
-    return jax.jit(lambda: init_state(plan, model), out_shardings=places)()
+    return jax.jit(lambda: init_state(plan, model), out_shardings=placement(plan, model))()
 
 
 def abstract_state(plan: TrainPlan, model: GemmaConfig) -> TrainState:
-    """Shapes, dtypes and places of `first_state`."""
+    """Shapes, dtypes and shardings of `first_state`."""
     shapes = jax.eval_shape(lambda: init_state(plan, model))
-    if plan.mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        places = jax.tree.map(lambda _: here, shapes)
-    else:
-        places = state_shardings(shapes, plan.mesh)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = placement(plan, model) or jax.tree.map(lambda _: here, shapes)
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
     )
-
-
-def placement(plan: TrainPlan, model: GemmaConfig) -> Any:
-    """`state_shardings` of a run, None for one device."""
-    if plan.mesh is None:
-        return None
-    return state_shardings(jax.eval_shape(lambda: init_state(plan, model)), plan.mesh)

@@ -9,42 +9,39 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.training import optimizer
 from gemma_scope_jax.training.buffer import pairs
-from gemma_scope_jax.training.objective import Dials, gradients
+from gemma_scope_jax.training.objective import Dials, Parts, gradients
 from gemma_scope_jax.training.recipe import TrainConfig
 from gemma_scope_jax.training.state import GroupState, Sites, TrainPlan, TrainState
 from gemma_scope_jax.training.weights import CoderGroup, Weights
 
 
-def precision(config: TrainConfig) -> Any:
+def precision(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
     """A context in which products have the config's precision."""
     name = config.precision
     if name == "bfloat16" and jax.default_backend() == "gpu":
-        name = "BF16_BF16_F32"  # what JAX calls bfloat16 is the default there, TF32
+        name = "BF16_BF16_F32"  # JAX's "bfloat16" is the default on GPUs, TF32
     return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 
-def update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, list]:
-    """One update on activations x {site: [L, batch, D]} of every coder that learns from them."""
-    with precision(plan.config):
-        return _update(state, x, plan)
-
-
-def _update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, list]:
+def update(state: TrainState, x: Sites, plan: TrainPlan) -> tuple[TrainState, list[Parts]]:
+    """One update on activations x {site: [L, batch, D]} of every coder that learns from them; the
+    others have no parts."""
     done, parts = [], []
-    for group, old in zip(plan.groups, state.groups):
-        part = None
-        if not group.template.loss.kl_weight:
-            read, write = pairs(plan, group, x, state.scale)
-            now = dials(old, group, state.update)
-            grads, part = gradients(old.weights, read, write, now, group, plan.capacity(group))
-            old, part = apply(old, grads, part, now, state, plan, group)
-        done.append(old)
-        parts.append(part)
-    return dataclasses.replace(state, groups=tuple(done), update=state.update + 1), parts
+    with precision(plan.config):
+        for group, old in zip(plan.groups, state.groups):
+            part = {}
+            if not group.template.loss.kl_weight:
+                read, write = pairs(plan, group, x, state.scale)
+                now = dials(old, group, state.update)
+                grads, part = gradients(old.weights, read, write, now, group, plan.capacity(group))
+                old, part = apply(old, grads, part, now, state, plan, group)
+            done.append(old)
+            parts.append(part)
+        return dataclasses.replace(state, groups=tuple(done), update=state.update + 1), parts
 
 
 def dials(state: GroupState, group: CoderGroup, update: jax.Array) -> Dials:
-    """What the losses of a group are weighted by at an update."""
+    """The weights of a group's losses at an update."""
     config = group.template.loss
     ramp = jnp.minimum(1.0, update.astype(jnp.float32) / max(1, config.l0_warmup))
     target = state.l0_start + ramp * (group.of("target_l0") - state.l0_start)
@@ -55,8 +52,8 @@ def dials(state: GroupState, group: CoderGroup, update: jax.Array) -> Dials:
 def activities(old: jax.Array, share: jax.Array, group: CoderGroup) -> jax.Array:
     """The running mean of each feature's `share` of a batch's tokens, over `dead_after` updates.
 
-    It is cut at e times the limit, where all features in use are, so that one that falls silent is
-    known to be dead after `dead_after` updates, however often it was active before.
+    It is at most e times the limit, the value of all features in use, so that a feature that no
+    longer fires is dead after `dead_after` updates, however often it fired before.
     """
     new = old + (share - old) / max(1, group.template.loss.dead_after)
     return jnp.minimum(new, jnp.e * group.dead_limit)
@@ -65,17 +62,17 @@ def activities(old: jax.Array, share: jax.Array, group: CoderGroup) -> jax.Array
 def apply(
     old: GroupState,
     grads: Weights,
-    parts: dict[str, jax.Array],
+    parts: Parts,
     dials: Dials,
     state: TrainState,
     plan: TrainPlan,
     group: CoderGroup,
-) -> tuple[GroupState, dict[str, jax.Array]]:
+) -> tuple[GroupState, Parts]:
     """(a group's state after one step of the optimizer, its parts of the loss for the log)."""
     config = plan.config.optimizer
     rate = optimizer.learning_rate(config, state.update, state.total)
     weights, moments = optimizer.update(grads, old.optimizer, old.weights, rate, config)
-    parts = dict(parts)
-    activity = activities(old.activity, parts.pop("frequency"), group)
-    parts["dead"] = jnp.mean(dials.dead > 0, (1, 2))
-    return dataclasses.replace(old, weights=weights, optimizer=moments, activity=activity), parts
+    activity = activities(old.activity, parts["frequency"], group)
+    logged = {name: part for name, part in parts.items() if name != "frequency"}
+    logged["dead"] = jnp.mean(dials.dead > 0, (1, 2))
+    return dataclasses.replace(old, weights=weights, optimizer=moments, activity=activity), logged

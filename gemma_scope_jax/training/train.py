@@ -1,7 +1,8 @@
-"""The training loop: activations in, published-layout folders out; killed and resumed anywhere.
+"""The training loop: activations in, coders in the published layout out; a run can be killed and
+resumed at any point.
 
 A run folder holds `config.json` (the resolved recipe), `log.jsonl` (a line every few seconds),
-`checkpoints/` (Orbax) and, once finished, `coders/`: a published folder with a model card for each.
+`checkpoints/` (Orbax) and, once finished, `coders/`: a folder with a model card for each coder.
 """
 
 import contextlib
@@ -12,13 +13,16 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.data.activations.files import DTYPES
@@ -40,11 +44,17 @@ from gemma_scope_jax.training.feeds import StoreFeed, TextFeed, token_batches
 from gemma_scope_jax.training.log import TrainLog
 from gemma_scope_jax.training.measure import log_saved, save_measured
 from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig, as_json
-from gemma_scope_jax.training.state import TrainState, abstract_state, first_state, make_plan
+from gemma_scope_jax.training.state import (
+    TrainPlan,
+    TrainState,
+    abstract_state,
+    first_state,
+    make_plan,
+)
 
 LOG = logging.getLogger(__name__)
-STOPPED = 143  # exit status after SIGTERM or Ctrl-C: as of a process that SIGTERM ended
-AGREE_EVERY = 8  # passes after which hosts tell each other to save or stop
+STOPPED = 143  # exit status after SIGTERM or Ctrl-C, as of a process ended by SIGTERM
+AGREE_EVERY = 8  # passes after which hosts agree whether to save or stop
 
 
 @own_mesh
@@ -57,19 +67,24 @@ def train(
 ) -> dict[str, Coder]:
     """Train all coders of `config`; continue if `out` holds a run of it. Returns them by folder.
 
-    They are also written to `out`/coders in the published layout. `data` may be any iterable of
-    strings, or a function that returns one, in place of `config.data`. `profile`: an empty folder
-    for a trace of a few passes, after the first that train. SIGTERM and Ctrl-C save a
-    checkpoint and exit with status 143. Raises `InputError` for data, models and folders that do
-    not fit.
+    The coders are also written to `out`/coders in the published layout. `data` may be any iterable
+    of strings, or a function that returns one, in place of `config.data`. `profile` is an empty
+    folder for a trace of a few passes. SIGTERM and Ctrl-C save a checkpoint and exit with status
+    143. Raises `InputError` for data, models and folders that do not fit.
     """
     out = folder_path(out)
     with _only_run(out), StepTrace(profile) as trace:
         _check_folder(config, out)
         mesh = run_mesh(config)
         starts = check_inputs(config, model and model.config, data)
-        model = model or _model(config, mesh)
-        run = _TrainRun(config, out, model, mesh, data, starts, trace)
+        if model is None and config.store:  # shapes are enough
+            shape = model_config(config.model)
+            model = Model(abstract_params(shape, config.model_dtype), shape)
+        elif model is None:
+            model = load_model(config.model, dtype=config.model_dtype, mesh=mesh)
+        plan = make_plan(config, model.config, mesh)
+        feed = StoreFeed(plan, model) if config.store else TextFeed(plan, model, data)
+        run = _TrainRun(config, out, plan, model.config, feed, starts, trace)
         try:
             return run.finish(*run.loop())
         except OSError as error:
@@ -83,7 +98,7 @@ def train(
 
 @contextlib.contextmanager
 def _only_run(out: epath.Path) -> Iterator[None]:
-    """Hold the run's folder: the first of its hosts does, and all of them learn how that went."""
+    """Hold the lock of the run's folder: the first host takes it, and tells the others."""
     with contextlib.ExitStack() as held:
         refused = None
         if jax.process_index() == 0:
@@ -92,16 +107,8 @@ def _only_run(out: epath.Path) -> Iterator[None]:
             except InputError as error:
                 refused = error
         if not everywhere(refused is None):
-            raise refused or InputError(f"{out}: the first host may not write there")
+            raise refused or InputError(f"{out}: the first host cannot write there")
         yield
-
-
-def _model(config: TrainConfig, mesh: Any) -> Model:
-    """The run's model; for a run on stored activations its shapes alone."""
-    if not config.store:
-        return load_model(config.model, dtype=config.model_dtype, mesh=mesh)
-    shape = model_config(config.model)
-    return Model(abstract_params(shape, config.model_dtype), shape)
 
 
 @own_mesh
@@ -113,9 +120,9 @@ def store_activations(
     model: Model | None = None,
     data: Any = None,
 ) -> None:
-    """Write what the coders of `config` read and write to an activation store; resumable.
+    """Write the activations that the coders of `config` read and write to a store; resumable.
 
-    `tokens` counts activations; default: the config's. See `data.activations.store`.
+    `tokens` is the number of activations; default: the config's. See `data.activations.store`.
     """
     if dtype not in DTYPES:
         raise InputError(f"activations are stored as {' or '.join(DTYPES)}, not {dtype!r}")
@@ -127,15 +134,13 @@ def store_activations(
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
 
 
-def run_mesh(config: TrainConfig) -> Any:
+def run_mesh(config: TrainConfig) -> Mesh | None:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
-        data = config.mesh[0]
         for name in ("train_batch_size",) if config.store else ("train_batch_size", "batch_size"):
-            if getattr(config, name) % data:
+            if (size := getattr(config, name)) % (count := config.mesh[0]):
                 raise InputError(
-                    f"{name} {getattr(config, name)} must be a multiple of the {data} devices that "
-                    "`mesh` splits it over"
+                    f"{name} {size} must be a multiple of the {count} devices of its mesh axis"
                 )
         return make_mesh(*config.mesh) if config.mesh != (1, 1) else None
     devices = jax.devices()
@@ -150,10 +155,10 @@ def check_inputs(
     *,
     reads_text: bool | None = None,
 ) -> dict[str, Any]:
-    """Raise `InputError` for what can be known to be wrong before a model is loaded: layers, sites,
-    text that is not there, coders to start from that do not fit. Gives the latter (`load_starts`).
+    """Raise `InputError` for what is known to be wrong before a model is loaded: layers, sites,
+    missing text, coders to start from that do not fit. Returns the latter, from `load_starts`.
 
-    shape: of the model; default: that of `config.model`. data: text in place of the config's.
+    shape: the model's; default: that of `config.model`. data: text in place of the config's.
     reads_text: whether text is read at all; default: unless the config has a `store`.
     """
     shape = shape or model_config(config.model)
@@ -161,7 +166,7 @@ def check_inputs(
         for layer in coder.layer_tuple:
             if not 0 <= layer < shape.layers:
                 raise InputError(f"layer {layer}: the model has 0..{shape.layers - 1}")
-    make_plan(config, shape)  # says now which sites there are not
+    make_plan(config, shape)  # raises for unknown sites
     reads_text = not config.store if reads_text is None else reads_text
     if reads_text and data is None and not config.data.tfds:
         if not config.data.files:
@@ -170,16 +175,16 @@ def check_inputs(
     return ends.load_starts(config)
 
 
-# Of a config, what does not decide results, or is told by its content: see `_Run.check_same`.
+# Fields that do not affect results, or whose content is compared instead (`_TrainRun.check_same`).
 FREE = ("checkpoint_every", "keep", "track", "mesh", "model", "store")
-WHERE = ("files", "tfds_folder")  # of its data, how the place of the text is spelled
+WHERE = ("files", "tfds_folder")  # in `data`: where the text is
 
 
-def _differences(there: Any, here: dict) -> list[str]:
-    """The fields in which two configs in JSON decide on other results; those added since the
-    older was written count as their default."""
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The fields in which two configs in JSON lead to different results; a field that the older one
+    lacks has its default there."""
     default = json.loads(json.dumps(as_json(TrainConfig((CoderConfig(0),)))))
-    for config in (there, here):  # checkpoints know the text by its content
+    for config in (there, here):  # checkpoints identify the text by its content
         if isinstance(config.get("data"), dict):
             config["data"] = {k: v for k, v in config["data"].items() if k not in WHERE}
 
@@ -204,11 +209,10 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
         there = read_json(file)
         other = _differences(dict(there), json.loads(json.dumps(as_json(config))))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{file}: damaged, no config; choose another folder") from error
+        raise InputError(f"{file}: damaged; choose another folder") from error
     if other:
-        raise InputError(
-            f"{out} holds a run of another config ({', '.join(other)} differ): choose another"
-        )
+        fields = ", ".join(other)
+        raise InputError(f"{out} holds a run of another config ({fields} differ): choose another")
 
 
 def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
@@ -217,35 +221,30 @@ def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:
     write_text(out / "config.json", json.dumps(as_json(config), indent=1) + "\n")
 
 
+@dataclasses.dataclass
 class _TrainRun:
-    """One run: what the loop needs beside the state."""
+    """One run: all that the loop needs, except for the state."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        out: epath.Path,
-        model: Model,
-        mesh: Any,
-        data: Any,
-        starts: dict[str, Any],
-        trace: StepTrace,
-    ):
-        self.config, self.out, self.model, self.stop, self.trace = config, out, model, False, trace
-        self.plan = make_plan(config, model.config, mesh)
-        self.feed = (
-            StoreFeed(self.plan, model) if config.store else TextFeed(self.plan, model, data)
-        )
-        self.starts, self.readings = starts, 1
-        self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
-        self.made_with = self.feed.made_with
+    config: TrainConfig
+    out: epath.Path
+    plan: TrainPlan
+    shape: GemmaConfig
+    feed: TextFeed | StoreFeed
+    starts: dict[str, Any]
+    trace: StepTrace
+    stop: bool = False
+    readings: int = 1
 
-    def check_same(self, made_with: Any) -> None:
-        """Refuse to go on with another model than the run began with; `batches` checks the data.
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.out / "checkpoints", self.config.keep)
 
-        Older checkpoints do not tell the weights: there the model must be called the same.
+    def check_same(self, made_with: dict[str, Any] | None) -> None:
+        """Refuse to continue with another model than the run began with; `batches` checks the data.
+
+        Older checkpoints do not identify the weights: there, the model's name must be the same.
         """
-        there, here = made_with, self.made_with
-        if made_with is None:
+        there, here = made_with, self.feed.made_with
+        if there is None:
             there = {"name": read_json(self.out / "config.json").get("model")}
             here = {"name": self.config.model}
         if there != here:
@@ -258,18 +257,14 @@ class _TrainRun:
     def loop(self) -> tuple[TrainState, int]:
         """(the last state, passes done)."""
         config, feed = self.config, self.feed
-        found = self.checkpoints.restore(abstract_state(self.plan, self.model.config))
-        state, done, position, made_with = found or (
-            first_state(self.plan, self.model.config),
-            0,
-            None,
-            None,
-        )
-        if found:
+        if found := self.checkpoints.restore(abstract_state(self.plan, self.shape)):
+            state, done, position, made_with = found
             self.check_same(made_with)
+        else:
+            state, done, position = first_state(self.plan, self.shape), 0, None
         parts, self.saved, started = None, time.monotonic(), int(state.total) > 0
         self.said_again = position is not None and feed.readings(position, done) > 1
-        with _signals(self._asked_to_stop), feed.batches(position, done) as data:
+        with _signals(lambda *_: setattr(self, "stop", True)), feed.batches(position, done) as data:
             _remember_config(config, self.out, fresh=found is None)
             progress = TrainLog(config, self.out, done)
             while done < config.passes:
@@ -278,7 +273,9 @@ class _TrainRun:
                 batch, position = next(data, (None, position))
                 self._say_again(done, position)
                 if batch is None:  # the text was given as an iterator, and has ended
-                    self._ended(done)
+                    read = f"{done * config.tokens_a_pass:,} of {config.tokens:,} tokens"
+                    more = "; the learning rate had not come down" * bool(config.optimizer.decay)
+                    LOG.warning("the text ended at %s%s", read, more)
                     break
                 state, new = feed.step(state, batch, started)
                 jax.block_until_ready(parts)  # the host is never more than one pass ahead
@@ -289,38 +286,31 @@ class _TrainRun:
                     progress.report(done, int(state.update), parts, self.plan.groups)
                 stop, save = self._due(done)
                 if stop or save:
-                    self.checkpoints.save(done, state, position, self.made_with, wait=stop)
+                    self.checkpoints.save(done, state, position, feed.made_with, wait=stop)
                 if stop and done < config.passes:
                     progress.flush()
                     self.checkpoints.close()
-                    LOG.warning("stopped at pass %d; run the same command to go on", done)
+                    LOG.warning("stopped at pass %d; run the same command to continue", done)
                     raise SystemExit(STOPPED)
             progress.flush()
         if not started:
             raise InputError(
-                f"the text filled {int(state.filled)} of the buffer's {config.buffer} slots, so no "
-                "training was done: give more tokens or a smaller buffer"
+                f"the text filled {int(state.filled)} of the buffer's {config.buffer} slots, so "
+                "nothing was trained: give more text or a smaller buffer"
             )
-        self.checkpoints.save(done, state, position, self.made_with, wait=True)
+        self.checkpoints.save(done, state, position, feed.made_with, wait=True)
         self.checkpoints.close()
         self.readings = feed.readings(position, done)
         return state, done
 
     def _say_again(self, done: int, position: Any) -> None:
-        """Say once that the data are read again: they are fewer than the run asks for."""
+        """Warn once when the data, which are fewer than the run asks for, are read again."""
         if self.said_again or self.feed.readings(position, done + 1) < 2:
             return
         self.said_again = True
         if jax.process_index() == 0:
-            read, what = done * self.config.tokens_a_pass, self.config.store or "the text"
-            LOG.warning("%s has been read once, at %s tokens, and is read again", what, f"{read:,}")
-
-    def _ended(self, done: int) -> None:
-        read, o = done * self.config.tokens_a_pass, self.config.optimizer
-        more = "; the learning rate had not come down" if o.decay else ""
-        LOG.warning(
-            "the text ended at %s of %s tokens%s", f"{read:,}", f"{self.config.tokens:,}", more
-        )
+            read, what = f"{done * self.config.tokens_a_pass:,}", self.config.store or "the text"
+            LOG.warning("%s has been read once, at %s tokens, and is read again", what, read)
 
     def start(self, state: TrainState, done: int) -> TrainState:
         state = ends.start(self.plan, state, self.feed.sample(state), self.starts)
@@ -329,11 +319,9 @@ class _TrainRun:
         return dataclasses.replace(state, total=jnp.full_like(state.total, total))
 
     def _due(self, done: int) -> tuple[bool, bool]:
-        """Whether to stop and whether to save now, the same on every host."""
+        """(whether to stop, whether to save) now, the same on every host."""
         save = time.monotonic() - self.saved > self.config.checkpoint_every
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             if done % AGREE_EVERY:
                 return False, False
             flags = multihost_utils.process_allgather(np.array([self.stop, save]))
@@ -342,20 +330,21 @@ class _TrainRun:
             self.saved = time.monotonic()
         return self.stop, save
 
-    def _asked_to_stop(self, *_) -> None:
-        self.stop = True
-
     def finish(self, state: TrainState, done: int) -> dict[str, Coder]:
         """Write every coder and its card; returns them by folder."""
         tokens, log = done * self.config.tokens_a_pass, self.out / "log.jsonl"
         sample = self.feed.held_out(state)
         apart = next(iter(sample.values())).shape[1] > 1
-        if not apart:  # hardly any text, and none of it fell on that side
+        if not apart:  # of so little text, none was held out
             sample = ends.some(self.feed.sample(state), ends.SAMPLE)
         apart &= self.feed.repeats() < 2  # the last rows of a store may be copies of the first
-        # Thresholds are set on every other token, figures come from the rest.
+        # Every other token sets thresholds, the others give the figures.
         found = ends.coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
-        found, sample = _on_every_host((found, {s: rows[:, 1::2] for s, rows in sample.items()}))
+        both = found, {site: rows[:, 1::2] for site, rows in sample.items()}
+        if jax.process_count() > 1:  # each array whole on every host
+            whole = partial(multihost_utils.process_allgather, tiled=True)
+            both = jax.tree.map(whole, both)
+        found, sample = both
         if jax.process_index() == 0:
             sites = dict(self.plan.sites)
             saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
@@ -371,18 +360,9 @@ class _TrainRun:
         return found
 
 
-def _on_every_host(tree: Any) -> Any:
-    """A tree of arrays whole on this host, if there are several."""
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
-
-    return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
-
-
 @contextlib.contextmanager
-def _signals(handler: Any) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C end the run after the step in progress, the second at once."""
+def _signals(handler: Callable[..., None]) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C end the run after the current step, a second one at once."""
 
     def interrupted(*args):
         handler(*args)

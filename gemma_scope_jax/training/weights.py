@@ -1,8 +1,8 @@
-"""The parameters under training, and their way to and from the published form.
+"""The parameters in training, and their conversion to and from the published form.
 
-Coders of the same shape are one *group*: their weights are stacked, so that one product serves all.
-A coder of one layer is the case X = 1 of one of several. Axes here: N coders of the group, X layers
-of each, F features a layer, D inputs, E outputs, B activations, M prefixes.
+Coders of the same shape form a *group*: their weights are stacked, so that one product serves all.
+Axes here: N coders of the group, X layers of each (1 for an SAE), F features of a layer, D inputs,
+E outputs, B activations, M prefixes.
 """
 
 import dataclasses
@@ -23,14 +23,13 @@ from gemma_scope_jax.training.recipe import CoderConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class CoderGroup:
-    """Coders of a run that differ in layers, targets, weights of losses and seeds only."""
+    """Coders of a run that differ only in layers, targets, weights of losses and seeds."""
 
-    members: tuple[int, ...]  # positions in `TrainConfig.coders`
     coders: tuple[CoderConfig, ...]
 
     @property
     def template(self) -> CoderConfig:
-        """The first coder: what all have in common."""
+        """The first coder, for all that the coders have in common."""
         return self.coders[0]
 
     @property
@@ -44,53 +43,43 @@ class CoderGroup:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Where the M nested reconstructions end; the last one is the whole."""
+        """The ends of the M nested reconstructions; the last one is the whole."""
         return (*self.template.prefixes, self.template.width)
 
     @property
     def dead_limit(self) -> jax.Array:
-        """The share of tokens under which a feature counts as dead: [N, 1, 1]."""
+        """The share of tokens below which a feature is dead: [N, 1, 1]."""
         mean = self.of("target_l0") / (self.X * self.template.width)
         return (self.template.loss.dead_below * mean)[:, None, None]
 
     def of(self, field: str) -> jax.Array:
-        """A number of each coder's config, or of its loss, as float32 [N]."""
+        """A field of each coder's config, or of its loss, as float32 [N]."""
         values = [getattr(c if hasattr(c, field) else c.loss, field) for c in self.coders]
         return jnp.asarray(values, jnp.float32)
 
 
 def groups(config: TrainConfig) -> tuple[CoderGroup, ...]:
     """The coders of a run, those of the same shape and program together."""
-    found: dict[Any, list[int]] = {}
-    for i, c in enumerate(config.coders):
+    found: dict[Any, list[CoderConfig]] = {}
+    for c in config.coders:
         loss = dataclasses.replace(c.loss, l0_weight=0.0, frequency_weight=0.0, dead_weight=0.0)
-        k = c.target_l0 if c.activation != "jumprelu" else 0  # decides the program
+        k = c.target_l0 if c.activation != "jumprelu" else 0  # a constant of the program
         uses = (c.loss.frequency_weight > 0, c.loss.dead_weight > 0)
-        key = (
-            len(c.layer_tuple),
-            c.is_multi_layer,
-            c.reads,
-            c.target,
-            c.width,
-            c.activation,
-            c.skip,
-        )
-        key += (c.apply_b_dec_to_input, c.prefixes, loss, k, uses, c.threshold is None)
-        found.setdefault(key, []).append(i)
-    return tuple(CoderGroup(tuple(m), tuple(config.coders[i] for i in m)) for m in found.values())
+        shape = (len(c.layer_tuple), c.is_multi_layer, c.reads, c.target, c.width, c.skip)
+        key = (*shape, c.activation, k, c.apply_b_dec_to_input, c.prefixes, loss, uses)
+        found.setdefault((*key, c.threshold is None), []).append(c)
+    return tuple(CoderGroup(tuple(coders)) for coders in found.values())
 
 
 @flax.struct.dataclass
 class Weights:
     """The trained parameters of a group, float32, for activations of unit mean squared norm."""
 
-    w_enc: jax.Array  # [N, X, F, D], one row a feature
+    w_enc: jax.Array  # [N, X, F, D], one row for each feature
     b_enc: jax.Array  # [N, X, F]
     threshold: jax.Array  # [N, X, F]
-    w_dec: tuple[jax.Array, ...]  # of output layer j from the layers up to it: [N, j + 1, F, E]
-    b_dec: (
-        jax.Array
-    )  # [N, X, E]; subtracted from the input, too, if the coder is `apply_b_dec_to_input`
+    w_dec: tuple[jax.Array, ...]  # for output layer j, from the layers up to it: [N, j + 1, F, E]
+    b_dec: jax.Array  # [N, X, E]; also subtracted from the input with `apply_b_dec_to_input`
     w_skip: jax.Array | None = None  # [N, X, D, E]
 
 
@@ -108,7 +97,7 @@ def unit_decoder(w_dec: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 
 def unit_rows(w: Weights) -> Weights:
-    """The same coder with decoders of unit norm: encoders and thresholds take the norm over."""
+    """The same coder with decoders of unit norm: the norm moves to encoders and thresholds."""
     norms = decoder_norms(w.w_dec)
     return dataclasses.replace(
         w,
@@ -120,7 +109,7 @@ def unit_rows(w: Weights) -> Weights:
 
 
 def encoder_bias(w: Weights, apply_b_dec_to_input: bool) -> jax.Array:
-    """b_enc with the decoder bias that a centred coder subtracts from its input: [N, X, F]."""
+    """b_enc, with the effect of subtracting b_dec from the input if it is: [N, X, F]."""
     if not apply_b_dec_to_input:
         return w.b_enc
     return w.b_enc - jnp.einsum("nxfd,nxd->nxf", w.w_enc, w.b_dec)
@@ -142,9 +131,9 @@ def fold(
         w_enc' = w_enc D / C   b_enc' = D (b_enc - w_enc b_dec)   threshold' = D threshold
         b_dec' = D b_dec       w_skip' = w_skip D / C   w_dec'(i,j) = w_dec(i,j) D_j / D_i
 
-    The features of a TopK coder, which compete over all layers, all become mean D times larger, and
-    the rest goes to w_dec'.
-    Source: Gemma Scope 2, section 3.2, generalised to other targets than the input.
+    The features of a TopK coder compete over all layers: they all become mean D times larger, and
+    w_dec' takes the rest.
+    Source: Gemma Scope 2, section 3.2, generalised to targets other than the input.
     """
     c_in, c_out, units = scales["in"], scales["out"], _feature_units(config.k, scales["out"])
     w_enc = jnp.swapaxes(w.w_enc[n], -1, -2) * (units / c_in)[:, None, None]
@@ -153,69 +142,54 @@ def fold(
     if config.k is not None:
         threshold = jnp.zeros_like(threshold)
     w_skip = None if w.w_skip is None else w.w_skip[n] * (c_out / c_in)[:, None, None]
-    places: dict[str, Any] = dict(reads=config.reads, writes=config.target, first=first)
-    places["k"] = config.k
-    places["info"] = info or CoderInfo()
+    place: dict[str, Any] = {"reads": config.reads, "writes": config.target, "first": first}
+    place |= {"k": config.k, "info": info or CoderInfo()}
     if not config.is_multi_layer:
-        return SparseCoder(
-            w_enc[0],
-            b_enc[0],
-            threshold[0],
-            w.w_dec[0][n, 0],
-            b_dec[0],
-            None if w_skip is None else w_skip[0],
-            layer=config.layer_tuple[0],
-            **places,
-        )
+        one = [a[0] for a in (w_enc, b_enc, threshold, w.w_dec[0][n], b_dec)]
+        skip = None if w_skip is None else w_skip[0]
+        return SparseCoder(*one, w_skip=skip, layer=config.layer_tuple[0], **place)
     X = len(config.layer_tuple)
     blocks = [w.w_dec[j][n, i] * (c_out[j] / units[i]) for i in range(X) for j in range(i, X)]
-    return MultiLayerCoder(
-        w_enc,
-        b_enc,
-        threshold,
-        jnp.stack(blocks),
-        b_dec,
-        w_skip,
-        layers=config.layer_tuple,
-        **places,
-    )
+    parts = (w_enc, b_enc, threshold, jnp.stack(blocks), b_dec, w_skip)
+    return MultiLayerCoder(*parts, layers=config.layer_tuple, **place)
 
 
 def _feature_units(k: int | None, c_out: jax.Array) -> jax.Array:
-    """How many times larger than in training each layer's features are in a folded coder: [X]."""
+    """The factor by which each layer's features become larger in a folded coder: [X]."""
     return c_out if k is None else jnp.broadcast_to(jnp.mean(c_out), c_out.shape)
 
 
 def _check_activation(coder: Coder, config: CoderConfig) -> None:
-    """Raise `InputError` for a TopK coder that training would make another function of."""
-    if coder.k is None:
-        return
-    if config.activation != "topk":
+    """Raise `InputError` for a TopK coder that training would turn into another function."""
+    if coder.k is not None and config.activation != "topk":
         raise InputError(
             f"the coder to start from keeps the {coder.k} largest features of a token, which is "
             f'not {config.activation}: set activation="topk", or convert it with as_jump_relu'
         )
-    if not coder.multi_layer:
+    if coder.k is not None and not coder.multi_layer:
         norms = np.linalg.norm(np.asarray(coder.w_dec, np.float32), axis=1)
         if np.ptp(norms) > 0.01 * norms.max():
             raise InputError(
                 f"the coder to start from has decoder rows of norms {norms.min():.3g} to "
-                f"{norms.max():.3g}: at unit norm, as training has them, others would be its "
-                f"{coder.k} largest features"
+                f"{norms.max():.3g}: at unit norm, as in training, other features would be its "
+                f"{coder.k} largest"
             )
 
 
-def unfold(coder: Coder, config: CoderConfig, scales: Mapping) -> Weights:
-    """The inverse of `fold`, N = 1: any coder, published or own, as weights to go on training.
+def unfold(coder: Coder, config: CoderConfig, scales: Mapping[str, jax.Array]) -> Weights:
+    """The inverse of `fold`, N = 1: any coder, published or own, as weights to train further.
 
     Raises `InputError` if it does not have the shape, sites, layers or kind of `config`.
     """
     _check_activation(coder, config)
     c_in, c_out, units = scales["in"], scales["out"], _feature_units(coder.k, scales["out"])
-    got: tuple[Any, ...] = (tuple(coder.layers), coder.reads, coder.writes)
-    got += (coder.width, coder.w_skip is not None)
-    wanted = (config.layer_tuple, config.reads, config.target, config.width, config.skip)
-    for what, have, want in zip(("layers", "reads", "writes", "width", "skip"), got, wanted):
+    for what, have, want in (
+        ("layers", tuple(coder.layers), config.layer_tuple),
+        ("reads", coder.reads, config.reads),
+        ("writes", coder.writes, config.target),
+        ("width", coder.width, config.width),
+        ("skip", coder.w_skip is not None, config.skip),
+    ):
         if have != want:
             raise InputError(f"the coder to start from has {what} {have}, the config {want}")
     stack = lambda x: float32(x) if coder.multi_layer else float32(x)[None]

@@ -18,18 +18,8 @@ def tiny(monkeypatch, model):
 
 
 def test_the_command(tiny, folders, text, capsys):
-    options = [
-        "--model",
-        "tiny",
-        "--context-size",
-        "32",
-        "--batch-size",
-        "2",
-        "--tokens",
-        "200",
-        "--loss-tokens",
-        "60",
-    ]
+    options = ["--model", "tiny", "--context-size", "32", "--batch-size", "2",
+               "--tokens", "200", "--loss-tokens", "60"]  # fmt: skip
     arguments = ["evaluate", f"{folders}/sae_*", *options, "--text", f"{text}/*.txt"]
     assert cli.main([*arguments, "--json"]) == 0
     out, err = capsys.readouterr()
@@ -86,15 +76,16 @@ def test_without_losses_or_text(tiny, folders, capsys):
     options = ["--model", "tiny", "--context-size", "32", "--batch-size", "2", "--tokens", "100"]
     assert cli.main(["evaluate", f"{folders}/sae_0", *options, "--loss-tokens", "0"]) == 0
     out, err = capsys.readouterr()
-    assert "warning: no --text" in err and "too short" in err
+    assert "warning: without --text" in err and "too short" in err
     assert "FVU" in out and "delta loss" not in out and "-1.0000" not in out
 
 
 BAD = {
     "no_coder": ([], "name at least one coder"),
     "no_text": (["--text", "/nowhere/*.txt"], "no text files match /nowhere"),
-    "no_tokens": (["--tokens", "0"], "too few"),
-    "no_losses": (["--replacement", "--loss-tokens", "0"], "--replacement measures losses"),
+    "no_tokens": (["--tokens", "0"], "at least one token"),
+    "fewer_losses": (["--loss-tokens", "-1"], "loss_tokens -1: 0 or more"),
+    "no_losses": (["--replacement", "--loss-tokens", "0"], "replacement measures losses"),
     "too_long": (["--context-size", "65"], "more than the model's context of 64"),
     "no_rows": (["--batch-size", "0"], "a sequence must hold"),
     "two_texts": (["--text", "TEXT", "--tfds", "news"], "either files or tfds"),

@@ -84,7 +84,7 @@ def test_finished_coders_are_read_and_new_ones_measured(
     spelled["dataset"] = "./" + text.name
     assert evaluate_core(model, coders, near, near_plan, spelled, out) == results[:2]
     assert seen == [1]
-    with pytest.raises(InputError, match="another loss_tokens .*150, now 40.*another --out"):
+    with pytest.raises(InputError, match="another loss_tokens .*150, now 40.*another folder"):
         evaluate_core(model, coders, *setup(model, text, 40), out)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,13 @@ def test_batch_topk_keeps_its_share_of_the_tokens_that_count(run):
         order = jnp.argsort(~mask, stable=True)
         rows = order[jnp.arange(B * T) % mask.sum()]
         found = []
-        run = lambda intercept: found.append(intercept.args[0].tree) or jnp.zeros(())
-        end_to_end._divergences(
-            weights, group, jnp.asarray(x), rows, jnp.asarray(mask), (B, T), run, state.scale, plan
+        own = SimpleNamespace(
+            rows=rows,
+            mask=jnp.asarray(mask),
+            batch=TokenBatch(jnp.zeros((B, T)), jnp.ones((B, T))),
+            divergence=lambda splice: found.append(splice.args[0].tree) or jnp.zeros(()),
         )
+        end_to_end._divergences(weights, group, jnp.asarray(x), own, state.scale, plan)
         return np.stack(found).reshape(2, B * T, -1)[:, mask]
 
     large = np.where(mask[:, None], x, 20 * x)

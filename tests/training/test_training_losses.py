@@ -76,7 +76,7 @@ class Problem:
 
 @functools.cache
 def problem(name):
-    group, rng = CoderGroup(tuple(range(len(CASES[name]))), CASES[name]), np.random.default_rng(7)
+    group, rng = CoderGroup(CASES[name]), np.random.default_rng(7)
     same = group.template.target == group.template.reads
     N, X, d, e = len(group.coders), group.X, D, D if same else E
     draw = lambda *s: rng.standard_normal(s).astype(np.float32).astype(np.float64)

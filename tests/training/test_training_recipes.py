@@ -28,9 +28,9 @@ BAD_CODERS = {
     "activation": (dict(activation="top"), "activation 'top' is none of .*topk"),
     "half a k": (dict(activation="topk", target_l0=7.5), "needs a whole target_l0, not 7.5"),
     "prefixes falling": (dict(prefixes=(8, 4)), "prefixes .* must rise"),
-    "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "lie below 64"),
+    "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "stay below 64"),
     "prefix of nothing": (dict(prefixes=(0, 8)), "prefixes"),
-    "too few to start from": (dict(layers=(1, 2), init_layers=("a",)), "not one a layer"),
+    "too few to start from": (dict(layers=(1, 2), init_layers=("a",)), "not one for each layer"),
     "two starts": (dict(init_from="a", init_layers=("b",)), "exclude each other"),
 }
 
@@ -59,7 +59,7 @@ BAD_RUNS = {
     "buffer too small": (dict(buffer=100), "buffer 100 must hold"),
     "buffer never full": (dict(tokens=1000), "tokens 1000 do not fill the buffer"),
     "tokens": (dict(tokens=-5), "tokens must be a whole number from 1 on"),
-    "half a batch": (dict(train_batch_size=64.5), "batch must be a whole number"),
+    "half a batch": (dict(train_batch_size=64.5), "train_batch_size must be a whole number"),
     "first": (dict(first=-1), "first must be a whole number from 0 on"),
     "mesh": (dict(mesh=(3,)), "mesh must be two numbers of devices"),
     "precision": (dict(precision="float16"), "precision 'float16' is none of default, bfloat16"),
@@ -106,7 +106,7 @@ def test_bad_runs_are_refused_before_anything_is_computed(model, tmp_path, monke
     for damaged in ('{"coders": [', "[3]", '{"coders": 3}'):
         (tmp_path / "c/config.json").write_text(damaged)
         refused("config.json: damaged", coder(3), folder="c")
-    refused("rows 4 must be a multiple of the 8 devices", coder(3), mesh=(8, 1), folder="d")
+    refused("batch_size 4 must be a multiple of the 8 devices", coder(3), mesh=(8, 1), folder="d")
 
 
 def test_config_files_are_read_and_bad_ones_refused(tmp_path):

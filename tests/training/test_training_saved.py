@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import training_runs
 from gemma_scope_jax.coders.coder import as_jump_relu
 from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.data.activations.store import write_activations
@@ -18,36 +19,20 @@ from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.training import buffer, ends, feeds, init, measure
 from gemma_scope_jax.training import train as training
 from gemma_scope_jax.training.held_out import BLOCK, SplitBatches, held_out, is_held_out
-from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.recipe import OptimizerConfig
 from gemma_scope_jax.training.weights import CoderGroup, fold, unfold
 from letters import Letters
 from tiny import tiny_model
 
 K = 8
-LOSS = LossConfig(l0_warmup=20, per_token=False, dead_after=3, dead_below=0.5)
 
 
 def coder(layers=1, **options):
-    common = dict(width=64, target_l0=K, threshold=None, loss=LOSS, activation="topk")
-    return CoderConfig(layers, **common | options)
+    return training_runs.coder(layers, **dict(target_l0=K, activation="topk") | options)
 
 
 def recipe(*coders, **options):
-    common = dict(
-        coders=coders,
-        tokens=128 * 16,
-        batch_size=4,
-        context_size=32,
-        buffer=512,
-        train_batch_size=128,
-        updates=3,
-        optimizer=OptimizerConfig(3e-3, 10),
-        checkpoint_every=1e9,
-        model="tiny",
-        sparse=0.0,
-        held_out=0.25,
-    )
-    return TrainConfig(**common | options)
+    return training_runs.recipe(*coders, **dict(tokens=128 * 16, held_out=0.25) | options)
 
 
 def documents(count=80):
@@ -62,13 +47,6 @@ def model():
     [large] = Letters().encode("f", bos=False)
     embed = model.params.embed.at[large].multiply(100.0)
     return dataclasses.replace(model, params=dataclasses.replace(model.params, embed=embed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def letters():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feeds, "load_tokenizer", lambda source: Letters())
-        yield
 
 
 def spied(patch):
@@ -294,7 +272,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
     """Of several layers, too, whose activations have other norms; and unfolding undoes it."""
     config = coder(layers, width=16, target_l0=5)
     X = len(config.layer_tuple)
-    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((config,)), 6, 6, 0)
     scale = jnp.asarray([3.0, 400.0][:X])
     folded = fold(w, 0, config, {"in": scale, "out": scale}, 1)
     assert folded.k == 5
@@ -316,7 +294,7 @@ def test_folding_keeps_which_features_are_the_largest(layers):
 
 def test_a_topk_coder_is_not_taken_for_another_to_train_on():
     config = coder(width=16, target_l0=5)
-    w = init.random_weights(CoderGroup((0,), (config,)), 6, 6, 0)
+    w = init.random_weights(CoderGroup((config,)), 6, 6, 0)
     scales = {"in": jnp.ones(1), "out": jnp.ones(1)}
     folded = fold(w, 0, config, scales)
     for activation in ("jumprelu", "batch_topk"):
