@@ -141,7 +141,7 @@ def ours(args) -> None:
         return {name: np.asarray(a[0, 0]) for name, a in zip(NAMES, arrays)}
 
     np.save(folder / "x.npy", x)
-    np.savez(folder / "weights.npz", **flat(weights))
+    np.savez(folder / "weights.npz", **flat(weights))  # pyright: ignore[reportArgumentType]
     step = {
         name: jax.jit(partial(steps.update, plan=p), donate_argnums=0) for name, p in plan.items()
     }

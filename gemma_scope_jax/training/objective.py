@@ -194,7 +194,7 @@ def per_feature(codes: Codes, values: jax.Array, group: CoderGroup) -> jax.Array
         return jnp.sum(values, 2)
     flat = lambda a: a.reshape(-1, *a.shape[2:])
     slots = flat(values), flat(codes.feature), flat(codes.count)
-    sums = active.per_feature(*slots, group.template.width)
+    sums: jax.Array = active.per_feature(*slots, group.template.width)
     return sums.reshape(*values.shape[:2], -1)
 
 
