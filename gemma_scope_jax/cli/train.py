@@ -81,4 +81,6 @@ def print_plan(found: "gs.TrainEstimate") -> None:
     print(f"tokens   {found.tokens:,} in {found.passes:,} passes, {found.updates:,} updates")
     print(f"memory   {shared.size(found.memory)}{limit} on a device")
     print(f"disk     {disk}{free}, including {found.checkpoints} checkpoints")
+    for doubt in found.doubts:
+        print(f"warning  {doubt}")
     print("time     shown as soon as the run is under way; the same command continues it")

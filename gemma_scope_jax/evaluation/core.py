@@ -128,7 +128,8 @@ def doubts(metrics: Metrics) -> list[str]:
     elif fit.fvu > 1:
         found.append(
             f"FVU {fit.fvu:.3g}: reconstructions are worse than the mean activation: the coder "
-            "diverged in training, or was made for another model or site (see `gemma-scope check`)"
+            "diverged in training or was trained too briefly, or was made for another model or "
+            "site (see `gemma-scope check`)"
         )
     if losses is not None and losses.tokens and not np.isfinite(losses.spliced):
         found.append("losses with the coder's reconstructions are not finite numbers")

@@ -272,7 +272,7 @@ class _After:
 
 def _plots(out: str, results: list[dict[str, Any]]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        LOG.warning("no plots: they need `pip install matplotlib`")
+        LOG.warning("no plots: they need pip install 'gemma-scope-jax[track]'")
         return
     for r in results:
         path = result_path(out, CORE, r["sae_lens_release_id"], r["sae_lens_id"])

@@ -97,16 +97,19 @@ def _paths(value: Any, at: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
             yield from _paths(getattr(value, f.name), (*at, f.name))
 
 
-def _changed(value: Any, changes: dict[FieldPath, Any]) -> Any:
+def _changed(value: Any, changes: dict[FieldPath, Any], at: FieldPath = ()) -> Any:
     """The tree with the leaves of `changes` replaced, each dataclass rebuilt once."""
     if not changes or () in changes:
         return changes.get((), value)
     below = lambda name: {path[1:]: new for path, new in changes.items() if path[0] == name}
     if isinstance(value, tuple):
-        return tuple(_changed(one, below(str(n))) for n, one in enumerate(value))
+        return tuple(_changed(one, below(str(n)), (*at, str(n))) for n, one in enumerate(value))
     names = dict.fromkeys(path[0] for path in changes)
-    new = {name: _changed(getattr(value, name), below(name)) for name in names}
-    return dataclasses.replace(value, **new)
+    new = {name: _changed(getattr(value, name), below(name), (*at, name)) for name in names}
+    try:
+        return dataclasses.replace(value, **new)
+    except InputError as error:
+        raise InputError(f"{'.'.join(at)}: {error}" if at else f"{error}") from None
 
 
 def _value(name: str, kind: Any, values: Sequence[str]) -> Any:
@@ -130,6 +133,7 @@ def _as(kind: Any, values: Sequence[str]) -> tuple[Any, bool]:
     """(the value, whether the words are a value of this type)."""
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        values = [] if len(values) == 1 and values[0].lower() in NONE else values
         if kinds[0] in (int, float):
             values = [part for value in values for part in re.split(r"[,\s]+", value) if part]
         found = [_as(kinds[0], [value]) for value in values]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -35,6 +36,7 @@ class TrainEstimate:
     checkpoints: int  # how many are kept
     saved: int  # all coders, as written at the end
     free: int | None  # on the disk; None: a bucket
+    doubts: tuple[str, ...]  # what makes the run of little use, a sentence each
 
 
 def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEstimate:
@@ -59,7 +61,18 @@ def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEst
         checkpoints=config.keep,
         saved=size([group.weights for group in state.groups]),
         free=None if is_remote(path) else shutil.disk_usage(existing_parent(path)).free,
+        doubts=tuple(_doubts(config)),
     )
+
+
+def _doubts(config: TrainConfig) -> Iterator[str]:
+    updates = config.all_updates
+    warmups = {"optimizer.warmup": config.optimizer.warmup}
+    for number, coder in enumerate(config.coders):
+        warmups[f"coders.{number}.loss.l0_warmup"] = coder.loss.l0_warmup
+    for name, warmup in warmups.items():
+        if warmup >= max(updates, 1):
+            yield f"{name} {warmup} is longer than the run of {updates} updates: lower it"
 
 
 def _memory(plan: TrainPlan, state: TrainState, shape: GemmaConfig) -> int:

@@ -168,7 +168,9 @@ class CoderConfig:
             raise InputError(f"layers {self.layers} must be one layer, or several in rising order")
         ends = (0, *self.prefixes, self.width)
         if list(ends) != sorted(set(ends)):
-            raise InputError(f"prefixes {self.prefixes} must rise, and stay below {self.width}")
+            raise InputError(
+                f"prefixes {self.prefixes} must rise, and stay below the width {self.width}"
+            )
         if self.init_layers and len(self.init_layers) != len(self.layer_tuple):
             count = len(self.init_layers)
             raise InputError(f"init_layers has {count} coders, not one for each layer")
@@ -327,9 +329,13 @@ class TrainConfig:
             _one_of("track", name, ("tensorboard", "wandb"))
         least = max(self.train_batch_size, 2 * self.batch_size * self.context_size)
         if not self.store and self.buffer < least:
-            raise InputError(f"buffer {self.buffer} must hold a batch and two model passes")
+            raise InputError(
+                f"buffer {self.buffer} must hold a batch and two model passes: at least {least}"
+            )
         if not self.store and self.tokens <= self.buffer:
-            raise InputError(f"tokens {self.tokens} do not fill the buffer of {self.buffer}")
+            raise InputError(
+                f"tokens {self.tokens} do not fill the buffer of {self.buffer}: lower buffer"
+            )
         by_effect = any(c.loss.kl_weight for c in self.coders)
         if self.store and by_effect:
             raise InputError("kl_weight needs the model on text, not stored activations")

@@ -74,7 +74,7 @@ def test_two_coders_for_one_place_are_one_line():
     for coders, words in (
         ([EVERY[1], EVERY[1]], "two coders write mlp_out of layer 1"),
         ([EVERY[3], clt], "two coders write mlp_out of layer 3"),
-        (["a name"], "expected a coder"),
+        (["a name"], "expected one coder"),
     ):
         with pytest.raises(InputError, match=words):
             gs.replacement(coders)

@@ -337,7 +337,8 @@ def fewer(f, ctx):
 
 SAE, CLT = CODERS["sae"], CODERS["clt"]
 BAD = {
-    "no coder": (lambda: gs.splice(gs.capture("z")), "expected a coder .*, got Intercept"),
+    "a set": (lambda: gs.features(gs.CoderSet([SAE])), r"one coder \(take one with \.at\(layer"),
+    "no coder": (lambda: gs.splice(gs.capture("z")), "expected one coder .*, got Intercept"),
     "layer": (lambda: gs.features(SAE.replace(layer=4)), r"the model has layers 0\.\.3"),
     "layers": (lambda: gs.splice(CLT.replace(layers=(1, 2, 3, 4))), "layer 4"),
     "site": (lambda: gs.splice(SAE.replace(reads="resid")), "reads 'resid' and writes"),

@@ -58,6 +58,8 @@ def test_any_field_is_set_by_its_name():
         optimizer=dataclasses.replace(TWO.optimizer, b1=0.5),
     )
     assert override(TWO, []) == TWO
+    for words in ([], ["none"]):  # an empty list
+        assert override(TWO, ["--coders.0.prefixes", *words]).coders[0].prefixes == ()
     assert override(TWO, ["--coders.1.layers", "7"]).coders[1].layers == 7
 
 
@@ -78,6 +80,8 @@ def test_any_field_is_set_by_its_name():
         ("tokens 3", "tokens: expected a field, such as --tokens 100000"),
         ("--buffer 10", "buffer 10 must hold a batch"),
         ("--coders.0.loss.sparsity tahn", "did you mean tanh"),
+        ("--coders.1.loss.bandwidth -1", "coders.1.loss: bandwidth must be positive"),
+        ("--coders.1.prefixes 9,4", "coders.1: prefixes (9, 4) must rise"),
     ],
 )
 def test_what_is_wrong_with_a_field_is_one_line(words, says):
@@ -154,3 +158,6 @@ def test_a_plan_says_what_a_run_takes(tmp_path, monkeypatch, store):
     assert (found.coders, found.tokens) == (1, 4096) and not (tmp_path / "out").exists()
     assert found.updates == (64 if store else 64 - 16) and found.passes == 64
     assert found.memory > found.checkpoint > 2 * found.saved > 0 and found.free > 0
+    learning, sparsity = found.doubts  # by default they grow over more updates than there are
+    assert learning.startswith("optimizer.warmup 1000 is longer than the run of ")
+    assert sparsity.startswith("coders.0.loss.l0_warmup 50000 is longer")

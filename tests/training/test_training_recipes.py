@@ -28,7 +28,7 @@ BAD_CODERS = {
     "activation": (dict(activation="top"), "activation 'top' is none of .*topk"),
     "half a k": (dict(activation="topk", target_l0=7.5), "needs a whole target_l0, not 7.5"),
     "prefixes falling": (dict(prefixes=(8, 4)), "prefixes .* must rise"),
-    "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "stay below 64"),
+    "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "stay below the width 64"),
     "prefix of nothing": (dict(prefixes=(0, 8)), "prefixes"),
     "too few to start from": (dict(layers=(1, 2), init_layers=("a",)), "not one for each layer"),
     "two starts": (dict(init_from="a", init_layers=("b",)), "exclude each other"),
