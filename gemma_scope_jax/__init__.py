@@ -57,7 +57,7 @@ _PUBLIC = {
     "extraction.estimate": ["plan_extraction"],
     "extraction.extract": ["check_extraction", "extract"],
     "extraction.export": ["export_store"],
-    "extraction.manifest": ["name_in_store"],
+    "extraction.manifest": ["ExtractionSettings", "name_in_store"],
     "extraction.store.store": ["FeatureStore"],
     "evaluation.check": ["CheckReport", "check_coder"],
     "evaluation.core_run": ["check_evaluation", "evaluate_coders"],
