@@ -98,7 +98,8 @@ def pool(
         if len(ids) < needed:
             raise InputError(f"text {number} has {len(ids)} tokens, fewer than {needed}")
         if len(ids) > context:
-            raise InputError(f"text {number} has {len(ids)} tokens, the model's context {context}")
+            have = f"text {number} has {len(ids)} tokens"
+            raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
     first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
