@@ -163,7 +163,8 @@ def tracked(
 
 @contextlib.contextmanager
 def stage(message: str) -> Iterator[None]:
-    """Show on stderr what happens while its progress is unknown: a spinner, or a line in a file."""
+    """Show on stderr what happens while its progress is unknown: by a spinner, or by a line where
+    there is no terminal."""
     if _face.silent or not _on_terminal():
         if not _face.silent:
             _write_line(f"{message} ...")

@@ -46,6 +46,7 @@ class AnswerFile:
             elif not os.access(path.parent, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
+            self.close()
             raise disk_error(path, error) from error
 
     def _open(self) -> None:

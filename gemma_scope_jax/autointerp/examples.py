@@ -53,7 +53,8 @@ class Sampling:
             if isinstance(value, int) and value < LEAST.get(name, 1):
                 raise InputError(f"{name} is {value}: at least {LEAST.get(name, 1)}")
         if self.hard > self.non_activating:
-            raise InputError(f"hard is {self.hard}: at most {self.non_activating}, non_activating")
+            most = f"the {self.non_activating} non_activating windows that it is a part of"
+            raise InputError(f"hard is {self.hard}, more than {most}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

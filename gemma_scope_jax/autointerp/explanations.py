@@ -71,7 +71,7 @@ def _check(content: dict[str, Any], path: os.PathLike) -> None:
     if odd := [name for name in named if not re.fullmatch(r"0|[1-9][0-9]{0,9}", name)]:
         raise InputError(f"{path}: {odd[0][:40]!r} is not the number of a feature")
     if bad := [name for name, entry in named.items() if not _is_explanation(entry)]:
-        raise InputError(f"{path}: feature {bad[0]}: not an explanation")
+        raise InputError(f"{path}: feature {bad[0]} has no valid explanation; delete it")
 
 
 _FORMAT = Format("explanations of features", {"format": FORMAT}, _check, "delete it")

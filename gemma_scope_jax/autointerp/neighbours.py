@@ -31,7 +31,7 @@ def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int
     if len(features) * len(fired) * 8 > LARGEST:
         raise InputError(
             f"co-occurrence of {len(features)} features takes too much memory: explain fewer, or "
-            "choose neighbours by decoder"
+            "choose neighbours by their decoder rows"
         )
     number = np.full(len(fired), -1, np.int64)
     number[np.asarray(features, np.int64)] = np.arange(len(features))

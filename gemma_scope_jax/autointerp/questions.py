@@ -71,7 +71,7 @@ class Question:
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a judge said. Without an answer, `values` is None, `why` one of a few reasons and `text`
-    the words. confidence: for each example that the feature is active, where it is known."""
+    the words. confidence: how surely the feature is active in each example, larger for surer."""
 
     text: str = ""
     values: tuple[float, ...] | None = None

@@ -148,6 +148,8 @@ def _write_comparisons(
 ) -> None:
     """Make `compared_N_ids`, `_cosines` and `_same` against the decoders of other coders."""
     stage.facts["compared"] = [[name, other.width] for name, other in others.items()]
+    if not others:
+        return
     mine = directions.written(coder, layer)
     for n, other in enumerate(others.values()):
         theirs = directions.written(other, same_layer(other, layer))

@@ -137,7 +137,8 @@ def build_card_sites(
         for one in sites:
             LOG.info("cards of %s", one.name)
             source = store if one.examples is None else one.examples
-            assert source is not None
+            if source is None:
+                raise InputError(f"{one.name}: give a store, or plan its site with published=True")
             place = out / one.name
             cards = made[one.name] = build_cards(
                 source,

@@ -39,7 +39,8 @@ def command(
             compared.
         tokens: Measure the fit of the coders on about this many tokens, <bos> included, in whole
             batches.
-        loss_tokens: Run the whole model, changed and unchanged, on about the first of these tokens.
+        loss_tokens: Run the whole model, changed and unchanged, on about this many of these tokens,
+            the first ones, in whole batches.
         batch_size: The number of sequences in a batch.
         replacement: Also measure the model with all the coders in place at once.
         skip_geometry: Leave out the norms and cosines of features, whose time grows with the width

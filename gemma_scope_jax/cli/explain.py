@@ -101,6 +101,10 @@ def command(
         raise InputError("an endpoint needs --endpoint URL and --judge-model NAME")
     if kind != "endpoint" and (asked.url or plan):
         raise InputError(f"--{'endpoint' if asked.url else 'plan'} does not go with --judge {kind}")
+    if features and sample is not None:
+        raise InputError("give --features or --sample, not both")
+    if kind != "statistics" and not features and sample is None:
+        raise InputError("which features? give --features 1,5,10-20 or --sample N")
     endpoint = asked.checked() if kind == "endpoint" else None
     gs.check_scores(scores)
     if out:
@@ -144,7 +148,9 @@ def _agreed(job: "gs.ExplanationJob", endpoint: gs.Endpoint, plan_only: bool, ye
     if plan_only or yes:
         return not plan_only
     if not sys.stdin.isatty():
-        raise InputError("nothing sent: --yes to send this, --plan only to see it")
+        raise InputError(
+            "nothing was sent: give --yes to send it, or --plan to see only this estimate"
+        )
     print("send? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

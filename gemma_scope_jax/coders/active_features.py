@@ -1,9 +1,9 @@
 """The device's half of extraction: one program from tokens to the active features of every coder.
 
-The model runs to the last layer that is read; there and before, the encoder's product is reduced at
-once to the active entries, so that of [tokens, F] activations only those leave the device. Coders
-of one shape and site are stacked and share the loop over layers: the program of 26 of them compiles
-as fast as that of one.
+The model runs to the last layer that is read. At each layer read, the encoder's product is reduced
+at once to the active entries, so that of [tokens, F] activations only those leave the device.
+Coders of one shape and site are stacked and share the loop over layers: the program of 26 of them
+compiles as fast as that of one.
 
 A token has room for `slots` entries; the few tokens with more (outlier tokens have thousands) are
 `spilled`: their whole rows are returned. On a mesh the features are split over its axis "model",
@@ -129,7 +129,7 @@ def encoders(group: CoderStack, coders: Mapping[str, Coder], mesh: Mesh | None =
 
 
 def slots_for(coders: Sequence[Coder]) -> int:
-    """Room for four times the largest target L0 (256 if none is known), a multiple of 32.
+    """Room for four times the largest target L0, or 256 if none is known; a multiple of 32.
 
     The target of a coder of several layers is taken as their sum. TopK coders need their k.
     """

@@ -1,8 +1,9 @@
 """The interface that SAEs, transcoders, crosscoders and CLTs share.
 
-The rooms above take a `Coder` and never ask which class it is. Coders of several layers put the
-layer axis first in activations, features and reconstructions: [X, ..., D] and [X, ..., F]. A coder
-of one layer takes any leading axes, so code that always puts an X axis first runs on every coder.
+Code built on coders takes a `Coder` and never asks which class it is. Coders of several layers put
+the layer axis first in activations, features and reconstructions: [X, ..., D] and [X, ..., F]. A
+coder of one layer takes any leading axes, so code that always puts an X axis first runs on every
+coder.
 
 All coder arithmetic is float32 at full precision, whatever the dtype of the input or the weights:
 residual norms reach 25,000, and bfloat16 coder maths visibly bends the dose-response of steering.

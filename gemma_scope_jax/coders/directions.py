@@ -11,7 +11,7 @@ Source: Gemma Scope 2 tutorial ("logit lens"); for `gain` see `model.block.rms_n
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,8 @@ def extreme_logits(
     """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
     smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
 
-    The direct path only, without control tokens. Raises `InputError` for sites off the stream.
+    The direct path only, without control tokens. Raises `InputError` for a coder
+    that does not write to the residual stream.
     """
     if coder.writes not in TO_LOGITS:
         raise InputError(f"features at {coder.writes} do not write to the residual stream")
@@ -120,17 +121,23 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, **options: Any
+    model: Model,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    features: Features,
+    *,
+    k: int = 10,
+    gain: Gain = "exact",
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
-    Takes the options of `extreme_logits`. Empty for coders that do not write the residual stream.
+    Empty lists for coders that do not write to the residual stream.
     """
     if coder.writes not in TO_LOGITS or not len(features):
         return [([], []) for _ in features]
     return [
         (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
-        for chunk in extreme_logits(model, coder, tokenizer, features, **options)
+        for chunk in extreme_logits(model, coder, tokenizer, features, k=k, gain=gain)
         for top, bottom in zip(chunk[0], chunk[2])
     ]
 

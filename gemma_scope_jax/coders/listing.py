@@ -6,17 +6,28 @@ from gemma_scope_jax.coders.release.catalog import Address, addresses, nearest_a
 from gemma_scope_jax.errors import InputError
 
 
-def find_addresses(pattern: str = "*", **filters: Any) -> list[Address]:
+def find_addresses(
+    pattern: str = "*",
+    *,
+    model: str | None = None,
+    kind: str | None = None,
+    layer: int | None = None,
+    width: str | None = None,
+    l0: str | None = None,
+    affine: bool | None = None,
+) -> list[Address]:
     """The published coders that match, without network access.
 
     pattern: part of an address, or a glob: `*-1b-it/transcoder_all/*_16k_*`.
-    filters: model, kind, layer, width, l0, affine, as `addresses` takes them; None matches all.
+    For the others see `addresses`; None matches all.
     Raises `InputError` naming the nearest coders if nothing matches.
     """
-    found = list(addresses(**filters, pattern=pattern))
+    given: dict[str, Any] = {"model": model, "kind": kind, "layer": layer, "width": width}
+    given |= {"l0": l0, "affine": affine}
+    found = list(addresses(**given, pattern=pattern))
     if not found:
-        given = {name: value for name, value in filters.items() if value is not None}
-        wanted = " ".join([pattern, *(f"{name} {value}" for name, value in given.items())])
+        filters = (f"{name} {value}" for name, value in given.items() if value is not None)
+        wanted = " ".join([pattern, *filters])
         close = ", ".join(map(str, nearest_addresses(wanted)))
         hint = close and f"; nearest: {close}"
         raise InputError(f"no published coder matches {wanted!r}{hint}")

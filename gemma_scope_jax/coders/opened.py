@@ -49,7 +49,8 @@ def open_coders(
             raise InputError(f"{coder.info.path} has several layers: a coder of one is needed here")
     made_for = {c.info.model_name.removeprefix("google/") for c in loaded} - {""}
     if not model and len(made_for) > 1:
-        raise InputError(f"coders of several models ({', '.join(sorted(made_for))}): choose one")
+        models = ", ".join(sorted(made_for))
+        raise InputError(f"coders of several models ({models}): give the model to use (--model)")
     model = model or next(iter(made_for), DEFAULT_MODEL)
     shape = model_config(model)
     for coder in loaded:

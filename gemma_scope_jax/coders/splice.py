@@ -232,7 +232,9 @@ def _at(stacked, i):
 def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:
     """The coder's layer or layers and its first position, checked."""
     if not isinstance(coder, Coder):
-        hint = "take one with .at(layer)" if hasattr(coder, "at") else "see load_coder"
+        from gemma_scope_jax.coders.coder_set import CoderSet
+
+        hint = "take one with .at(layer)" if isinstance(coder, CoderSet) else "see load_coder"
         raise InputError(f"expected one coder ({hint}), got {type(coder).__name__}")
     by_layer(coder)
     sites = [LAYER_SITES.index(s) if s in LAYER_SITES else -1 for s in (coder.reads, coder.writes)]

@@ -33,7 +33,7 @@ class TokenBatches:
                `TokenBatch`, whose documents are packed again
     seed       of the order, which is another in every epoch
     shard      (index, count): the share of the `index`th of `count` hosts
-    epochs     None: without end. The last batch may be padded
+    epochs     passes over the documents; None: without end. The last batch may be padded
     position   a `position` of an earlier iterator over the same data: continue from there
     workers    threads that tokenise, at about 0.5 million tokens/s each; None: one per core, up to
                16. They do not change the batches

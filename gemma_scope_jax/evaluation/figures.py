@@ -84,7 +84,7 @@ class Metrics:
     typical: Fit  # without outlier tokens
     layers: tuple[Fit, ...]  # `all`, for each layer of the coder
     density: np.ndarray  # [F], [X, F] for several layers: share of tokens on which a feature fires
-    consistency: np.ndarray  # like density: tokens on which it fires, a piece in which it fires
+    consistency: np.ndarray  # like density: mean tokens on which it fires, of pieces where it does
     losses: Losses | None
     groups: Mapping[str, tuple[dict[str, Any], ...]]  # by kind: a row for each group with tokens
 
@@ -201,12 +201,23 @@ class Tally:
         mean = lambda sums: [float(v) / n if n else math.nan for v in sums]
         of = lambda run: mean(self.runs[run][group]) if run in self.runs else [None] * 3
         (clean,) = mean(self.clean[group : group + 1])
-        (spliced, kl, agreement), (zero, kl_zero, _), (average, kl_average, _) = (
-            of(name) for name in (SPLICED, "zero", "mean")
+        spliced, kl, agreement = of(SPLICED)
+        zero, kl_zero, _ = of("zero")
+        average, kl_average, _ = of("mean")
+        everywhere, kl_everywhere, _ = of("zero everywhere")
+        return Losses(
+            tokens=n,
+            clean=clean,
+            spliced=math.nan if spliced is None else spliced,
+            ablated=zero,
+            mean_ablated=average,
+            kl=kl,
+            kl_ablated=kl_zero,
+            kl_mean_ablated=kl_average,
+            agreement=agreement,
+            everywhere_ablated=everywhere,
+            kl_everywhere_ablated=kl_everywhere,
         )
-        spliced = math.nan if spliced is None else spliced
-        kls = (kl, kl_zero, kl_average)
-        return Losses(n, clean, spliced, zero, average, *kls, agreement, *of("zero everywhere")[:2])
 
     def metrics(self) -> Metrics:
         """The figures of the sums. Raises `InputError` if there are no tokens."""

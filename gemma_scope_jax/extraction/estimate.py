@@ -26,7 +26,7 @@ from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remot
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The result of `plan_extraction`; bytes and seconds are estimates, `memory` is compiled."""
+    """The result of `plan_extraction`; `memory` is what the compiled program needs."""
 
     documents: int
     tokens: int

@@ -252,7 +252,7 @@ def _started(
     plan: ShardPlan,
     workers: ThreadPoolExecutor | None,
 ) -> Iterator[Started]:
-    """Start each batch (None: one of padding), whose entries `workers` make, or else the caller."""
+    """Start each batch (None: one of padding). Its entries are made by `workers`, or when asked."""
     zeros = np.zeros((plan.batch_size, plan.context_size), np.int32)
     for event in events:
         if isinstance(event, Ended):

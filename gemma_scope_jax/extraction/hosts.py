@@ -40,7 +40,8 @@ def check(model: Model, batch_size: int) -> None:
     if any(len(owner) > 1 for owner in owners) or len(owners) % hosts:
         raise InputError('the mesh\'s axis "model" spans hosts: keep it within the devices of one')
     if batch_size % (rows := len(owners) // hosts):
-        raise InputError(f"batch_size {batch_size} does not split over the {rows} rows of a host")
+        where = f"the {rows} mesh rows of each host: make it a multiple of {rows}"
+        raise InputError(f"batch_size {batch_size} does not split over {where}")
 
 
 def own_part(mesh: Mesh, active: ActiveFeatures, width: int) -> Any:

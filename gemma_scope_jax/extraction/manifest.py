@@ -128,8 +128,8 @@ def settle(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> tuple[
         there = old[key]
         if key == "data":  # the text is identified by its content: its names may differ
             if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
-                what = "text: what it holds, its order, its settings or the tokenizer"
-                raise InputError(f"{folder}: {OTHER} data ({what}); choose another folder")
+                what = "its content, order or settings differ, or the tokenizer"
+                raise InputError(f"{folder}: {OTHER} text ({what}); choose another folder")
             if there["text"] != value["text"]:  # written by a version that used name and size
                 new = old | {_CONTENT: value["text"]}
             there = {**there, **{name: value[name] for name in ("text", "files", "tfds")}}

@@ -76,7 +76,9 @@ def open_text(source: Source, tokenizer: Tokenizer, seed: int | None) -> Text:
     data = source if isinstance(source, TextData) else TextData()
     documents = open_documents(source)
     if documents.once:
-        raise InputError("an iterator can be read only once; give a list, or a function making one")
+        raise InputError(
+            "an iterator can be read only once; give a list, or a function that returns one"
+        )
     return Text(documents, data, tokenizer, seed)
 
 

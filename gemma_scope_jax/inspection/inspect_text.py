@@ -202,13 +202,9 @@ def inspect_text(
     if labels is not None:
         known = {f: labels[f] for f in named}
     else:
-        none, pairs = (
-            {"examples": [], "density": None},
-            logit_tokens(model, coder, tokenizer, named),
-        )
-        known = {
-            f: {"top_logits": a, "bottom_logits": b, **none} for f, (a, b) in zip(named, pairs)
-        }
+        pairs = zip(named, logit_tokens(model, coder, tokenizer, named))
+        none: dict[str, Any] = {"examples": [], "density": None}
+        known = {f: {"top_logits": a, "bottom_logits": b, **none} for f, (a, b) in pairs}
     for f, e in (explanations or {}).items():
         if f in known:
             more = {"explanation": e["text"], "explained": explanation_note(e)}

@@ -1,4 +1,6 @@
-"""A `Backend` in plain jax.numpy, for machines without C++ or GPU kernels; what backends share.
+"""A `Backend` in plain jax.numpy, for machines without C++ or GPU kernels.
+
+It also holds what all backends share.
 
 `active.Backend` documents the functions. XLA writes gathered rows to memory before it multiplies
 them, so tokens are processed in chunks.

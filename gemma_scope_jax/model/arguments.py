@@ -100,7 +100,7 @@ def check_positions(where: Positions, least: int, most: int) -> None:
 
 def check_finite(what: str, value: Any, dtype: DTypeLike = jnp.float32, infinite=False) -> None:
     """Raise `InputError` unless `value` (numbers or an array on the host) is finite in `dtype`.
-    `infinite` also allows infinities."""
+    `infinite` also allows infinities. Traced values and arrays on a device are not checked."""
     if is_abstract(value) or isinstance(value, jax.Array):
         return
     array, known = on_host(what, value), jnp.dtype(dtype)

@@ -60,15 +60,26 @@ def _preset(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **m
     return GemmaConfig(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more)
 
 
-_FAR = {"global_rope_divisor": 8.0}
+_LONG_CONTEXT = {"global_rope_divisor": 8.0}
 PRESETS: dict[str, GemmaConfig] = {
     c.name: c
     for c in (
         _preset("gemma-3-270m", 18, 640, 2048, 4, 1, 256, 512, context=32_768),
         _preset("gemma-3-1b", 26, 1152, 6912, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, **_FAR),
-        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, **_FAR),
-        _preset("gemma-3-27b", 62, 5376, 21504, 32, 16, 128, 1024, query_scale=168**-0.5, **_FAR),
+        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, **_LONG_CONTEXT),
+        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, **_LONG_CONTEXT),
+        _preset(
+            "gemma-3-27b",
+            62,
+            5376,
+            21504,
+            32,
+            16,
+            128,
+            1024,
+            query_scale=168**-0.5,
+            **_LONG_CONTEXT,
+        ),
     )
 }
 

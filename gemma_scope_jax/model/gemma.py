@@ -119,8 +119,8 @@ def forward(
     """Run Gemma 3 on `tokens`, int [B, T] or a `TokenBatch` (see `gs.tokens`): the bare function,
     for use inside your own `jit`.
 
-    segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing). None
-                   sees another, whatever their ids; default: all one
+    segments       int [B, T]: 0 is padding, each run of equal ids is a document (packing). No
+                   document sees another, even with equal ids; default: all one
     positions      int [B, T]: absolute; default: counted within each run of equal segment ids.
                    Where they do not grow, another document begins
     cache          keys and values so far; the tokens go to its next slots. A row's first run

@@ -51,7 +51,9 @@ class Processes:
             self.join()
         elif self.processes > 1:
             if self.process is None:
-                raise InputError(f"which of the {self.processes} processes is this? give --process")
+                raise InputError(
+                    f"which of the {self.processes} processes is this? give --process, from 0"
+                )
             return self.process, self.processes
         return 0, 1
 
@@ -127,8 +129,11 @@ def _detected(coordinator: str, processes: int | None, process: int | None, wait
     address, count, index, local = found
     names = ("coordinator", "processes", "process")
     if missing := [name for name, value in zip(names, found) if value is None]:
-        needed = "one program of several processes needs coordinator HOST:PORT, processes, process"
-        raise InputError(f"{needed}; the environment does not set {', '.join(missing)}")
+        raise InputError(
+            f"one program of several processes: the environment does not set {', '.join(missing)}; "
+            "give --coordinator HOST:PORT, --processes and --process (in Python: arguments of "
+            "join_processes)"
+        )
     check_share(count, index)
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:

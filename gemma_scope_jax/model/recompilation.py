@@ -34,8 +34,8 @@ class RecompilationWarning(UserWarning):
 
 
 def note(door: str, items: tuple[Intercept, ...], shape: tuple[int, int], fixed: Hashable, **more):
-    """Remember a call of `door` on tokens of `shape`; warn if its programs are many but for one
-    thing.
+    """Remember a call of `door` on tokens of `shape`; warn once many of its programs differ
+    in one thing only.
 
     fixed  everything else that chooses the program
     more   more things that change, by their keys in `ADVICE`

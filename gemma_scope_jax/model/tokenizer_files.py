@@ -290,7 +290,7 @@ def _from_model(path: epath.Path) -> Pieces:
     try:
         model = pb.ModelProto.FromString(path.read_bytes())
     except DecodeError as error:
-        advice = "download it again (about 130 bytes are a Git LFS pointer)"
+        advice = "download it again (a file of some 130 bytes is a Git LFS pointer)"
         raise InputError(f"{path}: not a complete tokenizer.model; {advice}") from error
     training, spec = model.trainer_spec, model.normalizer_spec
     is_gemma = training.model_type == pb.TrainerSpec.BPE and training.byte_fallback

@@ -98,7 +98,7 @@ def table_name(path: Path) -> str:
     """A table's file name without its suffix."""
     name = path.name.lower()
     size = next((len(s) for s in SUFFIXES if name.endswith(s)), len(path.suffix))
-    return path.name[: len(name) - size]
+    return path.name[: len(path.name) - size]
 
 
 def read_table(path: str | Path) -> Table:

@@ -220,7 +220,8 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                 yield part
                 if filled:
                     _rename_all(folder, {path.name: path for path in sorted(part.iterdir())})
-                    part.rmdir()
+                    with contextlib.suppress(OSError):  # empty: the next writer removes it, too
+                        part.rmdir()
                 else:
                     _swap(part, folder, old)
             except BaseException as error:

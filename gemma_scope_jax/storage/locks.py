@@ -82,7 +82,8 @@ def _acquired(path: Path, name: AnyPath | None, made: list[Path]) -> tuple[int, 
                     return handle, release
         # the folder was removed or replaced in between, or is a link to nothing
         if path.is_symlink() and not path.exists():
-            raise InputError(f"{path}: this link leads to no folder; make it, or remove the link")
+            advice = "make that folder, or remove the link"
+            raise InputError(f"{path}: is a link to a folder that does not exist; {advice}")
 
 
 def _lock(handle: int, path: Path, name: AnyPath | None) -> Callable[[], None] | None:

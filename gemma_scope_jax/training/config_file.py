@@ -52,7 +52,8 @@ def override(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
     """The config with some fields changed, which `words` of a command line name.
 
     `--tokens 100000`, `--tokens=100000`, `--coders.0.loss.kl_weight 1`, `--coders.*.width 8192`.
-    Values of a tuple are words (`--data.files a.txt b.txt`); commas may separate numbers.
+    Values of a tuple are words (`--data.files a.txt b.txt`); commas may separate numbers, and
+    `none` empties it.
     Raises `InputError` for an unknown field, with the nearest names, for a value of another type,
     and for what the config's own checks refuse.
     """

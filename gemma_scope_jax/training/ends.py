@@ -73,7 +73,6 @@ def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder
     of tokens that were not trained on, has the target L0.
     """
     config, found = plan.config, {}
-    kinds = ("sae", "transcoder"), ("crosscoder", "clt")
     name = config.model if "/" in config.model else f"google/{config.model}"
     for group, own in zip(plan.groups, state.groups):
         weights = own.weights
@@ -81,7 +80,10 @@ def coders(plan: TrainPlan, state: TrainState, sample: Sites) -> dict[str, Coder
             x, _ = buffer.pairs(plan, group, some(sample, SAMPLE), state.scale)
             weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
-            kind = kinds[c.is_multi_layer][c.target != c.reads]
+            same = c.target == c.reads
+            kind = "sae" if same else "transcoder"
+            if c.is_multi_layer:
+                kind = "crosscoder" if same else "clt"
             width = c.width * len(c.layer_tuple)
             info = CoderInfo(model_name=name, type=kind, l0=c.target_l0, width=width)
             scales = buffer.scales_of(plan, c, state.scale)

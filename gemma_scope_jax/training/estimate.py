@@ -66,13 +66,17 @@ def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEst
 
 
 def _doubts(config: TrainConfig) -> Iterator[str]:
-    updates = config.all_updates
-    warmups = {"optimizer.warmup": config.optimizer.warmup}
+    """A sentence for each length of a warm-up that does not end within the run."""
+    warmups: dict[float, list[str]] = {config.optimizer.warmup: ["optimizer.warmup"]}
     for number, coder in enumerate(config.coders):
-        warmups[f"coders.{number}.loss.l0_warmup"] = coder.loss.l0_warmup
-    for name, warmup in warmups.items():
-        if warmup >= max(updates, 1):
-            yield f"{name} {warmup} is longer than the run of {updates} updates: lower it"
+        if coder.activation == "jumprelu" and coder.loss.l0_weight:
+            names = warmups.setdefault(coder.loss.l0_warmup, [])
+            names.append(f"coders.{number}.loss.l0_warmup")
+    for warmup, (name, *others) in warmups.items():
+        if warmup >= max(config.all_updates, 1):
+            more = f" (and of {len(others)} more)" if others else ""
+            rest = f"a run of {config.all_updates} updates ends before it: lower it"
+            yield f"{name} is {warmup}{more}: {rest}"
 
 
 def _memory(plan: TrainPlan, state: TrainState, shape: GemmaConfig) -> int:

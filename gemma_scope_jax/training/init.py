@@ -55,7 +55,8 @@ def _unit(w: jax.Array) -> jax.Array:
 
 
 def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weights:
-    """With `threshold=None`: biases, skip and thresholds from samples x [N, X, B, D], y (with E).
+    """With `threshold=None`: biases, skip and thresholds from a sample: x [N, X, B, D] and
+    y [N, X, B, E].
 
     The decoder bias starts at the mean, the affine skip at the ridge regression of y on x, and each
     threshold where its feature is active on target_l0 / (X F) of the tokens (l0_start / (X F), if
@@ -89,7 +90,7 @@ def _exceeded(z: jax.Array, share: float) -> jax.Array:
     """The value that each row of z [F, B] exceeds in a share of its columns.
 
     It is halfway between two values, and at least a ten-thousandth below the upper one: many tokens
-    may have the same value, and rounding would decide whether it is above itself.
+    may have the same value, and rounding would decide whether it exceeds a threshold equal to it.
     """
     above = min(max(round(share * z.shape[1]), 1), z.shape[1] - 1)
     top = jax.lax.top_k(z, above + 1)[0]

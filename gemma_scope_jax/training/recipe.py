@@ -162,10 +162,10 @@ class CoderConfig:
         _check(self, "positive", "target_l0")
         if self.threshold is not None:
             _check(self, "a number that is not negative", "threshold")
-        if self.target_l0 >= self.width * len(self.layer_tuple):
-            raise InputError(f"target_l0 {self.target_l0} must be below the width {self.width}")
         if list(self.layer_tuple) != sorted(set(self.layer_tuple)) or not self.layer_tuple:
             raise InputError(f"layers {self.layers} must be one layer, or several in rising order")
+        if self.target_l0 >= self.width * len(self.layer_tuple):
+            raise InputError(f"target_l0 {self.target_l0} must be below the width {self.width}")
         ends = (0, *self.prefixes, self.width)
         if list(ends) != sorted(set(ends)):
             raise InputError(

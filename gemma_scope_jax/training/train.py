@@ -212,7 +212,9 @@ def _check_folder(config: TrainConfig, out: epath.Path) -> None:
         raise InputError(f"{file}: damaged; choose another folder") from error
     if other:
         fields = ", ".join(other)
-        raise InputError(f"{out} holds a run of another config ({fields} differ): choose another")
+        raise InputError(
+            f"{out} holds a run of another config ({fields} differ): choose another folder"
+        )
 
 
 def _remember_config(config: TrainConfig, out: epath.Path, fresh: bool) -> None:

@@ -101,10 +101,10 @@ def test_bad_input_is_one_line(model, tmp_path, changes, said):
     ("changes", "said"),
     [
         (dict(batch_size=4), "another data .batch_size 2 there, 4 now"),
-        (dict(seed=1), "another data .text"),
+        (dict(seed=1), "another text"),
         (dict(slots=9), "another slots"),
         (dict(coders={"a": CODERS["b"]}), "another coders .weights"),
-        (dict(source=["other text"]), "another data"),
+        (dict(source=["other text"]), "another text"),
     ],
 )
 def test_a_folder_keeps_to_its_settings(model, tmp_path, changes, said):
@@ -183,7 +183,7 @@ def test_a_text_that_was_edited_is_noticed_and_one_that_was_moved_goes_on(
     path.write_text("\n\f\n".join([*documents[:-1], "document 99"]))
     for manifest in (whole, old):  # which has taken down what the text held when it went on
         (store / "manifest.json").write_bytes(manifest)
-        with pytest.raises(InputError, match="another data .text: what it holds") as error:
+        with pytest.raises(InputError, match="another text .its content") as error:
             again(path)
         assert "\n" not in str(error.value)
 

@@ -94,7 +94,10 @@ def _check_url(url: str) -> None:
     if parts.scheme not in ("http", "https") or not where:
         raise InputError("endpoint: give a URL such as https://api.openai.com/v1")
     if parts.username or parts.password:
-        raise InputError("endpoint: leave user and password out of the URL; give the API key apart")
+        raise InputError(
+            "endpoint: leave user and password out of the URL; the API key comes from an "
+            "environment variable (--key-variable)"
+        )
     version = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
     if "#" in url or ("?" in url and version != ["api-version"]):
         raise InputError("endpoint: the URL may hold no # and no ?, except Azure's ?api-version=")

@@ -4,8 +4,9 @@ The time-outs of the standard library are for one read, so bytes that drip in ne
 the connection itself is shut at the deadline. Nothing is decompressed, no redirect is followed, and
 no more is read than asked for. Proxies from the environment are used.
 
-The `openai` client (3.57) does none of this: with a time-out of 1 s it waited 10 s for 100 bytes
-that dripped in, decompressed 126 MB of a bomb, and logged a key that a Location header repeated.
+The `openai` client (3.57) has no such deadline or limits: with a time-out of 1 s it waited 10 s for
+100 bytes that dripped in, decompressed 126 MB of a bomb, and logged a key that a Location header
+repeated.
 """
 
 import contextlib

@@ -152,8 +152,7 @@ class RuleJudge:
             strengths = rule.strengths(question.examples[0].tokens)
             return Answer("", tuple(mean for _, mean in strengths))
         shares = [_at_marks(rule, s) for s in question.examples]
-        said, confidence = zip(*shares)
-        return Answer("", tuple(map(float, said)), confidence)
+        return Answer("", tuple(float(said) for said, _ in shares), tuple(c for _, c in shares))
 
 
 def _odd_one_out(examples: Sequence[ShownText]) -> int:

@@ -237,7 +237,7 @@ def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLi
     first = several[0]
     clt = len(several) == 1 and first.multi_layer
     files = _clt_files(first) if clt else _set_files(several)
-    config = {"model_kind": KINDS[clt], "model_name": first.info.model_name}
+    config = {"model_kind": KINDS[1 if clt else 0], "model_name": first.info.model_name}
     config["feature_input_hook"] = hooks.hook_of_site(first.reads)
     config["feature_output_hook"] = hooks.hook_of_site(first.writes)
     if scan := hooks.config_from(first.info, "circuit_tracer").get("scan"):

@@ -150,7 +150,8 @@ def _weights(path: Path, architecture: str, config: dict[str, Any]) -> dict[str,
     tensors = hooks.read_tensors(path, ranks, {"scaling_factor": 1})
     finetuned = config.get("finetuning_scaling_factor")
     if finetuned not in (None, False) and "scaling_factor" not in tensors:
-        raise InputError(f"finetuning_scaling_factor is {finetuned!r:.40}, without scaling_factor")
+        wanted = f"finetuning_scaling_factor is {finetuned!r:.40}"
+        raise InputError(f"{wanted}, but {path.name} has no scaling_factor")
     scale = tensors.pop("scaling_factor", np.ones(1, np.float32))
     if (scale != 1).any():
         raise InputError("a finetuned scaling_factor other than 1 is not supported")
@@ -207,7 +208,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         raise InputError(f"normalize_activations {normalise!r} does not fold: {supported}")
     if not (folder / SCALER).is_file():
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
-        raise InputError(f"{SCALER} is missing, with the factor of normalize_activations; {fold}")
+        raise InputError(f"{SCALER}, the factor of normalize_activations, is missing; {fold}")
     try:
         scaler = published.read_json(folder / SCALER)
     except InputError as error:

@@ -182,8 +182,9 @@ def read_json(file: str | os.PathLike) -> dict[str, Any]:
     try:
         config = strict_json.read_json(Path(file))
     except ValueError as error:  # an `InputError`, or a NUL in the path
-        why = str(error).removeprefix(f"{file}: ")
-        raise InputError(f"{file}: {why}; download it again") from error
+        why = str(error).removeprefix(f"{Path(file)}: ")
+        advice = "; download it again" if why.startswith("not ") else ""
+        raise InputError(f"{file}: {why}{advice}") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
     return config

@@ -165,8 +165,9 @@ def save_coder(
         if array is not None and str(array.dtype) not in DTYPES.values():
             raise InputError(f"{field} is {array.dtype}, not {', '.join(DTYPES.values())}")
     config = config_of(coder, config_extra or {})
-    X = len(coder.layers) if coder.multi_layer else 0
-    names = [f"params_layer_{i}.safetensors" for i in range(X)] or ["params.safetensors"]
+    names = ["params.safetensors"]
+    if coder.multi_layer:
+        names = [f"params_layer_{i}.safetensors" for i in range(len(coder.layers))]
     sources = files_of(coder) if coder.multi_layer and coder.w_dec is None else [None] * len(names)
     _check_against_config(coder, folder_config(config, os.fspath(folder), len(names)))
     if folder.is_dir() and (others := set(parameter_files(folder)) - set(names)):

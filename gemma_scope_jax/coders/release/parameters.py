@@ -119,7 +119,9 @@ def read_single_layer(path: Path, dtype: Dtype) -> dict[str, jax.Array]:
     """All tensors of a file."""
     with open_safetensors(path) as file:
         header = read_header(file, path)
-    return {k: jax.device_put(a[0]) for k, a in _stacked([path], header, dtype).items()}
+    # one at a time: only one tensor is in the host's memory
+    one = lambda name: _stacked([path], {name: header[name]}, dtype)[name][0]
+    return {name: jax.device_put(one(name)) for name in header}
 
 
 def read_multi_layer(files: list[Path], dtype: Dtype, decoder: bool) -> dict[str, jax.Array | None]:

@@ -25,7 +25,7 @@ from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
 from gemma_scope_jax.data.documents import HostShard
 from gemma_scope_jax.data.order import shuffled_positions
-from gemma_scope_jax.data.prefetch import Prefetched, prefetch
+from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
@@ -192,17 +192,20 @@ def _passes(model: Model, batches: TokenBatches, manifest: dict) -> Iterator[tup
     mesh = mesh_under(model.params.embed)
     put = jnp.asarray if mesh is None else partial(shard_batch, mesh)
 
-    def started(ahead: Prefetched, before: Any) -> Iterator[tuple]:
-        for batch, after in counting(ahead, manifest["first"], before):
-            yield before, after, *run(jax.tree.map(put, batch))
-            before = after
-
-    begin = batches.position  # before the thread moves it
-    end: tuple = ()
+    before, waiting = batches.position, None  # the position before the thread moves it
     with prefetch(batches) as ahead:
-        one_ahead = itertools.pairwise(itertools.chain(started(ahead, begin), [end]))
-        for (before, after, values, keep), _ in one_ahead:
-            yield before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
+        for batch, after in counting(ahead, manifest["first"], before):
+            out = run(jax.tree.map(put, batch))
+            if waiting is not None:
+                yield _in_memory(*waiting)
+            waiting = (before, after, *out)
+            before = after
+        if waiting is not None:
+            yield _in_memory(*waiting)
+
+
+def _in_memory(before: Any, after: Any, values: dict, keep: jax.Array) -> tuple:
+    return before, after, jax.tree.map(np.asarray, values), np.flatnonzero(np.asarray(keep))
 
 
 @partial(jax.jit, static_argnames=("sites", "dtype", "first"))
@@ -340,12 +343,17 @@ class ActivationStore:
         return found
 
     def batches(
-        self, batch: int, seed: int = 0, start: int = 0, **options: Any
+        self,
+        batch: int,
+        seed: int = 0,
+        start: int = 0,
+        shard: HostShard = (0, 1),
+        rows: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
 
         A batch depends on (seed, number) alone: to resume, start where you stopped.
-        `data.prefetch.prefetch` reads ahead. options: `shard` and `rows`, as in `batch_rows`.
+        `data.prefetch.prefetch` reads ahead. For `shard` and `rows` see `batch_rows`.
         """
         for n in itertools.count(start):
-            yield self.read(self.batch_rows(batch, n, seed, **options))
+            yield self.read(self.batch_rows(batch, n, seed, shard, rows))

@@ -6,7 +6,8 @@
     for segment in store.segments():
         offsets, features, values = segment.by_token()
 
-Tokens come in pieces of documents, each beginning with `<bos>`. The files' format: `shards.py`.
+A token's row is its place in the store, from 0. Tokens come in pieces of documents, each beginning
+with `<bos>`. The files' format: `shards.py`.
 """
 
 import bisect

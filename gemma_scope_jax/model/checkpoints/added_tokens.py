@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.strict_json import parse_json, read_json
+from gemma_scope_jax.storage.strict_json import parse_json, read_bytes, read_json
 
 TOKENS = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -30,7 +30,7 @@ def declared_tokens(path: epath.Path) -> list[tuple[int, Any, dict[str, Any]]]:
 
 def _added_list(path: epath.Path) -> list[dict[str, Any]]:
     """added_tokens of a tokenizer.json, without its millions of merges if it comes before them."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
     key = '"added_tokens":'
     if text.count(key) != 1:
         return read_json(path).get("added_tokens") or []

@@ -200,11 +200,8 @@ def gguf_leaf(
     rest is padding. Raises `InputError` for a tensor that is missing, of another shape, of an
     unsupported quantisation, or not finite.
     """
-    name, wanted, table = (
-        _tensor_name(leaf, layer),
-        stored_shape(config, leaf),
-        leaf in ("embed", "head"),
-    )
+    name, wanted = _tensor_name(leaf, layer), stored_shape(config, leaf)
+    table = leaf in ("embed", "head")
     found = file.info(name).shape
     padded = table and len(found) == 2 and found[0] >= wanted[0] and found[1] == wanted[1]
     if found != wanted and not padded:

@@ -190,8 +190,10 @@ def refuse_adapters(folder: epath.Path) -> None:
     """Raise `InputError` if `folder` holds an adapter: transformers would apply it to the model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            advice = "merge it into its base model (peft: merge_and_unload) and pass that folder"
-            raise InputError(f"{folder}: holds an unmerged LoRA adapter ({name}); {advice}")
+            raise InputError(
+                f"{folder}: holds an unmerged LoRA adapter ({name}); merge it into its base model "
+                "(peft: merge_and_unload, then save_pretrained) and pass the saved folder"
+            )
 
 
 def _check_tensors(file: HuggingFaceFolder) -> None:
@@ -215,8 +217,10 @@ def _check_tensors(file: HuggingFaceFolder) -> None:
         raise InputError(f"{file.path}: {extra} is beyond config.json's {layers} layers")
     for name in file.files:
         if name not in known and not _HARMLESS.fullmatch(name):
-            unknown = "is not one of Gemma 3's and may change what it computes; remove it if not"
-            raise InputError(f"{file.path}: tensor {name} {unknown}")
+            unknown = "is not one of Gemma 3's and may change what it computes"
+            raise InputError(
+                f"{file.path}: tensor {name} {unknown}; save the folder without it if it does not"
+            )
     for path, names in wanted.items():
         with open_safetensors(path) as opened:
             for name, leaf in names.items():

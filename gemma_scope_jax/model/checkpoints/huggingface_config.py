@@ -158,9 +158,12 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
         # False, null and a missing key all mean "off"; all else must be the known value
         wrong = [k for k, only in FIXED.items() if (holder.get(k, only) or None) != (only or None)]
         wrong += [k for k, only in FIXED_IF_SAID.items() if holder.get(k) not in (None, only)]
-        for key in wrong:
-            raise InputError(f"{where}: {key} = {str(holder[key])[:60]} is not supported")
-    for key in raw.keys() & {*DEFAULTS, *READ} if nested else ():
+        if wrong:
+            said = f"{wrong[0]} = {str(holder[wrong[0]])[:60]}"
+            raise InputError(f"{where}: {said} is not supported")
+    if not nested:
+        return
+    for key in raw.keys() & {*DEFAULTS, *READ}:
         inner = text.get(key, DEFAULTS.get(key))
         if raw[key] != inner and not (key == TIED and inner is None):
             both = f"{str(raw[key])[:40]} at the top and {str(inner)[:40]} in text_config"

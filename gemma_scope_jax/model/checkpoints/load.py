@@ -144,9 +144,10 @@ def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
     try:
         folder = epath.Path(snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:  # the network stack's exceptions change between hub versions
-        other = f"cannot be downloaded ({reason(error)}); check the network, or pass a folder that "
+        failed = f"cannot be downloaded ({reason(error)})"
+        other = f"{failed}; check the network, or pass a folder that holds it"
         known = (why for kind, why in reasons.items() if isinstance(error, kind))
-        raise InputError(f"{repository}: {next(known, f'{other}holds it')}") from error
+        raise InputError(f"{repository}: {next(known, other)}") from error
     if "*.safetensors" in files and not any(folder.glob("*.safetensors")):
         raise InputError(  # for an incomplete folder, the hub's library raises nothing
             f"{repository}: has no safetensors files, or the hub {what}; check the repository and "

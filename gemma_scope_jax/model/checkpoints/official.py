@@ -112,7 +112,8 @@ def _check_others(path: epath.Path, names: Iterable[str]) -> None:
             continue
         why = "is not one of Gemma 3's and may change what it computes; remove it if it does not"
         if "lora" in name.split("/"):
-            why = "belongs to unmerged LoRA weights; merge them (peft.fuse_params) and save again"
+            advice = "merge them (gemma's peft.fuse_params) and save again"
+            why = f"belongs to unmerged LoRA weights; {advice}"
         raise InputError(f"{path}: {name} {why}")
 
 
@@ -180,7 +181,7 @@ def _result(path: str, name: str, future: Any) -> Any:
         return future.result()
     except Exception as error:  # whatever its drivers raise: ValueError, OverflowError, ...
         raise InputError(
-            f"{path}: {name} is damaged ({reason(error)}); download it again"
+            f"{path}: {name} is damaged ({reason(error)}); download the checkpoint again"
         ) from error
 
 

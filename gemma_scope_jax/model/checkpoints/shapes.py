@@ -62,6 +62,7 @@ def positive(value: Any, kind: type, what: str, most: int = 2**31 - 1) -> Any:
     number = isinstance(value, (int, kind)) and not isinstance(value, bool)
     least, most = (1, most) if kind is int else (1e-20, 10**20)
     if not number or not least <= value <= most:
-        limit = f" up to {most}" if number and value > 0 else ""
-        raise InputError(f"{what} is {value!r:.60}, not a positive number{limit}")
+        limit = f" up to {most:.0f}" if number and value > 0 and kind is int else ""
+        wanted = "whole number" if kind is int else "number"
+        raise InputError(f"{what} is {value!r:.60}, not a positive {wanted}{limit}")
     return kind(value)
