@@ -313,7 +313,7 @@ def test_comparing_in_chunks_changes_nothing(model, monkeypatch):
         ("layer", "for layer 9, but"),
         ("site", "reads 32 values at z, where .* has 64"),
         ("twice", "two coders write resid_post of layer 1"),
-        ("shape", "tokens and segments of one shape"),
+        ("shape", "tokens and segments must have one shape"),
         ("id beyond", r"token id 300 is outside 0\.\.299"),
         ("id below", r"token id -1 is outside 0\.\.299"),
         ("fractions", r"tokens must be integers"),

@@ -209,7 +209,7 @@ def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
 ):
     batches = TokenBatches(documents(6), Letters(), 8, 32)  # of 820 tokens
     write_activations(model, batches, {"resid_post": (3,)}, tmp_path / "store", 1000)
-    assert "the text has been read 2 times over" in caplog.text
+    assert "the text has been read 2 times: the store" in caplog.text
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     monkeypatch.setattr(training, "load_model", None)
     config = recipe(coder(3), store=str(tmp_path / "store"), tokens=128 * 3 * 6)
