@@ -108,7 +108,7 @@ def test_the_command_with_an_endpoint(planted, capsys, monkeypatch):
         assert "3 features, at most 123 requests" in out and "$0." in out and not server.bodies
         monkeypatch.setattr(sys, "stdin", type("S", (), {"isatty": lambda self: False})())
         assert main(*args) == 2
-        assert "nothing sent: --yes" in capsys.readouterr().err and not server.bodies
+        assert "nothing was sent: give --yes" in capsys.readouterr().err and not server.bodies
         answers = type("S", (), {"isatty": lambda self: True, "readline": lambda self: "n\n"})
         monkeypatch.setattr(sys, "stdin", answers())
         assert main(*args) == 0 and not server.bodies
@@ -182,8 +182,8 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         (("--judge", "endpoint"), "needs --endpoint URL and --judge-model NAME"),
         (("--plan",), "--plan does not go with --judge statistics"),
         ((*ENDPOINT, "--judge", "model"), "--endpoint does not go with --judge model"),
-        (ENDPOINT, "choose the features: numbers such as 1,5,10-20"),
-        (("--judge", "model"), "choose the features"),
+        (ENDPOINT, "which features? give --features 1,5,10-20 or --sample N"),
+        (("--judge", "model"), "which features? give --features"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "--request-options: not usable"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "[]"), "not a JSON object"),
         ((*ENDPOINT, "--sample", "2", "--request-options", '{"top_p": NaN}'), "NaN is not a num"),

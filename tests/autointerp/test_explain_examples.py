@@ -326,7 +326,7 @@ def test_neighbours_by_loops(corpus, store):
     [
         ({"length": 4}, "length is 4: at least 8"),
         ({"test": 1}, "test is 1"),
-        ({"hard": 60}, "hard is 60: at most 50"),
+        ({"hard": 60}, "hard is 60, more than the 50 non_activating windows"),
         ({"seed": -1}, "seed is -1"),
         ({"least": 0}, "least is 0"),
     ],

@@ -208,7 +208,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         raise InputError(f"normalize_activations {normalise!r} does not fold: {supported}")
     if not (folder / SCALER).is_file():
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
-        raise InputError(f"{SCALER}, the factor of normalize_activations, is missing; {fold}")
+        raise InputError(f"{SCALER} is missing (it holds the factor of activations); {fold}")
     try:
         scaler = published.read_json(folder / SCALER)
     except InputError as error:
