@@ -173,13 +173,13 @@ def test_a_tensor_name_of_control_characters_is_shown(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("attention__sliding_window", 0, "sliding_window is 0, not a positive number"),
-        ("attention__sliding_window", 2**31, "not a positive number"),
+        ("attention__sliding_window", 0, "sliding_window is 0, not a positive whole number"),
+        ("attention__sliding_window", 2**31, "not a positive whole number"),
         ("attention__layer_norm_rms_epsilon", 1e-30, "not a positive number"),
         ("rope__freq_base_swa", 1e30, "not a positive number"),
         ("rope__scaling__factor", -8.0, "not a positive number"),
-        ("context_length", "long", "not a positive number"),
-        ("attention__sliding_window_pattern", True, "not a positive number"),
+        ("context_length", "long", "not a positive whole number"),
+        ("attention__sliding_window_pattern", True, "not a positive whole number"),
     ],
 )
 def test_numbers_of_a_gguf_file(tmp_path, key, value, message):
