@@ -170,7 +170,7 @@ def test_file_systems_that_do_not_lock_folders(tmp_path, monkeypatch, caplog):
 
 def test_links_to_nowhere_and_folders_that_are_there(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "purged")
-    with pytest.raises(InputError, match="link: this link leads to no folder"):
+    with pytest.raises(InputError, match="link: is a link to a folder that does not exist"):
         _enter(only_writer(tmp_path / "link"))
     (tmp_path / "disk" / ".part").mkdir(parents=True)  # a mount point, after a killed run
     (tmp_path / "disk" / ".part" / "half").write_text("x")
