@@ -84,7 +84,7 @@ def test_a_mesh_that_cuts_hosts_is_refused(monkeypatch):
         hosts.check(model, 4)
     Mesh.devices = np.array([[Device(0)], [Device(0)], [Device(1)], [Device(1)]])
     hosts.check(model, 4)
-    with pytest.raises(InputError, match="batch_size 3 does not split over the 2 rows"):
+    with pytest.raises(InputError, match="batch_size 3 does not split over the 2 mesh rows"):
         hosts.check(model, 3)
 
 
