@@ -101,14 +101,14 @@ def command(
         raise InputError("an endpoint needs --endpoint URL and --judge-model NAME")
     if kind != "endpoint" and (asked.url or plan):
         raise InputError(f"--{'endpoint' if asked.url else 'plan'} does not go with --judge {kind}")
-    if features and sample is not None:
-        raise InputError("give --features or --sample, not both")
-    if kind != "statistics" and not features and sample is None:
-        raise InputError("which features? give --features 1,5,10-20 or --sample N")
     endpoint = asked.checked() if kind == "endpoint" else None
     gs.check_scores(scores)
     if out:
         gs.check_writable(out)
+    if features and sample is not None:
+        raise InputError("give --features or --sample, not both")
+    if kind != "statistics" and not features and sample is None:
+        raise InputError("which features? give --features 1,5,10-20 or --sample N")
     gs.use_compilation_cache()
     with shared.stage(f"opening {store}"):
         opened, loaded = gs.FeatureStore(store), gs.load_coder(coder)
