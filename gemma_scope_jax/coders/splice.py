@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, along_last, by_layer, float32, matmul
+from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import arguments, intercept
 from gemma_scope_jax.model.arguments import MisfitError, at_positions, is_abstract, whole_number
@@ -232,8 +233,6 @@ def _at(stacked, i):
 def _place(coder: Coder, first: int | None) -> tuple[int | tuple[int, ...], int]:
     """The coder's layer or layers and its first position, checked."""
     if not isinstance(coder, Coder):
-        from gemma_scope_jax.coders.coder_set import CoderSet
-
         hint = "take one with .at(layer)" if isinstance(coder, CoderSet) else "see load_coder"
         raise InputError(f"expected one coder ({hint}), got {type(coder).__name__}")
     by_layer(coder)

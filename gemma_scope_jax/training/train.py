@@ -266,7 +266,7 @@ class _TrainRun:
             state, done, position = first_state(self.plan, self.shape), 0, None
         parts, self.saved, started = None, time.monotonic(), int(state.total) > 0
         self.said_again = position is not None and feed.readings(position, done) > 1
-        with _signals(lambda *_: setattr(self, "stop", True)), feed.batches(position, done) as data:
+        with _signals(self._stop), feed.batches(position, done) as data:
             _remember_config(config, self.out, fresh=found is None)
             progress = TrainLog(config, self.out, done)
             while done < config.passes:
@@ -276,7 +276,8 @@ class _TrainRun:
                 self._say_again(done, position)
                 if batch is None:  # the text was given as an iterator, and has ended
                     read = f"{done * config.tokens_a_pass:,} of {config.tokens:,} tokens"
-                    more = "; the learning rate had not come down" * bool(config.optimizer.decay)
+                    decays = bool(config.optimizer.decay)
+                    more = "; the learning rate had not come down" if decays else ""
                     LOG.warning("the text ended at %s%s", read, more)
                     break
                 state, new = feed.step(state, batch, started)
@@ -319,6 +320,9 @@ class _TrainRun:
         self.starts = {}
         total = (self.config.passes - done) * self.config.updates
         return dataclasses.replace(state, total=jnp.full_like(state.total, total))
+
+    def _stop(self, *_: Any) -> None:
+        self.stop = True
 
     def _due(self, done: int) -> tuple[bool, bool]:
         """(whether to stop, whether to save) now, the same on every host."""

@@ -16,14 +16,13 @@ from gemma_scope_jax.training.state import init_state, make_plan
 from training_runs import MODEL, coder, recipe
 
 
+def small_run(**sizes):
+    coder = CoderConfig(0, width=8, target_l0=2)
+    return recipe(coder, batch_size=1, context_size=4, **sizes)
+
+
 def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
-    config = recipe(
-        CoderConfig(0, width=8, target_l0=2),
-        batch_size=1,
-        context_size=4,
-        buffer=8,
-        train_batch_size=8,
-    )
+    config = small_run(buffer=8, train_batch_size=8)
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=3))
     state = init_state(plan, dataclasses.replace(MODEL, d_model=3))
     x = jnp.arange(1.0, 7.0)[None, :, None] * jnp.ones((1, 6, 3))
@@ -35,13 +34,7 @@ def test_buffer_takes_only_tokens_that_count_and_forgets_the_oldest():
 
 
 def test_every_activation_is_drawn_once_in_a_sweep():
-    config = recipe(
-        CoderConfig(0, width=8, target_l0=2),
-        batch_size=1,
-        context_size=4,
-        buffer=12,
-        train_batch_size=4,
-    )
+    config = small_run(buffer=12, train_batch_size=4)
     small = dataclasses.replace(MODEL, d_model=3)
     plan = make_plan(config, small)
     state = init_state(plan, small)
