@@ -273,6 +273,13 @@ def shown_log() -> Iterator[None]:
         logger.propagate = before[1]
 
 
+def byte_size(count: int) -> str:
+    """Bytes in decimal units, as disks and the hub count: 336.1 MB."""
+    from rich.filesize import decimal
+
+    return decimal(count)
+
+
 def console(*, stderr: bool = False, width: int | None = None) -> "Console":
     """A rich `Console` that escapes control codes in text. `width` None: the terminal's."""
     from rich.console import Console

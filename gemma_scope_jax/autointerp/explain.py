@@ -285,7 +285,8 @@ class _ExplainRun:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeEstimate:
-    """What a run through an endpoint will take, estimated from the questions of a few features."""
+    """What a run through an endpoint will take, estimated from the questions of a few features; as
+    text, a few lines."""
 
     features: int
     requests: int
@@ -294,6 +295,16 @@ class JudgeEstimate:
     tokens_out_most: int  # with the longest answers allowed
     cost: float  # dollars
     cost_most: float
+
+    def __str__(self) -> str:
+        cost = f"${self.cost:.2f} to ${self.cost_most:.2f}"
+        if self.requests and not self.cost_most:
+            cost = "no prices are given"
+        out = f"{self.tokens_out:,} to {self.tokens_out_most:,}"
+        return (
+            f"{self.features:,} features, at most {self.requests:,} requests; answers on file are "
+            f"not asked for again\ntokens in {self.tokens_in:,}, out {out}: {cost}"
+        )
 
 
 def plan(

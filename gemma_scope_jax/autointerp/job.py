@@ -10,6 +10,7 @@ Opening the job checks its input before a model is loaded or a request is sent.
 import dataclasses
 import logging
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,10 @@ from gemma_scope_jax.autointerp import explain
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.examples import Corpus, Sampling, open_corpus
 from gemma_scope_jax.autointerp.explanations import (
+    SCORE_FIGURES,
     Explanation,
     explained_folder,
+    is_number,
     layer_folder,
     read_explanations,
 )
@@ -107,6 +110,31 @@ class ExplanationJob:
             elif isinstance(judge, ModelJudge) and judge.answers is not None:
                 judge.answers.close()
 
+    def summary(self, report: explain.ExplainReport, judge: Judge) -> str:
+        """How many features are explained, and the scores of those that this judge explained."""
+        entries, ours = self.explained(judge)
+        lines = [f"{self.folder}/explanations.json: {len(entries):,} features explained"]
+        counts = {
+            "finished before": report.kept,
+            "explained now": report.done,
+            "fire in too few windows to be scored": report.few,
+            "of which nothing that was asked has an answer": report.unexplained,
+        }
+        lines += [f"  {count:,} {what}" for what, count in counts.items() if count]
+        for name in self.scores:
+            figure = SCORE_FIGURES[name]
+            found = [e["scores"].get(name, {}).get(figure) for e in ours]
+            if known := [value for value in found if is_number(value)]:
+                spread = f"{statistics.fmean(known):.3f} ± {statistics.pstdev(known):.3f}"
+                figure = figure.replace("_", " ")
+                lines.append(f"  {name}: {figure} {spread} over {len(known):,} features")
+        if report.lost:
+            count = sum(count for count, _ in report.lost.values())
+            lines.append(
+                f"  {count:,} questions have no answer and are in no score: {report.losses}"
+            )
+        return "\n".join(filter(None, [*lines, judge_status(judge)]))
+
     def explained(self, judge: Judge) -> tuple[dict[int, Explanation], list[Explanation]]:
         """All entries of the file, and this judge's entries of the job's features."""
         entries = read_explanations(self.folder, self.coder.width)
@@ -141,16 +169,13 @@ def open_explanation_job(
     folder    for explanations.json, local or gs://; default: beside the coder
     Raises `InputError`.
     """
-    explain.check_scores(scores)
+    check_explanation(scores, features, sample, thorough)
     sampling = sampling or Sampling()
     name = name_in_store(store, coder, name)
     store.place(name, layer)  # raises for a coder of several layers if none is given
     corpus = open_corpus(store, tokenizer, sampling, name, layer)
     fired = store.fired(name, layer)
-    if isinstance(features, str):
-        chosen = choose_features(features, sample, fired, sampling, thorough)
-    else:
-        chosen = parse_features(",".join(map(str, features)), len(fired))
+    chosen = choose_features(features, sample, fired, sampling)
     known: dict[int, list[int]] = {}
     if sampling.hard and sampling.neighbours == "cooccurring":
         known = cooccurring(corpus, chosen)
@@ -163,21 +188,31 @@ def open_explanation_job(
     return ExplanationJob(corpus, coder, chosen, tuple(scores), folder, known, labels)
 
 
+def check_explanation(
+    scores: Sequence[str], features: str | Sequence[int], sample: int | None, thorough: bool
+) -> None:
+    """Raise the `InputError`s of `open_explanation_job` that need neither store nor coder."""
+    explain.check_scores(scores)
+    if not isinstance(features, str) and not len(features):
+        raise InputError("the list of features is empty")
+    if len(features) and sample is not None:
+        raise InputError("give features or the size of a sample, not both")
+    if thorough and not len(features) and sample is None:
+        raise InputError("which features? give some, such as 1,5,10-20, or the size of a sample")
+    if sample is not None and sample < 1:
+        raise InputError(f"sample is {sample}: at least 1")
+
+
 def choose_features(
-    text: str, sample: int | None, fired: np.ndarray, sampling: Sampling, thorough: bool
+    features: str | Sequence[int], sample: int | None, fired: np.ndarray, sampling: Sampling
 ) -> list[int]:
-    """The features that `text` or `sample` choose. fired [F]: on how many tokens each fires."""
-    if text and sample is not None:
-        raise InputError("choose features by number or by sample size, not both")
-    if text:
+    """The chosen features. fired [F]: on how many tokens each fires."""
+    if len(features):
+        text = features if isinstance(features, str) else ",".join(map(str, features))
         return parse_features(text, len(fired))
     if sample is None:
-        if thorough:
-            raise InputError("choose the features: numbers such as 1,5,10-20, or a sample size")
         return np.flatnonzero(fired).tolist()
     live = np.flatnonzero(fired >= 2 * sampling.least)
-    if sample < 1:
-        raise InputError(f"sample is {sample}: at least 1")
     if not len(live):
         raise InputError("no feature fires often enough in this store")
     drawn = np.random.default_rng(sampling.seed).permutation(live)[:sample]

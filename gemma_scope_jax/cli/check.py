@@ -29,31 +29,7 @@ def command(
     batches = gs.text_batches(opened.tokenizer, documents, context_size=context)
     with shared.stage("compiling and running"):
         report = gs.check_coder(weights, loaded, batches)
-    if json:
-        shared.print_json(report.as_dict())
-    else:
-        source = "the bundled sample" if text is None else str(text)
-        print_report(report, loaded, opened.shape.name, source)
+    name = f"{loaded.info.path or loaded.kind} in {opened.shape.name}"
+    source = f"{report.metrics.all.tokens:,} tokens of {text or 'the bundled sample'}"
+    shared.print_result(f"{name}, on {source}\n{report}", report.as_dict(), json)
     return 1 if report.warnings else 0
-
-
-def print_report(report: "gs.CheckReport", coder: "gs.Coder", model: str, source: str) -> None:
-    """The figures, the places by how well the coder fits there, the verdict."""
-    m, losses = report.metrics, report.metrics.losses
-    target = "" if report.target_l0 is None else f"  (target {report.target_l0:g})"
-    outliers = f"{m.all.tokens - m.typical.tokens} outlier tokens"
-    cost = f"{losses.clean:.3f} -> {losses.spliced:.3f}; {losses.ablated:.3f} with zeros instead"
-    print(f"{coder.info.path or coder.kind} in {model}, on {m.all.tokens:,} tokens of {source}")
-    print(f"  L0          {m.l0:8.1f}{target}")
-    print(f"  FVU         {m.fvu:8.3f}  ({m.typical.fvu:.3f} without the {outliers})")
-    print(f"  delta loss  {m.delta_loss:+8.3f}  nats a token ({cost})")
-    print(f"  never fired {m.dead:8,}  of {m.density.size:,} features, on this text")
-    print("\nwhere it fits, without outlier tokens:     FVU      L0")
-    for a in sorted([report.stated, *report.alternatives], key=lambda a: a.fit.fvu):
-        note = "  <- its config" if a is report.stated else ""
-        print(f"  {a.name:50s} {a.fit.fvu:9.3f} {a.fit.l0:7.1f}{note}")
-    print()
-    for warning in report.warnings:
-        print(f"warning: {warning}")
-    if not report.warnings:
-        print("looks right")

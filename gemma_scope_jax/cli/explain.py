@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import statistics
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -102,34 +101,38 @@ def command(
     if kind != "endpoint" and (asked.url or plan):
         raise InputError(f"--{'endpoint' if asked.url else 'plan'} does not go with --judge {kind}")
     endpoint = asked.checked() if kind == "endpoint" else None
-    gs.check_scores(scores)
+    thorough = kind != "statistics"
     if out:
         gs.check_writable(out)
-    if features and sample is not None:
-        raise InputError("give --features or --sample, not both")
-    if kind != "statistics" and not features and sample is None:
-        raise InputError("which features? give --features 1,5,10-20 or --sample N")
+    gs.check_explanation(scores, features, sample, thorough)
     gs.use_compilation_cache()
     with shared.stage(f"opening {store}"):
         opened, loaded = gs.FeatureStore(store), gs.load_coder(coder)
         # the coder names its model; the name in the store does not tell -pt from -it
         own = loaded.info.model_name.removeprefix("google/") or opened.manifest["model"]["name"]
         tokenizer = gs.load_tokenizer(model or own)
-        chosen = {"features": features, "sample": sample, "thorough": kind != "statistics"}
-        chosen |= {"scores": scores, "sampling": sampling, "name": name, "layer": layer}
-        labels = gs.read_labels(loaded.info.folder, loaded.width)
-        given = (opened, loaded, tokenizer)
-        job = gs.open_explanation_job(*given, **chosen, folder=out, labels=labels)
+        job = gs.open_explanation_job(
+            opened,
+            loaded,
+            tokenizer,
+            features=features,
+            sample=sample,
+            thorough=thorough,
+            scores=scores,
+            sampling=sampling,
+            name=name,
+            layer=layer,
+            folder=out,
+            labels=gs.read_labels(loaded.info.folder, loaded.width),
+        )
     path = job.answer_file(answers)
     if endpoint is not None and not _agreed(job, endpoint, plan, yes):
         return
     own = asked.model or model or own
     judged = shared.load_model(own, dtype) if kind == "model" else endpoint
-    made = gs.open_judge(judged, path, tokenizer=tokenizer, name=own)
-    report = job.run(made)
-    _print_report(report, job, made)
-    if status := gs.judge_status(made):
-        print(status)
+    asked_judge = gs.open_judge(judged, path, tokenizer=tokenizer, name=own)
+    report = job.run(asked_judge)
+    print(job.summary(report, asked_judge))
     if report.unexplained and not report.done:
         raise InputError(f"nothing that was asked has an answer: {report.losses}")
 
@@ -138,13 +141,11 @@ def _agreed(job: "gs.ExplanationJob", endpoint: gs.Endpoint, plan_only: bool, ye
     """Show what is going to be asked, if anything; whether to go on and send it."""
     if not job.todo("endpoint", endpoint.name) and not plan_only:
         return True
-    p = job.estimate(endpoint)
-    priced = endpoint.price_in or endpoint.price_out
-    cost = f"${p.cost:.2f} to ${p.cost_most:.2f}" if priced else "no prices are given"
-    to = f"{endpoint.url} ({endpoint.model}); answers on file are not asked for again"
-    asked = f"{p.features:,} features, at most {p.requests:,} requests to {to}"
-    tokens = f"tokens in {p.tokens_in:,}, out {p.tokens_out:,} to {p.tokens_out_most:,}: {cost}"
-    print(asked, tokens, sep="\n", file=sys.stdout if plan_only else sys.stderr, flush=True)
+    print(
+        f"{endpoint.url} ({endpoint.model}): {job.estimate(endpoint)}",
+        file=sys.stdout if plan_only else sys.stderr,
+        flush=True,
+    )
     if plan_only or yes:
         return not plan_only
     if not sys.stdin.isatty():
@@ -153,26 +154,3 @@ def _agreed(job: "gs.ExplanationJob", endpoint: gs.Endpoint, plan_only: bool, ye
         )
     print("send? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _print_report(report: Any, job: "gs.ExplanationJob", judge: Any) -> None:
-    """How many features are explained, and the scores of those that this judge explained."""
-    entries, ours = job.explained(judge)
-    print(f"{job.folder}/explanations.json: {len(entries):,} features explained")
-    for what, count in {
-        "finished before": report.kept,
-        "explained now": report.done,
-        "fire in too few windows to be scored": report.few,
-        "of which nothing that was asked has an answer": report.unexplained,
-    }.items():
-        if count:
-            print(f"  {count:,} {what}")
-    for name in job.scores:
-        figure = gs.SCORE_FIGURES[name]
-        found = [e["scores"].get(name, {}).get(figure) for e in ours]
-        if known := [value for value in found if gs.is_number(value)]:
-            spread = f"{statistics.fmean(known):.3f} ± {statistics.pstdev(known):.3f}"
-            print(f"  {name}: {figure.replace('_', ' ')} {spread} over {len(known):,} features")
-    if report.lost:
-        count = sum(count for count, _ in report.lost.values())
-        print(f"  {count:,} questions have no answer and are in no score: {report.losses}")

@@ -6,6 +6,7 @@ import tyro
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
+from gemma_scope_jax.progress import byte_size
 
 
 def command(
@@ -26,7 +27,5 @@ def command(
     found = gs.FeatureStore(store)
     folder = gs.export_store(found, out, format, splits=splits)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    if json:
-        shared.print_json({"folder": str(folder), "bytes": size, "tokens": len(found)})
-    else:
-        print(f"{len(found):,} tokens, {size / 1e6:,.1f} MB: {folder}")
+    facts = {"folder": str(folder), "bytes": size, "tokens": len(found)}
+    shared.print_result(f"{len(found):,} tokens, {byte_size(size)}: {folder}", facts, json)

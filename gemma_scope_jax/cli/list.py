@@ -1,16 +1,15 @@
 """`gemma-scope list`."""
 
 import json as json_format
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import byte_size
 
-COLUMNS = ("address", "kind", "layer", "sites", "features", "L0", "size")
-NUMBERS = ("layer", "features", "L0", "size")  # right-aligned
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 
 
@@ -49,19 +48,7 @@ def command(
         records = [json_format.dumps(gs.describe_address(a)) for a in shown]
         print("[", ",\n ".join(records), "]", sep="")
         return
-    rows = [COLUMNS, *map(_row, shown)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = [str.rjust if name in NUMBERS else str.ljust for name in COLUMNS]
-    for row in rows:
-        cells = (side(cell, width) for side, cell, width in zip(sides, row, widths))
-        print("  ".join(cells).rstrip())
+    print(*gs.address_table(shown), sep="\n")
     plural = "s" if len(found) > 1 else ""
-    total = f"{len(found)} coder{plural}, {shared.size(sum(a.bytes for a in found), '.1f')}"
+    total = f"{len(found)} coder{plural}, {byte_size(sum(a.bytes for a in found))}"
     print(total + (f"; the first {len(shown)} shown" if len(shown) < len(found) else ""))
-
-
-def _row(a: Any) -> tuple[str, ...]:
-    layers = "all" if a.kind == "clt" else ",".join(map(str, a.layers))
-    sites = a.reads if a.reads == a.writes else f"{a.reads} -> {a.writes}"
-    l0 = "?" if a.l0 is None else str(a.l0)
-    return (str(a), a.kind, layers, sites, f"{a.width_exact:,}", l0, shared.size(a.bytes, ".1f"))

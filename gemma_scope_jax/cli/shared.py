@@ -92,6 +92,14 @@ def print_json(value: Any) -> None:
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 
+def print_result(text: Any, facts: Any, as_json: bool) -> None:
+    """Print a result as text or, as the option --json says, its facts as JSON."""
+    if as_json:
+        print_json(facts)
+    else:
+        print(text)
+
+
 def open_coders(names: str | Sequence[str], model: str = "", **options: bool) -> "gs.OpenedCoders":
     """`gs.open_coders`, announced on stderr."""
     gs.use_compilation_cache()
@@ -123,28 +131,3 @@ def print_whole(part: Any) -> None:
     wide = screen()
     least = Measurement.get(wide, wide.options, part).minimum
     wide.print(part, width=max(wide.width, least), no_wrap=False, crop=False)
-
-
-def print_store(store: "gs.FeatureStore", json: bool = False) -> None:
-    """What a feature store holds, and where it is."""
-    entries = [sum(of) for of in zip(*(shard["entries"] for shard in store.shards))]
-    lists = [(c["name"], layer) for c in store.manifest["coders"] for layer in c["layers"]]
-    l0 = [n / max(store.counted_by(name), 1) for (name, _), n in zip(lists, entries)]
-    if json:
-        sparsity = [{"coder": n, "layer": i, "l0": v} for (n, i), v in zip(lists, l0)]
-        facts = {"complete": store.complete, "tokens": len(store), "counted": store.counted}
-        print_json({"folder": str(store.folder), **facts, "bytes": store.bytes, "l0": sparsity})
-        return
-    for (name, layer), value in zip(lists, l0):
-        print(f"{name}  layer {layer}  L0 {value:.1f}")
-    held = f"{size(store.bytes)}, {store.bytes / max(len(store), 1):.0f} bytes a token"
-    print(f"{store.counted:,} tokens with features, {len(store):,} in all, {held}")
-    rest = "" if store.complete else "  (not complete: others are at work, or run it again)"
-    print(f"store: {store.folder}{rest}")
-
-
-def size(n: float, form: str = ".3g") -> str:
-    """Bytes in decimal units, as disks and the hub count: 336 MB."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = next(p for p in range(5) if n < 1000 ** (p + 1) or p == 4)
-    return f"{n / 1000**power:{form}} {units[power]}"

@@ -39,7 +39,14 @@ def command(
         fields: Only list the fields of a config, with type, default and meaning.
     """
     if fields:
-        print_fields()
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        headings = (Column("field", no_wrap=True), "type", "default", "meaning")
+        table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+        for row in gs.field_table():
+            table.add_row(*map(Text, row))
+        shared.screen().print(table)
         return
     if not config or not (out or plan):
         raise InputError("give a CONFIG, such as configs/sae_270m.py, and --out FOLDER")
@@ -49,38 +56,10 @@ def command(
     gs.use_compilation_cache()
     if plan:
         with shared.stage("compiling"):
-            found = gs.plan_training(wanted, out or ".")
-        print_plan(found)
+            print(gs.plan_training(wanted, out or "."))
         return
     hosts.join()
     made = gs.train(wanted, out, profile=profile)
     if gs.is_first_process():
         for name in made:
             print(gs.folder_path(out) / "coders" / name)
-
-
-def print_fields() -> None:
-    """A line for each field of a config."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("field", "type", "default", "meaning"):
-        table.add_column(heading, no_wrap=heading == "field")
-    for row in gs.field_table():
-        table.add_row(*map(Text, row))
-    shared.screen().print(table)
-
-
-def print_plan(found: "gs.TrainEstimate") -> None:
-    """What a run would take, in a few lines."""
-    disk = shared.size(found.checkpoints * found.checkpoint + found.saved)
-    free = "" if found.free is None else f" ({shared.size(found.free)} free)"
-    limit = "" if found.memory_limit is None else f" of {shared.size(found.memory_limit)}"
-    print(f"coders   {found.coders}, {shared.size(found.saved)} as they are saved")
-    print(f"tokens   {found.tokens:,} in {found.passes:,} passes, {found.updates:,} updates")
-    print(f"memory   {shared.size(found.memory)}{limit} on a device")
-    print(f"disk     {disk}{free}, including {found.checkpoints} checkpoints")
-    for doubt in found.doubts:
-        print(f"warning  {doubt}")
-    print("time     shown as soon as the run is under way; the same command continues it")

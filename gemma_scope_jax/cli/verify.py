@@ -8,4 +8,4 @@ def command(store: shared.Store) -> None:
     """Read every byte of a feature store, and name a damaged file if there is one."""
     found = gs.FeatureStore(store)
     found.verify()
-    shared.print_store(found)
+    print(found.summary())

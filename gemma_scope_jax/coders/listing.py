@@ -1,9 +1,14 @@
 """Search among the published coders, offline, with results as plain data."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma_scope_jax.coders.release.catalog import Address, addresses, nearest_addresses
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.progress import byte_size
+
+COLUMNS = ("address", "kind", "layer", "sites", "features", "L0", "size")
+NUMBERS = ("layer", "features", "L0", "size")  # right-aligned
 
 
 def find_addresses(
@@ -49,3 +54,18 @@ def describe_address(a: Address) -> dict[str, Any]:
         "base_model": a.base_model,
         "bytes": a.bytes,
     }
+
+
+def address_table(found: Sequence[Address]) -> Iterator[str]:
+    """Published coders as the lines of a table, headings first."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for a in found:
+        layers = "all" if a.kind == "clt" else ",".join(map(str, a.layers))
+        sites = a.reads if a.reads == a.writes else f"{a.reads} -> {a.writes}"
+        l0 = "?" if a.l0 is None else str(a.l0)
+        width = f"{a.width_exact:,}"
+        rows.append((str(a), a.kind, layers, sites, width, l0, byte_size(a.bytes)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = [str.rjust if name in NUMBERS else str.ljust for name in COLUMNS]
+    for row in rows:
+        yield "  ".join(s(cell, w) for s, cell, w in zip(sides, row, widths)).rstrip()

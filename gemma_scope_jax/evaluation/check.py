@@ -53,7 +53,10 @@ class Alternative:
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """The result of `check_coder`; `warnings` is empty for a coder that looks right."""
+    """The result of `check_coder`; `warnings` is empty for a coder that looks right.
+
+    As text: the figures, the places by how well the coder fits there, the verdict.
+    """
 
     metrics: Metrics
     target_l0: float | None
@@ -71,6 +74,27 @@ class CheckReport:
             "alternatives": [row(a) for a in self.alternatives],
             "warnings": self.warnings,
         }
+
+    def __str__(self) -> str:
+        m, losses = self.metrics, self.metrics.losses
+        assert losses is not None  # `check_coder` measures them
+        target = "" if self.target_l0 is None else f"  (target {self.target_l0:g})"
+        outliers = f"{m.all.tokens - m.typical.tokens} outlier tokens"
+        cost = (
+            f"{losses.clean:.3f} -> {losses.spliced:.3f}; {losses.ablated:.3f} with zeros instead"
+        )
+        lines = [
+            f"  L0          {m.l0:8.1f}{target}",
+            f"  FVU         {m.fvu:8.3f}  ({m.typical.fvu:.3f} without the {outliers})",
+            f"  delta loss  {m.delta_loss:+8.3f}  nats a token ({cost})",
+            f"  never fired {m.dead:8,}  of {m.density.size:,} features, on this text",
+            "\nwhere it fits, without outlier tokens:     FVU      L0",
+        ]
+        for a in sorted([self.stated, *self.alternatives], key=lambda a: a.fit.fvu):
+            note = "  <- its config" if a is self.stated else ""
+            lines.append(f"  {a.name:50s} {a.fit.fvu:9.3f} {a.fit.l0:7.1f}{note}")
+        verdict = [f"warning: {warning}" for warning in self.warnings] or ["looks right"]
+        return "\n".join([*lines, "", *verdict])
 
 
 class _Way(NamedTuple):

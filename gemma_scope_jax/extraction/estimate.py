@@ -21,12 +21,13 @@ from gemma_scope_jax.extraction.work import Packed, ShardPlan
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.progress import byte_size
 from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The result of `plan_extraction`; `memory` is what the compiled program needs."""
+    """The result of `plan_extraction`; as text, a few lines."""
 
     documents: int
     tokens: int
@@ -36,10 +37,29 @@ class Estimate:
     bytes_per_token: float
     bytes: int
     bytes_free: int | None  # None: a bucket
-    memory: int  # per device: weights, one batch, temporaries
+    memory: int  # per device, from the compiler: weights, one batch, temporaries
     memory_limit: int | None  # None: unknown, as on CPUs
     tokens_per_second: float | None  # measured on one batch; None if the memory is too small
     seconds: float | None
+
+    def __str__(self) -> str:
+        done = f", {self.shards_done} of them there" if self.shards_done else ""
+        free = "" if self.bytes_free is None else f" ({byte_size(self.bytes_free)} free)"
+        limit = "" if self.memory_limit is None else f" of {byte_size(self.memory_limit)}"
+        text = f"{self.tokens:,} tokens in {self.documents:,} documents, {self.shards} shards{done}"
+        per_token = self.bytes_per_token
+        time = "unknown: there is too little memory; use a smaller batch size, or a mesh"
+        if self.tokens_per_second is not None and self.seconds is not None:
+            units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+            each, unit = next((n, unit) for n, unit in units if self.seconds >= 1.5 * n or n == 1)
+            speed = f"{self.tokens_per_second:,.0f} tokens/s on one batch"
+            time = f"about {self.seconds / each:.3g} {unit}, at {speed}"
+        return (
+            f"text     {text}; batches of {self.batch[0]} x {self.batch[1]}\n"
+            f"disk     about {byte_size(self.bytes)}{free}, {per_token:.0f} bytes a token\n"
+            f"memory   {byte_size(self.memory)}{limit} on a device\n"
+            f"time     {time}"
+        )
 
 
 def plan_extraction(

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -38,27 +38,28 @@ _SAME = ("model", "coders", "data", "values", "slots", "precision")
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionSettings:
-    """How to extract.
-
-    batch_size     sequences per batch and process; None: 2,048 tokens on a CPU, 32,768 elsewhere
-    context_size   tokens per sequence
-    seed           of the documents' order; None: in the order of the files
-    values         "float16", rounded to the 11 significant bits of a float16, or "float32"
-    slots          features a token has room for before it takes a slower path; None: 4 times L0
-    precision      of the encoders' products: "highest" is float32, "high" three passes of bfloat16
-                   on TPUs and TF32 on GPUs, "default" one pass and TF32
-    shard_tokens   about how many tokens a shard has; None: see `ExtractionJob.per_shard`
-    share          (i, n): this process makes every n-th shard, from the i-th on
-    """
+    """How features are extracted and stored."""
 
     batch_size: int | None = None
+    """The sequences in a batch of a process. The default makes batches of 2,048 tokens on a CPU,
+    and of 32,768 elsewhere."""
     context_size: int = 1024
+    """The tokens in a sequence."""
     seed: int | None = 0
-    values: str = "float16"
+    """The random seed of the order of the documents; None takes them in the order of the files."""
+    values: Literal["float16", "float32"] = "float16"
+    """How activations are stored; float16 keeps 11 significant bits."""
     slots: int | None = None
-    precision: str = "highest"
+    """How many features a token has room for before it takes a slower path. The default is 4 times
+    L0."""
+    precision: Literal["highest", "high", "default"] = "highest"
+    """The precision of the encoders' products: highest is float32; high is three passes of bfloat16
+    on TPUs and TF32 on GPUs; default is one pass, and TF32."""
     shard_tokens: int | None = None
+    """About how many tokens a shard has. The default makes about 32 shards, of 16 batches or more,
+    so that a killed run loses little."""
     share: tuple[int, int] = (0, 1)
+    """(i, n): this process makes every n-th shard, from the i-th on."""
 
 
 @dataclasses.dataclass(frozen=True)

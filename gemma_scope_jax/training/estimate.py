@@ -14,6 +14,7 @@ from gemma_scope_jax.model.batch import TokenBatch, TokenLabels
 from gemma_scope_jax.model.checkpoints.load import model_config
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 from gemma_scope_jax.model.gemma import site_width
+from gemma_scope_jax.progress import byte_size
 from gemma_scope_jax.storage.paths import existing_parent, folder_path, is_remote
 from gemma_scope_jax.training.feeds import store_step, train_step
 from gemma_scope_jax.training.held_out import SIDES
@@ -24,7 +25,8 @@ from gemma_scope_jax.training.train import check_inputs, run_mesh
 
 @dataclasses.dataclass(frozen=True)
 class TrainEstimate:
-    """The result of `plan_training`; sizes in bytes, `memory` from the compiler."""
+    """The result of `plan_training`; sizes in bytes, `memory` from the compiler. As text, a few
+    lines."""
 
     coders: int
     tokens: int  # read by the model; with a store, activations drawn
@@ -37,6 +39,20 @@ class TrainEstimate:
     saved: int  # all coders, as written at the end
     free: int | None  # on the disk; None: a bucket
     doubts: tuple[str, ...]  # what makes the run of little use, a sentence each
+
+    def __str__(self) -> str:
+        disk = byte_size(self.checkpoints * self.checkpoint + self.saved)
+        free = "" if self.free is None else f" ({byte_size(self.free)} free)"
+        limit = "" if self.memory_limit is None else f" of {byte_size(self.memory_limit)}"
+        lines = [
+            f"coders   {self.coders}, {byte_size(self.saved)} as they are saved",
+            f"tokens   {self.tokens:,} in {self.passes:,} passes, {self.updates:,} updates",
+            f"memory   {byte_size(self.memory)}{limit} on a device",
+            f"disk     {disk}{free}, including {self.checkpoints} checkpoints",
+            *(f"warning  {doubt}" for doubt in self.doubts),
+            "time     shown as soon as the run is under way; the same command continues it",
+        ]
+        return "\n".join(lines)
 
 
 def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEstimate:

@@ -182,8 +182,8 @@ ENDPOINT = ("--endpoint", "http://127.0.0.1:9/v1", "--judge-model", "m")
         (("--judge", "endpoint"), "needs --endpoint URL and --judge-model NAME"),
         (("--plan",), "--plan does not go with --judge statistics"),
         ((*ENDPOINT, "--judge", "model"), "--endpoint does not go with --judge model"),
-        (ENDPOINT, "which features? give --features 1,5,10-20 or --sample N"),
-        (("--judge", "model"), "which features? give --features"),
+        (ENDPOINT, "which features? give some, such as 1,5,10-20, or the size"),
+        (("--judge", "model"), "which features? give some, such as"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "{"), "--request-options: not usable"),
         ((*ENDPOINT, "--sample", "2", "--request-options", "[]"), "not a JSON object"),
         ((*ENDPOINT, "--sample", "2", "--request-options", '{"top_p": NaN}'), "NaN is not a num"),
@@ -267,11 +267,11 @@ def test_where_explanations_of_a_layer_lie(planted, monkeypatch):
 def test_features_by_name_and_by_chance():
     assert parse_features("3, 1,4-6,5", 7) == [3, 1, 4, 5, 6]
     fired = np.array([0, 100, 19, 20, 50, 1000])
-    assert choose_features("", None, fired, Sampling(), False) == [1, 2, 3, 4, 5]
-    few = choose_features("", 2, fired, Sampling(), True)
+    assert choose_features("", None, fired, Sampling()) == [1, 2, 3, 4, 5]
+    few = choose_features("", 2, fired, Sampling())
     assert len(few) == 2 and set(few) <= {1, 3, 4, 5}
-    assert few == choose_features("", 2, fired, Sampling(), True)
-    assert choose_features("", 9, fired, Sampling(), True) == [1, 3, 4, 5]
+    assert few == choose_features("", 2, fired, Sampling())
+    assert choose_features("", 9, fired, Sampling()) == [1, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")

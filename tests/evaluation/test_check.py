@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_scope_jax.cli.check import print_report
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.evaluation.check import _warnings, check_coder
@@ -80,16 +79,14 @@ def transcoder(data, x=("mlp_in", 1), y=("mlp_out", 1)):
     return linear_coder(data[x], data[y], **AS_TRANSCODER)
 
 
-def test_right_coders_look_right(model, batch, data, capsys):
+def test_right_coders_look_right(model, batch, data):
     for coder in (sae(data, "resid_post", 1), transcoder(data)):
         report = check_coder(model, coder, [batch])
         assert report.warnings == []
         assert report.stated.fit.fvu < 1e-6 and report.metrics.fvu < 1e-6
         assert abs(report.metrics.delta_loss) < 1e-4
         assert min(a.fit.fvu for a in report.alternatives) > 1e-3
-        print_report(report, coder, "tiny", "a test")
-        out = capsys.readouterr().out
-        assert out.rstrip().endswith("looks right") and "<- its config" in out
+        assert str(report).endswith("looks right") and "<- its config" in str(report)
 
 
 @pytest.mark.parametrize(

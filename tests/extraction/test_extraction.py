@@ -11,8 +11,6 @@ import pytest
 import gemma_scope_jax as gs
 from coders import random_coder
 from feature_stores import CODERS, LISTS, SETTINGS, contents, dense
-from gemma_scope_jax.cli.extract import print_plan
-from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.active_features import grouped
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.documents import TextData
@@ -245,7 +243,7 @@ def test_a_text_that_shrinks_is_said(model, documents, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path, capsys):
+def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path):
     coders = {
         "low": random_coder(seed=7, threshold=-1.0),
         "late": random_coder(seed=7, threshold=0.5, first=4),
@@ -265,9 +263,7 @@ def test_firsts_and_thresholds_are_each_coders_own(model, documents, tmp_path, c
     assert (counted["late"] == (positions >= 4)).all()
     assert found.counted_by("low") == found.counted == (positions >= 1).sum()
     assert found.counted_by("late") == (positions >= 4).sum() < found.counted
-    print_store(found, json=True)
-    said = json.loads(capsys.readouterr().out)["l0"]
-    for coder, values in zip(said, (low, late)):
+    for coder, values in zip(found.describe()["l0"], (low, late)):
         assert coder["l0"] == pytest.approx((values > 0).sum(1)[counted[coder["coder"]]].mean())
 
 
@@ -336,7 +332,7 @@ def test_shards_fit_the_job(documents, mean, batch, wanted):
     assert by_hand.per_shard(size) == 1
 
 
-def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
+def test_the_plan_is_what_happens(model, documents, store, tmp_path):
     settings = SETTINGS | {"values": "float16"}
     plan = plan_extraction(model, CODERS, Letters(), documents, tmp_path / "s", **settings)
     assert not (tmp_path / "s").exists()
@@ -344,14 +340,11 @@ def test_the_plan_is_what_happens(model, documents, store, tmp_path, capsys):
     whole = sum(len(text) + bool(text) for text in documents)
     assert plan.tokens == pytest.approx(whole, abs=1)
     assert plan.memory > 100_000 and plan.tokens_per_second > 0
-    print_plan(plan)
-    print_store(store)
-    said = capsys.readouterr().out
+    said = f"{plan}\n{store.summary()}"
     with pytest.raises(InputError, match="another coders"):
         plan_extraction(model, {"a": CODERS["b"]}, Letters(), documents, store.folder, **SETTINGS)
     assert "tokens in 42 documents" in said and "bytes a token" in said and "L0" in said
-    print_store(store, json=True)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(json.dumps(store.describe()))
     assert found["complete"] and found["l0"][0]["l0"] == pytest.approx(
         (dense(store, "a", 1) > 0).sum() / store.counted
     )

@@ -11,7 +11,6 @@ import pytest
 
 from coders import random_coder
 from feature_stores import CODERS, SETTINGS, contents, other
-from gemma_scope_jax.cli.shared import print_store
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
@@ -270,14 +269,13 @@ def test_a_damaged_manifest_is_one_line(store, tmp_path, change):
         FeatureStore(tmp_path)
 
 
-def test_shards_without_text_are_whole(model, tmp_path, capsys):
+def test_shards_without_text_are_whole(model, tmp_path):
     one = {"a": CODERS["a"]}
     texts = ["", "abcdef", "", "ghi"]
     found = extract(model, one, Letters(), texts, tmp_path, **SETTINGS | {"shard_tokens": 1})
     assert found.complete and found.counted == 9 and len(found.document(0).tokens) == 0
     found.verify()
-    print_store(found)
-    assert "L0" in capsys.readouterr().out
+    assert "L0" in found.summary()
 
 
 def test_a_full_disk_leaves_whole_shards(model, documents, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
 from gemma_scope_jax.extraction.store.segment import Segment
 from gemma_scope_jax.extraction.store.shards import Shard
 from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.progress import byte_size
 from gemma_scope_jax.storage.paths import folder_path
 
 _OPEN_SHARDS = 64
@@ -79,6 +80,26 @@ class FeatureStore:
     @property
     def bytes(self) -> int:
         return sum(shard["bytes"] for shard in self.shards)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for JSON: the folder, tokens, bytes, and each coder's L0, layer by layer."""
+        entries = [sum(of) for of in zip(*(shard["entries"] for shard in self.shards))]
+        l0 = [
+            {"coder": l.coder, "layer": l.layer, "l0": n / max(self.counted_by(l.coder), 1)}
+            for l, n in zip(self.lists, entries)
+        ]
+        facts = {"complete": self.complete, "tokens": len(self), "counted": self.counted}
+        return {"folder": str(self.folder), **facts, "bytes": self.bytes, "l0": l0}
+
+    def summary(self) -> str:
+        """A few lines: each coder's L0, layer by layer, tokens and bytes, and the folder."""
+        lines = [
+            f"{i['coder']}  layer {i['layer']}  L0 {i['l0']:.1f}" for i in self.describe()["l0"]
+        ]
+        size = f"{byte_size(self.bytes)}, {self.bytes / max(len(self), 1):.0f} bytes a token"
+        lines.append(f"{self.counted:,} tokens with features, {len(self):,} in all, {size}")
+        rest = "" if self.complete else "  (not complete: others are at work, or run it again)"
+        return "\n".join([*lines, f"store: {self.folder}{rest}"])
 
     @functools.lru_cache(_OPEN_SHARDS)  # noqa: B019  (a store lives as long as its program)
     def _open(self, number: int) -> Shard:
