@@ -48,7 +48,7 @@ def command(
     how = dataclasses.asdict(settings) | {"tokens": tokens, "share": hosts.share()}
     gs.text_files(data.files)
     opened = shared.open_coders(coders, model, decoders=False)
-    gs.check_extraction(opened.shape, opened.coders, out, **how)
+    gs.check_extraction(opened.shape, opened.coders, out, opened.tokenizer, data, **how)
     weights = shared.load_model(opened.model, dtype, mesh)
     given = (weights, opened.coders, opened.tokenizer, data, out)
     if plan:

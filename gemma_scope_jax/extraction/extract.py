@@ -121,11 +121,16 @@ def check_extraction(
     config: GemmaConfig,
     coders: Coders,
     folder: str | os.PathLike | None = None,
+    tokenizer: Tokenizer | None = None,
+    source: Source | None = None,
     *,
     tokens: int | None = None,
     **settings: Any,
 ) -> None:
-    """Raise the `InputError`s of `extract` that need no weights, only the model's architecture."""
+    """Raise the `InputError`s of `extract` that need no weights, only the model's architecture.
+
+    With the tokenizer and the text, a store of others in the folder is among them.
+    """
     given = ExtractionSettings(**settings)
     for name, coder in CoderSet(coders).items():
         try:
@@ -146,8 +151,15 @@ def check_extraction(
     for name, value in limits.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
-    if folder is not None:
-        check_writable(folder)
+    if folder is None:
+        return
+    check_writable(folder)
+    path = folder_path(folder)
+    if tokenizer is not None and source is not None and (path / manifests.MANIFEST).exists():
+        text = open_text(source, fit_tokenizer(tokenizer, config), given.seed)
+        described = [manifests.describe(name, coder) for name, coder in CoderSet(coders).items()]
+        there = manifests.read_features_manifest(path)
+        manifests.check_same(path, there, {"coders": described}, text)
 
 
 def job_of(

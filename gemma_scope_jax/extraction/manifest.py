@@ -125,25 +125,35 @@ def settle(folder: epath.Path, job: ExtractionJob, tokens: int | None) -> tuple[
         work |= {"mean": size.mean, "share": size.share, "shuffled": job.text.shuffled}
         return FORMAT | job.describe() | work | {"versions": _versions()}, None
     new = old = read_features_manifest(folder)
-    for key, value in job.describe().items():
+    now = job.describe()
+    check_same(folder, old, now, job.text)
+    if old["data"]["text"] != now["data"]["text"]:  # written by a version that used name and size
+        new = old | {_CONTENT: now["data"]["text"]}
+    if old["tokens"] is not None and (tokens is None or tokens > old["tokens"]):
+        documents = measure(job.text, tokens).documents
+        if documents > old["documents"]:
+            new = new | {"tokens": tokens, "documents": documents}
+    return new, old
+
+
+def check_same(
+    folder: epath.Path, old: Mapping[str, Any], now: Mapping[str, Any], text: Text
+) -> None:
+    """Raise `InputError` if a store, by its manifest `old`, holds features of another text, or has
+    other values than `now`, some or all of `ExtractionJob.describe`."""
+    data = old["data"]  # a text is identified by its content: its names may differ
+    if not text.same_text(old.get(_CONTENT, data.get("text"))):
+        what = "its content, order or settings differ, or the tokenizer"
+        raise InputError(f"{folder}: {OTHER} text ({what}); choose another folder")
+    for key, value in now.items():
         there = old[key]
-        if key == "data":  # the text is identified by its content: its names may differ
-            if not job.text.same_text(old.get(_CONTENT, there.get("text"))):
-                what = "its content, order or settings differ, or the tokenizer"
-                raise InputError(f"{folder}: {OTHER} text ({what}); choose another folder")
-            if there["text"] != value["text"]:  # written by a version that used name and size
-                new = old | {_CONTENT: value["text"]}
+        if key == "data":
             there = {**there, **{name: value[name] for name in ("text", "files", "tfds")}}
         if key == "coders":
             value = _called_as(list(there), list(value))
         if there != value:
             found = _difference(there, value)
             raise InputError(f"{folder}: {OTHER} {key} ({found}); choose another folder")
-    if old["tokens"] is not None and (tokens is None or tokens > old["tokens"]):
-        documents = measure(job.text, tokens).documents
-        if documents > old["documents"]:
-            new = new | {"tokens": tokens, "documents": documents}
-    return new, old
 
 
 def _called_as(there: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
