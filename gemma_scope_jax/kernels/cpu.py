@@ -31,6 +31,7 @@ SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 FEATURES_A_SLOT: int = 2
 NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
+_registered: set[str] = set()
 
 
 @functools.cache
@@ -95,12 +96,13 @@ def _cpu() -> str:
     return platform.machine() + str(sorted({x for x in lines if x.lower().startswith(kinds)}))
 
 
-@functools.cache
 def _register(library: Path) -> None:
     handlers = ctypes.CDLL(str(library))
     for name in NAMES:
         handler = jax.ffi.pycapsule(getattr(handlers, f"gemma_scope_{name}"))
-        jax.ffi.register_ffi_target(f"gemma_scope_{name}", handler, platform="cpu")
+        if name not in _registered:  # XLA takes a name once, whatever file it comes from
+            jax.ffi.register_ffi_target(f"gemma_scope_{name}", handler, platform="cpu")
+            _registered.add(name)
 
 
 def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Array]:

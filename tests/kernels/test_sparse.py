@@ -326,6 +326,14 @@ def fresh(tmp_path, monkeypatch):
 
 
 @on_cpu
+def test_kernels_are_there_after_the_cache_has_moved(fresh, monkeypatch):
+    for folder in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / folder))
+        cpu.available.cache_clear()
+        assert cpu.available() == COMPILER
+
+
+@on_cpu
 @pytest.mark.parametrize("why", ("missing", "fails", "readonly"))
 def test_without_kernels_one_line_and_those_of_xla(why, fresh, monkeypatch, caplog, request):
     if why == "missing":
