@@ -1,7 +1,7 @@
 # Every target makes, or reuses, its own environment; all it needs is Python >= 3.11, make and PyPI.
 #
 #   make demo [TEXT="..."]  what the real Gemma 3 270M and one SAE see in a text: out/inspect.html
-#   make quick              the laws and what is tested in under a second: for every edit
+#   make quick              the laws and the tests that cost least: for every edit
 #   make check              lint, types and quick: before every commit
 #   make test               the test suite
 #   make test-official      the test suite, and parity with the gemma package (Python >= 3.12, 4 GB)

@@ -1,17 +1,20 @@
 """What tests cost, in CPU seconds, and which of them are left out of `make quick`.
 
-As a plugin (`make durations`) it measures every test and fixture, and writes the names of the tests
-that took longer than LIMIT, their parts of what they share included, into tests/long_tests.txt.
-CPU seconds, also of programs that tests start, do not depend on what else the machine does.
+As a plugin (`make durations`) it measures every test and fixture, and writes into
+tests/long_tests.txt the names of those that remain when the tests of least cost, their parts of
+what they share included, have used up BUDGET. CPU seconds, also of programs that tests start,
+depend little on what else the machine does.
 """
 
+import bisect
+import itertools
 import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-LIMIT = 0.7
+BUDGET = 60.0  # of the tests of `make quick`; laws, imports and pytest itself come on top
 LONG = Path(__file__).parent.parent / "long_tests.txt"
 
 
@@ -67,4 +70,6 @@ def pytest_sessionfinish(session):
     if where := os.environ.get("DURATIONS"):
         Path(where).write_text("".join(f"{seconds:.2f} {name}\n" for seconds, name in report))
     else:
-        LONG.write_text("".join(sorted(f"{n}\n" for seconds, n in report if seconds > LIMIT)))
+        spent = itertools.accumulate(seconds for seconds, _ in reversed(report))
+        quick = bisect.bisect(list(spent), BUDGET)
+        LONG.write_text("".join(sorted(f"{name}\n" for _, name in report[: len(report) - quick])))
