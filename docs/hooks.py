@@ -1,9 +1,11 @@
 """What the site takes from the code when it is built: the public list, and the commands' help.
 
 `api.md` gets an entry for every public name, by room; `commands.md` what each command's `--help`
-prints. Links that lead out of docs/ work in the repository; the site shows their text only.
+prints. Links that lead out of docs/ work in the repository; the site shows their text only. Short
+code is not broken at its hyphens.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,20 +14,33 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-WIDTH = 84  # characters of a block
+WIDTH = 96  # characters of a block
 TITLES = {"autointerp": "Explanations", "storage": "Files"}  # where a room's name says too little
+CALLED = "    options:\n      merge_init_into_class: true\n"
 
 
 def public() -> str:
-    """A section a room, an entry a public name."""
-    from gemma_scope_jax import _PUBLIC
+    """A section a room, an entry a public name; a class that is called shows how."""
+    import gemma_scope_jax as gs
 
     rooms: dict[str, list[str]] = {}
-    for module, names in _PUBLIC.items():
-        entries = [f"::: gemma_scope_jax.{module}.{name}\n" for name in names]
+    for module, names in gs._PUBLIC.items():
+        entries = [
+            f"::: gemma_scope_jax.{module}.{name}\n" + CALLED * called(getattr(gs, name))
+            for name in names
+        ]
         rooms.setdefault(module.partition(".")[0], []).extend(entries)
     return "\n".join(
         f"## {TITLES.get(r, r.capitalize())}\n\n" + "\n".join(e) for r, e in rooms.items()
+    )
+
+
+def called(value: Any) -> bool:
+    """Whether it is a class with a constructor of its own; the fields of the others are listed."""
+    return (
+        isinstance(value, type)
+        and "__init__" in vars(value)
+        and not dataclasses.is_dataclass(value)
     )
 
 
@@ -66,3 +81,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         if mark in markdown:
             markdown = markdown.replace(mark, text())
     return inside(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return re.sub(r"<code>(?=[^<]{1,32}</code>)", '<code class="short">', html)

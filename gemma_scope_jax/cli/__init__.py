@@ -10,8 +10,10 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable
+from inspect import getdoc  # cli.inspect is a module of its own
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,8 @@ def _parsed(argv: list[str]) -> Callable[[], int | None]:
         )
     name, *rest = argv
     command = importlib.import_module(f"{__name__}.{name}").command
+    # an argument's text wraps at the width of the terminal, not where the docstring's lines end
+    command.__doc__ = re.sub(r"\n {8,}", " ", getdoc(command) or "")
 
     @functools.wraps(command)
     def later(*args, **kwargs):

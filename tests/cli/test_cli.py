@@ -177,6 +177,15 @@ def test_help_version_and_list_need_no_jax():
         assert done.returncode == 0 and done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("width", (100, 200))
+def test_help_wraps_at_the_width_of_the_terminal(width, capsys, monkeypatch):
+    """Not where the lines of the docstring end."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        command("inspect", "--help")
+    assert "The default is the coder's model. (default: '')" in capsys.readouterr().out
+
+
 def test_a_closed_pipe_is_quiet():
     """`gemma-scope list | head -1` ends without a traceback."""
     program = "import sys; from gemma_scope_jax.cli import main; sys.exit(main(['list']))"
