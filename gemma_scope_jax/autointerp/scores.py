@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Material, Sampling
 from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText, marks_of, random_marks
+from gemma_scope_jax.data.ranks import auc
 
 SHOWN = 5  # texts in one question (delphi)
 INTRUDERS = 20  # intruder questions
@@ -126,12 +127,8 @@ def binary_metrics(
     f1 = 2 * tp / (2 * tp + fn + fp) if tp + fn + fp else None
     found = {"accuracy": (tp + tn) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
-        from scipy.stats import rankdata
-
-        p, u = tp + fn, None  # AUC, by the Mann-Whitney U statistic
-        if p and n - p:
-            u = rankdata(np.asarray(confidence, np.float64))[t].sum() - p * (p + 1) / 2
-        found["auc"] = None if u is None else float(u / (p * (n - p)))
+        area = auc(t, np.asarray(confidence, np.float64))
+        found["auc"] = None if np.isnan(area) else area
     return found
 
 

@@ -191,6 +191,8 @@ def probing_jobs(
         except InputError as error:
             skipped.append(str(error))
             continue
+        for line in task.doubts:
+            LOG.warning(line)
         settings: dict[str, Any] = {"protocol": protocol.name, "limit": limit, "ks": ks}
         settings |= {"context": protocol.context, "table": digest(path.expanduser().read_bytes())}
         family, subjects = "sparse_probing", (*bench.coders, *bench.raw())
@@ -210,7 +212,7 @@ def probing_jobs(
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
-        task = make_task(read_table(path), protocol, limit, quiet=True)  # warned about before
+        task = make_task(read_table(path), protocol, limit)
         passed, probed = _stages(report, len(missing))
         how = (protocol.how, protocol.keep)
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, passed, *how)
@@ -247,9 +249,10 @@ def _pooled(
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}
     coders = [bench.coders[name] for name in names]
-    most, first = min(context, bench.model.config.context), bench.first
-    ids = pooling.encode_texts(bench.tokenizer, texts, most, keep)
-    options: dict[str, Any] = {"how": how, "first": first, "places": list(places)}
+    most = min(context, bench.model.config.context)
+    cut = lambda ids: ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
+    ids = [x if len(x) <= most else cut(x) for x in map(bench.tokenizer.encode, texts)]
+    options: dict[str, Any] = {"how": how, "first": bench.first, "places": list(places)}
     pooled = pooling.pool(bench.model, coders, ids, **options, report=report)
     for (site, layer), x in pooled.raw.items():
         if not np.isfinite(x).all():
@@ -274,7 +277,7 @@ def concept_job(
     score = scr_tpp.tpp if is_tpp else scr_tpp.scr
 
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
-        task = make(read_table(path), limit, quiet=True)
+        task = make(read_table(path), limit)
         passed, scored = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, passed)
         fit = functools.cache(lambda *place: scr_tpp.fit_probes(task, pooled.raw[place]))
@@ -288,6 +291,8 @@ def concept_job(
         return results
 
     task = make(read_table(path), limit)
+    for line in task.doubts:
+        LOG.warning(line)
     settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT, "split": "by text"}
     settings |= {"table": digest(path.expanduser().read_bytes()), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)

@@ -22,7 +22,6 @@ from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Report
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
@@ -53,17 +52,6 @@ class PackedTexts(NamedTuple):
     segments: np.ndarray  # int32 [B, T]
     owner: np.ndarray  # int32 [B, T]: index of the text whose mean includes a token, else S
     picked: np.ndarray  # int32 [S]: each text's token at `how`, in the flattened batch
-
-
-def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
-) -> list[np.ndarray]:
-    """The first or last tokens of each text, after <bos>: at most `most` ids."""
-    if most < 2:
-        raise InputError(f"a text needs room for <bos> and a token, not {most}")
-    cut = lambda ids: ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
-    encoded = map(tokenizer.encode, texts)
-    return [cut(ids) if len(ids) > most else ids for ids in encoded]
 
 
 def pool(

@@ -87,7 +87,7 @@ def fit_probes(task: tables.Task, x: np.ndarray) -> dict[str, Probe]:
     return probes
 
 
-def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
+def tpp_task(table: tables.Table, limit: int | None = None) -> tables.Task:
     """A question for each of three classes or more, from a table with a column `target`, `label` or
     `class`; see `probing.make_task`. Raises `InputError`."""
     names, classes = tables.classes_of(table.column("target", "label", "class"), table.path)
@@ -96,7 +96,7 @@ def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = Fal
     kept = tables.first_of_each(classes, limit)
     found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
     questions = {names[c]: split for c, split in found.items()}
-    return tables.task_of(table, kept, classes, questions, quiet=quiet)
+    return tables.task_of(table, kept, classes, questions)
 
 
 def tpp(
@@ -134,7 +134,7 @@ def tpp(
     return {"clean": dict(zip(names, clean)), "by_n": by_n, "by_class": by_class}
 
 
-def scr_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
+def scr_task(table: tables.Table, limit: int | None = None) -> tables.Task:
     """A question about each of two attributes on balanced texts, then "biased", from a table with
     two columns of two values each; see `probing.make_task`. Raises `InputError`."""
     if len(table.columns) != 2:
@@ -169,7 +169,7 @@ def scr_task(table: tables.Table, limit: int | None = None, *, quiet: bool = Fal
     }
     nowhere = np.zeros(0, np.int64)
     questions["biased"] = tables.Split(biased, y[0][biased], nowhere, nowhere)
-    return tables.task_of(table, kept, quadrant, questions, quiet=quiet)
+    return tables.task_of(table, kept, quadrant, questions)
 
 
 def scr(

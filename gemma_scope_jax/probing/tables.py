@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import gzip
 import io
-import logging
 import os
 import zlib
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from gemma_scope_jax.data.document_files import decompressed
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.paths import named_paths
 
-LOG = logging.getLogger(__name__)
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a redundant column of SAE-Probes' files
 SUFFIXES = (".csv", ".csv.zst", ".csv.gz")
@@ -212,6 +210,7 @@ class Task:
     texts: list[str]
     questions: dict[str, Split]  # by class or attribute; rows are indices into `texts`
     repeated: float = 0.0  # the share of test rows whose texts are also trained on
+    doubts: tuple[str, ...] = ()  # what the user should know, a line each
 
 
 def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
@@ -228,28 +227,24 @@ def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def task_of(
-    table: Table,
-    kept: np.ndarray,
-    classes: np.ndarray,
-    questions: dict[str, Split],
-    *,
-    quiet: bool = False,
+    table: Table, kept: np.ndarray, classes: np.ndarray, questions: dict[str, Split]
 ) -> Task:
-    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Unless `quiet`, warns
-    of test rows whose texts are also trained on, and of texts with several labels."""
+    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Doubtful are test rows
+    whose texts are also trained on, and texts with several labels."""
     texts = table.numbered(kept)
     both = sum(int(np.isin(texts[s.test], texts[s.train]).sum()) for s in questions.values())
     of = sum(len(split.test) for split in questions.values())
-    if both and not quiet:
-        LOG.warning(
-            "%s: %d of the %d test rows have texts that are also trained on, as the protocol draws "
-            "them, so scores are too good",
-            *(table.path, both, of),
+    doubts = []
+    if both:
+        doubts.append(
+            f"{table.path}: {both} of the {of} test rows have texts that are also trained on, as "
+            "the protocol draws them, so scores are too good"
         )
     labels = np.unique(np.stack([texts, classes[kept]]), axis=1)[0]
-    if (several := int((np.bincount(labels) > 1).sum())) and not quiet:
-        LOG.warning("%s: %d texts occur twice or more, under different labels", table.path, several)
-    return Task(table.name, [table.texts[i] for i in kept], questions, both / of if both else 0.0)
+    if several := int((np.bincount(labels) > 1).sum()):
+        doubts.append(f"{table.path}: {several} texts occur twice or more, under different labels")
+    shown, share = [table.texts[i] for i in kept], both / of if both else 0.0
+    return Task(table.name, shown, questions, share, tuple(doubts))
 
 
 def sae_probes_split(classes: np.ndarray, path: Path) -> Split:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.absorption import absorbed
-from gemma_scope_jax.probing.logistic import auc, fit_logistic, weighted_f1
+from gemma_scope_jax.probing.logistic import fit_logistic, weighted_f1
 from gemma_scope_jax.probing.probing import PROTOCOLS, probe, rank
 from gemma_scope_jax.probing.tables import Split, Task
 

@@ -6,18 +6,12 @@ import pytest
 import scipy.optimize
 
 from coders import random_coder
+from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 from gemma_scope_jax.probing import pooling, probing
-from gemma_scope_jax.probing.logistic import (
-    accuracy,
-    auc,
-    f1,
-    fit_logistic,
-    l1_logistic,
-    weighted_f1,
-)
+from gemma_scope_jax.probing.logistic import accuracy, f1, fit_logistic, l1_logistic, weighted_f1
 from gemma_scope_jax.probing.probing import PROTOCOLS, folds, make_task, probe, probe_task, rank
 from gemma_scope_jax.probing.tables import Split
 from probing_data import reference_fit, write_table
