@@ -196,8 +196,3 @@ SCORES: dict[str, tuple[Callable[..., list[Question]], Callable[..., Score]]] = 
     "simulation": (ask_simulation, grade_simulation),
     "saebench": (ask_saebench, grade_saebench),
 }
-
-
-def short_score(score: Score) -> Score:
-    """A score as in the file: figures rounded to four places."""
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in score.items()}
