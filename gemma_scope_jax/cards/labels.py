@@ -5,7 +5,6 @@ text on which it is strongest, and how often it fires. It is an excerpt of the f
 enough to ship as `labels.json.gz` beside a coder.
 """
 
-import dataclasses
 import gzip
 import json
 import os
@@ -83,20 +82,6 @@ def build_labels(
         return {"format": FORMAT, "tokens": cards.tokens, "features": features}
 
 
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """The label material of a coder: `labels[feature]`."""
-
-    features: list[Label]
-    tokens: int  # in the text of the snippets and densities
-
-    def __getitem__(self, feature: int) -> Label:
-        return self.features[feature]
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
 def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     """Write the result of `build_labels` beside a coder, as labels.json.gz; returns its path."""
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
@@ -105,9 +90,9 @@ def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     return path
 
 
-def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
-    """The label material beside a coder of `width` features; None if there is none. Raises
-    `InputError` for a file that cannot be used or is another coder's."""
+def read_labels(folder: str | os.PathLike, width: int) -> list[Label] | None:
+    """The label material beside a coder, of each of its `width` features; None if there is none.
+    Raises `InputError` for a file that cannot be used or is another coder's."""
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None
@@ -116,7 +101,7 @@ def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
         raise InputError(
             f"{path}: has {len(content['features'])} features, the coder beside it {width}"
         )
-    return Labels(content["features"], content["tokens"])
+    return content["features"]
 
 
 def _check(content: dict[str, Any], path: os.PathLike) -> None:

@@ -7,7 +7,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.labels import Label, Labels
+from gemma_scope_jax.cards.labels import Label
 from gemma_scope_jax.coders.coder import public_name
 from gemma_scope_jax.coders.directions import logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -168,7 +168,7 @@ def inspect_text(
     *,
     top_k: int = 5,
     shown: int = 40,
-    labels: Labels | None = None,
+    labels: Sequence[Label] | None = None,
     explanations: Mapping[int, Explanation] | None = None,
 ) -> Inspection:
     """Run `text` through the model and the coder.
