@@ -221,29 +221,41 @@ def _windows(
     stage.put("example_rows", rows)
     order = np.argsort(rows.ravel(), kind="stable")
     ordered = rows.ravel()[order]
-    around = np.arange(-s.before, s.after + 1, dtype=np.int64)
     for segment in tracked(store.segments(), "windows", store.segment_count):
         n = len(segment.tokens)
         some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
         some = np.sort(some)  # by feature, as the arrays lie on the disk
-        features, slot = np.divmod(some, slots)
-        at = rows[features, slot] - segment.start
-        index = at[:, None] + around
-        inside = (index >= 0) & (index < n)
-        index = np.clip(index, 0, n - 1)
-        inside &= segment.pieces[index] == segment.pieces[at][:, None]
-        tokens[features, slot] = np.where(inside, segment.tokens[index], -1)
-        documents[features, slot] = segment.documents[at]
-        sources[features, slot] = _numbered(segment, at, files)
-        positions[features, slot] = segment.positions[at]
+        place = features, _ = np.divmod(some, slots)
+        at = rows[place] - segment.start
         active = by_feature(segment, coder, layer)
-        keys = active.features.astype(np.int64) * n + active.rows  # ascending
-        found = values_at(keys, active.values, features[:, None] * n + index)
-        values[features, slot] = np.where(inside, found, 0)
+        found = windows(segment.tokens, segment.pieces, active, features, at, s)
+        tokens[place], values[place] = found
+        documents[place], positions[place] = segment.documents[at], segment.positions[at]
+        sources[place] = _numbered(segment, at, files)
     names = sorted({*files, *[""] * bool((rows < 0).any())})  # "" where there is no example
     order = np.array([names.index(file) for file in files] or [0], np.int32)
     sources[:] = np.where(rows < 0, 0, order[sources])
     stage.facts["sources"] = names
+
+
+def windows(
+    tokens: np.ndarray,
+    pieces: np.ndarray,
+    active: SegmentActivations,
+    features: np.ndarray,
+    at: np.ndarray,
+    s: CardSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and activations [e, W] of `features` [e] around the tokens `at` [e]: -1 and 0 outside
+    their pieces. tokens, pieces [n]: of a segment of which `active` are the activations."""
+    n = len(tokens)
+    index = at[:, None] + np.arange(-s.before, s.after + 1, dtype=np.int64)
+    inside = (index >= 0) & (index < n)
+    index = np.clip(index, 0, n - 1)
+    inside &= pieces[index] == pieces[at][:, None]
+    keys = active.features.astype(np.int64) * n + active.rows  # ascending
+    found = values_at(keys, active.values, features[:, None] * n + index)
+    return np.where(inside, tokens[index], -1), np.where(inside, found, 0)
 
 
 def _numbered(segment: Segment, rows: np.ndarray, files: dict[str, int]) -> np.ndarray:
