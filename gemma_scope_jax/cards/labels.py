@@ -9,7 +9,6 @@ import gzip
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from gemma_scope_jax.autointerp.explanations import is_number
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.data.whole_files import read_whole
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -28,7 +28,6 @@ from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.gz", "labels.json")
 FORMAT = 1
-MOST_BYTES = 1 << 30  # of a file, decompressed
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
 # top_logits, bottom_logits: tokens; examples: {tokens, values, source}; density
@@ -96,7 +95,7 @@ def read_labels(folder: str | os.PathLike, width: int) -> list[Label] | None:
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None
-    content = _FORMAT.parse(_read(path), path)
+    content = _FORMAT.parse(read_whole(path), path)
     if len(content["features"]) != width:
         raise InputError(
             f"{path}: has {len(content['features'])} features, the coder beside it {width}"
@@ -116,19 +115,6 @@ def _check(content: dict[str, Any], path: os.PathLike) -> None:
 
 
 _FORMAT = Format("the label material of a coder", {"format": FORMAT}, _check, "delete it")
-
-
-def _read(path: Path) -> bytes:
-    """The content of a plain or compressed file of labels. Raises `InputError`."""
-    advice = "delete it or download it again"
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}); {advice}") from None
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path}: too large (over {MOST_BYTES >> 30} GiB) for labels; {advice}")
-    return data
 
 
 def _is_label(label: Any) -> bool:

@@ -7,23 +7,20 @@ with the same text are all on one side.
 
 import csv
 import dataclasses
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import decompressed
+from gemma_scope_jax.data.whole_files import read_whole
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.paths import named_paths
 
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a redundant column of SAE-Probes' files
 SUFFIXES = (".csv", ".csv.zst", ".csv.gz")
-MOST_BYTES = 1 << 30  # of a table, decompressed
 MOST_TRAIN, MOST_TEST = 4000, 1000  # rows of a question (SAEBench)
 SEED = 42
 # What spreadsheets and pandas write and read for a missing value.
@@ -60,11 +57,10 @@ class Table:
             )
         return labels
 
-    def numbered(self, some: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """A number for each row's text, int [N]; texts that differ in spaces alone are equal."""
-        chosen = self.texts if some is None else [self.texts[i] for i in some]
-        seen: dict[str, int] = {}
-        return np.array([seen.setdefault(" ".join(t.split()), len(seen)) for t in chosen], np.int64)
+    def numbered(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the texts of `rows`, int [N]; texts that differ in spaces alone share one."""
+        plain, seen = [" ".join(self.texts[i].split()) for i in rows], {}
+        return np.array([seen.setdefault(text, len(seen)) for text in plain], np.int64)
 
 
 def table_files(patterns: Sequence[str]) -> list[Path]:
@@ -105,33 +101,12 @@ def read_table(path: str | Path) -> Table:
     with the row, for a file that is not such a table."""
     path = Path(path).expanduser()
     csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(_bytes(path).decode("utf-8-sig", "replace"), newline="")
+    text = io.StringIO(read_whole(path).decode("utf-8-sig", "replace"), newline="")
     try:
         rows = list(enumerate(csv.reader(text, strict=True), 1))
     except csv.Error as error:
         raise InputError(f"{path}: not a CSV file ({reason(error)})") from error
     return _table(path, [(number, row) for number, row in rows if row])
-
-
-def _bytes(path: Path) -> bytes:
-    """The content of a plain or compressed file, `MOST_BYTES` at most. Raises `InputError`."""
-    try:
-        kind = path.suffix.lower()
-        opened = gzip.open if kind == ".gz" else decompressed if kind == ".zst" else io.FileIO
-        with opened(path) as file:  # type: ignore[operator]
-            data = file.read(MOST_BYTES + 1)
-    except InputError:
-        raise
-    except Exception as error:
-        is_broken = isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error))
-        if is_broken or "zst" in type(error).__module__:
-            raise InputError(f"{path}: broken or truncated file ({reason(error)})") from error
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(f"{path}: cannot be read ({error.strerror or reason(error)})") from error
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path}: over {MOST_BYTES >> 30} GiB of text: not a table of examples")
-    return data
 
 
 def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:

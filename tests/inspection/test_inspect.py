@@ -291,7 +291,7 @@ def broken(labels):
 
 
 def test_broken_label_files_are_one_line(labels, tmp_path, monkeypatch):
-    monkeypatch.setattr("gemma_scope_jax.cards.labels.MOST_BYTES", 2 << 20)
+    monkeypatch.setattr("gemma_scope_jax.data.whole_files.MOST", 2 << 20)
     for name, content in broken(labels).items():
         (tmp_path / "labels.json.gz").write_bytes(content)
         with pytest.raises(InputError, match=str(tmp_path)) as error:
