@@ -66,8 +66,13 @@ class Bench:
 
     def raw(self) -> dict[str, pooling.SiteLayer]:
         """The activations that the coders read, by name."""
-        places = {(c.reads, c.layer) for c in self.coders.values()}
-        return {raw_name(*place): place for place in sorted(places)}
+        places = sorted({(c.reads, c.layer) for c in self.coders.values()})
+        return {f"activation {site} {layer}": (site, layer) for site, layer in places}
+
+    def read_by(self, name: str) -> str:
+        """The name of the activation that a coder reads."""
+        coder = self.coders[name]
+        return f"activation {coder.reads} {coder.layer}"
 
 
 def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
@@ -79,11 +84,6 @@ def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
         name = "/".join(coder_id(coder)) if os.path.isabs(name) else name
         found[f"{name} ({number})" if name in found else name] = coder
     return found
-
-
-def raw_name(site: str, layer: int) -> str:
-    """The name of the activation at a site among the subjects."""
-    return f"activation {site} {layer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +285,8 @@ def concept_job(
         for name, f in zip(names, pooled.features):
             coder = bench.coders[name]
             place = (coder.writes, coder.layer)
-            some = pooling.narrowed(coder, f.columns)
-            results[name] = score(task, fit(*place), some, pooled.raw[place], f.values, ns)
+            w_dec, x = coder.w_dec[f.columns], pooled.raw[place]
+            results[name] = score(task, fit(*place), w_dec, x, f.values, ns)
             scored(len(results), len(names))
         return results
 
@@ -318,9 +318,9 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
         for name, coder in coders.items():
             place = (coder.writes, coder.layer)
             probes, f = fit(*place), pooling.encode_rows(coder, x[coder.reads, coder.layer])
-            some = pooling.narrowed(coder, f.columns)
+            w_dec = coder.w_dec[f.columns]
             try:
-                found = spelling.absorption(some, x[place], f.values, task.letters, probes)
+                found = spelling.absorption(w_dec, x[place], f.values, task.letters, probes)
                 results[name] = _numbered(found, f.columns)
             except InputError as error:  # at this coder's site; others may still be measured
                 results[name] = {"letters": [], "why": str(error)}

@@ -6,7 +6,6 @@ pass reads what all coders need, encodes a chunk of tokens at a time and sums it
 array [tokens, F] never exists.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from gemma_scope_jax.coders.coder import float32, matmul
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -130,18 +130,6 @@ class _Columns:
             which, some, f = self.parts.pop()
             values[which[:, None], np.searchsorted(columns, some)] = f
         return PooledFeatures(values, columns)
-
-
-def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
-    """The coder with only these features, for their decoder rows. (What is left of a TopK coder
-    encodes another function.)"""
-    return dataclasses.replace(
-        coder,
-        w_enc=coder.w_enc[:, columns],
-        b_enc=coder.b_enc[columns],
-        threshold=coder.threshold[columns],
-        w_dec=coder.w_dec[columns],
-    )
 
 
 def largest_first(coders: Iterable[SparseCoder]) -> int:
@@ -282,12 +270,13 @@ def typical_scale(x: np.ndarray) -> float:
 
 
 @jax.jit
-def _along(w_dec: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _along(w_dec: ArrayLike, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     w_dec = float32(w_dec)
     return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
 
 
-def along_decoder(coder: SparseCoder, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """w_dec @ directions.T [F, C], for directions [C, D_out], and the norms [F] of decoder rows."""
-    products, norms = _along(coder.w_dec, jnp.asarray(directions, jnp.float32))
+def along_decoder(w_dec: ArrayLike, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w_dec @ directions.T [F, C], for decoder rows w_dec [F, D] and directions [C, D], and the
+    norms [F] of the rows."""
+    products, norms = _along(w_dec, jnp.asarray(directions, jnp.float32))
     return np.asarray(products, np.float64), np.asarray(norms, np.float64)

@@ -27,8 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.probing import tables
 from gemma_scope_jax.probing.logistic import accuracy, fit_logistic
@@ -102,16 +102,17 @@ def tpp_task(table: tables.Table, limit: int | None = None) -> tables.Task:
 def tpp(
     task: tables.Task,
     probes: Mapping[str, Probe],
-    coder: SparseCoder,
+    w_dec: ArrayLike,
     x: np.ndarray,
     f: np.ndarray,
     ns: Sequence[int] = ABLATED,
 ) -> dict[str, Any]:
-    """TPP of a coder with features f [N, F] on texts with activations x [N, D] where it writes.
+    """TPP of a coder with features f [N, F] and decoder rows w_dec [F, D], on texts with
+    activations x [N, D] where it writes.
     {"clean": {class: accuracy}, "by_n": {n: {"tpp", "intended", "unintended"}}, "by_class": {class:
     {n: the same}}}."""
     names, splits = list(task.questions), list(task.questions.values())
-    products, _ = along_decoder(coder, np.stack([probes[name].w for name in names]))
+    products, _ = along_decoder(w_dec, np.stack([probes[name].w for name in names]))
     scores = [probes[name].scores(x[split.test]) for name, split in task.questions.items()]
     clean = [accuracy(split.test_y, before) for split, before in zip(splits, scores)]
     by_class: dict[str, dict[str, dict[str, float]]] = {}
@@ -175,7 +176,7 @@ def scr_task(table: tables.Table, limit: int | None = None) -> tables.Task:
 def scr(
     task: tables.Task,
     probes: Mapping[str, Probe],
-    coder: SparseCoder,
+    w_dec: ArrayLike,
     x: np.ndarray,
     f: np.ndarray,
     ns: Sequence[int] = ABLATED,
@@ -188,7 +189,7 @@ def scr(
     accuracy}, "by_n": {n: score}}}}.
     """
     biased, names = probes["biased"], list(task.questions)[:2]
-    products, _ = along_decoder(coder, np.stack([biased.w, *(probes[n].w for n in names)]))
+    products, _ = along_decoder(w_dec, np.stack([biased.w, *(probes[n].w for n in names)]))
     directions: dict[str, dict[str, Any]] = {}
     for i, (direction, kept) in enumerate(zip(("first", "second"), names)):
         removed, split = names[1 - i], task.questions[kept]
