@@ -19,11 +19,11 @@ import numpy as np
 
 from gemma_scope_jax.cards.card_files import Stage
 from gemma_scope_jax.cards.examples import Best, CardSettings, Sample, SegmentActivations, windows
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 FILE = "examples.safetensors"
@@ -32,14 +32,18 @@ PER_FEATURE = ("activations", "seq_ids", "positions")
 LOGITS = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
 
 
-def find_examples(coder: Coder) -> Path | None:
-    """The file beside a coder, fetched if the coder came from the hub; None if there is none."""
-    path = Path(coder.info.folder) / FILE
+def find_examples(coder: Coder) -> Path:
+    """The file beside a coder, fetched if the coder came from the hub. Raises `InputError` if there
+    is none."""
+    path: Path | None = Path(coder.info.folder) / FILE
     if coder.info.folder and path.is_file():
         return path
-    if not coder.info.path.startswith("gemma-scope-2-"):
-        return None
-    return fetch_file(parse_address(coder.info.path), FILE)
+    is_published = coder.info.path.startswith("gemma-scope-2-")
+    path = fetch_file(parse_address(coder.info.path), FILE) if is_published else None
+    if path is None:
+        why = "no examples are published beside it: give text or a feature store"
+        raise InputError(f"{public_name(coder)}: {why}")
+    return path
 
 
 def read_published(
@@ -111,9 +115,7 @@ def _gather(
     positions = create("example_positions", (width, s.slots), np.int32, -1)
     length = tokens.shape[1]
     sequence = np.repeat(np.arange(len(tokens), dtype=np.int32), length)  # of each token
-    progress = Progress(width, "features", what="published examples")
-    for start in range(0, width, BLOCK):
-        progress.at(start)
+    for start in tracked(range(0, width, BLOCK), "published examples"):
         here = slice(start, min(start + BLOCK, width))
         activations, sequences, places = (read(n, here.start, here.stop) for n in PER_FEATURE)
         features, slots = np.nonzero(activations > 0)

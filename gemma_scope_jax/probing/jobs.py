@@ -55,10 +55,6 @@ class Bench:
     coders: Mapping[str, SparseCoder]
     folder: epath.Path
 
-    @functools.cached_property
-    def identity(self) -> dict[str, str]:
-        return model_identity(self.model)
-
     @property
     def first(self) -> int:
         """The first position that is included in means: the same for all coders."""
@@ -100,7 +96,7 @@ class BenchmarkJob:
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results, which depends on the settings and the model."""
-        key = {**self.settings, "name": self.name, "model": bench.identity}
+        key = {**self.settings, "name": self.name, "model": model_identity(bench.model)}
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest(plain(key), 5)}.json"
 
 

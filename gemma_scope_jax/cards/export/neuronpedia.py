@@ -29,7 +29,6 @@ from gemma_scope_jax.cards.export.saedashboard import (
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.model.tokenizer import Tokenizer
-from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
@@ -54,9 +53,7 @@ def export_neuronpedia(
     with new_folder(folder / facts["model_id"] / source, "source.jsonl") as new:
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-        progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
-            progress.at(batch[0])
             tables = {
                 "features": [_feature(cards, f, place, coder) for f in features],
                 "activations": [a for f in features for a in _activations(f, place)],
