@@ -119,13 +119,12 @@ def binary_metrics(
     """
     t, s = np.asarray(truth, np.float64) > 0.5, np.asarray(said, np.float64) > 0.5
     n = len(t)
-    if n == 0:
-        return {"accuracy": None, "balanced_accuracy": None, "f1": None, "n": 0}
     tp, fn, fp = int((t & s).sum()), int((t & ~s).sum()), int((~t & s).sum())
     tn = n - tp - fn - fp
     balanced = 0.5 * (tp / (tp + fn) + tn / (tn + fp)) if tp + fn and tn + fp else None
     f1 = 2 * tp / (2 * tp + fn + fp) if tp + fn + fp else None
-    found = {"accuracy": (tp + tn) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
+    right = (tp + tn) / n if n else None
+    found = {"accuracy": right, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
         area = auc(t, np.asarray(confidence, np.float64))
         found["auc"] = None if np.isnan(area) else area

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import (
@@ -135,11 +137,9 @@ def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) 
     """An id of 25 letters and digits, like a cuid, that depends only on the row: 120 bits of a
     digest of its whole name, as a truncated name may be that of another coder's row."""
     name = json.dumps([table, place["modelId"], place["layer"], feature, number])
-    left, digits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest()), ""
-    for _ in range(24):  # 36^24 is above 2^120
-        left, digit = divmod(left, 36)
-        digits += "0123456789abcdefghijklmnopqrstuvwxyz"[digit]
-    return f"c{digits}"
+    left = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest())
+    digits = np.base_repr(left, 36).lower().zfill(24)  # 36^24 is above 2^120
+    return f"c{digits[::-1]}"
 
 
 def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict[str, Any]]:
