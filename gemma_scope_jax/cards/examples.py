@@ -121,17 +121,14 @@ class Best:
         order = np.lexsort((rows, -keys, slots))
         slots, keys, rows = slots[order], keys[order], rows[order]
         begins = np.flatnonzero(_starts(slots))
-        rank = np.arange(len(slots)) - np.repeat(begins, np.diff(begins, append=len(slots)))
+        touched, count = slots[begins], np.diff(begins, append=len(slots))
+        rank = np.arange(len(slots)) - np.repeat(begins, count)
         k = self.keys.shape[1]
         kept = rank < k
-        touched = slots[begins]  # the slots with candidates, in order
-        number = np.cumsum(_starts(slots)) - 1
-        found_keys = np.full((len(touched), k), -np.inf)
-        found_rows = np.full((len(touched), k), -1, np.int64)
-        found_keys[number[kept], rank[kept]] = keys[kept]
-        found_rows[number[kept], rank[kept]] = rows[kept].astype(np.int64) + start
-        both_keys = np.concatenate([self.keys[touched], found_keys], -1)
-        both_rows = np.concatenate([self.rows[touched], found_rows], -1)
+        place = np.repeat(np.arange(len(touched)), count)[kept], k + rank[kept]
+        both_keys = np.pad(self.keys[touched], ((0, 0), (0, k)), constant_values=-np.inf)
+        both_rows = np.pad(self.rows[touched], ((0, 0), (0, k)), constant_values=-1)
+        both_keys[place], both_rows[place] = keys[kept], rows[kept].astype(np.int64) + start
         order = np.argsort(-both_keys, axis=-1, kind="stable")[:, :k]
         self.keys[touched] = np.take_along_axis(both_keys, order, -1)
         self.rows[touched] = np.take_along_axis(both_rows, order, -1)

@@ -54,8 +54,8 @@ class Bench:
 
     @property
     def first(self) -> int:
-        """The first position that is included in means: the same for all coders."""
-        return pooling.largest_first(self.coders.values())
+        """The first position that is included in means: from there on all coders have features."""
+        return max((coder.first for coder in self.coders.values()), default=1)
 
     def raw(self) -> dict[str, pooling.SiteLayer]:
         """The activations that the coders read, by name."""

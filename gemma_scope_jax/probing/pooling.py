@@ -7,7 +7,7 @@ array [tokens, F] never exists.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ def pool(
     texts: Sequence[np.ndarray],
     *,
     how: Literal["mean"] | int = "mean",
-    first: int | None = None,
+    first: int = 1,
     places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
@@ -70,7 +70,7 @@ def pool(
 
     how      "mean", or the index of one of the text's tokens, such as -1 for the last
     first    the mean leaves out tokens before this position (but never a text's last token), for
-             all coders alike; default: the largest `first` of the coders
+             all coders alike
     places   more places where activations are needed, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
@@ -89,7 +89,6 @@ def pool(
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
-    first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[SiteLayer, np.ndarray] = {}
@@ -130,11 +129,6 @@ class _Columns:
             which, some, f = self.parts.pop()
             values[which[:, None], np.searchsorted(columns, some)] = f
         return PooledFeatures(values, columns)
-
-
-def largest_first(coders: Iterable[SparseCoder]) -> int:
-    """The first position in a text at which all of the coders have features."""
-    return max((coder.first for coder in coders), default=1)
 
 
 def places_of(coders: Sequence[SparseCoder]) -> set[SiteLayer]:

@@ -21,13 +21,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.export.saedashboard import (
-    TEXT_FACTS,
-    batch_facts,
-    batches,
-    rounded,
-    text_facts,
-)
+from gemma_scope_jax.cards.export.saedashboard import TEXT_FACTS, batch_facts, batches, rounded
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -76,7 +70,7 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, Any]]:
     """The rows of the release, the model, the set and the source."""
-    m, facts, text = cards.manifest, batch_facts(cards), text_facts(cards)
+    m, facts = cards.manifest, batch_facts(cards)
     model, name = facts["model_id"], facts["sae_set"]
     by = {"creatorId": CREATOR, "createdAt": now}
     title, hub = f"{m['coder']}", {"hfRepoId": None, "hfFolderId": None}
@@ -110,8 +104,8 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "saelensRelease": None, "saelensSaeId": None, **hub,
             "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False,
             "hasUmapLogSparsity": False, "hasUmapClusters": False,
-            "num_prompts": text["n_prompts_total"],
-            "num_tokens_in_prompt": text["n_tokens_in_prompt"], "dataset": text["dataset"],
+            "num_prompts": m["prompts"], "num_tokens_in_prompt": m["prompt_tokens"],
+            "dataset": m["text"],
             "notes": f"{m['kind']} of {m['reads']}, layer {m['layer']}", **by,
         },
     }  # fmt: skip
