@@ -209,15 +209,11 @@ def inspect_text(
         if f in known:
             more = {"explanation": e["text"], "explained": explanation_note(e)}
             known[f] = {**known[f], **more}
+    about = ("kind", "layer", "reads", "writes", "width", "first")
     return Inspection(
         model=model.config.name,
         coder=public_name(coder),
-        kind=coder.kind,
-        layer=coder.layer,
-        reads=coder.reads,
-        writes=coder.writes,
-        width=coder.width,
-        first=coder.first,
+        **{key: getattr(coder, key) for key in about},
         ids=ids.tolist(),
         tokens=tokenizer.decode_tokens(ids),
         next=following,

@@ -263,11 +263,8 @@ def concept_job(
     bench: Bench, family: str, path: Path, *, limit: int | None, ns: Sequence[int]
 ) -> BenchmarkJob:
     """A job of family "tpp" or "scr" on a table."""
-    if min(ns) < 1:
-        raise InputError(f"{min(ns)} features to ablate: 1 or more")
-    is_tpp = family == "tpp"
-    make = scr_tpp.tpp_task if is_tpp else scr_tpp.scr_task
-    score = scr_tpp.tpp if is_tpp else scr_tpp.scr
+    parts = {"tpp": (scr_tpp.tpp_task, scr_tpp.tpp), "scr": (scr_tpp.scr_task, scr_tpp.scr)}
+    make, score = parts[family]
 
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
         task = make(read_table(path), limit)

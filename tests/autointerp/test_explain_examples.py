@@ -228,6 +228,7 @@ def test_metrics_that_are_undefined():
     assert one["balanced_accuracy"] is None and one["auc"] is None and one["accuracy"] == 0.5
     assert metrics.binary_metrics([0, 0], [0, 0])["f1"] is None
     assert metrics.pearson([1, 1], [1, 2]) is None and metrics.pearson([], []) is None
+    assert metrics.pearson([0.1] * 3, [1, 2, 4]) is None  # the mean of these is not 0.1
 
 
 # --- token statistics ----------------------------------------------------------------------------
