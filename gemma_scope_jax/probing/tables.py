@@ -101,26 +101,21 @@ def read_table(path: str | Path) -> Table:
     with the row, for a file that is not such a table."""
     path = Path(path).expanduser()
     csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(read_whole(path).decode("utf-8-sig", "replace"), newline="")
+    file = io.StringIO(read_whole(path).decode("utf-8-sig", "replace"), newline="")
     try:
-        rows = list(enumerate(csv.reader(text, strict=True), 1))
+        rows = {number: row for number, row in enumerate(csv.reader(file, strict=True), 1) if row}
     except csv.Error as error:
         raise InputError(f"{path}: not a CSV file ({reason(error)})") from error
-    return _table(path, [(number, row) for number, row in rows if row])
-
-
-def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
-    if len(numbered) < 2:
+    if len(rows) < 2:
         raise InputError(f"{path}: a table needs a header and rows below it")
-    numbers, rows = [n for n, _ in numbered[1:]], [row for _, row in numbered]
-    header = [name.strip() for name in rows[0]]
+    header = [name.strip() for name in rows.pop(min(rows))]
     text = next((name for name in TEXT if name in header), None)
     if text is None or len(set(header)) < len(header):
         raise InputError(
             f"{path}: the header must name a column {' or '.join(TEXT)}, and no column twice; it "
             f"is {','.join(header)[:200]}"
         )
-    for number, row in zip(numbers, rows[1:]):
+    for number, row in rows.items():
         if len(row) != len(header):
             raise InputError(f"{path}, row {number}: {len(row)} values for {len(header)} columns")
         if (value := row[header.index(text)].strip()) in MISSING:
@@ -128,12 +123,12 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
                 f"{path}, row {number}: the {text} is {repr(value) if value else 'empty'}; leave "
                 "such rows out"
             )
-    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+    kept = [(i, name) for i, name in enumerate(header) if name not in IGNORED]
+    columns = {name: [row[i] for row in rows.values()] for i, name in kept}
     texts = columns.pop(text)
-    columns = {k: v for k, v in columns.items() if k not in IGNORED}
     if not columns:
         raise InputError(f"{path}: no column of labels beside {text}")
-    return Table(table_name(path), path, texts, columns, numbers)
+    return Table(table_name(path), path, texts, columns, list(rows))
 
 
 def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[str], np.ndarray]:
