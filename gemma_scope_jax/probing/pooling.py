@@ -45,15 +45,6 @@ class Pooled(NamedTuple):
     features: list[PooledFeatures]
 
 
-class PackedTexts(NamedTuple):
-    """A batch [B, T] of packed texts. S: at least the number of its texts."""
-
-    tokens: np.ndarray  # int32 [B, T]
-    segments: np.ndarray  # int32 [B, T]
-    owner: np.ndarray  # int32 [B, T]: index of the text whose mean includes a token, else S
-    picked: np.ndarray  # int32 [S]: each text's token at `how`, in the flattened batch
-
-
 def pool(
     model: Model,
     coders: Sequence[SparseCoder],
@@ -94,8 +85,8 @@ def pool(
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, batch in _batches(texts, how, first, tokens, lengths, context):
-        vectors, found = _pool_step(model, tuple(coders), batch, **static)
+    for which, *packed in _batches(texts, how, first, tokens, lengths, context):
+        vectors, found = _pool_step(model, tuple(coders), *packed, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
         for place, v in vectors.items():
@@ -157,8 +148,8 @@ def _batches(
     tokens: int,
     lengths: Sequence[int],
     context: int,
-) -> Iterator[tuple[list[int], PackedTexts]]:
-    """The indices of the texts of each batch, and the batch."""
+) -> Iterator[tuple[list[int], TokenBatch, np.ndarray, np.ndarray]]:
+    """The batches of all texts, as by `_batch`."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
     bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]
@@ -194,7 +185,10 @@ def _batch(
     first: int,
     shape: tuple[int, int],
     count: int,
-) -> tuple[list[int], PackedTexts]:
+) -> tuple[list[int], TokenBatch, np.ndarray, np.ndarray]:
+    """The indices of the texts in `rows`; the batch [B, T]; for each token which of them includes
+    it in its mean, else `count`, int32 [B, T]; and each text's token at `how`, int32 [count], in
+    the flattened batch."""
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     owner, picked = np.full(shape, count, np.int32), np.zeros(count, np.int32)
     which: list[int] = []
@@ -209,24 +203,25 @@ def _batch(
             picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
             which.append(i)
             start = stop
-    return which, PackedTexts(tokens, segments, owner, picked)
+    return which, TokenBatch(tokens, segments), owner, picked
 
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
 def _pool_step(
     model: Model,
     coders: tuple[SparseCoder, ...],
-    batch: PackedTexts,
+    batch: TokenBatch,
+    owner: jax.Array,
+    picked: jax.Array,
     *,
     places: tuple[SiteLayer, ...],
     mean: bool,
 ) -> tuple[dict[SiteLayer, jax.Array], tuple[jax.Array, ...]]:
     """{place: [S, D]}, ([S, F] of each coder); rows beyond the batch's texts are meaningless."""
-    tokens, segments, owner, picked = batch
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
-    x = read_sites(model, layers, TokenBatch(tokens, segments))
+    x = read_sites(model, layers, batch)
     at = {(s, l): float32(x[s][n]) for s, some in layers.items() for n, l in enumerate(some)}
     if not mean:
         raw = {place: a[picked] for place, a in at.items()}
