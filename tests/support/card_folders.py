@@ -83,6 +83,9 @@ EXPLAINED = {
         "text": "zebra <b>crossings</b>",
         "method": "endpoint",
         "model": "m",
-        "scores": {"detection": {"balanced_accuracy": 0.875}},
+        "scores": {
+            "detection": {"balanced_accuracy": True},
+            "fuzzing": {"balanced_accuracy": 0.875},
+        },
     }
 }

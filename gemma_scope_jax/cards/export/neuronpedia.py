@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
+from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation, is_number
 from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import TEXT_FACTS, batch_facts, batches, rounded
 from gemma_scope_jax.coders.coder import Coder
@@ -157,7 +157,7 @@ def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict
 
 def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
     figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in SCORE_FIGURES.items())
-    score = next((s for s in figures if isinstance(s, int | float)), None)
+    score = next(filter(is_number, figures), None)
     return {
         "id": row_id("explanations", place, f),
         "modelId": place["modelId"], "layer": place["layer"],
