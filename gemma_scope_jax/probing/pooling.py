@@ -67,15 +67,10 @@ def pool(
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
     The result takes 4 N (D + A) bytes of host memory for each coder. Raises `InputError` for a text
-    without tokens, longer than the model's context, or too short for `how`.
+    longer than the model's context.
     """
-    if not texts:
-        raise InputError("no texts to pool")
     context = model.config.context
-    needed = 1 if how == "mean" else (how + 1 if how >= 0 else -how)
     for number, ids in enumerate(texts):
-        if len(ids) < needed:
-            raise InputError(f"text {number} has {len(ids)} tokens, fewer than {needed}")
         if len(ids) > context:
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")

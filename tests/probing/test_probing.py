@@ -182,18 +182,15 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
 
 
 @pytest.mark.parametrize(
-    ("texts", "how", "message"),
+    ("texts", "message"),
     [
-        ([], "mean", "no texts"),
-        ([np.array([2, 5])], -6, "fewer than 6"),
-        ([np.arange(3, 80)], "mean", "context is 64"),
-        ([np.array([], np.int32)], "mean", "0 tokens"),
-        ([np.array([2, 5]), np.array([2, 300])], "mean", "text 1: token id 300 is outside 0..299"),
+        ([np.arange(3, 80)], "context is 64"),
+        ([np.array([2, 5]), np.array([2, 300])], "text 1: token id 300 is outside 0..299"),
     ],
 )
-def test_texts_that_cannot_be_pooled(model, texts, how, message):
+def test_texts_that_cannot_be_pooled(model, texts, message):
     with pytest.raises(InputError, match=message):
-        pooling.pool(model, [random_coder(layer=2)], texts, how=how)
+        pooling.pool(model, [random_coder(layer=2)], texts)
 
 
 # -------------------------------------------------------------------------------------------------
