@@ -13,7 +13,8 @@ from functools import partial
 
 import numpy as np
 
-from gemma_scope_jax.probing.logistic import accuracy, auc, f1, fit_logistic, weighted_f1
+from gemma_scope_jax.data.ranks import auc
+from gemma_scope_jax.probing.logistic import accuracy, f1, fit_logistic, weighted_f1
 
 
 def seconds(works, repeats=5, calls=1):

@@ -65,7 +65,6 @@ class Window:
     values: np.ndarray  # float32 [n], the feature's activations
     centre: int  # index of the token the window is around
     row: int  # of that token in the store
-    piece: int  # row at which its piece of a document begins
     quantile: int = -1  # 0 is the strongest; -1 where there is none
     other: np.ndarray | None = None  # float32 [n], activations of a hard negative's neighbour
 
@@ -91,7 +90,6 @@ class Material:
     test: list[Window]  # over the quantiles
     non_activating: list[Window]  # hard negatives first
     strong: list[Window]  # two top and two weighted ones of the test half (SAEBench's score)
-    fired: int  # tokens, in the whole store
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -259,7 +257,6 @@ def gather(corpus: Corpus, feature: int, neighbours: Sequence[int] = ()) -> Mate
         test=firing(test[drawn], quantile[drawn]),
         non_activating=[*hard, *_non_activating(corpus, rows, s.non_activating - len(hard))],
         strong=firing(strong),
-        fired=len(rows),
     )
 
 
@@ -302,12 +299,12 @@ def _windows(
         tokens = _tokens_around(corpus.store, centres, length)
     kept = (tokens >= 0) & (tokens != tokenizer.bos_id)
     places = kept[:, : length // 2].sum(1)
-    pieces, quantile = corpus.pieces(centres), np.broadcast_to(quantile, centres.shape)
+    quantile = np.broadcast_to(quantile, centres.shape)
     return [
         Window(
             tuple(tokenizer.decode_tokens(tokens[i, here])),
             values[i, here],
-            *map(int, (places[i], centres[i], pieces[i], quantile[i])),
+            *map(int, (places[i], centres[i], quantile[i])),
             other=None if other is None else other[i, here],
         )
         for i, here in enumerate(kept)

@@ -28,7 +28,7 @@ from gemma_scope_jax.autointerp.judges.endpoint_judge import EndpointJudge
 from gemma_scope_jax.autointerp.judges.statistics import RuleJudge, token_label
 from gemma_scope_jax.autointerp.prompts import lengths, messages
 from gemma_scope_jax.autointerp.questions import UNCLEAR, Answer, Judge, explain_question
-from gemma_scope_jax.autointerp.scores import SCORES, short_score
+from gemma_scope_jax.autointerp.scores import SCORES
 from gemma_scope_jax.errors import InputError, nearest, shown
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.locks import only_writer
@@ -221,7 +221,9 @@ class _ExplainRun:
             none = [answer for answer in said if answer.values is None]
             lost += none
             if not questions or len(none) < len(said):
-                known[name] = short_score(SCORES[name][1](questions, said))
+                score = SCORES[name][1](questions, said)
+                rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in score.items()}
+                known[name] = rounded
         if not is_new and len(known) == len(entry["scores"]):
             return None, lost
         return {**entry, "scores": known}, lost

@@ -11,11 +11,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.manifest import Format
 from gemma_scope_jax.storage.paths import folder_path, is_remote
 from gemma_scope_jax.storage.strict_json import field
@@ -116,8 +116,5 @@ def write_explanations(
 
     lines = ",\n".join(map(line, sorted(entries)))
     text = f'{{"format": {FORMAT}, "coder": {plain(coder)}, "explanations": {{\n{lines}\n}}}}\n'
-
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode(errors="replace"))  # a name may hold half a character
-
-    write_folder(folder_path(folder), {FILE: write})
+    data = text.encode(errors="replace")  # a name may hold half a character
+    write_bytes(folder_path(folder) / FILE, data)

@@ -12,7 +12,6 @@ from gemma_scope_jax.coders.directions import most_similar
 from gemma_scope_jax.errors import InputError
 
 LARGEST = 1 << 29  # bytes of co-occurrence counts
-ENTRIES = 1 << 16  # firings processed together
 
 
 def decoder_neighbours(
@@ -27,27 +26,21 @@ def decoder_neighbours(
 def cooccurring(corpus: Corpus, features: Sequence[int], k: int = 5) -> dict[int, list[int]]:
     """For each of `features`, the k others most active on the same tokens, by the cosine of their
     indicators: n(both) / sqrt(n(one) n(other)). One pass over the store."""
+    from scipy import sparse
+
     fired = corpus.store.fired(coder=corpus.coder, layer=corpus.layer).astype(np.float64)
     if len(features) * len(fired) * 8 > LARGEST:
         raise InputError(
             f"co-occurrence of {len(features)} features takes too much memory: explain fewer, or "
             "choose neighbours by their decoder rows"
         )
-    number = np.full(len(fired), -1, np.int64)
-    number[np.asarray(features, np.int64)] = np.arange(len(features))
     both = np.zeros((len(features), len(fired)), np.int64)
     for segment in corpus.store.segments():
         offsets, ids, _ = segment.by_token(coder=corpus.coder, layer=corpus.layer)
-        counts = np.diff(offsets)
-        token = np.repeat(np.arange(len(counts)), counts)
-        entries = np.flatnonzero(number[ids] >= 0)
-        for start in range(0, len(entries), ENTRIES):
-            some = entries[start : start + ENTRIES]
-            beside = counts[token[some]]  # features on the same token
-            before = np.cumsum(beside) - beside
-            step = np.arange(beside.sum()) - np.repeat(before, beside)
-            others = ids[np.repeat(offsets[token[some]], beside) + step]
-            np.add.at(both, (np.repeat(number[ids[some]], beside), others), 1)
+        shape = (len(offsets) - 1, len(fired))
+        active = sparse.csr_array((np.ones(len(ids), np.int64), ids, offsets), shape)
+        together = (active[:, features].T @ active).tocoo()
+        both[together.row, together.col] += together.data
     cosines = both / np.sqrt(np.maximum(fired[None, :] * fired[np.asarray(features)][:, None], 1))
     cosines[np.arange(len(features)), np.asarray(features)] = -1
     best = np.argsort(-cosines, axis=-1, kind="stable")[:, :k]

@@ -36,10 +36,6 @@ class ShownText:
             parts.append(token)
         return "".join([*parts, ">>" * inside]).translate(LINE_ENDS)
 
-    @property
-    def marked(self) -> tuple[str, ...]:
-        return tuple(t for t, m in zip(self.tokens, self.marks) if m)
-
 
 LINE_ENDS = str.maketrans({"\n": "↵", "\r": "↵", "\u2028": "↵", "\u2029": "↵", "\x85": "↵"})
 

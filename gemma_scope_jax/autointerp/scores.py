@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.autointerp.examples import Material, Sampling
 from gemma_scope_jax.autointerp.questions import Answer, Question, ShownText, marks_of, random_marks
+from gemma_scope_jax.data.ranks import auc
 
 SHOWN = 5  # texts in one question (delphi)
 INTRUDERS = 20  # intruder questions
@@ -118,31 +119,24 @@ def binary_metrics(
     """
     t, s = np.asarray(truth, np.float64) > 0.5, np.asarray(said, np.float64) > 0.5
     n = len(t)
-    if n == 0:
-        return {"accuracy": None, "balanced_accuracy": None, "f1": None, "n": 0}
     tp, fn, fp = int((t & s).sum()), int((t & ~s).sum()), int((~t & s).sum())
     tn = n - tp - fn - fp
     balanced = 0.5 * (tp / (tp + fn) + tn / (tn + fp)) if tp + fn and tn + fp else None
     f1 = 2 * tp / (2 * tp + fn + fp) if tp + fn + fp else None
-    found = {"accuracy": (tp + tn) / n, "balanced_accuracy": balanced, "f1": f1, "n": n}
+    right = (tp + tn) / n if n else None
+    found = {"accuracy": right, "balanced_accuracy": balanced, "f1": f1, "n": n}
     if confidence is not None:
-        from scipy.stats import rankdata
-
-        p, u = tp + fn, None  # AUC, by the Mann-Whitney U statistic
-        if p and n - p:
-            u = rankdata(np.asarray(confidence, np.float64))[t].sum() - p * (p + 1) / 2
-        found["auc"] = None if u is None else float(u / (p * (n - p)))
+        area = auc(t, np.asarray(confidence, np.float64))
+        found["auc"] = None if np.isnan(area) else area
     return found
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Pearson's correlation of a and b [n] in float64; None if either is constant."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(x) < 2:
+    if len(x) < 2 or not (np.ptp(x) and np.ptp(y)):
         return None
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / scale) if scale > 0 else None
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def _understood(
@@ -199,8 +193,3 @@ SCORES: dict[str, tuple[Callable[..., list[Question]], Callable[..., Score]]] = 
     "simulation": (ask_simulation, grade_simulation),
     "saebench": (ask_saebench, grade_saebench),
 }
-
-
-def short_score(score: Score) -> Score:
-    """A score as in the file: figures rounded to four places."""
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in score.items()}

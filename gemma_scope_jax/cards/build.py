@@ -113,27 +113,21 @@ def _write_logits(
     stage: Stage,
 ) -> None:
     """Make `top_ids` to `logit_histogram`, unless the coder does not write to the stream."""
-    k, bins = settings.listed, settings.bins
     if coder.writes not in directions.TO_LOGITS:
         return
     F, done = coder.width, 0
-    shapes = {
-        "top_ids": (k, np.int32),
-        "top_logits": (k, np.float32),
-        "bottom_ids": (k, np.int32),
-        "bottom_logits": (k, np.float32),
-        "logit_range": (2, np.float32),
-        "logit_histogram": (bins, np.int32),
-    }
-    arrays = [stage.create(name, (F, n), dtype, 0) for name, (n, dtype) in shapes.items()]
+    ends = ("top_ids", "top_logits", "bottom_ids", "bottom_logits")
+    names, arrays = (*ends, "logit_range", "logit_histogram"), []
     progress, every = Progress(F, "features", what="logits"), np.arange(F)
-    options: dict[str, Any] = {"k": k, "bins": bins, "gain": gain, "layer": layer}
-    for chunk in directions.extreme_logits(model, coder, tokenizer, every, **options):
+    options: dict[str, Any] = {"k": settings.listed, "bins": settings.bins, "gain": gain}
+    for chunk in directions.extreme_logits(model, coder, tokenizer, every, layer=layer, **options):
         progress.at(done)
-        size = len(chunk[0])
+        for name, found in zip(names, chunk) if not arrays else ():
+            arrays.append(stage.create(name, (F, *found.shape[1:]), found.dtype, 0))
+        stop = done + len(chunk[0])
         for array, found in zip(arrays, chunk):
-            array[done : done + size] = found
-        done += size
+            array[done:stop] = found
+        done = stop
 
 
 def _write_neighbours(coder: Coder, layer: int, k: int, stage: Stage) -> None:

@@ -30,8 +30,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +107,26 @@ class CardFiles(ExitStack):
         if another:
             self._remove(array.stem for array in arrays)
 
-    def has(self, stage: str, made_of: Any) -> bool:
-        """Whether a stage exists and was made of `made_of` (JSON)."""
-        return self.manifest.get("stages", {}).get(stage) == json.loads(json.dumps(made_of))
-
-    def make(self, stage: str, made_of: Any, write: Callable[..., None], *args: Any) -> None:
-        """Make the arrays of a stage by `write(*args, stage)`, unless it was made of the same."""
-        if not self.has(stage, made_of):
-            with self.stage(stage, made_of) as new:
-                write(*args, new)
+    def make(self, name: str, made_of: Any, write: Callable[..., None], *args: Any) -> None:
+        """Make the arrays of a stage by `write(*args, stage)`, unless it was made of the same
+        (JSON). They replace earlier ones if no error comes. Raises `InputError` for a full disk."""
+        stages = self.manifest.setdefault("stages", {})
+        if stages.get(name) == json.loads(json.dumps(made_of)):
+            return
+        if stages.pop(name, None) is not None:
+            self._write_manifest()
+        stage = Stage(self.folder)
+        try:
+            write(*args, stage)
+            stage.finish()
+        except BaseException:
+            stage.discard()
+            raise
+        held = self.manifest.setdefault("arrays", {})
+        self._remove(set(held.get(name, ())) - set(stage.made))
+        stages[name], held[name] = made_of, sorted(stage.made)
+        self.manifest |= stage.facts
+        self._write_manifest()
 
     def drop(self, stage: str) -> None:
         """Remove a stage that no longer fits the others."""
@@ -128,26 +139,6 @@ class CardFiles(ExitStack):
     def _remove(self, arrays: Iterable[str]) -> None:
         for array in arrays:
             (self.folder / f"{array}.npy").unlink(missing_ok=True)
-
-    @contextmanager
-    def stage(self, name: str, made_of: Any) -> Iterator["Stage"]:
-        """Make the arrays of a stage. They replace earlier ones if the block ends without an error.
-        Raises `InputError` for a full disk."""
-        stages = self.manifest.setdefault("stages", {})
-        if stages.pop(name, None) is not None:
-            self._write_manifest()
-        stage = Stage(self.folder)
-        try:
-            yield stage
-            stage.finish()
-        except BaseException:
-            stage.discard()
-            raise
-        held = self.manifest.setdefault("arrays", {})
-        self._remove(set(held.get(name, ())) - set(stage.made))
-        stages[name], held[name] = made_of, sorted(stage.made)
-        self.manifest |= stage.facts
-        self._write_manifest()
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=1, ensure_ascii=False, allow_nan=False)
@@ -198,10 +189,8 @@ class Stage:
 
 def _check_manifest(manifest: dict[str, Any], path: os.PathLike) -> None:
     for key in ("stages", "arrays"):
-        field(manifest, key, dict, path, default={})
-        if manifest.get(key) is None:
-            manifest.pop(key, None)
-    for names in manifest.get("arrays", {}).values():
+        manifest[key] = field(manifest, key, dict, path, default={})
+    for names in manifest["arrays"].values():
         if not isinstance(names, list) or not all(
             isinstance(name, str) and name.isidentifier() for name in names
         ):
@@ -237,14 +226,14 @@ class FeatureCards:
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
         self.manifest = _FORMAT.read(self.folder / FILE)
-        if "examples" not in self.manifest.get("stages", {}):
+        if "examples" not in self.manifest["stages"]:
             raise InputError(f"{folder}: the cards are not finished; run the same command again")
         _check_finished(self.manifest, self.folder / FILE)
         self._arrays: dict[str, np.ndarray] = {}
 
     def __contains__(self, name: str) -> bool:
         m = self.manifest
-        if "arrays" in m and not any(name in m["arrays"].get(s, ()) for s in m["stages"]):
+        if m["arrays"] and not any(name in m["arrays"].get(s, ()) for s in m["stages"]):
             return False  # its stage is being made again
         return (self.folder / f"{name}.npy").is_file()
 
@@ -275,10 +264,6 @@ class FeatureCards:
     def tokens(self) -> int | None:
         """The number of tokens in the mask that the cards come from; None: published examples."""
         return self.manifest["tokens"]
-
-    def window(self) -> tuple[int, int]:
-        """The number of tokens before and after the token that an example is around."""
-        return self.settings["before"], self.settings["after"]
 
     def groups(self, feature: int) -> list[ExampleGroup]:
         """The examples of a feature: the top ones, then the parts of its range from the top."""

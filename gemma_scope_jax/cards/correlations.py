@@ -37,8 +37,9 @@ def correlate(
     squares = np.asarray(by_column.multiply(by_column).sum(0)).ravel()
     spread = np.sqrt(np.maximum(squares / tokens - mean * mean, 0.0))
     size = np.sqrt(squares)
-    ids = np.full((width, k), -1, np.int32)
-    pearson, cosine = np.zeros((2, width, k), np.float32)
+    ids = stage.create("correlated_ids", (width, k), np.int32, -1)
+    pearson = stage.create("correlated_pearson", (width, k), np.float32, 0)
+    cosine = stage.create("correlated_cosine", (width, k), np.float32, 0)
 
     def block(start: int) -> None:
         stop = min(start + rows, width)
@@ -62,9 +63,6 @@ def correlate(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in tracked(pool.map(block, starts), "correlations", len(starts)):
             pass
-    stage.put("correlated_ids", ids)
-    stage.put("correlated_pearson", pearson)
-    stage.put("correlated_cosine", cosine)
     stage.facts["correlated_tokens"] = int(tokens)
 
 

@@ -121,17 +121,14 @@ class Best:
         order = np.lexsort((rows, -keys, slots))
         slots, keys, rows = slots[order], keys[order], rows[order]
         begins = np.flatnonzero(_starts(slots))
-        rank = np.arange(len(slots)) - np.repeat(begins, np.diff(begins, append=len(slots)))
+        touched, count = slots[begins], np.diff(begins, append=len(slots))
+        rank = np.arange(len(slots)) - np.repeat(begins, count)
         k = self.keys.shape[1]
         kept = rank < k
-        touched = slots[begins]  # the slots with candidates, in order
-        number = np.cumsum(_starts(slots)) - 1
-        found_keys = np.full((len(touched), k), -np.inf)
-        found_rows = np.full((len(touched), k), -1, np.int64)
-        found_keys[number[kept], rank[kept]] = keys[kept]
-        found_rows[number[kept], rank[kept]] = rows[kept].astype(np.int64) + start
-        both_keys = np.concatenate([self.keys[touched], found_keys], -1)
-        both_rows = np.concatenate([self.rows[touched], found_rows], -1)
+        place = np.repeat(np.arange(len(touched)), count)[kept], k + rank[kept]
+        both_keys = np.pad(self.keys[touched], ((0, 0), (0, k)), constant_values=-np.inf)
+        both_rows = np.pad(self.rows[touched], ((0, 0), (0, k)), constant_values=-1)
+        both_keys[place], both_rows[place] = keys[kept], rows[kept].astype(np.int64) + start
         order = np.argsort(-both_keys, axis=-1, kind="stable")[:, :k]
         self.keys[touched] = np.take_along_axis(both_keys, order, -1)
         self.rows[touched] = np.take_along_axis(both_rows, order, -1)
@@ -221,29 +218,41 @@ def _windows(
     stage.put("example_rows", rows)
     order = np.argsort(rows.ravel(), kind="stable")
     ordered = rows.ravel()[order]
-    around = np.arange(-s.before, s.after + 1, dtype=np.int64)
     for segment in tracked(store.segments(), "windows", store.segment_count):
         n = len(segment.tokens)
         some = order[slice(*np.searchsorted(ordered, [segment.start, segment.start + n]))]
         some = np.sort(some)  # by feature, as the arrays lie on the disk
-        features, slot = np.divmod(some, slots)
-        at = rows[features, slot] - segment.start
-        index = at[:, None] + around
-        inside = (index >= 0) & (index < n)
-        index = np.clip(index, 0, n - 1)
-        inside &= segment.pieces[index] == segment.pieces[at][:, None]
-        tokens[features, slot] = np.where(inside, segment.tokens[index], -1)
-        documents[features, slot] = segment.documents[at]
-        sources[features, slot] = _numbered(segment, at, files)
-        positions[features, slot] = segment.positions[at]
+        place = features, _ = np.divmod(some, slots)
+        at = rows[place] - segment.start
         active = by_feature(segment, coder, layer)
-        keys = active.features.astype(np.int64) * n + active.rows  # ascending
-        found = values_at(keys, active.values, features[:, None] * n + index)
-        values[features, slot] = np.where(inside, found, 0)
+        found = windows(segment.tokens, segment.pieces, active, features, at, s)
+        tokens[place], values[place] = found
+        documents[place], positions[place] = segment.documents[at], segment.positions[at]
+        sources[place] = _numbered(segment, at, files)
     names = sorted({*files, *[""] * bool((rows < 0).any())})  # "" where there is no example
     order = np.array([names.index(file) for file in files] or [0], np.int32)
     sources[:] = np.where(rows < 0, 0, order[sources])
     stage.facts["sources"] = names
+
+
+def windows(
+    tokens: np.ndarray,
+    pieces: np.ndarray,
+    active: SegmentActivations,
+    features: np.ndarray,
+    at: np.ndarray,
+    s: CardSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and activations [e, W] of `features` [e] around the tokens `at` [e]: -1 and 0 outside
+    their pieces. tokens, pieces [n]: of a segment of which `active` are the activations."""
+    n = len(tokens)
+    index = at[:, None] + np.arange(-s.before, s.after + 1, dtype=np.int64)
+    inside = (index >= 0) & (index < n)
+    index = np.clip(index, 0, n - 1)
+    inside &= pieces[index] == pieces[at][:, None]
+    keys = active.features.astype(np.int64) * n + active.rows  # ascending
+    found = values_at(keys, active.values, features[:, None] * n + index)
+    return np.where(inside, tokens[index], -1), np.where(inside, found, 0)
 
 
 def _numbered(segment: Segment, rows: np.ndarray, files: dict[str, int]) -> np.ndarray:

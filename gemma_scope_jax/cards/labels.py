@@ -5,12 +5,10 @@ text on which it is strongest, and how often it fires. It is an excerpt of the f
 enough to ship as `labels.json.gz` beside a coder.
 """
 
-import dataclasses
 import gzip
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from gemma_scope_jax.autointerp.explanations import is_number
 from gemma_scope_jax.cards.build import build_cards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.data.whole_files import read_whole
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.extract import extract
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -29,7 +28,6 @@ from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.gz", "labels.json")
 FORMAT = 1
-MOST_BYTES = 1 << 30  # of a file, decompressed
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
 # top_logits, bottom_logits: tokens; examples: {tokens, values, source}; density
@@ -83,20 +81,6 @@ def build_labels(
         return {"format": FORMAT, "tokens": cards.tokens, "features": features}
 
 
-@dataclasses.dataclass(frozen=True)
-class Labels:
-    """The label material of a coder: `labels[feature]`."""
-
-    features: list[Label]
-    tokens: int  # in the text of the snippets and densities
-
-    def __getitem__(self, feature: int) -> Label:
-        return self.features[feature]
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-
 def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     """Write the result of `build_labels` beside a coder, as labels.json.gz; returns its path."""
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
@@ -105,18 +89,18 @@ def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     return path
 
 
-def read_labels(folder: str | os.PathLike, width: int) -> Labels | None:
-    """The label material beside a coder of `width` features; None if there is none. Raises
-    `InputError` for a file that cannot be used or is another coder's."""
+def read_labels(folder: str | os.PathLike, width: int) -> list[Label] | None:
+    """The label material beside a coder, of each of its `width` features; None if there is none.
+    Raises `InputError` for a file that cannot be used or is another coder's."""
     path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
     if path is None:
         return None
-    content = _FORMAT.parse(_read(path), path)
+    content = _FORMAT.parse(read_whole(path), path)
     if len(content["features"]) != width:
         raise InputError(
             f"{path}: has {len(content['features'])} features, the coder beside it {width}"
         )
-    return Labels(content["features"], content["tokens"])
+    return content["features"]
 
 
 def _check(content: dict[str, Any], path: os.PathLike) -> None:
@@ -131,19 +115,6 @@ def _check(content: dict[str, Any], path: os.PathLike) -> None:
 
 
 _FORMAT = Format("the label material of a coder", {"format": FORMAT}, _check, "delete it")
-
-
-def _read(path: Path) -> bytes:
-    """The content of a plain or compressed file of labels. Raises `InputError`."""
-    advice = "delete it or download it again"
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}); {advice}") from None
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path}: too large (over {MOST_BYTES >> 30} GiB) for labels; {advice}")
-    return data
 
 
 def _is_label(label: Any) -> bool:

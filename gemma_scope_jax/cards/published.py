@@ -12,19 +12,18 @@ limited to these, and there are no correlations.
 Source: the layout as described by users of the release, with any dtypes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from gemma_scope_jax.autointerp.examples import values_at
 from gemma_scope_jax.cards.card_files import Stage
-from gemma_scope_jax.cards.examples import Best, CardSettings, Sample, SegmentActivations
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.cards.examples import Best, CardSettings, Sample, SegmentActivations, windows
+from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.coders.release.hub import fetch_file
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 FILE = "examples.safetensors"
@@ -33,14 +32,18 @@ PER_FEATURE = ("activations", "seq_ids", "positions")
 LOGITS = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
 
 
-def find_examples(coder: Coder) -> Path | None:
-    """The file beside a coder, fetched if the coder came from the hub; None if there is none."""
-    path = Path(coder.info.folder) / FILE
+def find_examples(coder: Coder) -> Path:
+    """The file beside a coder, fetched if the coder came from the hub. Raises `InputError` if there
+    is none."""
+    path: Path | None = Path(coder.info.folder) / FILE
     if coder.info.folder and path.is_file():
         return path
-    if not coder.info.path.startswith("gemma-scope-2-"):
-        return None
-    return fetch_file(parse_address(coder.info.path), FILE)
+    is_published = coder.info.path.startswith("gemma-scope-2-")
+    path = fetch_file(parse_address(coder.info.path), FILE) if is_published else None
+    if path is None:
+        why = "no examples are published beside it: give text or a feature store"
+        raise InputError(f"{public_name(coder)}: {why}")
+    return path
 
 
 def read_published(
@@ -65,12 +68,8 @@ def read_published(
                 )
         if not (np.isfinite(frequency) & (frequency >= 0)).all():
             raise InputError(f"{path}: feature_frequencies must be numbers from 0 on")
-        part = lambda n, start: file.get_slice(n)[start : min(start + BLOCK, width)]
-        blocks = (
-            (start, [np.asarray(part(n, start)) for n in PER_FEATURE])
-            for start in range(0, width, BLOCK)
-        )
-        _gather(path, tokens, blocks, width, settings, stage)
+        read = lambda name, start, stop: np.asarray(file.get_slice(name)[start:stop])
+        _gather(path, tokens, read, width, settings, stage)
         stage.put("density", frequency)
         stage.facts |= {
             "tokens": None,
@@ -101,7 +100,7 @@ def _check(path: Path, shapes: dict[str, tuple[int, ...]], width: int) -> None:
 def _gather(
     path: Path,
     tokens: np.ndarray,
-    blocks: Iterator[tuple[int, list[np.ndarray]]],
+    read: Callable[[str, int, int], np.ndarray],
     width: int,
     s: CardSettings,
     stage: Stage,
@@ -115,9 +114,10 @@ def _gather(
     documents = create("example_documents", (width, s.slots), np.int64, -1)
     positions = create("example_positions", (width, s.slots), np.int32, -1)
     length = tokens.shape[1]
-    progress = Progress(width, "features", what="published examples")
-    for start, (activations, sequences, places) in blocks:
-        progress.at(start)
+    sequence = np.repeat(np.arange(len(tokens), dtype=np.int32), length)  # of each token
+    for start in tracked(range(0, width, BLOCK), "published examples"):
+        here = slice(start, min(start + BLOCK, width))
+        activations, sequences, places = (read(n, here.start, here.stop) for n in PER_FEATURE)
         features, slots = np.nonzero(activations > 0)
         values_of = activations[features, slots].astype(np.float32)
         at = sequences.astype(np.int64) * length + places.astype(np.int64)
@@ -127,7 +127,6 @@ def _gather(
         if len(active.rows) and not (active.rows.min() >= 0 and active.rows.max() < tokens.size):
             raise InputError(f"{path}: an example is outside the tokens; download it again")
         n = len(activations)
-        here = slice(start, start + n)
         largest[here] = np.where(activations > 0, activations, 0).max(-1)
         count = np.bincount(active.features, minlength=n)
         total = np.bincount(active.features, active.values, minlength=n)
@@ -136,21 +135,8 @@ def _gather(
         pieces = active.rows // length
         top.add(active.features, active.values, active.rows, pieces, 0)
         sample.add(active, pieces, 0)
-        chosen = np.concatenate([top.rows, sample.rows], -1)
-        rows[here], documents[here] = chosen, np.where(chosen < 0, -1, chosen // length)
-        positions[here] = np.where(chosen < 0, -1, chosen % length)
-        ids[here], values[here] = _windows(tokens, active, chosen, s)
-
-
-def _windows(
-    tokens: np.ndarray, active: SegmentActivations, chosen: np.ndarray, s: CardSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and known activations [n, E, W] around the places `chosen` int64 [n, E]."""
-    flat, length = tokens.reshape(-1), tokens.shape[1]
-    index = chosen[..., None] + np.arange(-s.before, s.after + 1, dtype=np.int64)
-    inside = (chosen >= 0)[..., None] & (index // length == (chosen // length)[..., None])
-    index = np.where(inside, index, 0)
-    keys = active.features.astype(np.int64) * tokens.size + active.rows
-    wanted = np.arange(len(chosen), dtype=np.int64)[:, None, None] * tokens.size + index
-    found = values_at(keys, active.values, wanted)
-    return np.where(inside, flat[index], -1), np.where(inside, found, 0)
+        chosen = rows[here] = np.concatenate([top.rows, sample.rows], -1)
+        which, slot = np.nonzero(chosen >= 0)
+        place, at = (start + which, slot), chosen[which, slot]
+        documents[place], positions[place] = np.divmod(at, length)
+        ids[place], values[place] = windows(tokens.ravel(), sequence, active, which, at, s)

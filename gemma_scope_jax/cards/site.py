@@ -238,11 +238,11 @@ def _steps(some: Sequence[tuple[int, int]], common: float) -> list[int]:
     return flat
 
 
-def write_index(folder: Path, names: Sequence[str]) -> None:
-    """Write index.html, which links to the sites in the folders `names`."""
+def write_index(folder: Path, sites: Mapping[str, FeatureCards]) -> None:
+    """Write index.html, which links to the sites: the cards of each, by the name of its folder."""
     items = []
-    for name in names:
-        m = FeatureCards(folder / name / "cards").manifest
+    for name, cards in sites.items():
+        m = cards.manifest
         items.append(
             f'<li><a href="{html.escape(name)}/index.html">{html.escape(str(m["coder"]))}</a>'
             f"<br><small>{html.escape(_about(m))}</small></li>"

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import (
     Explanation,
@@ -39,8 +39,7 @@ from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.paths import is_remote
 
 LOG = logging.getLogger(__name__)
-CardExport = Literal["saedashboard", "neuronpedia", "anthropic", "anthropic-json"]
-EXPORTS = get_args(CardExport)
+EXPORTS = ("saedashboard", "neuronpedia", "anthropic", "anthropic-json")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,11 +94,6 @@ def plan_card_sites(
             sites |= {n: pages[place]} if place in pages else {}
         explained = _explained(coder, layer, explanations)
         examples = find_examples(coder) if published else None
-        if published and examples is None:
-            raise InputError(
-                f"{public_name(coder)}: no examples are published beside it: give text or a "
-                "feature store"
-            )
         planned.append(CardSite(coder, layer, name, examples, compared, sites, explained))
     if explanations and not any(one.explained for one in planned):
         raise InputError(f"{explanations}: holds no explanations of this coder's features")
@@ -167,7 +161,7 @@ def build_card_sites(
                 export_anthropic(layers, tokenizer, folder / "anthropic")
             if "anthropic-json" in export:
                 export_anthropic_json(layers, tokenizer, folder / "anthropic-json")
-        write_index(out, list(made))
+        write_index(out, made)
     return out / "index.html"
 
 

@@ -7,7 +7,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.autointerp.explanations import Explanation, explanation_note
-from gemma_scope_jax.cards.labels import Label, Labels
+from gemma_scope_jax.cards.labels import Label
 from gemma_scope_jax.coders.coder import public_name
 from gemma_scope_jax.coders.directions import logit_tokens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -168,7 +168,7 @@ def inspect_text(
     *,
     top_k: int = 5,
     shown: int = 40,
-    labels: Labels | None = None,
+    labels: Sequence[Label] | None = None,
     explanations: Mapping[int, Explanation] | None = None,
 ) -> Inspection:
     """Run `text` through the model and the coder.
@@ -209,15 +209,11 @@ def inspect_text(
         if f in known:
             more = {"explanation": e["text"], "explained": explanation_note(e)}
             known[f] = {**known[f], **more}
+    about = ("kind", "layer", "reads", "writes", "width", "first")
     return Inspection(
         model=model.config.name,
         coder=public_name(coder),
-        kind=coder.kind,
-        layer=coder.layer,
-        reads=coder.reads,
-        writes=coder.writes,
-        width=coder.width,
-        first=coder.first,
+        **{key: getattr(coder, key) for key in about},
         ids=ids.tolist(),
         tokens=tokenizer.decode_tokens(ids),
         next=following,

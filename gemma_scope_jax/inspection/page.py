@@ -9,8 +9,6 @@ import html
 from gemma_scope_jax.inspection.inspect_text import Inspection
 from gemma_scope_jax.web.pages import inert_json, page_template
 
-TITLE, DATA = "{{title}}", "{{data}}"
-
 
 def inspection_page(seen: Inspection) -> str:
     """The page as HTML."""
@@ -22,6 +20,6 @@ def inspection_page(seen: Inspection) -> str:
     data["heat"] = [[n for pair in enumerate(row) if pair[1] for n in pair] for row in data["heat"]]
     text = inert_json(data)
     title = "".join(seen.tokens[1:])[:60].strip() or "inspection"
-    before, rest = page_template(__package__, "inspect.html").split(TITLE)
-    middle, after = rest.split(DATA)
+    before, rest = page_template(__package__, "inspect.html").split("{{title}}")
+    middle, after = rest.split("{{data}}")
     return before + html.escape(f"{title} · {seen.model}") + middle + text + after

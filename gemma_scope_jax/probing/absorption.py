@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing.logistic import f1, fit_logistic, l1_logistic
@@ -68,16 +68,14 @@ def alphabetic_tokens(tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
     return np.array(found, np.int32), [texts[i] for i in found]
 
 
-def spelling_prompts(
-    tokenizer: Tokenizer, per_letter: int | None = 200, *, seed: int = SEED
-) -> Spelling:
+def spelling_prompts(tokenizer: Tokenizer, per_letter: int | None = 200) -> Spelling:
     """Up to `per_letter` words of each letter (None: all), each in a prompt with ten others. Raises
     `InputError` if the vocabulary has too few words."""
     ids, words = alphabetic_tokens(tokenizer)
     if len(ids) <= EXAMPLES:
         raise InputError(f"the vocabulary has {len(ids)} words of letters a to z: too few to spell")
     letters = np.array([LETTERS.index(w.strip()[0].lower()) for w in words])
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(SEED)
     by_letter = [np.flatnonzero(letters == letter) for letter in range(len(LETTERS))]
     chosen = np.concatenate([draw.permutation(some)[:per_letter] for some in by_letter])
     encode = lambda text: tokenizer.encode(text, bos=False)
@@ -105,9 +103,9 @@ class LetterProbes:
     f1: np.ndarray  # [26], NaN for letters with too few words
 
 
-def fit_letters(x: np.ndarray, letters: np.ndarray, *, seed: int = SEED) -> LetterProbes:
+def fit_letters(x: np.ndarray, letters: np.ndarray) -> LetterProbes:
     """A balanced probe for each letter with five words or more, on x [W, D]; a fifth are tested."""
-    learnt, held = held_out(letters, seed)
+    learnt, held = held_out(letters, SEED)
     train, test = np.concatenate(learnt), np.concatenate(held)
     scale = typical_scale(x[train])
     w = np.zeros((len(LETTERS), x.shape[1]))
@@ -195,10 +193,10 @@ def absorbed(
 
 
 def absorption(
-    coder: SparseCoder, x: np.ndarray, f: np.ndarray, letters: np.ndarray, probes: LetterProbes
+    w_dec: ArrayLike, x: np.ndarray, f: np.ndarray, letters: np.ndarray, probes: LetterProbes
 ) -> dict[str, Any]:
-    """Absorption of a coder with features f [W, F] on words with activations x [W, D] where it
-    writes.
+    """Absorption of a coder with features f [W, F] and decoder rows w_dec [F, D], on words with
+    activations x [W, D] where it writes.
 
     {"fraction", "full", "split": means over letters, "fraction_std", ...: their spread, "letters":
     [a row for each letter], "used": the number of letters with a good probe, "enough": whether
@@ -207,7 +205,7 @@ def absorption(
     train, test = probes.train, probes.test
     f = f * np.float32(probes.scale)
     leading = leading_features(f[train], letters[train])
-    products, norms = along_decoder(coder, probes.w)
+    products, norms = along_decoder(w_dec, probes.w)
     rows: list[dict[str, Any]] = []
     for letter, name in enumerate(LETTERS):
         if not probes.f1[letter] > PROBE_F1:

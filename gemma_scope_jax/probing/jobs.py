@@ -11,8 +11,6 @@ import io
 import json
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +39,6 @@ from gemma_scope_jax.storage.strict_json import field, read_json
 LOG = logging.getLogger(__name__)
 SPELLING_COST = 90  # tokens of a spelling prompt
 CHUNK = 256  # words whose activations are one file
-BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile)  # raised for broken .npz files
 Result = dict[str, Any]  # plain data, as in the files
 Measure = Callable[["Bench", Sequence[str], Report], dict[str, Result]]  # the missing subjects
 
@@ -55,19 +52,20 @@ class Bench:
     coders: Mapping[str, SparseCoder]
     folder: epath.Path
 
-    @functools.cached_property
-    def identity(self) -> dict[str, str]:
-        return model_identity(self.model)
-
     @property
     def first(self) -> int:
-        """The first position that is included in means: the same for all coders."""
-        return pooling.largest_first(self.coders.values())
+        """The first position that is included in means: from there on all coders have features."""
+        return max((coder.first for coder in self.coders.values()), default=1)
 
     def raw(self) -> dict[str, pooling.SiteLayer]:
         """The activations that the coders read, by name."""
-        places = {(c.reads, c.layer) for c in self.coders.values()}
-        return {raw_name(*place): place for place in sorted(places)}
+        places = sorted({(c.reads, c.layer) for c in self.coders.values()})
+        return {f"activation {site} {layer}": (site, layer) for site, layer in places}
+
+    def read_by(self, name: str) -> str:
+        """The name of the activation that a coder reads."""
+        coder = self.coders[name]
+        return f"activation {coder.reads} {coder.layer}"
 
 
 def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
@@ -79,11 +77,6 @@ def by_name(coders: Sequence[SparseCoder]) -> dict[str, SparseCoder]:
         name = "/".join(coder_id(coder)) if os.path.isabs(name) else name
         found[f"{name} ({number})" if name in found else name] = coder
     return found
-
-
-def raw_name(site: str, layer: int) -> str:
-    """The name of the activation at a site among the subjects."""
-    return f"activation {site} {layer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +93,7 @@ class BenchmarkJob:
 
     def path(self, bench: Bench) -> epath.Path:
         """The file of its results, which depends on the settings and the model."""
-        key = {**self.settings, "name": self.name, "model": bench.identity}
+        key = {**self.settings, "name": self.name, "model": model_identity(bench.model)}
         return bench.folder / "tasks" / self.family / f"{self.name}-{digest(plain(key), 5)}.json"
 
 
@@ -191,6 +184,8 @@ def probing_jobs(
         except InputError as error:
             skipped.append(str(error))
             continue
+        for line in task.doubts:
+            LOG.warning(line)
         settings: dict[str, Any] = {"protocol": protocol.name, "limit": limit, "ks": ks}
         settings |= {"context": protocol.context, "table": digest(path.expanduser().read_bytes())}
         family, subjects = "sparse_probing", (*bench.coders, *bench.raw())
@@ -210,7 +205,7 @@ def probing_jobs(
 
 def _probing(path: Path, protocol: Protocol, limit: int | None, ks: Sequence[int]) -> Measure:
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
-        task = make_task(read_table(path), protocol, limit, quiet=True)  # warned about before
+        task = make_task(read_table(path), protocol, limit)
         passed, probed = _stages(report, len(missing))
         how = (protocol.how, protocol.keep)
         names, pooled = _pooled(bench, missing, task.texts, protocol.context, passed, *how)
@@ -247,9 +242,10 @@ def _pooled(
     names = [name for name in bench.coders if name in missing]
     places = {place for name, place in bench.raw().items() if name in missing}
     coders = [bench.coders[name] for name in names]
-    most, first = min(context, bench.model.config.context), bench.first
-    ids = pooling.encode_texts(bench.tokenizer, texts, most, keep)
-    options: dict[str, Any] = {"how": how, "first": first, "places": list(places)}
+    most = min(context, bench.model.config.context)
+    cut = lambda ids: ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
+    ids = [x if len(x) <= most else cut(x) for x in map(bench.tokenizer.encode, texts)]
+    options: dict[str, Any] = {"how": how, "first": bench.first, "places": list(places)}
     pooled = pooling.pool(bench.model, coders, ids, **options, report=report)
     for (site, layer), x in pooled.raw.items():
         if not np.isfinite(x).all():
@@ -267,14 +263,11 @@ def concept_job(
     bench: Bench, family: str, path: Path, *, limit: int | None, ns: Sequence[int]
 ) -> BenchmarkJob:
     """A job of family "tpp" or "scr" on a table."""
-    if min(ns) < 1:
-        raise InputError(f"{min(ns)} features to ablate: 1 or more")
-    is_tpp = family == "tpp"
-    make = scr_tpp.tpp_task if is_tpp else scr_tpp.scr_task
-    score = scr_tpp.tpp if is_tpp else scr_tpp.scr
+    parts = {"tpp": (scr_tpp.tpp_task, scr_tpp.tpp), "scr": (scr_tpp.scr_task, scr_tpp.scr)}
+    make, score = parts[family]
 
     def measure(bench: Bench, missing: Sequence[str], report: Report) -> dict[str, Result]:
-        task = make(read_table(path), limit, quiet=True)
+        task = make(read_table(path), limit)
         passed, scored = _stages(report, len(missing))
         names, pooled = _pooled(bench, missing, task.texts, scr_tpp.CONTEXT, passed)
         fit = functools.cache(lambda *place: scr_tpp.fit_probes(task, pooled.raw[place]))
@@ -282,12 +275,14 @@ def concept_job(
         for name, f in zip(names, pooled.features):
             coder = bench.coders[name]
             place = (coder.writes, coder.layer)
-            some = pooling.narrowed(coder, f.columns)
-            results[name] = score(task, fit(*place), some, pooled.raw[place], f.values, ns)
+            w_dec, x = coder.w_dec[f.columns], pooled.raw[place]
+            results[name] = score(task, fit(*place), w_dec, x, f.values, ns)
             scored(len(results), len(names))
         return results
 
     task = make(read_table(path), limit)
+    for line in task.doubts:
+        LOG.warning(line)
     settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT, "split": "by text"}
     settings |= {"table": digest(path.expanduser().read_bytes()), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
@@ -313,9 +308,9 @@ def absorption_job(bench: Bench, *, per_letter: int | None) -> BenchmarkJob:
         for name, coder in coders.items():
             place = (coder.writes, coder.layer)
             probes, f = fit(*place), pooling.encode_rows(coder, x[coder.reads, coder.layer])
-            some = pooling.narrowed(coder, f.columns)
+            w_dec = coder.w_dec[f.columns]
             try:
-                found = spelling.absorption(some, x[place], f.values, task.letters, probes)
+                found = spelling.absorption(w_dec, x[place], f.values, task.letters, probes)
                 results[name] = _numbered(found, f.columns)
             except InputError as error:  # at this coder's site; others may still be measured
                 results[name] = {"letters": [], "why": str(error)}
@@ -356,7 +351,7 @@ def _word_activations(
                 raise ValueError("other words or sites")
             if not all(np.isfinite(x).all() for x in rows):
                 raise ValueError("not all numbers")
-        except (*BROKEN, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # zipfile, zlib and a bucket's client have types of their own
             raise InputError(f"{file}: broken; remove it to measure again") from error
         parts.append(rows)
         report(min(start + CHUNK, len(task.prompts)), len(task.prompts))

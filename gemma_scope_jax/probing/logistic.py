@@ -219,15 +219,3 @@ def weighted_f1(y: np.ndarray, scores: np.ndarray) -> float:
     """F1 of both classes, weighted by their numbers of examples; a score of 0 is negative."""
     share = float((y > 0).mean())
     return share * f1(y, scores) + (1 - share) * f1(1 - (y > 0), 0.5 - (scores > 0))
-
-
-def auc(y: np.ndarray, scores: np.ndarray) -> float:
-    """The area under the ROC curve, by the Mann-Whitney U statistic; NaN with only one class."""
-    y = np.asarray(y) > 0
-    positives, negatives = int(y.sum()), int((~y).sum())
-    if not positives or not negatives:
-        return float("nan")
-    from scipy.stats import rankdata
-
-    above = rankdata(scores)[y].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * negatives))

@@ -6,14 +6,14 @@ pass reads what all coders need, encodes a chunk of tokens at a time and sums it
 array [tokens, F] never exists.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from gemma_scope_jax.coders.coder import float32, matmul
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -22,7 +22,6 @@ from gemma_scope_jax.evaluation.evaluate import read_sites
 from gemma_scope_jax.evaluation.metrics import TOKEN_CHUNK
 from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Report
 
 LENGTHS = (64, 256, 1024)  # of rows; longer ones as needed
@@ -46,33 +45,13 @@ class Pooled(NamedTuple):
     features: list[PooledFeatures]
 
 
-class PackedTexts(NamedTuple):
-    """A batch [B, T] of packed texts. S: at least the number of its texts."""
-
-    tokens: np.ndarray  # int32 [B, T]
-    segments: np.ndarray  # int32 [B, T]
-    owner: np.ndarray  # int32 [B, T]: index of the text whose mean includes a token, else S
-    picked: np.ndarray  # int32 [S]: each text's token at `how`, in the flattened batch
-
-
-def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], most: int, keep: Literal["first", "last"] = "first"
-) -> list[np.ndarray]:
-    """The first or last tokens of each text, after <bos>: at most `most` ids."""
-    if most < 2:
-        raise InputError(f"a text needs room for <bos> and a token, not {most}")
-    cut = lambda ids: ids[:most] if keep == "first" else np.append(ids[:1], ids[1 - most :])
-    encoded = map(tokenizer.encode, texts)
-    return [cut(ids) if len(ids) > most else ids for ids in encoded]
-
-
 def pool(
     model: Model,
     coders: Sequence[SparseCoder],
     texts: Sequence[np.ndarray],
     *,
     how: Literal["mean"] | int = "mean",
-    first: int | None = None,
+    first: int = 1,
     places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
@@ -82,33 +61,27 @@ def pool(
 
     how      "mean", or the index of one of the text's tokens, such as -1 for the last
     first    the mean leaves out tokens before this position (but never a text's last token), for
-             all coders alike; default: the largest `first` of the coders
+             all coders alike
     places   more places where activations are needed, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
     The result takes 4 N (D + A) bytes of host memory for each coder. Raises `InputError` for a text
-    without tokens, longer than the model's context, or too short for `how`.
+    longer than the model's context.
     """
-    if not texts:
-        raise InputError("no texts to pool")
     context = model.config.context
-    needed = 1 if how == "mean" else (how + 1 if how >= 0 else -how)
     for number, ids in enumerate(texts):
-        if len(ids) < needed:
-            raise InputError(f"text {number} has {len(ids)} tokens, fewer than {needed}")
         if len(ids) > context:
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
-    first = largest_first(coders) if first is None else first
     tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, batch in _batches(texts, how, first, tokens, lengths, context):
-        vectors, found = _pool_step(model, tuple(coders), batch, **static)
+    for which, *packed in _batches(texts, how, first, tokens, lengths, context):
+        vectors, found = _pool_step(model, tuple(coders), *packed, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
         for place, v in vectors.items():
@@ -144,23 +117,6 @@ class _Columns:
         return PooledFeatures(values, columns)
 
 
-def narrowed(coder: SparseCoder, columns: np.ndarray) -> SparseCoder:
-    """The coder with only these features, for their decoder rows. (What is left of a TopK coder
-    encodes another function.)"""
-    return dataclasses.replace(
-        coder,
-        w_enc=coder.w_enc[:, columns],
-        b_enc=coder.b_enc[columns],
-        threshold=coder.threshold[columns],
-        w_dec=coder.w_dec[columns],
-    )
-
-
-def largest_first(coders: Iterable[SparseCoder]) -> int:
-    """The first position in a text at which all of the coders have features."""
-    return max((coder.first for coder in coders), default=1)
-
-
 def places_of(coders: Sequence[SparseCoder]) -> set[SiteLayer]:
     """Where the coders read and write."""
     return {(site, c.layer) for c in coders for site in (c.reads, c.writes)}
@@ -187,8 +143,8 @@ def _batches(
     tokens: int,
     lengths: Sequence[int],
     context: int,
-) -> Iterator[tuple[list[int], PackedTexts]]:
-    """The indices of the texts of each batch, and the batch."""
+) -> Iterator[tuple[list[int], TokenBatch, np.ndarray, np.ndarray]]:
+    """The batches of all texts, as by `_batch`."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
     bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]
@@ -224,7 +180,10 @@ def _batch(
     first: int,
     shape: tuple[int, int],
     count: int,
-) -> tuple[list[int], PackedTexts]:
+) -> tuple[list[int], TokenBatch, np.ndarray, np.ndarray]:
+    """The indices of the texts in `rows`; the batch [B, T]; for each token which of them includes
+    it in its mean, else `count`, int32 [B, T]; and each text's token at `how`, int32 [count], in
+    the flattened batch."""
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     owner, picked = np.full(shape, count, np.int32), np.zeros(count, np.int32)
     which: list[int] = []
@@ -239,24 +198,25 @@ def _batch(
             picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
             which.append(i)
             start = stop
-    return which, PackedTexts(tokens, segments, owner, picked)
+    return which, TokenBatch(tokens, segments), owner, picked
 
 
 @functools.partial(jax.jit, static_argnames=("places", "mean"))
 def _pool_step(
     model: Model,
     coders: tuple[SparseCoder, ...],
-    batch: PackedTexts,
+    batch: TokenBatch,
+    owner: jax.Array,
+    picked: jax.Array,
     *,
     places: tuple[SiteLayer, ...],
     mean: bool,
 ) -> tuple[dict[SiteLayer, jax.Array], tuple[jax.Array, ...]]:
     """{place: [S, D]}, ([S, F] of each coder); rows beyond the batch's texts are meaningless."""
-    tokens, segments, owner, picked = batch
     layers: dict[str, tuple[int, ...]] = {}
     for site, layer in places:
         layers[site] = (*layers.get(site, ()), layer)
-    x = read_sites(model, layers, TokenBatch(tokens, segments))
+    x = read_sites(model, layers, batch)
     at = {(s, l): float32(x[s][n]) for s, some in layers.items() for n, l in enumerate(some)}
     if not mean:
         raw = {place: a[picked] for place, a in at.items()}
@@ -294,12 +254,13 @@ def typical_scale(x: np.ndarray) -> float:
 
 
 @jax.jit
-def _along(w_dec: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _along(w_dec: ArrayLike, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     w_dec = float32(w_dec)
     return matmul(w_dec, directions.T), jnp.linalg.norm(w_dec, axis=1)
 
 
-def along_decoder(coder: SparseCoder, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """w_dec @ directions.T [F, C], for directions [C, D_out], and the norms [F] of decoder rows."""
-    products, norms = _along(coder.w_dec, jnp.asarray(directions, jnp.float32))
+def along_decoder(w_dec: ArrayLike, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w_dec @ directions.T [F, C], for decoder rows w_dec [F, D] and directions [C, D], and the
+    norms [F] of the rows."""
+    products, norms = _along(w_dec, jnp.asarray(directions, jnp.float32))
     return np.asarray(products, np.float64), np.asarray(norms, np.float64)

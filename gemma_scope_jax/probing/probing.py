@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing import tables
-from gemma_scope_jax.probing.logistic import accuracy, auc, fit_logistic, weighted_f1
+from gemma_scope_jax.probing.logistic import accuracy, fit_logistic, weighted_f1
 from gemma_scope_jax.progress import Report
 
 STRENGTHS = np.logspace(5, -5, 10)  # C, from the weakest penalty to the strongest
@@ -41,14 +42,13 @@ class Protocol:
     ks: tuple[int, ...]
     by_scale: bool  # features are ranked after division by their mean when active
     tuned: bool  # C of the sparse probes is chosen; else it is 1
-    measure: Literal["auc", "accuracy"]  # the one that is reported
 
 
 PROTOCOLS = {
     "sae-probes": Protocol(
-        "sae-probes", -1, "last", 1024, (1, 2, 4, 8, 16, 32, 64, 128), True, True, "auc"
+        "sae-probes", -1, "last", 1024, (1, 2, 4, 8, 16, 32, 64, 128), True, True
     ),
-    "saebench": Protocol("saebench", "mean", "first", 128, (1, 2, 5), False, False, "accuracy"),
+    "saebench": Protocol("saebench", "mean", "first", 128, (1, 2, 5), False, False),
 }
 
 
@@ -63,15 +63,12 @@ class Score:
     features: tuple[int, ...] = ()  # used, the best first; empty: all
 
 
-def make_task(
-    table: tables.Table, protocol: Protocol, limit: int | None = None, *, quiet: bool = False
-) -> tables.Task:
+def make_task(table: tables.Table, protocol: Protocol, limit: int | None = None) -> tables.Task:
     """The questions of a table with a column `target`, on at most `limit` of its examples.
 
     Rows with the same text are never on both sides, except under sae-probes, whose draws are its
-    package's. Unless `quiet`, warns of these and of texts with several labels. Raises `InputError`
-    for a missing label, for labels that are numbers rather than classes, for more than two classes
-    under sae-probes, and for too few rows.
+    package's. Raises `InputError` for a missing label, for labels that are numbers rather than
+    classes, for more than two classes under sae-probes, and for too few rows.
     """
     labels = table.column("target", "label", "class")
     most = 2 if protocol.name == "sae-probes" else 20
@@ -82,7 +79,7 @@ def make_task(
     else:
         found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
         questions = {names[c]: split for c, split in found.items()}
-    task = tables.task_of(table, kept, classes, questions, quiet=quiet)
+    task = tables.task_of(table, kept, classes, questions)
     used = np.unique(np.concatenate([r for s in questions.values() for r in (s.train, s.test)]))
     at = lambda rows: np.searchsorted(used, rows)  # without the texts that no question uses
     questions = {

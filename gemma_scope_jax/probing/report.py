@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma_scope_jax.errors import in_markdown
 from gemma_scope_jax.evaluation.results import saebench_result
-from gemma_scope_jax.probing.jobs import Bench, BenchmarkJob, raw_name
+from gemma_scope_jax.probing.jobs import Bench, BenchmarkJob
 
 PROBING = {"sparse_probing": "accuracy", "sparse_probing_sae_probes": "auc"}
 Results = Sequence[tuple[BenchmarkJob, Mapping[str, Any]]]  # each job, and its results by subject
@@ -73,7 +73,7 @@ def _figures(bench: Bench, family: str, some: Results, name: str) -> tuple[Row, 
                 row[f"scr_metric_threshold_{n}"] = score
                 row[f"scr_dir2_threshold_{n}"] = r["directions"]["second"]["by_n"][n]
         else:
-            for side, result in (("llm", found[_raw(bench, name)]), ("sae", r)):
+            for side, result in (("llm", found[bench.read_by(name)]), ("sae", r)):
                 for k, s in _by_k(result):
                     top = "" if k == "full" else f"_top_{k}"
                     row |= {f"{side}{top}_test_{m}": s[m] for m in ("accuracy", "auc", "f1")}
@@ -85,11 +85,6 @@ def _figures(bench: Bench, family: str, some: Results, name: str) -> tuple[Row, 
         return {f"{family}_metrics": means}, details
     part = lambda side: {k: v for k, v in means.items() if k.startswith(side)}
     return {side: part(side) for side in ("llm", "sae")}, details
-
-
-def _raw(bench: Bench, name: str) -> str:
-    """The name of the activation that a coder reads."""
-    return raw_name(bench.coders[name].reads, bench.coders[name].layer)
 
 
 def _absorption_figures(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -201,7 +196,7 @@ def _parts(bench: Bench, family: str, some: Results, name: str) -> list[Row]:
         if family in PROBING:
             measure = PROBING[family]
             row = task | {f"k={k}": s[measure] for k, s in _by_k(r)}
-            row["activation, all"] = found[_raw(bench, name)]["full"][measure]
+            row["activation, all"] = found[bench.read_by(name)]["full"][measure]
             row["feature"] = ", ".join(map(str, r.get("1", {}).get("features", ())[:1]))
             rows.append(row)
         elif family == "tpp":

@@ -27,8 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.probing import tables
 from gemma_scope_jax.probing.logistic import accuracy, fit_logistic
@@ -87,7 +87,7 @@ def fit_probes(task: tables.Task, x: np.ndarray) -> dict[str, Probe]:
     return probes
 
 
-def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
+def tpp_task(table: tables.Table, limit: int | None = None) -> tables.Task:
     """A question for each of three classes or more, from a table with a column `target`, `label` or
     `class`; see `probing.make_task`. Raises `InputError`."""
     names, classes = tables.classes_of(table.column("target", "label", "class"), table.path)
@@ -96,22 +96,23 @@ def tpp_task(table: tables.Table, limit: int | None = None, *, quiet: bool = Fal
     kept = tables.first_of_each(classes, limit)
     found = tables.one_against_rest(classes[kept], table.path, table.numbered(kept))
     questions = {names[c]: split for c, split in found.items()}
-    return tables.task_of(table, kept, classes, questions, quiet=quiet)
+    return tables.task_of(table, kept, classes, questions)
 
 
 def tpp(
     task: tables.Task,
     probes: Mapping[str, Probe],
-    coder: SparseCoder,
+    w_dec: ArrayLike,
     x: np.ndarray,
     f: np.ndarray,
     ns: Sequence[int] = ABLATED,
 ) -> dict[str, Any]:
-    """TPP of a coder with features f [N, F] on texts with activations x [N, D] where it writes.
+    """TPP of a coder with features f [N, F] and decoder rows w_dec [F, D], on texts with
+    activations x [N, D] where it writes.
     {"clean": {class: accuracy}, "by_n": {n: {"tpp", "intended", "unintended"}}, "by_class": {class:
     {n: the same}}}."""
     names, splits = list(task.questions), list(task.questions.values())
-    products, _ = along_decoder(coder, np.stack([probes[name].w for name in names]))
+    products, _ = along_decoder(w_dec, np.stack([probes[name].w for name in names]))
     scores = [probes[name].scores(x[split.test]) for name, split in task.questions.items()]
     clean = [accuracy(split.test_y, before) for split, before in zip(splits, scores)]
     by_class: dict[str, dict[str, dict[str, float]]] = {}
@@ -134,7 +135,7 @@ def tpp(
     return {"clean": dict(zip(names, clean)), "by_n": by_n, "by_class": by_class}
 
 
-def scr_task(table: tables.Table, limit: int | None = None, *, quiet: bool = False) -> tables.Task:
+def scr_task(table: tables.Table, limit: int | None = None) -> tables.Task:
     """A question about each of two attributes on balanced texts, then "biased", from a table with
     two columns of two values each; see `probing.make_task`. Raises `InputError`."""
     if len(table.columns) != 2:
@@ -169,13 +170,13 @@ def scr_task(table: tables.Table, limit: int | None = None, *, quiet: bool = Fal
     }
     nowhere = np.zeros(0, np.int64)
     questions["biased"] = tables.Split(biased, y[0][biased], nowhere, nowhere)
-    return tables.task_of(table, kept, quadrant, questions, quiet=quiet)
+    return tables.task_of(table, kept, quadrant, questions)
 
 
 def scr(
     task: tables.Task,
     probes: Mapping[str, Probe],
-    coder: SparseCoder,
+    w_dec: ArrayLike,
     x: np.ndarray,
     f: np.ndarray,
     ns: Sequence[int] = ABLATED,
@@ -188,7 +189,7 @@ def scr(
     accuracy}, "by_n": {n: score}}}}.
     """
     biased, names = probes["biased"], list(task.questions)[:2]
-    products, _ = along_decoder(coder, np.stack([biased.w, *(probes[n].w for n in names)]))
+    products, _ = along_decoder(w_dec, np.stack([biased.w, *(probes[n].w for n in names)]))
     directions: dict[str, dict[str, Any]] = {}
     for i, (direction, kept) in enumerate(zip(("first", "second"), names)):
         removed, split = names[1 - i], task.questions[kept]

@@ -7,25 +7,20 @@ with the same text are all on one side.
 
 import csv
 import dataclasses
-import gzip
 import io
-import logging
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gemma_scope_jax.data.document_files import decompressed
+from gemma_scope_jax.data.whole_files import read_whole
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.paths import named_paths
 
-LOG = logging.getLogger(__name__)
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a redundant column of SAE-Probes' files
 SUFFIXES = (".csv", ".csv.zst", ".csv.gz")
-MOST_BYTES = 1 << 30  # of a table, decompressed
 MOST_TRAIN, MOST_TEST = 4000, 1000  # rows of a question (SAEBench)
 SEED = 42
 # What spreadsheets and pandas write and read for a missing value.
@@ -62,11 +57,10 @@ class Table:
             )
         return labels
 
-    def numbered(self, some: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """A number for each row's text, int [N]; texts that differ in spaces alone are equal."""
-        chosen = self.texts if some is None else [self.texts[i] for i in some]
-        seen: dict[str, int] = {}
-        return np.array([seen.setdefault(" ".join(t.split()), len(seen)) for t in chosen], np.int64)
+    def numbered(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the texts of `rows`, int [N]; texts that differ in spaces alone share one."""
+        plain, seen = [" ".join(self.texts[i].split()) for i in rows], {}
+        return np.array([seen.setdefault(text, len(seen)) for text in plain], np.int64)
 
 
 def table_files(patterns: Sequence[str]) -> list[Path]:
@@ -107,47 +101,21 @@ def read_table(path: str | Path) -> Table:
     with the row, for a file that is not such a table."""
     path = Path(path).expanduser()
     csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(_bytes(path).decode("utf-8-sig", "replace"), newline="")
+    file = io.StringIO(read_whole(path).decode("utf-8-sig", "replace"), newline="")
     try:
-        rows = list(enumerate(csv.reader(text, strict=True), 1))
+        rows = {number: row for number, row in enumerate(csv.reader(file, strict=True), 1) if row}
     except csv.Error as error:
         raise InputError(f"{path}: not a CSV file ({reason(error)})") from error
-    return _table(path, [(number, row) for number, row in rows if row])
-
-
-def _bytes(path: Path) -> bytes:
-    """The content of a plain or compressed file, `MOST_BYTES` at most. Raises `InputError`."""
-    try:
-        kind = path.suffix.lower()
-        opened = gzip.open if kind == ".gz" else decompressed if kind == ".zst" else io.FileIO
-        with opened(path) as file:  # type: ignore[operator]
-            data = file.read(MOST_BYTES + 1)
-    except InputError:
-        raise
-    except Exception as error:
-        is_broken = isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error))
-        if is_broken or "zst" in type(error).__module__:
-            raise InputError(f"{path}: broken or truncated file ({reason(error)})") from error
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(f"{path}: cannot be read ({error.strerror or reason(error)})") from error
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path}: over {MOST_BYTES >> 30} GiB of text: not a table of examples")
-    return data
-
-
-def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
-    if len(numbered) < 2:
+    if len(rows) < 2:
         raise InputError(f"{path}: a table needs a header and rows below it")
-    numbers, rows = [n for n, _ in numbered[1:]], [row for _, row in numbered]
-    header = [name.strip() for name in rows[0]]
+    header = [name.strip() for name in rows.pop(min(rows))]
     text = next((name for name in TEXT if name in header), None)
     if text is None or len(set(header)) < len(header):
         raise InputError(
             f"{path}: the header must name a column {' or '.join(TEXT)}, and no column twice; it "
             f"is {','.join(header)[:200]}"
         )
-    for number, row in zip(numbers, rows[1:]):
+    for number, row in rows.items():
         if len(row) != len(header):
             raise InputError(f"{path}, row {number}: {len(row)} values for {len(header)} columns")
         if (value := row[header.index(text)].strip()) in MISSING:
@@ -155,12 +123,12 @@ def _table(path: Path, numbered: list[tuple[int, list[str]]]) -> Table:
                 f"{path}, row {number}: the {text} is {repr(value) if value else 'empty'}; leave "
                 "such rows out"
             )
-    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+    kept = [(i, name) for i, name in enumerate(header) if name not in IGNORED]
+    columns = {name: [row[i] for row in rows.values()] for i, name in kept}
     texts = columns.pop(text)
-    columns = {k: v for k, v in columns.items() if k not in IGNORED}
     if not columns:
         raise InputError(f"{path}: no column of labels beside {text}")
-    return Table(table_name(path), path, texts, columns, numbers)
+    return Table(table_name(path), path, texts, columns, list(rows))
 
 
 def classes_of(labels: Sequence[str], path: Path, most: int = 20) -> tuple[list[str], np.ndarray]:
@@ -212,6 +180,7 @@ class Task:
     texts: list[str]
     questions: dict[str, Split]  # by class or attribute; rows are indices into `texts`
     repeated: float = 0.0  # the share of test rows whose texts are also trained on
+    doubts: tuple[str, ...] = ()  # what the user should know, a line each
 
 
 def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
@@ -228,28 +197,24 @@ def first_of_each(classes: np.ndarray, limit: int | None) -> np.ndarray:
 
 
 def task_of(
-    table: Table,
-    kept: np.ndarray,
-    classes: np.ndarray,
-    questions: dict[str, Split],
-    *,
-    quiet: bool = False,
+    table: Table, kept: np.ndarray, classes: np.ndarray, questions: dict[str, Split]
 ) -> Task:
-    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Unless `quiet`, warns
-    of test rows whose texts are also trained on, and of texts with several labels."""
+    """The task of the rows `kept` of a table, whose rows have `classes` [N]. Doubtful are test rows
+    whose texts are also trained on, and texts with several labels."""
     texts = table.numbered(kept)
     both = sum(int(np.isin(texts[s.test], texts[s.train]).sum()) for s in questions.values())
     of = sum(len(split.test) for split in questions.values())
-    if both and not quiet:
-        LOG.warning(
-            "%s: %d of the %d test rows have texts that are also trained on, as the protocol draws "
-            "them, so scores are too good",
-            *(table.path, both, of),
+    doubts = []
+    if both:
+        doubts.append(
+            f"{table.path}: {both} of the {of} test rows have texts that are also trained on, as "
+            "the protocol draws them, so scores are too good"
         )
     labels = np.unique(np.stack([texts, classes[kept]]), axis=1)[0]
-    if (several := int((np.bincount(labels) > 1).sum())) and not quiet:
-        LOG.warning("%s: %d texts occur twice or more, under different labels", table.path, several)
-    return Task(table.name, [table.texts[i] for i in kept], questions, both / of if both else 0.0)
+    if several := int((np.bincount(labels) > 1).sum()):
+        doubts.append(f"{table.path}: {several} texts occur twice or more, under different labels")
+    shown, share = [table.texts[i] for i in kept], both / of if both else 0.0
+    return Task(table.name, shown, questions, share, tuple(doubts))
 
 
 def sae_probes_split(classes: np.ndarray, path: Path) -> Split:

@@ -61,7 +61,7 @@ def test_the_list_and_the_cards_are_the_arrays(made, cards):
     assert overview["density"] == pytest.approx(np.asarray(cards["density"]), rel=1e-2)
     assert overview["largest"] == pytest.approx(np.asarray(cards["largest"]), rel=1e-3)
     assert overview["labels"][3] == EXPLAINED[3]["text"] and overview["labels"][4] == ""
-    assert overview["notes"][3] == "m, detection 0.88"
+    assert overview["notes"][3] == "m, fuzzing 0.88"
     assert overview["compared"] == [["two", "../two/index.html", F]]
     assert "text.txt" not in overview["about"] and str(made) not in json.dumps(overview)
     tok = Letters()

@@ -249,8 +249,7 @@ def test_a_later_first_beside_another_coder_changes_nothing(model, coder, texts,
 def test_a_large_store_is_sampled_for_correlations(store, tmp_path):
     files = CardFiles(tmp_path)
     half = int(store.fired().sum()) // 2
-    with files.stage("correlations", 0) as stage:
-        correlate(store, "sae", 1, 6, stage, entries=half)
+    files.make("correlations", 0, lambda new: correlate(store, "sae", 1, 6, new, entries=half))
     assert 0 < files.manifest["correlated_tokens"] < store.counted * 0.8
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing import scr_tpp
 from gemma_scope_jax.probing.absorption import absorbed
-from gemma_scope_jax.probing.logistic import auc, fit_logistic, weighted_f1
+from gemma_scope_jax.probing.logistic import fit_logistic, weighted_f1
 from gemma_scope_jax.probing.probing import PROTOCOLS, probe, rank
 from gemma_scope_jax.probing.tables import Split, Task
 
@@ -173,7 +174,7 @@ def test_tpp_is_saebenchs(coder, sae, tokens, monkeypatch):
             effects[name].numpy(),
             atol=1e-5,
         )
-    got = scr_tpp.tpp(task, probes, coder, mean, f, ns)
+    got = scr_tpp.tpp(task, probes, coder.w_dec, mean, f, ns)
     assert got["clean"] == pytest.approx(clean)
     for n in ns:
         for ours, key in (("tpp", "total_metric"), ("intended", "intended_diff_only")):
@@ -217,7 +218,7 @@ def test_scr_is_saebenchs(coder, sae, tokens, monkeypatch):
             theirs, sae, 9, {"x": test}, effects, list(ns), names, 9, True
         )
         want = main.get_scr_plotting_dict(ablated, clean)
-    got = scr_tpp.scr(task, probes, coder, mean, f, ns)
+    got = scr_tpp.scr(task, probes, coder.w_dec, mean, f, ns)
     for n in ns:
         for direction, key in (("first", "dir1"), ("second", "dir2")):
             assert got["directions"][direction]["by_n"][str(n)] == pytest.approx(

@@ -113,7 +113,7 @@ def world(share=0.0, seed=0):
 
 def test_nothing_absorbed_scores_zero_and_the_main_feature_is_the_letters():
     x, f, letters, coder, _ = world()
-    got = absorption(coder, x, f, letters, fit_letters(x, letters))
+    got = absorption(coder.w_dec, x, f, letters, fit_letters(x, letters))
     assert got["used"] == USED and got["fraction"] == got["full"] == 0.0
     assert [row["features"] for row in got["letters"]] == [[i] for i in range(USED)]
     assert [row["letter"] for row in got["letters"]] == list(LETTERS[:USED])
@@ -123,7 +123,7 @@ def test_nothing_absorbed_scores_zero_and_the_main_feature_is_the_letters():
 def test_words_with_features_of_their_own_are_counted_exactly():
     x, f, letters, coder, taken = world(share=0.4, seed=3)
     probes = fit_letters(x, letters)
-    got = absorption(coder, x, f, letters, probes)
+    got = absorption(coder.w_dec, x, f, letters, probes)
     want = []
     for letter, row in enumerate(got["letters"]):
         right = [
@@ -198,7 +198,7 @@ def test_a_split_letter_has_two_main_features():
 
 def test_too_few_letters_to_probe_or_to_trust():
     x, f, letters, coder, _ = world()
-    assert absorption(coder, x, f, letters, fit_letters(x, letters))["enough"] is False
+    assert absorption(coder.w_dec, x, f, letters, fit_letters(x, letters))["enough"] is False
     with pytest.raises(InputError, match="too few words to spell"):
         fit_letters(x[:30], letters[:30])
 
@@ -208,7 +208,7 @@ def test_no_probe_that_works_is_said():
     x, f, letters, coder, _ = world()
     noise = rng.standard_normal(x.shape).astype(np.float32)
     with pytest.raises(InputError, match="no letter's probe has an F1 above 0.6"):
-        absorption(coder, noise, f, letters, fit_letters(noise, letters))
+        absorption(coder.w_dec, noise, f, letters, fit_letters(noise, letters))
 
 
 # -------------------------------------------------------------------------------------------------

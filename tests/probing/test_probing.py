@@ -6,18 +6,12 @@ import pytest
 import scipy.optimize
 
 from coders import random_coder
+from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 from gemma_scope_jax.probing import pooling, probing
-from gemma_scope_jax.probing.logistic import (
-    accuracy,
-    auc,
-    f1,
-    fit_logistic,
-    l1_logistic,
-    weighted_f1,
-)
+from gemma_scope_jax.probing.logistic import accuracy, f1, fit_logistic, l1_logistic, weighted_f1
 from gemma_scope_jax.probing.probing import PROTOCOLS, folds, make_task, probe, probe_task, rank
 from gemma_scope_jax.probing.tables import Split
 from probing_data import reference_fit, write_table
@@ -139,6 +133,7 @@ def test_pooled_texts_are_those_of_each_text_alone(model, how):
         coders,
         texts,
         how=how,
+        first=4,
         lengths=(16, 64),
         tokens=128,
         report=lambda *at: done.append(at),
@@ -170,8 +165,6 @@ def test_only_columns_that_are_active_somewhere_are_kept(model):
     want = np.asarray(few.encode(x.astype(np.float32)))
     np.testing.assert_array_equal(found.columns, np.flatnonzero(want.any(0)))
     np.testing.assert_allclose(found.values, want[:, found.columns], atol=1e-5)
-    some = pooling.narrowed(few, found.columns)
-    np.testing.assert_allclose(some.encode(x.astype(np.float32)), found.values, atol=1e-5)
     silent = coder.replace(threshold=np.full_like(coder.threshold, 1e9))
     found = pooling.encode_rows(silent, x.astype(np.float32))
     assert found.columns.tolist() == list(range(16)) and not found.values.any()
@@ -189,18 +182,15 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
 
 
 @pytest.mark.parametrize(
-    ("texts", "how", "message"),
+    ("texts", "message"),
     [
-        ([], "mean", "no texts"),
-        ([np.array([2, 5])], -6, "fewer than 6"),
-        ([np.arange(3, 80)], "mean", "context is 64"),
-        ([np.array([], np.int32)], "mean", "0 tokens"),
-        ([np.array([2, 5]), np.array([2, 300])], "mean", "text 1: token id 300 is outside 0..299"),
+        ([np.arange(3, 80)], "context is 64"),
+        ([np.array([2, 5]), np.array([2, 300])], "text 1: token id 300 is outside 0..299"),
     ],
 )
-def test_texts_that_cannot_be_pooled(model, texts, how, message):
+def test_texts_that_cannot_be_pooled(model, texts, message):
     with pytest.raises(InputError, match=message):
-        pooling.pool(model, [random_coder(layer=2)], texts, how=how)
+        pooling.pool(model, [random_coder(layer=2)], texts)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_tpp_equals_ablation_token_by_token(news):
     x = tokens_of(coder, [(place[c], (place[c] + 1) % 4) for c in labels], noise=0.3)
     mean, f = pooled(coder, x)
     probes = fit_probes(task, mean)
-    got = tpp(task, probes, coder, mean, f, ns=(1, 2, 5))
+    got = tpp(task, probes, coder.w_dec, mean, f, ns=(1, 2, 5))
     totals = {1: [], 2: [], 5: []}
     for c, split in task.questions.items():
         scale = D**0.5 / np.median(np.linalg.norm(mean[split.train], axis=1))
@@ -135,7 +135,7 @@ def test_features_that_are_the_classes_make_tpp_what_a_probe_can_lose(news):
     coder, task = dictionary(), tpp_task(table)
     x = tokens_of(coder, [("abcd".index(c),) for c in labels])
     mean, f = pooled(coder, x)
-    got = tpp(task, fit_probes(task, mean), coder, mean, f, ns=(1,))
+    got = tpp(task, fit_probes(task, mean), coder.w_dec, mean, f, ns=(1,))
     assert set(got["clean"].values()) == {1.0}
     assert got["by_n"]["1"] == {"tpp": 0.5, "intended": 0.5, "unintended": 0.0}
 
@@ -146,7 +146,7 @@ def test_features_that_know_nothing_have_a_tpp_of_zero(news):
     x = tokens_of(coder, [("abcd".index(c),) for c in labels])
     mean, f = pooled(coder, x)
     f[:, :4] = 0
-    got = tpp(task, fit_probes(task, mean), coder, mean, f, ns=(2,))
+    got = tpp(task, fit_probes(task, mean), coder.w_dec, mean, f, ns=(2,))
     assert abs(got["by_n"]["2"]["tpp"]) < 0.05
 
 
@@ -176,7 +176,7 @@ def test_scr_equals_ablation_token_by_token(tmp_path, share):
     x = tokens_of(coder, on, noise=0.2)
     mean, f = pooled(coder, x)
     probes = fit_probes(task, mean)
-    got = scr(task, probes, coder, mean, f, ns=(1, 3))
+    got = scr(task, probes, coder.w_dec, mean, f, ns=(1, 3))
     lower = {}
     for kept, removed, name in (("job", "sex", "first"), ("sex", "job", "second")):
         split, source = task.questions[kept], task.questions[removed]
@@ -200,7 +200,7 @@ def test_features_that_are_the_attribute_remove_it_entirely(tmp_path):
     x = tokens_of(coder, [(q // 2, 2 + q % 2) for q in quadrants])
     x = x + 2 * np.asarray(coder.w_dec)[2 + np.array(quadrants) % 2][:, None, :]
     mean, f = pooled(coder, x)
-    got = scr(task, fit_probes(task, mean), coder, mean, f, ns=(2,))
+    got = scr(task, fit_probes(task, mean), coder.w_dec, mean, f, ns=(2,))
     assert got["direction"] == "first" and got["by_n"]["2"] == 1.0
     first = got["directions"]["first"]
     assert (first["kept"], first["removed"], first["clean"]) == ("job", "sex", 1.0)
@@ -212,7 +212,7 @@ def test_no_room_for_improvement_scores_zero(tmp_path, monkeypatch):
     coder, task = dictionary(), scr_task(table)
     mean, f = pooled(coder, tokens_of(coder, [(0,) * (q // 2) for q in quadrants]))
     probes = fit_probes(task, mean)
-    got = scr(task, probes | {"biased": probes["job"]}, coder, mean, f, ns=(1,))
+    got = scr(task, probes | {"biased": probes["job"]}, coder.w_dec, mean, f, ns=(1,))
     assert got["directions"]["first"]["by_n"]["1"] == 0.0
 
 

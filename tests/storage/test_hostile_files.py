@@ -93,7 +93,7 @@ def read_activations(folder):
 def read_cards(folder):
     cards = FeatureCards(folder)
     assert len(cards["density"]) == 4
-    cards.window()
+    assert cards.settings["before"] + cards.settings["after"] >= 0
 
 
 def read_shard(folder):

@@ -87,14 +87,17 @@ def test_a_folder_that_stays_empty_goes_and_another_in_its_place_is_locked(tmp_p
 
 
 def test_cards_of_two_runs_are_of_one(tmp_path):
-    with CardFiles(tmp_path, "same") as files, files.stage("examples", 1) as stage:
+    def write(stage):
         counts = stage.create("histogram", (4,), np.int64, 0)
         with pytest.raises(InputError, match="another process"):
             CardFiles(tmp_path, "same")
         counts += 1
+
+    with CardFiles(tmp_path, "same") as files:
+        files.make("examples", 1, write)
     assert np.load(tmp_path / "histogram.npy").tolist() == [1] * 4
     with CardFiles(tmp_path, "same") as files:
-        assert files.has("examples", 1)
+        files.make("examples", 1, lambda stage: pytest.fail("made again"))
 
 
 def test_what_a_stage_no_longer_makes_goes(tmp_path):
@@ -103,8 +106,7 @@ def test_what_a_stage_no_longer_makes_goes(tmp_path):
     dead.wait()
     (tmp_path / f".old.npy.{os.uname().nodename}.{dead.pid}.tmp").write_bytes(b"of a killed run")
     with CardFiles(tmp_path) as files:
-        with files.stage("more", 2) as stage:
-            stage.put("listed_2", np.zeros(4))
+        files.make("more", 2, lambda stage: stage.put("listed_2", np.zeros(4)))
         files.drop("examples")
     assert {path.name for path in tmp_path.iterdir()} == {"cards.json", "listed_2.npy"}
 

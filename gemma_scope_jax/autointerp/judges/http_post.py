@@ -11,7 +11,6 @@ repeated.
 
 import contextlib
 import dataclasses
-import functools
 import http.client
 import socket
 import ssl
@@ -19,6 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 
@@ -72,20 +72,18 @@ class _Connections(urllib.request.AbstractHTTPHandler):
         self._timer.start()
 
     def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self._timed(http.client.HTTPConnection), req)
+        return self.do_open(partial(self._timed, http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(self._timed(http.client.HTTPSConnection), req, context=_context())
+        connection = partial(self._timed, http.client.HTTPSConnection)
+        return self.do_open(connection, req, context=_context())
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def _timed(self, kind: Any) -> Any:
-        def connection(*args: Any, **options: Any) -> Any:
-            made = kind(*args, **options)
-            made._create_connection = self._connect
-            return made
-
-        return connection
+    def _timed(self, kind: Any, *args: Any, **options: Any) -> Any:
+        made = kind(*args, **options)
+        made._create_connection = self._connect
+        return made
 
     def _connect(self, address: tuple[str, int], *_: Any) -> socket.socket:
         """Like `socket.create_connection`, which would take the full time for every address."""
@@ -119,7 +117,7 @@ class _Connections(urllib.request.AbstractHTTPHandler):
                 self._socket = None
 
 
-@functools.cache
+@cache
 def _context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])

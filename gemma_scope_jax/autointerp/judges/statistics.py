@@ -159,7 +159,7 @@ def _odd_one_out(examples: Sequence[ShownText]) -> int:
     """The text that shares a marked token, or a token right before its marks, with the fewest
     others: intruders are found without an explanation."""
     plain = lambda t: t.strip().lower() or t
-    marked = [{plain(t) for t in s.marked} for s in examples]
+    marked = [{plain(t) for t, m in zip(s.tokens, s.marks) if m} for s in examples]
     before = [{plain(t) for t, m in zip(s.tokens, s.marks[1:]) if m} for s in examples]
     shared = lambda sets: [sum(bool(one & other) for other in sets) for one in sets]
     clear, vague = sorted((shared(marked), shared(before)), key=sum, reverse=True)

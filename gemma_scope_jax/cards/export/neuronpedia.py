@@ -17,19 +17,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation
+import numpy as np
+
+from gemma_scope_jax.autointerp.explanations import SCORE_FIGURES, Explanation, is_number
 from gemma_scope_jax.cards.card_files import FeatureCards
-from gemma_scope_jax.cards.export.saedashboard import (
-    TEXT_FACTS,
-    batch_facts,
-    batches,
-    rounded,
-    text_facts,
-)
+from gemma_scope_jax.cards.export.saedashboard import TEXT_FACTS, batch_facts, batches, rounded
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.release.config import instruction_tuned
 from gemma_scope_jax.model.tokenizer import Tokenizer
-from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder
 
 CREATOR, STRENGTH = "gemma-scope-jax", 10
@@ -54,9 +49,7 @@ def export_neuronpedia(
     with new_folder(folder / facts["model_id"] / source, "source.jsonl") as new:
         for name, row in _about(cards, source, now).items():
             (new / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-        progress = Progress(len(cards), "features", what="Neuronpedia")
         for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
-            progress.at(batch[0])
             tables = {
                 "features": [_feature(cards, f, place, coder) for f in features],
                 "activations": [a for f in features for a in _activations(f, place)],
@@ -77,7 +70,7 @@ def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, Any]]:
     """The rows of the release, the model, the set and the source."""
-    m, facts, text = cards.manifest, batch_facts(cards), text_facts(cards)
+    m, facts = cards.manifest, batch_facts(cards)
     model, name = facts["model_id"], facts["sae_set"]
     by = {"creatorId": CREATOR, "createdAt": now}
     title, hub = f"{m['coder']}", {"hfRepoId": None, "hfFolderId": None}
@@ -111,8 +104,8 @@ def _about(cards: FeatureCards, source: str, now: str) -> dict[str, dict[str, An
             "saelensRelease": None, "saelensSaeId": None, **hub,
             "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False,
             "hasUmapLogSparsity": False, "hasUmapClusters": False,
-            "num_prompts": text["n_prompts_total"],
-            "num_tokens_in_prompt": text["n_tokens_in_prompt"], "dataset": text["dataset"],
+            "num_prompts": m["prompts"], "num_tokens_in_prompt": m["prompt_tokens"],
+            "dataset": m["text"],
             "notes": f"{m['kind']} of {m['reads']}, layer {m['layer']}", **by,
         },
     }  # fmt: skip
@@ -138,11 +131,9 @@ def row_id(table: str, place: Mapping[str, Any], feature: int, number: int = 0) 
     """An id of 25 letters and digits, like a cuid, that depends only on the row: 120 bits of a
     digest of its whole name, as a truncated name may be that of another coder's row."""
     name = json.dumps([table, place["modelId"], place["layer"], feature, number])
-    left, digits = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest()), ""
-    for _ in range(24):  # 36^24 is above 2^120
-        left, digit = divmod(left, 36)
-        digits += "0123456789abcdefghijklmnopqrstuvwxyz"[digit]
-    return f"c{digits}"
+    left = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=15).digest())
+    digits = np.base_repr(left, 36).lower().zfill(24)  # 36^24 is above 2^120
+    return f"c{digits[::-1]}"
 
 
 def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -166,7 +157,7 @@ def _activations(feature: dict[str, Any], place: Mapping[str, Any]) -> list[dict
 
 def _explanation(f: int, explanation: Explanation, place: Mapping[str, Any]) -> dict[str, Any]:
     figures = (explanation["scores"].get(n, {}).get(figure) for n, figure in SCORE_FIGURES.items())
-    score = next((s for s in figures if isinstance(s, int | float)), None)
+    score = next(filter(is_number, figures), None)
     return {
         "id": row_id("explanations", place, f),
         "modelId": place["modelId"], "layer": place["layer"],

@@ -26,7 +26,7 @@ from gemma_scope_jax.coders.directions import written
 from gemma_scope_jax.coders.release.catalog import parse_address
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.tokenizer import Tokenizer
-from gemma_scope_jax.progress import Progress
+from gemma_scope_jax.progress import tracked
 from gemma_scope_jax.storage.atomic import new_folder
 
 BATCH = 128  # features per file
@@ -51,9 +51,7 @@ def export_saedashboard(
     """Write the batches of `cards`. heads: the number of attention heads, for coders at `z`."""
     with new_folder(folder, "run_settings.json") as new:
         about = batch_facts(cards)
-        progress = Progress(len(cards), "features", what="SAEDashboard")
-        for number, (batch, features) in enumerate(batches(cards, coder, tokenizer, heads)):
-            progress.at(batch[0])
+        for number, (_, features) in enumerate(batches(cards, coder, tokenizer, heads)):
             _write(new / f"batch-{number}.json", {**about, "features": features})
         _write(new / "run_settings.json", _settings(cards, about))
         skipped = {key: str(about[key]) for key in ("model_id", "layer", "sae_set")}
@@ -72,7 +70,7 @@ def batches(
     """The numbers and dashboards of all features but dead ones, 128 at a time."""
     active = np.flatnonzero(np.asarray(cards["largest"]) > 0)
     rows = np.asarray(written(coder, cards.manifest["layer"]))
-    for start in range(0, len(active), BATCH):
+    for start in tracked(range(0, len(active), BATCH), "dashboards"):
         batch = active[start : start + BATCH].tolist()
         yield batch, [_feature(cards, f, rows[f], tokenizer, heads) for f in batch]
 
