@@ -13,7 +13,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +47,6 @@ LOG = logging.getLogger(__name__)
 ANSWERS = "explanations.answers.jsonl"
 
 
-class FeatureLabels(Protocol):  # as `cards.labels.Labels`
-    def __getitem__(self, feature: int) -> Mapping[str, Any]: ...
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExplanationJob:
     """What to explain, from which examples, and where the explanations go.
@@ -65,7 +61,7 @@ class ExplanationJob:
     scores: tuple[str, ...]
     folder: str
     neighbours: dict[int, list[int]]
-    labels: FeatureLabels | None = None
+    labels: Sequence[Mapping[str, Any]] | None = None
 
     def todo(self, method: str, name: str) -> list[int]:
         """The features that a judge (its `method` and `name`) has yet to explain or score."""
@@ -156,7 +152,7 @@ def open_explanation_job(
     name: str = "",
     layer: int | None = None,
     folder: str | os.PathLike = "",
-    labels: FeatureLabels | None = None,
+    labels: Sequence[Mapping[str, Any]] | None = None,
 ) -> ExplanationJob:
     """Read through a coder's `FeatureStore` once, and choose the features to explain.
 
