@@ -1,6 +1,5 @@
 """Text to packed batches: every format, exact positions, what tokens count."""
 
-import gc
 import itertools
 import json
 import sys
@@ -231,36 +230,38 @@ def test_control_tokens_never_count(gemma_like):
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name.endswith("(_run_ahead)")]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_prefetched_batches_and_positions_are_those_of_the_consumer():
     make = lambda **k: TokenBatches(TEXTS, Letters(), 2, 32, epochs=2, **k)
-    plain, ahead = make(), prefetch(make(), 3)
-    for batch in plain:
-        taken, position = next(ahead)
-        assert equal([batch], [taken]) and position == plain.position
-    for _ in range(2):
-        with pytest.raises(StopIteration):
-            next(ahead)
+    plain = make()
+    with prefetch(make()) as ahead:
+        for batch in plain:
+            taken, position = next(ahead)
+            assert equal([batch], [taken]) and position == plain.position
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                next(ahead)
 
 
-def test_errors_reach_the_consumer_and_the_thread_ends_with_it():
+def test_errors_reach_the_consumer_and_the_thread_ends_with_the_block():
     def bad():
         yield "some text that fills more than a row of sixteen tokens"
         raise InputError("broken in the middle")
 
-    ahead = prefetch(TokenBatches(bad(), Letters(), 1, 16))
-    with pytest.raises(InputError, match="in the middle"):
+    source = TokenBatches(bad(), Letters(), 1, 16)
+    with prefetch(source) as ahead, pytest.raises(InputError, match="in the middle"):
         list(ahead)
-    with prefetch(itertools.count(), 1) as numbers:
+    with pytest.raises(KeyError), prefetch(itertools.count()) as numbers:
         assert next(numbers) == (0, None) and threads()
-    forgotten = prefetch(itertools.count(), 1)
-    thread = forgotten._thread
-    assert next(forgotten) == (0, None)
-    del forgotten
-    gc.collect()
-    thread.join(5)
-    assert not thread.is_alive() and not threads()
-    with pytest.raises(InputError):
-        prefetch([], 0)
+        raise KeyError
+    assert not threads()
+
+
+def test_only_a_few_batches_are_made_ahead():
+    made = []
+    with prefetch(made.append(i) or i for i in itertools.count()) as numbers:
+        for i in range(20):
+            assert next(numbers) == (i, None)
+            assert len(made) <= i + 6
