@@ -147,9 +147,9 @@ Documents = Indexed | StreamedDocuments
 Source = TextData | Iterable[str] | Callable[[], Iterable[str]] | TokenBatch
 
 
-def open_documents(source: Source, window: int = 10_000) -> Documents:
+def open_documents(source: Source) -> Documents:
     """The documents of `source`: a `TextData`, a list or other iterable of strings, a function
-    that returns a fresh iterable for each epoch (`window` is its shuffle window), or a batch.
+    that returns a fresh iterable for each epoch, or a batch.
 
     Reads files once, to identify them and to find the documents. Raises `InputError`.
     """
@@ -178,7 +178,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
         return (Record(f"document {i}", s, "string") for i, s in enumerate(strings))
 
     unknown = ["iterable"]  # until it is read
-    once = isinstance(source, Iterator)
+    once, window = isinstance(source, Iterator), TextData.shuffle_window
     return StreamedDocuments(unknown, lambda: unknown, 1, records, window, once)
 
 

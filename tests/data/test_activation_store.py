@@ -94,7 +94,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
             return batch.replace(mask=batch.mask & (batch.tokens != ord("a") % 297 + 3))
 
     def batches():
-        return NoA(texts(), make()._tokenizer, 4, 32, seed=3)
+        return NoA(texts(), make().text.tokenizer, 4, 32, seed=3)
 
     store = write_activations(model, batches(), SITES, tmp_path, 200, shard_rows=64)
     expected = by_hand(model, batches(), 200)
@@ -104,7 +104,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
 
 
 def test_a_text_of_which_nothing_counts_ends_and_is_said(model, tmp_path, caplog):
-    batches = TokenBatches(["abc", "defg"], make()._tokenizer, 4, 32)
+    batches = TokenBatches(["abc", "defg"], make().text.tokenizer, 4, 32)
     with pytest.raises(InputError, match="no token counts.*position 5 or later"):
         write_activations(model, batches, SITES, tmp_path / "a", 100, first=5)
     assert not list((tmp_path / "a").glob("*.safetensors"))

@@ -15,14 +15,14 @@ from text_files import CHAT, TEXTS, as_lines, write_corpus
 
 def test_positions_of_other_data_are_refused(tmp_path):
     pattern = write_corpus(tmp_path, "jsonl")
-    make = lambda seed=0, shard=(0, 1), position=None, **k: TokenBatches(
-        TextData(files=(pattern,), **k), Letters(), 2, 32, seed=seed, shard=shard, position=position
+    make = lambda seed=0, position=None, **k: TokenBatches(
+        TextData(files=(pattern,), **k), Letters(), 2, 32, seed=seed, position=position
     )
     batches = make()
     next(batches)
     make(position=batches.position)
     make(position=batches.position, shuffle_window=5)  # means nothing here
-    for change in ({"seed": 1}, {"shard": (0, 2)}, {"field": "id"}, {"skip_bad": True}):
+    for change in ({"seed": 1}, {"field": "id"}, {"skip_bad": True}):
         with pytest.raises(InputError, match="other data"):
             make(position=batches.position, **change)
     for junk in ({}, [], {**batches.position, "offset": -1}, {**batches.position, "epoch": "0"}):
@@ -127,8 +127,7 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(InputError):
             TextData(**bad)
-    shards = ({"shard": (2, 2)}, {"shard": (0, 3)})
-    for bad in ({"batch_size": 0}, {"context_size": 1}, {"workers": 0}, *shards):
+    for bad in ({"batch_size": 0}, {"context_size": 1}):
         options = {"batch_size": 1, "context_size": 8, **bad}
         with pytest.raises(InputError):
             next(TokenBatches(["a", "b"], Letters(), **options))

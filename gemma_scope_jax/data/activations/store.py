@@ -116,7 +116,7 @@ def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
         return new
     old = files.read_activations_manifest(path)
     same = {}
-    if batches.same_text(old["data"].get("text")):  # perhaps in the form of older versions
+    if batches.text.same_text(old["data"].get("text")):  # perhaps in the form of older versions
         same = {"data": {**old["data"], "text": batches.fingerprint}}
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
         if same.get(key, old[key]) != new[key]:
