@@ -75,7 +75,7 @@ class Text:
 
 
 class TokenBatches:
-    """An iterator of `TokenBatch`es [batch_size, context_size], packed as by `pack`.
+    """An iterator of `TokenBatch`es [batch_size, context_size], packed by `fill_rows`.
 
     source     a `TextData`, a list or other iterable of strings, a function returning one, or a
                `TokenBatch`, whose documents are packed again

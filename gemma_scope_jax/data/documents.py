@@ -199,7 +199,7 @@ def _files(data: TextData) -> Documents:
     paths = formats.text_files(data.files)
     identity = ["files", file_digests(paths)]
     named = lambda: [[path.name, path.stat().st_size] for path in paths]
-    if any(formats.is_stream(path) for path in paths):
+    if any(formats.kind_of(path) == "stream" for path in paths):
 
         def records(order: Sequence[int] | None) -> Iterator[Record]:
             for number in range(len(paths)) if order is None else order:
