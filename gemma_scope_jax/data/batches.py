@@ -22,7 +22,7 @@ from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch
-from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.model.tokenizer import ROLES, Tokenizer
 from gemma_scope_jax.storage.manifest import digest
 
 THREADS = min(16, os.cpu_count() or 1)  # that tokenise, at about 0.5 million tokens/s each
@@ -234,5 +234,5 @@ def labelled_record(
         where = "" if record.where in str(error) else f"{record.where}: "
         hint = "" if record.kind == "string" else " (or set skip_bad=True)"
         raise InputError(f"{where}{error}{hint}") from error
-    ids, selected = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
+    ids, selected = chat.ids[1:], chat.mask(*(ROLES[role] for role in data.roles))[1:]
     return ids, selected & ~tokenizer.special[ids], chat.roles[1:]

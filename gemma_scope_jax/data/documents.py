@@ -76,11 +76,6 @@ class TextData:
         if self.shuffle_window < 1:
             raise InputError(f"shuffle_window must be at least 1, not {self.shuffle_window}")
 
-    @property
-    def counted_roles(self) -> tuple[str, ...]:
-        """`roles` under the names of `tokenizer.Chat.mask`."""
-        return tuple(dict.fromkeys(ROLES[role] for role in self.roles))
-
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:

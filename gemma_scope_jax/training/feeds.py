@@ -159,12 +159,9 @@ class StoreFeed:
                 f"{c.store}: has grown or changed since this run began, which would change the "
                 "order: restore its contents, or train into another folder"
             )
-        with prefetch(self._batches(done)) as batches:
+        stored = self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
+        with prefetch(stored) as batches:
             yield ((self._on_device(x), here) for x, _ in batches)
-
-    def _batches(self, done: int) -> Iterator[dict[str, np.ndarray]]:
-        c = self.plan.config
-        return self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
 
     def step(self, state: TrainState, batch: Any, started: bool) -> StepResult:
         return self.train(state, batch)

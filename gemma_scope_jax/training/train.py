@@ -126,11 +126,12 @@ def store_activations(
     """
     if dtype not in DTYPES:
         raise InputError(f"activations are stored as {' or '.join(DTYPES)}, not {dtype!r}")
+    if (count := config.tokens if tokens is None else tokens) < 1:
+        raise InputError(f"tokens {count}: must be at least 1")
     check_inputs(config, model and model.config, data, reads_text=True)
     model = model or load_model(config.model, dtype=config.model_dtype)
     sites = dict(make_plan(config, model.config).sites)
     batches = token_batches(config, model.config, data)
-    count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
 
 

@@ -105,13 +105,6 @@ class Segment:
         here = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], rows[here], values[here])
 
-    def feature(
-        self, feature: int, coder: str | None = None, layer: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the segment, values) of one feature."""
-        found = self.features(feature, feature + 1, coder, layer)
-        return found.ids, found.values
-
     def fired(self, c: int) -> np.ndarray:
         """int64 [F]: the number of tokens on which each feature of a list is active."""
         path, there = self._files[1 + c]
