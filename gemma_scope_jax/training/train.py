@@ -344,7 +344,7 @@ class _TrainRun:
         apart = next(iter(sample.values())).shape[1] > 1
         if not apart:  # of so little text, none was held out
             sample = ends.some(self.feed.sample(state), ends.SAMPLE)
-        apart &= self.feed.repeats() < 2  # the last rows of a store may be copies of the first
+        apart &= self.feed.repeats < 2  # the last rows of a store may be copies of the first
         # Every other token sets thresholds, the others give the figures.
         found = ends.coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
         both = found, {site: rows[:, 1::2] for site, rows in sample.items()}
@@ -357,7 +357,7 @@ class _TrainRun:
             saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
             log_saved(log, tokens, saved)
             for name in saved:
-                times = (self.readings, self.feed.repeats())
+                times = (self.readings, self.feed.repeats)
                 write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
             if refused:
                 raise InputError(
