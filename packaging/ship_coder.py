@@ -68,8 +68,10 @@ def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> li
     costs = measure(model, coders, some(loss_tokens), ablated)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
     return [
-        fit.as_dict() | {name: cost.as_dict()[name] for name in names} | {"text": path.name}
-        for fit, cost in zip(fits, costs)
+        fit.metrics().as_dict()
+        | {name: cost.metrics().as_dict()[name] for name in names}
+        | {"text": path.name}
+        for fit, cost in zip(fits.tallies, costs.tallies)
     ]
 
 

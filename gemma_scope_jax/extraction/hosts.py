@@ -29,7 +29,7 @@ def count_of(model: Model) -> int:
 def check(model: Model, batch_size: int) -> None:
     """Raise `InputError` unless each host has whole rows of the mesh, which divide `batch_size`."""
     mesh, hosts = mesh_under(model.params.embed), count_of(model)
-    if hosts == 1:
+    if mesh is None or hosts == 1:
         return
     owners = [{d.process_index for d in line} for line in mesh.devices]
     if any(len(owner) > 1 for owner in owners) or len(owners) % hosts:

@@ -84,7 +84,7 @@ class Runner:
             found = self._run(self.model, self.weights, batch, slots=slots)
         held = []
         for group, active in zip(self.groups, found):
-            if self.hosts > 1:
+            if self.mesh is not None and self.hosts > 1:
                 active = hosts.own_part(self.mesh, active, group.width)
             spilled = active.spilled
             host: Any = jax.tree.map(np.asarray, dataclasses.replace(active, spilled=None))
