@@ -204,9 +204,7 @@ def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, 
     one_line(refused)
 
 
-def test_a_store_that_cannot_be_written_is_refused_before_a_model_is_loaded(
-    model, tmp_path, monkeypatch
-):
+def test_bad_stores_are_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "model_config", lambda name: model.config)
     monkeypatch.setattr(training, "load_model", None)
     for layer, options, message in (
