@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.data.activations.files import DTYPES
+from gemma_scope_jax.data.activations.files import DTYPES, local_folder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.errors import InputError
@@ -128,6 +128,7 @@ def store_activations(
         raise InputError(f"activations are stored as {' or '.join(DTYPES)}, not {dtype!r}")
     if (count := config.tokens if tokens is None else tokens) < 1:
         raise InputError(f"tokens {count}: must be at least 1")
+    folder = local_folder(folder)
     check_inputs(config, model and model.config, data, reads_text=True)
     model = model or load_model(config.model, dtype=config.model_dtype)
     sites = dict(make_plan(config, model.config).sites)

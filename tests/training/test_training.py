@@ -211,9 +211,11 @@ def test_bad_stores_are_refused_before_a_model_is_loaded(model, tmp_path, monkey
         (3, {"dtype": "float16"}, "as bfloat16 or int8, not 'float16'"),
         (3, {"tokens": 0}, "tokens 0: must be at least 1"),
         (99, {}, "layer 99: the model has 0"),
+        (3, {"folder": "gs://bucket/store"}, "copy them to a local disk"),
     ):
+        options = {"folder": tmp_path / "store", **options}
         with pytest.raises(InputError, match=message):
-            training.store_activations(recipe(coder(layer)), tmp_path / "store", **options)
+            training.store_activations(recipe(coder(layer)), **options)
 
 
 def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
