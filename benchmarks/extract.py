@@ -260,10 +260,10 @@ def compare_features(coders: str, folder: str) -> tuple[float, float, float, int
             n = min(len(segment), len(place) - segment.start)
             if n <= 0:
                 break
-            offsets, ids, some = segment.rows(0, n, name)
-            rows = np.repeat(np.arange(n) + segment.start, np.diff(offsets))
-            keys.append(place[rows] * width + ids)
-            values.append(some)
+            offsets, ids, some = segment.by_token(name)
+            rows = np.repeat(np.arange(n) + segment.start, np.diff(offsets[: n + 1]))
+            keys.append(place[rows] * width + ids[: len(rows)])
+            values.append(some[: len(rows)])
         mine, mine_values = np.concatenate(keys), np.concatenate(values).astype(np.float64)
         keys, values = [], []
         for number in range(len(segments)):

@@ -25,7 +25,7 @@ import numpy as np
 import gemma_scope_jax as gs
 from gemma_scope_jax.cards.labels import build_labels, write_labels
 from gemma_scope_jax.data.documents import read_documents
-from gemma_scope_jax.evaluation.evaluate import evaluate_all, text_batches
+from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure, text_batches
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
 OTHER_TOKENS = 41_000  # of each further text
@@ -63,12 +63,15 @@ def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> li
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
     batches = list(text_batches(tok, documents, context_size=512))
     some = lambda tokens: batches[: -(-tokens // batches[0].tokens.size)]
-    fits = evaluate_all(model, coders, some(tokens), delta_loss=False)
-    costs = evaluate_all(model, coders, some(loss_tokens), ablation=True)
+    ablated = EvaluationPlan(ablations=("zero", "zero everywhere"))
+    fits = measure(model, coders, some(tokens), EvaluationPlan(loss_tokens=0))
+    costs = measure(model, coders, some(loss_tokens), ablated)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
     return [
-        fit.as_dict() | {name: cost.as_dict()[name] for name in names} | {"text": path.name}
-        for fit, cost in zip(fits, costs)
+        fit.metrics().as_dict()
+        | {name: cost.metrics().as_dict()[name] for name in names}
+        | {"text": path.name}
+        for fit, cost in zip(fits.tallies, costs.tallies)
     ]
 
 

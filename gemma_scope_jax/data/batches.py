@@ -5,6 +5,8 @@ A position is a document's number and a token in it, so resuming tokenises nothi
 
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,28 +17,71 @@ import numpy as np
 
 from gemma_scope_jax.data import documents as sources
 from gemma_scope_jax.data.document_files import Record
-from gemma_scope_jax.data.documents import Documents, HostShard, Source, StreamedDocuments, TextData
+from gemma_scope_jax.data.documents import Documents, Indexed, Source, StreamedDocuments, TextData
 from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.batch import TokenBatch
-from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.model.tokenizer import ROLES, Tokenizer
 from gemma_scope_jax.storage.manifest import digest
 
+THREADS = min(16, os.cpu_count() or 1)  # that tokenise, at about 0.5 million tokens/s each
 _PLACE = ("epoch", "document", "offset")
 
 
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Documents in an order, as tokens. seed None: unshuffled."""
+
+    documents: Documents
+    data: TextData
+    tokenizer: Tokenizer
+    seed: int | None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.documents, self.data, self.tokenizer, self.seed)
+
+    def same_text(self, there: Any) -> bool:
+        """Whether `there` is the `fingerprint` of this text, in today's or an older form."""
+        about = (self.documents, self.data, self.tokenizer, self.seed)
+        return there == self.fingerprint or there == fingerprint(*about, named=True)
+
+    @property
+    def count(self) -> int | None:
+        """The number of documents, None if only reading them all would tell."""
+        return self.documents.count if isinstance(self.documents, Indexed) else None
+
+    @property
+    def shuffled(self) -> int | None:
+        """The number of documents that are shuffled; None: numbers are places in the order."""
+        return None if self.seed is None else self.count
+
+    def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
+        """(number, record) of the documents at places `start` to `stop` of the order.
+
+        Numbers count documents in the order of the files; for compressed files and iterables they
+        are the places in the shuffled order.
+        """
+        documents = self.documents
+        if not isinstance(documents, Indexed):
+            return itertools.islice(enumerate(documents.ordered(self.seed)), start, stop)
+        numbers = documents.numbers(self.seed, 0, (0, 1), start, stop)
+        return ((number, documents.read(number)) for number in numbers)
+
+    def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a document without <bos>, int32 [n]; the mask of those to use, bool [n]."""
+        return labelled_record(self.tokenizer, record, self.data)[:2]
+
+
 class TokenBatches:
-    """An iterator of `TokenBatch`es [batch_size, context_size], packed as by `pack`.
+    """An iterator of `TokenBatch`es [batch_size, context_size], packed by `fill_rows`.
 
     source     a `TextData`, a list or other iterable of strings, a function returning one, or a
                `TokenBatch`, whose documents are packed again
     seed       of the order, which is another in every epoch
-    shard      (index, count): the share of the `index`th of `count` hosts
     epochs     passes over the documents; None: without end. The last batch may be padded
     position   a `position` of an earlier iterator over the same data: continue from there
-    workers    threads that tokenise, at about 0.5 million tokens/s each; None: one per core, up to
-               16. They do not change the batches
 
     `position` is a small JSON-able dict: where the next batch begins. Only `batch_size` and
     `context_size` may then change. Raises `InputError` for bad sources and positions of other data.
@@ -52,28 +97,14 @@ class TokenBatches:
         context_size: int,
         *,
         seed: int = 0,
-        shard: HostShard = (0, 1),
         epochs: int | None = None,
         position: Mapping[str, Any] | None = None,
-        workers: int | None = None,
     ):
         self.batch_size, self.context_size = batch_size, context_size
-        self.seed, self.shard = seed, shard
-        self.data = source if isinstance(source, TextData) else TextData()
-        self._tokenizer = tokenizer
-        self._documents: Documents = sources.open_documents(source)
-        self._workers = min(16, os.cpu_count() or 1) if workers is None else workers
-        if self._workers < 1:
-            raise InputError(f"workers must be at least 1, not {workers}")
-        self._epochs = 1 if self._documents.once else epochs
-        index, count = shard
-        if not 0 <= index < count:
-            raise InputError(f"shard {shard}: must be (index, count) with 0 <= index < count")
-        if not isinstance(self._documents, StreamedDocuments) and self._documents.count < count:
-            few = self._documents.count
-            raise InputError(f"{few} documents are too few to split over {count} hosts")
-        self._about = (self._documents, self.data, tokenizer, seed, shard)
-        self.fingerprint = fingerprint(*self._about)
+        data = source if isinstance(source, TextData) else TextData()
+        self.text = Text(sources.open_documents(source), data, tokenizer, seed)
+        self._epochs = 1 if self.text.documents.once else epochs
+        self.fingerprint = self.text.fingerprint
         beginning = {"data": self.fingerprint, **dict.fromkeys(_PLACE, 0)}
         self._go_to(beginning if position is None else position)
 
@@ -83,22 +114,18 @@ class TokenBatches:
         other._go_to(position)
         return other
 
-    def same_text(self, there: Any) -> bool:
-        """Whether `there` is the `fingerprint` of this text, in today's or an older form."""
-        return there == self.fingerprint or same_text(there, *self._about)
-
     def _go_to(self, position: Mapping[str, Any]) -> None:
         numbers = [position.get(k) for k in _PLACE] if isinstance(position, Mapping) else [None]
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise InputError(f"not a position in a text: {position!r}")
-        if not self.same_text(position.get("data")):
+        if not self.text.same_text(position.get("data")):
             raise InputError(
                 "the position to resume from belongs to other data: the text, its settings, seed, "
                 "hosts or tokenizer have changed; restore them, or start again"
             )
         self.position: dict[str, Any] = {**position, "data": self.fingerprint}
-        shape = (self.batch_size, self.context_size)
-        self._batches = fill_rows(self._pieces(), *shape, self._tokenizer.bos_id, self.names)
+        shape, bos = (self.batch_size, self.context_size), self.text.tokenizer.bos_id
+        self._batches = fill_rows(self._pieces(), *shape, bos, self.names)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         return self
@@ -111,11 +138,12 @@ class TokenBatches:
 
     def _pieces(self) -> Iterator[Piece]:
         epoch, start, offset = (self.position[k] for k in _PLACE)
-        with ThreadPoolExecutor(self._workers, "tokenise") as pool:
+        documents, seed = self.text.documents, self.text.seed
+        with ThreadPoolExecutor(THREADS, "tokenise") as pool:
             while self._epochs is None or epoch < self._epochs:
                 some = start > 0 or offset > 0
-                records = self._documents.ordered(self.seed, epoch, self.shard, start)
-                encoded = map_ahead(pool, self._encode, records, 4 * self._workers)
+                records = documents.ordered(seed, epoch, start=start)
+                encoded = map_ahead(pool, self._encode, records, 4 * THREADS)
                 for number, (ids, mask, labels) in enumerate(encoded, start):
                     if offset > len(ids):
                         raise InputError("the text has changed since the run was stopped")
@@ -123,12 +151,12 @@ class TokenBatches:
                     yield Piece(epoch, number, ids, mask, offset, labels)
                     offset = 0
                 if not some:
-                    raise InputError("no text: all documents of this host are empty or unusable")
+                    raise InputError("no text: all documents are empty or unusable")
                 epoch, start, offset = epoch + 1, 0, 0
 
     def _encode(self, record: Record) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Ids, mask and labels of a document, as in `Piece`."""
-        return *encode_record(self._tokenizer, record, self.data), {}
+        return *self.text.encode(record), {}
 
 
 def fingerprint(
@@ -136,7 +164,6 @@ def fingerprint(
     data: TextData,
     tokenizer: Tokenizer,
     seed: int | None,
-    shard: HostShard = (0, 1),
     *,
     named: bool = False,
 ) -> str:
@@ -151,12 +178,8 @@ def fingerprint(
         del settings["shuffle_window"]
     sample = tokenizer.encode("A sample: 12 of them, über\n\tall.", bos=True).tolist()
     identity = documents.named() if named else documents.identity
-    return digest(json.dumps([identity, settings, seed, list(shard), sample]))
-
-
-def same_text(there: Any, *about: Any) -> bool:
-    """Whether `there` is the `fingerprint` of `about`, in today's or an older form."""
-    return there == fingerprint(*about) or there == fingerprint(*about, named=True)
+    whole = [0, 1]  # in older versions hosts had parts of a text
+    return digest(json.dumps([identity, settings, seed, whole, sample]))
 
 
 def readings(position: Mapping[str, Any]) -> int:
@@ -187,17 +210,11 @@ def counting(
         yield batch, after
 
 
-def encode_record(
-    tokenizer: Tokenizer, record: Record, data: TextData
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a document without <bos>, int32 [n], and the mask of those to use, bool [n]."""
-    return labelled_record(tokenizer, record, data)[:2]
-
-
 def labelled_record(
     tokenizer: Tokenizer, record: Record, data: TextData
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`encode_record`, and the number of each token's role in `SPAN_ROLES`; -1 outside of chats."""
+    """Token ids of a document without <bos>, int32 [n], the mask of those to use, bool [n], and the
+    number of each token's role in `SPAN_ROLES`, int32 [n]; -1 outside of chats."""
     no_roles = lambda n: np.full(n, -1, np.int32)
     if record.kind == "tokens":
         ids, mask = record.value
@@ -217,5 +234,5 @@ def labelled_record(
         where = "" if record.where in str(error) else f"{record.where}: "
         hint = "" if record.kind == "string" else " (or set skip_bad=True)"
         raise InputError(f"{where}{error}{hint}") from error
-    ids, selected = chat.ids[1:], chat.mask(*data.counted_roles)[1:]
+    ids, selected = chat.ids[1:], chat.mask(*(ROLES[role] for role in data.roles))[1:]
     return ids, selected & ~tokenizer.special[ids], chat.roles[1:]

@@ -8,7 +8,6 @@ case, decides the format; formats that cannot be read are refused.
 import codecs
 import dataclasses
 import gzip
-import importlib
 import io
 import mmap
 import os
@@ -102,11 +101,6 @@ def kind_of(path: Path) -> str:
     if last not in _PLAIN and {*_LINES, *_COMPRESSED, *_RECORDS} & set(suffixes):
         raise InputError(f"{path}: rename it so that it ends in its format, .txt or .jsonl")
     return "text"
-
-
-def is_stream(path: Path) -> bool:
-    """Whether a file can only be read from the beginning."""
-    return kind_of(path) == "stream"
 
 
 def decoded(value: bytes, where: str | os.PathLike) -> str:
@@ -212,7 +206,7 @@ def stream_records(path: Path, skip_long: bool = False) -> Iterator[Record]:
     """The documents of any supported file in order. Raises `InputError` for broken files and,
     unless `skip_long`, for the first line that is too long: compressed data may be endless.
     """
-    if not is_stream(path):
+    if kind_of(path) != "stream":
         file = indexed_file(path)
         yield from map(file.read, range(file.count))
         return
@@ -259,13 +253,9 @@ def decompressed(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     try:
-        return importlib.import_module("compression.zstd").open(path, "rb")  # Python 3.14
+        import zstandard
     except ImportError:
-        pass
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ImportError:
-        raise InputError(f"{path}: .zst needs Python 3.14 or `pip install zstandard`") from None
+        raise InputError(f"{path}: .zst needs `pip install zstandard`") from None
     # zstandard.open would stop silently after the first of several frames.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     _check_frames(path, zstandard)

@@ -76,11 +76,6 @@ class TextData:
         if self.shuffle_window < 1:
             raise InputError(f"shuffle_window must be at least 1, not {self.shuffle_window}")
 
-    @property
-    def counted_roles(self) -> tuple[str, ...]:
-        """`roles` under the names of `tokenizer.Chat.mask`."""
-        return tuple(dict.fromkeys(ROLES[role] for role in self.roles))
-
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
@@ -147,9 +142,9 @@ Documents = Indexed | StreamedDocuments
 Source = TextData | Iterable[str] | Callable[[], Iterable[str]] | TokenBatch
 
 
-def open_documents(source: Source, window: int = 10_000) -> Documents:
+def open_documents(source: Source) -> Documents:
     """The documents of `source`: a `TextData`, a list or other iterable of strings, a function
-    that returns a fresh iterable for each epoch (`window` is its shuffle window), or a batch.
+    that returns a fresh iterable for each epoch, or a batch.
 
     Reads files once, to identify them and to find the documents. Raises `InputError`.
     """
@@ -178,7 +173,7 @@ def open_documents(source: Source, window: int = 10_000) -> Documents:
         return (Record(f"document {i}", s, "string") for i, s in enumerate(strings))
 
     unknown = ["iterable"]  # until it is read
-    once = isinstance(source, Iterator)
+    once, window = isinstance(source, Iterator), TextData.shuffle_window
     return StreamedDocuments(unknown, lambda: unknown, 1, records, window, once)
 
 
@@ -199,7 +194,7 @@ def _files(data: TextData) -> Documents:
     paths = formats.text_files(data.files)
     identity = ["files", file_digests(paths)]
     named = lambda: [[path.name, path.stat().st_size] for path in paths]
-    if any(formats.is_stream(path) for path in paths):
+    if any(formats.kind_of(path) == "stream" for path in paths):
 
         def records(order: Sequence[int] | None) -> Iterator[Record]:
             for number in range(len(paths)) if order is None else order:

@@ -4,7 +4,7 @@ The segment ids keep the pieces apart, so no token sees another document.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -40,7 +40,8 @@ def fill_rows(
 ) -> Iterator[tuple[TokenBatch, Piece | None]]:
     """Batches [batch_size, context_size], each with the piece at whose offset the next one begins.
 
-    The last batch may be padded; its piece is None. The mask is False on <bos> and padding.
+    A piece that would get fewer than 8 tokens at the end of a row starts in the next. The last
+    batch may be padded; its piece is None. The mask is False on <bos> and padding.
     `names`: those of the groups, for each kind of label of the pieces; <bos> has no group.
     """
     if batch_size < 1 or context_size < 2:
@@ -75,19 +76,3 @@ def fill_rows(
             at, column, number = part.stop, stop, number + 1
     if batch.segments.any():
         yield batch, None
-
-
-def pack(
-    documents: Iterable[str],
-    encode: Callable[[str], np.ndarray],
-    batch_size: int,
-    context_size: int,
-    bos: int,
-) -> Iterator[TokenBatch]:
-    """Batches [batch_size, context_size]; the last one is padded with segment 0.
-
-    `encode` maps a document to token ids without <bos>, all of which are used. A document that
-    would get fewer than 8 tokens at the end of a row starts in the next.
-    """
-    pieces = (Piece(0, 0, ids, np.ones(len(ids), bool)) for ids in map(encode, documents))
-    return (filled for filled, _ in fill_rows(pieces, batch_size, context_size, bos))

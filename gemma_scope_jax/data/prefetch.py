@@ -1,18 +1,17 @@
-"""Work done ahead of time: batches in a thread, documents in a pool.
+"""Work done ahead of time in threads: documents in a pool, batches one after the other.
 
 The consumer gets the same results in the same order, and every error.
 """
 
 import collections
 import contextlib
-import queue
-import threading
-import weakref
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gemma_scope_jax.errors import InputError
+AHEAD = 4  # batches that wait for the consumer
+_END = object()
 
 
 def map_ahead(
@@ -28,65 +27,21 @@ def map_ahead(
         yield waiting.popleft().result()
 
 
-class Prefetched:
-    """The result of `prefetch`: an iterator of (batch, position after it).
+@contextlib.contextmanager
+def prefetch(batches: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Any]]]:
+    """(batch, position after it), made ahead of time by a thread that ends with the block.
 
-    `close()` ends the thread, as does leaving a `with` block or dropping the iterator.
+    `position` is `batches.position` after that batch, or None.
     """
+    source = iter(batches)
 
-    def __init__(self, batches: Iterable[Any], n: int):
-        self._queue: queue.Queue = queue.Queue(n)
-        self._stop = threading.Event()
-        arguments = (batches, self._queue, self._stop)  # not self: it must be collectable
-        self._thread = threading.Thread(target=_run_ahead, args=arguments, daemon=True)
-        weakref.finalize(self, self._stop.set)
-        self._thread.start()
+    def take(_: None) -> tuple[Any, Any]:
+        batch = next(source, _END)
+        return batch, getattr(batches, "position", None)
 
-    def __iter__(self) -> "Prefetched":
-        return self
-
-    def __next__(self) -> tuple[Any, Any]:
-        if self._stop.is_set():
-            raise StopIteration
-        batch, position, error = self._queue.get()
-        if error is not None:
-            self._stop.set()
-            raise error
-        return batch, position
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> "Prefetched":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def _run_ahead(batches: Iterable[Any], done: queue.Queue, stop: threading.Event) -> None:
-    def put(item: tuple) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                done.put(item, timeout=0.1)
-                return
-
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        for batch in batches:
-            put((batch, getattr(batches, "position", None), None))
-            if stop.is_set():
-                return
-        put((None, None, StopIteration()))
-    except BaseException as error:  # the consumer must see all errors
-        put((None, None, error))
-
-
-def prefetch(batches: Iterable[Any], n: int = 4) -> Prefetched:
-    """(batch, position after it), made ahead of time by a background thread; up to `n` wait.
-
-    `position` is `batches.position` after that batch, or None. The consumer gets all errors.
-    """
-    if n < 1:
-        raise InputError(f"prefetch at least one batch, not {n}")
-    return Prefetched(batches, n)
+        taken = map_ahead(pool, take, itertools.repeat(None), AHEAD)
+        yield itertools.takewhile(lambda found: found[0] is not _END, taken)
+    finally:
+        pool.shutdown(cancel_futures=True)

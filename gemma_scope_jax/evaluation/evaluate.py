@@ -20,7 +20,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.splice import replacement
-from gemma_scope_jax.data.packing import pack
+from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.evaluation.figures import SPLICED, Metrics, Tally
 from gemma_scope_jax.evaluation.metrics import coder_sums, on_host
 from gemma_scope_jax.evaluation.predictions import ablated, compare, final_residual, predicts
@@ -65,6 +65,7 @@ class EvaluationPlan:
         return tuple((kind, name) for kind, names in kinds.items() for name in names)
 
 
+@own_mesh
 def evaluate(
     model: Model, coder: Coder, batches: Batches, *, delta_loss: bool = True, ablation: bool = False
 ) -> Metrics:
@@ -78,22 +79,9 @@ def evaluate(
     tokens before `coder.first` of each document alone. Figures of a multi-layer coder are means
     over its layers. Raises `InputError` if the coder does not fit the model or no token is left.
     """
-    return evaluate_all(model, [coder], batches, delta_loss=delta_loss, ablation=ablation)[0]
-
-
-@own_mesh
-def evaluate_all(
-    model: Model,
-    coders: Sequence[Coder],
-    batches: Batches,
-    *,
-    delta_loss: bool = True,
-    ablation: bool = False,
-) -> list[Metrics]:
-    """`evaluate` for several coders on the same batches, sharing the model's own passes."""
     tokens = None if delta_loss or ablation else 0
     plan = EvaluationPlan(tokens, ("zero", "zero everywhere") if ablation else ())
-    return [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
+    return measure(model, [coder], batches, plan).tallies[0].metrics()
 
 
 @dataclasses.dataclass
@@ -330,6 +318,7 @@ def text_batches(
 ) -> Iterator[TokenBatch]:
     """Batches [batch_size, context_size] of packed `texts`, with every token in their mask: it is
     the `first` of coders that leaves out <bos>."""
-    encode = lambda text: tokenizer.encode(text, bos=False)
-    for packed in pack(texts, encode, batch_size, context_size, tokenizer.bos_id):
-        yield packed.plain
+    encoded = (tokenizer.encode(text, bos=False) for text in texts)
+    pieces = (Piece(0, 0, ids, np.ones(len(ids), bool)) for ids in encoded)
+    for batch, _ in fill_rows(pieces, batch_size, context_size, tokenizer.bos_id):
+        yield batch.plain

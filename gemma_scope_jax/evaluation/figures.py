@@ -22,7 +22,12 @@ BINS_PER_DECADE = 4  # of the density histogram
 LOWEST_DECADE = -8
 
 SPLICED = "spliced"  # the run with the reconstruction in place of the activation
-ABLATIONS = ("zero", "zero everywhere", "mean")  # runs with something else there; see `Losses`
+_ABLATED = {  # runs with something else there, and the fields of `Losses` for their loss and KL
+    "zero": ("ablated", "kl_ablated"),
+    "zero everywhere": ("everywhere_ablated", "kl_everywhere_ablated"),
+    "mean": ("mean_ablated", "kl_mean_ablated"),
+}
+ABLATIONS = tuple(_ABLATED)
 _SUMS = ("tokens", "mean", "bias", "columns")
 _COUNTS = ("fired", "pieces", "predicted", "clean")
 
@@ -65,11 +70,8 @@ class Losses:
 
     def ablation(self, name: str) -> tuple[float | None, float | None]:
         """(loss, KL) with one of `ABLATIONS` in place of the activation."""
-        return {
-            "zero": (self.ablated, self.kl_ablated),
-            "zero everywhere": (self.everywhere_ablated, self.kl_everywhere_ablated),
-            "mean": (self.mean_ablated, self.kl_mean_ablated),
-        }[name]
+        loss, kl = _ABLATED[name]
+        return getattr(self, loss), getattr(self, kl)
 
 
 def _over(a: float, b: float) -> float:
@@ -199,25 +201,13 @@ class Tally:
             return None
         n = int(self.predicted[group])
         mean = lambda sums: [float(v) / n if n else math.nan for v in sums]
-        of = lambda run: mean(self.runs[run][group]) if run in self.runs else [None] * 3
         (clean,) = mean(self.clean[group : group + 1])
-        spliced, kl, agreement = of(SPLICED)
-        zero, kl_zero, _ = of("zero")
-        average, kl_average, _ = of("mean")
-        everywhere, kl_everywhere, _ = of("zero everywhere")
-        return Losses(
-            tokens=n,
-            clean=clean,
-            spliced=math.nan if spliced is None else spliced,
-            ablated=zero,
-            mean_ablated=average,
-            kl=kl,
-            kl_ablated=kl_zero,
-            kl_mean_ablated=kl_average,
-            agreement=agreement,
-            everywhere_ablated=everywhere,
-            kl_everywhere_ablated=kl_everywhere,
-        )
+        spliced, kl, agreement = mean(self.runs[SPLICED][group])
+        changed: dict[str, float] = {}
+        for name, fields in _ABLATED.items():
+            if name in self.runs:
+                changed |= dict(zip(fields, mean(self.runs[name][group])))
+        return Losses(n, clean, spliced, kl=kl, agreement=agreement, **changed)
 
     def metrics(self) -> Metrics:
         """The figures of the sums. Raises `InputError` if there are no tokens."""

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.kernels import xla
 
 OUTLIER = 3.0
 TOKEN_CHUNK = 256  # only features [256, F] exist at a time
@@ -216,18 +217,9 @@ def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Ar
     """back [X, N, D], active and l1 [X, N] float32, fired and in_pieces int32 [X, F]."""
     X, N = x.shape[0], mask.shape[0]
     size = min(TOKEN_CHUNK, N)
-    chunks = -(-N // size)
-
-    def split(a: jax.Array) -> jax.Array:
-        a = jnp.pad(a, [(0, 0), (0, chunks * size - N)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(a.shape[0], chunks, size, *a.shape[2:]), 1, 0)
-
-    def join(a: jax.Array) -> jax.Array:
-        return jnp.moveaxis(a, 0, 1).reshape(X, chunks * size, *a.shape[3:])[:, :N]
 
     def step(carry, chunk):
         x, here, piece = chunk
-        here, piece = here[0], piece[0]
         f = coder.encode(x)
         back = coder.decode(f, x)
         on = (f > 0) & here[None, :, None]
@@ -238,9 +230,9 @@ def _reconstructions(coder: Coder, x: jax.Array, mask: jax.Array, pieces: jax.Ar
 
     zeros = jnp.zeros((X, coder.width), jnp.int32)
     carry = (zeros, zeros, zeros > 0, jnp.int32(-1))
-    chunks_of = (split(x), split(mask[None]), split(pieces[None]))
-    (fired, in_pieces, *_), out = jax.lax.scan(step, carry, chunks_of)
-    return *map(join, out), fired, in_pieces
+    chunks = xla.split(x, 1, size), xla.split(mask, 0, size), xla.split(pieces, 0, size)
+    (fired, in_pieces, *_), out = jax.lax.scan(step, carry, chunks)
+    return *(xla.join(a, 1, N) for a in out), fired, in_pieces
 
 
 def _count_pieces(on, piece, count, seen, last):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.kernels import xla
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import forward, unembed
@@ -48,8 +49,6 @@ def compare(model: Model, clean: jax.Array, changed: jax.Array, tokens: jax.Arra
     N = B * T
     size = min(LOGIT_CHUNK, N)
     targets = jnp.pad(tokens[:, 1:].astype(jnp.int32), ((0, 0), (0, 1))).reshape(N)
-    pad = -N % size
-    cut = lambda a: jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
     states = jnp.moveaxis(changed.reshape(-1, N, D), 0, 1)
 
     def logs(state):
@@ -71,9 +70,10 @@ def compare(model: Model, clean: jax.Array, changed: jax.Array, tokens: jax.Arra
 
         return -pick(log_p, target), *jax.lax.map(run, jnp.moveaxis(others, 1, 0))
 
-    own, *others = jax.lax.map(chunk, (cut(clean.reshape(N, D)), cut(states), cut(targets)))
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :N].reshape(-1, B, T)
-    return Predictions(own.reshape(-1)[:N].reshape(B, T), *map(join, others))
+    chunks = tuple(xla.split(a, 0, size) for a in (clean.reshape(N, D), states, targets))
+    own, *others = jax.lax.map(chunk, chunks)
+    own, *others = xla.join(own, 0, N), *(xla.join(a, 1, N) for a in others)
+    return Predictions(own.reshape(B, T), *(a.reshape(-1, B, T) for a in others))
 
 
 @jax.jit

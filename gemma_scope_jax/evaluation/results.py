@@ -22,7 +22,6 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.coders.coder import Coder, public_name
-from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.manifest import Format, digest
 from gemma_scope_jax.storage.paths import folder_path
@@ -110,8 +109,6 @@ def coder_id(coder: Coder | None, name: str = "") -> tuple[str, str]:
     """(release, id): the first part of an address and the rest; for a folder a digest of its path,
     which stays private, and its name."""
     if coder is None:
-        if not name:
-            raise InputError("a result of several coders needs a name")
         return "gemma_scope_jax", name
     path = coder.info.path
     if not path:

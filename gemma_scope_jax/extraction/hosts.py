@@ -14,27 +14,22 @@ from jax.sharding import Mesh, PartitionSpec
 from gemma_scope_jax.coders.active_features import ActiveFeatures, specs
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.extraction.work import Ended
-from gemma_scope_jax.model import sharding
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.sharding import mesh_under
 
 T = TypeVar("T")
 
 
-def mesh_under(model: Model) -> Any:
-    """The mesh ("data", "model") of the model's weights, or None."""
-    return sharding.mesh_under(model.params.embed)
-
-
 def count_of(model: Model) -> int:
     """The number of processes that the model's mesh spans; 1 without a mesh."""
-    mesh = mesh_under(model)
+    mesh = mesh_under(model.params.embed)
     return 1 if mesh is None else len({d.process_index for d in mesh.devices.flat})
 
 
 def check(model: Model, batch_size: int) -> None:
     """Raise `InputError` unless each host has whole rows of the mesh, which divide `batch_size`."""
-    mesh, hosts = mesh_under(model), count_of(model)
-    if hosts == 1:
+    mesh, hosts = mesh_under(model.params.embed), count_of(model)
+    if mesh is None or hosts == 1:
         return
     owners = [{d.process_index for d in line} for line in mesh.devices]
     if any(len(owner) > 1 for owner in owners) or len(owners) % hosts:

@@ -19,6 +19,7 @@ from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.extraction.store.codec import Entries, offsets_of
 from gemma_scope_jax.model.batch import TokenBatch
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.sharding import mesh_under
 
 IN_FLIGHT = 3  # batches on the device that the host has not copied yet
 Started = tuple[TokenBatch, list[ActiveFeatures]]  # a batch on the device and its results, pending
@@ -28,7 +29,7 @@ class Runner:
     """The compiled pass of a job. `start` runs a batch, `finish` brings its entries to the host."""
 
     def __init__(self, model: Model, coders: Mapping[str, Coder], slots: int, precision: str):
-        self.model, self.slots, self.mesh = model, slots, hosts.mesh_under(model)
+        self.model, self.slots, self.mesh = model, slots, mesh_under(model.params.embed)
         self.hosts = hosts.count_of(model)
         self.groups, self.coders = on_device.grouped(coders), coders
         self.weights = tuple(on_device.encoders(g, coders, self.mesh) for g in self.groups)
@@ -83,7 +84,7 @@ class Runner:
             found = self._run(self.model, self.weights, batch, slots=slots)
         held = []
         for group, active in zip(self.groups, found):
-            if self.hosts > 1:
+            if self.mesh is not None and self.hosts > 1:
                 active = hosts.own_part(self.mesh, active, group.width)
             spilled = active.spilled
             host: Any = jax.tree.map(np.asarray, dataclasses.replace(active, spilled=None))

@@ -6,16 +6,15 @@ on its number: any process may make any shard at any time, and the store is the 
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from gemma_scope_jax.data.batches import encode_record, fingerprint, same_text
+from gemma_scope_jax.data.batches import THREADS, Text
 from gemma_scope_jax.data.document_files import Record
-from gemma_scope_jax.data.documents import Documents, Indexed, Source, TextData, open_documents
+from gemma_scope_jax.data.documents import Source, TextData, open_documents
 from gemma_scope_jax.data.packing import Piece, fill_rows
 from gemma_scope_jax.data.prefetch import map_ahead
 from gemma_scope_jax.errors import InputError, shown
@@ -24,61 +23,17 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 
 SAMPLE = 2_000_000  # tokens counted before the start: targets up to here are met to the document
 FEW = 200_000  # tokens counted before the start if all the text is wanted
-_THREADS = min(16, os.cpu_count() or 1)
 Encoded = tuple[int, int, str, np.ndarray, np.ndarray]  # shard, number, where, ids, mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """Documents in an order, as tokens. seed None: unshuffled."""
-
-    documents: Documents
-    data: TextData
-    tokenizer: Tokenizer
-    seed: int | None
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.documents, self.data, self.tokenizer, self.seed)
-
-    def same_text(self, there: Any) -> bool:
-        """Whether `there` is the `fingerprint` of this text, in today's or an older form."""
-        return same_text(there, self.documents, self.data, self.tokenizer, self.seed)
-
-    @property
-    def count(self) -> int | None:
-        """The number of documents, None if only reading them all would tell."""
-        return self.documents.count if isinstance(self.documents, Indexed) else None
-
-    @property
-    def shuffled(self) -> int | None:
-        """The number of documents that are shuffled; None: numbers are places in the order."""
-        return None if self.seed is None else self.count
-
-    def records(self, start: int, stop: int | None = None) -> Iterator[tuple[int, Record]]:
-        """(number, record) of the documents at places `start` to `stop` of the order.
-
-        Numbers count documents in the order of the files; for compressed files and iterables they
-        are the places in the shuffled order.
-        """
-        documents = self.documents
-        if not isinstance(documents, Indexed):
-            return itertools.islice(enumerate(documents.ordered(self.seed)), start, stop)
-        numbers = documents.numbers(self.seed, 0, (0, 1), start, stop)
-        return ((number, documents.read(number)) for number in numbers)
-
-    def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        return encode_record(self.tokenizer, record, self.data)
 
 
 def open_text(source: Source, tokenizer: Tokenizer, seed: int | None) -> Text:
     """`source` as for training. Raises `InputError` for what can be read only once."""
-    data = source if isinstance(source, TextData) else TextData()
     documents = open_documents(source)
     if documents.once:
         raise InputError(
             "an iterator can be read only once; give a list, or a function that returns one"
         )
+    data = source if isinstance(source, TextData) else TextData()
     return Text(documents, data, tokenizer, seed)
 
 
@@ -104,8 +59,8 @@ def measure(text: Text, tokens: int | None, first: int = 1) -> Size:
         late = bool(mask[max(first - 1, 0) :].any())  # <bos> is at position 0
         return len(ids) + (len(ids) > 0), int(mask.sum()), late
 
-    with ThreadPoolExecutor(_THREADS, "tokenise") as pool:
-        for size, some, late in map_ahead(pool, sizes, text.records(0), 4 * _THREADS):
+    with ThreadPoolExecutor(THREADS, "tokenise") as pool:
+        for size, some, late in map_ahead(pool, sizes, text.records(0), 4 * THREADS):
             documents, read, used = documents + 1, read + size, used + some
             found |= late
             if read >= wanted and found:
@@ -169,8 +124,8 @@ class ShardPlan:
 
     def batches(self, shards: Sequence[int]) -> Iterator[Packed | Ended]:
         """The batches of some shards, in ascending order, each shard's followed by its `Ended`."""
-        with ThreadPoolExecutor(_THREADS, "tokenise") as pool:
-            encoded = map_ahead(pool, self._encode, self._records(shards), 4 * _THREADS)
+        with ThreadPoolExecutor(THREADS, "tokenise") as pool:
+            encoded = map_ahead(pool, self._encode, self._records(shards), 4 * THREADS)
             for shard, documents in itertools.groupby(encoded, key=lambda e: e[0]):
                 yield from self._shard(shard, documents)
 

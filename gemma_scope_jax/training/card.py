@@ -4,8 +4,8 @@ import io
 import json
 import logging
 import math
-from functools import partial
-from typing import Any, BinaryIO
+from operator import methodcaller
+from typing import Any
 
 from etils import epath
 
@@ -42,13 +42,9 @@ def write_card(
     files = {"train_config.json": recipe.encode(), "README.md": text.encode()}
     if picture:
         files["curves.png"] = picture
-    write_folder(folder, {n: partial(_write, data) for n, data in files.items()})
+    write_folder(folder, {name: methodcaller("write", data) for name, data in files.items()})
     if not picture:  # of an earlier save
         (folder / "curves.png").unlink(missing_ok=True)
-
-
-def _write(data: bytes, file: BinaryIO) -> None:
-    file.write(data)
 
 
 def _text(

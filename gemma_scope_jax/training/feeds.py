@@ -96,6 +96,8 @@ def token_batches(
 class TextFeed:
     """Text through the model into the buffer on the device; `data` replaces the config's text."""
 
+    repeats = 1
+
     def __init__(self, plan: TrainPlan, model: Model, data: Any = None):
         self.plan, self.model, self.data = plan, model, data
         self.made_with = model_identity(model)
@@ -121,9 +123,6 @@ class TextFeed:
     def readings(self, position: Any, done: int) -> int:
         return readings(position) if position else 0
 
-    def repeats(self) -> int:
-        return 1
-
     def ready(self, state: TrainState) -> bool:
         """Whether the buffer is full."""
         return int(state.filled) == self.plan.config.buffer
@@ -145,6 +144,7 @@ class StoreFeed:
         _check_store(self.store, plan.config, model)
         self.rows = len(self.store) - held_rows(len(self.store), plan.config.held_share)
         self.made_with = self.store.manifest["model"]
+        self.repeats = readings(self.store.manifest["position"])
         self.train = _compiled(store_step, plan, placement(plan, model.config))
 
     @contextmanager
@@ -159,21 +159,15 @@ class StoreFeed:
                 f"{c.store}: has grown or changed since this run began, which would change the "
                 "order: restore its contents, or train into another folder"
             )
-        with prefetch(self._batches(done)) as batches:
+        stored = self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
+        with prefetch(stored) as batches:
             yield ((self._on_device(x), here) for x, _ in batches)
-
-    def _batches(self, done: int) -> Iterator[dict[str, np.ndarray]]:
-        c = self.plan.config
-        return self.store.batches(c.tokens_a_pass, c.seed, start=done, rows=self.rows)
 
     def step(self, state: TrainState, batch: Any, started: bool) -> StepResult:
         return self.train(state, batch)
 
     def readings(self, position: Any, done: int) -> int:
         return -(-done * self.plan.config.tokens_a_pass // self.rows)
-
-    def repeats(self) -> int:
-        return readings(self.store.manifest["position"])
 
     def ready(self, state: TrainState) -> bool:
         return True

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.data.activations.files import DTYPES
+from gemma_scope_jax.data.activations.files import DTYPES, local_folder
 from gemma_scope_jax.data.activations.store import write_activations
 from gemma_scope_jax.data.document_files import text_files
 from gemma_scope_jax.errors import InputError
@@ -126,11 +126,13 @@ def store_activations(
     """
     if dtype not in DTYPES:
         raise InputError(f"activations are stored as {' or '.join(DTYPES)}, not {dtype!r}")
+    if (count := config.tokens if tokens is None else tokens) < 1:
+        raise InputError(f"tokens {count}: must be at least 1")
+    folder = local_folder(folder)
     check_inputs(config, model and model.config, data, reads_text=True)
     model = model or load_model(config.model, dtype=config.model_dtype)
     sites = dict(make_plan(config, model.config).sites)
     batches = token_batches(config, model.config, data)
-    count = config.tokens if tokens is None else tokens
     write_activations(model, batches, sites, folder, tokens=count, dtype=dtype, first=config.first)
 
 
@@ -343,7 +345,7 @@ class _TrainRun:
         apart = next(iter(sample.values())).shape[1] > 1
         if not apart:  # of so little text, none was held out
             sample = ends.some(self.feed.sample(state), ends.SAMPLE)
-        apart &= self.feed.repeats() < 2  # the last rows of a store may be copies of the first
+        apart &= self.feed.repeats < 2  # the last rows of a store may be copies of the first
         # Every other token sets thresholds, the others give the figures.
         found = ends.coders(self.plan, state, {site: rows[:, ::2] for site, rows in sample.items()})
         both = found, {site: rows[:, 1::2] for site, rows in sample.items()}
@@ -356,7 +358,7 @@ class _TrainRun:
             saved, refused = save_measured(found, self.out / "coders", sample, sites, apart)
             log_saved(log, tokens, saved)
             for name in saved:
-                times = (self.readings, self.feed.repeats())
+                times = (self.readings, self.feed.repeats)
                 write_card(self.out / "coders" / name, name, self.config, log, tokens, times)
             if refused:
                 raise InputError(

@@ -80,10 +80,9 @@ def test_the_store_holds_what_the_model_computes(model, tmp_path, dtype):
         else:
             np.testing.assert_allclose(y, x, rtol=2**-8, atol=1e-5)
         wide = y.astype(np.float64)
-        np.testing.assert_allclose(store.mean(site), wide.mean(1), rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose(
-            store.mean_squared_norm(site), (wide**2).sum(-1).mean(1), rtol=1e-6
-        )
+        sums = store.manifest["sums"][site]
+        np.testing.assert_allclose(sums["sum"], wide.sum(1), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(sums["squared_norm"], (wide**2).sum((1, 2)), rtol=1e-6)
     store.verify()
 
 
@@ -94,7 +93,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
             return batch.replace(mask=batch.mask & (batch.tokens != ord("a") % 297 + 3))
 
     def batches():
-        return NoA(texts(), make()._tokenizer, 4, 32, seed=3)
+        return NoA(texts(), make().text.tokenizer, 4, 32, seed=3)
 
     store = write_activations(model, batches(), SITES, tmp_path, 200, shard_rows=64)
     expected = by_hand(model, batches(), 200)
@@ -104,7 +103,7 @@ def test_what_the_data_leaves_out_is_not_stored(model, tmp_path):
 
 
 def test_a_text_of_which_nothing_counts_ends_and_is_said(model, tmp_path, caplog):
-    batches = TokenBatches(["abc", "defg"], make()._tokenizer, 4, 32)
+    batches = TokenBatches(["abc", "defg"], make().text.tokenizer, 4, 32)
     with pytest.raises(InputError, match="no token counts.*position 5 or later"):
         write_activations(model, batches, SITES, tmp_path / "a", 100, first=5)
     assert not list((tmp_path / "a").glob("*.safetensors"))
@@ -121,8 +120,8 @@ def test_shards_are_safetensors_files(whole):
 
 
 def test_reading_gives_rows_in_the_order_asked_and_only_the_sites_asked(whole, monkeypatch):
-    store = whole[0]
     monkeypatch.setattr("gemma_scope_jax.data.activations.store._OPEN_FILES", 3)
+    store = ActivationStore(whole[0].folder)
     rows = np.random.default_rng(0).integers(0, 1000, 200)  # some of them twice
     everything, got = store.read(np.arange(1000)), store.read(rows)
     for site in SITES:
@@ -130,7 +129,6 @@ def test_reading_gives_rows_in_the_order_asked_and_only_the_sites_asked(whole, m
     part = ActivationStore(store.folder, {"resid_post": (2,)})
     assert part.sites == {"resid_post": (2,)}
     np.testing.assert_array_equal(part.read(rows)["resid_post"], got["resid_post"][1:])
-    np.testing.assert_array_equal(part.mean("resid_post"), store.mean("resid_post")[1:])
     assert store.read(np.zeros(0, int))["mlp_out"].shape == (1, 0, 32)
 
 
@@ -149,9 +147,6 @@ def test_batches_are_a_global_shuffle_that_resumes_by_number(whole):
         batch, expected = next(batches), store.read(rows[96 * n : 96 * (n + 1)])
         for site in SITES:
             np.testing.assert_array_equal(batch[site], expected[site])
-    hosts = [np.concatenate(number(seed=5, shard=(i, 2))) for i in range(2)]
-    halves = np.stack(hosts).reshape(2, 25, 96).transpose(1, 0, 2).reshape(-1)
-    np.testing.assert_array_equal(halves[: len(rows)], rows)
 
 
 def test_a_model_on_a_mesh_stores_the_same(model, tmp_path):
@@ -223,7 +218,8 @@ def test_more_tokens_extend_a_store_and_the_same_call_changes_nothing(whole, cop
         np.testing.assert_array_equal(
             longer.read(np.arange(1200))[site], other.read(np.arange(1200))[site]
         )
-        np.testing.assert_allclose(longer.mean(site), other.mean(site), rtol=1e-12, atol=1e-15)
+        ours, theirs = (s.manifest["sums"][site]["sum"] for s in (longer, other))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_a_text_that_ends_early_leaves_a_shorter_store(model, tmp_path, caplog):
@@ -327,14 +323,8 @@ def test_another_run_is_not_mixed_into_a_store(model, copy):
 
 
 BAD_CALLS = {
-    "dtype": (dict(dtype="float16"), "bfloat16 or int8"),
-    "tokens": (dict(tokens=0), "at least 1"),
-    "shard_rows": (dict(shard_rows=0), "at least 1"),
     "bucket": (dict(folder="gs://bucket/store"), "copy them to a local disk"),
     "a file": (dict(folder=__file__), "cannot be written"),
-    "no sites": (dict(sites={}), "no sites"),
-    "layer": (dict(sites={"resid_post": (4,)}), "the model has 0..3"),
-    "twice": (dict(sites={"resid_post": (1, 1)}), "distinct"),
     "site": (dict(sites={"attn_pattern": (1,)}), "no coder can stand"),
 }
 
@@ -354,6 +344,3 @@ def test_bad_reads_are_refused(whole):
     for sites, message in (({"mlp_in": (1,)}, "did you mean mlp_out"), ({"mlp_out": (0,)}, "no l")):
         with pytest.raises(InputError, match=message):
             ActivationStore(store.folder, sites)
-    for bad in ({"batch": 0, "n": 0}, {"batch": 1, "n": -1}, {"batch": 1, "n": 0, "shard": (1, 1)}):
-        with pytest.raises(InputError, match="not a batch"):
-            store.batch_rows(**bad)

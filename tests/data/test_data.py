@@ -1,17 +1,18 @@
 """Text to packed batches: every format, exact positions, what tokens count."""
 
-import gc
 import itertools
 import json
 import sys
 import threading
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemma_scope_jax.data import batches as batching
 from gemma_scope_jax.data.batches import TokenBatches
 from gemma_scope_jax.data.documents import TextData, open_documents, parse, read_documents
 from gemma_scope_jax.data.prefetch import prefetch
@@ -127,17 +128,15 @@ SOURCES = {"list": lambda texts: texts, "iterable": lambda texts: lambda: iter(t
     rows=st.integers(1, 4),
     length=st.integers(2, 24),
     seed=st.integers(0, 99),
-    shard=st.sampled_from([(0, 1), (0, 2), (1, 2)]),
     cut=st.integers(0, 30),
     kind=st.sampled_from(sorted(SOURCES)),
 )
 @settings(max_examples=150, deadline=None)
-def test_resuming_at_any_boundary_goes_on_the_same(texts, rows, length, seed, shard, cut, kind):
+@mock.patch.object(batching, "THREADS", 1)  # documents are encoded in their order
+def test_resuming_at_any_boundary_goes_on_the_same(texts, rows, length, seed, cut, kind):
     texts = [f"{i}{text}" for i, text in enumerate(texts)]
     source = SOURCES[kind](texts)
-    make = lambda tok, workers=1, **k: TokenBatches(
-        source, tok, rows, length, seed=seed, shard=shard, epochs=3, workers=workers, **k
-    )
+    make = lambda tok, **k: TokenBatches(source, tok, rows, length, seed=seed, epochs=3, **k)
     first, positions = make(tok := Recording()), []
     positions.append(first.position)
     whole = [(positions.append(first.position), batch)[1] for batch in first]
@@ -150,10 +149,10 @@ def test_resuming_at_any_boundary_goes_on_the_same(texts, rows, length, seed, sh
     done = len(tok.seen) - len(again.seen)
     assert again.seen[1:] == tok.seen[1 + done :]
     # Nothing but the documents of earlier batches was left out.
-    per_epoch = len(texts[shard[0] :: shard[1]])
-    assert done == min(position["epoch"] * per_epoch + position["document"], 3 * per_epoch)
+    assert done == min(position["epoch"] * len(texts) + position["document"], 3 * len(texts))
     assert equal(list(first.at(position)), rest)
-    assert equal(list(make(Letters(), workers=5, position=position)), rest)
+    with mock.patch.object(batching, "THREADS", 5):
+        assert equal(list(make(Letters(), position=position)), rest)
 
 
 def test_batches_hold_the_documents_in_order_and_leave_little_room():
@@ -171,14 +170,8 @@ def test_batches_hold_the_documents_in_order_and_leave_little_room():
     assert max(np.sum(s == 0) for s in full) <= 8  # <bos> and fewer than 8 tokens
 
 
-def test_hosts_share_the_documents_and_without_epochs_there_is_no_end():
-    tok, kept = Letters(), []
-    for index in range(2):
-        for batch in TokenBatches(TEXTS, tok, 2, 64, shard=(index, 2), epochs=1):
-            kept += [batch.tokens[r][batch.segments[r] == s] for r in (0, 1) for s in range(1, 30)]
-    letters = sorted(int(t) for piece in kept for t in piece[1:])
-    assert letters == sorted(int(t) for text in TEXTS for t in tok.encode(text, bos=False))
-    endless = TokenBatches(TEXTS[:2], tok, 1, 8)
+def test_without_epochs_there_is_no_end():
+    endless = TokenBatches(TEXTS[:2], Letters(), 1, 8)
     assert len(list(itertools.islice(endless, 100))) == 100 and endless.position["epoch"] > 10
 
 
@@ -231,36 +224,38 @@ def test_control_tokens_never_count(gemma_like):
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name.endswith("(_run_ahead)")]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 def test_prefetched_batches_and_positions_are_those_of_the_consumer():
     make = lambda **k: TokenBatches(TEXTS, Letters(), 2, 32, epochs=2, **k)
-    plain, ahead = make(), prefetch(make(), 3)
-    for batch in plain:
-        taken, position = next(ahead)
-        assert equal([batch], [taken]) and position == plain.position
-    for _ in range(2):
-        with pytest.raises(StopIteration):
-            next(ahead)
+    plain = make()
+    with prefetch(make()) as ahead:
+        for batch in plain:
+            taken, position = next(ahead)
+            assert equal([batch], [taken]) and position == plain.position
+        for _ in range(2):
+            with pytest.raises(StopIteration):
+                next(ahead)
 
 
-def test_errors_reach_the_consumer_and_the_thread_ends_with_it():
+def test_errors_reach_the_consumer_and_the_thread_ends_with_the_block():
     def bad():
         yield "some text that fills more than a row of sixteen tokens"
         raise InputError("broken in the middle")
 
-    ahead = prefetch(TokenBatches(bad(), Letters(), 1, 16))
-    with pytest.raises(InputError, match="in the middle"):
+    source = TokenBatches(bad(), Letters(), 1, 16)
+    with prefetch(source) as ahead, pytest.raises(InputError, match="in the middle"):
         list(ahead)
-    with prefetch(itertools.count(), 1) as numbers:
+    with pytest.raises(KeyError), prefetch(itertools.count()) as numbers:
         assert next(numbers) == (0, None) and threads()
-    forgotten = prefetch(itertools.count(), 1)
-    thread = forgotten._thread
-    assert next(forgotten) == (0, None)
-    del forgotten
-    gc.collect()
-    thread.join(5)
-    assert not thread.is_alive() and not threads()
-    with pytest.raises(InputError):
-        prefetch([], 0)
+        raise KeyError
+    assert not threads()
+
+
+def test_only_a_few_batches_are_made_ahead():
+    made = []
+    with prefetch(made.append(i) or i for i in itertools.count()) as numbers:
+        for i in range(20):
+            assert next(numbers) == (i, None)
+            assert len(made) <= i + 6

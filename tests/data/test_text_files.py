@@ -277,7 +277,7 @@ def test_positions_go_on_in_the_same_text_and_in_no_other(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     rest = batches("./a.txt", rows=2, length=16, position=place)
     np.testing.assert_array_equal(next(rest).tokens, next(first).tokens)
-    about = (open_documents(first.data), first.data, Letters(), 0)
+    about = (first.text.documents, first.text.data, Letters(), 0)
     older = {**place, "data": fingerprint(*about, named=True)}  # by name and size alone
     assert batches(path, rows=2, length=16, position=older).position == place
     path.write_text("\n\f\n".join(["some wards"] * 20))

@@ -14,10 +14,11 @@ from gemma_scope_jax.coders.splice import splice
 from gemma_scope_jax.data.document_files import SEPARATOR
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.evaluate import (
+    EvaluationPlan,
     _fit_step,
     _read,
     evaluate,
-    evaluate_all,
+    measure,
     text_batches,
 )
 from gemma_scope_jax.evaluation.predictions import compare, final_residual
@@ -121,8 +122,9 @@ def test_many_at_once_have_the_figures_of_each_alone(model):
     coders = [coder_of(kind) for kind in ("sae", "skip", "z", "sae")]
     coders[3] = coders[3].replace(first=4)
     batches = [random_batch(), random_batch(1)]
-    together = evaluate_all(model, coders, batches, ablation=True)
-    for coder, got in zip(coders, together):
+    plan = EvaluationPlan(ablations=("zero", "zero everywhere"))
+    together = measure(model, coders, batches, plan).tallies
+    for coder, got in zip(coders, (tally.metrics() for tally in together)):
         alone = evaluate(model, coder, batches, ablation=True)
         np.testing.assert_allclose(figures(got), figures(alone), rtol=1e-6)
         np.testing.assert_array_equal(got.density, alone.density)
@@ -287,7 +289,8 @@ def test_the_packaged_transcoders_compute_what_the_mlps_do():
     assert [coder.layer for coder in coders] == list(range(18))
     documents = (load.PACKAGED / "sample.txt").read_text(encoding="utf-8").split(SEPARATOR)
     model, tok = gs.load_model("gemma-3-270m"), gs.load_tokenizer("gemma-3-270m")
-    found = evaluate_all(model, coders, text_batches(tok, documents), delta_loss=False)
+    batches, plan = text_batches(tok, documents), EvaluationPlan(loss_tokens=0)
+    found = [tally.metrics() for tally in measure(model, coders, batches, plan).tallies]
     assert np.mean([metrics.typical.fvu for metrics in found]) < 0.5
     for coder, metrics in zip(coders, found):
         assert 0.5 < metrics.l0 / coder.info.l0 < 2

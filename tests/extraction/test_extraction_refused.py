@@ -206,7 +206,7 @@ def test_bad_reading_is_one_line(store, tmp_path):
         (lambda: store.feature(0, "x"), "layer None is none of its layers"),
         (lambda: store.fired("aa"), "no coder 'aa'"),
         (lambda: store.feature(0, "aa"), "no coder 'aa'"),
-        (lambda: store.segment(0).rows(3, 3, "a"), "rows 3 to 3: must be a range"),
+        (lambda: store.segment(0).features(3, 3, "a"), "features 3 to 3: the coder has 0 to 47"),
         (lambda: store.document(1000), "document 1000 is not in the store"),
         (lambda: store.windows([len(store)], 1, 1), "rows must be 0 to"),
         (lambda: store.places(np.arange(len(store)) > 3), "rows must be whole numbers, not bool"),

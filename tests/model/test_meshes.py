@@ -8,9 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 import gemma_scope_jax as gs
 from checkpoint_files import CONFIG, random_model
-from gemma_scope_jax.extraction import hosts
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
-from gemma_scope_jax.model.sharding import our_mesh
+from gemma_scope_jax.model.sharding import mesh_under, our_mesh
 
 IDS = np.random.default_rng(0).integers(2, 300, (2, 8)).astype(np.int32)
 EXPLICIT = AxisType.Explicit
@@ -89,12 +88,12 @@ def test_weights_and_activations_lie_alike_on_explicit_meshes(folder, ours):
     theirs = mesh((2, 4), ("data", "model"), EXPLICIT)
     model = gs.load_model(folder, dtype="float32", mesh=theirs)
     assert_equal(model.params, ours[0].params)
-    assert hosts.mesh_under(model) == gs.make_mesh(2, 4)
+    assert mesh_under(model.params.embed) == gs.make_mesh(2, 4)
     tokens = jax.device_put(IDS, NamedSharding(theirs, P("data")))
     assert_equal(run(model, tokens), ours[1])
     put = lambda x: jax.device_put(x, NamedSharding(theirs, x.sharding.spec))
     by_hand = model.replace(params=jax.tree.map(put, model.params))
-    assert hosts.mesh_under(by_hand) is None
+    assert mesh_under(by_hand.params.embed) is None
     assert_equal(run(by_hand, tokens), ours[1])
     with pytest.raises(gs.InputError, match="weights are on a mesh with Explicit axes"):
         jax.eval_shape(gs.forward, by_hand, tokens)

@@ -86,7 +86,6 @@ def run_folder(folder):
 def read_activations(folder):
     store = ActivationStore(folder)
     store.read(np.arange(len(store)))
-    store.mean("resid_post")
     store.verify()
 
 

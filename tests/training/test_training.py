@@ -204,6 +204,20 @@ def test_a_store_is_checked_for_what_it_holds_and_that_it_stays_the_same(model, 
     one_line(refused)
 
 
+def test_bad_stores_are_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "model_config", lambda name: model.config)
+    monkeypatch.setattr(training, "load_model", None)
+    for layer, options, message in (
+        (3, {"dtype": "float16"}, "as bfloat16 or int8, not 'float16'"),
+        (3, {"tokens": 0}, "tokens 0: must be at least 1"),
+        (99, {}, "layer 99: the model has 0"),
+        (3, {"folder": "gs://bucket/store"}, "copy them to a local disk"),
+    ):
+        options = {"folder": tmp_path / "store", **options}
+        with pytest.raises(InputError, match=message):
+            training.store_activations(recipe(coder(layer)), **options)
+
+
 def test_a_run_on_a_store_needs_no_weights_and_says_what_is_read_again(
     model, tmp_path, monkeypatch, caplog
 ):

@@ -6,11 +6,11 @@ share one pass. The manifest is replaced after each shard and holds the position
 the next one begins, so the same call continues to the same bytes.
 """
 
+import functools
 import itertools
 import logging
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +23,6 @@ import numpy as np
 
 from gemma_scope_jax.data.activations import files
 from gemma_scope_jax.data.batches import TokenBatches, counting, readings
-from gemma_scope_jax.data.documents import HostShard
 from gemma_scope_jax.data.order import shuffled_positions
 from gemma_scope_jax.data.prefetch import prefetch
 from gemma_scope_jax.errors import InputError, disk_error, nearest, no_space
@@ -38,7 +37,7 @@ from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import digest
 
 LOG = logging.getLogger(__name__)
-_OPEN_FILES = 128
+_OPEN_FILES = 128  # of the shards read last
 
 SiteLayers = Mapping[str, Sequence[int]]
 
@@ -67,10 +66,6 @@ def write_activations(
     bytes are the same then, if the device computes the same in two processes (CPUs do). Raises
     `InputError` for what does not fit: sites, another store in the folder, a full disk.
     """
-    if dtype not in files.DTYPES:
-        raise InputError(f"activations are stored as {' or '.join(files.DTYPES)}, not {dtype!r}")
-    if tokens < 1 or shard_rows < 1:
-        raise InputError(f"tokens {tokens} and shard_rows {shard_rows} must be at least 1")
     path = files.local_folder(folder)
     manifest = _new_manifest(model, batches, sites, dtype, shard_rows, first)
     with only_writer(path):
@@ -89,19 +84,12 @@ def _new_manifest(
     model: Model, batches: TokenBatches, sites: SiteLayers, dtype: str, shard_rows: int, first: int
 ) -> dict[str, Any]:
     """The manifest of an empty store."""
-    if not sites:
-        raise InputError("no sites to store")
     if not model.params.final_norm.is_fully_addressable:
         raise InputError("the model is spread over several hosts: use one host per store")
     held, sums = {}, {}
-    for site, given in sites.items():
-        layers = [int(layer) for layer in given]
+    for site, layers in sites.items():
         width = site_width(model.config, site)
-        if not layers or len(set(layers)) < len(layers):
-            raise InputError(f"layers of {site} must be distinct and not empty, got {given!r}")
-        if not 0 <= min(layers) <= max(layers) < model.config.layers:
-            raise InputError(f"layers of {site}: the model has 0..{model.config.layers - 1}")
-        held[site] = {"layers": layers, "width": width}
+        held[site] = {"layers": list(layers), "width": width}
         sums[site] = {"sum": [[0.0] * width for _ in layers], "squared_norm": [0.0] * len(layers)}
     data = {"text": batches.fingerprint, "rows": batches.batch_size, "length": batches.context_size}
     about = {"model": model_identity(model), "sites": held, "dtype": dtype, "first": first}
@@ -116,7 +104,7 @@ def _continued(path: Path, new: dict, batches: TokenBatches) -> dict:
         return new
     old = files.read_activations_manifest(path)
     same = {}
-    if batches.same_text(old["data"].get("text")):  # perhaps in the form of older versions
+    if batches.text.same_text(old["data"].get("text")):  # perhaps in the form of older versions
         same = {"data": {**old["data"], "text": batches.fingerprint}}
     for key in ("model", "sites", "dtype", "first", "shard_rows", "data"):
         if same.get(key, old[key]) != new[key]:
@@ -252,7 +240,7 @@ class ActivationStore:
         self.sites: dict[str, tuple[int, ...]] = wanted
         self._index = {s: [stored[s].index(l) for l in layers] for s, layers in wanted.items()}
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
-        self._maps: OrderedDict[tuple[int, str], dict[str, np.ndarray]] = OrderedDict()
+        self._map = functools.lru_cache(_OPEN_FILES)(self._map_shard)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -265,15 +253,6 @@ class ActivationStore:
     def width(self, site: str) -> int:
         """Values per token and layer."""
         return self.manifest["sites"][site]["width"]
-
-    def mean(self, site: str) -> np.ndarray:
-        """The mean activation, float64 [layers, D]."""
-        return np.array(self.manifest["sums"][site]["sum"])[self._index[site]] / len(self)
-
-    def mean_squared_norm(self, site: str) -> np.ndarray:
-        """The mean squared norm of the activations, float64 [layers]."""
-        sums = self.manifest["sums"][site]["squared_norm"]
-        return np.array(sums)[self._index[site]] / len(self)
 
     def verify(self) -> None:
         """Read every file and compare its checksum. `InputError` names the first bad one."""
@@ -309,33 +288,18 @@ class ActivationStore:
                     into[i, places] = x
         return out
 
-    def _map(self, shard: int, site: str) -> dict[str, np.ndarray]:
-        """A shard's tensors; the most recently used files stay open."""
-        key = (shard, site)
-        if key not in self._maps:
-            path = self.folder / files.shard_name(*key)
-            rows = self.manifest["shards"][shard]["rows"]
-            self._maps[key] = files.map_shard(path, self.manifest, site, rows)
-            if len(self._maps) > _OPEN_FILES:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(key)
-        return self._maps[key]
+    def _map_shard(self, shard: int, site: str) -> dict[str, np.ndarray]:
+        path = self.folder / files.shard_name(shard, site)
+        rows = self.manifest["shards"][shard]["rows"]
+        return files.map_shard(path, self.manifest, site, rows)
 
-    def batch_rows(
-        self, batch: int, n: int, seed: int = 0, shard: HostShard = (0, 1), rows: int | None = None
-    ) -> np.ndarray:
+    def batch_rows(self, batch: int, n: int, seed: int = 0, rows: int | None = None) -> np.ndarray:
         """The rows, int64 [batch], of batch `n` of an endless shuffle, another in every epoch.
 
-        Host `shard` = (index, count) takes its part of a global batch of `batch` x count rows.
-        `rows`: use only the first `rows` of the store.
+        `rows`: use only the first `rows` of the store, which must not be empty.
         """
         size = len(self) if rows is None else rows
-        index, count = shard
-        if batch < 1 or n < 0 or not 0 <= index < count:
-            raise InputError(f"batch {batch}, number {n}, shard {shard}: not a batch")
-        if not len(self):
-            raise InputError(f"{self.folder}: holds no activations yet")
-        epochs, places = np.divmod((n * count + index) * batch + np.arange(batch), size)
+        epochs, places = np.divmod(n * batch + np.arange(batch), size)
         found = np.empty(batch, np.int64)
         for epoch in np.unique(epochs).tolist():
             now = epochs == epoch
@@ -343,17 +307,12 @@ class ActivationStore:
         return found
 
     def batches(
-        self,
-        batch: int,
-        seed: int = 0,
-        start: int = 0,
-        shard: HostShard = (0, 1),
-        rows: int | None = None,
+        self, batch: int, seed: int = 0, start: int = 0, rows: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """`read(batch_rows(...))` of batch `start`, `start` + 1, ... without end.
 
         A batch depends on (seed, number) alone: to resume, start where you stopped.
-        `data.prefetch.prefetch` reads ahead. For `shard` and `rows` see `batch_rows`.
+        `data.prefetch.prefetch` reads ahead. For `rows` see `batch_rows`.
         """
         for n in itertools.count(start):
-            yield self.read(self.batch_rows(batch, n, seed, shard, rows))
+            yield self.read(self.batch_rows(batch, n, seed, rows))

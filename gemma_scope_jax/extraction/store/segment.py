@@ -73,16 +73,6 @@ class Segment:
         """(offsets [n + 1], features, values) of all tokens, see `Entries`."""
         return turned(self.by_feature(coder, layer), len(self))
 
-    def rows(
-        self, start: int, stop: int, coder: str | None = None, layer: int | None = None
-    ) -> Entries:
-        """`by_token` of the segment's rows `start` to `stop`."""
-        _check_range("rows", start, stop, len(self))
-        offsets, ids, values = self.by_token(coder, layer)
-        offsets = offsets[start : stop + 1]
-        some = slice(offsets[0], offsets[-1])
-        return Entries(offsets - offsets[0], ids[some], values[some])
-
     def by_feature(self, coder: str | None = None, layer: int | None = None) -> Entries:
         """(offsets [F + 1], rows, values): the segment's tokens of each feature, ascending."""
         return self.features(0, self._store.width(coder), coder, layer)
@@ -92,7 +82,9 @@ class Segment:
     ) -> Entries:
         """`by_feature` of features `start` to `stop`; reads the row groups that hold them."""
         c = self._store.place(coder, layer)
-        _check_range("features", start, stop, self._store.lists[c].width)
+        width = self._store.lists[c].width
+        if not 0 <= start < stop <= width:
+            raise InputError(f"features {start} to {stop}: the coder has 0 to {width - 1}")
         path, there = self._files[1 + c]
         with opened(path, there) as file:
             table = file.read_row_groups(_groups(file.metadata, start, stop), use_threads=False)
@@ -105,13 +97,6 @@ class Segment:
         here = slice(offsets[0], offsets[-1])
         return Entries(offsets - offsets[0], rows[here], values[here])
 
-    def feature(
-        self, feature: int, coder: str | None = None, layer: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the segment, values) of one feature."""
-        found = self.features(feature, feature + 1, coder, layer)
-        return found.ids, found.values
-
     def fired(self, c: int) -> np.ndarray:
         """int64 [F]: the number of tokens on which each feature of a list is active."""
         path, there = self._files[1 + c]
@@ -121,11 +106,6 @@ class Segment:
         if len(features) and not 0 <= features.min() <= features.max() < width:
             raise damaged(path, f"features beyond {width}")
         return np.bincount(features, minlength=width)
-
-
-def _check_range(what: str, start: int, stop: int, size: int) -> None:
-    if not 0 <= start < stop <= size:
-        raise InputError(f"{what} {start} to {stop}: must be a range within 0 to {size}")
 
 
 def _groups(metadata: Any, start: int, stop: int) -> list[int]:

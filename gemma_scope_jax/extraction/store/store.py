@@ -195,9 +195,8 @@ class FeatureStore:
         """(features, values) of each of `rows`."""
         found: list[Any] = [None] * len(rows)
         for which, segment, local in self._by_segment(rows):
-            start = int(local.min())
-            offsets, ids, values = segment.rows(start, int(local.max()) + 1, coder, layer)
-            for i, row in zip(which.tolist(), (local - start).tolist()):
+            offsets, ids, values = segment.by_token(coder, layer)
+            for i, row in zip(which.tolist(), local.tolist()):
                 some = slice(offsets[row], offsets[row + 1])
                 found[i] = (ids[some], values[some])
         return found
