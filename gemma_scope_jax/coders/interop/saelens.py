@@ -10,7 +10,6 @@ Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_
 `training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,12 @@ def is_saelens_folder(path: str | os.PathLike) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS))
 
 
-def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
-    """The coder of a SAELens folder, its input transformations folded into the weights.
+def load_saelens(folder: Path, path: str) -> SparseCoder:
+    """The coder of a SAELens folder known as `path`, with its input transformations folded into the
+    weights.
 
     Raises `InputError` for damaged files and what is unsupported, nonlinear or ambiguous.
     """
-    folder = Path(path)
     config = published.read_json(folder / CONFIG)
     with errors_name(folder / CONFIG):
         metadata = config.get("metadata") or {}
@@ -65,9 +64,9 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
             tensors["W_skip"] = tensors["W_skip"].T
         weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
         kind = "transcoder" if "transcoder" in architecture else "sae"
-        own, width = os.path.abspath(folder), weights["w_enc"].shape[1]
-        info = CoderInfo(model_name, kind, width=width, path=known_as or str(path), folder=own)
-        info = dataclasses.replace(info, config={"sae_lens": config})
+        width, about = weights["w_enc"].shape[1], {"sae_lens": config}
+        own = os.path.abspath(folder)
+        info = CoderInfo(model_name, kind, width=width, path=path, config=about, folder=own)
         place: dict[str, Any] = dict(layer=layer, reads=reads, writes=writes, first=first, k=k)
         coder = SparseCoder(**weights, **place, info=info)
         coder.check_shapes()
