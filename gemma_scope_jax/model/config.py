@@ -10,6 +10,7 @@ Axis glossary, used in every einsum and comment of the project:
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,21 @@ def preset(name: str) -> GemmaConfig:
     if short not in PRESETS:
         raise InputError(f"unknown model {name!r}{nearest(short, PRESETS)}")
     return PRESETS[short]
+
+
+def normalise_model_name(name: str) -> str:
+    """The Hugging Face id of a Gemma 3 in any published spelling; other names come back as given.
+
+    `gemma-v3-1b-pt`, `gemma-3-1b-pt` -> `google/gemma-3-1b-pt`; `google/gemma-3-270m-pt` ->
+    `google/gemma-3-270m`. Raises `InputError` for a size that does not exist (`gemma-3-9b`).
+    """
+    short = name.strip().lower().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
+    if not (match := re.fullmatch(r"(gemma-3-\d+[mb])(-pt|-it)?", short)):
+        return name.strip()
+    base, variant = match[1], match[2] or "-pt"
+    if base not in PRESETS:
+        raise InputError(f"there is no model {name!r}{nearest(base, PRESETS)}")
+    return f"google/{base}" + ("" if (base, variant) == ("gemma-3-270m", "-pt") else variant)
 
 
 def _weight(axes: str) -> Any:

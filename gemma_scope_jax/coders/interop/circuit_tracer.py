@@ -32,10 +32,11 @@ from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.interop import hooks
 from gemma_scope_jax.coders.interop.hooks import read_tensors, text_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
-from gemma_scope_jax.coders.release.config import normalise_model_name, untrained_positions
+from gemma_scope_jax.coders.release.config import untrained_positions
 from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 from gemma_scope_jax.storage.strict_json import parse_json

@@ -25,8 +25,10 @@ from gemma_scope_jax.coders.release import config as published
 from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder, write_json
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
+from gemma_scope_jax.storage.strict_json import read_object
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TOPK = "topk"
@@ -46,7 +48,7 @@ def load_saelens(folder: Path, path: str) -> SparseCoder:
 
     Raises `InputError` for damaged files and what is unsupported, nonlinear or ambiguous.
     """
-    config = published.read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     with errors_name(folder / CONFIG):
         metadata = config.get("metadata") or {}
         if not isinstance(metadata, dict):
@@ -54,7 +56,7 @@ def load_saelens(folder: Path, path: str) -> SparseCoder:
         check_keys(config, metadata)
         flat = {**metadata, **config}
         architecture, k = _architecture(flat)
-        model_name = published.normalise_model_name(text_of(flat, "model_name"))
+        model_name = normalise_model_name(text_of(flat, "model_name"))
         reads, writes, layer = _place(flat, architecture)
         first = _first(flat, model_name)
     with errors_name(folder):
@@ -209,7 +211,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
         raise InputError(f"{SCALER} is missing (it holds the factor of activations); {fold}")
     try:
-        scaler = published.read_json(folder / SCALER)
+        scaler = read_object(folder / SCALER)
     except InputError as error:
         raise InputError(f"{error}: no scaling_factor can be read") from error
     if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:

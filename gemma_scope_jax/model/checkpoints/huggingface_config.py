@@ -18,7 +18,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS, declared_tokens
 from gemma_scope_jax.model.checkpoints.shapes import positive
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.strict_json import field, read_object
 
 TEXT_VOCAB = 262_144
 PADDED_VOCAB = 262_208  # in the multimodal repositories: a placeholder for images, then padding
@@ -108,9 +108,7 @@ def huggingface_config(folder: str | os.PathLike) -> GemmaConfig:
     """
     path = epath.Path(folder)
     where = str(path / "config.json")
-    raw = read_json(path / "config.json")
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: not a JSON object")
+    raw = read_object(path / "config.json")
     kind = raw.get("model_type")
     if kind not in ("gemma3", "gemma3_text"):
         known = "only Gemma 3 (gemma3, gemma3_text) can be loaded"

@@ -30,7 +30,14 @@ from gemma_scope_jax.model.checkpoints.huggingface import (
 from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
-from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
+from gemma_scope_jax.model.config import (
+    GemmaConfig,
+    Model,
+    Params,
+    abstract_params,
+    normalise_model_name,
+    preset,
+)
 from gemma_scope_jax.model.sharding import own_mesh, param_shardings
 from gemma_scope_jax.progress import Report
 
@@ -92,23 +99,14 @@ def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS)
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         return path
-    name = str(source)
-    repository = name if _is_foreign_repository(name) else hub_repository(name)
+    name = repository = str(source)
+    if not _is_foreign_repository(name):
+        preset(name)  # or it is unknown
+        repository = normalise_model_name(name)
     is_packaged = repository == "google/gemma-3-270m" and not name.startswith("google/")
     if is_packaged and is_packaged_model_installed():
         return epath.Path(packaged_model())
     return _download(repository, files)
-
-
-def hub_repository(name: str) -> str:
-    """The hub's name of a Gemma 3 model: "gemma-3-1b" -> "google/gemma-3-1b-pt".
-
-    Only the pretrained 270m has no "-pt" there. Raises `InputError` for an unknown name.
-    """
-    base = preset(name).name
-    if name.endswith("-it"):
-        return f"google/{base}-it"
-    return f"google/{base}" if base == "gemma-3-270m" else f"google/{base}-pt"
 
 
 def _is_local(source: str | os.PathLike) -> bool:

@@ -19,7 +19,7 @@ from etils import epath
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
-from gemma_scope_jax.storage.strict_json import read_json
+from gemma_scope_jax.storage.strict_json import read_object
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
@@ -134,10 +134,7 @@ def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
     """The checkpoint's absolute path and its _METADATA; a trainer's is one folder deeper."""
     if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
         path = path / "default"
-    metadata = read_json(path / "_METADATA")
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}/_METADATA: not a JSON object")
-    return path.resolve(), metadata
+    return path.resolve(), read_object(path / "_METADATA")
 
 
 def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[str, ...]]:
