@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_scope_jax.model.checkpoints import gguf_blocks
-from gemma_scope_jax.model.checkpoints.gguf_blocks import block_type, block_types, dequantize
+from gemma_scope_jax.model.checkpoints.gguf_blocks import block_types, dequantize
 
 
 def half(block, at):
@@ -72,7 +72,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_dequantisation_is_exact(monkeypatch, name):
-    kind, rng = block_type(name), np.random.default_rng(7)
+    kind = next(kind for kind in block_types().values() if kind.name == name)
+    rng = np.random.default_rng(7)
     monkeypatch.setattr(gguf_blocks, "CHUNK", 7 * kind.weights)  # 40 blocks are several chunks
     blocks = rng.integers(0, 256, (40, kind.bytes), dtype=np.uint8)
     with np.errstate(all="ignore"):

@@ -14,7 +14,7 @@ CHUNK = 1 << 16  # weights dequantised at a time
 
 
 class BlockType(NamedTuple):
-    """The name of a ggml type, and the weights and bytes of its block."""
+    """The name of a ggml type, and the weights and bytes of its block; 0 bytes: unknown."""
 
     name: str
     weights: int
@@ -29,16 +29,13 @@ def block_types() -> dict[int, BlockType]:
     return {int(kind): BlockType(kind.name, *size) for kind, size in GGML_QUANT_SIZES.items()}
 
 
-def block_type(name: str) -> BlockType | None:
-    """The type with a name such as "Q4_K"; None if its size is unknown."""
-    return next((t for t in block_types().values() if t.name == name), None)
-
-
 def dequantize(data: np.ndarray, kind: BlockType) -> np.ndarray:
     """Bytes (uint8, whole blocks of a type) -> float32 weights, flat; exact.
 
     Raises `NotImplementedError` for a type that the gguf package cannot dequantise.
     """
+    if not kind.bytes:
+        raise NotImplementedError
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
 

@@ -208,6 +208,6 @@ def gguf_leaf(
         needs = f"{config.name} needs {list(wanted)}"
         raise InputError(f"{file.path}: {name} has shape {list(found)}, {needs}")
     if table:
-        return file.read_rows(name, *rows.indices(config.vocab)[:2])
+        return file.read(name, slice(*rows.indices(config.vocab)))
     x = file.read(name)
     return ours(config, leaf, x - np.float32(1) if leaf.endswith("norm") else x)
