@@ -56,31 +56,16 @@ class GemmaConfig:
         return (layer + 1) % self.global_every == 0
 
 
-def _preset(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more) -> GemmaConfig:
-    more.setdefault("query_scale", head_dim**-0.5)
-    return GemmaConfig(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more)
-
-
-_LONG_CONTEXT = {"global_rope_divisor": 8.0}
+_SHORT, _LONG = {"context": 32_768}, {"context": 131_072, "global_rope_divisor": 8.0}
 PRESETS: dict[str, GemmaConfig] = {
-    c.name: c
-    for c in (
-        _preset("gemma-3-270m", 18, 640, 2048, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-1b", 26, 1152, 6912, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, **_LONG_CONTEXT),
-        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, **_LONG_CONTEXT),
-        _preset(
-            "gemma-3-27b",
-            62,
-            5376,
-            21504,
-            32,
-            16,
-            128,
-            1024,
-            query_scale=168**-0.5,
-            **_LONG_CONTEXT,
-        ),
+    name: GemmaConfig(name, *sizes, query_scale=scalar**-0.5, **reach)
+    for name, sizes, scalar, reach in (
+        # layers, d_model, d_mlp, heads, kv_heads, head_dim, window
+        ("gemma-3-270m", (18, 640, 2048, 4, 1, 256, 512), 256, _SHORT),
+        ("gemma-3-1b", (26, 1152, 6912, 4, 1, 256, 512), 256, _SHORT),
+        ("gemma-3-4b", (34, 2560, 10240, 8, 4, 256, 1024), 256, _LONG),
+        ("gemma-3-12b", (48, 3840, 15360, 16, 8, 256, 1024), 256, _LONG),
+        ("gemma-3-27b", (62, 5376, 21504, 32, 16, 128, 1024), 168, _LONG),
     )
 }
 
