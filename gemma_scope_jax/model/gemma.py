@@ -176,7 +176,8 @@ def one_pass(
         segments = jnp.broadcast_to(segments, tokens.shape)
     queries, last = documents(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
-    where = where_for(c, queries, cache, materialise=hooks.uses_pattern(items), **static)
+    materialise = any(i.site == "attn_pattern" for i in items)
+    where = where_for(c, queries, cache, materialise=materialise, **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
     top = hooks.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
@@ -253,7 +254,7 @@ def _named_reads(items, collected, top_reads, states) -> dict[str, Any]:
             continue
         if n in states or n in top_reads:
             reads[i.name] = states[n] if n in states else top_reads[n]
-        elif n in collected:
+        else:
             parts = collected[n]
             stacked = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *parts)
             if i.of_one_layer:
@@ -262,6 +263,4 @@ def _named_reads(items, collected, top_reads, states) -> dict[str, Any]:
                 order = np.argsort(np.argsort(i.layers))
                 stacked = jax.tree.map(partial(jnp.take, indices=order, axis=0), stacked)
             reads[i.name] = stacked
-        else:
-            raise InputError(f"{i.name!r} at {i.site!r} is never reached")
     return reads

@@ -253,9 +253,11 @@ class _Track:
     def put(self, value: jax.Array, step: jax.Array, prompt: int) -> "_Track":
         """Add the value read in decoding step `step`, after a prompt of `prompt` slots."""
         if self.tokens is None:
-            return self._with(jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0))
-        slot = step + prompt
-        return self._with(jax.lax.dynamic_update_slice_in_dim(self.value, value, slot, self.tokens))
+            value = jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0)
+        else:
+            place = (step + prompt, self.tokens)
+            value = jax.lax.dynamic_update_slice_in_dim(self.value, value, *place)
+        return self.replace(value=value)  # type: ignore[attr-defined]
 
     def aligned(self, slots: jax.Array) -> "_Track":
         """From slots to positions; `slots` [B, S]: where each position is, S if nowhere."""
@@ -263,7 +265,7 @@ class _Track:
         for axis in self.axes():
             take = partial(jnp.take, axis=axis - 1, mode="fill", fill_value=0)
             value = jax.vmap(take, (self.batch, 0), self.batch)(value, slots)
-        return self._with(value)
+        return self.replace(value=value)  # type: ignore[attr-defined]
 
     def cut(self, positions: int) -> jax.Array:
         """The value without the positions added by the bucket's padding."""
@@ -271,9 +273,6 @@ class _Track:
         for axis in self.axes():
             value = jax.lax.slice_in_dim(value, 0, min(positions, value.shape[axis]), axis=axis)
         return value
-
-    def _with(self, value: jax.Array) -> "_Track":
-        return _Track(value, self.batch, self.tokens, self.keys)
 
 
 def _map_tracks(fn: Callable, tracks: Any, *rest: Any) -> Any:
