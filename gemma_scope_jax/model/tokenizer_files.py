@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.added_tokens import declared_tokens
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
+from gemma_scope_jax.model.checkpoints.huggingface_config import declared_tokens
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
 from gemma_scope_jax.storage.strict_json import read_json

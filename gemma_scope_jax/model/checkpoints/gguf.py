@@ -4,21 +4,64 @@ Most people who run Gemma at home have it as one quantised GGUF file. The header
 fraction of a second although it holds 262,144 token strings, and a tensor is dequantised only when
 it is read. Everything in a file is checked: a broken or foreign file raises `InputError`.
 
+A quantised tensor is a row of blocks; a block holds a few scales and 1 to 8 bits per weight. The
+gguf package, published by llama.cpp's authors, dequantises exactly as ggml does. It gets a few
+blocks at a time: its temporaries then stay in the processor's cache, which is 2.5 times faster.
+
 Sources: the GGUF specification (ggml/docs/gguf.md), the block layouts in ggml/src/ggml-common.h.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import mmap
 import os
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.gguf_blocks import CHUNK, BlockType, block_types, dequantize
+
+CHUNK = 1 << 16  # weights dequantised at a time
+
+
+class BlockType(NamedTuple):
+    """The name of a ggml type, and the weights and bytes of its block; 0 bytes: unknown."""
+
+    name: str
+    weights: int
+    bytes: int
+
+
+@functools.cache
+def block_types() -> dict[int, BlockType]:
+    """All types of known size, by their numbers in files."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {int(kind): BlockType(kind.name, *size) for kind, size in GGML_QUANT_SIZES.items()}
+
+
+def dequantize(data: np.ndarray, kind: BlockType) -> np.ndarray:
+    """Bytes (uint8, whole blocks of a type) -> float32 weights, flat; exact.
+
+    Raises `NotImplementedError` for a type that the gguf package cannot dequantise.
+    """
+    if not kind.bytes:
+        raise NotImplementedError
+    from gguf import quants
+    from gguf.constants import GGMLQuantizationType
+
+    blocks = data.reshape(-1, kind.bytes)
+    out = np.empty((len(blocks), kind.weights), np.float32)
+    step = max(1, CHUNK // kind.weights)
+    with np.errstate(all="ignore"):  # scales may be nan or inf; the reader checks for them
+        for start in range(0, len(blocks), step):
+            one_row = blocks[start : start + step].reshape(1, -1)  # it splits several, 16 at a time
+            found = quants.dequantize(one_row, GGMLQuantizationType[kind.name])
+            out[start : start + step] = found.reshape(-1, kind.weights)
+    return out.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,9 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
         )
     if vocab == PADDED_VOCAB and _named_tokens(file) <= TEXT_VOCAB:
         vocab = TEXT_VOCAB
-    config = dataclasses.replace(config, vocab=vocab, tied=not _has_head(file))
+    head = "output.weight"  # some files repeat the embedding there
+    tied = head not in file.tensors or file.same_bytes(head, "token_embd.weight")
+    config = dataclasses.replace(config, vocab=vocab, tied=tied)
     _check_keys(file, config)
     _check_tensors(file, config)
     return config
@@ -165,13 +167,6 @@ def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
                 f"is not one of Gemma 3's ({config.layers} layers) and may change what it computes"
             )
             raise InputError(f"{file.path}: tensor {name} {unknown}")
-
-
-def _has_head(file: GGUFFile) -> bool:
-    """Whether the file unembeds with a matrix other than its embedding."""
-    return "output.weight" in file.tensors and not file.same_bytes(
-        "output.weight", "token_embd.weight"
-    )
 
 
 def _named_tokens(file: GGUFFile) -> int:
