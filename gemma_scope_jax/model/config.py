@@ -56,7 +56,8 @@ class GemmaConfig:
         return (layer + 1) % self.global_every == 0
 
 
-_SHORT, _LONG = {"context": 32_768}, {"context": 131_072, "global_rope_divisor": 8.0}
+_SHORT: dict[str, Any] = {"context": 32_768}
+_LONG: dict[str, Any] = {"context": 131_072, "global_rope_divisor": 8.0}
 PRESETS: dict[str, GemmaConfig] = {
     name: GemmaConfig(name, *sizes, query_scale=scalar**-0.5, **reach)
     for name, sizes, scalar, reach in (
@@ -96,7 +97,7 @@ def normalise_model_name(name: str) -> str:
 
 def _weight(axes: str) -> Any:
     """A field that holds a weight. `axes` are letters of the glossary: they give the weight's shape
-    (`abstract_params`) and its sharding (`sharding.param_specs`)."""
+    (`abstract_params`) and its sharding (`sharding.param_shardings`)."""
     return dataclasses.field(metadata={"axes": axes})
 
 
@@ -168,11 +169,16 @@ def each_weight(config: GemmaConfig, make: Callable[[str, str], Any]) -> Params:
     return Params(make("embed", "VD"), Block(**blocks), make("final_norm", "D"), head)
 
 
-def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
-    """The `jax.ShapeDtypeStruct` of every weight."""
+def axis_sizes(config: GemmaConfig) -> dict[str, int]:
+    """The sizes of the weights' axes, by the letters of the glossary."""
     c = config
     sizes = (c.layers, c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp, c.vocab)
-    size = dict(zip("LDNKHMV", sizes))
+    return dict(zip("LDNKHMV", sizes))
+
+
+def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
+    """The `jax.ShapeDtypeStruct` of every weight."""
+    size = axis_sizes(config)
 
     def weight(name: str, axes: str) -> jax.ShapeDtypeStruct:
         kind = jnp.float32 if name.endswith("norm") else dtype

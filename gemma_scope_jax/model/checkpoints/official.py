@@ -18,7 +18,7 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP
-from gemma_scope_jax.model.config import PRESETS, GemmaConfig
+from gemma_scope_jax.model.config import PRESETS, GemmaConfig, axis_sizes
 from gemma_scope_jax.storage.strict_json import read_object
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
@@ -36,6 +36,16 @@ def _heads_inside(x: np.ndarray) -> np.ndarray:
     return x.transpose(1, 0, 2)  # [N, D, H] -> [D, N, H]
 
 
+AXES = {  # of the arrays, by the letters of `config.py`; "D" of all others
+    "embedder/input_embedding": "VD",
+    "attn/q_einsum/w": "NDH",
+    "attn/kv_einsum/w": "2KDH",
+    "attn/attn_vec_einsum/w": "NHD",
+    "mlp/gating_einsum/w": "2MD",
+    "mlp/linear/w": "MD",
+    "attn/_query_norm/scale": "H",
+    "attn/_key_norm/scale": "H",
+}
 # file layout -> ours, where they differ
 OURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "w_q": _heads_inside,
@@ -71,7 +81,10 @@ def open_official(
     The files hold no architecture: sizes come from the shapes, and the preset with these sizes
     supplies the rest (window, RoPE). For other sizes pass `config`. Raises `InputError`.
     """
-    path, metadata = _metadata(epath.Path(folder))
+    path = epath.Path(folder)
+    if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
+        path = path / "default"  # a trainer's
+    path, metadata = path.resolve(), read_object(path / "_METADATA")
     stored: dict[str, str] = {}
     for keys in _array_keys(path, metadata):
         if (name := _joined(keys)) in stored:
@@ -97,8 +110,10 @@ def open_official(
     config = config or _preset_of(str(path), layers, arrays["final_norm/scale"].size)
     if config.layers != layers:
         raise InputError(f"{path}: has {layers} layers, {config.name} has {config.layers}")
+    size = axis_sizes(config) | {"2": 2}
     for name, array in arrays.items():
-        expected = _file_shape(config, name)
+        axes = AXES.get(re.sub(r"layer_\d+/", "", name), "D")
+        expected = tuple(size[axis] for axis in axes)
         if tuple(array.shape) != expected:
             raise InputError(f"{path}: {name} is {array.shape}, {config.name} needs {expected}")
         if array.dtype.name not in ("float32", "float16", "bfloat16"):
@@ -128,13 +143,6 @@ def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.
     read = {stem: _result(file.path, within + stem, future) for stem, future in reads.items()}
     same = lambda x: x
     return {leaf: OURS.get(leaf, same)(read[stem]) for stem in stems for leaf in stems[stem]}
-
-
-def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    """The checkpoint's absolute path and its _METADATA; a trainer's is one folder deeper."""
-    if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
-        path = path / "default"
-    return path.resolve(), read_object(path / "_METADATA")
 
 
 def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -196,23 +204,6 @@ def _preset_of(path: str, layers: int, width: int) -> GemmaConfig:
         f"{path}: {layers} layers of width {width} match none of {', '.join(PRESETS)}; pass "
         "`config` for a model of your own"
     )
-
-
-def _file_shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
-    c = config
-    D, M, N, K, H = c.d_model, c.d_mlp, c.heads, c.kv_heads, c.head_dim
-    shapes = {
-        "embedder/input_embedding": (c.vocab, D),
-        "attn/q_einsum/w": (N, D, H),
-        "attn/kv_einsum/w": (2, K, D, H),
-        "attn/attn_vec_einsum/w": (N, H, D),
-        "mlp/gating_einsum/w": (2, M, D),
-        "mlp/linear/w": (M, D),
-        "attn/_query_norm/scale": (H,),
-        "attn/_key_norm/scale": (H,),
-    }
-    stem = name.partition("/")[2] if name.startswith("layer_") else name
-    return shapes.get(stem, (D,))
 
 
 def _stems(layer: int | None) -> dict[str, list[str]]:
