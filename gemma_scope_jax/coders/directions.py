@@ -93,7 +93,7 @@ def extreme_logits(
     tokenizer: Tokenizer,
     features: Features,
     *,
-    k: int = 10,
+    k: int,
     gain: Gain = "exact",
     bins: int = 0,
     layer: int | None = None,
@@ -121,13 +121,7 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model,
-    coder: Coder,
-    tokenizer: Tokenizer,
-    features: Features,
-    *,
-    k: int = 10,
-    gain: Gain = "exact",
+    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, *, k: int = 10
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
@@ -137,7 +131,7 @@ def logit_tokens(
         return [([], []) for _ in features]
     return [
         (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
-        for chunk in extreme_logits(model, coder, tokenizer, features, k=k, gain=gain)
+        for chunk in extreme_logits(model, coder, tokenizer, features, k=k)
         for top, bottom in zip(chunk[0], chunk[2])
     ]
 
