@@ -207,10 +207,7 @@ def test_hub_download(model, folder, monkeypatch):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (
-            "GatedRepoError",
-            "gated: accept its licence at .*google/gemma-3-1b-pt, then run `hf auth",
-        ),
+        ("GatedRepoError", "gated: accept its terms at .*google/gemma-3-1b-pt, then run `hf auth"),
         ("RepositoryNotFoundError", "neither a local folder nor a repository"),
         ("LocalEntryNotFoundError", "not on this disk, and the hub cannot be reached; check the"),
         (None, "cannot be downloaded .*boom"),

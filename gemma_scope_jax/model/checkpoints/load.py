@@ -18,8 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS
+from gemma_scope_jax.errors import InputError, disk_error, no_space, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
@@ -27,7 +26,7 @@ from gemma_scope_jax.model.checkpoints.huggingface import (
     open_huggingface,
     refuse_adapters,
 )
-from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
+from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import (
@@ -128,30 +127,47 @@ def _is_foreign_repository(name: str) -> bool:
 
 
 def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    what = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
-    reasons: dict[type[Exception], str] = {
-        errors.GatedRepoError: "is gated: accept its licence at https://huggingface.co/"
-        f"{repository}, then run `hf auth login`; or pass a folder that holds it",
-        errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
-        "you may read; check the name, or run `hf auth login`",
-        errors.LocalEntryNotFoundError: f"not on this disk, and the hub {what}; check the network, "
-        "or pass a folder that holds it",
-    }
     try:
         folder = epath.Path(snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:  # the network stack's exceptions change between hub versions
-        failed = f"cannot be downloaded ({reason(error)})"
-        other = f"{failed}; check the network, or pass a folder that holds it"
-        known = (why for kind, why in reasons.items() if isinstance(error, kind))
-        raise InputError(f"{repository}: {next(known, other)}") from error
+        raise hub_error(repository, error) from error
     if "*.safetensors" in files and not any(folder.glob("*.safetensors")):
         raise InputError(  # for an incomplete folder, the hub's library raises nothing
-            f"{repository}: has no safetensors files, or the hub {what}; check the repository and "
-            "the network, or pass a folder that holds the model"
+            f"{repository}: has no safetensors files, or the hub {_hub_state()}; check the "
+            "repository and the network, or pass a folder that holds the model"
         )
     return folder
+
+
+def _hub_state() -> str:
+    from huggingface_hub import constants
+
+    return "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+
+
+def hub_error(repository: str, error: Exception) -> InputError:
+    """What to do about an exception of the hub's library."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repository}"
+    elsewhere = "check the network, or pass a folder that holds it"
+    reasons: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"is gated: accept its terms at {page}, then run `hf auth login`; "
+        "or pass a folder that holds it",
+        errors.RevisionNotFoundError: f"has no such revision; see {page}/commits",
+        errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
+        "you may read; check the name, or run `hf auth login`",
+        errors.LocalEntryNotFoundError: f"not on this disk, and the hub {_hub_state()}; "
+        + elsewhere,
+    }
+    for kind, why in reasons.items():
+        if isinstance(error, kind):
+            return InputError(f"{repository}: {why}")
+    if isinstance(error, OSError) and (no_space(error) or isinstance(error, PermissionError)):
+        return disk_error(repository, error)
+    return InputError(f"{repository}: cannot be downloaded ({reason(error)}); {elsewhere}")
 
 
 @dataclasses.dataclass(frozen=True)
