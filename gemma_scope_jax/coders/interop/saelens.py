@@ -108,7 +108,7 @@ def _architecture(config: dict[str, Any]) -> tuple[str, int | None]:
 def _first(config: dict[str, Any], model_name: str) -> int:
     """The leading positions it was not trained on: by the model, or by `seqpos_slice`."""
     where = config.get("seqpos_slice")
-    if where in (None, [], [None], [None, None], [0, None]):
+    if where in (None, [], [None], [None, None]):
         return published.untrained_positions(model_name)
     whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
     start = where[0] if whole else None

@@ -91,12 +91,6 @@ def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
     return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
 
 
-_FOLDER = re.compile(
-    r"(?:layer_(?P<layers>\d{1,4}(?:_\d{1,4})*)_)?width_(?P<width>\d+[km])_l0_(?P<label>[a-z]+)"
-    r"(?P<affine>_affine)?(?:_seed_\d+)?"
-)
-
-
 def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     """The keys of config.json that the end of a path, `{repository}/{category}/{folder}`, implies.
 
@@ -105,7 +99,7 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     ...`. {} for a folder whose name does not follow the grammar.
     """
     parts = [part for part in path.replace(os.sep, "/").split("/") if part]
-    match = _FOLDER.fullmatch(parts[-1]) if parts else None
+    match = re.fullmatch(catalog.FOLDER, parts[-1]) if parts else None
     if not match:
         return {}
     config: dict[str, Any] = {"affine_connection": True} if match["affine"] else {}
