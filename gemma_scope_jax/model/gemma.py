@@ -19,9 +19,8 @@ Axis glossary (B T S L D N K H G M V F X): see `config.py`. Sites, in order of a
     final_scale                             [B, T, 1]
     logits                                  [B, T, V]   float32
 
-All layers run in the same scan: local and global layers differ by a flag (mask and RoPE base), not
-in structure. The layers are cut into segments where the set of active intercepts changes; the
-stacked weights are indexed inside the body, because slicing would copy them.
+All layers run in the same scan, in segments (see `hooks.py`): local and global layers differ by a
+flag. The stacked weights are indexed inside the body, because slicing would copy them.
 """
 
 from collections.abc import Sequence
@@ -40,7 +39,6 @@ from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens
 from gemma_scope_jax.model.batch import TokenBatch, check_tokens, documents, tokens_and_segments
-from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.block import Where, block, rms_norm, where_for
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params
 from gemma_scope_jax.model.sharding import check_axes, mesh_of, place

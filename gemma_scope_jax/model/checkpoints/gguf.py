@@ -238,16 +238,10 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         found[name] = info = dataclasses.replace(info, offset=start + info.offset)
         if info.offset + (info.size or 1) > cursor.end:
             raise cursor.fail(f"tensor {name} runs past the end of the file (byte {cursor.end})")
-    _check_layout(cursor, found, alignment)
-    return found
-
-
-def _check_layout(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> None:
-    """Check that each tensor begins where the one before it ends: no overlaps, no gaps."""
-    order = sorted(tensors.items(), key=lambda item: item[1].offset)
+    order = sorted(found.items(), key=lambda item: item[1].offset)
     for (name, info), (after, following) in itertools.pairwise(order):
-        if info.size:
-            end = info.offset + info.size
-            if following.offset - end not in range(alignment):
-                between = "overlaps" if following.offset < end else "leaves a gap to"
-                raise cursor.fail(f"tensor {name} {between} tensor {after}")
+        end = info.offset + info.size
+        if info.size and following.offset - end not in range(alignment):
+            between = "overlaps" if following.offset < end else "leaves a gap to"
+            raise cursor.fail(f"tensor {name} {between} tensor {after}")
+    return found

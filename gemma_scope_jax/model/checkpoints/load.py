@@ -307,7 +307,11 @@ def _stream(
         arrays.update(zip(some, written))
         for leaf, x, is_finite in zip(some, values, np.asarray(finite)):
             if not is_finite:
-                raise _not_finite(checkpoint.path, leaf, layer, x)
+                where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
+                why = f"numbers too large for {leaf.target.dtype}"
+                if not np.isfinite(x).all():
+                    why = "NaN or infinity; download it again"
+                raise InputError(f"{checkpoint.path}: {where} holds {why}")
             done += x.size * leaf.target.dtype.itemsize
         if progress is not None:
             progress(done, total)
@@ -333,10 +337,3 @@ def _slices(
     for layer in range(checkpoint.config.layers):
         values = [checkpoint.read(leaf.name, layer, slice(None))[None, None] for leaf in blocks]
         yield blocks, layer, layer, values
-
-
-def _not_finite(path: str, leaf: _Leaf, layer: int | None, values: np.ndarray) -> InputError:
-    where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
-    if np.isfinite(values).all():
-        return InputError(f"{path}: {where} holds numbers too large for {leaf.target.dtype}")
-    return InputError(f"{path}: {where} holds NaN or infinity; download it again")

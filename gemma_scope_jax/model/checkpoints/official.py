@@ -107,7 +107,12 @@ def open_official(
             raise InputError(f"{path}: {name} is missing; download the checkpoint again")
     _check_others(path, sorted(others | (stored.keys() - set(wanted))))
     arrays = _open_arrays(path, metadata, {name: stored[name] for name in wanted})
-    config = config or _preset_of(str(path), layers, arrays["final_norm/scale"].size)
+    width = arrays["final_norm/scale"].size
+    fitting = (c for c in PRESETS.values() if (c.layers, c.d_model) == (layers, width))
+    config = config or next(fitting, None)
+    if config is None:
+        none = f"{layers} layers of width {width} match none of {', '.join(PRESETS)}"
+        raise InputError(f"{path}: {none}; pass `config` for a model of your own")
     if config.layers != layers:
         raise InputError(f"{path}: has {layers} layers, {config.name} has {config.layers}")
     size = axis_sizes(config) | {"2": 2}
@@ -194,16 +199,6 @@ def _joined(keys: tuple[str, ...]) -> str:
     """Joined with "/"; the mlp of the nested layout lacks the "w" that the flat one has."""
     name = "/".join(keys)
     return f"{name}/w" if name.endswith(("mlp/linear", "mlp/gating_einsum")) else name
-
-
-def _preset_of(path: str, layers: int, width: int) -> GemmaConfig:
-    for config in PRESETS.values():
-        if (config.layers, config.d_model) == (layers, width):
-            return config
-    raise InputError(
-        f"{path}: {layers} layers of width {width} match none of {', '.join(PRESETS)}; pass "
-        "`config` for a model of your own"
-    )
 
 
 def _stems(layer: int | None) -> dict[str, list[str]]:
