@@ -104,7 +104,7 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
             **sizes,
             **options,
         )
-    if vocab == PADDED_VOCAB and _named_tokens(file) <= TEXT_VOCAB:
+    if vocab == PADDED_VOCAB and named_tokens(file.metadata) <= TEXT_VOCAB:
         vocab = TEXT_VOCAB
     head = "output.weight"  # some files repeat the embedding there
     tied = head not in file.tensors or file.same_bytes(head, "token_embd.weight")
@@ -169,9 +169,9 @@ def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
             raise InputError(f"{file.path}: tensor {name} {unknown}")
 
 
-def _named_tokens(file: GGUFFile) -> int:
+def named_tokens(metadata: dict[str, Any]) -> int:
     """The number of real tokens: without padding and the placeholder for images."""
-    tokens, types = (file.metadata.get(f"tokenizer.ggml.{x}") for x in ("tokens", "token_type"))
+    tokens, types = (metadata.get(f"tokenizer.ggml.{x}") for x in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not isinstance(types, np.ndarray):
         return 0
     n = min(len(tokens), len(types))

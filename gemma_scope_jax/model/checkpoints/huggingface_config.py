@@ -7,6 +7,7 @@ kind. If one fact is stated twice (transformers 4's keys beside 5's, top level b
 Source: `Gemma3TextConfig` of transformers 4.57 and 5, and the google/gemma-3-* repositories.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 from etils import epath
 from jax.typing import DTypeLike
 
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.shapes import positive
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
 from gemma_scope_jax.storage.strict_json import (
@@ -276,16 +277,12 @@ def declared_tokens(path: epath.Path) -> list[tuple[int, Any, dict[str, Any]]]:
 def _added_list(path: epath.Path) -> list[dict[str, Any]]:
     """added_tokens of a tokenizer.json, without its millions of merges if it comes before them."""
     text = read_bytes(path).decode("utf-8-sig", errors="replace")
-    key = '"added_tokens":'
-    if text.count(key) != 1:
-        return read_json(path).get("added_tokens") or []
-    start = text.index(key) + len(key)
-    start = re.compile(r"\s*").match(text, start, start + 100).end()  # type: ignore[union-attr]
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not usable as JSON ({reason(error)})") from error
-    return parse_json(text[start:end], path) or []
+    keys = list(re.finditer(r'"added_tokens":\s{0,100}', text))
+    if len(keys) == 1:
+        with contextlib.suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(text, keys[0].end())
+            return parse_json(text[keys[0].end() : end], path) or []
+    return read_json(path).get("added_tokens") or []
 
 
 def _has_tokens_beyond(folder: epath.Path, last: int) -> bool:
