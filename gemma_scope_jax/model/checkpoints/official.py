@@ -10,7 +10,7 @@ Source: gemma 4.0, gm/ckpts/{_checkpoint,_compat}.py and gm/nn/_modules.py.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,7 @@ def open_official(
     if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
         path = path / "default"  # a trainer's
     path, metadata = path.resolve(), read_object(path / "_METADATA")
-    stored: dict[str, str] = {}
-    for keys in _array_keys(path, metadata):
-        if (name := _joined(keys)) in stored:
-            raise InputError(f"{path}: holds {name} twice")
-        stored[name] = ".".join(keys)
+    stored = _array_keys(path, metadata)
     if any("stacked_layers/" in name for name in stored):
         advice = "load it with gemma.gm.ckpts.load_params and save it again with save_params"
         raise InputError(f"{path}: holds stacked layers; {advice}")
@@ -150,13 +146,21 @@ def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.
     return {leaf: OURS.get(leaf, same)(read[stem]) for stem in stems for leaf in stems[stem]}
 
 
-def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to each array in the checkpoint's nested dicts."""
+def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> dict[str, str]:
+    """The name of each array, its keys joined with "/" -> its key in the checkpoint."""
+    stored: dict[str, str] = {}
     try:
         for entry in metadata["tree_metadata"].values():
-            yield tuple(str(key["key"]) for key in entry["key_metadata"])
+            keys = [str(key["key"]) for key in entry["key_metadata"]]
+            name = "/".join(keys)
+            if name.endswith(("mlp/linear", "mlp/gating_einsum")):
+                name += "/w"  # which the nested layout lacks, and the flat one has
+            if name in stored:
+                raise InputError(f"{path}: holds {name} twice")
+            stored[name] = ".".join(keys)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}/_METADATA: lists no arrays; download it again") from error
+    return stored
 
 
 def _open_arrays(
@@ -193,12 +197,6 @@ def _result(path: str, name: str, future: Any) -> Any:
         raise InputError(
             f"{path}: {name} is damaged ({reason(error)}); download the checkpoint again"
         ) from error
-
-
-def _joined(keys: tuple[str, ...]) -> str:
-    """Joined with "/"; the mlp of the nested layout lacks the "w" that the flat one has."""
-    name = "/".join(keys)
-    return f"{name}/w" if name.endswith(("mlp/linear", "mlp/gating_einsum")) else name
 
 
 def _stems(layer: int | None) -> dict[str, list[str]]:
