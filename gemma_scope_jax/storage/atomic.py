@@ -179,11 +179,11 @@ def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
         _sync_folder(folder)
     except BaseException:
         for name in done:
-            if name not in kept:
+            if name in kept:
+                with contextlib.suppress(OSError):
+                    os.replace(kept[name], folder / name)
+            else:
                 _remove(folder / name)
-                continue
-            with contextlib.suppress(OSError):
-                os.replace(kept[name], folder / name)
         raise
     finally:
         for path in kept.values():

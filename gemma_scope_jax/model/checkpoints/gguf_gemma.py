@@ -163,10 +163,10 @@ def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
     known |= {_tensor_name(leaf, i) for i in range(config.layers) for leaf in LAYER}
     for name in file.tensors:
         if name not in known and not _HARMLESS_TENSOR.fullmatch(name):
-            unknown = (
-                f"is not one of Gemma 3's ({config.layers} layers) and may change what it computes"
+            raise InputError(
+                f"{file.path}: tensor {name} is not one of Gemma 3's ({config.layers} layers) and "
+                "may change what it computes"
             )
-            raise InputError(f"{file.path}: tensor {name} {unknown}")
 
 
 def named_tokens(metadata: dict[str, Any]) -> int:
