@@ -51,10 +51,8 @@ HARMLESS_KEYS = {
     r"rope\.scaling\.(original_context_length|finetuned)": "not used by linear scaling",
     r"(vision|mm)\..+": "images, which the text model never sees",
 }
-# The same for tensors.
-HARMLESS_TENSORS = {r"(v|mm)\..+": "images, which the text model never sees"}
 _HARMLESS_KEY = re.compile("|".join(HARMLESS_KEYS))
-_HARMLESS_TENSOR = re.compile("|".join(HARMLESS_TENSORS))
+_HARMLESS_TENSOR = re.compile(r"(v|mm)\..+")  # images, too
 
 
 def _positive(file: GGUFFile, key: str, kind: type) -> Any:

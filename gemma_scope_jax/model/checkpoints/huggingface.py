@@ -258,5 +258,4 @@ def _check_head(file: HuggingFaceFolder) -> None:
 
 def _bits(x: np.ndarray) -> np.ndarray:
     """For comparing: a NaN equals itself, and is refused when it is read."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32).view(np.uint32)
+    return _no_double(x).astype(np.float32).view(np.uint32)
