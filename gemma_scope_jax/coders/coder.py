@@ -30,6 +30,7 @@ from gemma_scope_jax.model.identity import checksum
 from gemma_scope_jax.storage.strict_json import legible
 
 WEIGHTS = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec", "w_skip")
+TOKENS = 256  # encoded at a time by `as_jump_relu`
 Index = int | jax.Array  # one of a coder's own layers, 0 to X - 1; may be traced
 
 
@@ -297,9 +298,6 @@ def encode(
     skipped = coder.first if first is None else whole_number("first", first, 0)
     mask = batch.plain.counted(skipped).reshape(*(1,) * (f.ndim - 3), B, T, 1)
     return jnp.where(mask, f, 0.0)
-
-
-TOKENS = 256  # encoded at a time by `as_jump_relu`
 
 
 def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:

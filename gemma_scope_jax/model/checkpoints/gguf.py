@@ -25,6 +25,10 @@ import numpy as np
 from gemma_scope_jax.errors import InputError, nearest
 
 CHUNK = 1 << 16  # weights dequantised at a time
+# the types of metadata
+_SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "?"]))
+_SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
+_TEXT, _ARRAY = 8, 9
 
 
 class BlockType(NamedTuple):
@@ -174,11 +178,6 @@ class _Cursor:
         if item != _TEXT:
             raise self.fail(f"an array of metadata type {item}")
         return [self.text() for _ in range(self.count("an array", 8))]
-
-
-_SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "?"]))
-_SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
-_TEXT, _ARRAY = 8, 9
 
 
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
