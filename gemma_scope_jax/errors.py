@@ -53,9 +53,9 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean a, b, c?" for the `known` names nearest to `name`, or "" if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

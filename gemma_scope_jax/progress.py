@@ -151,11 +151,9 @@ class Progress:
         _face.drawn = width + text.cell_len
 
 
-def tracked(
-    items: Iterable[Item], what: str, total: int | None = None, unit: str = "parts"
-) -> Iterator[Item]:
+def tracked(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """The items one by one, with progress; give `total` only if they have no length."""
-    progress = Progress(len(items) if isinstance(items, Sized) else total, unit, what=what)
+    progress = Progress(len(items) if isinstance(items, Sized) else total, "parts", what=what)
     for done, item in enumerate(items, 1):
         yield item
         progress.at(done)

@@ -11,8 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from gemma_scope_jax.model.checkpoints.gguf import open_gguf
-from gemma_scope_jax.model.checkpoints.gguf_blocks import block_types, dequantize
+from gemma_scope_jax.model.checkpoints.gguf import block_types, dequantize, open_gguf
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model
 
 WEIGHTS = 1 << 22

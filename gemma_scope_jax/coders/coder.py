@@ -23,12 +23,14 @@ from jax.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.batch import TokenBatch, as_batch
 from gemma_scope_jax.model.config import GemmaConfig
 from gemma_scope_jax.model.gemma import site_width
 from gemma_scope_jax.model.identity import checksum
 from gemma_scope_jax.storage.strict_json import legible
 
 WEIGHTS = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec", "w_skip")
+TOKENS = 256  # encoded at a time by `as_jump_relu`
 Index = int | jax.Array  # one of a coder's own layers, 0 to X - 1; may be traced
 
 
@@ -271,7 +273,31 @@ def largest(f: jax.Array, k: int) -> jax.Array:
     return jnp.put_along_axis(jnp.zeros_like(f), index, values, axis=-1, inplace=False)
 
 
-TOKENS = 256  # encoded at a time by `as_jump_relu`
+def encode(
+    coder: Coder, activations: ArrayLike, batch: TokenBatch | ArrayLike, *, first: int | None = None
+) -> jax.Array:
+    """`coder.encode`, zero on padding and on the first tokens of each document: [B, T, F].
+
+    A coder cannot see which token an activation belongs to. On `<bos>` and padding `coder.encode`
+    gives meaningless features, often many and large: averaged with the others they spoil figures.
+
+    activations  the coder's captured input [B, T, D]; several layers: [X, B, T, D]
+    batch        the `TokenBatch` that was run, or its tokens [B, T]
+    first        tokens to skip in each document; default: the coder's own `first`
+
+    Equals what `run(model, batch, [features(coder)])` reads. To average over the remaining tokens,
+    use `batch.counted(coder.first)`. Raises `InputError` for activations of other tokens.
+    """
+    batch, f = as_batch(batch), coder.encode(activations)
+    B, T = batch.tokens.shape
+    if f.ndim < 3 or f.shape[-3:-1] != (B, T):
+        raise InputError(
+            f"activations {list(jnp.shape(activations))} are not of a batch of {B} x {T} tokens: "
+            f"give [..., {B}, {T}, {coder.d_in}], as captured when this batch was run"
+        )
+    skipped = coder.first if first is None else whole_number("first", first, 0)
+    mask = batch.plain.counted(skipped).reshape(*(1,) * (f.ndim - 3), B, T, 1)
+    return jnp.where(mask, f, 0.0)
 
 
 def as_jump_relu(coder: Coder, x: ArrayLike) -> Coder:

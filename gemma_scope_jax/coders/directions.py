@@ -93,7 +93,7 @@ def extreme_logits(
     tokenizer: Tokenizer,
     features: Features,
     *,
-    k: int = 10,
+    k: int,
     gain: Gain = "exact",
     bins: int = 0,
     layer: int | None = None,
@@ -101,11 +101,8 @@ def extreme_logits(
     """In chunks of `features` (ints, [n]): ids and values [n, k] of the largest logits, then of the
     smallest, the range [n, 2], and with `bins` the histogram over the range, int32 [n, bins].
 
-    The direct path only, without control tokens. Raises `InputError` for a coder
-    that does not write to the residual stream.
+    The direct path only, without control tokens. The coder writes at one of `TO_LOGITS`.
     """
-    if coder.writes not in TO_LOGITS:
-        raise InputError(f"features at {coder.writes} do not write to the residual stream")
     special = np.ones(model.config.vocab, bool)  # True, too, for embedding rows without a token
     special[: len(tokenizer.special)] = tokenizer.special[: len(special)]
     features, allowed = np.asarray(features, np.int32), jnp.asarray(~special)
@@ -121,23 +118,17 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model,
-    coder: Coder,
-    tokenizer: Tokenizer,
-    features: Features,
-    *,
-    k: int = 10,
-    gain: Gain = "exact",
+    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, *, k: int = 10
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
     Empty lists for coders that do not write to the residual stream.
     """
-    if coder.writes not in TO_LOGITS or not len(features):
+    if coder.writes not in TO_LOGITS:
         return [([], []) for _ in features]
     return [
         (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
-        for chunk in extreme_logits(model, coder, tokenizer, features, k=k, gain=gain)
+        for chunk in extreme_logits(model, coder, tokenizer, features, k=k)
         for top, bottom in zip(chunk[0], chunk[2])
     ]
 
@@ -171,8 +162,7 @@ def most_similar(
     features: the rows to look up, default all; then the results are [len(features), k].
     """
     itself = others is None
-    some = np.arange(len(rows)) if features is None else np.asarray(features, np.int64)
-    some = some.astype(np.int32)
+    some = np.asarray(range(len(rows)) if features is None else features, np.int32)
     rows = unit_rows(rows)
     others = rows if others is None else unit_rows(others)
     F, G = len(some), len(others) - itself

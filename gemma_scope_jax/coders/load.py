@@ -183,24 +183,21 @@ def _loaders(source: Source, dtype: Dtype, decoder: bool | None, revision: str |
     """A loader for each of the coders that a source stands for."""
     found: Loaders = {}
     for name in matching(source) if isinstance(source, str) else [source]:
-        if (member := _set_member(name)) is None:
-            folder, path = _locate(name, revision)
-            own = bool(parameter_files(folder))
-            if not own and saelens.is_saelens_folder(folder):
-                loaders = {path: partial(saelens.load_saelens, folder, path)}
-            elif not own and circuit_tracer.is_circuit_tracer_folder(folder):
-                loaders = circuit_tracer.loaders(folder, path)
-            else:
-                found[path] = partial(read_folder, folder, path, dtype, decoder)
-                continue
-            found |= {one: partial(_cast, load, dtype, one) for one, load in loaders.items()}
+        place, member = _set_member(name) or (name, "")
+        folder, path = _locate(place, revision)
+        own = not member and bool(parameter_files(folder))
+        if not own and not member and saelens.is_saelens_folder(folder):
+            loaders = {path: partial(saelens.load_saelens, folder, path)}
+        elif member or (not own and circuit_tracer.is_circuit_tracer_folder(folder)):
+            loaders = circuit_tracer.loaders(folder, path)
+        else:
+            found[path] = partial(read_folder, folder, path, dtype, decoder)
             continue
-        folder, path = _locate(member[0], revision)
-        every = circuit_tracer.loaders(folder, path)
-        if (one := f"{path}/{member[1]}") not in every:
-            names = [os.path.basename(other) for other in every]
-            raise InputError(f"{path}: no {member[1]} in it, but {', '.join(names)}")
-        found[one] = partial(_cast, every[one], dtype, one)
+        if member and f"{path}/{member}" not in loaders:
+            names = [os.path.basename(other) for other in loaders]
+            raise InputError(f"{path}: no {member} in it, but {', '.join(names)}")
+        wanted = [f"{path}/{member}"] if member else loaders
+        found |= {one: partial(_cast, loaders[one], dtype, one) for one in wanted}
     return found
 
 

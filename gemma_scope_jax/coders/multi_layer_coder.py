@@ -96,7 +96,7 @@ class MultiLayerCoder(Coder):
         @jax.checkpoint
         def add_block(y, block):
             w, i, j = block
-            return y.at[j].add(matmul(_at(flat, i), w)), None
+            return y.at[j].add(matmul(at_layer(flat, i), w)), None
 
         y = jnp.broadcast_to(float32(self.b_dec)[:, None, :], (X, flat.shape[1], self.d_out))
         y, _ = jax.lax.scan(add_block, y, (self._decoder(), *triangle(X)))
@@ -121,7 +121,7 @@ class MultiLayerCoder(Coder):
         def write_to(f, w_dec, j):
             return jax.lax.cond(
                 j >= i,
-                lambda: matmul(f, _at(w_dec, block_index(i, j, X))),
+                lambda: matmul(f, at_layer(w_dec, block_index(i, j, X))),
                 lambda: jnp.zeros((*f.shape[:-1], self.d_out), jnp.float32),
             )
 
@@ -134,17 +134,17 @@ class MultiLayerCoder(Coder):
         x = self._input_of_one(x)
         if self.w_skip is None:
             return jnp.zeros((*x.shape[:-1], self.d_out), jnp.float32)
-        return matmul(x, _at(self.w_skip, i))
+        return matmul(x, at_layer(self.w_skip, i))
 
     def encoder(self, i: Index) -> Encoder:
         i = self._own(i)
-        return Encoder(*(_at(a, i) for a in (self.w_enc, self.b_enc, self.threshold)))
+        return Encoder(*(at_layer(a, i) for a in (self.w_enc, self.b_enc, self.threshold)))
 
     def decoder(self, i: Index, j: Index) -> jax.Array:
         i, j = self._own(i), self._own(j)
         if not isinstance(i, Tracer) and not isinstance(j, Tracer) and j < i:
             raise InputError(f"features of layer {i} do not write to the earlier layer {j}")
-        return _at(self._decoder(), block_index(i, j, len(self.layers)))
+        return at_layer(self._decoder(), block_index(i, j, len(self.layers)))
 
     def full_decoder(self) -> jax.Array:
         """The decoder with its full output axis, as in the files: [X, F, X, D], zeros above."""
@@ -184,5 +184,6 @@ class MultiLayerCoder(Coder):
     __repr__ = Coder.__repr__
 
 
-def _at(stacked: ArrayLike, i: Index) -> jax.Array:
+def at_layer(stacked: ArrayLike, i: Index) -> jax.Array:
+    """Entry `i`, which may be traced, of the first axis."""
     return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)

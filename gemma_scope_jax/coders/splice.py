@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, along_last, by_layer, float32, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.coders.multi_layer_coder import at_layer
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import arguments, intercept
 from gemma_scope_jax.model.arguments import MisfitError, at_positions, is_abstract, whole_number
@@ -160,8 +161,8 @@ def _splice_fold(x, ctx, written, coder, *, error, first):
     source, i = _source(x, ctx, coder), _index(coder, ctx)
     f = _encode(coder, ctx, source, token_mask(ctx, x, first))
     written = written + coder.contributions(i, f)
-    y = _at(written, i) + coder.skip_layer(i, source)
-    return _replace(x, ctx, y + along_last(_at(coder.b_dec, i), y), error, first), written
+    y = at_layer(written, i) + coder.skip_layer(i, source)
+    return _replace(x, ctx, y + along_last(at_layer(coder.b_dec, i), y), error, first), written
 
 
 def _replace(x, ctx, y, error, first):
@@ -181,7 +182,7 @@ def _edit(x, ctx, coder, positions, *args, fn, first):
 def _edit_fold(x, ctx, written, coder, positions, *args, fn, first):
     delta, i = _change(x, ctx, coder, positions, args, fn, first), _index(coder, ctx)
     written = written + coder.contributions(i, delta)
-    return _add(x, _at(written, i)), written
+    return _add(x, at_layer(written, i)), written
 
 
 def _change(x, ctx, coder, positions, args, fn, first):
@@ -221,10 +222,6 @@ def _index(coder: Coder, ctx: Context):
 
 def _source(x, ctx, coder):
     return x if coder.reads == coder.writes else ctx.seen[coder.reads]
-
-
-def _at(stacked, i):
-    return jax.lax.dynamic_index_in_dim(jnp.asarray(stacked), i, keepdims=False)
 
 
 # --- Checks --------------------------------------------------------------------------------------

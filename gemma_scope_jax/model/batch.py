@@ -164,7 +164,7 @@ def as_batch(given: Any) -> TokenBatch:
     Raises `InputError` for text and for shapes that do not fit.
     """
     if not isinstance(given, TokenBatch):
-        _refuse_text(given)
+        refuse_text(given)
         pair = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         tokens, segments = integers("tokens", pair[0]), integers("segments", pair[1])
         given = TokenBatch(tokens, np.ones_like(tokens) if segments is None else segments)
@@ -183,25 +183,14 @@ def as_batch(given: Any) -> TokenBatch:
 def tokens_and_segments(tokens: Any, segments: Any) -> tuple[jax.Array, jax.Array | None]:
     """The arguments of `forward` and `run` as arrays; `tokens` may be a `TokenBatch`."""
     if not isinstance(tokens, TokenBatch):
-        _refuse_text(tokens)
+        refuse_text(tokens)
         return tokens, segments
     if segments is not None:
         raise InputError("a TokenBatch has its own segments: leave out `segments`")
     return tokens.tokens, tokens.segments
 
 
-def prompts_of(given: Any) -> Any:
-    """The prompts of `generate`; a `TokenBatch` becomes a list of ids int [n], one per row."""
-    if not isinstance(given, TokenBatch):
-        _refuse_text(given)
-        return given
-    tokens, places = np.asarray(given.tokens), given.document_slices()
-    if [row for row, _ in places] != list(range(len(tokens))):
-        raise InputError("generate takes one document per row, not a packed batch or empty rows")
-    return [tokens[place] for place in places]
-
-
-def _refuse_text(given: Any) -> None:
+def refuse_text(given: Any) -> None:
     """Raise `InputError` if `given` is text instead of ids."""
     some = given if isinstance(given, list | tuple) else [given]
     if any(isinstance(text, str | Mapping) or _is_chat(text) for text in some):

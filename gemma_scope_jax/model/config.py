@@ -10,6 +10,7 @@ Axis glossary, used in every einsum and comment of the project:
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,31 +56,17 @@ class GemmaConfig:
         return (layer + 1) % self.global_every == 0
 
 
-def _preset(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more) -> GemmaConfig:
-    more.setdefault("query_scale", head_dim**-0.5)
-    return GemmaConfig(name, layers, d_model, d_mlp, heads, kv_heads, head_dim, window, **more)
-
-
-_LONG_CONTEXT = {"global_rope_divisor": 8.0}
+_SHORT: dict[str, Any] = {"context": 32_768}
+_LONG: dict[str, Any] = {"context": 131_072, "global_rope_divisor": 8.0}
 PRESETS: dict[str, GemmaConfig] = {
-    c.name: c
-    for c in (
-        _preset("gemma-3-270m", 18, 640, 2048, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-1b", 26, 1152, 6912, 4, 1, 256, 512, context=32_768),
-        _preset("gemma-3-4b", 34, 2560, 10240, 8, 4, 256, 1024, **_LONG_CONTEXT),
-        _preset("gemma-3-12b", 48, 3840, 15360, 16, 8, 256, 1024, **_LONG_CONTEXT),
-        _preset(
-            "gemma-3-27b",
-            62,
-            5376,
-            21504,
-            32,
-            16,
-            128,
-            1024,
-            query_scale=168**-0.5,
-            **_LONG_CONTEXT,
-        ),
+    name: GemmaConfig(name, *sizes, query_scale=scalar**-0.5, **reach)
+    for name, sizes, scalar, reach in (
+        # layers, d_model, d_mlp, heads, kv_heads, head_dim, window
+        ("gemma-3-270m", (18, 640, 2048, 4, 1, 256, 512), 256, _SHORT),
+        ("gemma-3-1b", (26, 1152, 6912, 4, 1, 256, 512), 256, _SHORT),
+        ("gemma-3-4b", (34, 2560, 10240, 8, 4, 256, 1024), 256, _LONG),
+        ("gemma-3-12b", (48, 3840, 15360, 16, 8, 256, 1024), 256, _LONG),
+        ("gemma-3-27b", (62, 5376, 21504, 32, 16, 128, 1024), 168, _LONG),
     )
 }
 
@@ -93,9 +80,24 @@ def preset(name: str) -> GemmaConfig:
     return PRESETS[short]
 
 
+def normalise_model_name(name: str) -> str:
+    """The Hugging Face id of a Gemma 3 in any published spelling; other names come back as given.
+
+    `gemma-v3-1b-pt`, `gemma-3-1b-pt` -> `google/gemma-3-1b-pt`; `google/gemma-3-270m-pt` ->
+    `google/gemma-3-270m`. Raises `InputError` for a size that does not exist (`gemma-3-9b`).
+    """
+    short = name.strip().lower().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
+    if not (match := re.fullmatch(r"(gemma-3-\d+[mb])(-pt|-it)?", short)):
+        return name.strip()
+    base, variant = match[1], match[2] or "-pt"
+    if base not in PRESETS:
+        raise InputError(f"there is no model {name!r}{nearest(base, PRESETS)}")
+    return f"google/{base}" + ("" if (base, variant) == ("gemma-3-270m", "-pt") else variant)
+
+
 def _weight(axes: str) -> Any:
     """A field that holds a weight. `axes` are letters of the glossary: they give the weight's shape
-    (`abstract_params`) and its sharding (`sharding.param_specs`)."""
+    (`abstract_params`) and its sharding (`sharding.param_shardings`)."""
     return dataclasses.field(metadata={"axes": axes})
 
 
@@ -167,11 +169,16 @@ def each_weight(config: GemmaConfig, make: Callable[[str, str], Any]) -> Params:
     return Params(make("embed", "VD"), Block(**blocks), make("final_norm", "D"), head)
 
 
-def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
-    """The `jax.ShapeDtypeStruct` of every weight."""
+def axis_sizes(config: GemmaConfig) -> dict[str, int]:
+    """The sizes of the weights' axes, by the letters of the glossary."""
     c = config
     sizes = (c.layers, c.d_model, c.heads, c.kv_heads, c.head_dim, c.d_mlp, c.vocab)
-    size = dict(zip("LDNKHMV", sizes))
+    return dict(zip("LDNKHMV", sizes))
+
+
+def abstract_params(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
+    """The `jax.ShapeDtypeStruct` of every weight."""
+    size = axis_sizes(config)
 
     def weight(name: str, axes: str) -> jax.ShapeDtypeStruct:
         kind = jnp.float32 if name.endswith("norm") else dtype

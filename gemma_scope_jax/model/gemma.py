@@ -19,9 +19,8 @@ Axis glossary (B T S L D N K H G M V F X): see `config.py`. Sites, in order of a
     final_scale                             [B, T, 1]
     logits                                  [B, T, V]   float32
 
-All layers run in the same scan: local and global layers differ by a flag (mask and RoPE base), not
-in structure. The layers are cut into segments where the set of active intercepts changes; the
-stacked weights are indexed inside the body, because slicing would copy them.
+All layers run in the same scan, in segments (see `hooks.py`): local and global layers differ by a
+flag. The stacked weights are indexed inside the body, because slicing would copy them.
 """
 
 from collections.abc import Sequence
@@ -40,7 +39,6 @@ from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.attention import Tokens
 from gemma_scope_jax.model.batch import TokenBatch, check_tokens, documents, tokens_and_segments
-from gemma_scope_jax.model.batch import default_positions as default_positions
 from gemma_scope_jax.model.block import Where, block, rms_norm, where_for
 from gemma_scope_jax.model.config import GemmaConfig, Model, Params
 from gemma_scope_jax.model.sharding import check_axes, mesh_of, place
@@ -176,7 +174,8 @@ def one_pass(
         segments = jnp.broadcast_to(segments, tokens.shape)
     queries, last = documents(tokens.shape, positions, segments, cache)
     static = {"in_order": in_order, "packed": packed, "mesh": mesh_of(params.embed)}
-    where = where_for(c, queries, cache, materialise=hooks.uses_pattern(items), **static)
+    materialise = any(i.site == "attn_pattern" for i in items)
+    where = where_for(c, queries, cache, materialise=materialise, **static)
     everything = tuple(n for n, i in enumerate(items) if i.site not in ic.LAYER_SITES)
     top = hooks.At(items, everything, -1, c.layers, queries.positions, queries.segments > 0, {})
 
@@ -253,7 +252,7 @@ def _named_reads(items, collected, top_reads, states) -> dict[str, Any]:
             continue
         if n in states or n in top_reads:
             reads[i.name] = states[n] if n in states else top_reads[n]
-        elif n in collected:
+        else:
             parts = collected[n]
             stacked = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *parts)
             if i.of_one_layer:
@@ -262,6 +261,4 @@ def _named_reads(items, collected, top_reads, states) -> dict[str, Any]:
                 order = np.argsort(np.argsort(i.layers))
                 stacked = jax.tree.map(partial(jnp.take, indices=order, axis=0), stacked)
             reads[i.name] = stacked
-        else:
-            raise InputError(f"{i.name!r} at {i.site!r} is never reached")
     return reads

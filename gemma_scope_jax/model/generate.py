@@ -25,7 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
-from gemma_scope_jax.model.batch import check_ids, padded, prompts_of
+from gemma_scope_jax.model.batch import TokenBatch, check_ids, padded, refuse_text
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
@@ -109,7 +109,7 @@ def generate(
     """
     items = hooks.flatten(intercepts)
     hooks.check(items, model.config.layers, None)
-    rows = _checked_prompts(model.config, prompts_of(prompts))
+    rows = _checked_prompts(model.config, prompts)
     new = whole_number("max_new_tokens", max_new_tokens, 1)
     longest = max(len(r) for r in rows)
     if longest + new > model.config.context:
@@ -140,8 +140,15 @@ def generate(
     return Generation(ids, lengths, tuple(rows), reads, chosen)
 
 
-def _checked_prompts(config: GemmaConfig, prompts) -> list[np.ndarray]:
+def _checked_prompts(config: GemmaConfig, prompts: Any) -> list[np.ndarray]:
     """The prompts as int32 arrays, one per row."""
+    if isinstance(prompts, TokenBatch):
+        tokens, places = np.asarray(prompts.tokens), prompts.document_slices()
+        if [row for row, _ in places] != list(range(len(tokens))):
+            one = "generate takes one document per row"
+            raise InputError(f"{one}, not a packed batch or empty rows")
+        prompts = [tokens[place] for place in places]
+    refuse_text(prompts)
     wanted = "prompts must be ids [B, T] or a list of 1-D id arrays (for one prompt, ids[None])"
     if getattr(prompts, "ndim", 2) != 2 or isinstance(prompts, str):
         raise InputError(wanted)
@@ -253,9 +260,11 @@ class _Track:
     def put(self, value: jax.Array, step: jax.Array, prompt: int) -> "_Track":
         """Add the value read in decoding step `step`, after a prompt of `prompt` slots."""
         if self.tokens is None:
-            return self._with(jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0))
-        slot = step + prompt
-        return self._with(jax.lax.dynamic_update_slice_in_dim(self.value, value, slot, self.tokens))
+            value = jax.lax.dynamic_update_index_in_dim(self.value, value, step + 1, 0)
+        else:
+            place = (step + prompt, self.tokens)
+            value = jax.lax.dynamic_update_slice_in_dim(self.value, value, *place)
+        return self.replace(value=value)  # type: ignore[attr-defined]
 
     def aligned(self, slots: jax.Array) -> "_Track":
         """From slots to positions; `slots` [B, S]: where each position is, S if nowhere."""
@@ -263,7 +272,7 @@ class _Track:
         for axis in self.axes():
             take = partial(jnp.take, axis=axis - 1, mode="fill", fill_value=0)
             value = jax.vmap(take, (self.batch, 0), self.batch)(value, slots)
-        return self._with(value)
+        return self.replace(value=value)  # type: ignore[attr-defined]
 
     def cut(self, positions: int) -> jax.Array:
         """The value without the positions added by the bucket's padding."""
@@ -271,9 +280,6 @@ class _Track:
         for axis in self.axes():
             value = jax.lax.slice_in_dim(value, 0, min(positions, value.shape[axis]), axis=axis)
         return value
-
-    def _with(self, value: jax.Array) -> "_Track":
-        return _Track(value, self.batch, self.tokens, self.keys)
 
 
 def _map_tracks(fn: Callable, tracks: Any, *rest: Any) -> Any:

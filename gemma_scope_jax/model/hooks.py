@@ -49,7 +49,7 @@ def check(intercepts: tuple[Intercept, ...], layers: int, stop_at_layer: int | N
             if last >= layers:
                 known = f"the model has layers 0..{layers - 1}"
                 raise InputError(f"layer {last} at {i.site!r}: {known}")
-            never = i.layers is not None and last >= ran
+            never = not ran or (i.layers is not None and last >= ran)
         if never and i.name is not None:
             why = f"stop_at_layer is {stop_at_layer}"
             raise InputError(f"{i.name!r} at {i.site!r} is never reached: {why}")
@@ -95,11 +95,6 @@ def stacks(intercepts: tuple[Intercept, ...]) -> bool:
         i.layers is not None or (i.kind == "read" and i.layer is None and i.site in LAYER_SITES)
         for i in intercepts
     )
-
-
-def uses_pattern(intercepts: tuple[Intercept, ...]) -> bool:
-    """Whether attention patterns must be materialised."""
-    return any(i.site == "attn_pattern" for i in intercepts)
 
 
 def segments(intercepts: tuple[Intercept, ...], layers: int) -> list[tuple[int, int, tuple]]:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.config import GemmaConfig, Params, each_weight
+from gemma_scope_jax.model.config import GemmaConfig, Params, axis_sizes, each_weight
 
 _F = TypeVar("_F", bound=Callable)
 AXES = ("data", "model")
@@ -117,35 +117,31 @@ def own_mesh(function: _F) -> _F:
     return call  # type: ignore[return-value]
 
 
-def param_specs(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
-    """The `PartitionSpec` of every weight, as a `Params`: the layer axis L is never sharded.
+def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
+    """The `NamedSharding` of every weight on `mesh` (see `our_mesh`): for `device_put` and `jit`.
 
-    The query heads N are sharded over "model", or the head dimension H if N does not divide; kv
-    heads (1 in the small models) are replicated if they do not divide. `fsdp=False` keeps d_model
-    whole: for inference if the weights fit.
+    The layer axis L is never sharded. The query heads N are sharded over "model", or the head
+    dimension H if N does not divide; kv heads (1 in the small models) are replicated if they do not
+    divide. `fsdp=False` keeps d_model whole: for inference if the weights fit.
     """
-    c, mesh = config, our_mesh(mesh)
+    mesh = our_mesh(mesh)
 
     def fits(axis: str, size: int) -> str | None:
         return axis if mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
 
-    N, K, H = (fits("model", size) for size in (c.heads, c.kv_heads, c.head_dim))
-    M, V = fits("model", c.d_mlp), fits("model", c.vocab)
-    D = fits("data", c.d_model) if fsdp else None
-    over = {"L": None, "D": D, "N": N, "K": K, "H": None if N else H, "M": M, "V": V}
+    sizes = axis_sizes(config)
+    over = {"L": None, "D": fits("data", sizes["D"]) if fsdp else None}
+    over |= {letter: fits("model", sizes[letter]) for letter in "NKHMV"}
+    if over["N"]:
+        over["H"] = None
 
-    def spec(name: str, axes: str) -> PartitionSpec:
+    def sharding(name: str, axes: str) -> NamedSharding:
         if name.endswith("norm"):
-            return PartitionSpec()
-        return PartitionSpec(*(None if a == "H" and "K" in axes else over[a] for a in axes))
+            return NamedSharding(mesh, PartitionSpec())
+        spec = (None if a == "H" and "K" in axes else over[a] for a in axes)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return each_weight(config, spec)
-
-
-def param_shardings(config: GemmaConfig, mesh: Mesh, fsdp: bool = True) -> Params:
-    """`param_specs` as `NamedSharding`s on `mesh` (see `our_mesh`): for `device_put` and `jit`."""
-    mesh = our_mesh(mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, mesh, fsdp))
+    return each_weight(config, sharding)
 
 
 def shard_batch(mesh: Mesh, array: Any) -> Any:

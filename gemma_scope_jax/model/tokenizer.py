@@ -25,30 +25,19 @@ SPAN_ROLES = ("turn", "system", "user", "model")
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """Tokens [start, stop) of a chat. `role`: "system", "user" or "model" for a message, "turn" for
-    the tokens of the template around it."""
-
-    start: int
-    stop: int
-    role: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Chat:
-    """A rendered conversation: int32 ids [T], and the spans that tile them."""
+    """A rendered conversation.
+
+    ids    int32 [T]
+    roles  int32 [T], indices into `SPAN_ROLES`: "system", "user" or "model" for a message, "turn"
+           for the template around it
+    """
 
     ids: np.ndarray
-    spans: tuple[Span, ...]
-
-    @property
-    def roles(self) -> np.ndarray:
-        """int32 [T]: the role of each token's span, an index into `SPAN_ROLES`."""
-        numbers = np.array([SPAN_ROLES.index(span.role) for span in self.spans], np.int32)
-        return np.repeat(numbers, [span.stop - span.start for span in self.spans])
+    roles: np.ndarray
 
     def mask(self, *roles: str) -> np.ndarray:
-        """bool [T]: tokens whose span has one of `roles`. Raises `InputError` for unknown roles."""
+        """bool [T]: tokens with one of the `roles`. Raises `InputError` for unknown roles."""
         if unknown := set(roles) - set(SPAN_ROLES):
             raise InputError(f"no such role: {unknown}; choose from {', '.join(SPAN_ROLES)}")
         return np.isin(self.roles, [SPAN_ROLES.index(role) for role in roles])
@@ -187,7 +176,8 @@ class Tokenizer:
         if add_generation_prompt:
             ids += [self.start_of_turn_id, *self._encode("model\n")]
         roles += ["turn"] * (len(ids) - len(roles))
-        return Chat(np.array(ids, np.int32), _spans(roles))
+        numbers = np.array([SPAN_ROLES.index(role) for role in roles], np.int32)
+        return Chat(np.array(ids, np.int32), numbers)
 
     def _encode_parts(self, parts: list[tuple[str, str]]) -> list[tuple[int, str]]:
         """Encode the parts as one text; each id gets the role of the part it starts in."""
@@ -265,11 +255,6 @@ def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]
     if not turns:
         raise InputError("a system message needs a user's message after it")
     return system, turns
-
-
-def _spans(roles: list[str]) -> tuple[Span, ...]:
-    edges = [i for i in range(len(roles)) if i == 0 or roles[i] != roles[i - 1]] + [len(roles)]
-    return tuple(Span(a, b, roles[a]) for a, b in zip(edges, edges[1:]))
 
 
 def fit_tokenizer(tokenizer: Tokenizer, config: GemmaConfig) -> Tokenizer:

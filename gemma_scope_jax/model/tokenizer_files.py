@@ -8,6 +8,7 @@ only `Tokenizer` places them. Runs of whitespace and HTML tags stay USER_DEFINED
 SentencePiece does match, as in the published tokenizer.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -17,13 +18,13 @@ import numpy as np
 from etils import epath
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.added_tokens import declared_tokens
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
+from gemma_scope_jax.model.checkpoints.gguf_gemma import IMAGE, named_tokens
+from gemma_scope_jax.model.checkpoints.huggingface_config import declared_tokens
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
 from gemma_scope_jax.model.config import preset
 from gemma_scope_jax.storage.strict_json import read_json
 
-IMAGE = "<image_soft_token>"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's piece types
 SPACE = "\u2581"  # how SentencePiece writes a space
 REQUIRED = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -55,7 +56,10 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
     is_file_name = text.endswith((".model", ".json", ".gguf"))
     if is_file_name and not epath.Path(text).expanduser().exists():
         raise InputError(f"{text}: no such file")
-    is_gemma = isinstance(source, str) and not os.path.exists(text) and _is_published(text)
+    is_gemma = False
+    if isinstance(source, str) and not os.path.exists(text):
+        with contextlib.suppress(InputError):
+            is_gemma = bool(preset(text))
     if is_gemma and is_packaged_model_installed():
         return epath.Path(packaged_model())
     # imported here: loading a model needs meshes and batches, which need a tokenizer
@@ -72,14 +76,6 @@ def find_tokenizer(source: str | os.PathLike) -> epath.Path:
         f"{path}: holds no tokenizer.model, tokenizer.json or .gguf file; all Gemma 3 models share "
         "one tokenizer, so a model's name such as gemma-3-270m works too"
     )
-
-
-def _is_published(name: str) -> bool:
-    try:
-        preset(name)
-    except InputError:
-        return False
-    return True
 
 
 def read_tokenizer(path: epath.Path) -> tuple[bytes, str]:
@@ -127,8 +123,7 @@ def _from_gguf(path: epath.Path, metadata: dict[str, Any]) -> Pieces:
         value = metadata.get(key + name, False)
         if np.any(value):
             raise InputError(f"{path}: {key}{name} is on; Gemma's tokenizer leaves text unchanged")
-    while n and (types[n - 1] == UNUSED or pieces[n - 1] == IMAGE):
-        n -= 1  # padding and the image placeholder, beyond the text model's vocabulary
+    n = named_tokens(metadata)  # the rest is beyond the text model's vocabulary
     return [p.replace(" ", SPACE) for p in pieces[:n]], scores[:n], types[:n]
 
 

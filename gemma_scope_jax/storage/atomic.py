@@ -95,19 +95,18 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
 
     Raises `InputError` that names the file if it cannot be written; an old one is unchanged then.
     """
+    if is_remote(path):
+        remote = epath.Path(path)
+        write_folder(remote.parent, {remote.name: lambda file: file.write(data)})
+        return
     made: list[Path] = []
     try:
-        if not is_remote(path):
-            make_folders(Path(path).parent, made)
+        make_folders(Path(path).parent, made)
         with WholeFile(path) as file:
             file.write(data)
     except OSError as error:
         remove_made(made)
         raise disk_error(path, error) from error
-    except Exception as error:  # a bucket's clients raise types of their own
-        if not is_remote(path):
-            raise
-        raise InputError(f"{path}: cannot be written ({reason(error)})") from error
 
 
 def write_text(path: AnyPath, text: str) -> None:
@@ -130,7 +129,7 @@ def reserve(file: BinaryIO, size: int) -> None:
         file.flush()
 
 
-def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], Any]]) -> None:
     """Create files in a folder (made if missing), each by its writer, and rename them at the end.
 
     They get temporary names and are renamed, in the order given, when all are complete. If anything
@@ -138,7 +137,15 @@ def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], Non
     process that holds the folder raise `InputError`. In a bucket the files are written one by one.
     """
     if is_remote(folder):
-        _write_remote(epath.Path(folder), writers)
+        for name, write in writers.items():
+            path = epath.Path(folder) / name
+            try:
+                with WholeFile(path) as file:
+                    write(file)
+            except (TypeError, InputError):
+                raise
+            except Exception as error:  # a bucket's clients raise types of their own
+                raise InputError(f"{path}: cannot be written ({reason(error)})") from error
         return
     folder = Path(folder)
     temporary = {name: folder / temporary_name(name) for name in writers}
@@ -172,26 +179,15 @@ def _rename_all(folder: Path, temporary: Mapping[str, Path]) -> None:
         _sync_folder(folder)
     except BaseException:
         for name in done:
-            if name not in kept:
+            if name in kept:
+                with contextlib.suppress(OSError):
+                    os.replace(kept[name], folder / name)
+            else:
                 _remove(folder / name)
-                continue
-            with contextlib.suppress(OSError):
-                os.replace(kept[name], folder / name)
         raise
     finally:
         for path in kept.values():
             _remove(path)
-
-
-def _write_remote(folder: epath.Path, writers: Mapping[str, Callable[[BinaryIO], None]]) -> None:
-    for name, write in writers.items():
-        try:
-            with WholeFile(folder / name) as file:
-                write(file)
-        except (TypeError, InputError):
-            raise
-        except Exception as error:  # the clients raise types of their own
-            raise InputError(f"{folder / name}: cannot be written ({reason(error)})") from error
 
 
 @contextlib.contextmanager

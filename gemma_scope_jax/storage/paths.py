@@ -143,7 +143,11 @@ def local_copy(folder: AnyPath) -> Path:
             for file in files:
                 with file.open("rb") as source, open(whole / file.name, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 24)
-            os.replace(whole, copy)
+            try:
+                os.replace(whole, copy)
+            except OSError:
+                if not copy.is_dir():  # or another process was faster
+                    raise
     except InputError:
         raise
     except Exception as error:  # a bucket's clients raise types of their own

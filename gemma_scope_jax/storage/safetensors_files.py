@@ -7,7 +7,6 @@ safetensors library.
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.storage.safetensors_layout import CODES, lay_out
 from gemma_scope_jax.storage.strict_json import parse_json
-
-MOST_HEADER = 100_000_000  # bytes; the library's own limit
 
 
 @contextmanager
@@ -40,20 +37,25 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
         why = f"not a complete safetensors file ({reason(error)}); download it again"
         raise InputError(f"{path}: {why}") from error
     with file as opened:
-        status = os.stat(path)
-        _check_header(os.fspath(path), status.st_size, status.st_mtime_ns)
+        _header(path)
         try:
             yield opened
         except SafetensorError as error:
             raise InputError(f"{path}: {reason(error)}; download it again") from error
 
 
+def _header(path: str | os.PathLike) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin, and the entry of each, in a file that the library has accepted."""
+    status = os.stat(path)
+    return _read_header(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=256)  # a model's file is opened for each of its tensors
-def _check_header(path: str, size: int, changed: int) -> None:
-    """Refuse a header with duplicate keys; the library has checked everything else."""
+def _read_header(path: str, size: int, changed: int) -> tuple[int, dict[str, Any]]:
+    """Refuses a header with duplicate keys; the library has checked everything else."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        parse_json(file.read(min(length, MOST_HEADER)), f"{path}: header")
+        return 8 + length, parse_json(file.read(length), f"{path}: header")
 
 
 def map_safetensors(
@@ -61,40 +63,21 @@ def map_safetensors(
 ) -> dict[str, np.ndarray]:
     """The tensors of a local file, memory-mapped: exactly those of (dtype, shape) in `wanted`.
 
-    Reading a row touches only its pages. Lets `OSError` through, and raises `ValueError` for a file
-    that holds anything else, has a gap or an overlap, or is not complete.
+    Reading a row touches only its pages. Raises `InputError` as `open_safetensors`, and for a file
+    that holds anything else.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= MOST_HEADER:
-            raise ValueError("it has no header of tensors")
-        header = parse_json(file.read(length), path)
-    if not isinstance(header, dict) or set(header) != set(wanted):
-        raise ValueError(f"it holds {sorted(header)}, not {sorted(wanted)}")
-    whole, end = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length)), 0
-    places = {name: _place(name, header[name], *wanted[name]) for name in wanted}
-    for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
-        dtype, shape = wanted[name]
-        expected = end + math.prod(shape) * CODES[dtype][1]
-        if (start, stop) != (end, expected):
-            raise ValueError(f"{name} is at {start} to {stop}, not at {end} to {expected}")
-        end = stop
-    if end != len(whole):
-        raise ValueError(f"its tensors end at byte {end} of {len(whole)}")
-    at = lambda name: whole[slice(*places[name])].view(wanted[name][0]).reshape(wanted[name][1])
-    return {name: at(name) for name in wanted}
-
-
-def _place(name: str, entry: Any, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Where a tensor begins and ends according to its entry; ValueError if it is another tensor."""
-    entry = entry if isinstance(entry, dict) else {}
-    if (entry.get("dtype"), entry.get("shape")) != (CODES[dtype][0], list(shape)):
-        said = f"{entry.get('dtype')} {entry.get('shape')}"
-        raise ValueError(f"{name} is {said}, not {dtype} {list(shape)}")
-    match entry.get("data_offsets"):
-        case [int(start), int(stop)]:
-            return start, stop
-    raise ValueError(f"{name} has no offsets")
+    with open_safetensors(path):
+        start, header = _header(path)
+    if set(header) != set(wanted):
+        raise InputError(f"{path}: it holds {sorted(header)}, not {sorted(wanted)}")
+    whole, found = np.asarray(np.memmap(path, np.uint8, "r", offset=start)), {}
+    for name, (dtype, shape) in wanted.items():
+        entry = header[name]
+        if (entry["dtype"], entry["shape"]) != (CODES[dtype][0], list(shape)):
+            said = f"{entry['dtype']} {entry['shape']}"
+            raise InputError(f"{path}: {name} is {said}, not {dtype} {list(shape)}")
+        found[name] = whole[slice(*entry["data_offsets"])].view(dtype).reshape(shape)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,9 +57,17 @@ def parse_json(data: bytes | str, where: str | os.PathLike, *, mend_text: bool =
     return value
 
 
-def read_json(path: Path | epath.Path, *, mend_text: bool = False) -> Any:
+def read_json(path: Path | epath.Path) -> Any:
     """`parse_json` of a file. Raises `InputError` if it does not exist or cannot be read."""
-    return parse_json(read_bytes(path), path, mend_text=mend_text)
+    return parse_json(read_bytes(path), path)
+
+
+def read_object(path: Path | epath.Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object, but a {type(content).__name__}")
+    return content
 
 
 def read_bytes(path: Path | epath.Path) -> bytes:

@@ -17,15 +17,11 @@ from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.load import decoder_rows, load_coder, load_decoder, matching
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.coders.release import files
-from gemma_scope_jax.coders.release.config import (
-    folder_config,
-    hook_point,
-    normalise_model_name,
-    parse_hook_point,
-)
+from gemma_scope_jax.coders.release.config import folder_config, hook_point, parse_hook_point
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import normalise_model_name
 from published import MULTI, REPO, SINGLE, SITES, publish, same_leaves, sparse_file
 
 

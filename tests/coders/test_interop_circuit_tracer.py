@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_scope_jax.coders.interop.circuit_tracer import (
     is_circuit_tracer_folder,
-    load_circuit_tracer,
     save_circuit_tracer,
 )
-from gemma_scope_jax.coders.interop.saelens import is_saelens_folder, load_saelens, save_saelens
+from gemma_scope_jax.coders.interop.saelens import is_saelens_folder, save_saelens
+from gemma_scope_jax.coders.load import load_coder, load_coders
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder
 from gemma_scope_jax.errors import InputError
 from library_folders import D, F, X, agrees, normal, survives, transcoder
@@ -78,7 +78,7 @@ def jump_relu(z, threshold):
 def test_circuit_tracer_set(tmp_path, skip, threshold):
     layers = write_set(tmp_path / "s", skip, threshold)
     assert is_circuit_tracer_folder(tmp_path / "s") and not is_circuit_tracer_folder(tmp_path)
-    coders = load_circuit_tracer(tmp_path / "s")
+    coders = load_coders(tmp_path / "s")
     assert coders.layers == (0, 1, 2) and coders.names == ("layer_0", "layer_1", "layer_2")
     for i, t in enumerate(layers):
         x = normal(5, D)
@@ -103,7 +103,7 @@ def test_circuit_tracer_set(tmp_path, skip, threshold):
 @pytest.mark.parametrize("threshold", [True, False])
 def test_circuit_tracer_clt(tmp_path, skip, threshold):
     layers = write_clt(tmp_path / "s", skip, threshold)
-    (clt,) = load_circuit_tracer(tmp_path / "s")
+    (clt,) = load_coders(tmp_path / "s")
     assert isinstance(clt, MultiLayerCoder) and clt.kind == "clt" and clt.layers == (0, 1, 2)
     x = normal(X, 5, D)
     f = [
@@ -132,7 +132,7 @@ def test_circuit_tracer_clt(tmp_path, skip, threshold):
 def test_bfloat16_stays_bfloat16(tmp_path):
     coders = [transcoder(i, dtype=jnp.bfloat16) for i in range(2)]
     save_circuit_tracer(coders, tmp_path)
-    again = load_circuit_tracer(tmp_path)
+    again = load_coders(tmp_path)
     for coder in coders:
         jax.tree.map(np.testing.assert_array_equal, again[coder.layer], coder)
         assert again[coder.layer].w_dec.dtype == jnp.bfloat16
@@ -140,7 +140,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
 def test_a_set_that_lists_its_files(tmp_path):
     write_set(tmp_path / "s", transcoders=["layer_2.safetensors", "layer_0.safetensors"])
-    coders = load_circuit_tracer(tmp_path / "s")
+    coders = load_coders(tmp_path / "s")
     w_enc = load_file(tmp_path / "s" / "layer_2.safetensors")["W_enc"]
     np.testing.assert_array_equal(coders[0].w_enc, w_enc.T)
 
@@ -167,7 +167,7 @@ def test_a_set_that_lists_its_files(tmp_path):
 def test_circuit_tracer_configs_that_cannot_be_used(tmp_path, changes, says):
     write_set(tmp_path / "s", **{"kind": changes.pop("model_kind", "transcoder_set"), **changes})
     with pytest.raises(InputError, match=says) as error:
-        load_circuit_tracer(tmp_path / "s")
+        load_coders(tmp_path / "s")
     assert "\n" not in str(error.value)
 
 
@@ -176,28 +176,28 @@ def test_config_yaml_that_is_none(tmp_path, text):
     write_set(tmp_path / "s")
     (tmp_path / "s" / "config.yaml").write_text(text)
     with pytest.raises(InputError, match="config.yaml"):
-        load_circuit_tracer(tmp_path / "s")
+        load_coders(tmp_path / "s")
 
 
 def test_circuit_tracer_files_that_do_not_fit(tmp_path):
     write_clt(tmp_path / "a")
     (tmp_path / "a" / "W_dec_1.safetensors").unlink()
     with pytest.raises(InputError, match="W_dec_1.safetensors: no such file"):
-        load_circuit_tracer(tmp_path / "a")
+        load_coders(tmp_path / "a")
     layers = write_clt(tmp_path / "b")
     save_file({"W_dec_1": layers[0]["W_dec"]}, tmp_path / "b" / "W_dec_1.safetensors")
     with pytest.raises(InputError, match=r"W_dec_1 has shape \[20, 3, 6\], expected \[20, 2, 6\]"):
-        load_circuit_tracer(tmp_path / "b")
+        load_coders(tmp_path / "b")
     t = {f"{k}_2": layers[2][k] for k in ("W_enc", "b_enc", "b_dec", "threshold")}
     write_clt(tmp_path / "c")
     save_file(t, tmp_path / "c" / "W_enc_2.safetensors")
     with pytest.raises(InputError, match="2 of 3 layers have W_skip"):
-        load_circuit_tracer(tmp_path / "c")
+        load_coders(tmp_path / "c")
     layers = write_set(tmp_path / "d")
     layers[0]["activation_function.threshold"][3] = -1
     save_file(layers[0], tmp_path / "d" / "layer_0.safetensors")
     with pytest.raises(InputError, match="negative threshold"):
-        load_circuit_tracer(tmp_path / "d")
+        load_coders(tmp_path / "d")
 
 
 def test_what_circuit_tracer_cannot_hold(tmp_path):
@@ -263,10 +263,10 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 )
 def test_damaged_circuit_tracer_folders(tmp_path, write, file):
     write(tmp_path / "s")
-    survives(load_circuit_tracer, tmp_path / "s", file, seed=len(file))
+    survives(load_coders, tmp_path / "s", file, seed=len(file))
 
 
-@pytest.mark.parametrize("load", [load_saelens, load_circuit_tracer])
+@pytest.mark.parametrize("load", [load_coder, load_coders])
 def test_folders_that_are_none(tmp_path, load):
     for path in (tmp_path, tmp_path / "gone", str(tmp_path / "nul\0byte")):
         with pytest.raises(InputError):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gemma_scope_jax.coders.interop.saelens import is_saelens_folder, load_saelens, save_saelens
+from gemma_scope_jax.coders.interop.saelens import is_saelens_folder, save_saelens
+from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.errors import InputError
 from library_folders import (
     MLP_IN,
@@ -41,7 +42,7 @@ def test_saelens_architectures(tmp_path, architecture, kind):
     tensors = saelens_tensors(architecture)
     folder = write_saelens(tmp_path / "sae", tensors, saelens_config(architecture))
     assert is_saelens_folder(folder) and not is_saelens_folder(tmp_path)
-    coder, x = load_saelens(folder), normal(5, 2, D)
+    coder, x = load_coder(folder), normal(5, 2, D)
     agrees(coder, x, *saelens_forward(tensors, x))
     assert (coder.kind, coder.layer, coder.first) == (kind, 7, 1)
     sites = ("resid_post", "resid_post") if kind == "sae" else ("mlp_in", "mlp_out")
@@ -49,7 +50,7 @@ def test_saelens_architectures(tmp_path, architecture, kind):
     assert coder.info.model_name == "google/gemma-3-270m"
 
     save_saelens(coder, tmp_path / "again")
-    again = load_saelens(str(tmp_path / "again"))
+    again = load_coder(str(tmp_path / "again"))
     assert jax.tree.structure(again) == jax.tree.structure(coder)
     jax.tree.map(np.testing.assert_array_equal, again, coder)
 
@@ -64,7 +65,7 @@ def test_saelens_input_transformations_fold_exactly(tmp_path, architecture, scal
     folder = write_saelens(tmp_path / "sae", tensors, config)
     (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
     x = normal(50, D)
-    agrees(load_saelens(folder), x, *saelens_forward(tensors, x, subtract=True, scale=scale))
+    agrees(load_coder(folder), x, *saelens_forward(tensors, x, subtract=True, scale=scale))
 
 
 def test_saelens_before_version_6(tmp_path):
@@ -79,7 +80,7 @@ def test_saelens_before_version_6(tmp_path):
         "normalize_activations": False,
         "activation_fn_str": "relu",
     }
-    coder, x = load_saelens(write_saelens(tmp_path / "sae", tensors, config)), normal(9, D)
+    coder, x = load_coder(write_saelens(tmp_path / "sae", tensors, config)), normal(9, D)
     agrees(coder, x, *saelens_forward(tensors, x, subtract=True))
     assert (coder.reads, coder.layer, coder.first) == ("resid_pre", 2, 4)
     assert coder.info.model_name == "google/gemma-3-1b-it"
@@ -101,7 +102,7 @@ def test_saelens_before_version_6(tmp_path):
 )  # fmt: skip
 def test_hook_names(tmp_path, names, place):
     config = saelens_config("jumprelu", metadata=names)
-    coder = load_saelens(write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config))
+    coder = load_coder(write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config))
     assert (coder.reads, coder.layer) == place
 
 
@@ -122,7 +123,7 @@ def test_hook_names_that_do_not_say_which_tensor(tmp_path, names, says):
     config = saelens_config("jumprelu", metadata=names)
     folder = write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config)
     with pytest.raises(InputError, match=says) as error:
-        load_saelens(folder)
+        load_coder(folder)
     assert str(folder / "cfg.json") in str(error.value)
 
 
@@ -151,7 +152,7 @@ def test_saelens_coders_that_are_another_function(tmp_path, changes, says):
     config = saelens_config("jumprelu") | changes
     folder = write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config)
     with pytest.raises(InputError, match=says) as error:
-        load_saelens(folder)
+        load_coder(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
@@ -171,7 +172,7 @@ def test_saelens_weights_that_do_not_fit(tmp_path, change, says):
     tensors = saelens_tensors("jumprelu")
     change(tensors)
     with pytest.raises(InputError, match=says):
-        load_saelens(write_saelens(tmp_path / "s", tensors, saelens_config("jumprelu")))
+        load_coder(write_saelens(tmp_path / "s", tensors, saelens_config("jumprelu")))
 
 
 @pytest.mark.parametrize("factor", [0, -1, True, None, "2", 10**400, 1e-300])
@@ -180,18 +181,18 @@ def test_a_scale_that_is_none(tmp_path, factor):
     folder = write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config)
     (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
     with pytest.raises(InputError, match="scaling_factor"):
-        load_saelens(folder)
+        load_coder(folder)
 
 
 def test_a_transcoder_cannot_subtract_b_dec_or_skip_layers(tmp_path):
     tensors = saelens_tensors("transcoder")
     config = saelens_config("transcoder", apply_b_dec_to_input=True)
     with pytest.raises(InputError, match="apply_b_dec_to_input"):
-        load_saelens(write_saelens(tmp_path / "s", tensors, config))
+        load_coder(write_saelens(tmp_path / "s", tensors, config))
     config = saelens_config("transcoder")
     config["metadata"]["hf_hook_name_out"] = MLP_OUT.replace("7", "8")
     with pytest.raises(InputError, match="reads layer 7 and writes layer 8"):
-        load_saelens(write_saelens(tmp_path / "s", tensors, config))
+        load_coder(write_saelens(tmp_path / "s", tensors, config))
 
 
 def test_saved_for_saelens_is_what_its_gemma_scope_2_loader_makes(tmp_path):
@@ -218,7 +219,7 @@ def test_a_gemma_scope_2_sae_for_saelens(tmp_path):
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu" and "d_out" not in config
     assert config["metadata"]["hook_name"] == "blocks.7.attn.hook_z"
-    again = load_saelens(tmp_path)
+    again = load_coder(tmp_path)
     assert again.w_enc.dtype == jnp.float32
     np.testing.assert_array_equal(again.w_enc, coder.w_enc.astype(jnp.float32))
 
@@ -227,7 +228,7 @@ def test_metadata_survives_a_round_trip(tmp_path):
     config = saelens_config("jumprelu")
     config["metadata"] |= {"neuronpedia_id": "m/3-set", "context_size": 512}
     folder = write_saelens(tmp_path / "s", saelens_tensors("jumprelu"), config)
-    save_saelens(load_saelens(folder), tmp_path / "t")
+    save_saelens(load_coder(folder), tmp_path / "t")
     metadata = json.loads((tmp_path / "t" / "cfg.json").read_text())["metadata"]
     assert (metadata["neuronpedia_id"], metadata["context_size"]) == ("m/3-set", 512)
 
@@ -239,4 +240,4 @@ def test_damaged_saelens_folders(tmp_path, file):
     (folder / "activation_scaler.json").write_text(
         '{"scaling_factor": 0.5, "has_whitening": false}'
     )
-    survives(load_saelens, folder, file, seed=len(file))
+    survives(load_coder, folder, file, seed=len(file))

@@ -14,7 +14,7 @@ from coders import random_coder
 from gemma_scope_jax.coders import active_features
 from gemma_scope_jax.coders.coder import CoderInfo, as_jump_relu, largest, weights_identity
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
-from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
+from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.evaluation.results import coder_config
@@ -120,13 +120,13 @@ def test_saelens_has_the_same_coder_both_ways(tmp_path):
     config = json.loads((tmp_path / "s" / "cfg.json").read_text())
     assert (config["architecture"], config["k"]) == ("topk", K)
     assert "threshold" not in load_file(tmp_path / "s" / "sae_weights.safetensors")
-    np.testing.assert_array_equal(load_saelens(tmp_path / "s").encode(X), coder.encode(X))
+    np.testing.assert_array_equal(gs.load_coder(tmp_path / "s").encode(X), coder.encode(X))
     # Rescaled by the norms of its decoder rows, by which its features then compete.
     config["rescale_acts_by_decoder_norm"] = True
     (tmp_path / "s" / "cfg.json").write_text(json.dumps(config))
     norms = np.linalg.norm(np.asarray(coder.w_dec), axis=1)
     f = by_hand(np.asarray(coder.pre_activations(X)) * norms, K)
-    again = load_saelens(tmp_path / "s")
+    again = gs.load_coder(tmp_path / "s")
     np.testing.assert_allclose(again.encode(X), f, rtol=1e-4, atol=1e-4)
     y = (f / norms) @ np.asarray(coder.w_dec) + np.asarray(coder.b_dec)
     np.testing.assert_allclose(again.reconstruct(X), y, rtol=1e-4, atol=1e-3)

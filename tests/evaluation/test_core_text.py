@@ -9,7 +9,7 @@ from core_runs import coder
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure
 from gemma_scope_jax.evaluation.texts import EvaluationText
-from gemma_scope_jax.model.tokenizer import Chat, Span
+from gemma_scope_jax.model.tokenizer import SPAN_ROLES, Chat
 from letters import Letters
 
 pytestmark = pytest.mark.usefixtures("runs_at_once")
@@ -19,14 +19,12 @@ class ChattyLetters(Letters):
     """Chats as <turn role text end>: 4 and 5 open and close a turn."""
 
     def chat(self, messages, add_generation_prompt=True):
-        ids, spans = [2], [Span(0, 1, "turn")]
+        ids, roles = [2], ["turn"]
         for message in messages:
             said = self.encode(message["content"], bos=False).tolist()
-            at = len(ids)
             ids += [4, *said, 5]
-            spans += [Span(at, at + 1, "turn"), Span(at + 1, at + 1 + len(said), message["role"])]
-            spans.append(Span(len(ids) - 1, len(ids), "turn"))
-        return Chat(np.array(ids, np.int32), tuple(spans))
+            roles += ["turn", *[message["role"]] * len(said), "turn"]
+        return Chat(np.array(ids, np.int32), np.array([*map(SPAN_ROLES.index, roles)], np.int32))
 
 
 def test_every_token_is_there_once_with_its_source(text):

@@ -23,7 +23,7 @@ from gemma_scope_jax.extraction.extract import extract, token_bytes
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import PRESETS
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
-from gemma_scope_jax.model.tokenizer import Chat, Span
+from gemma_scope_jax.model.tokenizer import SPAN_ROLES, Chat
 from letters import Letters
 from tiny import tiny_model
 
@@ -276,7 +276,8 @@ def test_chats_count_what_the_roles_say(tmp_path):
     class Chats(Letters):
         def chat(self, messages, add_generation_prompt):
             ids = self.encode(messages[0]["content"] + messages[1]["content"])
-            return Chat(ids, (Span(0, 4, "user"), Span(4, len(ids), "model")))
+            user, answer = map(SPAN_ROLES.index, ("user", "model"))
+            return Chat(ids, np.array([user] * 4 + [answer] * (len(ids) - 4), np.int32))
 
     data = TextData(files=(str(path),), messages="chat")
     got = extract(model, CODERS["a"], Chats(), data, tmp_path / "s", **SETTINGS)

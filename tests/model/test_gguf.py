@@ -158,14 +158,11 @@ def test_quantised_tensors_and_rows(tmp_path):
     file = open_gguf(path)
     for name, kind in quantised.items():
         expected = gguf.quants.dequantize(gguf.quants.quantize(tensors[name], kind), kind)
-        assert file.tensors[name].type == kind.name
+        assert file.tensors[name].type.name == kind.name
         np.testing.assert_array_equal(file.read(name), expected)
-        np.testing.assert_array_equal(file.read_rows(name, 5, 17), expected[5:17])
+        np.testing.assert_array_equal(file.read(name, slice(5, 17)), expected[5:17])
         np.testing.assert_allclose(expected, tensors[name], atol=0.2)
-    assert file.read_rows("token_embd.weight", 4, 4).shape == (0, D)
-    for start, stop in [(0, V + 1), (-1, 3), (5, 4)]:
-        with pytest.raises(InputError, match="has no rows"):
-            file.read_rows("token_embd.weight", start, stop)
+    assert file.read("token_embd.weight", slice(4, 4)).shape == (0, D)
 
 
 def test_metadata_and_tensor_table_match_the_reference(tiny):
@@ -302,7 +299,7 @@ def test_the_real_file_opens_quickly():
     for leaf in LAYER:
         x = gguf_leaf(file, config, leaf, 17)
         assert x.shape == getattr(shapes.blocks, leaf).shape[1:]
-    embed = file.read_rows("token_embd.weight", 5000, 5010)
+    embed = file.read("token_embd.weight", slice(5000, 5010))
     assert embed.shape == (10, 640) and 0.01 < embed.std() < 1
 
 
@@ -316,7 +313,7 @@ def test_every_real_tensor_against_the_reference():
     seen = set()
     for name, t in reference.items():
         info, kind = file.tensors[name], t.tensor_type
-        assert (info.offset, info.type) == (t.data_offset, kind.name)
+        assert (info.offset, info.type.name) == (t.data_offset, kind.name)
         assert info.shape == tuple(reversed(t.shape.tolist()))
         if len(info.shape) == 1:
             np.testing.assert_array_equal(file.read(name), t.data)
@@ -324,6 +321,6 @@ def test_every_real_tensor_against_the_reference():
         rows = min(500, info.shape[0])
         for a in (0, info.shape[0] - rows):
             expected = gguf.quants.dequantize(t.data[a : a + rows], kind)
-            np.testing.assert_array_equal(file.read_rows(name, a, a + rows), expected)
+            np.testing.assert_array_equal(file.read(name, slice(a, a + rows)), expected)
         seen.add(kind.name)
     assert seen == {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}

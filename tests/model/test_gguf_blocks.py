@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gemma_scope_jax.model.checkpoints import gguf_blocks
-from gemma_scope_jax.model.checkpoints.gguf_blocks import block_type, block_types, dequantize
+from gemma_scope_jax.model.checkpoints import gguf
+from gemma_scope_jax.model.checkpoints.gguf import block_types, dequantize
 
 
 def half(block, at):
@@ -72,8 +72,9 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_dequantisation_is_exact(monkeypatch, name):
-    kind, rng = block_type(name), np.random.default_rng(7)
-    monkeypatch.setattr(gguf_blocks, "CHUNK", 7 * kind.weights)  # 40 blocks are several chunks
+    kind = next(kind for kind in block_types().values() if kind.name == name)
+    rng = np.random.default_rng(7)
+    monkeypatch.setattr(gguf, "CHUNK", 7 * kind.weights)  # 40 blocks are several chunks
     blocks = rng.integers(0, 256, (40, kind.bytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         expected = np.array([w for b in blocks.tolist() for w in BY_HAND[name](b)])

@@ -18,7 +18,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints import load, packaged
 from gemma_scope_jax.model.checkpoints.huggingface import save_huggingface
 from gemma_scope_jax.model.checkpoints.load import load_model, model_config
-from gemma_scope_jax.model.config import PRESETS, Model, abstract_params
+from gemma_scope_jax.model.config import PRESETS, Model, abstract_params, normalise_model_name
 from gemma_scope_jax.model.sharding import make_mesh, param_shardings
 
 
@@ -154,7 +154,7 @@ def test_broken_gguf(tmp_path, model):
     ],
 )
 def test_names_on_the_hub(name, repository):
-    assert load.hub_repository(name) == repository
+    assert normalise_model_name(name) == repository
     assert model_config(name) == PRESETS["-".join(repository.split("/")[1].split("-")[:3])]
 
 
@@ -207,10 +207,7 @@ def test_hub_download(model, folder, monkeypatch):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (
-            "GatedRepoError",
-            "gated: accept its licence at .*google/gemma-3-1b-pt, then run `hf auth",
-        ),
+        ("GatedRepoError", "gated: accept its terms at .*google/gemma-3-1b-pt, then run `hf auth"),
         ("RepositoryNotFoundError", "neither a local folder nor a repository"),
         ("LocalEntryNotFoundError", "not on this disk, and the hub cannot be reached; check the"),
         (None, "cannot be downloaded .*boom"),

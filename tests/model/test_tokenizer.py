@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model
 from gemma_scope_jax.model.config import PRESETS
-from gemma_scope_jax.model.tokenizer import Chat, Span, Tokenizer, fit_tokenizer, load_tokenizer
+from gemma_scope_jax.model.tokenizer import (
+    SPAN_ROLES,
+    Chat,
+    Tokenizer,
+    fit_tokenizer,
+    load_tokenizer,
+)
 from tiny_tokenizer import RESERVED, SAMPLES, SPECIAL, TEXT_PIECES, write_all
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer_ids.json"
@@ -189,16 +195,16 @@ def test_chat_renders_the_template_and_its_spans(tok):
         "<start_of_turn>model\nthe turn<end_of_turn>\n"
         "<start_of_turn>user\nend<end_of_turn>\n<start_of_turn>model\n"
     )
-    said = [(s.role, tok.decode(chat.ids[s.start : s.stop])) for s in chat.spans]
+    edges = np.flatnonzero(np.diff(chat.roles, prepend=-1, append=-1)).tolist()
+    spans = [(SPAN_ROLES[chat.roles[a]], chat.ids[a:b]) for a, b in zip(edges, edges[1:])]
     # The system's newline and the template's two are one token: it belongs to where it starts.
-    assert [x for x in said if x[0] != "turn"] == [
+    assert [(role, tok.decode(ids)) for role, ids in spans if role != "turn"] == [
         ("system", "of\n\n\n"),
         ("user", "one 😀 two"),
         ("model", "the turn"),
         ("user", "end"),
     ]
-    stops = [0, *(s.stop for s in chat.spans)]
-    assert [s.start for s in chat.spans] == stops[:-1] and stops[-1] == len(chat.ids)
+    assert chat.roles.shape == chat.ids.shape and chat.roles.dtype == np.int32
     assert tok.decode(chat.ids[chat.mask("model")]) == "the turn"
     assert (chat.mask("turn") ^ chat.mask("system", "user", "model")).all()
     with pytest.raises(InputError, match="no such role"):
@@ -209,11 +215,8 @@ def test_chat_without_a_generation_prompt(tok):
     with_prompt, without = (tok.chat([user("one")], p) for p in (True, False))
     assert tok.decode(without.ids, special=True).endswith("one<end_of_turn>\n")
     assert with_prompt.ids[: len(without.ids)].tolist() == without.ids.tolist()
-    assert without.spans == (*with_prompt.spans[:2], Span(*stop_of(with_prompt, without), "turn"))
-
-
-def stop_of(with_prompt: Chat, without: Chat) -> tuple[int, int]:
-    return with_prompt.spans[2].start, len(without.ids)
+    assert with_prompt.roles[: len(without.ids)].tolist() == without.roles.tolist()
+    assert with_prompt.mask("turn")[len(without.ids) :].all()
 
 
 def test_a_literal_space_symbol_keeps_the_spans_right(tok):
@@ -237,7 +240,8 @@ def test_contents_in_parts_render_as_the_published_template_does(tok):
     )
     plain = contents(" of\n", "onetwo", "the turn", "end")  # the system's text is not stripped
     got, want = tok.chat(parts), tok.chat(plain)
-    assert got.ids.tolist() == want.ids.tolist() and got.spans == want.spans
+    assert got.ids.tolist() == want.ids.tolist()
+    assert got.roles.tolist() == want.roles.tolist()
 
 
 MODEL = {"role": "model", "content": "one"}

@@ -15,7 +15,7 @@ import pytest
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.coders.coder import CoderInfo
-from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
+from gemma_scope_jax.coders.interop.saelens import save_saelens
 
 pytestmark = [
     pytest.mark.peers,
@@ -172,7 +172,7 @@ def test_we_load_what_saelens_saves(kind, hub):
     ours = gs.load_coder(hub / "saved")
     assert (ours.reads, ours.writes, ours.layer) == CODERS[kind][3:6]
     assert_same(ours, theirs)
-    assert_same(load_saelens(hub / "saved"), theirs)
+    assert_same(gs.load_coder(hub / "saved"), theirs)
 
 
 def test_a_sae_trained_by_saelens_with_its_decoder_bias_on_the_input(tmp_path):

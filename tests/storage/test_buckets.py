@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from http import HTTPStatus
 from http.server import HTTPServer
@@ -109,6 +110,19 @@ def test_a_copy_is_made_once_for_the_same_files(bucket):
     save_coder(jax.tree.map(lambda w: 2 * w, coder), "gs://bucket/mine")
     assert local_copy("gs://bucket/mine") != copy
     same_bits(load_coder("gs://bucket/mine").w_dec, 2 * coder.w_dec)
+
+
+def test_two_processes_may_copy_at_once(bucket, monkeypatch):
+    (bucket / "files" / "a").write_text("one")
+    copy = shutil.copyfileobj
+
+    def slow(*arguments):
+        monkeypatch.setattr(shutil, "copyfileobj", copy)
+        local_copy("gs://bucket/files")  # the other process
+        copy(*arguments)
+
+    monkeypatch.setattr(shutil, "copyfileobj", slow)
+    assert (local_copy("gs://bucket/files") / "a").read_text() == "one"
 
 
 def test_features_in_a_bucket_are_those_of_a_folder(bucket, tmp_path):

@@ -26,7 +26,7 @@ from gemma_scope_jax.cards.labels import write_labels
 from gemma_scope_jax.cards.site import build_site
 from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.coders.interop.circuit_tracer import save_circuit_tracer
-from gemma_scope_jax.coders.interop.saelens import load_saelens, save_saelens
+from gemma_scope_jax.coders.interop.saelens import save_saelens
 from gemma_scope_jax.coders.load import load_coder
 from gemma_scope_jax.coders.release.files import save_coder
 from gemma_scope_jax.data.activations.store import ActivationStore
@@ -244,7 +244,7 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(made, tmp_path):
     [document] = (tmp_path / "results" / "core").iterdir()
     readers = {
         tmp_path / "coder": load_coder,
-        tmp_path / "saelens": load_saelens,
+        tmp_path / "saelens": load_coder,
         tmp_path / "explained": read_explanations,
         tmp_path / "results": lambda _: read_result(document),
         made / "store": lambda f: FeatureStore(f).verify(),

@@ -166,12 +166,12 @@ def test_names_of_sites_do_not_leave_the_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(values=dict(data_offsets=[40, 88])), "values is at 40 to 88, not at 48 to 96"),
-        (dict(scale=dict(data_offsets=[0, 40])), "scale is at 0 to 40"),
+        (dict(values=dict(data_offsets=[40, 88])), "not a complete safetensors file"),
+        (dict(scale=dict(data_offsets=[0, 40])), "not a complete safetensors file"),
         (dict(values=dict(shape=[2, 4, 6])), "values is I8"),
-        (dict(values=dict(dtype="F32")), "values is F32"),
+        (dict(values=dict(dtype="F32")), "not a complete safetensors file"),
         (dict(more=dict(dtype="I8", shape=[0], data_offsets=[96, 96])), "it holds"),
-        (dict(scale=dict(shape=None)), "scale is F32 None"),
+        (dict(scale=dict(shape=None)), "not a complete safetensors file"),
     ],
 )
 def test_tensors_of_a_shard_lie_side_by_side(tmp_path, change, said):

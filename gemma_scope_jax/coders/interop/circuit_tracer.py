@@ -32,10 +32,11 @@ from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.interop import hooks
 from gemma_scope_jax.coders.interop.hooks import read_tensors, text_of
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
-from gemma_scope_jax.coders.release.config import normalise_model_name, untrained_positions
+from gemma_scope_jax.coders.release.config import untrained_positions
 from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 from gemma_scope_jax.storage.strict_json import parse_json
@@ -61,18 +62,13 @@ def is_circuit_tracer_folder(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
-def load_circuit_tracer(path: str | os.PathLike) -> CoderSet:
-    """A transcoder set, one `SparseCoder` per layer, or a cross-layer transcoder as a set of one.
-
-    Raises `InputError` for damaged or missing files, activations other than relu and JumpReLU,
-    hooks that are not sites, and configs that only point at files on the hub.
-    """
-    return CoderSet([load() for load in loaders(Path(path), str(path)).values()])
-
-
 def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
     """The loaders of a folder that is known as `path`: {path: the CLT}, or for a set
-    {path/layer_3: the transcoder of layer 3}."""
+    {path/layer_3: the transcoder of layer 3}.
+
+    They raise `InputError` for damaged or missing files, activations other than relu and JumpReLU,
+    hooks that are not sites, and configs that only point at files on the hub.
+    """
     config = _read_yaml(folder / CONFIG)
     with errors_name(folder / CONFIG):
         kind = text_of(config, "model_kind")

@@ -10,7 +10,6 @@ Source: sae-lens 6.54 (`saes/sae.py`, `saes/transcoder.py`, `loading/pretrained_
 `training/activation_scaler.py`), and its cfg.json before 6.0, which was flat.
 """
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,10 @@ from gemma_scope_jax.coders.release import config as published
 from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder, write_json
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
+from gemma_scope_jax.storage.strict_json import read_object
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TOPK = "topk"
@@ -41,13 +42,13 @@ def is_saelens_folder(path: str | os.PathLike) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, WEIGHTS))
 
 
-def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
-    """The coder of a SAELens folder, its input transformations folded into the weights.
+def load_saelens(folder: Path, path: str) -> SparseCoder:
+    """The coder of a SAELens folder known as `path`, with its input transformations folded into the
+    weights.
 
     Raises `InputError` for damaged files and what is unsupported, nonlinear or ambiguous.
     """
-    folder = Path(path)
-    config = published.read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     with errors_name(folder / CONFIG):
         metadata = config.get("metadata") or {}
         if not isinstance(metadata, dict):
@@ -55,7 +56,7 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
         check_keys(config, metadata)
         flat = {**metadata, **config}
         architecture, k = _architecture(flat)
-        model_name = published.normalise_model_name(text_of(flat, "model_name"))
+        model_name = normalise_model_name(text_of(flat, "model_name"))
         reads, writes, layer = _place(flat, architecture)
         first = _first(flat, model_name)
     with errors_name(folder):
@@ -65,9 +66,9 @@ def load_saelens(path: str | os.PathLike, known_as: str = "") -> SparseCoder:
             tensors["W_skip"] = tensors["W_skip"].T
         weights = {name.lower(): jnp.asarray(tensor) for name, tensor in tensors.items()}
         kind = "transcoder" if "transcoder" in architecture else "sae"
-        own, width = os.path.abspath(folder), weights["w_enc"].shape[1]
-        info = CoderInfo(model_name, kind, width=width, path=known_as or str(path), folder=own)
-        info = dataclasses.replace(info, config={"sae_lens": config})
+        width, about = weights["w_enc"].shape[1], {"sae_lens": config}
+        own = os.path.abspath(folder)
+        info = CoderInfo(model_name, kind, width=width, path=path, config=about, folder=own)
         place: dict[str, Any] = dict(layer=layer, reads=reads, writes=writes, first=first, k=k)
         coder = SparseCoder(**weights, **place, info=info)
         coder.check_shapes()
@@ -107,7 +108,7 @@ def _architecture(config: dict[str, Any]) -> tuple[str, int | None]:
 def _first(config: dict[str, Any], model_name: str) -> int:
     """The leading positions it was not trained on: by the model, or by `seqpos_slice`."""
     where = config.get("seqpos_slice")
-    if where in (None, [], [None], [None, None], [0, None]):
+    if where in (None, [], [None], [None, None]):
         return published.untrained_positions(model_name)
     whole = isinstance(where, list) and 1 <= len(where) <= 3 and where[2:] in ([], [None], [1])
     start = where[0] if whole else None
@@ -210,7 +211,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
         raise InputError(f"{SCALER} is missing (it holds the factor of activations); {fold}")
     try:
-        scaler = published.read_json(folder / SCALER)
+        scaler = read_object(folder / SCALER)
     except InputError as error:
         raise InputError(f"{error}: no scaling_factor can be read") from error
     if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:

@@ -267,10 +267,12 @@ def addresses(
     )
 
 
+FOLDER = (
+    r"(?:layer_(?P<layers>[0-9]{1,4}(?:_[0-9]{1,4})*)_)?width_(?P<width>[0-9]+[km])"
+    r"_l0_(?P<label>[a-z]+)(?P<affine>_affine)?(?:_seed_(?P<seed>[0-9]{1,4}))?"
+)
 _GRAMMAR = re.compile(
-    r"(?:google/)?gemma-scope-2-(?P<size>\w+)-(?P<variant>pt|it)/(?P<category>[a-z_]+)/"
-    r"(?:layer_(?P<layers>[0-9]{1,3}(?:_[0-9]{1,3})*)_)?width_(?P<width>[0-9a-z]+)"
-    r"_l0_(?P<label>[a-z]+)(?P<affine>_affine)?(?:_seed_(?P<seed>[0-9]{1,3}))?"
+    r"(?:google/)?gemma-scope-2-(?P<size>\w+)-(?P<variant>pt|it)/(?P<category>[a-z_]+)/" + FOLDER
 )
 
 

@@ -12,14 +12,12 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.coders.coder import Coder, CoderInfo
 from gemma_scope_jax.coders.release import catalog
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.config import PRESETS, GemmaConfig, preset
-from gemma_scope_jax.storage import strict_json
+from gemma_scope_jax.model.config import PRESETS, GemmaConfig, normalise_model_name
 
 # Hugging Face module and its input or output -> site. The release uses the first four.
 SITES = {
@@ -54,31 +52,10 @@ class FolderConfig:
     def multi_layer(self) -> bool:
         return self.type in ("crosscoder", "clt")
 
-    @property
-    def architecture(self) -> GemmaConfig | None:
-        """The model's architecture, None if it is not Gemma 3."""
-        return architecture(self.info.model_name)
-
-
-def normalise_model_name(name: str) -> str:
-    """The Hugging Face id of a Gemma 3 in any published spelling; other names come back as given.
-
-    `gemma-v3-1b-pt`, `gemma-3-1b-pt` -> `google/gemma-3-1b-pt`; `google/gemma-3-270m-pt` ->
-    `google/gemma-3-270m`. Raises `InputError` for a size that does not exist (`gemma-3-9b`).
-    """
-    short = name.strip().lower().removeprefix("google/").replace("gemma-v3-", "gemma-3-")
-    if not (match := re.fullmatch(r"(gemma-3-\d+[mb])(-pt|-it)?", short)):
-        return name.strip()
-    base, variant = match[1], match[2] or "-pt"
-    if base not in PRESETS:
-        raise InputError(f"there is no model {name!r}{nearest(base, PRESETS)}")
-    return f"google/{base}" + ("" if (base, variant) == ("gemma-3-270m", "-pt") else variant)
-
 
 def architecture(model_name: str) -> GemmaConfig | None:
     """The preset of a normalised model name, None if it is not a Gemma 3."""
-    base = re.sub("-(pt|it)$", "", model_name.removeprefix("google/"))
-    return preset(base) if base in PRESETS else None
+    return PRESETS.get(re.sub("-(pt|it)$", "", model_name.removeprefix("google/")))
 
 
 def untrained_positions(model_name: str) -> int:
@@ -114,12 +91,6 @@ def hook_point(site: str, layers: Layers, multi_layer: bool) -> str:
     return f"model.layers.{f'{{{where}}}' if multi_layer else where}.{modules[site]}"
 
 
-_FOLDER = re.compile(
-    r"(?:layer_(?P<layers>\d{1,4}(?:_\d{1,4})*)_)?width_(?P<width>\d+[km])_l0_(?P<label>[a-z]+)"
-    r"(?P<affine>_affine)?(?:_seed_\d+)?"
-)
-
-
 def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     """The keys of config.json that the end of a path, `{repository}/{category}/{folder}`, implies.
 
@@ -128,7 +99,7 @@ def config_from_path(path: str, kind: str = "") -> dict[str, Any]:
     ...`. {} for a folder whose name does not follow the grammar.
     """
     parts = [part for part in path.replace(os.sep, "/").split("/") if part]
-    match = _FOLDER.fullmatch(parts[-1]) if parts else None
+    match = re.fullmatch(catalog.FOLDER, parts[-1]) if parts else None
     if not match:
         return {}
     config: dict[str, Any] = {"affine_connection": True} if match["affine"] else {}
@@ -175,19 +146,6 @@ HARMLESS = {  # SAELens' keys, which a converted coder may have, with values tha
     **dict.fromkeys(("apply_b_dec_to_input", "finetuning_scaling_factor"), False),
     "rescale_acts_by_decoder_norm": False,
 }
-
-
-def read_json(file: str | os.PathLike) -> dict[str, Any]:
-    """A config.json as a dict, or `InputError`."""
-    try:
-        config = strict_json.read_json(Path(file))
-    except ValueError as error:  # an `InputError`, or a NUL in the path
-        why = str(error).removeprefix(f"{Path(file)}: ")
-        advice = "; download it again" if why.startswith("not ") else ""
-        raise InputError(f"{file}: {why}{advice}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected a JSON object, found a {type(config).__name__}")
-    return config
 
 
 def folder_config(config: Mapping[str, Any], path: str, files: int = 1) -> FolderConfig:

@@ -24,7 +24,12 @@ from etils import epath
 from gemma_scope_jax.coders.coder import Coder, check_fits
 from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_index
 from gemma_scope_jax.coders.release import parameters
-from gemma_scope_jax.coders.release.config import FolderConfig, config_of, folder_config, read_json
+from gemma_scope_jax.coders.release.config import (
+    FolderConfig,
+    architecture,
+    config_of,
+    folder_config,
+)
 from gemma_scope_jax.coders.release.parameters import DTYPES, TENSORS, Dtype, Header, read_header
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
@@ -35,6 +40,7 @@ from gemma_scope_jax.storage.safetensors_files import (
     open_safetensors,
     write_safetensors,
 )
+from gemma_scope_jax.storage.strict_json import read_object
 
 PLACES = ("reads", "writes", "first", "k", "info")  # fields of a coder that come from its config
 
@@ -67,7 +73,7 @@ def describe(folder: Path, path: str) -> tuple[list[Path], FolderConfig]:
     names, config_file = parameter_files(folder), folder / "config.json"
     if not names:
         raise InputError(f"{folder}: has neither params.safetensors nor params_layer_0.safetensors")
-    given = read_json(config_file) if config_file.exists() else {}
+    given = read_object(config_file) if config_file.exists() else {}
     with parameters.errors_name(config_file):
         config = folder_config(given, path, len(names))
         foreign = "params.safetensors" in names if config.multi_layer else len(names) > 1
@@ -142,7 +148,7 @@ def _check_against_config(coder: Coder, config: FolderConfig) -> None:
     if config.affine not in (None, coder.w_skip is not None):
         there = "is there" if coder.w_skip is not None else "is missing"
         raise InputError(f"affine_skip_connection {there}, affine_connection is {config.affine}")
-    if model := config.architecture:
+    if model := architecture(config.info.model_name):
         check_fits(model, coder)
 
 

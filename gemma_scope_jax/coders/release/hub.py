@@ -7,7 +7,8 @@ import contextlib
 from pathlib import Path
 
 from gemma_scope_jax.coders.release.catalog import Address, nearest_addresses
-from gemma_scope_jax.errors import InputError, disk_error, reason
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.checkpoints.load import hub_error
 
 
 def fetch_folder(address: Address, revision: str | None = None) -> Path:
@@ -30,7 +31,7 @@ def fetch_file(address: Address, name: str, revision: str | None = None) -> Path
     try:
         return _fetch(address, name, revision)
     except LocalEntryNotFoundError as error:
-        raise _unreachable(address, name, error) from error
+        raise hub_error(address.repo, error) from error
     except EntryNotFoundError as error:
         others = [str(a) for a in nearest_addresses(str(address), 4) if a != address][:3]
         raise InputError(
@@ -41,33 +42,11 @@ def fetch_file(address: Address, name: str, revision: str | None = None) -> Path
 def _fetch(address: Address, name: str, revision: str | None) -> Path:
     """Download a file. Raises `InputError`, or huggingface_hub's `EntryNotFoundError`."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    repo, page = address.repo, f"https://huggingface.co/{address.repo}"
     file = f"{address.folder}/{name}"
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
-    except errors.EntryNotFoundError:
+        return Path(huggingface_hub.hf_hub_download(address.repo, file, revision=revision))
+    except huggingface_hub.errors.EntryNotFoundError:
         raise
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repo} has no revision {revision!r}; see {page}/commits") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{repo} does not exist or needs a login: see {page}, then `hf auth login`"
-        ) from error
     except Exception as error:  # each version of the library raises other types
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
-            raise disk_error(f"{repo}/{file}", error) from error
-        raise _unreachable(address, name, error) from error
-
-
-def _unreachable(address: Address, name: str, error: Exception) -> InputError:
-    return InputError(
-        f"{address}: {name} is not in the cache and cannot be downloaded "
-        f"({type(error).__name__}: {reason(error)}); check the network, or download the folder "
-        "elsewhere and pass its path"
-    )
+        raise hub_error(address.repo, error) from error

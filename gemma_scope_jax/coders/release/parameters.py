@@ -15,20 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.coders.coder import WEIGHTS, Coder
 from gemma_scope_jax.coders.multi_layer_coder import block_index
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TENSORS = {  # field of the coder -> tensor in the file
-    "w_enc": "w_enc",
-    "b_enc": "b_enc",
-    "threshold": "threshold",
-    "w_dec": "w_dec",
-    "b_dec": "b_dec",
-    "w_skip": "affine_skip_connection",
-}
+TENSORS = {name: name for name in WEIGHTS} | {"w_skip": "affine_skip_connection"}  # in the files
 CHUNK = 32 * 2**20  # bytes of a tensor read or written at once
 Dtype = DTypeLike | None  # None: as stored
 Header = dict[str, jax.ShapeDtypeStruct]  # by field

@@ -4,21 +4,68 @@ Most people who run Gemma at home have it as one quantised GGUF file. The header
 fraction of a second although it holds 262,144 token strings, and a tensor is dequantised only when
 it is read. Everything in a file is checked: a broken or foreign file raises `InputError`.
 
+A quantised tensor is a row of blocks; a block holds a few scales and 1 to 8 bits per weight. The
+gguf package, published by llama.cpp's authors, dequantises exactly as ggml does. It gets a few
+blocks at a time: its temporaries then stay in the processor's cache, which is 2.5 times faster.
+
 Sources: the GGUF specification (ggml/docs/gguf.md), the block layouts in ggml/src/ggml-common.h.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import mmap
 import os
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.model.checkpoints.gguf_blocks import CHUNK, block_type, block_types, dequantize
+
+CHUNK = 1 << 16  # weights dequantised at a time
+# the types of metadata
+_SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "?"]))
+_SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
+_TEXT, _ARRAY = 8, 9
+
+
+class BlockType(NamedTuple):
+    """The name of a ggml type, and the weights and bytes of its block; 0 bytes: unknown."""
+
+    name: str
+    weights: int
+    bytes: int
+
+
+@functools.cache
+def block_types() -> dict[int, BlockType]:
+    """All types of known size, by their numbers in files."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {int(kind): BlockType(kind.name, *size) for kind, size in GGML_QUANT_SIZES.items()}
+
+
+def dequantize(data: np.ndarray, kind: BlockType) -> np.ndarray:
+    """Bytes (uint8, whole blocks of a type) -> float32 weights, flat; exact.
+
+    Raises `NotImplementedError` for a type that the gguf package cannot dequantise.
+    """
+    if not kind.bytes:
+        raise NotImplementedError
+    from gguf import quants
+    from gguf.constants import GGMLQuantizationType
+
+    blocks = data.reshape(-1, kind.bytes)
+    out = np.empty((len(blocks), kind.weights), np.float32)
+    step = max(1, CHUNK // kind.weights)
+    with np.errstate(all="ignore"):  # scales may be nan or inf; the reader checks for them
+        for start in range(0, len(blocks), step):
+            one_row = blocks[start : start + step].reshape(1, -1)  # it splits several, 16 at a time
+            found = quants.dequantize(one_row, GGMLQuantizationType[kind.name])
+            out[start : start + step] = found.reshape(-1, kind.weights)
+    return out.reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +73,13 @@ class TensorInfo:
     """Where a tensor is: `shape` in numpy order (rows first), `offset` from the file's start."""
 
     shape: tuple[int, ...]
-    type: str
+    type: BlockType
     offset: int
 
     @property
-    def size(self) -> int | None:
-        """Bytes in the file; None if they are unknown for this type."""
-        t = block_type(self.type)
-        return None if t is None else math.prod(self.shape) // t.weights * t.bytes
+    def size(self) -> int:
+        """Bytes in the file; 0 if they are unknown for this type."""
+        return math.prod(self.shape) // self.type.weights * self.type.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,29 +91,32 @@ class GGUFFile:
     tensors: dict[str, TensorInfo]
     _bytes: np.ndarray = dataclasses.field(repr=False)  # the mapped file, uint8
 
-    def read(self, name: str) -> np.ndarray:
-        """The whole tensor, dequantised: float32 of its shape. Errors as in `read_rows`."""
-        shape = self.info(name).shape
-        if len(shape) == 1:
-            return self._read(name, 0, shape[0]).reshape(shape)
-        return self.read_rows(name, 0, shape[0])
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A whole tensor, or some rows of a matrix, dequantised: float32 of its shape.
 
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a matrix, dequantised: float32 [stop - start, ...].
-
-        Raises `InputError` if the tensor or rows do not exist, the quantisation is not supported,
-        or the values include nan or inf.
+        Raises `InputError` if the tensor does not exist, the quantisation is not supported, or the
+        values include nan or inf.
         """
-        shape = self.info(name).shape
-        if len(shape) < 2 or not 0 <= start <= stop <= shape[0]:
-            raise InputError(f"{self.path}: {name} {list(shape)} has no rows {start}:{stop}")
-        row = math.prod(shape[1:])
-        return self._read(name, start * row, stop * row).reshape(stop - start, *shape[1:])
+        info = self.info(name)
+        start, stop, _ = rows.indices(info.shape[0])
+        row, t = math.prod(info.shape[1:]), info.type
+        first, last = (info.offset + i * row // t.weights * t.bytes for i in (start, stop))
+        try:
+            out = dequantize(self._bytes[first:last], t)
+        except NotImplementedError:
+            raise InputError(
+                f"{self.path}: {name} is quantised as {t.name}, which is not supported; use a "
+                "Q4_K_M, Q5_K_M, Q6_K, Q8_0 or unquantised file"
+            ) from None
+        for i in range(0, len(out), CHUNK):
+            if not np.isfinite(out[i : i + CHUNK]).all():
+                raise InputError(f"{self.path}: {name} holds nan or inf; download the file again")
+        return out.reshape(stop - start, *info.shape[1:])
 
     def same_bytes(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same matrix in the same quantisation."""
         one, two = self.info(name), self.info(other)
-        if (one.shape, one.type) != (two.shape, two.type) or one.size is None:
+        if (one.shape, one.type) != (two.shape, two.type) or not one.size:
             return False
         ours, theirs = (self._bytes[x.offset : x.offset + one.size] for x in (one, two))
         parts = [slice(i, i + CHUNK) for i in range(0, one.size, CHUNK)]
@@ -78,24 +127,6 @@ class GGUFFile:
         if name not in self.tensors:
             raise InputError(f"{self.path}: no tensor {name!r}{nearest(name, self.tensors)}")
         return self.tensors[name]
-
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        info = self.info(name)
-        t = block_type(info.type)
-        try:
-            if t is None:
-                raise NotImplementedError
-            first, last = (info.offset + i // t.weights * t.bytes for i in (start, stop))
-            out = dequantize(self._bytes[first:last], t)
-        except NotImplementedError:
-            raise InputError(
-                f"{self.path}: {name} is quantised as {info.type}, which is not supported; use a "
-                "Q4_K_M, Q5_K_M, Q6_K, Q8_0 or unquantised file"
-            ) from None
-        for i in range(0, len(out), CHUNK):
-            if not np.isfinite(out[i : i + CHUNK]).all():
-                raise InputError(f"{self.path}: {name} holds nan or inf; download the file again")
-        return out
 
 
 class _Cursor:
@@ -149,11 +180,6 @@ class _Cursor:
         return [self.text() for _ in range(self.count("an array", 8))]
 
 
-_SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "?"]))
-_SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
-_TEXT, _ARRAY = 8, 9
-
-
 def open_gguf(path: str | os.PathLike) -> GGUFFile:
     """Map a GGUF file (version 2 or 3, little-endian) and parse its header.
 
@@ -202,26 +228,19 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         kind, offset = cursor.number("<I"), cursor.number("<Q")
         if 0 in shape or offset % alignment:
             raise cursor.fail(f"tensor {name} has shape {list(shape)} and offset {offset}")
-        known = block_types().get(kind)
-        if known and shape[-1] % known.weights:
-            raise cursor.fail(f"tensor {name} {list(shape)} is not whole {known.name} blocks")
-        type = f"ggml type {kind}" if known is None else known.name
+        type = block_types().get(kind, BlockType(f"ggml type {kind}", 1, 0))
+        if shape[-1] % type.weights:
+            raise cursor.fail(f"tensor {name} {list(shape)} is not whole {type.name} blocks")
         found[name] = TensorInfo(shape, type, offset)
     start = -(-cursor.at // alignment) * alignment
     for name, info in found.items():
         found[name] = info = dataclasses.replace(info, offset=start + info.offset)
         if info.offset + (info.size or 1) > cursor.end:
             raise cursor.fail(f"tensor {name} runs past the end of the file (byte {cursor.end})")
-    _check_layout(cursor, found, alignment)
-    return found
-
-
-def _check_layout(cursor: _Cursor, tensors: dict[str, TensorInfo], alignment: int) -> None:
-    """Check that each tensor begins where the one before it ends: no overlaps, no gaps."""
-    order = sorted(tensors.items(), key=lambda item: item[1].offset)
+    order = sorted(found.items(), key=lambda item: item[1].offset)
     for (name, info), (after, following) in itertools.pairwise(order):
-        if info.size is not None:
-            end = info.offset + info.size
-            if following.offset - end not in range(alignment):
-                between = "overlaps" if following.offset < end else "leaves a gap to"
-                raise cursor.fail(f"tensor {name} {between} tensor {after}")
+        end = info.offset + info.size
+        if info.size and following.offset - end not in range(alignment):
+            between = "overlaps" if following.offset < end else "leaves a gap to"
+            raise cursor.fail(f"tensor {name} {between} tensor {after}")
+    return found

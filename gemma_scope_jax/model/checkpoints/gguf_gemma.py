@@ -51,10 +51,8 @@ HARMLESS_KEYS = {
     r"rope\.scaling\.(original_context_length|finetuned)": "not used by linear scaling",
     r"(vision|mm)\..+": "images, which the text model never sees",
 }
-# The same for tensors.
-HARMLESS_TENSORS = {r"(v|mm)\..+": "images, which the text model never sees"}
 _HARMLESS_KEY = re.compile("|".join(HARMLESS_KEYS))
-_HARMLESS_TENSOR = re.compile("|".join(HARMLESS_TENSORS))
+_HARMLESS_TENSOR = re.compile(r"(v|mm)\..+")  # images, too
 
 
 def _positive(file: GGUFFile, key: str, kind: type) -> Any:
@@ -104,9 +102,11 @@ def gguf_config(file: GGUFFile) -> GemmaConfig:
             **sizes,
             **options,
         )
-    if vocab == PADDED_VOCAB and _named_tokens(file) <= TEXT_VOCAB:
+    if vocab == PADDED_VOCAB and named_tokens(file.metadata) <= TEXT_VOCAB:
         vocab = TEXT_VOCAB
-    config = dataclasses.replace(config, vocab=vocab, tied=not _has_head(file))
+    head = "output.weight"  # some files repeat the embedding there
+    tied = head not in file.tensors or file.same_bytes(head, "token_embd.weight")
+    config = dataclasses.replace(config, vocab=vocab, tied=tied)
     _check_keys(file, config)
     _check_tensors(file, config)
     return config
@@ -161,22 +161,15 @@ def _check_tensors(file: GGUFFile, config: GemmaConfig) -> None:
     known |= {_tensor_name(leaf, i) for i in range(config.layers) for leaf in LAYER}
     for name in file.tensors:
         if name not in known and not _HARMLESS_TENSOR.fullmatch(name):
-            unknown = (
-                f"is not one of Gemma 3's ({config.layers} layers) and may change what it computes"
+            raise InputError(
+                f"{file.path}: tensor {name} is not one of Gemma 3's ({config.layers} layers) and "
+                "may change what it computes"
             )
-            raise InputError(f"{file.path}: tensor {name} {unknown}")
 
 
-def _has_head(file: GGUFFile) -> bool:
-    """Whether the file unembeds with a matrix other than its embedding."""
-    return "output.weight" in file.tensors and not file.same_bytes(
-        "output.weight", "token_embd.weight"
-    )
-
-
-def _named_tokens(file: GGUFFile) -> int:
+def named_tokens(metadata: dict[str, Any]) -> int:
     """The number of real tokens: without padding and the placeholder for images."""
-    tokens, types = (file.metadata.get(f"tokenizer.ggml.{x}") for x in ("tokens", "token_type"))
+    tokens, types = (metadata.get(f"tokenizer.ggml.{x}") for x in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not isinstance(types, np.ndarray):
         return 0
     n = min(len(tokens), len(types))
@@ -208,6 +201,6 @@ def gguf_leaf(
         needs = f"{config.name} needs {list(wanted)}"
         raise InputError(f"{file.path}: {name} has shape {list(found)}, {needs}")
     if table:
-        return file.read_rows(name, *rows.indices(config.vocab)[:2])
+        return file.read(name, slice(*rows.indices(config.vocab)))
     x = file.read(name)
     return ours(config, leaf, x - np.float32(1) if leaf.endswith("norm") else x)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -119,13 +119,12 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
             name = f"model.layers.{layer}.{NAMES[leaf][0]}.weight"
             tensors[name] = StreamedTensor.whole(stacked[layer].reshape(shape[::-1]).T)
 
-    def write_weights(file: BinaryIO) -> None:
-        write_safetensors(file, tensors, {"format": "pt"})
-
-    def write_config(file: BinaryIO) -> None:
-        file.write(json.dumps(config_json(config, model.dtype), indent=2).encode())
-
-    write_folder(folder, {"model.safetensors": write_weights, "config.json": write_config})
+    text = json.dumps(config_json(config, model.dtype), indent=2).encode()
+    writers: dict[str, Callable[[BinaryIO], Any]] = {
+        "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
+        "config.json": lambda file: file.write(text),
+    }
+    write_folder(folder, writers)
     try:
         for name in os.listdir(folder):
             if _SUPERSEDED.fullmatch(name):
@@ -259,5 +258,4 @@ def _check_head(file: HuggingFaceFolder) -> None:
 
 def _bits(x: np.ndarray) -> np.ndarray:
     """For comparing: a NaN equals itself, and is refused when it is read."""
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32).view(np.uint32)
+    return _no_double(x).astype(np.float32).view(np.uint32)

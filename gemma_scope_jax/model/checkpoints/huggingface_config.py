@@ -7,19 +7,28 @@ kind. If one fact is stated twice (transformers 4's keys beside 5's, top level b
 Source: `Gemma3TextConfig` of transformers 4.57 and 5, and the google/gemma-3-* repositories.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
+import re
 from typing import Any
 
 from etils import epath
 from jax.typing import DTypeLike
 
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS, declared_tokens
 from gemma_scope_jax.model.checkpoints.shapes import positive
 from gemma_scope_jax.model.config import PRESETS, GemmaConfig
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.strict_json import (
+    field,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_object,
+)
 
+TOKENS = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")  # may add some
 TEXT_VOCAB = 262_144
 PADDED_VOCAB = 262_208  # in the multimodal repositories: a placeholder for images, then padding
 # Our field for each number of config.json, and Gemma3TextConfig's default for a missing key.
@@ -108,9 +117,7 @@ def huggingface_config(folder: str | os.PathLike) -> GemmaConfig:
     """
     path = epath.Path(folder)
     where = str(path / "config.json")
-    raw = read_json(path / "config.json")
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: not a JSON object")
+    raw = read_object(path / "config.json")
     kind = raw.get("model_type")
     if kind not in ("gemma3", "gemma3_text"):
         known = "only Gemma 3 (gemma3, gemma3_text) can be loaded"
@@ -128,7 +135,7 @@ def huggingface_config(folder: str | os.PathLike) -> GemmaConfig:
         local_rope_base=local_base,
         global_rope_base=global_base,
         global_every=_global_every(text, numbers["layers"], where),
-        tied=_is_tied(raw, text, where),
+        tied=all(field(holder, TIED, bool, where, default=True) for holder in (raw, text)),
         **numbers,
     )
     if config.heads % config.kv_heads or config.head_dim % 2:
@@ -168,10 +175,6 @@ def _check_keys(raw: dict[str, Any], text: dict[str, Any], where: str) -> None:
         if raw[key] != inner and not (key == TIED and inner is None):
             both = f"{str(raw[key])[:40]} at the top and {str(inner)[:40]} in text_config"
             raise InputError(f"{where}: {key} is {both}; keep the right one in text_config")
-
-
-def _is_tied(raw: dict[str, Any], text: dict[str, Any], where: str) -> bool:
-    return all(field(holder, TIED, bool, where, default=True) for holder in (raw, text))
 
 
 def _number(text: dict[str, Any], key: str, where: str) -> Any:
@@ -253,6 +256,33 @@ def _global_every(text: dict[str, Any], layers: int, where: str) -> int:
         if types == [KINDS[(i + 1) % every == 0] for i in range(layers)]:
             return every
     raise InputError(f"{where}: layer_types is not a repeated 'sliding..., full_attention' pattern")
+
+
+def declared_tokens(path: epath.Path) -> list[tuple[int, Any, dict[str, Any]]]:
+    """(id, text, entry) of each token that one of the `TOKENS` files adds. Raises `InputError`."""
+    try:
+        if path.name == "added_tokens.json":
+            return [(int(number), text, {}) for text, number in read_json(path).items()]
+        if path.name == "tokenizer_config.json":
+            entries = (read_json(path).get("added_tokens_decoder") or {}).items()
+        else:
+            entries = [(token["id"], token) for token in _added_list(path)]
+        return [(int(number), token["content"], token) for number, token in entries]
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: its added tokens are malformed") from error
+
+
+def _added_list(path: epath.Path) -> list[dict[str, Any]]:
+    """added_tokens of a tokenizer.json, without its millions of merges if it comes before them."""
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
+    keys = list(re.finditer(r'"added_tokens":\s{0,100}', text))
+    if len(keys) == 1:
+        with contextlib.suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(text, keys[0].end())
+            return parse_json(text[keys[0].end() : end], path) or []
+    return read_json(path).get("added_tokens") or []
 
 
 def _has_tokens_beyond(folder: epath.Path, last: int) -> bool:

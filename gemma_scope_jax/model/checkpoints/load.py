@@ -18,8 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.model.checkpoints.added_tokens import TOKENS
+from gemma_scope_jax.errors import InputError, disk_error, no_space, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
@@ -27,10 +26,17 @@ from gemma_scope_jax.model.checkpoints.huggingface import (
     open_huggingface,
     refuse_adapters,
 )
-from gemma_scope_jax.model.checkpoints.huggingface_config import huggingface_config
+from gemma_scope_jax.model.checkpoints.huggingface_config import TOKENS, huggingface_config
 from gemma_scope_jax.model.checkpoints.official import is_official, official_layer, open_official
 from gemma_scope_jax.model.checkpoints.packaged import is_packaged_model_installed, packaged_model
-from gemma_scope_jax.model.config import GemmaConfig, Model, Params, abstract_params, preset
+from gemma_scope_jax.model.config import (
+    GemmaConfig,
+    Model,
+    Params,
+    abstract_params,
+    normalise_model_name,
+    preset,
+)
 from gemma_scope_jax.model.sharding import own_mesh, param_shardings
 from gemma_scope_jax.progress import Report
 
@@ -92,23 +98,14 @@ def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS)
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         return path
-    name = str(source)
-    repository = name if _is_foreign_repository(name) else hub_repository(name)
+    name = repository = str(source)
+    if not _is_foreign_repository(name):
+        preset(name)  # or it is unknown
+        repository = normalise_model_name(name)
     is_packaged = repository == "google/gemma-3-270m" and not name.startswith("google/")
     if is_packaged and is_packaged_model_installed():
         return epath.Path(packaged_model())
     return _download(repository, files)
-
-
-def hub_repository(name: str) -> str:
-    """The hub's name of a Gemma 3 model: "gemma-3-1b" -> "google/gemma-3-1b-pt".
-
-    Only the pretrained 270m has no "-pt" there. Raises `InputError` for an unknown name.
-    """
-    base = preset(name).name
-    if name.endswith("-it"):
-        return f"google/{base}-it"
-    return f"google/{base}" if base == "gemma-3-270m" else f"google/{base}-pt"
 
 
 def _is_local(source: str | os.PathLike) -> bool:
@@ -130,30 +127,47 @@ def _is_foreign_repository(name: str) -> bool:
 
 
 def _download(repository: str, files: tuple[str, ...]) -> epath.Path:
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    what = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
-    reasons: dict[type[Exception], str] = {
-        errors.GatedRepoError: "is gated: accept its licence at https://huggingface.co/"
-        f"{repository}, then run `hf auth login`; or pass a folder that holds it",
-        errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
-        "you may read; check the name, or run `hf auth login`",
-        errors.LocalEntryNotFoundError: f"not on this disk, and the hub {what}; check the network, "
-        "or pass a folder that holds it",
-    }
     try:
         folder = epath.Path(snapshot_download(repository, allow_patterns=list(files)))
     except Exception as error:  # the network stack's exceptions change between hub versions
-        failed = f"cannot be downloaded ({reason(error)})"
-        other = f"{failed}; check the network, or pass a folder that holds it"
-        known = (why for kind, why in reasons.items() if isinstance(error, kind))
-        raise InputError(f"{repository}: {next(known, other)}") from error
+        raise hub_error(repository, error) from error
     if "*.safetensors" in files and not any(folder.glob("*.safetensors")):
         raise InputError(  # for an incomplete folder, the hub's library raises nothing
-            f"{repository}: has no safetensors files, or the hub {what}; check the repository and "
-            "the network, or pass a folder that holds the model"
+            f"{repository}: has no safetensors files, or the hub {_hub_state()}; check the "
+            "repository and the network, or pass a folder that holds the model"
         )
     return folder
+
+
+def _hub_state() -> str:
+    from huggingface_hub import constants
+
+    return "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+
+
+def hub_error(repository: str, error: Exception) -> InputError:
+    """What to do about an exception of the hub's library."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repository}"
+    elsewhere = "check the network, or pass a folder that holds it"
+    reasons: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"is gated: accept its terms at {page}, then run `hf auth login`; "
+        "or pass a folder that holds it",
+        errors.RevisionNotFoundError: f"has no such revision; see {page}/commits",
+        errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
+        "you may read; check the name, or run `hf auth login`",
+        errors.LocalEntryNotFoundError: f"not on this disk, and the hub {_hub_state()}; "
+        + elsewhere,
+    }
+    for kind, why in reasons.items():
+        if isinstance(error, kind):
+            return InputError(f"{repository}: {why}")
+    if isinstance(error, OSError) and (no_space(error) or isinstance(error, PermissionError)):
+        return disk_error(repository, error)
+    return InputError(f"{repository}: cannot be downloaded ({reason(error)}); {elsewhere}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +307,11 @@ def _stream(
         arrays.update(zip(some, written))
         for leaf, x, is_finite in zip(some, values, np.asarray(finite)):
             if not is_finite:
-                raise _not_finite(checkpoint.path, leaf, layer, x)
+                where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
+                why = f"numbers too large for {leaf.target.dtype}"
+                if not np.isfinite(x).all():
+                    why = "NaN or infinity; download it again"
+                raise InputError(f"{checkpoint.path}: {where} holds {why}")
             done += x.size * leaf.target.dtype.itemsize
         if progress is not None:
             progress(done, total)
@@ -319,10 +337,3 @@ def _slices(
     for layer in range(checkpoint.config.layers):
         values = [checkpoint.read(leaf.name, layer, slice(None))[None, None] for leaf in blocks]
         yield blocks, layer, layer, values
-
-
-def _not_finite(path: str, leaf: _Leaf, layer: int | None, values: np.ndarray) -> InputError:
-    where = leaf.name if layer is None else f"{leaf.name} of layer {layer}"
-    if np.isfinite(values).all():
-        return InputError(f"{path}: {where} holds numbers too large for {leaf.target.dtype}")
-    return InputError(f"{path}: {where} holds NaN or infinity; download it again")

@@ -10,7 +10,7 @@ Source: gemma 4.0, gm/ckpts/{_checkpoint,_compat}.py and gm/nn/_modules.py.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from etils import epath
 
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP
-from gemma_scope_jax.model.config import PRESETS, GemmaConfig
-from gemma_scope_jax.storage.strict_json import read_json
+from gemma_scope_jax.model.config import PRESETS, GemmaConfig, axis_sizes
+from gemma_scope_jax.storage.strict_json import read_object
 
 PREFIXES = ("", "transformer/", "params/", "params/transformer/")
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
@@ -36,6 +36,16 @@ def _heads_inside(x: np.ndarray) -> np.ndarray:
     return x.transpose(1, 0, 2)  # [N, D, H] -> [D, N, H]
 
 
+AXES = {  # of the arrays, by the letters of `config.py`; "D" of all others
+    "embedder/input_embedding": "VD",
+    "attn/q_einsum/w": "NDH",
+    "attn/kv_einsum/w": "2KDH",
+    "attn/attn_vec_einsum/w": "NHD",
+    "mlp/gating_einsum/w": "2MD",
+    "mlp/linear/w": "MD",
+    "attn/_query_norm/scale": "H",
+    "attn/_key_norm/scale": "H",
+}
 # file layout -> ours, where they differ
 OURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "w_q": _heads_inside,
@@ -71,12 +81,11 @@ def open_official(
     The files hold no architecture: sizes come from the shapes, and the preset with these sizes
     supplies the rest (window, RoPE). For other sizes pass `config`. Raises `InputError`.
     """
-    path, metadata = _metadata(epath.Path(folder))
-    stored: dict[str, str] = {}
-    for keys in _array_keys(path, metadata):
-        if (name := _joined(keys)) in stored:
-            raise InputError(f"{path}: holds {name} twice")
-        stored[name] = ".".join(keys)
+    path = epath.Path(folder)
+    if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
+        path = path / "default"  # a trainer's
+    path, metadata = path.resolve(), read_object(path / "_METADATA")
+    stored = _array_keys(path, metadata)
     if any("stacked_layers/" in name for name in stored):
         advice = "load it with gemma.gm.ckpts.load_params and save it again with save_params"
         raise InputError(f"{path}: holds stacked layers; {advice}")
@@ -94,11 +103,18 @@ def open_official(
             raise InputError(f"{path}: {name} is missing; download the checkpoint again")
     _check_others(path, sorted(others | (stored.keys() - set(wanted))))
     arrays = _open_arrays(path, metadata, {name: stored[name] for name in wanted})
-    config = config or _preset_of(str(path), layers, arrays["final_norm/scale"].size)
+    width = arrays["final_norm/scale"].size
+    fitting = (c for c in PRESETS.values() if (c.layers, c.d_model) == (layers, width))
+    config = config or next(fitting, None)
+    if config is None:
+        none = f"{layers} layers of width {width} match none of {', '.join(PRESETS)}"
+        raise InputError(f"{path}: {none}; pass `config` for a model of your own")
     if config.layers != layers:
         raise InputError(f"{path}: has {layers} layers, {config.name} has {config.layers}")
+    size = axis_sizes(config) | {"2": 2}
     for name, array in arrays.items():
-        expected = _file_shape(config, name)
+        axes = AXES.get(re.sub(r"layer_\d+/", "", name), "D")
+        expected = tuple(size[axis] for axis in axes)
         if tuple(array.shape) != expected:
             raise InputError(f"{path}: {name} is {array.shape}, {config.name} needs {expected}")
         if array.dtype.name not in ("float32", "float16", "bfloat16"):
@@ -130,23 +146,21 @@ def official_layer(file: OfficialCheckpoint, layer: int | None) -> dict[str, np.
     return {leaf: OURS.get(leaf, same)(read[stem]) for stem in stems for leaf in stems[stem]}
 
 
-def _metadata(path: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
-    """The checkpoint's absolute path and its _METADATA; a trainer's is one folder deeper."""
-    if not (path / "_METADATA").exists() and (path / "default" / "_METADATA").exists():
-        path = path / "default"
-    metadata = read_json(path / "_METADATA")
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}/_METADATA: not a JSON object")
-    return path.resolve(), metadata
-
-
-def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to each array in the checkpoint's nested dicts."""
+def _array_keys(path: epath.Path, metadata: dict[str, Any]) -> dict[str, str]:
+    """The name of each array, its keys joined with "/" -> its key in the checkpoint."""
+    stored: dict[str, str] = {}
     try:
         for entry in metadata["tree_metadata"].values():
-            yield tuple(str(key["key"]) for key in entry["key_metadata"])
+            keys = [str(key["key"]) for key in entry["key_metadata"]]
+            name = "/".join(keys)
+            if name.endswith(("mlp/linear", "mlp/gating_einsum")):
+                name += "/w"  # which the nested layout lacks, and the flat one has
+            if name in stored:
+                raise InputError(f"{path}: holds {name} twice")
+            stored[name] = ".".join(keys)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}/_METADATA: lists no arrays; download it again") from error
+    return stored
 
 
 def _open_arrays(
@@ -183,39 +197,6 @@ def _result(path: str, name: str, future: Any) -> Any:
         raise InputError(
             f"{path}: {name} is damaged ({reason(error)}); download the checkpoint again"
         ) from error
-
-
-def _joined(keys: tuple[str, ...]) -> str:
-    """Joined with "/"; the mlp of the nested layout lacks the "w" that the flat one has."""
-    name = "/".join(keys)
-    return f"{name}/w" if name.endswith(("mlp/linear", "mlp/gating_einsum")) else name
-
-
-def _preset_of(path: str, layers: int, width: int) -> GemmaConfig:
-    for config in PRESETS.values():
-        if (config.layers, config.d_model) == (layers, width):
-            return config
-    raise InputError(
-        f"{path}: {layers} layers of width {width} match none of {', '.join(PRESETS)}; pass "
-        "`config` for a model of your own"
-    )
-
-
-def _file_shape(config: GemmaConfig, name: str) -> tuple[int, ...]:
-    c = config
-    D, M, N, K, H = c.d_model, c.d_mlp, c.heads, c.kv_heads, c.head_dim
-    shapes = {
-        "embedder/input_embedding": (c.vocab, D),
-        "attn/q_einsum/w": (N, D, H),
-        "attn/kv_einsum/w": (2, K, D, H),
-        "attn/attn_vec_einsum/w": (N, H, D),
-        "mlp/gating_einsum/w": (2, M, D),
-        "mlp/linear/w": (M, D),
-        "attn/_query_norm/scale": (H,),
-        "attn/_key_norm/scale": (H,),
-    }
-    stem = name.partition("/")[2] if name.startswith("layer_") else name
-    return shapes.get(stem, (D,))
 
 
 def _stems(layer: int | None) -> dict[str, list[str]]:

