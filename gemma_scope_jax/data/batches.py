@@ -66,7 +66,7 @@ class Text:
         documents = self.documents
         if not isinstance(documents, Indexed):
             return itertools.islice(enumerate(documents.ordered(self.seed)), start, stop)
-        numbers = documents.numbers(self.seed, 0, (0, 1), start, stop)
+        numbers = documents.numbers(self.seed, 0, start, stop)
         return ((number, documents.read(number)) for number in numbers)
 
     def encode(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +142,7 @@ class TokenBatches:
         with ThreadPoolExecutor(THREADS, "tokenise") as pool:
             while self._epochs is None or epoch < self._epochs:
                 some = start > 0 or offset > 0
-                records = documents.ordered(seed, epoch, start=start)
+                records = documents.ordered(seed, epoch, start)
                 encoded = map_ahead(pool, self._encode, records, 4 * THREADS)
                 for number, (ids, mask, labels) in enumerate(encoded, start):
                     if offset > len(ids):

@@ -1,4 +1,4 @@
-"""Sources of text: files, TensorFlow Datasets, Python objects; shuffled, split over hosts.
+"""Sources of text: files, TensorFlow Datasets, Python objects; shuffled.
 
 What can be read in any order (text, JSON Lines, ArrayRecord, TFDS, lists) is shuffled globally,
 with only the byte offsets of the documents in memory. What can only be read from the beginning
@@ -28,7 +28,6 @@ from gemma_scope_jax.model.tokenizer import ROLES
 from gemma_scope_jax.storage.manifest import digest
 
 Chat = Sequence[Mapping[str, Any]]
-HostShard = tuple[int, int]  # (index, count): the number of this host, and of all hosts
 _BLOCK = 1024  # positions shuffled at a time
 
 
@@ -91,23 +90,19 @@ class Indexed:
     once: ClassVar[bool] = False
 
     def numbers(
-        self, seed: int | None, epoch: int, shard: HostShard, start: int, stop: int | None = None
+        self, seed: int | None, epoch: int, start: int, stop: int | None = None
     ) -> Iterator[int]:
-        """This host's documents `start` to `stop`, by number, in an epoch's order; seed None:
-        unshuffled."""
-        index, hosts = shard
-        end = self.count if stop is None else min(self.count, index + stop * hosts)
-        for first in range(index + start * hosts, end, hosts * _BLOCK):
-            positions = np.arange(first, min(end, first + hosts * _BLOCK), hosts)
+        """Documents `start` to `stop`, by number, in an epoch's order; seed None: unshuffled."""
+        end = self.count if stop is None else min(self.count, stop)
+        for first in range(start, end, _BLOCK):
+            positions = np.arange(first, min(end, first + _BLOCK))
             if seed is not None:
                 positions = shuffled_positions(positions, self.count, seed, epoch)
             yield from positions.tolist()
 
-    def ordered(
-        self, seed: int | None, epoch: int = 0, shard: HostShard = (0, 1), start: int = 0
-    ) -> Iterator[Record]:
-        """This host's documents of an epoch, from its `start`th on; seed None: unshuffled."""
-        return map(self.read, self.numbers(seed, epoch, shard, start))
+    def ordered(self, seed: int | None, epoch: int = 0, start: int = 0) -> Iterator[Record]:
+        """The documents of an epoch, from the `start`th on; seed None: unshuffled."""
+        return map(self.read, self.numbers(seed, epoch, start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +120,14 @@ class StreamedDocuments:
     window: int
     once: bool = False
 
-    def ordered(
-        self, seed: int | None, epoch: int = 0, shard: HostShard = (0, 1), start: int = 0
-    ) -> Iterator[Record]:
+    def ordered(self, seed: int | None, epoch: int = 0, start: int = 0) -> Iterator[Record]:
         """As `Indexed.ordered`; all earlier documents are read, too, to skip them."""
         if seed is None:
             records = self.read(None)
         else:
             order = shuffled_positions(np.arange(self.parts), self.parts, seed, epoch).tolist()
             records = shuffled_window(self.read(order), self.window, seed, epoch)
-        index, hosts = shard
-        return itertools.islice(records, index + start * hosts, None, hosts)
+        return itertools.islice(records, start, None)
 
 
 Documents = Indexed | StreamedDocuments

@@ -106,7 +106,7 @@ class EvaluationText:
         """The beginnings of the documents, with the role and source of each token as labels."""
         paths = self._names()
         numbers = {paths.get(name, name): i for i, name in enumerate(sources)}
-        for record in self.documents.ordered(self.seed, 0, (0, 1)):
+        for record in self.documents.ordered(self.seed):
             ids, mask, roles = (
                 a[: self.document] for a in labelled_record(self.tokenizer, record, self._settings)
             )

@@ -24,12 +24,12 @@ from text_files import CHAT, KINDS, TEXTS, write_corpus
 # Documents
 
 
-def texts_of(documents, seed=0, epoch=0, shard=(0, 1), start=0):
-    return [parse(r, TextData()) for r in documents.ordered(seed, epoch, shard, start)]
+def texts_of(documents, seed=0, epoch=0, start=0):
+    return [parse(r, TextData()) for r in documents.ordered(seed, epoch, start)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_gives_its_documents_shuffled_and_split_over_hosts(tmp_path, kind):
+def test_every_format_gives_its_documents_shuffled(tmp_path, kind):
     pattern = write_corpus(tmp_path, kind)
     assert read_documents([pattern]) == TEXTS
     documents = open_documents(TextData(files=(pattern,)))
@@ -37,9 +37,6 @@ def test_every_format_gives_its_documents_shuffled_and_split_over_hosts(tmp_path
     assert sorted(whole) == sorted(TEXTS) and whole != TEXTS
     assert texts_of(documents, epoch=1) != whole != texts_of(documents, seed=1)
     assert texts_of(documents, start=13) == whole[13:]
-    for index in range(3):
-        assert texts_of(documents, shard=(index, 3)) == whole[index::3]
-        assert texts_of(documents, shard=(index, 3), start=4) == whole[index::3][4:]
 
 
 @given(st.lists(st.sampled_from(["\n", "\f", "a", "\r\n", "\n\f\n", " ", "ü"]), max_size=30))
@@ -61,7 +58,7 @@ def test_an_index_holds_the_offsets_only(tmp_path):
     (tmp_path / "a.txt").write_text("\n\f\n".join(["x" * 100_000] * 200))
     tracemalloc.start()
     documents = open_documents(TextData(files=(str(tmp_path / "a.*"),)))
-    next(documents.ordered(0, 0, (0, 1)))
+    next(documents.ordered(0))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert documents.count == 400 and peak < 2e6
