@@ -45,6 +45,8 @@ _PUBLIC = {
     "coders.load": ["decoder_rows", "load_coder", "load_coders", "load_decoder"],
     "coders.opened": ["OpenedCoders", "open_coders"],
     "coders.release.files": ["save_coder"],
+    "coders.interop.circuit_tracer": ["save_circuit_tracer"],
+    "coders.interop.saelens": ["save_saelens"],
     "coders.release.catalog": ["addresses"],
     "coders.listing": ["address_table", "describe_address", "find_addresses"],
     "data.documents": ["TextData", "read_documents", "sample_documents"],

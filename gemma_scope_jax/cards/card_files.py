@@ -82,7 +82,7 @@ class CardFiles(ExitStack):
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.enter_context(only_writer(self.folder))
         try:
             self._begin(belongs)
@@ -222,7 +222,7 @@ class FeatureCards:
     Raises `InputError` for a folder without finished cards."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
         self.manifest = _FORMAT.read(self.folder / FILE)

@@ -26,7 +26,7 @@ class StepTrace:
 
     def __init__(self, folder: str | os.PathLike | None):
         self.steps, self.tracing = 0, False
-        self.folder = Path(folder) if folder and not jax.process_index() else None
+        self.folder = Path(folder).expanduser() if folder and not jax.process_index() else None
         if self.folder is None:
             return
         try:

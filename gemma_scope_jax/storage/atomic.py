@@ -99,9 +99,10 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
         remote = epath.Path(path)
         write_folder(remote.parent, {remote.name: lambda file: file.write(data)})
         return
+    path = Path(path).expanduser()
     made: list[Path] = []
     try:
-        make_folders(Path(path).parent, made)
+        make_folders(path.parent, made)
         with WholeFile(path) as file:
             file.write(data)
     except OSError as error:
@@ -147,7 +148,7 @@ def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], Any
             except Exception as error:  # a bucket's clients raise types of their own
                 raise InputError(f"{path}: cannot be written ({reason(error)})") from error
         return
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     temporary = {name: folder / temporary_name(name) for name in writers}
     with contextlib.nullcontext() if is_held(folder) else only_writer(folder):
         try:

@@ -63,8 +63,12 @@ def read_json(path: Path | epath.Path) -> Any:
 
 
 def read_object(path: Path | epath.Path) -> dict[str, Any]:
-    """`read_json` of a file that must hold an object."""
-    content = read_json(path)
+    """`read_json` of a file that came with weights and must hold an object."""
+    data = read_bytes(path)
+    try:
+        content = parse_json(data, path)
+    except InputError as error:
+        raise InputError(f"{error}; download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object, but a {type(content).__name__}")
     return content

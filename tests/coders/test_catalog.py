@@ -252,7 +252,7 @@ def test_listing_table(capsys):
     args = ["*resid_post/*_16k_*", "--model", "1b-pt", "--layer", "13", "--limit", "2"]
     assert cli.main(["list", *args]) == 0
     header, *rows, total = capsys.readouterr().out.splitlines()
-    assert header.split() == list(cli_list.COLUMNS)
+    assert header.split() == list(listing.COLUMNS)
     assert rows[1].split() == [
         f"{ROOT}1b-pt/resid_post/layer_13_width_16k_l0_medium",
         *("sae", "13", "resid_post", "16,384", "60", "151.1", "MB"),
@@ -287,7 +287,8 @@ def test_the_catalogue_needs_no_jax(module):
     imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     ours = {name for name in imported if name.startswith("gemma_scope_jax")}
     sizes = "gemma_scope_jax.storage.safetensors_layout"
-    assert ours <= {"gemma_scope_jax.errors", "gemma_scope_jax.coders.release.catalog", sizes}
+    shown = {"gemma_scope_jax.errors", "gemma_scope_jax.progress"}
+    assert ours <= {"gemma_scope_jax.coders.release.catalog", sizes, *shown}
     assert not {name.split(".")[0] for name in imported} & {"jax", "flax", "numpy"}
 
 

@@ -129,6 +129,15 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_tilde_is_the_home_folder(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    WRITERS[name]("~/made", 0)
+    assert contents("~/made") == {} != contents(tmp_path / "made")
+
+
 def failing(write, start, check, step=1):
     """Run `write` on what `start` makes with its first, second, ... call failing, to the end."""
     for number in itertools.count(1, step):

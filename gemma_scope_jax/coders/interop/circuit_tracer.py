@@ -238,12 +238,13 @@ def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLi
     config["feature_output_hook"] = hooks.hook_of_site(first.writes)
     if scan := hooks.config_from(first.info, "circuit_tracer").get("scan"):
         config["scan"] = scan
-    if others := _coder_files(Path(folder)) - set(files):
+    folder = Path(folder).expanduser()
+    if others := _coder_files(folder) - set(files):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     text = yaml.safe_dump(config, sort_keys=False).encode()
     writers: dict[str, Callable[[BinaryIO], Any]]
     writers = {name: partial(_write_tensors, tensors) for name, tensors in files.items()}
-    write_folder(Path(folder), {**writers, CONFIG: lambda file: file.write(text)})
+    write_folder(folder, {**writers, CONFIG: lambda file: file.write(text)})
 
 
 def _write_tensors(tensors: Callable[[], dict[str, Any]], file: BinaryIO) -> None:

@@ -210,10 +210,7 @@ def _input_scale(normalise: Any, folder: Path) -> float:
     if not (folder / SCALER).is_file():
         fold = "fold it in SAELens (fold_activation_norm_scaling_factor) first"
         raise InputError(f"{SCALER} is missing (it holds the factor of activations); {fold}")
-    try:
-        scaler = read_object(folder / SCALER)
-    except InputError as error:
-        raise InputError(f"{error}: no scaling_factor can be read") from error
+    scaler = read_object(folder / SCALER)
     if other := [key for key in scaler if key not in ("scaling_factor", "has_whitening")]:
         raise InputError(f"{folder / SCALER}: unknown key {other[0]!r:.60}")
     scale = scaler.get("scaling_factor")
@@ -244,7 +241,7 @@ def save_saelens(coder: Coder, folder: str | os.PathLike) -> None:
     tensors = {name: StreamedTensor.whole(float32(weight)) for name, weight in weights.items()}
     write_weights = lambda file: write_safetensors(file, tensors)
     write_config = lambda file: write_json(file, config)
-    write_folder(Path(folder), {WEIGHTS: write_weights, CONFIG: write_config})
+    write_folder(folder, {WEIGHTS: write_weights, CONFIG: write_config})
 
 
 def _config(coder: Coder) -> dict[str, Any]:

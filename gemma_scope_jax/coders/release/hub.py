@@ -31,7 +31,7 @@ def fetch_file(address: Address, name: str, revision: str | None = None) -> Path
     try:
         return _fetch(address, name, revision)
     except LocalEntryNotFoundError as error:
-        raise hub_error(address.repo, error) from error
+        raise hub_error(address.repo, error, f"{address}: {name}") from error
     except EntryNotFoundError as error:
         others = [str(a) for a in nearest_addresses(str(address), 4) if a != address][:3]
         raise InputError(
@@ -49,4 +49,4 @@ def _fetch(address: Address, name: str, revision: str | None) -> Path:
     except huggingface_hub.errors.EntryNotFoundError:
         raise
     except Exception as error:  # each version of the library raises other types
-        raise hub_error(address.repo, error) from error
+        raise hub_error(address.repo, error, f"{address}: {name}") from error

@@ -106,7 +106,7 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     Shards of a model saved there before, and their index, are removed. Raises `InputError` if the
     folder cannot be written, and leaves it unchanged then.
     """
-    params, config = model.params, model.config
+    folder, params, config = epath.Path(folder).expanduser(), model.params, model.config
     tensors = {
         f"model.{NAMES[leaf][0]}.weight": StreamedTensor.whole(getattr(params, leaf))
         for leaf in ("embed", "final_norm")
@@ -126,9 +126,9 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     }
     write_folder(folder, writers)
     try:
-        for name in os.listdir(folder):
-            if _SUPERSEDED.fullmatch(name):
-                os.remove(os.path.join(folder, name))
+        for path in folder.iterdir():
+            if _SUPERSEDED.fullmatch(path.name):
+                path.unlink()
     except OSError as error:
         raise disk_error(folder, error) from error
 

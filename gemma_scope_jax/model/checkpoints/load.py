@@ -147,8 +147,9 @@ def _hub_state() -> str:
     return "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
 
 
-def hub_error(repository: str, error: Exception) -> InputError:
-    """What to do about an exception of the hub's library."""
+def hub_error(repository: str, error: Exception, what: str = "") -> InputError:
+    """What to do about an exception of the hub's library. what: what was to be downloaded, if it is
+    not the whole repository."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repository}"
@@ -156,7 +157,7 @@ def hub_error(repository: str, error: Exception) -> InputError:
     reasons: dict[type[Exception], str] = {
         errors.GatedRepoError: f"is gated: accept its terms at {page}, then run `hf auth login`; "
         "or pass a folder that holds it",
-        errors.RevisionNotFoundError: f"has no such revision; see {page}/commits",
+        errors.RevisionNotFoundError: f"there is no such revision; see {page}/commits",
         errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
         "you may read; check the name, or run `hf auth login`",
         errors.LocalEntryNotFoundError: f"not on this disk, and the hub {_hub_state()}; "
@@ -164,10 +165,10 @@ def hub_error(repository: str, error: Exception) -> InputError:
     }
     for kind, why in reasons.items():
         if isinstance(error, kind):
-            return InputError(f"{repository}: {why}")
+            return InputError(f"{what or repository}: {why}")
     if isinstance(error, OSError) and (no_space(error) or isinstance(error, PermissionError)):
-        return disk_error(repository, error)
-    return InputError(f"{repository}: cannot be downloaded ({reason(error)}); {elsewhere}")
+        return disk_error(what or repository, error)
+    return InputError(f"{what or repository}: cannot be downloaded ({reason(error)}); {elsewhere}")
 
 
 @dataclasses.dataclass(frozen=True)
