@@ -41,7 +41,7 @@ from gemma_scope_jax.extraction.manifest import name_in_store
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
-from gemma_scope_jax.storage.paths import cache_folder, is_remote
+from gemma_scope_jax.storage.paths import cache_folder, expanded, is_remote
 
 LOG = logging.getLogger(__name__)
 ANSWERS = "explanations.answers.jsonl"
@@ -79,10 +79,10 @@ class ExplanationJob:
         if path and is_remote(path):
             raise InputError(f"{path}: answers are appended to, so they need a local file")
         if path:
-            return Path(path).expanduser()
+            return expanded(path)
         if is_remote(self.folder):
             return cache_folder() / "explain" / ANSWERS
-        return Path(self.folder).expanduser() / ANSWERS
+        return expanded(self.folder) / ANSWERS
 
     def run(self, judge: Judge) -> explain.ExplainReport:
         """Explain and score, then close the judge. See `explain_features`."""
@@ -156,7 +156,7 @@ def open_explanation_job(
 ) -> ExplanationJob:
     """Read through a coder's `FeatureStore` once, and choose the features to explain.
 
-    features  numbers, or text such as "1,5,10-20"
+    features  numbers, or text such as "1,5,10-20"; not with `sample`
     sample    instead: how many to draw at random from those that fire often enough
     thorough  require `features` or `sample`, as for judges that are models; the default without
               them is all features that fire

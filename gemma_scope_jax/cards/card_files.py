@@ -42,7 +42,7 @@ from gemma_scope_jax.errors import InputError, disk_error
 from gemma_scope_jax.storage.atomic import WholeFile, reserve, write_text
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import Format
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import expanded, is_remote
 from gemma_scope_jax.storage.strict_json import field
 
 FILE = "cards.json"
@@ -82,7 +82,7 @@ class CardFiles(ExitStack):
         if is_remote(folder):
             raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
         super().__init__()
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         self.enter_context(only_writer(self.folder))
         try:
             self._begin(belongs)
@@ -222,7 +222,7 @@ class FeatureCards:
     Raises `InputError` for a folder without finished cards."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
         if not (self.folder / FILE).is_file():
             raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
         self.manifest = _FORMAT.read(self.folder / FILE)

@@ -24,6 +24,7 @@ from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.atomic import write_bytes
 from gemma_scope_jax.storage.manifest import Format
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.gz", "labels.json")
@@ -84,7 +85,7 @@ def build_labels(
 def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
     """Write the result of `build_labels` beside a coder, as labels.json.gz; returns its path."""
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
-    path = Path(folder) / FILES[0]
+    path = expanded(folder) / FILES[0]
     write_bytes(path, gzip.compress(text.encode(), mtime=0))
     return path
 
@@ -92,10 +93,14 @@ def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
 def read_labels(folder: str | os.PathLike, width: int) -> list[Label] | None:
     """The label material beside a coder, of each of its `width` features; None if there is none.
     Raises `InputError` for a file that cannot be used or is another coder's."""
-    path = next((p for name in FILES if (p := Path(folder) / name).is_file()), None)
+    path = next((p for name in FILES if (p := expanded(folder) / name).is_file()), None)
     if path is None:
         return None
-    content = _FORMAT.parse(read_whole(path), path)
+    try:
+        data = read_whole(path)
+    except InputError as error:
+        raise InputError(f"{error}; delete it or download it again") from error
+    content = _FORMAT.parse(data, path)
     if len(content["features"]) != width:
         raise InputError(
             f"{path}: has {len(content['features'])} features, the coder beside it {width}"

@@ -36,7 +36,7 @@ from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.storage.locks import only_writer
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import expanded, is_remote
 
 LOG = logging.getLogger(__name__)
 EXPORTS = ("saedashboard", "neuronpedia", "anthropic", "anthropic-json")
@@ -168,7 +168,7 @@ def build_card_sites(
 def _local(folder: str | os.PathLike) -> Path:
     if is_remote(folder):
         raise InputError(f"{folder}: cards are written to a local folder; copy them from there")
-    return Path(folder).expanduser()
+    return expanded(folder)
 
 
 def _check_free(folder: Path, coder: Coder) -> None:

@@ -27,7 +27,7 @@ from gemma_scope_jax.coders.release import catalog, hub, parameters
 from gemma_scope_jax.coders.release.files import describe, files_of, parameter_files, read_folder
 from gemma_scope_jax.coders.release.parameters import Dtype
 from gemma_scope_jax.errors import InputError, nearest
-from gemma_scope_jax.storage.paths import folder_path, is_remote, local_copy, named_paths
+from gemma_scope_jax.storage.paths import expanded, folder_path, is_remote, local_copy, named_paths
 from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
@@ -162,7 +162,7 @@ def _locate(source: Source, revision: str | None) -> tuple[Path, str]:
         raise InputError(f"{text!r} is neither a folder nor an address")
     if is_remote(text):
         return local_copy(text), text
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if folder.is_dir():
         return folder, os.path.abspath(folder)
     if folder.exists():
@@ -212,7 +212,7 @@ def _set_member(source: Source) -> tuple[str, str] | None:
         with contextlib.suppress(Exception):  # `local_copy` will report what is wrong
             there = (folder_path(match[1]) / circuit_tracer.CONFIG).is_file()
     else:
-        own = Path(text).expanduser()
+        own = expanded(text)
         there = circuit_tracer.is_circuit_tracer_folder(own.parent)
         if own.is_dir() and (parameter_files(own) or saelens.is_saelens_folder(own)):
             return None

@@ -120,8 +120,8 @@ class TokenBatches:
             raise InputError(f"not a position in a text: {position!r}")
         if not self.text.same_text(position.get("data")):
             raise InputError(
-                "the position to resume from belongs to other data: the text, its settings, seed, "
-                "hosts or tokenizer have changed; restore them, or start again"
+                "the position to resume from belongs to other data: the text, its settings, seed "
+                "or tokenizer have changed; restore them, or start again"
             )
         self.position: dict[str, Any] = {**position, "data": self.fingerprint}
         shape, bos = (self.batch_size, self.context_size), self.text.tokenizer.bos_id

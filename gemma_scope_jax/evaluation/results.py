@@ -83,7 +83,7 @@ def write_result(folder: str | os.PathLike, result: Mapping[str, Any]) -> epath.
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """Read a document, ours or SAEBench's. Raises `InputError`."""
-    return _FORMAT.read(epath.Path(path))
+    return _FORMAT.read(folder_path(path))
 
 
 def _check(result: dict[str, Any], path: Any) -> None:

@@ -16,6 +16,7 @@ from gemma_scope_jax.extraction.store.segment import Segment
 from gemma_scope_jax.extraction.store.store import FeatureStore
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import new_folder, write_folder, write_json
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.safetensors_files import array_bytes
 from gemma_scope_jax.storage.safetensors_layout import lay_out
 
@@ -31,7 +32,7 @@ def export_store(
     splits  the number of files for delphi's features; default: 50 million activations per file
     Raises `InputError` for other formats, folders that are not empty and full disks.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if format not in FORMATS:
         raise InputError(f"stores are exported as {' or '.join(FORMATS)}, not {format!r}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

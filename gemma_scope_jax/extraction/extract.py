@@ -129,7 +129,7 @@ def check_extraction(
 ) -> None:
     """Raise the `InputError`s of `extract` that need no weights, only the model's architecture.
 
-    With the tokenizer and the text, a store of others in the folder is among them.
+    With the tokenizer and the text, these include a store of another text or other coders.
     """
     given = ExtractionSettings(**settings)
     for name, coder in CoderSet(coders).items():
@@ -148,6 +148,7 @@ def check_extraction(
         size = given.context_size
         raise InputError(f"context_size {size}: {config.name} takes 2 to {config.context}")
     limits = {"batch_size": given.batch_size, "slots": given.slots, "tokens": tokens}
+    limits["shard_tokens"] = given.shard_tokens
     for name, value in limits.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
@@ -155,11 +156,16 @@ def check_extraction(
         return
     check_writable(folder)
     path = folder_path(folder)
-    if tokenizer is not None and source is not None and (path / manifests.MANIFEST).exists():
-        text = open_text(source, fit_tokenizer(tokenizer, config), given.seed)
-        described = [manifests.describe(name, coder) for name, coder in CoderSet(coders).items()]
-        there = manifests.read_features_manifest(path)
-        manifests.check_same(path, there, {"coders": described}, text)
+    try:
+        if tokenizer is not None and source is not None and (path / manifests.MANIFEST).exists():
+            text = open_text(source, fit_tokenizer(tokenizer, config), given.seed)
+            named = [manifests.describe(name, coder) for name, coder in CoderSet(coders).items()]
+            there = manifests.read_features_manifest(path)
+            manifests.check_same(path, there, {"coders": named}, text)
+    except Exception as error:
+        if isinstance(error, InputError) or not is_remote(path):
+            raise
+        raise InputError(f"{path}: {reason(error)}") from error  # the cloud clients' own types
 
 
 def job_of(

@@ -5,12 +5,12 @@ The steps of the model have names there, see `named_scope` in `block.py`.
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.storage.paths import expanded
 
 LOG = logging.getLogger(__name__)
 WARM_UP = 3  # steps before the trace begins: they compile and fill prefetch queues
@@ -26,7 +26,7 @@ class StepTrace:
 
     def __init__(self, folder: str | os.PathLike | None):
         self.steps, self.tracing = 0, False
-        self.folder = Path(folder).expanduser() if folder and not jax.process_index() else None
+        self.folder = expanded(folder) if folder and not jax.process_index() else None
         if self.folder is None:
             return
         try:

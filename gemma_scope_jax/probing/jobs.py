@@ -34,6 +34,7 @@ from gemma_scope_jax.progress import Progress, Report
 from gemma_scope_jax.storage.atomic import write_bytes, write_text
 from gemma_scope_jax.storage.locks import only_writer
 from gemma_scope_jax.storage.manifest import digest
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.strict_json import field, read_json
 
 LOG = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def probing_jobs(
         for line in task.doubts:
             LOG.warning(line)
         settings: dict[str, Any] = {"protocol": protocol.name, "limit": limit, "ks": ks}
-        settings |= {"context": protocol.context, "table": digest(path.expanduser().read_bytes())}
+        settings |= {"context": protocol.context, "table": digest(expanded(path).read_bytes())}
         family, subjects = "sparse_probing", (*bench.coders, *bench.raw())
         if protocol.name == "sae-probes":
             family += "_sae_probes"
@@ -284,7 +285,7 @@ def concept_job(
     for line in task.doubts:
         LOG.warning(line)
     settings = {"limit": limit, "ns": tuple(ns), "context": scr_tpp.CONTEXT, "split": "by text"}
-    settings |= {"table": digest(path.expanduser().read_bytes()), "first": bench.first}
+    settings |= {"table": digest(expanded(path).read_bytes()), "first": bench.first}
     work = _work(task.texts, scr_tpp.CONTEXT)
     return BenchmarkJob(family, task.name, settings, tuple(bench.coders), work, measure)
 
@@ -344,15 +345,20 @@ def _word_activations(
             np.savez(data, *[found.raw[place] for place in places])
             write_bytes(file, data.getvalue())
         try:
-            with np.load(io.BytesIO(file.read_bytes())) as arrays:
+            content = file.read_bytes()
+        except Exception as error:  # a bucket's clients raise types of their own
+            raise InputError(f"{file}: cannot be read ({reason(error)})") from error
+        try:
+            with np.load(io.BytesIO(content)) as arrays:
                 rows = [arrays[f"arr_{n}"] for n in range(len(places))]
             widths = [site_width(bench.model.config, site) for site, _ in places]
             if [x.shape for x in rows] != [(len(some), D) for D in widths]:
                 raise ValueError("other words or sites")
             if not all(np.isfinite(x).all() for x in rows):
                 raise ValueError("not all numbers")
-        except Exception as error:  # zipfile, zlib and a bucket's client have types of their own
-            raise InputError(f"{file}: broken; remove it to measure again") from error
+        except Exception as error:  # zipfile and zlib raise types of their own
+            why = f"broken ({reason(error)})"
+            raise InputError(f"{file}: {why}; remove it to measure again") from error
         parts.append(rows)
         report(min(start + CHUNK, len(task.prompts)), len(task.prompts))
     return {place: np.concatenate(rows) for place, rows in zip(places, zip(*parts))}

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_scope_jax.data.whole_files import read_whole
 from gemma_scope_jax.errors import InputError, reason
-from gemma_scope_jax.storage.paths import named_paths
+from gemma_scope_jax.storage.paths import expanded, named_paths
 
 TEXT = ("prompt", "text")  # the names that the column of texts may have
 IGNORED = ("prompt_len",)  # a redundant column of SAE-Probes' files
@@ -99,7 +99,7 @@ def read_table(path: str | Path) -> Table:
     """Read a CSV file, plain or compressed, with a header and a column `prompt` or `text`. Bytes
     that are not UTF-8, which some of SAE-Probes' files have, become U+FFFD. Raises `InputError`,
     with the row, for a file that is not such a table."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     csv.field_size_limit(2**31 - 1)
     file = io.StringIO(read_whole(path).decode("utf-8-sig", "replace"), newline="")
     try:

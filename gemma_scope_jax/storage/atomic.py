@@ -24,7 +24,7 @@ from gemma_scope_jax.storage.locks import (
     remove_made,
     temporary_name,
 )
-from gemma_scope_jax.storage.paths import AnyPath, is_remote
+from gemma_scope_jax.storage.paths import AnyPath, expanded, is_remote
 from gemma_scope_jax.storage.strict_json import legible
 
 _CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -99,7 +99,7 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
         remote = epath.Path(path)
         write_folder(remote.parent, {remote.name: lambda file: file.write(data)})
         return
-    path = Path(path).expanduser()
+    path = expanded(path)
     made: list[Path] = []
     try:
         make_folders(path.parent, made)
@@ -148,7 +148,7 @@ def write_folder(folder: AnyPath, writers: Mapping[str, Callable[[BinaryIO], Any
             except Exception as error:  # a bucket's clients raise types of their own
                 raise InputError(f"{path}: cannot be written ({reason(error)})") from error
         return
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     temporary = {name: folder / temporary_name(name) for name in writers}
     with contextlib.nullcontext() if is_held(folder) else only_writer(folder):
         try:

@@ -44,6 +44,11 @@ def named_paths(pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(start) + pattern[len(start) :], recursive=True))
 
 
+def expanded(path: AnyPath) -> Path:
+    """The path with `~` as the home folder; `~name` without such a user stays a name."""
+    return Path(os.path.expanduser(path))
+
+
 def folder_path(folder: AnyPath) -> epath.Path:
     """The folder as an absolute path, `~` expanded; a bucket's is unchanged.
 
@@ -51,7 +56,7 @@ def folder_path(folder: AnyPath) -> epath.Path:
     """
     text = os.fspath(folder)
     if not is_remote(text):
-        return epath.Path(text).expanduser().absolute()
+        return epath.Path(expanded(text)).absolute()
     scheme = text.split("://")[0]
     if scheme not in _NEEDS:
         raise InputError(f"{text}: {scheme}:// is not supported; buckets are gs:// and s3://")
@@ -71,7 +76,7 @@ def check_writable(path: AnyPath) -> None:
     if is_remote(path):
         folder_path(path)
         return
-    place = Path(path).expanduser().absolute()
+    place = expanded(path).absolute()
     above = existing_parent(place.parent)
     if not above.is_dir():
         raise InputError(f"{path}: {above} is not a folder")

@@ -15,10 +15,10 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.errors import InputError, nearest
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.training.recipe import TrainConfig
 
 NONE = ("none", "null")
@@ -29,7 +29,7 @@ FieldPath = tuple[str, ...]
 
 def load_config(path: str | os.PathLike) -> TrainConfig:
     """The `config` that a configs/*.py file sets; the file is run. Raises `InputError`."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -229,6 +229,7 @@ def test_metrics_that_are_undefined():
     assert metrics.binary_metrics([0, 0], [0, 0])["f1"] is None
     assert metrics.pearson([1, 1], [1, 2]) is None and metrics.pearson([], []) is None
     assert metrics.pearson([0.1] * 3, [1, 2, 4]) is None  # the mean of these is not 0.1
+    assert metrics.pearson([0, 1e-200, 0], [1, 2, 4]) is None  # its square is 0
 
 
 # --- token statistics ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gemma_scope_jax.coders.coder import CoderInfo
 from gemma_scope_jax.data.batches import fingerprint
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.extraction import extract as extract_module
 from gemma_scope_jax.extraction import work
 from gemma_scope_jax.extraction.extract import check_extraction, extract
 from gemma_scope_jax.extraction.store.shards import shard_name
@@ -73,6 +74,7 @@ def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
         (dict(context_size=100_000), "context_size 100000: .* takes 2 to"),
         (dict(batch_size=0), "batch_size 0: must be at least 1"),
         (dict(slots=0), "slots 0: must be at least 1"),
+        (dict(shard_tokens=-5), "shard_tokens -5: must be at least 1"),
         (dict(tokens=0), "tokens must be at least 1"),
         (dict(source=[]), "the list of documents is empty"),
         (dict(source=["", ""]), "no text: all documents are empty"),
@@ -328,3 +330,22 @@ def test_a_broken_model_is_refused(model, documents, tmp_path):
     broken = model.replace(params=model.params.replace(embed=embed))
     with pytest.raises(InputError, match="resid_post of layer 1: the model's activations are not"):
         extract(broken, CODERS["a"], Letters(), documents, tmp_path, **SETTINGS)
+
+
+def test_a_bucket_that_cannot_be_asked_is_one_line(model, monkeypatch):
+    class NoCredentials:
+        def __fspath__(self):
+            return "gs://b/x"
+
+        __str__ = __fspath__
+
+        def __truediv__(self, name):
+            return self
+
+        def exists(self):
+            raise RuntimeError("401 no credentials")
+
+    monkeypatch.setattr(extract_module, "check_writable", lambda folder: None)
+    monkeypatch.setattr(extract_module, "folder_path", lambda folder: NoCredentials())
+    with pytest.raises(InputError, match="gs://b/x: 401 no credentials"):
+        check_extraction(model.config, CODERS, "gs://b/x", Letters(), ["abc"], **SETTINGS)

@@ -250,7 +250,7 @@ def test_activations_of_words_are_kept_and_serve_other_coders(
     for path in (folder / "kept" / "tasks" / "absorption_first_letter").glob("*.json"):
         path.unlink()
     assert cli.main(["benchmark", str(folder / "sae0"), *options, out]) == 2
-    assert "broken; remove it" in capsys.readouterr().err
+    assert "; remove it to measure again" in capsys.readouterr().err
 
 
 def interrupt(*_, **__):

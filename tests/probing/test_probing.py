@@ -108,7 +108,9 @@ def test_measures_equal_loops():
     assert f1(y, scores) == pytest.approx(parts[1])
     assert weighted_f1(y, scores) == pytest.approx((1 - y.mean()) * parts[0] + y.mean() * parts[1])
     assert accuracy(y, scores) == np.mean([(s > 0) == t for s, t in zip(scores, y)])
-    assert np.isnan(auc(np.ones(3), np.zeros(3)))
+    assert np.isnan(auc(np.ones(3), np.zeros(3))) and np.isnan(
+        auc(np.arange(2), np.array([0, np.nan]))
+    )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -138,6 +138,12 @@ def test_a_tilde_is_the_home_folder(name, tmp_path, monkeypatch):
     assert contents("~/made") == {} != contents(tmp_path / "made")
 
 
+def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text("~no such user.html", "x")
+    assert (tmp_path / "~no such user.html").read_text() == "x"
+
+
 def failing(write, start, check, step=1):
     """Run `write` on what `start` makes with its first, second, ... call failing, to the end."""
     for number in itertools.count(1, step):

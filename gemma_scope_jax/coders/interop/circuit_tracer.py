@@ -38,6 +38,7 @@ from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError, reason
 from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
 from gemma_scope_jax.storage.strict_json import parse_json
 
@@ -238,7 +239,7 @@ def save_circuit_tracer(coders: Coder | Iterable[Coder], folder: str | os.PathLi
     config["feature_output_hook"] = hooks.hook_of_site(first.writes)
     if scan := hooks.config_from(first.info, "circuit_tracer").get("scan"):
         config["scan"] = scan
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if others := _coder_files(folder) - set(files):
         raise InputError(f"{folder}: holds {min(others)} of another coder; choose a new folder")
     text = yaml.safe_dump(config, sort_keys=False).encode()

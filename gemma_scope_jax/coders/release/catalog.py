@@ -269,7 +269,7 @@ def addresses(
 
 FOLDER = (
     r"(?:layer_(?P<layers>[0-9]{1,4}(?:_[0-9]{1,4})*)_)?width_(?P<width>[0-9]+[km])"
-    r"_l0_(?P<label>[a-z]+)(?P<affine>_affine)?(?:_seed_(?P<seed>[0-9]{1,4}))?"
+    r"_l0_(?P<label>[a-z]+)(?P<affine>_affine)?(?:_seed_(?P<seed>[0-9]{1,9}))?"
 )
 _GRAMMAR = re.compile(
     r"(?:google/)?gemma-scope-2-(?P<size>\w+)-(?P<variant>pt|it)/(?P<category>[a-z_]+)/" + FOLDER

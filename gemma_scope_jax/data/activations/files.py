@@ -17,7 +17,7 @@ import numpy as np
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.atomic import WholeFile
 from gemma_scope_jax.storage.manifest import Format
-from gemma_scope_jax.storage.paths import is_remote
+from gemma_scope_jax.storage.paths import expanded, is_remote
 from gemma_scope_jax.storage.safetensors_files import array_bytes, map_safetensors
 from gemma_scope_jax.storage.safetensors_layout import lay_out
 from gemma_scope_jax.storage.strict_json import field
@@ -36,7 +36,7 @@ def local_folder(folder: str | os.PathLike) -> Path:
     text = os.fspath(folder)
     if is_remote(text):
         raise InputError(f"{text}: activations are memory-mapped; copy them to a local disk")
-    return Path(text).expanduser().absolute()
+    return expanded(text).absolute()
 
 
 def shard_name(number: int, site: str) -> str:

@@ -25,6 +25,7 @@ from gemma_scope_jax.model.checkpoints.huggingface_config import (
 from gemma_scope_jax.model.checkpoints.shapes import LAYER, NAMES, TOP, ours, stored_shape
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.storage.atomic import write_folder
+from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.safetensors_files import (
     StreamedTensor,
     open_safetensors,
@@ -106,7 +107,7 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
     Shards of a model saved there before, and their index, are removed. Raises `InputError` if the
     folder cannot be written, and leaves it unchanged then.
     """
-    folder, params, config = epath.Path(folder).expanduser(), model.params, model.config
+    folder, params, config = expanded(folder), model.params, model.config
     tensors = {
         f"model.{NAMES[leaf][0]}.weight": StreamedTensor.whole(getattr(params, leaf))
         for leaf in ("embed", "final_norm")

@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from gemma_scope_jax.errors import InputError, disk_error, no_space, reason
+from gemma_scope_jax.errors import InputError, disk_error, reason
 from gemma_scope_jax.model.checkpoints.gguf import open_gguf
 from gemma_scope_jax.model.checkpoints.gguf_gemma import gguf_config, gguf_leaf
 from gemma_scope_jax.model.checkpoints.huggingface import (
@@ -94,7 +94,7 @@ def find_checkpoint(source: str | os.PathLike, files: tuple[str, ...] = WEIGHTS)
     `files`: the patterns to download from a repository on the hub. Raises `InputError`.
     """
     if _is_local(source):
-        path = epath.Path(source).expanduser()
+        path = epath.Path(os.path.expanduser(source))
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         return path
@@ -157,18 +157,19 @@ def hub_error(repository: str, error: Exception, what: str = "") -> InputError:
     reasons: dict[type[Exception], str] = {
         errors.GatedRepoError: f"is gated: accept its terms at {page}, then run `hf auth login`; "
         "or pass a folder that holds it",
-        errors.RevisionNotFoundError: f"there is no such revision; see {page}/commits",
+        errors.RevisionNotFoundError: f"has no such revision ({reason(error)}); see {page}/commits",
         errors.RepositoryNotFoundError: "neither a local folder nor a repository on the hub that "
         "you may read; check the name, or run `hf auth login`",
         errors.LocalEntryNotFoundError: f"not on this disk, and the hub {_hub_state()}; "
-        + elsewhere,
+        f"{elsewhere} ({reason(error)})",
     }
+    where = f"{what}: {repository}" if what else repository
     for kind, why in reasons.items():
         if isinstance(error, kind):
-            return InputError(f"{what or repository}: {why}")
-    if isinstance(error, OSError) and (no_space(error) or isinstance(error, PermissionError)):
-        return disk_error(what or repository, error)
-    return InputError(f"{what or repository}: cannot be downloaded ({reason(error)}); {elsewhere}")
+            return InputError(f"{where}: {why}")
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno:
+        return disk_error(where, error)
+    return InputError(f"{where}: cannot be downloaded ({reason(error)}); {elsewhere}")
 
 
 @dataclasses.dataclass(frozen=True)
