@@ -3,6 +3,7 @@
 A position is a document's number and a token in it, so resuming tokenises nothing that came before.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -27,6 +28,20 @@ from gemma_scope_jax.storage.manifest import digest
 
 THREADS = min(16, os.cpu_count() or 1)  # that tokenise, at about 0.5 million tokens/s each
 _PLACE = ("epoch", "document", "offset")
+
+
+@contextlib.contextmanager
+def tokenisers() -> Iterator[ThreadPoolExecutor]:
+    """`THREADS` threads, which are not waited for at the end.
+
+    It may be the garbage collector that ends a generator, in the middle of the start of any other
+    thread: to wait for a thread there locks up the program (CPython 3.11).
+    """
+    pool = ThreadPoolExecutor(THREADS, "tokenise")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +154,7 @@ class TokenBatches:
     def _pieces(self) -> Iterator[Piece]:
         epoch, start, offset = (self.position[k] for k in _PLACE)
         documents, seed = self.text.documents, self.text.seed
-        with ThreadPoolExecutor(THREADS, "tokenise") as pool:
+        with tokenisers() as pool:
             while self._epochs is None or epoch < self._epochs:
                 some = start > 0 or offset > 0
                 records = documents.ordered(seed, epoch, start)

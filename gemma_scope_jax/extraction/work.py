@@ -7,12 +7,11 @@ on its number: any process may make any shard at any time, and the store is the 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from gemma_scope_jax.data.batches import THREADS, Text
+from gemma_scope_jax.data.batches import THREADS, Text, tokenisers
 from gemma_scope_jax.data.document_files import Record
 from gemma_scope_jax.data.documents import Source, TextData, open_documents
 from gemma_scope_jax.data.packing import Piece, fill_rows
@@ -59,12 +58,11 @@ def measure(text: Text, tokens: int | None, first: int = 1) -> Size:
         late = bool(mask[max(first - 1, 0) :].any())  # <bos> is at position 0
         return len(ids) + (len(ids) > 0), int(mask.sum()), late
 
-    with ThreadPoolExecutor(THREADS, "tokenise") as pool:
+    with tokenisers() as pool:
         for size, some, late in map_ahead(pool, sizes, text.records(0), 4 * THREADS):
             documents, read, used = documents + 1, read + size, used + some
             found |= late
             if read >= wanted and found:
-                pool.shutdown(wait=False, cancel_futures=True)
                 break
     if not read:
         raise InputError("no text: all documents are empty or unusable")
@@ -124,7 +122,7 @@ class ShardPlan:
 
     def batches(self, shards: Sequence[int]) -> Iterator[Packed | Ended]:
         """The batches of some shards, in ascending order, each shard's followed by its `Ended`."""
-        with ThreadPoolExecutor(THREADS, "tokenise") as pool:
+        with tokenisers() as pool:
             encoded = map_ahead(pool, self._encode, self._records(shards), 4 * THREADS)
             for shard, documents in itertools.groupby(encoded, key=lambda e: e[0]):
                 yield from self._shard(shard, documents)

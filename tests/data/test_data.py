@@ -256,3 +256,22 @@ def test_only_a_few_batches_are_made_ahead():
         for i in range(20):
             assert next(numbers) == (i, None)
             assert len(made) <= i + 6
+
+
+def test_a_forgotten_iterator_waits_for_nobody():
+    """It may be ended by the garbage collector, in the start of a thread, which would lock up."""
+    goes_on, done, calls = threading.Event(), threading.Event(), itertools.count()
+
+    class Slow(Letters):
+        def encode(self, text, **options):
+            if text == "a" * 40 and next(calls):  # the second document, and those after it
+                goes_on.wait(60)
+                done.set()
+            return super().encode(text, **options)
+
+    batches = TokenBatches(["a" * 40] * 8, Slow(), 1, 8)
+    next(batches)
+    batches._batches.close()
+    ended_first = not done.is_set()
+    goes_on.set()
+    assert ended_first and done.wait(60)
