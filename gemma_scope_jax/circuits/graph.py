@@ -59,6 +59,7 @@ class Graph:
     rest     float32 [targets]: the effect of the active features that were not selected
     weights  float32 [targets]: what influence starts from: probabilities of logits, 0 for features
     ids      int32 [T]: the prompt's tokens, `<bos>` first, and `tokens` their texts [T]
+    selected the number n of selected features
     layers   the number of the model's layers
     about    what the graph was made from and how: JSON data
     """
@@ -72,10 +73,6 @@ class Graph:
     weights: np.ndarray
     ids: np.ndarray
     tokens: list[str]
+    selected: int
     layers: int
     about: dict[str, Any]
-
-    @property
-    def features(self) -> int:
-        """The number n of selected features: the first n sources and the first n targets."""
-        return int((self.weights == 0).sum()) if len(self.targets) else 0
