@@ -1,0 +1,287 @@
+"""The sources of a graph: the features that are active on a prompt, what they write, and the rest.
+
+    mlp_out[l] = what features write + [mlp_in[l] @ W_skip] + constant + error
+
+The features of the first positions are left out, because coders were not trained there: circuit
+tracers count neither an error nor features, so all that is left of the MLP there is `constant`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.circuits.linear import GROUPS, SLOTS, Blocks, Frozen, Written
+from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends, float32, matmul
+from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.coders.load import decoder_rows
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.attention import Tokens
+from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.intercept import capture
+from gemma_scope_jax.model.run import run
+
+TOKENS = 256  # encoded at a time
+BLOCK = GROUPS * SLOTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Active:
+    """The active features of a prompt, in order of (layer, position, feature): arrays [n]."""
+
+    layer: np.ndarray  # int32, of the model
+    position: np.ndarray  # int32
+    feature: np.ndarray  # int32
+    activation: np.ndarray  # float32
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __getitem__(self, index: Any) -> "Active":
+        return Active(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One pass of the model: what is frozen, and the MLPs' inputs and outputs, float32."""
+
+    frozen: Frozen
+    mlp_in: jax.Array  # [L, T, D]
+    mlp_out: jax.Array  # [L, T, D]
+    resid_final: jax.Array  # [T, D]
+    length: int  # real tokens
+
+
+def room_for(length: int) -> int:
+    """The tokens that a prompt of `length` is filled up to, so that few programs are compiled."""
+    if length > 256:
+        return -(-length // 256) * 256
+    step = max(4, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
+    """Run the model on ids [T] and keep what the linear model needs, filled up to `room_for`."""
+    scales = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale")
+    names = ("embed", "q", "k", *scales, "mlp_in", "mlp_out", "resid_final", "final_scale")
+    reads = run(model, ids[None], [capture(site) for site in names]).reads
+    length, size = len(ids), room_for(len(ids))
+
+    def filled(x, axis):
+        room = [(0, 0)] * x.ndim
+        room[axis] = (0, size - length)
+        return jnp.pad(x, room)
+
+    layered = lambda name: filled(reads[name][:, 0], 1)
+    there = np.arange(size, dtype=np.int32)
+    tokens = Tokens(jnp.asarray(there)[None], jnp.asarray(there < length).astype(jnp.int32)[None])
+    frozen = Frozen(
+        layered("q"),
+        layered("k"),
+        *(float32(layered(name)[..., 0]) for name in scales),
+        float32(filled(reads["final_scale"][0, :, 0], 0)),
+        float32(filled(reads["embed"][0], 0)),
+        tokens,
+    )
+    inner, outer = (float32(layered(name)) for name in ("mlp_in", "mlp_out"))
+    return Prompt(frozen, inner, outer, float32(filled(reads["resid_final"][0], 0)), length)
+
+
+# --- Coders --------------------------------------------------------------------------------------
+
+
+def check_coders(config: GemmaConfig, coders: CoderSet) -> None:
+    """Raise `InputError` unless every layer's MLP has one transcoder, or one CLT has all."""
+    for name, coder in coders.items():
+        check_fits(config, coder)
+        by_layer(coder)
+        if (coder.reads, coder.writes) != ("mlp_in", "mlp_out"):
+            raise InputError(
+                f"{name}: {ends(coder)}: a graph is made with transcoders or a CLT, which read "
+                "mlp_in and write mlp_out"
+            )
+    missing = sorted(set(range(config.layers)) - set(coders.layers))
+    if missing:
+        have = f"{len(coders)} coder{'s' * (len(coders) > 1)}"
+        raise InputError(
+            f"no transcoder for layer {missing[0]} of {config.name} ({have} given): "
+            "a graph needs one for every layer"
+        )
+    for layer in range(config.layers):
+        coders.at(layer)
+
+
+@jax.jit
+def _encode(coder: Coder, i, x, mask):
+    return jnp.where(mask[:, None], coder.encode_layer(i, x), 0.0)
+
+
+def active_features(coders: CoderSet, prompt: Prompt) -> Active:
+    """Every feature that is active on the prompt, at the positions that its coder was trained on."""
+    found = []
+    for layer in range(prompt.mlp_in.shape[0]):
+        coder = coders.at(layer)
+        bare, i = coder.unplaced(), np.int32(coder.source(layer))
+        size = min(TOKENS, prompt.mlp_in.shape[1])
+        for start in range(0, prompt.length, size):
+            positions = np.arange(start, start + size, dtype=np.int32)
+            mask = (positions >= coder.first) & (positions < prompt.length)
+            f = np.asarray(_encode(bare, i, prompt.mlp_in[layer, start : start + size], mask))
+            t, feature = np.nonzero(f)
+            found.append((np.full_like(t, layer), t + start, feature, f[t, feature]))
+    layer, position, feature, activation = (np.concatenate(column) for column in zip(*found))
+    whole = (a.astype(np.int32) for a in (layer, position, feature))
+    return Active(*whole, activation.astype(np.float32))
+
+
+def encoder_rows(coders: CoderSet, active: Active) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder vectors [n, D] and biases [n] of features, float32."""
+    d = coders[0].d_in
+    rows, biases = np.zeros((len(active), d), np.float32), np.zeros(len(active), np.float32)
+    for layer in np.unique(active.layer):
+        coder, mine = coders.at(int(layer)), np.flatnonzero(active.layer == layer)
+        i = np.int32(coder.source(int(layer)))
+        for some in np.array_split(mine, -(-len(mine) // 1024)):
+            ids = np.pad(active.feature[some], (0, 1024 - len(some)))
+            found = _encoder_rows(coder.unplaced(), i, ids)
+            rows[some], biases[some] = (np.asarray(a)[: len(some)] for a in found)
+    return rows, biases
+
+
+@jax.jit
+def _encoder_rows(coder: Coder, i, ids):
+    encoder = coder.encoder(i)
+    return float32(jnp.take(encoder.w_enc, ids, axis=1)).T, float32(jnp.take(encoder.b_enc, ids))
+
+
+# --- What they write -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where sources have their slots: `slot` [n] in the results, and the blocks of each layer."""
+
+    slot: np.ndarray  # int64 [n]
+    source: np.ndarray  # int32 [blocks, P, C]: the source of each slot, -1: none
+    positions: np.ndarray  # int32 [blocks, P]
+    layer: np.ndarray  # int32 [blocks]: of the sources
+
+
+def laid_out(active: Active) -> Layout:
+    """Slots for sources: a block has P groups of C slots, each group at one token of one layer."""
+    key = active.layer.astype(np.int64) << 32 | active.position
+    _, first, count = np.unique(key, return_index=True, return_counts=True)
+    groups = -(-count // SLOTS)  # of each token and layer
+    layer_of = active.layer[first]
+    sources, positions, layers = [], [], []
+    slot = np.zeros(len(active), np.int64)
+    for layer in np.unique(layer_of):
+        mine = np.flatnonzero(layer_of == layer)
+        blocks = -(-int(groups[mine].sum()) // GROUPS)
+        source = np.full(blocks * BLOCK, -1, np.int32)
+        position = np.zeros(blocks * GROUPS, np.int32)
+        base, group = len(sources) * BLOCK, 0
+        for n in mine:
+            at = np.arange(count[n]) + group * SLOTS
+            source[at] = first[n] + np.arange(count[n])
+            slot[first[n] : first[n] + count[n]] = base + at
+            position[group : group + groups[n]] = active.position[first[n]]
+            group += int(groups[n])
+        sources += list(source.reshape(blocks, GROUPS, SLOTS))
+        positions += list(position.reshape(blocks, GROUPS))
+        layers += [layer] * blocks
+    shaped = lambda a, *shape: np.asarray(a, np.int32).reshape(-1, *shape)
+    return Layout(slot, shaped(sources, GROUPS, SLOTS), shaped(positions, GROUPS), shaped(layers))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(blocks, coder: Coder, i, j, ids, activations, at):
+    """Block `at` = activations [P, C] times the decoder rows from layer i to layer j."""
+    rows = coder.written(i, j, ids.reshape(-1)).reshape(*ids.shape, -1)
+    rows = rows * activations[..., None]
+    return jax.lax.dynamic_update_index_in_dim(blocks, rows, at, 0)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill_from(blocks, rows, activations, at):
+    rows = rows.reshape(*activations.shape, -1) * activations[..., None]
+    return jax.lax.dynamic_update_index_in_dim(blocks, rows, at, 0)
+
+
+def written_blocks(coders: CoderSet, active: Active, layout: Layout) -> Blocks:
+    """What each source writes to each layer, gathered from the decoders for these sources alone."""
+    by_target: list[list[tuple[int, int]]] = [[] for _ in coders.layers]  # (source block, layer)
+    for n, layer in enumerate(layout.layer.tolist()):
+        coder = coders.at(layer)
+        for target in coder.layers if coder.multi_layer else (layer,):
+            if target >= layer:
+                by_target[target].append((n, layer))
+    pairs = [(n, layer, target) for target, some in enumerate(by_target) for n, layer in some]
+    count, results = room_of(len(pairs)), room_of(len(layout.layer))
+    blocks = jnp.zeros((count, GROUPS, SLOTS, coders[0].d_out), jnp.float32)
+    empty = layout.source < 0
+    ids = np.where(empty, 0, active.feature[layout.source])
+    activations = np.where(empty, np.float32(0), active.activation[layout.source])
+    for at, (n, layer, target) in enumerate(pairs):
+        coder, at = coders.at(layer), np.int32(at)
+        i, j = coder.source(layer), coder.source(target)
+        if coder.w_dec is None:
+            rows = decoder_rows(coder, ids[n].reshape(-1), layer=i, to=j)
+            blocks = _fill_from(blocks, rows.astype(np.float32), activations[n], at)
+        else:
+            places = np.int32(i), np.int32(j)
+            blocks = _fill(blocks, coder.unplaced(), *places, ids[n], activations[n], at)
+    start = np.cumsum([0, *map(len, by_target)]).astype(np.int32)
+    number = np.array([n for n, _, _ in pairs], np.int32)
+    positions = np.zeros((count, GROUPS), np.int32)
+    positions[: len(pairs)] = layout.positions[number]
+    result = np.pad(number, (0, count - len(pairs)))
+    return Blocks(blocks, *map(jnp.asarray, (positions, result, start)), results=results)
+
+
+def room_of(count: int) -> int:
+    """A number of blocks rounded up by an eighth at most, so that few programs are compiled."""
+    step = max(8, 1 << max(0, (count - 1).bit_length() - 3))
+    return max(8, -(-count // step) * step)
+
+
+@jax.jit
+def _rest_of(blocks: Blocks, skip, bias, inner, outer, here, layer):
+    """Of one layer: the error and the constant [T, D], given what is written at `here` [T]."""
+    def add(i, y):
+        return y.at[blocks.positions[i]].add(blocks.rows[i].sum(1))
+
+    y = jax.lax.fori_loop(blocks.start[layer], blocks.start[layer + 1], add, jnp.zeros_like(outer))
+    if skip is not None:
+        y = y + matmul(inner, skip)
+    constant = jnp.where(here[:, None], bias[None, :], outer - y)
+    return jnp.where(here[:, None], outer - y - bias[None, :], 0.0), constant
+
+
+def what_is_written(
+    coders: CoderSet, prompt: Prompt, active: Active, layout: Layout
+) -> Written:
+    """Everything that stands for the MLPs of a prompt; it adds up to their outputs."""
+    blocks = written_blocks(coders, active, layout)
+    L, T, _ = prompt.mlp_in.shape
+    positions = np.arange(T, dtype=np.int32)
+    errors, constants, skips = [], [], []
+    for layer in range(L):
+        coder = coders.at(layer)
+        i = coder.source(layer)
+        own = lambda w: float32(w[i] if coder.multi_layer else w)
+        skip = None if coder.w_skip is None else own(coder.w_skip)
+        skips.append(skip)
+        here = (positions >= coder.first) & (positions < prompt.length)
+        given = (skip, own(coder.b_dec), prompt.mlp_in[layer], prompt.mlp_out[layer], here)
+        error, constant = _rest_of(blocks, *given, np.int32(layer))
+        errors.append(error)
+        constants.append(constant)
+    none = all(skip is None for skip in skips)
+    d = coders[0].d_in
+    stacked = None if none else jnp.stack([jnp.zeros((d, d)) if s is None else s for s in skips])
+    error = jnp.stack(errors)
+    return Written(blocks, error, jnp.stack(constants), jnp.zeros_like(error), stacked)
