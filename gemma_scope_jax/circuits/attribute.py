@@ -190,12 +190,8 @@ class Search:
         """(first row, effects) of batches of rows; the next is computed while one is used."""
         waiting: deque[tuple[int, linear.Effects]] = deque()
         for start in range(0, len(stage), ROWS):
-            here = slice(start, start + ROWS)
-            room = ROWS - len(stage[here])
-            fill = lambda a, value: np.pad(
-                a[here], ((0, room),) + ((0, 0),) * (a.ndim - 1), constant_values=value
-            )
-            rows = Rows(fill(stage, -1), fill(position, 0), fill(vector, 0))
+            some = (a[start : start + ROWS] for a in (stage, position, vector))
+            rows = Rows(*map(_filled, some, (-1, 0, 0)))
             found = linear.effects(self.model, self.prompt.frozen, self.written, rows)
             waiting.append((start, found))
             if len(waiting) > 1:
@@ -204,7 +200,7 @@ class Search:
 
     def graph(self, ids: np.ndarray, texts: list[str], about: dict[str, Any]) -> Graph:
         """The graph of the rows found, features in order."""
-        n, most, L, T = len(self.active), len(self.wanted.bias), self.model.config.layers, len(ids)
+        n, most, L = len(self.active), len(self.wanted.bias), self.model.config.layers
         order = np.argsort(self.row_of, kind="stable")
         chosen = self.row_of[order]
         rows = np.concatenate([most + order, np.arange(most)])
@@ -238,11 +234,16 @@ class Search:
             np.full(T, "token"), np.full(T, -1, np.int32), every, ids.astype(np.int32),
             np.ones(T, np.float32), np.asarray(texts),
         )  # fmt: skip
-        final = Nodes(
-            np.asarray(w.kind), *(np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature)),
-            values, np.asarray(w.labels),
-        )  # fmt: skip
+        layer, position, feature = (np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature))
+        named = np.asarray(w.kind), np.asarray(w.labels)
+        final = Nodes(named[0], layer, position, feature, values, named[1])
         return joined(features, errors, tokens), joined(features, final)
+
+
+def _filled(array: np.ndarray, value: float) -> np.ndarray:
+    """`array` with up to `ROWS` entries on its first axis."""
+    room = ((0, ROWS - len(array)),) + ((0, 0),) * (array.ndim - 1)
+    return np.pad(array, room, constant_values=value)
 
 
 def joined(*tables: Nodes) -> Nodes:

@@ -11,14 +11,16 @@ token, the target's gradient with respect to the residual stream:
     attention       g += the frozen heads, backwards: O, pattern, V, norms
     at embed        each token contributes g . (its embedding)
 
-No MLP is run, nothing is differentiated, and a batch begins at its highest layer, which is data:
-one program serves all layers.
+No MLP is run, nothing is differentiated, and a batch begins at its highest layer and ends at its
+last token, which are data: one program serves all layers. Patterns exist a tile at a time.
 
 Source: Ameisen et al. 2025, Circuit Tracing (the local replacement model), for Gemma's norms before
 and after attention and MLP. Axes: see `model.config`, and R rows, I blocks of P groups of C slots.
 """
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,7 +30,7 @@ from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.model.attention import LOWEST, Tokens, visible
 from gemma_scope_jax.model.config import GemmaConfig, Model
 
-QUERIES = 256  # of a prompt, whose attention patterns exist at a time
+WHOLE = 64  # prompts up to this many tokens are one chunk
 GROUPS, SLOTS = 8, 16  # a block: this many tokens, with this many features of each
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -44,6 +46,7 @@ class Frozen:
     pre_mlp_scale: jax.Array  # [L, T]
     final_scale: jax.Array  # [T]
     embed: jax.Array  # [T, D]
+    log_sums: jax.Array  # [L, N, T]: of each query's scores, the normaliser of its pattern
     tokens: Tokens  # [1, T], segments 0 where filled up
 
 
@@ -80,9 +83,9 @@ class Rows:
     stage: 2 l is resid_mid of layer l, 2 l + 1 its resid_post; -1: no term.
     """
 
-    stage: jax.Array  # int32 [R, Q]
-    position: jax.Array  # int32 [R, Q]
-    vector: jax.Array  # float32 [R, Q, D]
+    stage: Any  # int32 [R, Q]
+    position: Any  # int32 [R, Q]
+    vector: Any  # float32 [R, Q, D]
 
 
 @flax.struct.dataclass
@@ -96,23 +99,37 @@ class Effects:
     rest: jax.Array  # [R]
 
 
+def room_for(length: int) -> int:
+    """The tokens that a prompt of `length` is filled up to, so that few programs are compiled."""
+    step = max(2, 1 << max(0, (length - 1).bit_length() - 3))
+    size = -(-length // step) * step
+    return -(-size // chunk_of(size)) * chunk_of(size)
+
+
+def chunk_of(size: int) -> int:
+    """The tokens that are worked on at a time: a prompt is a whole number of chunks."""
+    return size if size <= WHOLE else 32 if size <= 256 else 64
+
+
 @jax.jit
 def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effects:
     """The effect of every source on each of `rows`."""
     c, b, blocks = model.config, model.params.blocks, written.blocks
-    T, D = frozen.embed.shape
-    R = rows.position.shape[0]
-    one = jnp.arange(R, dtype=jnp.int32)
-    dot = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
+    (T, D), R = frozen.embed.shape, rows.position.shape[0]
+    C = chunk_of(T)
+    one = jnp.arange(R, dtype=jnp.int32)[:, None]
+    chunks = 1 + jnp.max(jnp.where(rows.stage < 0, 0, rows.position)) // C
+    top = jnp.max(rows.stage) // 2
+    of_tokens = partial(cut, size=C, axis=0)
 
     def begin(g, stage):
         here = (rows.stage == stage).astype(jnp.float32)[:, :, None]
-        return g.at[rows.position, one[:, None]].add(here * rows.vector)
+        return g.at[rows.position, one].add(here * rows.vector)
 
     def layer_step(n, carry):
         g, slots, errors, sums = carry
         layer = top - n
-        take = lambda w: float32(jax.lax.dynamic_index_in_dim(w, layer, keepdims=False))
+        take = partial(entry, i=layer)
         g = begin(g, 2 * layer + 1)
 
         def block(i, slots):
@@ -122,19 +139,27 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
 
         slots = jax.lax.fori_loop(blocks.start[layer], blocks.start[layer + 1], block, slots)
         whole = jnp.stack([take(w) for w in (written.error, written.constant, written.rest)], -1)
-        whole = dot("trd,tds->trs", g, whole)
-        errors, sums = errors.at[layer].set(whole[..., 0]), sums + whole[..., 1:].sum(0)
+        pre_mlp = take(frozen.pre_mlp_scale)
 
-        if written.skip is not None:
-            inner = dot("tre,de->trd", g, take(written.skip))
-            g = g + inner * _norm(take(frozen.pre_mlp_scale), take(b.pre_mlp_norm))
-        g = begin(g, 2 * layer)
-        after = g * _norm(take(frozen.post_attn_scale), take(b.post_attn_norm))
-        inner = _attention(c, frozen, layer, take(b.w_o), take(b.w_v), after)
-        g = g + inner * _norm(take(frozen.pre_attn_scale), take(b.pre_attn_norm))
-        return g, slots, errors, sums
+        def through_mlp(n, carry):
+            g, found = carry
+            some = of_tokens(g, n)
+            found = put(found, dot("trd,tds->trs", some, of_tokens(whole, n)), n, 0)
+            if written.skip is not None:
+                inner = dot("tre,de->trd", some, take(written.skip))
+                g = put(g, some + inner * _norm(of_tokens(pre_mlp, n), take(b.pre_mlp_norm)), n, 0)
+            return g, found
 
-    top = jnp.max(rows.stage) // 2
+        found = jnp.zeros((T, R, 3), jnp.float32)
+        g, found = jax.lax.fori_loop(0, chunks, through_mlp, (g, found))
+        errors, sums = errors.at[layer].set(found[..., 0]), sums + found[..., 1:].sum(0)
+        return (
+            through_attention(model, frozen, layer, chunks, begin(g, 2 * layer)),
+            slots,
+            errors,
+            sums,
+        )
+
     carry = (
         jnp.zeros((T, R, D), jnp.float32),
         jnp.zeros((blocks.results, GROUPS, R, SLOTS), jnp.float32),
@@ -151,63 +176,106 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
     )
 
 
+def through_attention(model: Model, frozen: Frozen, layer, chunks, g: jax.Array) -> jax.Array:
+    """g [T, R, D] at resid_mid to g at resid_pre: itself, and what comes back through the heads."""
+    c, b = model.config, model.params.blocks
+    T, R, D = g.shape
+    K, G, H, C = c.kv_heads, c.heads // c.kv_heads, c.head_dim, chunk_of(T)
+    take, of_tokens = partial(entry, i=layer), partial(cut, size=C, axis=0)
+    w_o, w_v = take(b.w_o).reshape(K, G, H, D), take(b.w_v)
+    after, before = take(frozen.post_attn_scale), take(frozen.pre_attn_scale)
+    window = reach(c, layer)
+
+    def of_queries(n, v):
+        some = of_tokens(g, n) * _norm(of_tokens(after, n), take(b.post_attn_norm))
+        z = dot("trd,kghd->kgtrh", some, w_o)
+
+        def of_keys(m, v):
+            p = pattern_tile(c, frozen, layer, n, m)
+            return put(v, cut(v, m, C, 1) + dot("kgts,kgtrh->ksrh", p, z), m, 1)
+
+        return jax.lax.fori_loop(jnp.maximum(n * C - window + 1, 0) // C, n + 1, of_keys, v)
+
+    v = jnp.zeros((K, T, R, H), jnp.float32)
+    v = jax.lax.fori_loop(0, chunks, of_queries, v)
+
+    def of_inputs(n, g):
+        inner = dot("ksrh,dkh->srd", cut(v, n, C, 1), w_v)
+        factor = _norm(of_tokens(before, n), take(b.pre_attn_norm))
+        return put(g, of_tokens(g, n) + inner * factor, n, 0)
+
+    return jax.lax.fori_loop(0, chunks, of_inputs, g)
+
+
+dot = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
+
+
+def entry(stacked: jax.Array, i) -> jax.Array:
+    """Layer `i` of an array, float32."""
+    return float32(jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False))
+
+
+def cut(x: jax.Array, n, size: int, axis: int) -> jax.Array:
+    """Chunk `n` along an axis."""
+    return jax.lax.dynamic_slice_in_dim(x, n * size, size, axis)
+
+
+def put(x: jax.Array, new: jax.Array, n, axis: int) -> jax.Array:
+    """`x` with its chunk `n` replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(x, new, n * new.shape[axis], axis)
+
+
 def _norm(scale: jax.Array, w: jax.Array) -> jax.Array:
     """A frozen norm as a factor [T, 1, D]: scale [T] times the gain 1 + w [D]."""
     return scale[:, None, None] * (1.0 + w)[None, None, :]
 
 
-def _attention(c: GemmaConfig, frozen: Frozen, layer, w_o, w_v, g) -> jax.Array:
-    """Frozen attention backwards, [T, R, D] to [T, R, D]: from its output, before the post-norm, to
-    its normalised input."""
-    K, G = c.kv_heads, c.heads // c.kv_heads
-    dot = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
-    z = dot("trd,kghd->kgtrh", g, w_o.reshape(K, G, c.head_dim, -1))
-    v = pulled_back(c, frozen, layer, z)
-    return dot("ksrh,dkh->srd", v, w_v)
+# --- Frozen attention patterns -------------------------------------------------------------------
 
 
-def pulled_back(c: GemmaConfig, frozen: Frozen, layer, z: jax.Array) -> jax.Array:
-    """What reaches each key: z [K, G, T, R, H] at queries to [K, T, R, H] at keys."""
-    T = z.shape[2]
-    size = min(QUERIES, T)
-    k = jax.lax.dynamic_index_in_dim(frozen.k, layer, keepdims=False)
-    q = jax.lax.dynamic_index_in_dim(frozen.q, layer, keepdims=False)
-    dot = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
+def reach(c: GemmaConfig, layer) -> jax.Array:
+    """How many keys a query of a layer sees, its own included."""
     is_global = (layer + 1) % c.global_every == 0
-
-    def of_queries(v, start, reach: int, window):
-        """Add what queries start : start + size send to the `reach` keys that end with them."""
-        first = jnp.clip(start + size - reach, 0, T - reach)
-        some = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        keys = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=reach)
-        at = lambda cut, axis: jax.tree.map(lambda x: cut(x, axis=axis), frozen.tokens)
-        p = frozen_pattern(c, some(q), keys(k), at(some, 1), at(keys, 1), window)
-        new = dot("kgcs,kgcrh->ksrh", p, some(z, axis=2))
-        old = keys(v, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(v, old + new, first, axis=1)
-
-    whole, near = jnp.int32(2**30), jnp.int32(c.window)
-    v = jnp.zeros((z.shape[0], T, *z.shape[3:]), jnp.float32)
-    if T <= size:
-        return of_queries(v, 0, T, jnp.where(is_global, whole, near))
-    reach = min(T, -(-(c.window + size) // size) * size)
-
-    def step(n, v):
-        return jax.lax.cond(
-            is_global,
-            lambda v: of_queries(v, n * size, T, whole),
-            lambda v: of_queries(v, n * size, reach, near),
-            v,
-        )
-
-    return jax.lax.fori_loop(0, -(-T // size), step, v)
+    return jnp.where(is_global, jnp.int32(2**30), jnp.int32(c.window))
 
 
-def frozen_pattern(c: GemmaConfig, q, k, queries: Tokens, keys: Tokens, window) -> jax.Array:
-    """Attention probabilities [K, G, T, S] of q [T, N, H] and k [S, K, H]."""
-    q = q.reshape(q.shape[0], c.kv_heads, -1, c.head_dim)
+def _scores(c: GemmaConfig, frozen: Frozen, layer, n, m) -> jax.Array:
+    """Masked scores [K, G, C, C] of the queries of chunk `n` on the keys of chunk `m`."""
+    C = chunk_of(frozen.embed.shape[0])
+    q = cut(jax.lax.dynamic_index_in_dim(frozen.q, layer, keepdims=False), n, C, 0)
+    k = cut(jax.lax.dynamic_index_in_dim(frozen.k, layer, keepdims=False), m, C, 0)
+    q = q.reshape(C, c.kv_heads, -1, c.head_dim)
     # as the model computes them: products of its own dtype, sums in float32
     scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32)
-    mask = visible(queries, keys, window)[0]
-    scores = jnp.where(mask[None, None], scores * c.query_scale, LOWEST)
-    return jnp.where(mask[None, None], jax.nn.softmax(scores, -1), 0.0)
+    tokens = lambda i: jax.tree.map(lambda x: cut(x, i, C, 1), frozen.tokens)
+    mask = visible(tokens(n), tokens(m), reach(c, layer))[0]
+    return jnp.where(mask[None, None], scores * c.query_scale, LOWEST)
+
+
+def pattern_tile(c: GemmaConfig, frozen: Frozen, layer, n, m) -> jax.Array:
+    """Attention probabilities [K, G, C, C] of the queries of chunk `n` on the keys of chunk `m`."""
+    C = chunk_of(frozen.embed.shape[0])
+    sums = cut(jax.lax.dynamic_index_in_dim(frozen.log_sums, layer, keepdims=False), n, C, 1)
+    return jnp.exp(_scores(c, frozen, layer, n, m) - sums.reshape(c.kv_heads, -1, C)[..., None])
+
+
+@partial(jax.jit, static_argnames="c")
+def normalised(c: GemmaConfig, frozen: Frozen) -> Frozen:
+    """`frozen` with its `log_sums`."""
+    L, T = frozen.q.shape[:2]
+    C = chunk_of(T)
+
+    def of_chunk(i):
+        layer, n = i // (T // C), i % (T // C)
+
+        def add(m, sums):
+            return jnp.logaddexp(sums, jax.nn.logsumexp(_scores(c, frozen, layer, n, m), -1))
+
+        first = jnp.maximum(n * C - reach(c, layer) + 1, 0) // C
+        return jax.lax.fori_loop(
+            first, n + 1, add, jnp.full((c.kv_heads, c.heads // c.kv_heads, C), -jnp.inf)
+        )
+
+    sums = jax.lax.map(of_chunk, jnp.arange(L * (T // C), dtype=jnp.int32))
+    sums = sums.reshape(L, T // C, c.heads, C)
+    return dataclasses.replace(frozen, log_sums=jnp.moveaxis(sums, 1, 2).reshape(L, c.heads, T))

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.circuits.linear import GROUPS, SLOTS, Blocks, Frozen, Written
+from gemma_scope_jax.circuits.linear import (
+    GROUPS,
+    SLOTS,
+    Blocks,
+    Frozen,
+    Written,
+    chunk_of,
+    normalised,
+    room_for,
+)
 from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends, float32, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.load import decoder_rows
@@ -55,14 +64,6 @@ class Prompt:
     length: int  # real tokens
 
 
-def room_for(length: int) -> int:
-    """The tokens that a prompt of `length` is filled up to, so that few programs are compiled."""
-    if length > 256:
-        return -(-length // 256) * 256
-    step = max(4, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
 def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     """Run the model on ids [T] and keep what the linear model needs, filled up to `room_for`."""
     scales = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale")
@@ -78,14 +79,17 @@ def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     layered = lambda name: filled(reads[name][:, 0], 1)
     there = np.arange(size, dtype=np.int32)
     tokens = Tokens(jnp.asarray(there)[None], jnp.asarray(there < length).astype(jnp.int32)[None])
+    by_layer = {name: float32(layered(name)[..., 0]) for name in scales}
     frozen = Frozen(
-        layered("q"),
-        layered("k"),
-        *(float32(layered(name)[..., 0]) for name in scales),
-        float32(filled(reads["final_scale"][0, :, 0], 0)),
-        float32(filled(reads["embed"][0], 0)),
-        tokens,
+        q=layered("q"),
+        k=layered("k"),
+        **by_layer,
+        final_scale=float32(filled(reads["final_scale"][0, :, 0], 0)),
+        embed=float32(filled(reads["embed"][0], 0)),
+        log_sums=jnp.zeros(0),
+        tokens=tokens,
     )
+    frozen = normalised(model.config, frozen)
     inner, outer = (float32(layered(name)) for name in ("mlp_in", "mlp_out"))
     return Prompt(frozen, inner, outer, float32(filled(reads["resid_final"][0], 0)), length)
 
@@ -120,12 +124,13 @@ def _encode(coder: Coder, i, x, mask):
 
 
 def active_features(coders: CoderSet, prompt: Prompt) -> Active:
-    """Every feature that is active on the prompt, at the positions that its coder was trained on."""
+    """Every feature that is active on the prompt, at the positions its coder was trained on."""
     found = []
     for layer in range(prompt.mlp_in.shape[0]):
         coder = coders.at(layer)
         bare, i = coder.unplaced(), np.int32(coder.source(layer))
-        size = min(TOKENS, prompt.mlp_in.shape[1])
+        size = prompt.mlp_in.shape[1]
+        size = size if size <= TOKENS else chunk_of(size)
         for start in range(0, prompt.length, size):
             positions = np.arange(start, start + size, dtype=np.int32)
             mask = (positions >= coder.first) & (positions < prompt.length)
@@ -133,8 +138,8 @@ def active_features(coders: CoderSet, prompt: Prompt) -> Active:
             t, feature = np.nonzero(f)
             found.append((np.full_like(t, layer), t + start, feature, f[t, feature]))
     layer, position, feature, activation = (np.concatenate(column) for column in zip(*found))
-    whole = (a.astype(np.int32) for a in (layer, position, feature))
-    return Active(*whole, activation.astype(np.float32))
+    layer, position, feature = (a.astype(np.int32) for a in (layer, position, feature))
+    return Active(layer, position, feature, activation.astype(np.float32))
 
 
 def encoder_rows(coders: CoderSet, active: Active) -> tuple[np.ndarray, np.ndarray]:
@@ -251,6 +256,7 @@ def room_of(count: int) -> int:
 @jax.jit
 def _rest_of(blocks: Blocks, skip, bias, inner, outer, here, layer):
     """Of one layer: the error and the constant [T, D], given what is written at `here` [T]."""
+
     def add(i, y):
         return y.at[blocks.positions[i]].add(blocks.rows[i].sum(1))
 
@@ -261,9 +267,7 @@ def _rest_of(blocks: Blocks, skip, bias, inner, outer, here, layer):
     return jnp.where(here[:, None], outer - y - bias[None, :], 0.0), constant
 
 
-def what_is_written(
-    coders: CoderSet, prompt: Prompt, active: Active, layout: Layout
-) -> Written:
+def what_is_written(coders: CoderSet, prompt: Prompt, active: Active, layout: Layout) -> Written:
     """Everything that stands for the MLPs of a prompt; it adds up to their outputs."""
     blocks = written_blocks(coders, active, layout)
     L, T, _ = prompt.mlp_in.shape
@@ -272,11 +276,17 @@ def what_is_written(
     for layer in range(L):
         coder = coders.at(layer)
         i = coder.source(layer)
-        own = lambda w: float32(w[i] if coder.multi_layer else w)
-        skip = None if coder.w_skip is None else own(coder.w_skip)
+        index = i if coder.multi_layer else ...
+        skip = None if coder.w_skip is None else float32(coder.w_skip[index])
         skips.append(skip)
         here = (positions >= coder.first) & (positions < prompt.length)
-        given = (skip, own(coder.b_dec), prompt.mlp_in[layer], prompt.mlp_out[layer], here)
+        given = (
+            skip,
+            float32(coder.b_dec[index]),
+            prompt.mlp_in[layer],
+            prompt.mlp_out[layer],
+            here,
+        )
         error, constant = _rest_of(blocks, *given, np.int32(layer))
         errors.append(error)
         constants.append(constant)

@@ -10,6 +10,7 @@ are chosen as circuit-tracer does (`max_n_logits`, `desired_logit_prob`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -134,12 +135,15 @@ def _logits_at(model: Model, resid_final, position):
 
 
 @jax.jit
-def _logit_directions(model: Model, tokens, scales):
-    """Rows [n, D]: the gradient of logits, less the mean logit, through a frozen final norm."""
-    w = model.params.unembedding
-    mean = jnp.mean(w, axis=0, dtype=jnp.float32)
-    rows = float32(w[tokens]) - mean[None, :]
-    return rows * (1.0 + float32(model.params.final_norm))[None, :] * scales[:, None]
+def _mean_unembedding(model: Model):
+    return jnp.mean(model.params.unembedding, axis=0, dtype=jnp.float32)
+
+
+@jax.jit
+def _logit_direction(model: Model, mean, token, scale):
+    """[D]: the gradient of a logit, less the mean logit, through a frozen final norm."""
+    row = float32(model.params.unembedding[token]) - mean
+    return row * (1.0 + float32(model.params.final_norm)) * scale
 
 
 class Resolver:
@@ -150,6 +154,11 @@ class Resolver:
     ) -> None:
         self.model, self.coders, self.prompt, self.tokenizer = model, coders, prompt, tokenizer
         self._logits: dict[int, np.ndarray] = {}
+
+    @functools.cached_property
+    def mean(self) -> jax.Array:
+        """The mean unembedding [D]: what logits have in common, which no probability depends on."""
+        return _mean_unembedding(self.model)
 
     def logits(self, position: int) -> np.ndarray:
         """The model's logits [V] after a token."""
@@ -223,18 +232,16 @@ class Resolver:
         if not (np.isfinite(weights).all() and (weights > 0).all()):
             raise InputError("the weights of targets must be positive numbers")
         at = [int(p[s >= 0][-1]) for p, s in zip(position, stage)]
-        return Resolved(
-            stage, position, vector, bias, weights, kinds, layers, at, features, labels
-        )
+        return Resolved(stage, position, vector, bias, weights, kinds, layers, at, features, labels)
 
     def _term(self, term: Term, at: int) -> tuple[np.ndarray, float, int, int]:
         """(vector [D], own bias, stage, token or feature) of a term at a token."""
         frozen, c = self.prompt.frozen, self.model.config
         if term.kind == "logit":
             token = self.token(term.what)
-            scale = frozen.final_scale[np.array([at])]
-            row = _logit_directions(self.model, np.array([token], np.int32), scale)
-            return np.asarray(row)[0], 0.0, 2 * c.layers - 1, token
+            scale = frozen.final_scale[at]
+            row = _logit_direction(self.model, self.mean, np.int32(token), scale)
+            return np.asarray(row), 0.0, 2 * c.layers - 1, token
         layer = whole_number("layer", term.layer, -1)
         if not 0 <= layer < c.layers:
             raise InputError(f"layer {layer}: {c.name} has layers 0 to {c.layers - 1}")

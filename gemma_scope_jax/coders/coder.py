@@ -155,7 +155,7 @@ class Coder:
         raise NotImplementedError
 
     def written(self, i: Index, j: Index, features: ArrayLike) -> jax.Array:
-        """The decoder rows of `features` [n] of layer `i` to layer `j` >= `i`: float32 [n, D_out]."""
+        """The rows of `decoder(i, j)` of `features` [n]: float32 [n, D_out]."""
         raise NotImplementedError
 
     def unplaced(self) -> Self:
