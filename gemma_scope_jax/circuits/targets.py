@@ -191,7 +191,7 @@ class Resolver:
     def text(self, token: int) -> str:
         return str(token) if self.tokenizer is None else self.tokenizer.decode_tokens([token])[0]
 
-    def targets(self, given: Iterable[Any] | None, most: int, share: float) -> list[Target]:
+    def targets(self, given: Any, most: int, share: float) -> list[Target]:
         """What `attribute` was given, as targets."""
         if given is None:
             found = likely_tokens(self.logits(self.prompt.length - 1), most, share)
