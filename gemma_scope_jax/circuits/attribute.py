@@ -207,13 +207,13 @@ class Search:
         columns = np.concatenate([chosen, np.arange(n, self.columns)])
         effects = self.effects if len(chosen) == n else self.effects[:, columns]
         effects = effects[rows]
-        value = self.effects.sum(1, dtype=np.float64) + self.sums.sum(1) + self.bias
+        left = np.delete(np.arange(n), chosen)
+        rest = self.effects[:, left].sum(1, dtype=np.float64) + self.sums[:, 1]
         bias = (self.sums[:, 0] + self.bias)[rows]
-        value = value[rows].astype(np.float32)
-        rest = value - bias - effects.sum(1, dtype=np.float64)
+        rest = rest[rows].astype(np.float32)
+        value = (effects.sum(1, dtype=np.float64) + rest + bias).astype(np.float32)
         sources, targets = self._nodes(chosen, ids, texts, value[len(chosen) :])
         weights = np.concatenate([np.zeros(len(chosen), np.float32), self.wanted.weights])
-        rest = rest.astype(np.float32)
         return Graph(
             sources, targets, effects, value, bias, rest, weights, ids.astype(np.int32), texts,
             len(chosen), L, about,
