@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.circuits import linear
+from gemma_scope_jax.circuits.candidates import MOST, candidates
 from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.linear import Rows
 from gemma_scope_jax.circuits.sources import (
@@ -56,6 +57,7 @@ def attribute(
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
     max_feature_nodes: int | None = None,
+    max_candidates: int = MOST,
     batch_size: int = 256,
     update_interval: int = 4,
     progress: Report | None = None,
@@ -68,6 +70,8 @@ def attribute(
              reach `desired_logit_prob` together, at most `max_n_logits`
     tokenizer  for texts of tokens, in targets and in the graph
     max_feature_nodes  explain only this many features, those of most influence; default: all
+    max_candidates  consider only this many of the active features: those with the largest total
+             effect on the targets. The effect of the others is in `Graph.rest`
     batch_size, update_interval  after `update_interval * batch_size` features the next are chosen
     progress   called with (features done, features to do); default: a line on stderr
 
@@ -78,14 +82,17 @@ def attribute(
     coders = CoderSet(coders)
     check_coders(model.config, coders)
     ids = _checked_ids(model, ids)
-    for name, value in {"batch_size": batch_size, "update_interval": update_interval}.items():
+    knobs = {"batch_size": batch_size, "update_interval": update_interval}
+    knobs |= {
+        "max_feature_nodes": 1 if max_feature_nodes is None else max_feature_nodes,
+        "max_candidates": max_candidates,
+    }
+    for name, value in knobs.items():
         whole_number(name, value, 1)
-    if max_feature_nodes is not None:
-        whole_number("max_feature_nodes", max_feature_nodes, 1)
     prompt = read_prompt(model, ids)
     resolver = Resolver(model, coders, prompt, tokenizer)
     wanted = resolver.resolve(resolver.targets(targets, max_n_logits, desired_logit_prob))
-    search = Search(model, coders, prompt, wanted)
+    search = Search(model, coders, prompt, wanted, max_candidates)
     budget = min(max_feature_nodes or len(search.active), len(search.active))
     report = Progress(budget, "features", what="attribution") if progress is None else progress
     search.run(budget, batch_size * update_interval, report)
@@ -93,6 +100,7 @@ def attribute(
         "max_n_logits": max_n_logits,
         "desired_logit_prob": desired_logit_prob,
         "max_feature_nodes": max_feature_nodes,
+        "max_candidates": max_candidates,
         "batch_size": batch_size,
         "update_interval": update_interval,
     }
@@ -100,7 +108,7 @@ def attribute(
         "model": model.config.name,
         "dtype": str(model.dtype),
         "coders": [public_name(coder) for coder in coders],
-        "active_features": len(search.active),
+        "active_features": search.found,
         "settings": settings,
         "seconds": round(time.perf_counter() - begin, 3),
     }
@@ -126,11 +134,17 @@ def _checked_ids(model: Model, ids: Any) -> np.ndarray:
 class Search:
     """The rows of a graph as they become known. Rows: first the targets', then the features'."""
 
-    def __init__(self, model: Model, coders: CoderSet, prompt: Prompt, wanted: Resolved) -> None:
+    def __init__(
+        self, model: Model, coders: CoderSet, prompt: Prompt, wanted: Resolved, most: int
+    ) -> None:
         self.model, self.coders, self.prompt, self.wanted = model, coders, prompt, wanted
         self.active: Active = active_features(coders, prompt)
+        self.found, whole = len(self.active), None
+        if self.found > most:
+            some, whole = candidates(model, coders, prompt, self.active, wanted, most)
+            self.active = self.active[some]
         self.layout: Layout = laid_out(self.active)
-        self.written = what_is_written(coders, prompt, self.active, self.layout)
+        self.written = what_is_written(coders, prompt, self.active, self.layout, whole)
         L, T = model.config.layers, prompt.length
         self.columns = len(self.active) + L * T + T
 

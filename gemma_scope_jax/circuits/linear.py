@@ -32,7 +32,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 
 WHOLE = 64  # prompts up to this many tokens are one chunk
 GROUPS, SLOTS = 8, 16  # a block: this many tokens, with this many features of each
-EXACT = jax.lax.Precision.HIGHEST
+dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @flax.struct.dataclass
@@ -114,17 +114,12 @@ def chunk_of(size: int) -> int:
 @jax.jit
 def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effects:
     """The effect of every source on each of `rows`."""
-    c, b, blocks = model.config, model.params.blocks, written.blocks
+    c, blocks = model.config, written.blocks
     (T, D), R = frozen.embed.shape, rows.position.shape[0]
     C = chunk_of(T)
-    one = jnp.arange(R, dtype=jnp.int32)[:, None]
     chunks = 1 + jnp.max(jnp.where(rows.stage < 0, 0, rows.position)) // C
     top = jnp.max(rows.stage) // 2
-    of_tokens = partial(cut, size=C, axis=0)
-
-    def begin(g, stage):
-        here = (rows.stage == stage).astype(jnp.float32)[:, :, None]
-        return g.at[rows.position, one].add(here * rows.vector)
+    begin = partial(begun, rows)
 
     def layer_step(n, carry):
         g, slots, errors, sums = carry
@@ -139,26 +134,17 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
 
         slots = jax.lax.fori_loop(blocks.start[layer], blocks.start[layer + 1], block, slots)
         whole = jnp.stack([take(w) for w in (written.error, written.constant, written.rest)], -1)
-        pre_mlp = take(frozen.pre_mlp_scale)
 
-        def through_mlp(n, carry):
-            g, found = carry
-            some = of_tokens(g, n)
-            found = put(found, dot("trd,tds->trs", some, of_tokens(whole, n)), n, 0)
-            if written.skip is not None:
-                inner = dot("tre,de->trd", some, take(written.skip))
-                g = put(g, some + inner * _norm(of_tokens(pre_mlp, n), take(b.pre_mlp_norm)), n, 0)
-            return g, found
+        def of_chunk(n, found):
+            new = dot("trd,tds->trs", cut(g, n, C, 0), cut(whole, n, C, 0))
+            return put(found, new, n, 0)
 
-        found = jnp.zeros((T, R, 3), jnp.float32)
-        g, found = jax.lax.fori_loop(0, chunks, through_mlp, (g, found))
+        found = jax.lax.fori_loop(0, chunks, of_chunk, jnp.zeros((T, R, 3), jnp.float32))
         errors, sums = errors.at[layer].set(found[..., 0]), sums + found[..., 1:].sum(0)
-        return (
-            through_attention(model, frozen, layer, chunks, begin(g, 2 * layer)),
-            slots,
-            errors,
-            sums,
-        )
+        if written.skip is not None:
+            g = through_skip(model, frozen, written.skip, layer, chunks, g)
+        g = begin(g, 2 * layer)
+        return through_attention(model, frozen, layer, chunks, g), slots, errors, sums
 
     carry = (
         jnp.zeros((T, R, D), jnp.float32),
@@ -174,6 +160,26 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
         sums[:, 0],
         sums[:, 1],
     )
+
+
+def begun(rows: Rows, g: jax.Array, stage) -> jax.Array:
+    """g [T, R, D] at a stage, with the terms of `rows` that begin there."""
+    here = (rows.stage == stage).astype(jnp.float32)[:, :, None]
+    row = jnp.arange(len(rows.stage), dtype=jnp.int32)[:, None]
+    return g.at[rows.position, row].add(here * rows.vector)
+
+
+def through_skip(model: Model, frozen: Frozen, skip, layer, chunks, g: jax.Array) -> jax.Array:
+    """g [T, R, D] at resid_post, and what comes back through the skip of the layer's transcoder."""
+    C, w = chunk_of(g.shape[0]), entry(skip, layer)
+    scale, gain = entry(frozen.pre_mlp_scale, layer), entry(model.params.blocks.pre_mlp_norm, layer)
+
+    def of_chunk(n, g):
+        some = cut(g, n, C, 0)
+        inner = dot("tre,de->trd", some, w)
+        return put(g, some + inner * _norm(cut(scale, n, C, 0), gain), n, 0)
+
+    return jax.lax.fori_loop(0, chunks, of_chunk, g)
 
 
 def through_attention(model: Model, frozen: Frozen, layer, chunks, g: jax.Array) -> jax.Array:
@@ -205,9 +211,6 @@ def through_attention(model: Model, frozen: Frozen, layer, chunks, g: jax.Array)
         return put(g, of_tokens(g, n) + inner * factor, n, 0)
 
     return jax.lax.fori_loop(0, chunks, of_inputs, g)
-
-
-dot = partial(jnp.einsum, precision=EXACT, preferred_element_type=jnp.float32)
 
 
 def entry(stacked: jax.Array, i) -> jax.Array:

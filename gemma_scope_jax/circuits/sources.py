@@ -34,6 +34,7 @@ from gemma_scope_jax.model.intercept import capture
 from gemma_scope_jax.model.run import run
 
 TOKENS = 256  # encoded at a time
+TOGETHER = 1024  # features whose encoder vectors are gathered at a time
 BLOCK = GROUPS * SLOTS
 
 
@@ -149,11 +150,17 @@ def encoder_rows(coders: CoderSet, active: Active) -> tuple[np.ndarray, np.ndarr
     for layer in np.unique(active.layer):
         coder, mine = coders.at(int(layer)), np.flatnonzero(active.layer == layer)
         i = np.int32(coder.source(int(layer)))
-        for some in np.array_split(mine, -(-len(mine) // 1024)):
-            ids = np.pad(active.feature[some], (0, 1024 - len(some)))
+        for start in range(0, len(mine), TOGETHER):
+            some = mine[start : start + TOGETHER]
+            ids = np.pad(active.feature[some], (0, TOGETHER - len(some)))
             found = _encoder_rows(coder.unplaced(), i, ids)
             rows[some], biases[some] = (np.asarray(a)[: len(some)] for a in found)
     return rows, biases
+
+
+def encoder_vectors(coder: Coder, i: np.int32, ids: np.ndarray) -> jax.Array:
+    """The encoder vectors [P, C, D] of a block's features [P, C]."""
+    return _encoder_rows(coder.unplaced(), i, ids.reshape(-1))[0].reshape(*ids.shape, -1)
 
 
 @jax.jit
@@ -202,49 +209,60 @@ def laid_out(active: Active) -> Layout:
     return Layout(slot, shaped(sources, GROUPS, SLOTS), shaped(positions, GROUPS), shaped(layers))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _fill(blocks, coder: Coder, i, j, ids, activations, at):
-    """Block `at` = activations [P, C] times the decoder rows from layer i to layer j."""
-    rows = coder.written(i, j, ids.reshape(-1)).reshape(*ids.shape, -1)
-    rows = rows * activations[..., None]
-    return jax.lax.dynamic_update_index_in_dim(blocks, rows, at, 0)
+def slot_features(active: Active, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The features and activations [P, C] of block `n`; 0 in unused slots."""
+    source = layout.source[n]
+    empty = source < 0
+    strength = np.where(empty, np.float32(0), active.activation[source])
+    return np.where(empty, np.int32(0), active.feature[source]), strength
+
+
+def writes_to(coder: Coder, layer: int, target: int) -> bool:
+    """Whether the features that a coder reads at `layer` write to the MLP of `target`."""
+    return layer == target or (layer < target and coder.multi_layer and target in coder.layers)
+
+
+def written_rows(coder: Coder, i: np.int32, j: np.int32, ids: np.ndarray) -> jax.Array:
+    """The decoder rows [P, C, D] of a block's features [P, C], from memory or from disk."""
+    flat = ids.reshape(-1)
+    if coder.w_dec is None:
+        found = decoder_rows(coder, flat, layer=int(i), to=int(j)).astype(np.float32)
+    else:
+        found = _written_rows(coder.unplaced(), i, j, flat)
+    return jnp.asarray(found).reshape(*ids.shape, -1)
+
+
+@jax.jit
+def _written_rows(coder: Coder, i, j, ids):
+    return coder.written(i, j, ids)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _fill_from(blocks, rows, activations, at):
-    rows = rows.reshape(*activations.shape, -1) * activations[..., None]
-    return jax.lax.dynamic_update_index_in_dim(blocks, rows, at, 0)
+def _fill(blocks, rows, strength, at):
+    return jax.lax.dynamic_update_index_in_dim(blocks, rows * strength[..., None], at, 0)
 
 
 def written_blocks(coders: CoderSet, active: Active, layout: Layout) -> Blocks:
     """What each source writes to each layer, gathered from the decoders for these sources alone."""
-    by_target: list[list[tuple[int, int]]] = [[] for _ in coders.layers]  # (source block, layer)
-    for n, layer in enumerate(layout.layer.tolist()):
-        coder = coders.at(layer)
-        for target in coder.layers if coder.multi_layer else (layer,):
-            if target >= layer:
-                by_target[target].append((n, layer))
-    pairs = [(n, layer, target) for target, some in enumerate(by_target) for n, layer in some]
+    pairs = [
+        (n, source, target)
+        for target in coders.layers
+        for n, source in enumerate(layout.layer.tolist())
+        if writes_to(coders.at(source), source, target)
+    ]
     count, results = room_of(len(pairs)), room_of(len(layout.layer))
     blocks = jnp.zeros((count, GROUPS, SLOTS, coders[0].d_out), jnp.float32)
-    empty = layout.source < 0
-    ids = np.where(empty, 0, active.feature[layout.source])
-    activations = np.where(empty, np.float32(0), active.activation[layout.source])
-    for at, (n, layer, target) in enumerate(pairs):
-        coder, at = coders.at(layer), np.int32(at)
-        i, j = coder.source(layer), coder.source(target)
-        if coder.w_dec is None:
-            rows = decoder_rows(coder, ids[n].reshape(-1), layer=i, to=j)
-            blocks = _fill_from(blocks, rows.astype(np.float32), activations[n], at)
-        else:
-            places = np.int32(i), np.int32(j)
-            blocks = _fill(blocks, coder.unplaced(), *places, ids[n], activations[n], at)
-    start = np.cumsum([0, *map(len, by_target)]).astype(np.int32)
-    number = np.array([n for n, _, _ in pairs], np.int32)
-    positions = np.zeros((count, GROUPS), np.int32)
-    positions[: len(pairs)] = layout.positions[number]
-    result = np.pad(number, (0, count - len(pairs)))
-    return Blocks(blocks, *map(jnp.asarray, (positions, result, start)), results=results)
+    for at, (n, source, target) in enumerate(pairs):
+        coder = coders.at(source)
+        places = np.int32(coder.source(source)), np.int32(coder.source(target))
+        ids, strength = slot_features(active, layout, n)
+        blocks = _fill(blocks, written_rows(coder, *places, ids), strength, np.int32(at))
+    number, targets = (np.array([p[k] for p in pairs], np.int32) for k in (0, 2))
+    start = np.searchsorted(targets, np.arange(len(coders.layers) + 1)).astype(np.int32)
+    room = (0, count - len(pairs))
+    positions = np.pad(layout.positions[number], (room, (0, 0)))
+    given = map(jnp.asarray, (positions, np.pad(number, room), start))
+    return Blocks(blocks, *given, results=results)
 
 
 def room_of(count: int) -> int:
@@ -254,44 +272,56 @@ def room_of(count: int) -> int:
 
 
 @jax.jit
-def _rest_of(blocks: Blocks, skip, bias, inner, outer, here, layer):
-    """Of one layer: the error and the constant [T, D], given what is written at `here` [T]."""
+def _remainders(blocks: Blocks, whole, skip, bias, inner, outer, here, layer):
+    """Of one layer [T, D] each: the error, the constant, and features without a slot.
+
+    `whole` is what all features write, if not all have slots; features act at tokens `here` [T].
+    """
 
     def add(i, y):
         return y.at[blocks.positions[i]].add(blocks.rows[i].sum(1))
 
     y = jax.lax.fori_loop(blocks.start[layer], blocks.start[layer + 1], add, jnp.zeros_like(outer))
+    rest = jnp.zeros_like(y) if whole is None else whole - y
+    left = outer - y - rest
     if skip is not None:
-        y = y + matmul(inner, skip)
-    constant = jnp.where(here[:, None], bias[None, :], outer - y)
-    return jnp.where(here[:, None], outer - y - bias[None, :], 0.0), constant
+        left = left - matmul(inner, skip)
+    here = here[:, None]
+    constant = jnp.where(here, bias[None, :], left)
+    return jnp.where(here, left - bias[None, :], 0.0), constant, rest
 
 
-def what_is_written(coders: CoderSet, prompt: Prompt, active: Active, layout: Layout) -> Written:
-    """Everything that stands for the MLPs of a prompt; it adds up to their outputs."""
-    blocks = written_blocks(coders, active, layout)
-    L, T, _ = prompt.mlp_in.shape
-    positions = np.arange(T, dtype=np.int32)
-    errors, constants, skips = [], [], []
-    for layer in range(L):
+def stacked_skips(coders: CoderSet) -> jax.Array | None:
+    """The skips of all layers [L, D, D], zeros where there is none; None if no layer has one."""
+    own = [skip for coder in coders if (skip := coder.w_skip) is not None]
+    if not own:
+        return None
+    none = jnp.zeros((coders[0].d_in, coders[0].d_out), own[0].dtype)
+    of = lambda c, layer: none if c.w_skip is None else c.w_skip[_own(c, layer)]
+    return jnp.stack([of(coders.at(layer), layer) for layer in coders.layers])
+
+
+def _own(coder: Coder, layer: int) -> Any:
+    """The index of a layer's weights in those of its coder."""
+    return coder.source(layer) if coder.multi_layer else ...
+
+
+def what_is_written(
+    coders: CoderSet, prompt: Prompt, active: Active, layout: Layout, whole: jax.Array | None = None
+) -> Written:
+    """Everything that stands for the MLPs of a prompt; it adds up to their outputs.
+
+    whole: what all active features write [L, T, D], where `active` are not all of them
+    """
+    blocks, skips = written_blocks(coders, active, layout), stacked_skips(coders)
+    positions, found = np.arange(prompt.mlp_in.shape[1], dtype=np.int32), []
+    for layer in coders.layers:
         coder = coders.at(layer)
-        i = coder.source(layer)
-        index = i if coder.multi_layer else ...
-        skip = None if coder.w_skip is None else float32(coder.w_skip[index])
-        skips.append(skip)
         here = (positions >= coder.first) & (positions < prompt.length)
-        given = (
-            skip,
-            float32(coder.b_dec[index]),
-            prompt.mlp_in[layer],
-            prompt.mlp_out[layer],
-            here,
-        )
-        error, constant = _rest_of(blocks, *given, np.int32(layer))
-        errors.append(error)
-        constants.append(constant)
-    none = all(skip is None for skip in skips)
-    d = coders[0].d_in
-    stacked = None if none else jnp.stack([jnp.zeros((d, d)) if s is None else s for s in skips])
-    error = jnp.stack(errors)
-    return Written(blocks, error, jnp.stack(constants), jnp.zeros_like(error), stacked)
+        skip = None if skips is None else float32(skips[layer])
+        bias = float32(coder.b_dec[_own(coder, layer)])
+        all_of = None if whole is None else whole[layer]
+        given = bias, prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
+        found.append(_remainders(blocks, all_of, skip, *given))
+    error, constant, rest = map(jnp.stack, zip(*found))
+    return Written(blocks, error, constant, rest, skips)

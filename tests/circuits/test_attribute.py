@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from attribution import IDS, KINDS, coders_of, key, near, sums
 from coders import random_coder
 from gemma_scope_jax.circuits.linear import chunk_of, room_for
 from gemma_scope_jax.model.config import PRESETS, Model
@@ -16,30 +17,7 @@ from golden.circuit_coders import DICTIONARIES, TARGETS, circuit_coders, circuit
 from reference_graph import FROZEN, clean, reference_graph, target_values
 from tiny import tiny, tiny_model
 
-IDS = np.array([2, 5, 9, 33, 77, 120, 8, 9, 33, 211, 17], np.int32)
-KINDS = ("plain", "affine", "clt", "affine clt")
 GOLDEN = Path(__file__).parent.parent / "golden" / "circuit_tracer.npz"
-
-
-def coders_of(kind, layers=4, width=24, **more):
-    given = {"reads": "mlp_in", "writes": "mlp_out", "skip": "affine" in kind, **more}
-    if "clt" in kind:
-        return random_coder(width, seed=3, layers=tuple(range(layers)), **given)
-    return gs.CoderSet(random_coder(width, seed=n, layer=n, **given) for n in range(layers))
-
-
-def key(nodes, n=None):
-    """The nodes as tuples, without activation and label."""
-    columns = (nodes.kind, nodes.layer, nodes.position, nodes.feature)
-    return list(zip(*(c[:n].tolist() for c in columns)))
-
-
-def near(got, want, share=1e-4):
-    np.testing.assert_allclose(got, want, rtol=0, atol=share * np.abs(want).max())
-
-
-def sums(graph):
-    return graph.effects.sum(1, dtype=np.float64) + graph.rest + graph.bias
 
 
 @pytest.mark.parametrize("name", PRESETS)
