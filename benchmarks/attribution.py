@@ -12,7 +12,7 @@ in circuit-tracer's format, are given token ids, and explain every active featur
 Before any time is taken the graphs are compared: features and logits are the same, and effects
 within 1e-4 of the largest. circuit-tracer's effects of tokens are multiplied by sqrt(D) first: its
 token vectors lack the embedding's scale. `first` is the first graph of a process, compilation
-included; `next` the first one of another prompt, longer by a token; `ours` and `peer` are medians
+included; `next` the first of another prompt, longer by a token; `ours` and `peer` are medians
 of later graphs of the first prompt. All are seconds, peaks are GB of resident memory.
 
 The floor is the products that no row can go without, at the best float32 matmul rate measured on
@@ -78,7 +78,7 @@ def token_ids(line: str) -> list[int]:
 # ---- the dictionaries ------------------------------------------------------------------------
 
 
-def drawn(layer: int, x: np.ndarray, y: np.ndarray, features: int) -> dict[str, np.ndarray]:
+def drawn(layer: int, x: np.ndarray, y: np.ndarray, features: int) -> dict[str, Any]:
     """A transcoder's arrays, from an MLP's input and output [tokens, D]: `features` are active.
 
     The threshold lies in the middle between two pre-activations, so that rounding moves none over.
@@ -233,7 +233,7 @@ def replacement(folder: Path):
     return model
 
 
-def peer_arrays(graph) -> dict[str, np.ndarray]:
+def peer_arrays(graph) -> dict[str, Any]:
     """Nodes and effects as ours are: targets x sources, and tokens at the embedding's scale."""
     length = len(graph.input_tokens)
     layer, position, feature = graph.active_features.numpy().T
