@@ -101,7 +101,7 @@ def _add_block(slope, written, g, rows, strength, positions, layer):
 @jax.jit
 def _add_back(back, slope, vectors, strength, positions):
     """What a layer's features hand on to resid_mid: active ones follow their pre-activation."""
-    live = slope * (strength > 0)[:, None, :]
+    live = jnp.where((strength > 0)[:, None, :], slope, 0.0)
     return back.at[positions].add(dot("prc,pcd->prd", live, vectors))
 
 
