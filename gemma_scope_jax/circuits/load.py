@@ -36,7 +36,8 @@ def load_graph(path: str | os.PathLike) -> Graph:
     """
     where = os.fspath(path)
     if suffix_of(path) == ".json":
-        graph = _from_document(read_json(folder_path(path)), where)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite: refused
+            graph = _from_document(read_json(folder_path(path)), where)
     else:
         graph = _from_arrays(path, where)
     check_graph(graph, where)
