@@ -44,9 +44,10 @@ def node_ids(graph: "Graph") -> tuple[list[str], list[str]]:
     """The ids of the sources and of the targets in viewers' JSON; no two nodes share one.
 
     layer_feature_position of features, E_token_position of tokens, L+1_token_position of logits.
-    Errors are layer_-1_position: circuit-tracer's 0_layer_position is also a feature of layer 0.
-    To both viewers an id is a key without meaning, and its tools split one at _ into whole numbers
-    (utils/decode_url_features.py), so that a word in it would break them. No feature is -1.
+    Errors are layer_-1_position, and no feature is -1: 0_layer_position, which circuit-tracer 0.5
+    writes, is also a feature of layer 0 (it has changed to the same since). To both viewers an id
+    is a key without meaning, but circuit-tracer's tools split ids at _ into whole numbers
+    (utils/decode_url_features.py), so that a word in them would not do.
     """
     sources = [_source_id(*row) for row in _rows(graph.sources)]
     finals = graph.targets[graph.selected :]
@@ -199,9 +200,7 @@ def _source_nodes(graph: "Graph", ids: list[str]) -> Iterator[dict[str, Any]]:
     for i, (kind, layer, position, feature) in enumerate(_rows(nodes)):
         is_feature = kind in ("feature", "neuron")
         number = position if kind == "token" else _cantor(layer, feature) if is_feature else -1
-        key = f"E_{feature}-{position}" if kind == "token" else f"{layer}_{feature}-0"
-        if kind == "error":
-            key = f"{layer}_{position}-0"
+        end = f"{feature}-{0 if is_feature else position}"
         yield {
             "node_id": ids[i],
             "feature": number,
@@ -213,7 +212,7 @@ def _source_nodes(graph: "Graph", ids: list[str]) -> Iterator[dict[str, Any]]:
             "is_target_logit": False,
             "run_idx": 0,
             "reverse_ctx_idx": 0,
-            "jsNodeId": key,
+            "jsNodeId": f"{'E' if kind == 'token' else layer}_{end}",
             "clerp": labels[i] or _merged(kind, layer, position, graph.tokens),
             "influence": _number(shares[i]),
             "activation": _number(activations[i]) if is_feature else None,

@@ -19,7 +19,7 @@ from gemma_scope_jax.errors import InputError
 
 FLOOR = 1e-10  # the least sum that a row is divided by
 PARTIAL_FLOOR = 1e-8  # the same while a graph grows, as in circuit-tracer
-BLOCK = 1 << 20  # numbers of a matrix held as float64 at a time
+BLOCK = 1 << 18  # numbers of a matrix held as float64 at a time: they stay in the cache
 
 
 def influence(
@@ -34,8 +34,11 @@ def influence(
 
     Of each row: its layer; its own column, or -1 if it has none (final targets); and its weight,
     0 for features. Rows without a column come first, then those of the highest layer. Raises
-    `InputError` for effects that are not finite, or on a layer from the same or a higher one.
+    `InputError` for effects that are not finite, or on a layer from the same or a higher one, and
+    for negative weights.
     """
+    if (weights < 0).any():
+        raise InputError("graph: weights are negative, which influence cannot start from")
     found = np.zeros(effects.shape[1])
     for rows in _sweep(layer, node):
         carried = influence_of_rows(found, node[rows], weights[rows])

@@ -1,6 +1,6 @@
 """Reads graphs: our .npz, and the JSON of viewers, written by us or by circuit-tracer.
 
-The JSON has no value, bias and rest, which are NaN then. circuit-tracer's JSON gives an error and a
+The JSON has no value, bias and rest, which are NaN then. circuit-tracer 0.5 gives an error and a
 feature of layer 0 the same id if their numbers agree; of two links of such ids the first is the
 feature's.
 
@@ -171,7 +171,7 @@ def _node(entry: Any, where: str) -> dict[str, Any]:
     if kind != "error" and (feature < 0 or (layer < 0) != (kind == "token")):
         raise InputError(f"{where}: the node_id {node_id!r} is not that of a {kind}")
     if kind == "error":
-        # circuit-tracer's 0_layer_position, or ours, layer_-1_position, with -1 for what is merged
+        # layer_-1_position, with -1 for what is merged; or 0_layer_position (circuit-tracer 0.5)
         ours = feature == -1
         layer = layer if ours else _whole(entry.get("layer"), where)
         position, feature, label = int(numbers[3]) if ours else position, -1, ""

@@ -130,10 +130,12 @@ def test_nodes_say_what_viewers_show():
     graph = random_graph(5).prune()
     document = gs.graph_document(graph, "a", features="https://x.org/f", description="d")
     kinds = [node["feature_type"] for node in document["nodes"]]
-    feature, token, logit = (
+    feature, error, token, logit = (
         document["nodes"][kinds.index(kind)]
-        for kind in ("cross layer transcoder", "embedding", "logit")
+        for kind in ("cross layer transcoder", "mlp reconstruction error", "embedding", "logit")
     )
+    at = f"{error['layer']}_-1", error["ctx_idx"]
+    assert (error["node_id"], error["jsNodeId"]) == (f"{at[0]}_{at[1]}", f"{at[0]}-{at[1]}")
     layer, number, position = graph.sources[0].layer[0], graph.sources[0].feature[0], 0
     assert feature["feature"] == (layer + number) * (layer + number + 1) // 2 + number
     assert feature["jsNodeId"] == f"{layer}_{number}-0" and feature["layer"] == str(layer)

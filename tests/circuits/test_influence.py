@@ -111,3 +111,9 @@ def test_effects_that_are_no_graph_are_refused(change, said):
         with pytest.raises(gs.InputError, match=said) as caught:
             use(spoiled(change))
         one_line(caught)
+
+
+def test_negative_weights_are_refused():
+    graph = random_graph(4)
+    with pytest.raises(gs.InputError, match="weights are negative"):
+        dataclasses.replace(graph, weights=-graph.weights).influence()
