@@ -17,6 +17,7 @@ import numpy as np
 from gemma_scope_jax.circuits import linear
 from gemma_scope_jax.circuits.candidates import MOST, candidates
 from gemma_scope_jax.circuits.graph import Graph, Nodes
+from gemma_scope_jax.circuits.influence import partial_influence
 from gemma_scope_jax.circuits.linear import Rows
 from gemma_scope_jax.circuits.sources import (
     Active,
@@ -109,7 +110,7 @@ def attribute(
         "dtype": str(model.dtype),
         "coders": [public_name(coder) for coder in coders],
         "active_features": search.found,
-        "settings": settings,
+        "generation": settings,
         "seconds": round(time.perf_counter() - begin, 3),
     }
     texts = [resolver.text(token) for token in ids.tolist()]
@@ -171,10 +172,12 @@ class Search:
 
     def _next(self, done: int, chosen: np.ndarray, count: int) -> np.ndarray:
         """The features of most influence whose rows are not known yet."""
-        rows = len(self.wanted.bias) + done
-        influence = partial_influence(
-            self.effects[:rows], self.row_of[:done], self.active.layer, self.wanted.weights
-        )[: len(self.active)]
+        n, most = len(self.active), len(self.wanted.bias)
+        known = self.row_of[:done]
+        layer = np.concatenate([np.full(most, self.model.config.layers), self.active.layer[known]])
+        node = np.concatenate([np.full(most, -1), known])
+        weights = np.concatenate([self.wanted.weights, np.zeros(done)])
+        influence = partial_influence(self.effects, layer, node, weights)[:n]
         order = np.argsort(-influence, kind="stable")
         return order[~chosen[order]][:count]
 
@@ -251,28 +254,10 @@ class Search:
         layer, position, feature = (np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature))
         named = np.asarray(w.kind), np.asarray(w.labels)
         final = Nodes(named[0], layer, position, feature, values, named[1])
-        return joined(features, errors, tokens), joined(features, final)
+        return Nodes.joined(features, errors, tokens), Nodes.joined(features, final)
 
 
 def _filled(array: np.ndarray, value: float) -> np.ndarray:
     """`array` with up to `ROWS` entries on its first axis."""
     room = ((0, ROWS - len(array)),) + ((0, 0),) * (array.ndim - 1)
     return np.pad(array, room, constant_values=value)
-
-
-def joined(*tables: Nodes) -> Nodes:
-    columns = zip(*([getattr(t, f) for f in Nodes.__dataclass_fields__] for t in tables))
-    return Nodes(*map(np.concatenate, columns))
-
-
-def partial_influence(effects, row_of, layer_of, weights):
-    """Stand-in until influence.py is merged."""
-    most = len(weights)
-    v = np.zeros(effects.shape[1])
-    norm = lambda rows: np.abs(rows) / np.maximum(np.abs(rows).sum(1, keepdims=True), 1e-8)
-    v += weights @ norm(effects[:most])
-    layers = layer_of[row_of]
-    for layer in sorted(set(layers.tolist()), reverse=True):
-        mine = np.flatnonzero(layers == layer)
-        v += v[row_of[mine]] @ norm(effects[most + mine])
-    return v
