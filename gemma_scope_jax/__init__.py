@@ -80,7 +80,6 @@ _PUBLIC = {
     "autointerp.job": ["ExplanationJob", "check_explanation", "open_explanation_job", "open_judge"],
     "autointerp.judges.endpoint": ["Endpoint"],
     "circuits.attribute": ["attribute"],
-    "circuits.graph": ["Graph", "Nodes"],
     "circuits.targets": ["Target"],
     "cards.build": ["build_cards", "store_dtype"],
     "cards.card_files": ["FeatureCards"],
