@@ -1,8 +1,8 @@
 """An attribution graph as one web page: it opens from a disk and sends no requests.
 
-graph.html is the page, graph.js its program, and the graph is JSON inside it, one list a column.
-Text reaches the page through `textContent` and the canvas only, so no token or label can become a
-part of the page.
+graph.html is the page and the graph_*.js its program. The graph is JSON inside it, one list a
+column. Text reaches the page through `textContent` and the canvas only, so that no token or label
+can become a part of it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.circuits.graph import KINDS, Graph
+from gemma_scope_jax.circuits.graph import KINDS, Graph, Nodes
 from gemma_scope_jax.storage.strict_json import legible
 from gemma_scope_jax.web.pages import inert_json, page_template
 
@@ -102,42 +102,21 @@ def _page_data(
     row, column, links = _strongest(graph, reached, most_links)
 
     # nodes that nothing leads to or from would only fill the page; every token keeps its place
-    kept = np.isin(graph.sources.kind, ("token",))
+    kept = np.array(graph.sources.kind == "token")
     kept[column] = True
     kept[row[row < n]] = True
     place = np.cumsum(kept) - 1
     index = np.concatenate([place[:n], kept.sum() + np.arange(len(graph.targets) - n)])
-    nodes = [(graph.sources, np.flatnonzero(kept)), (graph.targets, np.arange(n, len(index)))]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(table, name)[some] for table, some in nodes])
-
-    kind, layer, feature = joined("kind"), joined("layer"), joined("feature")
-    keys = [
-        (int(at), int(f)) if k in ("feature", "neuron") else None
-        for k, at, f in zip(kind, layer, feature)
-    ]
-    known = list(dict.fromkeys(key for key in keys if key in details))
     rows = np.flatnonzero(np.concatenate([kept[:n], np.ones(len(index) - n, bool)]))
     at = {pair: i for i, pair in enumerate(zip(row.tolist(), column.tolist()))}
+    nodes, known = _nodes(graph.sources[kept], graph.targets[n:], labels, details)
+    nodes["influence"] = _rounded(np.concatenate([through[kept], reached[n:]]))
     return {
         "about": _about(graph.about),
         "tokens": list(graph.tokens),
         "layers": graph.layers,
         "kinds": list(KINDS),
-        "nodes": {
-            "kind": [KINDS.index(k) for k in kind],
-            "layer": layer.tolist(),
-            "position": joined("position").tolist(),
-            "feature": feature.tolist(),
-            "activation": _rounded(joined("activation")),
-            "influence": _rounded(np.concatenate([through[kept], reached[n:]])),
-            "label": [
-                labels.get(key, "") or str(own) if key else str(own)
-                for key, own in zip(keys, joined("label"))
-            ],
-            "detail": [known.index(key) if key in details else -1 for key in keys],
-        },
+        "nodes": nodes,
         # of the nodes that have incoming links: value = the links + rest + bias
         "inputs": {
             "node": index[rows].tolist(),
@@ -160,6 +139,35 @@ def _page_data(
         ],
         "details": [_details(details[key]) for key in known],
     }
+
+
+def _nodes(
+    sources: Nodes,
+    asked: Nodes,
+    labels: Mapping[tuple[int, int], str],
+    details: Mapping[tuple[int, int], FeatureDetails],
+) -> tuple[dict[str, list[Any]], list[tuple[int, int]]]:
+    """The columns of the table of nodes, and the (layer, feature) that `detail` counts through."""
+    joined = lambda name: np.concatenate([getattr(sources, name), getattr(asked, name)]).tolist()
+    kind, layer, feature = joined("kind"), joined("layer"), joined("feature")
+    keys = [
+        (at, f) if k in ("feature", "neuron") else None for k, at, f in zip(kind, layer, feature)
+    ]
+    known = list(dict.fromkeys(key for key in keys if key is not None and key in details))
+    detail = {key: i for i, key in enumerate(known)}
+    columns = {
+        "kind": [KINDS.index(k) for k in kind],
+        "layer": layer,
+        "position": joined("position"),
+        "feature": feature,
+        "activation": _rounded(joined("activation")),
+        "label": [
+            str(own) if key is None else labels.get(key, "") or str(own)
+            for key, own in zip(keys, joined("label"))
+        ],
+        "detail": [-1 if key is None else detail.get(key, -1) for key in keys],
+    }
+    return columns, known
 
 
 def _strongest(graph: Graph, reached: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:

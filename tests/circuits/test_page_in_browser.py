@@ -186,3 +186,17 @@ def test_hostile_text_and_empty_graphs(seen):
     direction = dataclasses.replace(graph.targets, kind=graph.targets.kind.copy())
     direction.kind[graph.selected :] = "direction"
     seen(dataclasses.replace(graph, targets=direction))
+
+
+def test_files_of_views_are_opened(seen):
+    graph = page_graph()
+    browser = seen(graph)
+    give = """(text) => { const all = new DataTransfer();
+      all.items.add(new File([text], "view.json"));
+      byId("file").files = all.files; byId("file").dispatchEvent(new Event("change")); }"""
+    view = {"gemma_scope_graph_view": 1, "pinned": [browser.run("ids[0]"), "token/1/2/3"]}
+    for text, says in ((json.dumps(view), "1 of its nodes"), ("{", "cannot be opened")):
+        browser.run(f"({give})({json.dumps(text)})")
+        browser.run(FRAME)
+        assert says in browser.run("panel.innerText")
+    assert browser.run("state.pinned.length") == 1 and not browser.run("byId('sub').hidden")

@@ -1,16 +1,18 @@
 // ---- choosing
 const panel = byId("panel"), tip = byId("tip");
 const say = (text) => { byId("said").textContent = text; };
-function choose(i, quiet = false) {
+function choose(i) {
   const was = state.selected;
   state.selected = i;
   lit = null;
+  byId("search").value = "";
   if ((i !== null && !shown[i]) || (was !== null && nodeRank.before[was] >= state.nodes)) refresh();
   if (i !== null) reveal(i);
   drawPanel();
   drawPinned();
   redraw(false);
-  if (!quiet) say(i === null ? "nothing chosen" : `${nameOf(i)}: ${describe(i)}, ${incoming[i].length} links in, ${outgoing[i].length} out`);
+  say(i === null ? "nothing chosen"
+    : `${nameOf(i)}: ${describe(i)}, ${incoming[i].length} links in, ${outgoing[i].length} out`);
 }
 function hover(i, event) {
   if (i !== hovered) {
@@ -22,8 +24,9 @@ function hover(i, event) {
   if (i === null) return;
   tip.replaceChildren(make("bdi", "", nameOf(i)), make("div", "", describe(i)), make("div", "",
     `activation ${number(nodes.activation[i])}, influence ${percent(influence[i])}`));
+  const below = event.clientY + 18, fits = below + tip.offsetHeight < innerHeight;
   tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
-  tip.style.top = `${Math.max(4, event.clientY + 18 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 12 : event.clientY + 18)}px`;
+  tip.style.top = `${fits ? below : Math.max(4, event.clientY - tip.offsetHeight - 12)}px`;
 }
 function walk(key) {  // along a row, or to the nearest node of the next row that has some
   const all = everyNode.filter((i) => shown[i]), from = state.selected;
@@ -63,7 +66,7 @@ function rowOfNode(text, share, down, i, link = null) {
   item.addEventListener("pointerenter", () => { lit = link; item.classList.add("lit"); redraw(false); });
   item.addEventListener("pointerleave", () => { lit = null; item.classList.remove("lit"); redraw(false); });
   if (heads.has(link)) {
-    const open = make("button", "more", " heads");
+    const open = make("button", "more", "heads");
     open.type = "button";
     open.setAttribute("aria-expanded", "false");
     open.addEventListener("click", () => {
@@ -79,7 +82,11 @@ function rowOfNode(text, share, down, i, link = null) {
 function table(head, some) {
   const all = make("table"), top = make("tr"), body = make("tbody"), thead = make("thead");
   const right = head.map((_, k) => some.length > 0 && some.every((row) => typeof row[k] === "number" || row[k] === null));
-  head.forEach((text, k) => { const th = make("th", right[k] ? "n" : "", visible(String(text))); th.scope = "col"; top.append(th); });
+  head.forEach((text, k) => {
+    const th = make("th", right[k] ? "n" : "", visible(String(text)));
+    th.scope = "col";
+    top.append(th);
+  });
   for (const row of some) {
     const tr = make("tr");
     row.forEach((v, k) => {
@@ -128,7 +135,8 @@ function drawStrongest() {
 }
 function drawFound(query) {
   const words = query.toLowerCase().split(/\s+/);
-  const text = (i) => `${nameOf(i)} ${nodes.label[i]} ${kindOf(i)} ${nodes.layer[i]}/${nodes.feature[i]} ${nodes.feature[i]} ${tokenAt(nodes.position[i])} ${tokens[nodes.position[i]]}`.toLowerCase();
+  const text = (i) => [nameOf(i), nodes.label[i], kindOf(i), `${nodes.layer[i]}/${nodes.feature[i]}`,
+    tokenAt(nodes.position[i]), tokens[nodes.position[i]]].join(" ").toLowerCase();
   const hits = [...asked, ...nodeRank.order].filter((i) => { const own = text(i); return words.every((w) => own.includes(w)); });
   panel.replaceChildren(heading("Found", `${count(hits.length)} node${hits.length === 1 ? "" : "s"}`),
     listOf(hits.map((i) => () => rowOfNode(percent(influence[i]), influence[i] / strongest, false, i))));
@@ -147,12 +155,13 @@ function drawChosen(i) {
     drawPinned();
   });
   const fact = (name, text) => { const dd = make("dd"); dd.append(make("bdi", "", text)); facts.append(make("dt", "", name), dd); };
-  fact("activation", number(nodes.activation[i]));
-  fact("influence", percent(influence[i]));
-  if (isAsked(i) && weightOf(i)) fact(kindOf(i) === "logit" ? "probability" : "weight", kindOf(i) === "logit" ? percent(weightOf(i)) : number(weightOf(i)));
+  fact(kindOf(i) === "logit" ? "logit" : "activation", number(nodes.activation[i]));
+  if (!isAsked(i)) fact("influence", percent(influence[i]));
+  else if (kindOf(i) === "logit") fact("probability", percent(weightOf(i)));
+  else fact("weight", number(weightOf(i)));
   if (k !== undefined) {
-    const all = sum(incoming[i], (l) => links.weight[l]);
-    fact("value", `${number(inputs.value[k])} = links ${signed(all)}, rest ${signed(inputs.rest[k])}, bias ${signed(inputs.bias[k])}`);
+    const [all, rest, bias] = [inputs.value[k], inputs.rest[k], inputs.bias[k]];
+    fact("value", `${number(all)} = links ${signed(all - rest - bias)}, rest ${signed(rest)}, bias ${signed(bias)}`);
   }
   const act = make("div", "act"), pin = make("button", "", state.pinned.includes(i) ? "Unpin" : "Pin");
   pin.type = "button";
@@ -162,10 +171,13 @@ function drawChosen(i) {
   const what = make("p", "soft what");
   what.append(make("bdi", "", describe(i)));
   panel.replaceChildren(label, what, facts, act);
-  const ends = (some, end) => listOf(some.map((l) => () => rowOfNode(signed(links.weight[l]), shares[l] / widest(some), links.weight[l] < 0, links[end][l], l)), 12);
-  const widest = (some) => some.reduce((most, l) => Math.max(most, shares[l]), 1e-9), lists = [];
-  if (incoming[i].length) lists.push(heading("Incoming", "effect, and as a share of the input"), ends(incoming[i], "source"));
-  if (outgoing[i].length) lists.push(heading("Outgoing", "effect, and as a share of the target\u2019s input"), ends(outgoing[i], "target"));
+  const lists = [["Incoming", "effect, and as a share of the input", incoming[i], links.source],
+    ["Outgoing", "effect, and as a share of the target\u2019s input", outgoing[i], links.target],
+  ].filter(([, , some]) => some.length).flatMap(([name, note, some, end]) => {
+    const most = some.reduce((best, l) => Math.max(best, shares[l]), 1e-9);
+    const item = (l) => rowOfNode(signed(links.weight[l]), shares[l] / most, links.weight[l] < 0, end[l], l);
+    return [heading(name, note), listOf(some.map((l) => () => item(l)), 12)];
+  });
   const [tokenLists, examples] = nodes.detail[i] >= 0 ? detailsOf(data.details[nodes.detail[i]]) : [[], []];
   panel.append(...tokenLists, ...lists, ...examples);
 }
@@ -183,7 +195,8 @@ function detailsOf([raises, lowers, examples]) {
     words.forEach((word, t) => {
       const span = make("span", "", visible(word));
       if (values[t] > 0) {
-        span.style.setProperty("--shade", `color-mix(in srgb, var(--heat) ${Math.round(8 + 70 * Math.sqrt(values[t] / most))}%, transparent)`);
+        const part = Math.round(8 + 70 * Math.sqrt(values[t] / most));
+        span.style.setProperty("--shade", `color-mix(in srgb, var(--heat) ${part}%, transparent)`);
         span.title = number(values[t]);
       }
       p.append(span);
@@ -234,7 +247,9 @@ function drawPinned() {
   const area = byId("boxes"), some = units();
   if (!some.length) return;
   boxes = some.map((u) => {
-    const box = make("div", `box${u.group ? " super" : ""}${u.nodes.includes(state.selected) ? " here" : ""}`), mark = make("input"), name = make("button");
+    const box = make("div", "box"), mark = make("input"), name = make("button");
+    box.classList.toggle("super", Boolean(u.group));
+    box.classList.toggle("here", u.nodes.includes(state.selected));
     mark.type = "checkbox";
     mark.checked = marked.has(u.key);
     mark.setAttribute("aria-label", `Mark ${u.name}`);
@@ -254,31 +269,49 @@ function drawPinned() {
   placeBoxes(area);
   hint();
 }
-const hint = () => { byId("group-hint").textContent = marked.size ? `${marked.size} marked` : "mark boxes to group them; links of a group are summed"; };
-function placeBoxes(area) {
-  const w = area.clientWidth, h = area.clientHeight, mean = (some, of) => sum(some, of) / some.length;
+function hint() {
+  byId("group-hint").textContent = marked.size ? `${marked.size} marked` : "mark boxes to group them; links of a group are summed";
+}
+function placeBoxes(area) {  // each above what acts on it; in a line no box hides another
+  const w = area.clientWidth, mean = (some, of) => sum(some, of) / some.length, found = between(), lines = [];
   for (const b of boxes) {
     [b.w, b.h] = [b.box.offsetWidth, b.box.offsetHeight];
     b.x = LEFT + (w - LEFT) * mean(b.nodes, (i) => xs[i]) / world.w;
     b.y = mean(b.nodes, (i) => ys[i]);
+    b.line = 0;
   }
-  // as many lines as there is room for, the later layers above; in a line no box hides another
-  const order = [...boxes].sort((a, b) => a.y - b.y), high = Math.max(1, Math.min(order.length, Math.floor(h / 44)));
-  for (let line = 0; line < high; line++) {
-    const some = order.slice(Math.ceil(line * order.length / high), Math.ceil((line + 1) * order.length / high)).sort((a, b) => a.x - b.x);
+  for (const b of [...boxes].sort((one, other) => other.y - one.y)) {
+    const below = found.filter((link) => link.to === b && link.from.y > b.y && link.share > .02);
+    b.line = Math.max(0, ...below.map((link) => link.from.line + 1));
+    (lines[b.line] ||= []).push(b);
+  }
+  const fitting = lines.filter(Boolean).flatMap((line) => {  // those that are too long go on above
+    const parts = [[]];
+    let used = 12;
+    for (const b of line.sort((one, other) => one.x - other.x)) {
+      if (used + b.w + 12 > w && parts.at(-1).length) { parts.push([]); used = 12; }
+      parts.at(-1).push(b);
+      used += b.w + 12;
+    }
+    return parts;
+  }).reverse();
+  const h = Math.max(area.clientHeight, 42 * fitting.length);
+  fitting.forEach((some, line) => {
     let left = 6, right = w - 6;
     for (const b of some) { b.x = Math.max(b.x, left + b.w / 2); left = b.x + b.w / 2 + 12; }
-    for (const b of some.reverse()) { b.x = Math.min(b.x, right - b.w / 2); right = b.x - b.w / 2 - 12; b.y = h * (line + .5) / high; }
-  }
+    for (const b of some.reverse()) { b.x = Math.min(b.x, right - b.w / 2); right = b.x - b.w / 2 - 12; }
+    for (const b of some) b.y = h * (line + .5) / fitting.length;
+  });
   for (const b of boxes) if (state.boxes.has(b.key)) { const [x, y] = state.boxes.get(b.key); b.x = w * x; b.y = h * y; }
+  area.dataset.height = h;
   drawBetween();
 }
 function between() {  // the summed links from box to box, the strongest first
   const of = new Map(), sums = new Map(), found = [];
   boxes.forEach((b, k) => b.nodes.forEach((i) => of.set(i, k)));
   for (const [i, to] of of) for (const l of incoming[i]) {
-    const from = of.get(links.source[l]);
-    if (from !== undefined && from !== to) sums.set(from * boxes.length + to, (sums.get(from * boxes.length + to) || 0) + links.weight[l]);
+    const from = of.get(links.source[l]), key = from * boxes.length + to;
+    if (from !== undefined && from !== to) sums.set(key, (sums.get(key) || 0) + links.weight[l]);
   }
   for (const [key, all] of sums) {
     const from = boxes[Math.floor(key / boxes.length)], to = boxes[key % boxes.length];
@@ -288,11 +321,12 @@ function between() {  // the summed links from box to box, the strongest first
 }
 function drawBetween() {
   const area = byId("boxes"), pen = byId("between").getContext("2d");
-  sharpen(pen, area.clientWidth, area.clientHeight);
+  sharpen(pen, area.clientWidth, Number(area.dataset.height));
   for (const b of boxes) b.box.style.transform = `translate(${b.x - b.w / 2}px, ${b.y - b.h / 2}px)`;
   const found = between(), texts = [];
   for (const { from, to, all, share } of found.reverse()) {
-    const up = from.y > to.y ? 1 : -1, y0 = from.y - up * from.h / 2, y1 = to.y + up * (to.h / 2 + 5), bend = Math.max(14, Math.abs(y0 - y1) / 2) * up;
+    const up = from.y > to.y ? 1 : -1, y0 = from.y - up * from.h / 2, y1 = to.y + up * (to.h / 2 + 5);
+    const bend = Math.max(14, Math.abs(y0 - y1) / 2) * up;
     pen.strokeStyle = pen.fillStyle = all < 0 ? theme.heat : theme.accent;
     pen.globalAlpha = .35 + .5 * Math.min(1, 3 * share);
     pen.lineWidth = Math.max(.8, Math.min(9, 16 * share));
@@ -328,14 +362,13 @@ function dragBox(box, key) {
       box.dataset.dragged = "yes";
       const area = byId("boxes");
       b.x = Math.max(b.w / 2, Math.min(area.clientWidth - b.w / 2, m.clientX - from[0]));
-      b.y = Math.max(b.h / 2, Math.min(area.clientHeight - b.h / 2, m.clientY - from[1]));
-      state.boxes.set(key, [b.x / area.clientWidth, b.y / area.clientHeight]);
+      b.y = Math.max(b.h / 2, Math.min(area.dataset.height - b.h / 2, m.clientY - from[1]));
+      state.boxes.set(key, [b.x / area.clientWidth, b.y / area.dataset.height]);
       drawBetween();
     };
-    const end = () => { removeEventListener("pointermove", move); removeEventListener("pointerup", end); removeEventListener("pointercancel", end); };
-    addEventListener("pointermove", move);
-    addEventListener("pointerup", end);
-    addEventListener("pointercancel", end);
+    const over = new AbortController(), { signal } = over;
+    addEventListener("pointermove", move, { signal });
+    for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => over.abort(), { signal });
   });
 }
 byId("group").addEventListener("click", () => { group(byId("group-name").value); byId("group-name").value = ""; });
@@ -345,197 +378,3 @@ byId("unpin").addEventListener("click", () => ofMarked((u) => {
   state.groups = state.groups.filter((g) => g !== u.group);
   state.pinned = state.pinned.filter((i) => !u.nodes.includes(i));
 }));
-
-// ---- the view as a file
-function written() {
-  const byName = (map) => Object.fromEntries([...map].map(([i, v]) => [ids[i], v]));
-  return {
-    gemma_scope_graph_view: 1, nodes: state.nodes, links: state.links,
-    selected: state.selected === null ? null : ids[state.selected], pinned: state.pinned.map((i) => ids[i]),
-    groups: state.groups.map((g) => ({ name: g.name, nodes: g.nodes.map((i) => ids[i]) })),
-    labels: byName(state.labels), moved: byName(state.moved), boxes: Object.fromEntries(state.boxes),
-  };
-}
-function readBack(view) {  // what does not fit this graph is left out, and counted
-  if (view === null || typeof view !== "object" || view.gemma_scope_graph_view !== 1) throw new Error("not a saved view of a graph");
-  const lost = new Set(), list = (v) => Array.isArray(v) ? v : [], pairs = (v) => v && typeof v === "object" ? Object.entries(v) : [];
-  const node = (id) => { if (!nodeWithId.has(id)) lost.add(id); return nodeWithId.get(id); };
-  const every = (some) => [...new Set(list(some).map(node).filter((i) => i !== undefined))];
-  const part = (v, other) => Number.isFinite(v) ? Math.max(0, Math.min(1, v)) : other;
-  const two = (v) => Array.isArray(v) && v.length === 2 && v.every(Number.isFinite);
-  state.nodes = part(view.nodes, state.nodes);
-  state.links = part(view.links, state.links);
-  state.pinned = every(view.pinned);
-  const free = new Set(state.pinned);
-  state.groups = list(view.groups).map((g) => ({ name: String(g?.name ?? "group").slice(0, 80), nodes: every(g?.nodes).filter((i) => free.delete(i)) })).filter((g) => g.nodes.length);
-  const known = (some, fits) => new Map(pairs(some).map(([id, v]) => [node(id), v]).filter(([i, v]) => i !== undefined && fits(v)));
-  state.labels = known(view.labels, (v) => typeof v === "string" && v.trim());
-  state.moved = known(view.moved, two);
-  state.boxes = new Map(pairs(view.boxes).filter(([, v]) => two(v)));
-  state.selected = view.selected === null || view.selected === undefined ? null : node(view.selected) ?? null;
-  marked.clear();
-  return lost.size;
-}
-byId("save").addEventListener("click", () => {
-  const a = make("a"), url = URL.createObjectURL(new Blob([JSON.stringify(written(), null, 1)], { type: "application/json" }));
-  a.href = url;
-  a.download = "graph-view.json";
-  a.click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-});
-byId("open").addEventListener("click", () => byId("file").click());
-byId("file").addEventListener("change", async () => {
-  const file = byId("file").files[0];
-  byId("file").value = "";
-  if (!file) return;
-  let text = "";
-  try {
-    const lost = readBack(JSON.parse(await file.text()));
-    byId("sub").hidden = state.pinned.length === 0;
-    size();
-    refresh();
-    drawPinned();
-    drawPanel();
-    text = lost ? `View opened; ${lost} of its nodes are not in this graph.` : "";
-  } catch (error) { text = `This file cannot be opened: ${error.message}`; }
-  if (text) panel.prepend(make("p", "", text));
-  say(text || "view opened");
-});
-
-// ---- mouse, touch and keys
-const at = (e) => { const box = view.getBoundingClientRect(); return [e.clientX - box.left, e.clientY - box.top]; };
-let drag = null, pinch = 0;
-view.addEventListener("pointerdown", (e) => {
-  if (e.button !== 0) return;
-  const i = nodeAt(...at(e));
-  tip.hidden = true;
-  drag = { i, x: e.clientX, y: e.clientY, left: scroll.scrollLeft, top: scroll.scrollTop, dx: i === null ? 0 : xs[i], dy: i === null ? 0 : ys[i],
-    old: i === null ? null : state.moved.get(i) || [0, 0], touch: e.pointerType === "touch", far: false };
-  view.setPointerCapture(e.pointerId);
-});
-view.addEventListener("pointermove", (e) => {
-  if (!drag) { if (e.pointerType !== "touch") hover(nodeAt(...at(e)), e); return; }
-  const dx = e.clientX - drag.x, dy = e.clientY - drag.y;
-  if (!drag.far && Math.hypot(dx, dy) < 4) return;
-  if (!drag.far) { drag.far = true; held = drag.i; redraw(held !== null); }
-  scroll.classList.add("moving");
-  if (drag.i !== null) {
-    xs[drag.i] = drag.dx + dx / scale;
-    ys[drag.i] = drag.dy + dy / scale;
-    state.moved.set(drag.i, [drag.old[0] + dx / scale, drag.old[1] + dy / scale]);
-    redraw(false);
-  } else if (!drag.touch) { scroll.scrollLeft = drag.left - dx; scroll.scrollTop = drag.top - dy; }
-});
-function letGo() {
-  drag = null;
-  scroll.classList.remove("moving");
-  if (held !== null) { held = null; redraw(); }
-}
-view.addEventListener("pointerup", () => {
-  if (drag && !drag.far && !pinch) choose(drag.i);
-  letGo();
-});
-view.addEventListener("pointercancel", letGo);
-view.addEventListener("pointerleave", (e) => { if (!drag) hover(null, e); });
-view.addEventListener("dblclick", (e) => { const i = nodeAt(...at(e)); if (i !== null) togglePin(i); });
-view.addEventListener("wheel", (e) => {
-  if (e.shiftKey || Math.abs(e.deltaX) > Math.abs(e.deltaY)) return;  // the browser scrolls
-  if (!e.ctrlKey && e.deltaY > 0 && scale <= least() + 1e-6) return;  // all is seen: the page scrolls on
-  e.preventDefault();
-  zoom(Math.exp(-e.deltaY * (e.deltaMode === 1 ? .05 : e.ctrlKey ? .01 : .0016)), ...at(e));
-}, { passive: false });
-const apart = (e) => Math.hypot(e.touches[0].clientX - e.touches[1].clientX, e.touches[0].clientY - e.touches[1].clientY);
-view.addEventListener("touchstart", (e) => { pinch = e.touches.length === 2 ? apart(e) : 0; }, { passive: true });
-view.addEventListener("touchmove", (e) => {
-  if (pinch && e.touches.length === 2) {
-    const now = apart(e), [a, b] = e.touches;
-    zoom(now / pinch, ...at({ clientX: (a.clientX + b.clientX) / 2, clientY: (a.clientY + b.clientY) / 2 }));
-    pinch = now;
-    drag = null;
-  } else if (!drag || drag.i === null) return;
-  if (e.cancelable) e.preventDefault();
-}, { passive: false });
-scroll.addEventListener("scroll", () => redraw(false));
-byId("in").addEventListener("click", () => zoom(1.4));
-byId("out").addEventListener("click", () => zoom(1 / 1.4));
-byId("fit").addEventListener("click", fitView);
-byId("help").addEventListener("click", () => byId("keys").showModal());
-byId("close").addEventListener("click", () => byId("keys").close());
-for (const [id, part] of [["node-range", "nodes"], ["link-range", "links"]]) {
-  byId(id).addEventListener("input", (e) => { state[part] = Number(e.target.value) / 1000; refresh(); });
-}
-byId("search").addEventListener("input", drawPanel);
-byId("search").addEventListener("keydown", (e) => {
-  if (e.key !== "Enter" || drawFound.first === undefined || !e.target.value.trim()) return;
-  e.target.value = "";
-  choose(drawFound.first);
-  scroll.focus();
-});
-const actions = {
-  "/": () => { byId("search").focus(); byId("search").select(); },
-  "?": () => byId("keys").showModal(),
-  "g": () => { if (state.pinned.length) byId("group-name").focus(); },
-  "+": () => zoom(1.4), "=": () => zoom(1.4), "-": () => zoom(1 / 1.4), "0": fitView,
-};
-document.addEventListener("keydown", (e) => {
-  if (byId("keys").open || e.ctrlKey || e.metaKey || e.altKey) return;
-  if (e.key === "Escape") {
-    byId("search").value = "";
-    hover(null, e);
-    choose(null);
-    scroll.focus();
-    return;
-  }
-  if (/^(text|search|range)$/.test(e.target.type)) return;
-  const inGraph = e.target === scroll || e.target === document.body;
-  if (inGraph && e.key.startsWith("Arrow")) walk(e.key);
-  else if (inGraph && e.key === "Enter" && state.selected !== null) togglePin(state.selected);
-  else if (actions[e.key.toLowerCase()]) actions[e.key.toLowerCase()]();
-  else return;
-  e.preventDefault();
-});
-
-// ---- the start
-function drawHead() {
-  const all = tokens.length && /^<[^>]*>$/.test(tokens[0]) ? tokens.slice(1) : tokens;
-  const prompt = visible(all.join("")).trim(), end = [...prompt].slice(-120).join("");
-  const text = end === prompt ? prompt : `\u2026 ${end.trimStart()}`, answer = byId("answer");
-  byId("title").append(make("bdi", "", visible(data.title) || text));
-  if (data.title) { answer.append(make("bdi", "", text), " "); }
-  if (asked.length) answer.append("\u2192 ");
-  asked.slice(0, 3).forEach((i, k) => {
-    const one = make("span", k ? "other" : "");
-    one.append(make(k ? "bdi" : "b", "", nameOf(i)));
-    if (weightOf(i)) one.append(make("small", "", percent(weightOf(i))));
-    answer.append(one);
-  });
-  if (data.links.all > M) byId("left-out").textContent = `The page holds the ${count(M)} strongest of ${count(data.links.all)} links.`;
-  for (const [title, some] of [...data.notes, ...(data.about.length ? [["About this graph", [["", ""], ...data.about]]] : [])]) {
-    const section = make("section");
-    section.append(heading(title), table(some[0] || [], some.slice(1)));
-    byId("notes").append(section);
-  }
-}
-function firstView() {
-  const last = nodeRank.order[NODES];
-  if (last !== undefined) state.nodes = nodeRank.before[last];
-  chooseShown();
-  let seen = 0;
-  for (const l of linkRank.order) {
-    if (shown[links.source[l]] && shown[links.target[l]] && ++seen > LINKS) { state.links = linkRank.before[l]; break; }
-  }
-}
-function arrange() {
-  byId("stage").style.setProperty("--top", `${document.querySelector("header").offsetHeight}px`);
-  size();
-  refresh();
-  if (state.pinned.length) placeBoxes(byId("boxes"));
-}
-readTheme();
-drawHead();
-firstView();
-arrange();
-fitView();
-drawPanel();
-new ResizeObserver(() => { if (scroll.clientWidth !== width || scroll.clientHeight !== height) arrange(); }).observe(scroll);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readTheme(); redraw(); if (boxes.length) drawBetween(); });
