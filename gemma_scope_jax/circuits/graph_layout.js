@@ -79,13 +79,13 @@ function nameOf(i) {
   const raises = nodes.detail[i] < 0 ? [] : data.details[nodes.detail[i]][0];
   return raises.length ? [...new Set(raises.map(bare))].slice(0, 3).join(", ") : `#${nodes.feature[i]}`;
 }
-const tokenAt = (t) => bare(tokens[t] ?? "");
-const layerOf = (i) => rows[i] === 0 || isAsked(i) ? "" : String(nodes.layer[i]);
+const tokenAt = (t) => t < 0 ? "all tokens" : bare(tokens[t] ?? "");  // errors may be merged over tokens, or layers
+const layerOf = (i) => kindOf(i) === "token" || isAsked(i) ? "" : nodes.layer[i] < 0 ? "all" : String(nodes.layer[i]);
 const placeOf = (i) => `${layerOf(i)}${layerOf(i) && " \u00b7 "}${tokenAt(nodes.position[i])}`;
 function describe(i) {
-  const where = `token ${nodes.position[i]}, \u201c${tokenAt(nodes.position[i])}\u201d`;
-  if (rows[i] === 0 || isAsked(i)) return `${kindOf(i)} ${nodes.feature[i] >= 0 ? nodes.feature[i] : ""} at ${where}`;
-  return `${kindOf(i)}${nodes.feature[i] >= 0 ? ` ${nodes.layer[i]}/${nodes.feature[i]}` : ""}, layer ${nodes.layer[i]}, ${where}`;
+  const t = nodes.position[i], where = t < 0 ? tokenAt(t) : `token ${t}, \u201c${tokenAt(t)}\u201d`;
+  if (!layerOf(i)) return `${kindOf(i)} ${nodes.feature[i] >= 0 ? nodes.feature[i] : ""} at ${where}`;
+  return `${kindOf(i)}${nodes.feature[i] >= 0 ? ` ${nodes.layer[i]}/${nodes.feature[i]}` : ""}, ${nodes.layer[i] < 0 ? "all layers" : `layer ${nodes.layer[i]}`}, ${where}`;
 }
 
 // ---- the layout, in units of the first view's pixels: columns of tokens, rows of layers
@@ -132,9 +132,9 @@ function spread(parts, available) {  // room that is left goes to where names ne
   }
   return Math.max(at, 1);
 }
-function cut(length, busy, part, thin) {  // runs of empty columns or rows become one thin part
+function cut(first, length, busy, part, thin) {  // runs of empty columns or rows become one thin part
   const parts = [];
-  for (let k = 0; k < length; k++) {
+  for (let k = first; k < length; k++) {
     const last = parts[parts.length - 1];
     if (busy(k)) parts.push({ from: k, to: k, ...part(k) });
     else if (last && last.empty) last.to = k;
@@ -144,23 +144,23 @@ function cut(length, busy, part, thin) {  // runs of empty columns or rows becom
 }
 const wished = (i) => rows[i] === 0 || kindOf(i) === "error" ? 24 : Math.min(150, pens.nodes.measureText(nameOf(i)).width) + 26;
 function layOut() {
-  const cells = new Map(), most = new Map(), deep = new Map(), wish = new Map();
+  const cells = new Map(), most = new Map(), deep = new Map(), wish = new Map(), wide = tokens.length + 1;
   pens.nodes.font = font;
   for (let i = 0; i < N; i++) {
     if (!shown[i] || isAsked(i)) continue;
-    const key = rows[i] * tokens.length + nodes.position[i];
+    const key = rows[i] * wide + nodes.position[i] + 1;
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(i);
   }
   for (const i of asked) { most.set(nodes.position[i], 1); deep.set(TOP, 1); }
   for (const [key, cell] of cells) {
-    const t = key % tokens.length, row = Math.floor(key / tokens.length);
+    const t = key % wide - 1, row = Math.floor(key / wide);
     cell.sort((a, b) => influence[b] - influence[a]);
     most.set(t, Math.max(most.get(t) || 0, Math.min(cell.length, LINE)));
     deep.set(row, Math.max(deep.get(row) || 0, Math.ceil(cell.length / LINE)));
     wish.set(t, Math.max(wish.get(t) || 0, PAD + sum(cell.slice(0, LINE), wished)));
   }
-  columns = cut(tokens.length, (t) => most.has(t), (t) => ({
+  columns = cut(most.has(-1) ? -1 : 0, tokens.length, (t) => most.has(t), (t) => ({
     size: Math.max(most.get(t) * GAP + PAD, Math.min(96, pens.nodes.measureText(tokenAt(t)).width + 16)),
     wish: wish.get(t) || 0,
   }), 18);
@@ -170,13 +170,13 @@ function layOut() {
     c.pull = c.empty ? 0 : Math.max(8, c.wish - c.size);
   }
   world.w = spread(columns, width - LEFT);
-  bands = cut(TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
+  bands = cut(0, TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
     : { size: deep.get(row) * 17 + 1, pull: deep.get(row) }, 8);
   world.h = spread(bands, height - BOTTOM);
   const columnOf = new Map(columns.map((c) => [c.from, c])), bandOf = new Map(bands.map((b) => [b.from, b]));
   lines = [];
   for (const [key, cell] of cells) {
-    const column = columnOf.get(key % tokens.length), band = bandOf.get(Math.floor(key / tokens.length));
+    const column = columnOf.get(key % wide - 1), band = bandOf.get(Math.floor(key / wide));
     for (let line = 0; line * LINE < cell.length; line++) {
       const some = cell.slice(line * LINE, (line + 1) * LINE), least = GAP * some.length, wish = sum(some, wished);
       const given = Math.min(1, Math.max(0, (column.size - PAD - least) / Math.max(wish - least, 1)));

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from browser import CHROMIUM, Browser
@@ -183,9 +184,25 @@ def test_hostile_text_and_empty_graphs(seen):
         browser = seen(empty)
         browser.run("walk('ArrowUp'), walk('ArrowLeft'), fitView(), zoom(2), choose(null)")
         browser.run(FRAME)
-    direction = dataclasses.replace(graph.targets, kind=graph.targets.kind.copy())
-    direction.kind[graph.selected :] = "direction"
-    seen(dataclasses.replace(graph, targets=direction))
+
+
+def test_directions_and_merged_errors_have_places(seen):
+    """A merged error has no layer, or no position, or neither: -1."""
+    graph = page_graph()
+    targets = dataclasses.replace(graph.targets, kind=graph.targets.kind.copy())
+    targets.kind[graph.selected :] = "direction"
+    sources = dataclasses.replace(
+        graph.sources, layer=graph.sources.layer.copy(), position=graph.sources.position.copy()
+    )
+    errors = np.flatnonzero(sources.kind == "error")
+    sources.layer[errors[::2]] = -1
+    sources.position[errors[:4]] = -1
+    browser = seen(dataclasses.replace(graph, sources=sources, targets=targets))
+    browser.run("state.nodes = state.links = 1, refresh()")
+    browser.run(FRAME)
+    assert browser.run("columns[0].from === -1 && everyNode.every((i) => px[i] > LEFT)")
+    said = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(describe)")
+    assert "error, all layers, all tokens" in said and all("-1" not in text for text in said)
 
 
 def test_files_of_views_are_opened(seen):
