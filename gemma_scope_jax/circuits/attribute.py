@@ -37,12 +37,12 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.sharding import own_mesh
+from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, Report
 
 LOG = logging.getLogger(__name__)
-ROWS = 64  # of a device program: more make larger products, fewer fit into a processor's cache
+ROWS = 64  # of a device at a time: more make larger products, fewer fit into a processor's cache
 PIECE = 1024  # features whose encoder vectors are in memory at a time
 BOS = 2
 
@@ -145,7 +145,10 @@ class Search:
             some, whole = candidates(model, coders, prompt, self.active, wanted, most)
             self.active = self.active[some]
         self.layout: Layout = laid_out(self.active)
-        self.written = what_is_written(coders, prompt, self.active, self.layout, whole)
+        mesh = mesh_under(model.params.embed)
+        given = {"whole": whole, "mesh": mesh}
+        self.written = what_is_written(coders, prompt, self.active, self.layout, **given)
+        self.together = ROWS * (1 if mesh is None else mesh.shape["data"])
         L, T = model.config.layers, prompt.length
         self.columns = len(self.active) + L * T + T
 
@@ -194,7 +197,7 @@ class Search:
         n, L = len(self.active), self.model.config.layers
         T = self.prompt.length
         for start, found in self._rows(stage, position, vector):
-            rows = slice(at + start, at + min(start + ROWS, len(stage)))
+            rows = slice(at + start, at + min(start + self.together, len(stage)))
             count = rows.stop - rows.start
             np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, self.effects[rows, :n])
             errors = np.asarray(found.errors)[:count, :, :T]
@@ -206,9 +209,9 @@ class Search:
     def _rows(self, stage, position, vector) -> Iterator[tuple[int, linear.Effects]]:
         """(first row, effects) of batches of rows; the next is computed while one is used."""
         waiting: deque[tuple[int, linear.Effects]] = deque()
-        for start in range(0, len(stage), ROWS):
-            some = (a[start : start + ROWS] for a in (stage, position, vector))
-            rows = Rows(*map(_filled, some, (-1, 0, 0)))
+        for start in range(0, len(stage), self.together):
+            some = (a[start : start + self.together] for a in (stage, position, vector))
+            rows = Rows(*(_filled(a, self.together, v) for a, v in zip(some, (-1, 0, 0))))
             found = linear.effects(self.model, self.prompt.frozen, self.written, rows)
             waiting.append((start, found))
             if len(waiting) > 1:
@@ -257,7 +260,7 @@ class Search:
         return Nodes.joined(features, errors, tokens), Nodes.joined(features, final)
 
 
-def _filled(array: np.ndarray, value: float) -> np.ndarray:
-    """`array` with up to `ROWS` entries on its first axis."""
-    room = ((0, ROWS - len(array)),) + ((0, 0),) * (array.ndim - 1)
+def _filled(array: np.ndarray, size: int, value: float) -> np.ndarray:
+    """`array` with entries of `value` up to `size` on its first axis."""
+    room = ((0, size - len(array)),) + ((0, 0),) * (array.ndim - 1)
     return np.pad(array, room, constant_values=value)

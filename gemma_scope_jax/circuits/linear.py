@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.model.attention import LOWEST, Tokens, visible
 from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.sharding import mesh_of, place
 
 WHOLE = 64  # prompts up to this many tokens are one chunk
 GROUPS, SLOTS = 8, 16  # a block: this many tokens, with this many features of each
@@ -120,6 +121,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
     chunks = 1 + jnp.max(jnp.where(rows.stage < 0, 0, rows.position)) // C
     top = jnp.max(rows.stage) // 2
     begin = partial(begun, rows)
+    spread = partial(place, mesh_of(model.params.embed))  # rows over "data", slots over "model"
 
     def layer_step(n, carry):
         g, slots, errors, sums = carry
@@ -143,12 +145,13 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
         errors, sums = errors.at[layer].set(found[..., 0]), sums + found[..., 1:].sum(0)
         if written.skip is not None:
             g = through_skip(model, frozen, written.skip, layer, chunks, g)
-        g = begin(g, 2 * layer)
-        return through_attention(model, frozen, layer, chunks, g), slots, errors, sums
+        g = through_attention(model, frozen, layer, chunks, begin(g, 2 * layer))
+        return spread(g, None, "data", None), slots, errors, sums
 
+    slots = jnp.zeros((blocks.results, GROUPS, R, SLOTS), jnp.float32)
     carry = (
-        jnp.zeros((T, R, D), jnp.float32),
-        jnp.zeros((blocks.results, GROUPS, R, SLOTS), jnp.float32),
+        spread(jnp.zeros((T, R, D), jnp.float32), None, "data", None),
+        spread(slots, None, None, "data", "model"),
         jnp.zeros((c.layers, T, R), jnp.float32),
         jnp.zeros((R, 2), jnp.float32),
     )

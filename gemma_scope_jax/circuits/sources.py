@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.circuits.linear import (
     GROUPS,
@@ -242,8 +243,13 @@ def _fill(blocks, rows, strength, at):
     return jax.lax.dynamic_update_index_in_dim(blocks, rows * strength[..., None], at, 0)
 
 
-def written_blocks(coders: CoderSet, active: Active, layout: Layout) -> Blocks:
-    """What each source writes to each layer, gathered from the decoders for these sources alone."""
+def written_blocks(
+    coders: CoderSet, active: Active, layout: Layout, mesh: Mesh | None = None
+) -> Blocks:
+    """What each source writes to each layer, gathered from the decoders for these sources alone.
+
+    On a mesh the slots are split over its axis "model".
+    """
     pairs = [
         (n, source, target)
         for target in coders.layers
@@ -251,7 +257,8 @@ def written_blocks(coders: CoderSet, active: Active, layout: Layout) -> Blocks:
         if writes_to(coders.at(source), source, target)
     ]
     count, results = room_of(len(pairs)), room_of(len(layout.layer))
-    blocks = jnp.zeros((count, GROUPS, SLOTS, coders[0].d_out), jnp.float32)
+    shape = (count, GROUPS, SLOTS, coders[0].d_out)
+    blocks = jnp.zeros(shape, jnp.float32, device=_over(mesh, SLOTS, 2))
     for at, (n, source, target) in enumerate(pairs):
         coder = coders.at(source)
         places = np.int32(coder.source(source)), np.int32(coder.source(target))
@@ -307,13 +314,20 @@ def _own(coder: Coder, layer: int) -> Any:
 
 
 def what_is_written(
-    coders: CoderSet, prompt: Prompt, active: Active, layout: Layout, whole: jax.Array | None = None
+    coders: CoderSet,
+    prompt: Prompt,
+    active: Active,
+    layout: Layout,
+    *,
+    whole: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Written:
     """Everything that stands for the MLPs of a prompt; it adds up to their outputs.
 
     whole: what all active features write [L, T, D], where `active` are not all of them
+    mesh: the devices that the model is on, if several
     """
-    blocks, skips = written_blocks(coders, active, layout), stacked_skips(coders)
+    blocks, skips = written_blocks(coders, active, layout, mesh), stacked_skips(coders)
     positions, found = np.arange(prompt.mlp_in.shape[1], dtype=np.int32), []
     for layer in coders.layers:
         coder = coders.at(layer)
@@ -323,5 +337,16 @@ def what_is_written(
         all_of = None if whole is None else whole[layer]
         given = bias, prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
         found.append(_remainders(blocks, all_of, skip, *given))
-    error, constant, rest = map(jnp.stack, zip(*found))
+    whole_layers = *map(jnp.stack, zip(*found)), skips
+    if mesh is not None:
+        whole_layers = jax.device_put(whole_layers, _over(mesh))
+    error, constant, rest, skips = whole_layers
     return Written(blocks, error, constant, rest, skips)
+
+
+def _over(mesh: Mesh | None, size: int = 1, axis: int = 0) -> NamedSharding | None:
+    """Copies on every device, but for an axis that is split over "model" where it divides."""
+    if mesh is None:
+        return None
+    split = size > 1 and size % mesh.shape["model"] == 0
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "model" if split else None))
