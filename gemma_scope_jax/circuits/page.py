@@ -5,7 +5,6 @@ column. Text reaches the page through `textContent` and the canvas only, so that
 can become a part of it.
 """
 
-import dataclasses
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,29 +13,16 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.circuits.graph import KINDS, Graph, Nodes
+from gemma_scope_jax.circuits.words import FeatureDetails
 from gemma_scope_jax.storage.strict_json import legible
 from gemma_scope_jax.web.pages import inert_json, page_template
 
 Head = tuple[int, int, int, float]  # layer, head, key position, contribution
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureDetails:
-    """What the page tells about a feature that is chosen.
-
-    raises, lowers  the tokens that the feature makes likelier, and less likely, strongest first
-    examples        texts where it is active: their tokens, and its activation on each
-    """
-
-    raises: Sequence[str] = ()
-    lowers: Sequence[str] = ()
-    examples: Sequence[tuple[Sequence[str], Sequence[float]]] = ()
-
-
 def graph_page(
     graph: Graph,
     *,
-    labels: Mapping[tuple[int, int], str] | None = None,
     details: Mapping[tuple[int, int], FeatureDetails] | None = None,
     heads: Mapping[tuple[int, int], Sequence[Head]] | None = None,
     notes: Mapping[str, Sequence[Sequence[Any]]] | None = None,
@@ -45,7 +31,6 @@ def graph_page(
 ) -> str:
     """The page of a graph, as HTML; prune a large graph first.
 
-    labels: what features are called, by (layer, feature); they go before the nodes' own labels.
     details: more about features, by (layer, feature).
     heads: the attention heads that carry a link, by (row, column) of `graph.effects`: layer, head,
         key position and contribution; a negative head stands for the path through no head.
@@ -53,7 +38,7 @@ def graph_page(
     title: the heading; else the prompt.
     most_links: how many links the page holds, the strongest ones; it says how many it leaves out.
     """
-    data = _page_data(graph, labels or {}, details or {}, heads or {}, most_links)
+    data = _page_data(graph, details or {}, heads or {}, most_links)
     data["title"] = title
     data["notes"] = [
         [heading, [[_cell(value) for value in row] for row in rows]]
@@ -66,32 +51,14 @@ def graph_page(
 
 
 def node_influence(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the answer that runs through each source [sources] and each target [targets].
-
-    It starts at the targets with their `weights`, equal ones where all are zero, and every target
-    hands it on to its sources by their shares in what all sources do to it, unsigned.
-    """
-    n, size = graph.selected, np.abs(graph.effects)
-    total = size.sum(1)
-    start = graph.weights.astype(np.float32)
-    if not start.any():
-        start = (np.arange(len(start)) >= n).astype(np.float32)
-    start = start / max(start.sum(), 1e-30)
-    through, flow = np.zeros(len(graph.sources), np.float32), start
-    for _ in range(graph.layers + 2):  # no path is longer: links lead to later layers only
-        step = np.divide(flow, total, out=np.zeros_like(flow), where=total > 0) @ size
-        through += step
-        flow = np.zeros_like(start)
-        flow[:n] = step[:n]
-        if not flow.any():
-            break
-    through[:n] += start[:n]
-    return through, np.concatenate([through[:n], start[n:]])
+    """The share of the answer that runs through each source [sources] and each target [targets]."""
+    whole = max(float(graph.weights.sum()), 1e-30)
+    through, n = graph.influence() / whole, graph.selected
+    return through, np.concatenate([through[:n], graph.weights[n:] / whole])
 
 
 def _page_data(
     graph: Graph,
-    labels: Mapping[tuple[int, int], str],
     details: Mapping[tuple[int, int], FeatureDetails],
     heads: Mapping[tuple[int, int], Sequence[Head]],
     most_links: int,
@@ -109,7 +76,7 @@ def _page_data(
     index = np.concatenate([place[:n], kept.sum() + np.arange(len(graph.targets) - n)])
     rows = np.flatnonzero(np.concatenate([kept[:n], np.ones(len(index) - n, bool)]))
     at = {pair: i for i, pair in enumerate(zip(row.tolist(), column.tolist()))}
-    nodes, known = _nodes(graph.sources[kept], graph.targets[n:], labels, details)
+    nodes, known = _nodes(graph.sources[kept], graph.targets[n:], details)
     nodes["influence"] = _rounded(np.concatenate([through[kept], reached[n:]]))
     return {
         "about": _about(graph.about),
@@ -142,10 +109,7 @@ def _page_data(
 
 
 def _nodes(
-    sources: Nodes,
-    asked: Nodes,
-    labels: Mapping[tuple[int, int], str],
-    details: Mapping[tuple[int, int], FeatureDetails],
+    sources: Nodes, asked: Nodes, details: Mapping[tuple[int, int], FeatureDetails]
 ) -> tuple[dict[str, list[Any]], list[tuple[int, int]]]:
     """The columns of the table of nodes, and the (layer, feature) that `detail` counts through."""
     joined = lambda name: np.concatenate([getattr(sources, name), getattr(asked, name)]).tolist()
@@ -161,10 +125,7 @@ def _nodes(
         "position": joined("position"),
         "feature": feature,
         "activation": _rounded(joined("activation")),
-        "label": [
-            str(own) if key is None else labels.get(key, "") or str(own)
-            for key, own in zip(keys, joined("label"))
-        ],
+        "label": list(map(str, joined("label"))),
         "detail": [-1 if key is None else detail.get(key, -1) for key in keys],
     }
     return columns, known

@@ -118,17 +118,24 @@ def extreme_logits(
 
 
 def logit_tokens(
-    model: Model, coder: Coder, tokenizer: Tokenizer, features: Features, *, k: int = 10
+    model: Model,
+    coder: Coder,
+    tokenizer: Tokenizer,
+    features: Features,
+    *,
+    k: int = 10,
+    layer: int | None = None,
 ) -> list[tuple[list[str], list[str]]]:
     """The `k` tokens that each of `features` (ints, [n]) raises and lowers most, strongest first.
 
-    Empty lists for coders that do not write to the residual stream.
+    layer: the model's layer that reads the features, for coders of several. Empty lists for coders
+    that do not write to the residual stream.
     """
     if coder.writes not in TO_LOGITS:
         return [([], []) for _ in features]
     return [
         (tokenizer.decode_tokens(top), tokenizer.decode_tokens(bottom))
-        for chunk in extreme_logits(model, coder, tokenizer, features, k=k)
+        for chunk in extreme_logits(model, coder, tokenizer, features, k=k, layer=layer)
         for top, bottom in zip(chunk[0], chunk[2])
     ]
 

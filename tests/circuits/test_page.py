@@ -1,16 +1,14 @@
 """The page of an attribution graph: what is in it, and that no text breaks out."""
 
-import dataclasses
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
-from gemma_scope_jax.circuits.page import FeatureDetails, graph_page, node_influence
+from gemma_scope_jax.circuits.page import graph_page, node_influence
+from gemma_scope_jax.circuits.words import FeatureDetails, label_graph
 from page_graphs import page_graph
 
 HOSTILE = '</script><script>alert("x")</script>{{data}}{{title}}<!--&amp;\u202e\u2028"\'\\'
@@ -56,10 +54,10 @@ def hostile_graph():
 
 def hostile_page(graph):
     keys = [(int(graph.sources.layer[i]), int(graph.sources.feature[i])) for i in range(2)]
+    examples = [([HOSTILE], [1.0])]
     return graph_page(
-        graph,
-        labels={keys[0]: HOSTILE},
-        details={keys[1]: FeatureDetails([HOSTILE], [HOSTILE], [([HOSTILE], [1.0])])},
+        label_graph(graph, {keys[0]: FeatureDetails(HOSTILE)}),
+        details={keys[1]: FeatureDetails("", [HOSTILE], [HOSTILE], examples)},
         notes={HOSTILE: [[HOSTILE], [HOSTILE]]},
         title=HOSTILE,
     )
@@ -128,8 +126,6 @@ def test_influence_is_the_sum_over_all_paths(graph):
     through, reached = node_influence(graph)
     np.testing.assert_allclose(through, all_paths[:s], atol=1e-6)
     np.testing.assert_allclose(reached, all_paths[at], atol=1e-6)
-    none = dataclasses.replace(graph, weights=np.zeros_like(graph.weights))
-    np.testing.assert_allclose(node_influence(none)[1][n:], 0.5)
 
 
 def test_only_the_strongest_links_are_kept(graph):
@@ -146,8 +142,7 @@ def test_labels_details_heads_and_notes(graph):
     row, column = (int(i[-1]) for i in np.nonzero(graph.effects))
     data = data_of(
         graph_page(
-            graph,
-            labels={key: "mine", (0, -5): "not here"},
+            label_graph(graph, {key: FeatureDetails("mine"), (0, -5): FeatureDetails("no")}),
             details={key: FeatureDetails(raises=["x"], examples=[(["a", "b"], [0, 1 / 3])])},
             heads={(row, column): [(1, 2, 3, 1 / 3), (1, -1, 3, float("nan"))], (0, 10**6): []},
             notes={"Scores": [["of", "score"], ["all", np.float32(0.25)], ["none", None]]},
@@ -157,11 +152,3 @@ def test_labels_details_heads_and_notes(graph):
     assert data["details"] == [[["x"], [], [[["a", "b"], [0, 0.3333]]]]]
     assert data["heads"] == [[data["links"]["all"] - 1, [[1, 2, 3, 0.3333], [1, -1, 3, None]]]]
     assert data["notes"] == [["Scores", [["of", "score"], ["all", 0.25], ["none", "None"]]]]
-
-
-def test_the_program_is_valid(graph, tmp_path):
-    if (node := shutil.which("node")) is None:
-        pytest.skip("no node here")
-    program = graph_page(graph).rpartition("<script>")[2].partition("</script>")[0]
-    (tmp_path / "program.js").write_text(program, encoding="utf-8")
-    subprocess.run([node, "--check", tmp_path / "program.js"], check=True)

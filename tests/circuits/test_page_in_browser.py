@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 
 from browser import CHROMIUM, Browser
-from gemma_scope_jax.circuits.page import FeatureDetails, graph_page
+from gemma_scope_jax.circuits.page import graph_page
+from gemma_scope_jax.circuits.words import FeatureDetails, label_graph
 from page_graphs import dallas_graph, page_graph
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+pytestmark = pytest.mark.slow  # and they need Chromium
 HOSTILE = '</script><script>alert("x")</script><b>\u202e"\'\\'
 FRAME = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))"
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    assert CHROMIUM, "install Chromium: these tests drive it"
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
@@ -43,8 +45,8 @@ def value(browser, script):
 
 
 def test_first_view_shows_the_strongest(seen):
-    graph, labels = dallas_graph()
-    browser = seen(graph, labels=labels)
+    graph = dallas_graph()
+    browser = seen(graph)
     head = browser.run("document.querySelector('header').innerText")
     assert "The capital of the state containing Dallas is" in head and "Austin" in head
     assert "60 of" in head and "41 %" in head
@@ -62,8 +64,8 @@ def test_first_view_shows_the_strongest(seen):
 
 @pytest.mark.parametrize("size", [(400, 800), (1400, 900)])
 def test_mouse_chooses_drags_and_zooms(seen, size):
-    graph, labels = dallas_graph()
-    browser = seen(graph, labels=labels, size=size)
+    graph = dallas_graph()
+    browser = seen(graph, size=size)
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     find = "nodeRank.order.find((i) => nameOf(i) === 'say Austin')"
     x, y = value(
@@ -88,8 +90,8 @@ def test_mouse_chooses_drags_and_zooms(seen, size):
 
 
 def test_keys_walk_pin_group_and_search(seen):
-    graph, labels = dallas_graph()
-    browser = seen(graph, labels=labels)
+    graph = dallas_graph()
+    browser = seen(graph)
     browser.run("scroll.focus()")
     browser.key("ArrowUp")
     assert browser.run("nameOf(state.selected)") == "Austin"
@@ -139,15 +141,15 @@ def test_links_of_groups_are_summed_and_heads_shown(seen):
 
 
 def test_a_view_is_written_and_read_back(seen):
-    graph, labels = dallas_graph()
-    browser = seen(graph, labels=labels)
+    graph = dallas_graph()
+    browser = seen(graph)
     browser.run("""nodeRank.order.slice(0, 4).forEach(togglePin);
       group("four"); choose(nodeRank.order[5]);
       state.labels.set(nodeRank.order[5], "mine"); state.moved.set(3, [4, 5]);
       state.nodes = .5; refresh()""")
     written = value(browser, "written()")
     assert written["groups"][0]["name"] == "four" and len(written["groups"][0]["nodes"]) == 4
-    browser = seen(graph, labels=labels)
+    browser = seen(graph)
     written["pinned"].append("feature/99/1/1")  # of another graph
     written["labels"]["__proto__"] = "x"
     assert browser.run(f"readBack(JSON.parse({json.dumps(json.dumps(written))}))") == 2
@@ -168,9 +170,8 @@ def test_hostile_text_and_empty_graphs(seen):
     graph = page_graph(("<bos>", HOSTILE, "\x00\n", "\ud800"), answers=((HOSTILE, 0.5), ("", 0.1)))
     key = (int(graph.sources.layer[0]), int(graph.sources.feature[0]))
     browser = seen(
-        graph,
-        labels={key: HOSTILE},
-        details={key: FeatureDetails([HOSTILE], [HOSTILE], [([HOSTILE], [1.0])])},
+        label_graph(graph, {key: FeatureDetails(HOSTILE)}),
+        details={key: FeatureDetails("", [HOSTILE], [HOSTILE], [([HOSTILE], [1.0])])},
         notes={HOSTILE: [[HOSTILE], [HOSTILE]]},
         title=HOSTILE,
     )

@@ -3,6 +3,7 @@
 import numpy as np
 
 from gemma_scope_jax.circuits.graph import Graph, Nodes
+from gemma_scope_jax.circuits.words import FeatureDetails, label_graph
 
 ANSWERS = ((" Austin", 0.41), (" Dallas", 0.12), (" the", 0.07), (" Houston", 0.05), (" a", 0.03))
 PROMPT = ("<bos>", "The", " capital", " of", " the", " state", " containing", " Dallas", " is")
@@ -70,10 +71,7 @@ def page_graph(
 
 
 def dallas_graph(seed=1):
-    """About 300 nodes and 5,000 links, among them a circuit that answers "Austin" in two steps.
-
-    Returns the graph and the labels of the circuit's features.
-    """
+    """About 300 nodes and 5,000 links, among them a circuit that answers "Austin" in two steps."""
     graph = page_graph(PROMPT, 18, 230, ANSWERS, 0.162, seed)
     rng, n = np.random.default_rng(seed), graph.selected
     names = dict(enumerate([""] * n))
@@ -92,13 +90,14 @@ def dallas_graph(seed=1):
     for before, after, much in LEADS:
         pairs = (source[None] == before) & (target[:, None] == after) & late
         effects[pairs] += (much * rng.lognormal(0, 0.3, int(pairs.sum()))).astype(np.float32)
-    labels = {
-        (int(layer[i]), int(graph.sources.feature[i])): name for i, name in names.items() if name
+    known = {
+        (int(layer[i]), int(graph.sources.feature[i])): FeatureDetails(name)
+        for i, name in names.items()
     }
     made = _finished(
         graph.sources, graph.targets, effects, graph.weights, graph.tokens, n, graph.layers
     )
-    return made, labels
+    return label_graph(made, known)
 
 
 def _finished(sources, targets, effects, weights, tokens, selected, layers):
