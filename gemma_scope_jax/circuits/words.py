@@ -104,11 +104,12 @@ def node_name(node: Nodes) -> str:
     return f"{kind} {layer}/{feature}{where}" + (f" ({label})" if label else "")
 
 
-def strongest_paths(graph: Graph, count: int = 10) -> list[Path]:
+def strongest_paths(graph: Graph, count: int = 10, *, direct: bool = True) -> list[Path]:
     """The paths with the largest shares of influence, at most `count`; prune a large graph first.
 
     Every target hands its influence to its sources by their shares in its absolute effects; a
-    path's share is the product. Effects are signed along the way.
+    path's share is the product. Effects are signed along the way. `direct`: list also the paths
+    that lead from a token or an error to a final target without a feature between.
     """
     count, n = whole_number("count", count, 1), graph.selected
     totals = np.maximum(row_sums(graph.effects), 1e-30)
@@ -131,7 +132,7 @@ def strongest_paths(graph: Graph, count: int = 10) -> list[Path]:
             ways = [(share * step, e * slope, (source, *way)) for share, e, way in best]
             if source < n:
                 kept.setdefault(source, []).extend(ways)
-            else:
+            elif row < n or direct:
                 ends.extend(ways)
         ends = heapq.nlargest(count, ends)
     return [
