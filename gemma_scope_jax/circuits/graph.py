@@ -12,13 +12,16 @@ features, in the same order (layer, position, feature).
 
 import dataclasses
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gemma_scope_jax.circuits import influence, prune
 from gemma_scope_jax.circuits.files import save_graph
 from gemma_scope_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.circuits.compare import GraphDifference
 
 # Kinds of nodes. A "neuron" stands where a feature would, in graphs without coders.
 KINDS = ("feature", "neuron", "error", "token", "logit", "direction")
@@ -172,6 +175,12 @@ class Graph:
             effects=np.concatenate(columns, axis=1),
             cumulative=None,
         )
+
+    def __sub__(self, other: "Graph") -> "GraphDifference":
+        """What differs between two graphs, edge by edge: see `graph_difference`."""
+        from gemma_scope_jax.circuits.compare import graph_difference  # it imports this module
+
+        return graph_difference(self, other)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the graph whole: .npz for programs, or .json as viewers read it (`graph_document`),

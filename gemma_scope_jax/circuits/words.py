@@ -91,17 +91,20 @@ class Path:
         return f"{steps} {verb} {node_name(self.target)} ({self.share:.2%} of the influence)"
 
 
-def node_name(node: Nodes) -> str:
-    """A node in a few words: `" Dallas" at 7`, `feature 12/301 at 8 (Texas, Austin)`."""
+def node_name(node: Nodes, *, where: bool = True) -> str:
+    """A node in a few words: `" Dallas" at 7`, `feature 12/301 at 8 (Texas, Austin)`.
+
+    where: say its position
+    """
     kind, layer, feature = str(node.kind[0]), int(node.layer[0]), int(node.feature[0])
-    label, where = shown(str(node.label[0])), f" at {node.position[0]}"
+    label, at = shown(str(node.label[0])), f" at {node.position[0]}" if where else ""
     if kind == "token":
-        return f'"{label}"{where}'
+        return f'"{label}"{at}'
     if kind in ("logit", "direction"):
         return f'"{label}"' if kind == "logit" else label
     if kind == "error":
-        return f"error of layer {layer}{where}"
-    return f"{kind} {layer}/{feature}{where}" + (f" ({label})" if label else "")
+        return f"error of layer {layer}{at}"
+    return f"{kind} {layer}/{feature}{at}" + (f" ({label})" if label else "")
 
 
 def strongest_paths(graph: Graph, count: int = 10, *, direct: bool = True) -> list[Path]:
