@@ -42,7 +42,8 @@ class Agreement:
     slope     of measured over predicted, through the origin
     size      mean absolute measured change
 
-    A figure is NaN where it is not defined.
+    A figure is NaN where it is not defined. All are if a run overflowed, as it may with frozen
+    norms, which do not hold large changes down.
     """
 
     freeze: str
@@ -203,9 +204,10 @@ def agreement(
     predicted: np.ndarray, measured: np.ndarray, freeze: str, targets: str, control: bool
 ) -> Agreement:
     """The figures of two arrays [n]."""
-    p, m = predicted.astype(np.float64), measured.astype(np.float64)
-    spread, both = np.square(m - m.mean()).sum() if m.size else 0.0, (p != 0) & (m != 0)
-    nan = float("nan")
+    p, m, nan = predicted.astype(np.float64), measured.astype(np.float64), float("nan")
+    if not m.size or not np.isfinite(m).all():
+        return Agreement(freeze, targets, control, int(p.size), *(nan,) * len(FIGURES))
+    spread, both = np.square(m - m.mean()).sum(), (p != 0) & (m != 0)
     return Agreement(
         freeze,
         targets,
@@ -215,7 +217,7 @@ def agreement(
         r2=1 - float(np.square(m - p).sum() / spread) if spread else nan,
         sign=float((np.sign(p) == np.sign(m))[both].mean()) if both.any() else nan,
         slope=float((p * m).sum() / np.square(p).sum()) if p.any() else nan,
-        size=float(np.abs(m).mean()) if m.size else nan,
+        size=float(np.abs(m).mean()),
     )
 
 

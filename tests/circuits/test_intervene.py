@@ -6,36 +6,14 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from circuit_sets import IDS, MLP, SETS, features_of
 from coders import random_coder
 from gemma_scope_jax.circuits.edit_rows import gathered, own_layers
 from gemma_scope_jax.circuits.interventions import as_arrays
 from gemma_scope_jax.errors import InputError
-from reference_graph import reference_graph
 
-MLP = {"reads": "mlp_in", "writes": "mlp_out", "threshold": 0.2}
-IDS = np.random.default_rng(0).integers(2, 300, 9).astype(np.int32)
-SETS = {
-    "plain": [random_coder(24, layer=i, seed=i, **MLP) for i in range(4)],
-    "affine": [random_coder(24 + i, layer=i, seed=i, skip=True, first=2, **MLP) for i in range(4)],
-    "clt": [random_coder(24, layers=(0, 1, 2, 3), skip=True, **MLP)],
-    "two layers": [random_coder(24, layer=i, seed=i, skip=i == 2, **MLP) for i in (2, 0)],
-    "mixed": [random_coder(24, layers=(0, 2), **MLP), random_coder(20, layer=1, skip=True, **MLP)],
-}
 SCALES = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale", "post_mlp_scale")
 kinds = pytest.mark.parametrize("kind", SETS)
-
-
-@pytest.fixture(scope="module")
-def graphs(model):
-    """The graphs by brute force, made when asked for."""
-    made = {}
-    return lambda kind: made.setdefault(kind, reference_graph(model, SETS[kind], IDS))
-
-
-def features_of(graph):
-    """[n, 3] layer, position, feature of the graph's features."""
-    nodes = graph.sources[: graph.selected]
-    return np.stack([nodes.layer, nodes.position, nodes.feature], 1)
 
 
 def changed(found):
@@ -99,7 +77,7 @@ def patches(clean, sites):
 
 
 @pytest.mark.parametrize("freeze", ["nothing", "attention", "attention+norms", "replacement"])
-@kinds
+@pytest.mark.parametrize("kind", ["affine", "clt", "mixed"])
 def test_every_mode_equals_the_model_with_hooks(model, kind, freeze):
     """By another route: one set at a time, what is frozen as patches, the coders as splices."""
     coders, clean, items = SETS[kind], clean_values(model), []
@@ -161,7 +139,7 @@ def test_the_control_writes_random_directions_of_the_same_norm(model):
 # ---- batches and programs ------------------------------------------------------------------------
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["affine", "mixed"])
 def test_no_edits_leave_the_prompt_as_it_is(model, kind):
     wanted = np.asarray(gs.run(model, IDS[None]).logits[0])
     for freeze in ("nothing", "direct"):

@@ -6,29 +6,13 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from circuit_sets import IDS, MLP, SETS, features_of
 from coders import random_coder
 from gemma_scope_jax.circuits.validate import agreement, influence, total_ablation
 from gemma_scope_jax.errors import InputError
 from reference_graph import reference_graph
 
-MLP = {"reads": "mlp_in", "writes": "mlp_out", "threshold": 0.2}
-IDS = np.random.default_rng(0).integers(2, 300, 9).astype(np.int32)
-SETS = {
-    "affine": [random_coder(24, layer=i, seed=i, skip=True, **MLP) for i in range(4)],
-    "clt": [random_coder(24, layers=(0, 1, 2, 3), **MLP)],
-}
-kinds = pytest.mark.parametrize("kind", SETS)
-
-
-@pytest.fixture(scope="module")
-def graphs(model):
-    """The graphs by brute force, made when asked for."""
-    made = {}
-    return lambda kind: made.setdefault(kind, reference_graph(model, SETS[kind], IDS))
-
-
-def columns(nodes):
-    return np.stack([nodes.layer, nodes.position, nodes.feature], 1)
+kinds = pytest.mark.parametrize("kind", ["affine", "clt"])
 
 
 @kinds
@@ -60,7 +44,7 @@ def test_direct_effects_are_exact_and_random_directions_are_not(model, graphs, k
 def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind):
     """Features are made a hundredth smaller: few thresholds are crossed, and the rest is linear."""
     graph = graphs(kind)
-    n, features = graph.selected, columns(graph.sources[: graph.selected])
+    n, features = graph.selected, features_of(graph)
     which = np.argsort(-influence(graph)[:n])[:24]
     sets = [[gs.Intervention(*features[s].tolist(), 0.99, relative=True)] for s in which]
     options = {"read": features, "tokens": graph.targets.feature[n:], "freeze": "replacement"}
