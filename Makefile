@@ -12,7 +12,7 @@
 #                           train_share.py: for GPUs)
 #   make lint               ruff and pyright
 #   make durations          measure anew which tests `make quick` leaves out (tests/long_tests.txt)
-#   make golden             write anew what transformers computes (tests/golden)
+#   make golden             write anew what transformers and circuit-tracer compute (tests/golden)
 #   make docs               the documentation as a site: site/index.html
 #   make constraints        write anew the tested versions (constraints.txt)
 #
@@ -143,6 +143,7 @@ test-peers: $(PEERS)/.has
 
 golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
+	$(PEERS)/bin/python tests/golden/make_circuit_tracer.py
 
 bench: $(VENV)/.has-demo $(PEERS)/.has
 	@for script in $(filter-out %/sides.py %/train_quality.py %/train_share.py,$(wildcard benchmarks/*.py)); do \

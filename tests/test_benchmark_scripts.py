@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -44,3 +45,17 @@ def test_extract(tmp_path):
         "extract.py", tmp_path, ["prepare", "run", "device"], *small
     )
     assert bytes_a_token > 1 and rate > 0 and alone > 0
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_attribution(tmp_path):
+    few = ("--features", 180)
+    ((ids, _),) = answers("attribution.py", tmp_path, ["write"], "--role", "prepare", *few)
+    asked = [f"attribute {','.join(map(str, ids))} {tmp_path}/ours.npz", "peak"]
+    seconds, peak = answers("attribution.py", tmp_path, asked)
+    assert seconds > 0 and peak > 0.5
+    with np.load(tmp_path / "ours.npz") as graph:
+        sources, targets = 180 + 18 * len(ids) + len(ids), 180 + 10
+        assert 180 < len(graph["targets"]) <= targets
+        assert graph["effects"].shape == (len(graph["targets"]), sources)

@@ -26,7 +26,7 @@ ROOMS = {
     "training": ("coders", "data"),
     "extraction": ("coders", "data"),
     "evaluation": ("coders", "data"),
-    "circuits": ("coders", "data"),
+    "circuits": ("coders", "data", "web"),
     "probing": ("evaluation",),
     "autointerp": ("extraction",),
     "cards": ("extraction", "autointerp", "web"),

@@ -11,9 +11,19 @@ features, in the same order (layer, position, feature).
 """
 
 import dataclasses
-from typing import Any
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
+
+from gemma_scope_jax.circuits import influence, prune
+from gemma_scope_jax.circuits.files import save_graph
+from gemma_scope_jax.circuits.intervene import Freeze
+from gemma_scope_jax.circuits.validate import Validation, validate
+from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import Model
 
 # Kinds of nodes. A "neuron" stands where a feature would, in graphs without coders.
 KINDS = ("feature", "neuron", "error", "token", "logit", "direction")
@@ -45,6 +55,12 @@ class Nodes:
         index = np.atleast_1d(index) if not isinstance(index, slice) else index
         return Nodes(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
 
+    @staticmethod
+    def joined(*tables: "Nodes") -> "Nodes":
+        """One table of the rows of several."""
+        names = [f.name for f in dataclasses.fields(Nodes)]
+        return Nodes(*(np.concatenate([getattr(t, name) for t in tables]) for name in names))
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
@@ -62,6 +78,8 @@ class Graph:
     selected the number n of selected features
     layers   the number of the model's layers
     about    what the graph was made from and how: JSON data
+    cumulative  float64 [sources] or None: of each source the share of all influence that it and
+             the sources with more of it have; as before pruning, if this is a pruned graph
     """
 
     sources: Nodes
@@ -76,3 +94,147 @@ class Graph:
     selected: int
     layers: int
     about: dict[str, Any]
+    cumulative: np.ndarray | None = None
+
+    def influence(self) -> np.ndarray:
+        """What every source has to do with the final targets: float64 [sources], at least 0.
+
+        The sum over all paths to the final targets of the product of each step's share of its
+        target's absolute effects, times the final target's weight. Raises `InputError` for effects
+        that are not finite, or go to a layer from the same or a higher one.
+        """
+        return influence.influence(
+            self.effects, layer=self.targets.layer, node=self._columns(), weights=self.weights
+        )
+
+    def scores(self) -> "GraphScores":
+        """How much of the influence the graph's features and tokens account for."""
+        found, kind = self.influence(), self.sources.kind
+        shares = influence.scores(self.effects, found, self._columns(), self.weights, kind)
+        return GraphScores(*shares, 1 - shares[0])
+
+    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> "Graph":
+        """A graph of the nodes, and the edges among them, that have the most influence.
+
+        node_threshold, edge_threshold: the shares of all influence that the kept ones have, 0 to 1;
+        1 keeps all that have any. Tokens and final targets stay. Then features that nothing enters,
+        and features and errors that nothing leaves, are removed until none is left. Cut edges are
+        zero; what they and the removed sources contributed is in `rest`. Raises `InputError`.
+        """
+        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        for name, threshold in thresholds.items():
+            if not 0 <= threshold <= 1:
+                raise InputError(f"{name} is {threshold}, expected 0 to 1")
+        kept = prune.prune(
+            self.effects,
+            layer=self.targets.layer,
+            selected=self.selected,
+            tokens=self.sources.kind == "token",
+            weights=self.weights,
+            **thresholds,
+        )
+        return dataclasses.replace(
+            self,
+            sources=self.sources[kept.columns],
+            targets=self.targets[kept.rows],
+            effects=kept.effects,
+            value=self.value[kept.rows],
+            bias=self.bias[kept.rows],
+            rest=(self.rest[kept.rows] + kept.dropped).astype(np.float32),
+            weights=self.weights[kept.rows],
+            selected=int((kept.columns < self.selected).sum()),
+            about={**self.about, "pruning": thresholds},
+            cumulative=kept.cumulative,
+        )
+
+    def merge_errors(self, by: Literal["layer", "position", "all"]) -> "Graph":
+        """The same graph with one error node a layer, a position, or in all: the sums of theirs.
+
+        What a merged node no longer has, its layer or its position, is -1. Effects of either sign
+        cancel within a sum, so that influence and scores change.
+        """
+        if by not in ("layer", "position", "all"):
+            raise InputError(f"errors are merged by layer, position or all, not {by!r}")
+        kind = self.sources.kind
+        errors, others = np.flatnonzero(kind == "error"), np.flatnonzero(kind != "error")
+        nothing = np.full(len(errors), -1, np.int32)
+        layer = self.sources.layer[errors] if by == "layer" else nothing
+        position = self.sources.position[errors] if by == "position" else nothing
+        _, first, group = np.unique(
+            np.stack([layer, position]), axis=1, return_index=True, return_inverse=True
+        )
+        merged = np.zeros((len(self.effects), len(first)), np.float32)
+        for row, effects in zip(merged, self.effects):
+            row[:] = np.bincount(group.reshape(-1), effects[errors], len(first))
+        n, nodes = self.selected, self.sources
+        table = dataclasses.replace(
+            nodes[errors[first]], layer=layer[first], position=position[first]
+        )
+        columns = [self.effects[:, others[:n]], merged, self.effects[:, others[n:]]]
+        return dataclasses.replace(
+            self,
+            sources=Nodes.joined(nodes[others[:n]], table, nodes[others[n:]]),
+            effects=np.concatenate(columns, axis=1),
+            cumulative=None,
+        )
+
+    def validate(
+        self,
+        model: Model,
+        coders: Coder | Iterable[Coder],
+        *,
+        top: int = 32,
+        modes: Sequence[Freeze] = ("direct", "attention", "nothing"),
+        seed: int = 0,
+        batch: int = 16,
+    ) -> Validation:
+        """Ablate the `top` features by influence, one at a time, and compare the changes of the
+        final targets and of the features downstream with those that the graph predicts.
+
+        model, coders  those that the graph was made with; `ids` is the prompt
+        modes   what is frozen while measuring, see `intervene`. "direct" is the graph's own linear
+                model, where direct effects are exact; "attention" and "nothing" are the real model;
+                "replacement" shows what thresholds alone change
+        seed    of the control: the same features write random directions of the same norm
+        batch   rows run together
+
+        Raises `InputError` for a graph without features, logits or single features as targets, and
+        for another model or coders.
+        """
+        return validate(self, model, coders, top=top, modes=modes, seed=seed, batch=batch)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the graph whole: .npz for programs, or .json as viewers read it (`graph_document`),
+        which leaves out value, bias and rest. `load_graph` reads both.
+
+        Raises `InputError` if the file cannot be written.
+        """
+        save_graph(self, path)
+
+    def _columns(self) -> np.ndarray:
+        """Of each target the column of the same node, -1 for final targets."""
+        rows = np.arange(len(self.targets))
+        return np.where(rows < self.selected, rows, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphScores:
+    """How much of a graph's influence its features and tokens account for, 0 to 1; NaN if nothing
+    has any.
+
+    replacement   of the influence of tokens and errors, the share of tokens
+    completeness  of what the nodes get, the share that errors do not give, averaged by influence
+    error_share   of the influence of tokens and errors, the share of errors
+
+    Source: circuit-tracer, graph.py (compute_graph_scores).
+    """
+
+    replacement: float
+    completeness: float
+    error_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"replacement {self.replacement:.3f}, completeness {self.completeness:.3f}, "
+            f"errors {self.error_share:.3f}"
+        )

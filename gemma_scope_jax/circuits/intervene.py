@@ -26,7 +26,6 @@ from gemma_scope_jax.circuits.edit_rows import (
 )
 from gemma_scope_jax.circuits.interventions import (
     as_arrays,
-    check_trained,
     checked_feature,
     checked_sets,
     edits_of,
@@ -92,8 +91,9 @@ def intervene(
     layers         with "direct": the layers whose MLPs are frozen (default: all), as
                    circuit-tracer's `constrained_layers`
     read           features [R, 3] (layer, position, feature) whose pre-activations are returned
-    tokens         vocabulary ids [K] whose logits at the last token are returned, less the mean of
-                   all; with logits="none" nothing larger leaves the device
+    tokens         vocabulary ids [K] whose logits after the last token are returned, less the mean
+                   of all; or [K, 2] (position, id), which needs the memory of all logits. With
+                   logits="none" nothing larger leaves the device
     control        a seed: instead of its decoder row each feature writes a random direction of the
                    same norm, its own in every set (and at each layer that it writes to)
     batch          rows run together, one of them the prompt
@@ -118,7 +118,7 @@ def intervene(
     coders = transcoders(model.config, coders)
     rows = edits_of(checked_sets(interventions, coders), coders, len(ids))
     where = _checked_reads(coders, read, len(ids))
-    vocabulary = _checked_tokens(model.config, tokens)
+    vocabulary, everywhere = _checked_tokens(model.config, tokens, len(ids))
     frozen = _frozen_layers(model.config, layers, freeze)
     wanted, back = _by_layer(where, model.config.layers)
     size = max(1, power_of_two(max(map(len, rows))))
@@ -134,8 +134,9 @@ def intervene(
         noise = (np.bool_(seed is not None), np.uint32(seed or 0), numbers)
         data = (some, wanted, vocabulary, frozen, noise)
         found = _intervene(
-            model, given, filled, np.int32(len(ids)), data, freeze=freeze, logits=logits
-        )
+            model, given, filled, np.int32(len(ids)), data,
+            freeze=freeze, logits=logits, everywhere=logits == "all" or everywhere,
+        )  # fmt: skip
         found = tuple(None if a is None else np.asarray(a) for a in found)
         parts.append((found, min(chunk, len(rows) - start)))
     return _joined(parts, len(ids), back, 0 if tokens is None else len(tokens))
@@ -161,8 +162,10 @@ def _joined(parts, length: int, back: np.ndarray | None, tokens: int) -> Interve
 # --- The program ---------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("freeze", "logits"))
-def _intervene(model: Model, coders: tuple[Coder, ...], tokens, length, data, *, freeze, logits):
+@partial(jax.jit, static_argnames=("freeze", "logits", "everywhere"))
+def _intervene(
+    model: Model, coders: tuple[Coder, ...], tokens, length, data, *, freeze, logits, everywhere
+):
     """Logits, pre-activations [B, L, R] and chosen logits [B, K] of rows, of which 0 is clean."""
     edits, wanted, vocabulary, frozen, noise = data
     own = own_layers(coders, model.config.layers)
@@ -181,14 +184,14 @@ def _intervene(model: Model, coders: tuple[Coder, ...], tokens, length, data, *,
         w, b = (jnp.stack(a) for a in zip(*found))
         args = per_layer((w, b, position))
         items.append(intercept.read("mlp_in", None, _pre_activations, args, name="z"))
-    run = "all" if logits == "all" else "last"
+    run = "all" if everywhere else "last"
     out = one_pass(model, tokens, tuple(items), None, length, logits=run)
     pre = None if wanted is None else jnp.moveaxis(out.reads["z"], 0, 1)
     chosen = None
     if vocabulary is not None:
-        at = length - 1 if logits == "all" else 0
-        last = jax.lax.dynamic_index_in_dim(out.logits, at, 1, keepdims=False)
-        chosen = last[:, vocabulary] - last.mean(-1, keepdims=True)
+        at, token = vocabulary
+        at = at if everywhere else jnp.zeros_like(at)
+        chosen = out.logits[:, at, token] - out.logits.mean(-1)[:, at]
     every = {"none": None, "all": out.logits, "last": out.logits[:, -1]}[logits]
     return every, pre, chosen
 
@@ -301,21 +304,30 @@ def _checked_reads(coders: CoderSet, read: Any, length: int) -> np.ndarray | Non
         )
     for layer, position, feature in table.tolist():
         checked_feature(coders, layer, feature)
-        check_trained(coders, layer, position)
-        if position >= length:
+        if not 0 <= position < length:
             raise InputError(f"position {position}: the prompt has positions 0 to {length - 1}")
     return table.astype(np.int32)
 
 
-def _checked_tokens(config: GemmaConfig, tokens: Any) -> np.ndarray | None:
-    """Vocabulary ids, filled up to a power of two."""
+def _checked_tokens(config: GemmaConfig, tokens: Any, length: int) -> tuple[Any, bool]:
+    """Positions and vocabulary ids, filled up to a power of two, and whether a position is not the
+    last."""
     if tokens is None:
-        return None
+        return None, False
     ids = np.asarray(tokens)
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        raise InputError(f"tokens must be vocabulary ids [K], not {ids.dtype}{ids.shape}")
-    check_ids(config, ids, "tokens: ")
-    return np.pad(ids, (0, power_of_two(ids.size) - ids.size)).astype(np.int32)
+    if not ids.size or ids.dtype.kind not in "iu" or (ids.ndim != 1 and ids.shape[1:] != (2,)):
+        raise InputError(
+            f"tokens must be vocabulary ids [K], or [K, 2] (position, id), not {ids.dtype}"
+            f"{list(ids.shape)}"
+        )
+    pairs = np.stack([np.full(len(ids), length - 1), ids], 1) if ids.ndim == 1 else ids
+    table = pairs.T.astype(np.int64)
+    check_ids(config, table[1], "tokens: ")
+    if table[0].min() < 0 or table[0].max() >= length:
+        raise InputError(f"tokens: the prompt has positions 0 to {length - 1}")
+    room = ((0, 0), (0, power_of_two(len(ids)) - len(ids)))
+    at, token = np.pad(table, room, mode="edge").astype(np.int32)
+    return (at, token), bool((at != length - 1).any())
 
 
 def _frozen_layers(config: GemmaConfig, layers: Any, freeze: str) -> np.ndarray:

@@ -92,7 +92,12 @@ def as_intervention(given: Any, coders: CoderSet) -> Intervention:
         raise InputError(f"the value of an intervention is one number, not {given.value!r:.60}")
     first, last = _span(given.position)
     if not isinstance(given.position, slice) and given.position is not None:
-        check_trained(coders, layer, first)
+        trained = coders.at(layer).first
+        if first < trained:
+            raise InputError(
+                f"position {first}: the coder of layer {layer} has features from position "
+                f"{trained} on, for it was not trained on the tokens before"
+            )
     elif last <= first:
         raise InputError(f"the slice {given.position} holds no positions")
     return dataclasses.replace(given, layer=layer, feature=feature, value=float(given.value))
@@ -106,15 +111,6 @@ def checked_feature(coders: CoderSet, layer: Any, feature: Any) -> tuple[int, in
         last = coder.width - 1
         raise InputError(f"feature {feature}: the coder of layer {layer} has features 0 to {last}")
     return layer, feature
-
-
-def check_trained(coders: CoderSet, layer: int, position: int) -> None:
-    """Raise `InputError` for a token at which a coder has no features."""
-    if position < (first := coders.at(layer).first):
-        raise InputError(
-            f"position {position}: the coder of layer {layer} has features from position {first} "
-            "on, for it was not trained on the tokens before"
-        )
 
 
 def _span(position: int | slice | None) -> tuple[int, int]:

@@ -13,16 +13,18 @@ the graph cannot switch on. The model itself says how much that matters.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.intervene import Freeze, intervene
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.config import Model
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.circuits.graph import Graph, Nodes
 
 FIGURES = ("spearman", "r2", "sign", "slope", "size")
 ALLOWED = 0.05  # of a typical pre-activation: how far a graph's values may be from the model's
@@ -34,7 +36,8 @@ class Agreement:
 
     freeze    what was frozen, see `intervene`; with "direct" the prediction is of direct effects,
               else of total ones
-    targets   "logits", or "features": the pre-activations of the graph's features downstream
+    targets   "final": what the graph was asked about; or "features": the pre-activations of its
+              features downstream
     control   whether each feature wrote a random direction of its decoder row's norm instead
     spearman  rank correlation
     r2        1 - sum of (measured - predicted)^2 / sum of (measured - mean)^2: 1 at best, no fit
@@ -59,16 +62,18 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What `validate` returns; printed, it is a table.
+    """What `Graph.validate` returns; printed, it is a table.
 
     agreements  one for each mode and kind of target, without and with the control
     ablated     the features that were ablated, one at a time
-    changes     of the logits by mode, float32 [3, ablated, logits]: predicted, measured, control
+    final       what the graph was asked about, less what cannot be measured
+    changes     of `final`, by mode, float32 [3, ablated, final]: predicted, measured, control
     seed        of the control's random directions
     """
 
     agreements: tuple[Agreement, ...]
-    ablated: Nodes
+    ablated: "Nodes"
+    final: "Nodes"
     changes: dict[str, np.ndarray]
     seed: int
 
@@ -94,7 +99,7 @@ class Validation:
 
 
 def validate(
-    graph: Graph,
+    graph: "Graph",
     model: Model,
     coders: Coder | Iterable[Coder],
     *,
@@ -103,64 +108,72 @@ def validate(
     seed: int = 0,
     batch: int = 16,
 ) -> Validation:
-    """Ablate the `top` features of a graph by influence, one at a time, and compare the changes of
-    its logits and of its features downstream with those that the graph predicts.
-
-    model, coders  those that the graph was made with; `graph.ids` is the prompt
-    modes          what is frozen while measuring, see `intervene`. "direct" is the graph's own
-                   linear model, where direct effects are exact; "attention" and "nothing" are the
-                   real model; "replacement" shows what thresholds alone change
-    seed           of the control: the same features write random directions of the same norm
-    batch          rows run together
-
-    Raises `InputError` for a graph without features or logits, or of another model or coders.
-    """
-    n = graph.selected
-    logits = np.flatnonzero(graph.targets.kind == "logit")
-    if not n or not (graph.sources.kind[:n] == "feature").all() or not logits.size:
-        raise InputError("a graph is validated by its features and logits: it needs both")
-    seed = whole_number("seed", seed, 0)
-    which = np.argsort(-influence(graph)[:n], kind="stable")[: whole_number("top", top, 1)]
-    nodes = graph.sources[:n]
-    table = np.stack([nodes.layer, nodes.position, nodes.feature], 1)
-    sets = [[(*table[s].tolist(), 0.0)] for s in which]
+    """See `Graph.validate`."""
+    n, seed = graph.selected, whole_number("seed", seed, 0)
+    nodes, final = graph.sources[:n], _final(graph)
+    which = np.argsort(-graph.influence()[:n], kind="stable")[: whole_number("top", top, 1)]
     later = nodes.layer[None, :] > nodes.layer[which][:, None]
     later &= nodes.position[None, :] >= nodes.position[which][:, None]
 
     agreements, changes = [], {}
     for mode in modes:
         predicted = (ablation if mode == "direct" else total_ablation)(graph, which)
-        changes[mode] = predicted[None, :, logits]
+        kinds = {"final": predicted[:, final], "features": predicted[:, :n][later]}
+        changes[mode] = [kinds["final"]]
         for control in (None, seed):
             options = {"freeze": mode, "control": control, "batch": batch}
-            of_logits, of_features = _measured(graph, model, coders, sets, table, options)
-            changes[mode] = np.concatenate([changes[mode], of_logits[None]])
-            kind = (mode, "logits", control is not None)
-            agreements.append(agreement(predicted[:, logits].ravel(), of_logits.ravel(), *kind))
-            kind = (mode, "features", control is not None)
-            agreements.append(agreement(predicted[:, :n][later], of_features[later], *kind))
-    return Validation(tuple(agreements), nodes[which], changes, seed)
+            measured = _measured(graph, model, coders, which, options)
+            changes[mode].append(measured[:, final])
+            answers = {"final": measured[:, final], "features": measured[:, :n][later]}
+            agreements += [
+                agreement(kinds[k], answers[k], mode, k, control is not None) for k in kinds
+            ]
+    changes = {mode: np.stack(found) for mode, found in changes.items()}
+    return Validation(tuple(agreements), nodes[which], graph.targets[final], changes, seed)
 
 
-def _measured(graph, model, coders, sets, table, options) -> tuple[np.ndarray, np.ndarray]:
-    """The changes of the graph's logits [sets, logits] and features [sets, n] in the model."""
-    tokens = graph.targets.feature[graph.targets.kind == "logit"]
-    given = {"read": table, "tokens": tokens, "logits": "none", **options}
-    found = intervene(model, coders, graph.ids, sets, **given)
-    clean: Any = found.clean
-    _check_same(graph, clean.pre_activations)
-    return (found.token_logits - clean.token_logits, found.pre_activations - clean.pre_activations)
+def _final(graph: "Graph") -> np.ndarray:
+    """The rows of what was asked about and can be measured."""
+    kind, n = graph.targets.kind, graph.selected
+    final = np.flatnonzero(np.isin(kind, ("logit", "feature")) & (np.arange(len(kind)) >= n))
+    if not n or not (graph.sources.kind[:n] == "feature").all():
+        raise InputError("a graph is validated by ablating its features, and this one has none")
+    if not final.size:
+        raise InputError(
+            "a graph keeps no vectors of directions and differences, so that they cannot be "
+            "measured: validate one that was asked about logits or features"
+        )
+    return final
+
+
+def _measured(graph, model, coders, which, options) -> np.ndarray:
+    """The changes of the graph's targets in the model if one feature is set to zero: [which,
+    targets], 0 for targets that are not measured."""
+    nodes = graph.targets
+    features, logits = (np.flatnonzero(nodes.kind == k) for k in ("feature", "logit"))
+    read = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[features]
+    options["tokens"] = (
+        np.stack([nodes.position, nodes.feature], 1)[logits] if len(logits) else None
+    )
+    sets = [[(*read[s].tolist(), 0.0)] for s in which]
+    found: Any = intervene(model, coders, graph.ids, sets, read=read, logits="none", **options)
+    _check_same(graph, found.clean.pre_activations[:, : graph.selected])
+    changes = np.zeros((len(which), len(nodes)), np.float32)
+    changes[:, features] = found.pre_activations - found.clean.pre_activations
+    if len(logits):
+        changes[:, logits] = found.token_logits - found.clean.token_logits
+    return changes
 
 
 # --- What the graph predicts ---------------------------------------------------------------------
 
 
-def ablation(graph: Graph, which: np.ndarray) -> np.ndarray:
+def ablation(graph: "Graph", which: np.ndarray) -> np.ndarray:
     """The direct change of every target if one feature is set to zero: [which, targets]."""
     return -graph.effects[:, which].T
 
 
-def total_ablation(graph: Graph, which: np.ndarray) -> np.ndarray:
+def total_ablation(graph: "Graph", which: np.ndarray) -> np.ndarray:
     """The total change of every target if one feature is set to zero and features downstream follow
     their pre-activations: [which, targets]."""
     n = graph.selected
@@ -170,41 +183,25 @@ def total_ablation(graph: Graph, which: np.ndarray) -> np.ndarray:
     return direct + (each @ features).T
 
 
-def influence(graph: Graph) -> np.ndarray:
-    """Each source's share in the targets' values along all paths: [sources].
-
-    A target's inputs are weighed by |effect|, in sum 1; paths begin at `graph.weights`, or at all
-    targets that are not features if these are zero. Source: circuit-tracer's node influence.
-    """
-    n = graph.selected
-    share = np.abs(graph.effects)
-    share = share / np.maximum(share.sum(1) + np.abs(graph.rest), 1e-30)[:, None]
-    weights = graph.weights
-    if not weights.any():
-        weights = (graph.targets.kind != "feature").astype(np.float32)
-    start = weights @ share
-    through = _solved(graph, share[:n, :n], start[:n], back=True)
-    return start + through @ share[:n]
-
-
-def _solved(graph: Graph, matrix: np.ndarray, right: np.ndarray, back: bool = False) -> np.ndarray:
-    """x = matrix x + right (`back`: x = x matrix + right), over the features. Effects only go to
-    later layers, so that in their order the matrix is strictly triangular."""
+def _solved(graph: "Graph", matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """x = matrix x + right, over the features. Effects only go to later layers, so that in their
+    order the matrix is strictly triangular."""
     from scipy.linalg import solve_triangular
 
     order = np.argsort(graph.sources.layer[: graph.selected], kind="stable")
-    sorted_ = np.eye(len(order), dtype=np.float32) - matrix[np.ix_(order, order)]
+    left = np.eye(len(order), dtype=np.float32) - matrix[np.ix_(order, order)]
     x = np.empty_like(right)
-    options = {"lower": True, "unit_diagonal": True, "trans": int(back), "check_finite": False}
-    x[order] = solve_triangular(sorted_, right[order], **options)
+    options = {"lower": True, "unit_diagonal": True, "check_finite": False}
+    x[order] = solve_triangular(left, right[order], **options)
     return x
 
 
 def agreement(
     predicted: np.ndarray, measured: np.ndarray, freeze: str, targets: str, control: bool
 ) -> Agreement:
-    """The figures of two arrays [n]."""
-    p, m, nan = predicted.astype(np.float64), measured.astype(np.float64), float("nan")
+    """The figures of two arrays of one shape."""
+    p, m = (a.astype(np.float64).reshape(-1) for a in (predicted, measured))
+    nan = float("nan")
     if not m.size or not np.isfinite(m).all():
         return Agreement(freeze, targets, control, int(p.size), *(nan,) * len(FIGURES))
     spread, both = np.square(m - m.mean()).sum(), (p != 0) & (m != 0)
@@ -230,7 +227,7 @@ def _correlation(p: np.ndarray, m: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(p), rankdata(m))[0, 1])
 
 
-def _check_same(graph: Graph, z: np.ndarray) -> None:
+def _check_same(graph: "Graph", z: np.ndarray) -> None:
     """Raise `InputError` unless the features have the values that the graph says."""
     value = graph.value[: graph.selected]
     far = np.abs(z[0] - value) > ALLOWED * (np.abs(value) + np.abs(value).mean())

@@ -154,6 +154,10 @@ class Coder:
         """What the features of layer `i` write to layer `j` >= `i`: [F, D_out], as stored."""
         raise NotImplementedError
 
+    def written(self, i: Index, j: Index, features: ArrayLike) -> jax.Array:
+        """The rows of `decoder(i, j)` of `features` [n]: float32 [n, D_out]."""
+        raise NotImplementedError
+
     def unplaced(self) -> Self:
         """The same coder at layers 0 to X - 1, from position 0 on: one program for all places."""
         raise NotImplementedError

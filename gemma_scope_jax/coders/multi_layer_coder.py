@@ -146,6 +146,10 @@ class MultiLayerCoder(Coder):
             raise InputError(f"features of layer {i} do not write to the earlier layer {j}")
         return at_layer(self._decoder(), block_index(i, j, len(self.layers)))
 
+    def written(self, i: Index, j: Index, features: ArrayLike) -> jax.Array:
+        block = block_index(self._own(i), self._own(j), len(self.layers))
+        return float32(jnp.asarray(self._decoder())[block, jnp.asarray(features)])
+
     def full_decoder(self) -> jax.Array:
         """The decoder with its full output axis, as in the files: [X, F, X, D], zeros above."""
         X, w_dec = len(self.layers), jnp.asarray(self._decoder())

@@ -13,10 +13,19 @@ from typing import Self
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from gemma_scope_jax.coders import coder as shared
-from gemma_scope_jax.coders.coder import Coder, Encoder, Index, along_last, matmul, static_field
+from gemma_scope_jax.coders.coder import (
+    Coder,
+    Encoder,
+    Index,
+    along_last,
+    float32,
+    matmul,
+    static_field,
+)
 from gemma_scope_jax.errors import InputError
 
 
@@ -78,6 +87,9 @@ class SparseCoder(Coder):
         for own in (i, j):
             self._own(own)
         return self.w_dec
+
+    def written(self, i: Index, j: Index, features: ArrayLike) -> jax.Array:
+        return float32(jnp.take(self.decoder(i, j), jnp.asarray(features), axis=0))
 
     def unplaced(self) -> Self:
         return self.replace(layer=0, first=0)

@@ -90,24 +90,30 @@ def _sync_folder(folder: AnyPath) -> None:
             os.close(handle)
 
 
-def write_bytes(path: AnyPath, data: bytes) -> None:
-    """Write a file, in a folder that is made if missing; it appears only when it is complete.
+def write_file(path: AnyPath, write: Callable[[BinaryIO], Any]) -> None:
+    """Create a file by a function that writes to it, in a folder that is made if missing; the file
+    appears only when it is complete.
 
     Raises `InputError` that names the file if it cannot be written; an old one is unchanged then.
     """
     if is_remote(path):
         remote = epath.Path(path)
-        write_folder(remote.parent, {remote.name: lambda file: file.write(data)})
+        write_folder(remote.parent, {remote.name: write})
         return
     path = expanded(path)
     made: list[Path] = []
     try:
         make_folders(path.parent, made)
         with WholeFile(path) as file:
-            file.write(data)
+            write(file)
     except OSError as error:
         remove_made(made)
         raise disk_error(path, error) from error
+
+
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """`write_file` of bytes."""
+    write_file(path, lambda file: file.write(data))
 
 
 def write_text(path: AnyPath, text: str) -> None:

@@ -164,6 +164,11 @@ def test_batched_equals_one_by_one(model, freeze):
         assert np.isfinite(rows).all()
     last = whole.logits - whole.logits.mean(-1, keepdims=True)
     np.testing.assert_allclose(whole.token_logits, last[:, 7:10], atol=1e-5)
+    options |= {"tokens": [(8, 7), (4, 2)], "logits": "all"}
+    every = gs.intervene(model, coders, IDS, sets, **options)
+    wanted = every.logits[:, 4, 2] - every.logits[:, 4].mean(-1)
+    np.testing.assert_allclose(every.token_logits[:, 0], last[:, 7], atol=1e-5)
+    np.testing.assert_allclose(every.token_logits[:, 1], wanted, atol=1e-5)
 
 
 def test_other_edits_compile_nothing(model):
@@ -253,6 +258,7 @@ WRONG = {
     "an unknown frozen layer": (ONE, {"freeze": "direct", "layers": (9,)}, "layers 0 to 3"),
     "logits": (ONE, {"logits": "first"}, "logits is 'first'"),
     "a token": (ONE, {"tokens": [300]}, "tokens: "),
+    "a token after none": (ONE, {"tokens": [(9, 3)]}, "tokens: .* 0 to 8"),
     "a read": (ONE, {"read": [(1, 3, 25)]}, "feature 25"),
     "a read beyond": (ONE, {"read": [(1, 9, 5)]}, "position 9"),
     "reads without a layer": (ONE, {"read": [(3, 5)]}, r"features \[R, 3\]"),

@@ -8,7 +8,7 @@ import pytest
 import gemma_scope_jax as gs
 from circuit_sets import IDS, MLP, SETS, features_of
 from coders import random_coder
-from gemma_scope_jax.circuits.validate import agreement, influence, total_ablation
+from gemma_scope_jax.circuits.validate import agreement, total_ablation
 from gemma_scope_jax.errors import InputError
 from reference_graph import reference_graph
 
@@ -19,10 +19,10 @@ kinds = pytest.mark.parametrize("kind", ["affine", "clt"])
 def test_direct_effects_are_exact_and_random_directions_are_not(model, graphs, kind):
     graph = graphs(kind)
     modes = ("direct", "replacement", "attention", "nothing")
-    found = gs.validate(graph, model, SETS[kind], top=20, modes=modes, seed=0)
+    found = graph.validate(model, SETS[kind], top=20, modes=modes, seed=0)
     figures = {(a.freeze, a.targets, a.control): a for a in found.agreements}
     assert len(figures) == 16 and all(a.n > 90 for a in found.agreements)
-    for targets in ("logits", "features"):
+    for targets in ("final", "features"):
         direct, random = (figures["direct", targets, c] for c in (False, True))
         assert direct.spearman > 0.9999 and direct.r2 > 0.999999 and direct.sign > 0.999
         assert abs(direct.slope - 1) < 1e-4
@@ -45,7 +45,7 @@ def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind
     """Features are made a hundredth smaller: few thresholds are crossed, and the rest is linear."""
     graph = graphs(kind)
     n, features = graph.selected, features_of(graph)
-    which = np.argsort(-influence(graph)[:n])[:24]
+    which = np.argsort(-graph.influence()[:n])[:24]
     sets = [[gs.Intervention(*features[s].tolist(), 0.99, relative=True)] for s in which]
     options = {"read": features, "tokens": graph.targets.feature[n:], "freeze": "replacement"}
     found = gs.intervene(model, SETS[kind], IDS, sets, **options)
@@ -56,46 +56,45 @@ def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind
     assert close.mean() > 0.99 and np.abs(wanted - direct).max() > 0.1
 
 
-def test_influence_is_the_sum_over_all_paths(graphs):
-    """The dense matrix of all nodes, multiplied until no path is longer."""
-    graph = graphs("affine")
-    n, sources, targets = graph.selected, len(graph.sources), len(graph.targets)
-    share = np.abs(graph.effects).astype(np.float64)
-    share /= share.sum(1, keepdims=True) + np.abs(graph.rest)[:, None]
-    dense = np.zeros((sources + targets - n,) * 2)  # sources, then the targets that are none
-    dense[:n, :sources], dense[sources:, :sources] = share[:n], share[n:]
-    step = np.concatenate([np.zeros(sources), graph.weights[n:]])
-    total = np.zeros(sources)
-    while step.any():
-        step = step @ dense
-        total += step[:sources]
-    np.testing.assert_allclose(influence(graph), total, rtol=1e-4, atol=1e-7)
-    # all influence ends in what has no inputs: tokens, errors; the biases keep the rest
-    ends = influence(graph)[n:].sum()
-    assert 0.99 * graph.weights.sum() < ends <= 1.0001 * graph.weights.sum()
+@kinds
+def test_what_attribute_was_asked_about(model, kind):
+    """Logits after any token and features are measured; a difference has left no vector behind."""
+    coders = SETS[kind]
+    asked = [gs.Target.logit(7, position=4), gs.Target.feature(3, 5, position=6)]
+    asked.append(gs.Target.logit(3) - gs.Target.logit(4))
+    graph = gs.attribute(model, coders, IDS, asked, max_feature_nodes=60)
+    found = graph.validate(model, coders, top=12, modes=("direct",))
+    assert found.final.kind.tolist() == ["logit", "feature"]
+    assert found.agreements[0].r2 > 0.99999 and found.agreements[1].r2 > 0.99999
+    predicted, measured, _ = found.changes["direct"]
+    np.testing.assert_allclose(measured, predicted, atol=5e-6)
+    assert np.abs(predicted).max(0).min() > 1e-3
+    only = gs.attribute(model, coders, IDS, asked[2:], max_feature_nodes=10)
+    with pytest.raises(InputError, match="keeps no vectors of directions"):
+        only.validate(model, coders)
 
 
 def test_figures_of_two_arrays():
     p = np.array([1.0, -2.0, 3.0, 0.0, 0.5])
-    same = agreement(p, 2 * p, "direct", "logits", False)
+    same = agreement(p, 2 * p, "direct", "final", False)
     assert (same.n, same.spearman, same.sign, same.slope) == (5, pytest.approx(1), 1.0, 2.0)
     assert same.r2 == pytest.approx(1 - np.square(p).sum() / np.square(2 * p - 1).sum(), abs=1e-6)
-    assert agreement(p, -p, "direct", "logits", False).sign == 0
-    none = agreement(np.zeros(3), np.ones(3), "direct", "logits", False)
+    assert agreement(p, -p, "direct", "final", False).sign == 0
+    none = agreement(np.zeros(3), np.ones(3), "direct", "final", False)
     assert np.isnan([none.spearman, none.r2, none.sign, none.slope]).all() and none.size == 1
-    empty = agreement(np.zeros(0), np.zeros(0), "direct", "logits", False)
+    empty = agreement(np.zeros(0), np.zeros(0), "direct", "final", False)
     assert empty.n == 0 and np.isnan(empty.size)
 
 
 def test_a_graph_of_something_else_is_one_line(model, graphs):
     graph = graphs("clt")
     with pytest.raises(InputError, match="other pre-activations"):
-        gs.validate(graph, model, [random_coder(24, layers=(0, 1, 2, 3), seed=9, **MLP)])
+        graph.validate(model, [random_coder(24, layers=(0, 1, 2, 3), seed=9, **MLP)])
     with pytest.raises(InputError, match="top must be at least 1"):
-        gs.validate(graph, model, SETS["clt"], top=0)
+        graph.validate(model, SETS["clt"], top=0)
     bare = reference_graph(model, SETS["clt"], IDS, features=np.zeros((0, 3), np.int32))
-    with pytest.raises(InputError, match="it needs both"):
-        gs.validate(bare, model, SETS["clt"])
+    with pytest.raises(InputError, match="this one has none"):
+        bare.validate(model, SETS["clt"])
 
 
 @pytest.mark.slow
@@ -113,9 +112,9 @@ def test_the_real_model_and_the_packaged_transcoders():
     total = graph.effects.sum(1) + graph.rest + graph.bias
     np.testing.assert_allclose(total, graph.value, rtol=1e-3, atol=2e-3 * np.abs(graph.value).max())
     np.testing.assert_allclose(full.value, graph.value[200:], rtol=1e-4)
-    found = gs.validate(graph, model, coders, top=16, batch=9)
+    found = graph.validate(model, coders, top=16, batch=9)
     direct = found.agreements[0]
-    assert (direct.freeze, direct.targets, direct.control) == ("direct", "logits", False)
+    assert (direct.freeze, direct.targets, direct.control) == ("direct", "final", False)
     assert direct.r2 > 0.9999 and direct.spearman > 0.999
     predicted, measured, _ = found.changes["direct"]
     np.testing.assert_allclose(measured, predicted, atol=1e-4 * float(np.abs(predicted).max()))

@@ -1,0 +1,217 @@
+"""An attribution graph as one web page: it opens from a disk and sends no requests.
+
+graph.html is the page and the graph_*.js its program. The graph is JSON inside it, one list a
+column. Text reaches the page through `textContent` and the canvas only, so that no token or label
+can become a part of it.
+"""
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.circuits.graph import KINDS, Graph, Nodes
+from gemma_scope_jax.storage.strict_json import legible
+from gemma_scope_jax.web.pages import inert_json, page_template
+
+Head = tuple[int, int, int, float]  # layer, head, key position, contribution
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDetails:
+    """What the page tells about a feature that is chosen.
+
+    raises, lowers  the tokens that the feature makes likelier, and less likely, strongest first
+    examples        texts where it is active: their tokens, and its activation on each
+    """
+
+    raises: Sequence[str] = ()
+    lowers: Sequence[str] = ()
+    examples: Sequence[tuple[Sequence[str], Sequence[float]]] = ()
+
+
+def graph_page(
+    graph: Graph,
+    *,
+    labels: Mapping[tuple[int, int], str] | None = None,
+    details: Mapping[tuple[int, int], FeatureDetails] | None = None,
+    heads: Mapping[tuple[int, int], Sequence[Head]] | None = None,
+    notes: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    title: str = "",
+    most_links: int = 20_000,
+) -> str:
+    """The page of a graph, as HTML; prune a large graph first.
+
+    labels: what features are called, by (layer, feature); they go before the nodes' own labels.
+    details: more about features, by (layer, feature).
+    heads: the attention heads that carry a link, by (row, column) of `graph.effects`: layer, head,
+        key position and contribution; a negative head stands for the path through no head.
+    notes: tables that stand under the graph: heading -> rows, the first of which names the columns.
+    title: the heading; else the prompt.
+    most_links: how many links the page holds, the strongest ones; it says how many it leaves out.
+    """
+    data = _page_data(graph, labels or {}, details or {}, heads or {}, most_links)
+    data["title"] = title
+    data["notes"] = [
+        [heading, [[_cell(value) for value in row] for row in rows]]
+        for heading, rows in (notes or {}).items()
+    ]
+    name = title or "".join(graph.tokens[1:])[-60:].strip() or "attribution graph"
+    before, rest = page_template(__package__, "graph.html").split("{{title}}")
+    middle, after = rest.split("{{data}}")
+    return before + html.escape(legible(name)) + middle + inert_json(data) + after
+
+
+def node_influence(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the answer that runs through each source [sources] and each target [targets].
+
+    It starts at the targets with their `weights`, equal ones where all are zero, and every target
+    hands it on to its sources by their shares in what all sources do to it, unsigned.
+    """
+    n, size = graph.selected, np.abs(graph.effects)
+    total = size.sum(1)
+    start = graph.weights.astype(np.float32)
+    if not start.any():
+        start = (np.arange(len(start)) >= n).astype(np.float32)
+    start = start / max(start.sum(), 1e-30)
+    through, flow = np.zeros(len(graph.sources), np.float32), start
+    for _ in range(graph.layers + 2):  # no path is longer: links lead to later layers only
+        step = np.divide(flow, total, out=np.zeros_like(flow), where=total > 0) @ size
+        through += step
+        flow = np.zeros_like(start)
+        flow[:n] = step[:n]
+        if not flow.any():
+            break
+    through[:n] += start[:n]
+    return through, np.concatenate([through[:n], start[n:]])
+
+
+def _page_data(
+    graph: Graph,
+    labels: Mapping[tuple[int, int], str],
+    details: Mapping[tuple[int, int], FeatureDetails],
+    heads: Mapping[tuple[int, int], Sequence[Head]],
+    most_links: int,
+) -> dict[str, Any]:
+    """Nodes are the sources and then what was asked about; links name nodes by their index."""
+    n = graph.selected
+    through, reached = node_influence(graph)
+    row, column, links = _strongest(graph, reached, most_links)
+
+    # nodes that nothing leads to or from would only fill the page; every token keeps its place
+    kept = np.array(graph.sources.kind == "token")
+    kept[column] = True
+    kept[row[row < n]] = True
+    place = np.cumsum(kept) - 1
+    index = np.concatenate([place[:n], kept.sum() + np.arange(len(graph.targets) - n)])
+    rows = np.flatnonzero(np.concatenate([kept[:n], np.ones(len(index) - n, bool)]))
+    at = {pair: i for i, pair in enumerate(zip(row.tolist(), column.tolist()))}
+    nodes, known = _nodes(graph.sources[kept], graph.targets[n:], labels, details)
+    nodes["influence"] = _rounded(np.concatenate([through[kept], reached[n:]]))
+    return {
+        "about": _about(graph.about),
+        "tokens": list(graph.tokens),
+        "layers": graph.layers,
+        "kinds": list(KINDS),
+        "nodes": nodes,
+        # of the nodes that have incoming links: value = the links + rest + bias
+        "inputs": {
+            "node": index[rows].tolist(),
+            "value": _rounded(graph.value[rows]),
+            "bias": _rounded(graph.bias[rows]),
+            "rest": _rounded(graph.rest[rows]),
+            "weight": _rounded(graph.weights[rows]),
+            "total": _rounded(np.abs(graph.effects[rows]).sum(1)),
+        },
+        "links": {
+            "target": index[row].tolist(),
+            "source": place[column].tolist(),
+            "weight": _rounded(graph.effects[row, column]),
+            "all": links,
+        },
+        "heads": [
+            [at[pair], [[*map(int, head[:3]), *_rounded([head[3]])] for head in some]]
+            for pair, some in heads.items()
+            if pair in at
+        ],
+        "details": [_details(details[key]) for key in known],
+    }
+
+
+def _nodes(
+    sources: Nodes,
+    asked: Nodes,
+    labels: Mapping[tuple[int, int], str],
+    details: Mapping[tuple[int, int], FeatureDetails],
+) -> tuple[dict[str, list[Any]], list[tuple[int, int]]]:
+    """The columns of the table of nodes, and the (layer, feature) that `detail` counts through."""
+    joined = lambda name: np.concatenate([getattr(sources, name), getattr(asked, name)]).tolist()
+    kind, layer, feature = joined("kind"), joined("layer"), joined("feature")
+    keys = [
+        (at, f) if k in ("feature", "neuron") else None for k, at, f in zip(kind, layer, feature)
+    ]
+    known = list(dict.fromkeys(key for key in keys if key is not None and key in details))
+    detail = {key: i for i, key in enumerate(known)}
+    columns = {
+        "kind": [KINDS.index(k) for k in kind],
+        "layer": layer,
+        "position": joined("position"),
+        "feature": feature,
+        "activation": _rounded(joined("activation")),
+        "label": [
+            str(own) if key is None else labels.get(key, "") or str(own)
+            for key, own in zip(keys, joined("label"))
+        ],
+        "detail": [-1 if key is None else detail.get(key, -1) for key in keys],
+    }
+    return columns, known
+
+
+def _strongest(graph: Graph, reached: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows and columns of the `most` links that carry the most influence, and how many there are.
+
+    In the order of the rows.
+    """
+    row, column = np.nonzero(graph.effects)
+    links = len(row)
+    if links > most:
+        total = np.abs(graph.effects).sum(1)  # not zero where a link is
+        score = np.abs(graph.effects[row, column]) * (reached[row] / total[row])
+        best = np.sort(np.argpartition(-score, most)[:most])
+        row, column = row[best], column[best]
+    return row, column, links
+
+
+def _details(of: FeatureDetails) -> list[Any]:
+    examples = [[list(tokens), _rounded(values)] for tokens, values in of.examples]
+    return [list(of.raises), list(of.lowers), examples]
+
+
+def _about(about: Mapping[str, Any]) -> list[list[str]]:
+    """The facts that fit into a line."""
+    lines = []
+    for name, value in about.items():
+        if isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value[:6])) + (", ..." if len(value) > 6 else "")
+        if value is not None and not isinstance(value, Mapping):
+            lines.append([str(name), str(value)])
+    return lines
+
+
+def _cell(value: Any) -> Any:
+    """A value of a table: numbers are set to the right, the rest is text."""
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+        return _rounded([value])[0]
+    return str(value)
+
+
+def _rounded(values: Iterable[Any]) -> list[Any]:
+    """To four significant digits; what is no finite number becomes null."""
+    some = [float(f"{float(value):.4g}") for value in values]
+    return [
+        None if not math.isfinite(v) else int(v) if v.is_integer() and abs(v) < 1e15 else v
+        for v in some
+    ]

@@ -1,0 +1,268 @@
+"""What a graph explains: logits, their differences, features, directions, sums and means of these.
+
+    Target.logit(" Austin") - Target.logit(" Dallas")
+    Target.feature(12, 4510, position=7)
+    sum(Target.logit(token, position=p) for p in (5, 9)) / 2
+    Target.direction(probe, layer=12)
+
+Every target is linear in the residual stream, once norms are frozen. The most likely next tokens
+are chosen as circuit-tracer does (`max_n_logits`, `desired_logit_prob`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.circuits.sources import Active, Prompt, encoder_rows
+from gemma_scope_jax.coders.coder import float32
+from gemma_scope_jax.coders.coder_set import CoderSet
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import unembed
+from gemma_scope_jax.model.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a target: a logit, a feature's pre-activation, or a direction at a token."""
+
+    kind: str  # "logit", "feature" or "direction"
+    what: Any  # a token (id or text), a feature's id, or a vector [D]
+    position: int  # from the end of the prompt if negative
+    layer: int = -1
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A quantity to explain: a sum of terms. Targets can be added, subtracted and scaled.
+
+    weight: how much of the influence starts here; default: a single logit's probability, else 1.
+    """
+
+    terms: tuple[Term, ...]
+    label: str
+    weight: float | None = None
+
+    @classmethod
+    def logit(cls, token: int | str, position: int = -1, weight: float | None = None) -> "Target":
+        """The logit of the token after `position`, less the mean logit. `token`: id or text."""
+        name = repr(token) if isinstance(token, str) else str(token)
+        where = "" if position == -1 else f" after {position}"
+        return cls((Term("logit", token, position),), f"{name}{where}", weight)
+
+    @classmethod
+    def feature(cls, layer: int, feature: int, position: int = -1) -> "Target":
+        """The pre-activation of a transcoder's feature, active or not."""
+        term = Term("feature", whole_number("feature", feature, 0), position, layer)
+        return cls((term,), f"feature {layer}/{feature}")
+
+    @classmethod
+    def direction(
+        cls, vector: Any, layer: int, position: int = -1, label: str = "direction"
+    ) -> "Target":
+        """vector [D] . resid_post of a layer."""
+        return cls((Term("direction", np.asarray(vector, np.float32), position, layer),), label)
+
+    def __add__(self, other: "Target | int") -> "Target":
+        if isinstance(other, int) and other == 0:  # the start of `sum`
+            return self
+        if not isinstance(other, Target):
+            return NotImplemented
+        return Target(self.terms + other.terms, f"{self.label} + {other.label}", 1.0)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: "Target") -> "Target":
+        if not isinstance(other, Target):
+            return NotImplemented
+        terms = self.terms + (-1.0 * other).terms
+        return Target(terms, f"{self.label} - {other.label}", 1.0)
+
+    def __mul__(self, factor: float) -> "Target":
+        terms = tuple(dataclasses.replace(t, factor=t.factor * factor) for t in self.terms)
+        name = self.label if len(self.terms) == 1 else f"({self.label})"
+        return Target(terms, f"{factor:g} {name}", 1.0)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Target":
+        return self * (1.0 / divisor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Targets as rows of the linear model; `stage`, `position` [n, Q], `vector` [n, Q, D]."""
+
+    stage: np.ndarray
+    position: np.ndarray
+    vector: np.ndarray
+    bias: np.ndarray  # [n]: what the target has besides the residual stream
+    weights: np.ndarray  # [n]
+    kind: list[str]
+    layer: list[int]
+    at: list[int]  # the position of the last term
+    feature: list[int]  # vocabulary id or feature; -1
+    labels: list[str]
+
+
+def likely_tokens(logits: np.ndarray, most: int, probability: float) -> list[int]:
+    """The fewest tokens whose probabilities reach `probability` together, at most `most`."""
+    if whole_number("max_n_logits", most) < 1:
+        raise InputError(f"max_n_logits is {most}: explain at least one logit")
+    if not 0.0 < probability <= 1.0:
+        raise InputError(f"desired_logit_prob is {probability}: give a share above 0, at most 1")
+    p = softmax(logits)
+    order = np.argsort(-p, kind="stable")[: min(most, len(p))]
+    enough = int(np.searchsorted(np.cumsum(p[order]), np.float32(probability))) + 1
+    return order[:enough].tolist()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits.astype(np.float64) - logits.max())
+    return (e / e.sum()).astype(np.float32)
+
+
+@jax.jit
+def _logits_at(model: Model, resid_final, position):
+    return unembed(model.config, model.params, resid_final[position][None, None])[0, 0]
+
+
+@jax.jit
+def _mean_unembedding(model: Model):
+    return jnp.mean(model.params.unembedding, axis=0, dtype=jnp.float32)
+
+
+@jax.jit
+def _logit_direction(model: Model, mean, token, scale):
+    """[D]: the gradient of a logit, less the mean logit, through a frozen final norm."""
+    row = float32(model.params.unembedding[token]) - mean
+    return row * (1.0 + float32(model.params.final_norm)) * scale
+
+
+class Resolver:
+    """Turns targets into rows, for one prompt."""
+
+    def __init__(
+        self, model: Model, coders: CoderSet, prompt: Prompt, tokenizer: Tokenizer | None
+    ) -> None:
+        self.model, self.coders, self.prompt, self.tokenizer = model, coders, prompt, tokenizer
+        self._logits: dict[int, np.ndarray] = {}
+
+    @functools.cached_property
+    def mean(self) -> jax.Array:
+        """The mean unembedding [D]: what logits have in common, which no probability depends on."""
+        return _mean_unembedding(self.model)
+
+    def logits(self, position: int) -> np.ndarray:
+        """The model's logits [V] after a token."""
+        if position not in self._logits:
+            found = _logits_at(self.model, self.prompt.resid_final, np.int32(position))
+            self._logits[position] = np.asarray(found)
+        return self._logits[position]
+
+    def position(self, given: int) -> int:
+        length = self.prompt.length
+        at = whole_number("position", given, -(2**31))
+        if not -length <= at < length:
+            raise InputError(f"position {given}: the prompt has {length} tokens")
+        return at % length
+
+    def token(self, given: int | str) -> int:
+        """The id of a token given as id or text."""
+        if isinstance(given, str):
+            if self.tokenizer is None:
+                raise InputError(f"target {given!r}: give the tokenizer, or the token's id")
+            ids = self.tokenizer.encode(given, bos=False).tolist()
+            if len(ids) != 1:
+                raise InputError(f"target {given!r} is {len(ids)} tokens, and must be one: {ids}")
+            return ids[0]
+        vocab = self.model.config.vocab
+        if not 0 <= (token := whole_number("token", given, -(2**31))) < vocab:
+            raise InputError(f"target token {token} is outside the vocabulary, 0..{vocab - 1}")
+        return token
+
+    def text(self, token: int) -> str:
+        return str(token) if self.tokenizer is None else self.tokenizer.decode_tokens([token])[0]
+
+    def targets(self, given: Any, most: int, share: float) -> list[Target]:
+        """What `attribute` was given, as targets."""
+        if given is None:
+            found = likely_tokens(self.logits(self.prompt.length - 1), most, share)
+            return [Target.logit(token) for token in found]
+        if isinstance(given, Target | str) or not isinstance(given, Iterable):
+            given = [given]
+        made = [t if isinstance(t, Target) else Target.logit(t) for t in given]
+        if not made:
+            raise InputError("no targets: give at least one, or None for the likely next tokens")
+        return made
+
+    def resolve(self, targets: Sequence[Target]) -> Resolved:
+        """The rows of targets."""
+        most = max(len(t.terms) for t in targets)
+        D = self.model.config.d_model
+        stage = np.full((len(targets), most), -1, np.int32)
+        position = np.zeros((len(targets), most), np.int32)
+        vector = np.zeros((len(targets), most, D), np.float32)
+        bias, kinds, labels = np.zeros(len(targets), np.float32), [], []
+        weights, layers, features = np.ones(len(targets), np.float32), [], []
+        for n, target in enumerate(targets):
+            for q, term in enumerate(target.terms):
+                at = self.position(term.position)
+                row, own, stage[n, q], known = self._term(term, at)
+                vector[n, q], position[n, q] = row * np.float32(term.factor), at
+                bias[n] += own * term.factor
+            single = len(target.terms) == 1 and target.terms[0].factor == 1.0
+            term, at = target.terms[-1], int(position[n, len(target.terms) - 1])
+            logit = single and term.kind == "logit"
+            if target.weight is not None:
+                weights[n] = target.weight
+            elif logit:
+                weights[n] = softmax(self.logits(at))[known]
+            kinds.append(term.kind if single else "direction")
+            layers.append(int(stage[n].max()) // 2 if not logit else self.model.config.layers)
+            features.append(known if single else -1)
+            labels.append(self.text(known) if logit else target.label)
+        if not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise InputError("the weights of targets must be positive numbers")
+        at = [int(p[s >= 0][-1]) for p, s in zip(position, stage)]
+        return Resolved(stage, position, vector, bias, weights, kinds, layers, at, features, labels)
+
+    def _term(self, term: Term, at: int) -> tuple[np.ndarray, float, int, int]:
+        """(vector [D], own bias, stage, token or feature) of a term at a token."""
+        frozen, c = self.prompt.frozen, self.model.config
+        if term.kind == "logit":
+            token = self.token(term.what)
+            scale = frozen.final_scale[at]
+            row = _logit_direction(self.model, self.mean, np.int32(token), scale)
+            return np.asarray(row), 0.0, 2 * c.layers - 1, token
+        layer = whole_number("layer", term.layer, -1)
+        if not 0 <= layer < c.layers:
+            raise InputError(f"layer {layer}: {c.name} has layers 0 to {c.layers - 1}")
+        if term.kind == "direction":
+            if term.what.shape != (c.d_model,) or not np.isfinite(term.what).all():
+                raise InputError(f"a direction must be {c.d_model} numbers, one for each channel")
+            return term.what, 0.0, 2 * layer + 1, -1
+        coder = self.coders.at(layer)
+        if term.what >= coder.width:
+            raise InputError(f"feature {term.what} is not an id from 0 to {coder.width - 1}")
+        one = lambda value: np.array([value], np.int32)
+        active = Active(one(layer), one(at), one(term.what), np.ones(1, np.float32))
+        rows, biases = encoder_rows(self.coders, active)
+        row = feature_vectors(self.model, self.prompt, active, rows)[0]
+        return row, float(biases[0]), 2 * layer, term.what
+
+
+def feature_vectors(
+    model: Model, prompt: Prompt, active: Active, encoder: np.ndarray
+) -> np.ndarray:
+    """The gradients [n, D] of features' pre-activations in resid_mid, through a frozen norm."""
+    scales = np.asarray(prompt.frozen.pre_mlp_scale)[active.layer, active.position]
+    gains = 1.0 + np.asarray(model.params.blocks.pre_mlp_norm, np.float32)
+    return encoder * gains[active.layer] * scales[:, None]
