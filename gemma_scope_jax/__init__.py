@@ -81,6 +81,7 @@ _PUBLIC = {
     "autointerp.judges.endpoint": ["Endpoint"],
     "circuits.attribute": ["attribute"],
     "circuits.page": ["graph_page"],
+    "circuits.report": ["GraphReport", "report_graph"],
     "circuits.targets": ["Target"],
     "circuits.words": [
         "FeatureDetails",

@@ -22,7 +22,7 @@ def command(
     model: shared.Model = "",
     file: shared.File = None,
     target: Tokens = (),
-    minus: Tokens = (),
+    minus: Annotated[str, tyro.conf.arg(metavar="TOKEN", help_behavior_hint="")] = "",
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
     max_feature_nodes: int = 4096,
@@ -57,14 +57,17 @@ def command(
         mesh: Spread the work over this many devices. The default is one device.
     """
     text = shared.given_text(prompt, file)
-    opened = shared.open_coders(coders, model, decoders=False)
-    weights = shared.load_model(opened.model, dtype, mesh)
+    opened = shared.open_coders(
+        coders, model, decoders=False
+    )  # of a CLT: read from disk for active features
     wanted = [gs.Target.logit(token) for token in target] or None
+    if minus and not target:
+        raise gs.InputError("--minus needs --target: it explains a difference of two logits")
     if minus:
-        if len(minus) != 1 or not target:
-            raise gs.InputError("--minus takes one token, and needs --target")
-        wanted = [t - gs.Target.logit(minus[0]) for t in wanted or ()]
-    tok = opened.tokenizer
+        wanted = [t - gs.Target.logit(minus) for t in wanted or ()]
+    if out is not None:
+        gs.check_writable(out / "graph.html")
+    weights, tok = shared.load_model(opened.model, dtype, mesh), opened.tokenizer
     graph = gs.attribute(
         weights,
         opened.coders,
@@ -78,4 +81,16 @@ def command(
     shown = graph.prune(node_threshold, edge_threshold)
     known = gs.feature_details(weights, opened.coders, tok, shown)
     shown = gs.label_graph(shown, known)
-    report = gs.GraphReport(graph, shown)
+    checked = None
+    if validate:
+        with shared.stage("comparing the graph with the model"):
+            checked = graph.validate(weights, opened.coders, top=validate)
+    report = gs.report_graph(graph, shown, paths=paths, validation=checked)
+    if out is not None:
+        page = gs.graph_page(shown, details=known, notes=report.tables())
+        gs.write_text(out / "graph.html", page)
+        graph.save(out / "graph.npz")
+        shown.save(out / "graph.json")
+    shared.print_result(report, report.as_dict(), json)
+    if out is not None and not json:
+        print(f"page      {out / 'graph.html'}")
