@@ -84,6 +84,7 @@ _PUBLIC = {
     "autointerp.judges.endpoint": ["Endpoint"],
     "circuits.attribute": ["attribute"],
     "circuits.page": ["graph_page"],
+    "circuits.report": ["GraphReport", "report_graph"],
     "circuits.targets": ["Target"],
     "circuits.words": [
         "FeatureDetails",
@@ -92,6 +93,9 @@ _PUBLIC = {
         "node_name",
         "strongest_paths",
     ],
+    "circuits.intervene": ["Intervened", "intervene"],
+    "circuits.interventions": ["Intervention", "edit_features"],
+    "circuits.validate": ["Agreement", "Validation"],
     "cards.build": ["build_cards", "store_dtype"],
     "cards.card_files": ["FeatureCards"],
     "cards.examples": ["CardSettings"],

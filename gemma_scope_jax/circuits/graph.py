@@ -12,13 +12,18 @@ features, in the same order (layer, position, feature).
 
 import dataclasses
 import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gemma_scope_jax.circuits import influence, prune
 from gemma_scope_jax.circuits.files import save_graph
+from gemma_scope_jax.circuits.intervene import Freeze
+from gemma_scope_jax.circuits.validate import Validation, validate
+from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import Model
 
 if TYPE_CHECKING:
     from gemma_scope_jax.circuits.compare import GraphDifference
@@ -181,6 +186,31 @@ class Graph:
         from gemma_scope_jax.circuits.compare import graph_difference  # it imports this module
 
         return graph_difference(self, other)
+
+    def validate(
+        self,
+        model: Model,
+        coders: Coder | Iterable[Coder],
+        *,
+        top: int = 32,
+        modes: Sequence[Freeze] = ("direct", "attention", "nothing"),
+        seed: int = 0,
+        batch: int = 16,
+    ) -> Validation:
+        """Ablate the `top` features by influence, one at a time, and compare the changes of the
+        final targets and of the features downstream with those that the graph predicts.
+
+        model, coders  those that the graph was made with; `ids` is the prompt
+        modes   what is frozen while measuring, see `intervene`. "direct" is the graph's own linear
+                model, where direct effects are exact; "attention" and "nothing" are the real model;
+                "replacement" shows what thresholds alone change
+        seed    of the control: the same features write random directions of the same norm
+        batch   rows run together
+
+        Raises `InputError` for a graph without features, logits or single features as targets, and
+        for another model or coders.
+        """
+        return validate(self, model, coders, top=top, modes=modes, seed=seed, batch=batch)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the graph whole: .npz for programs, or .json as viewers read it (`graph_document`),

@@ -24,7 +24,17 @@ from gemma_scope_jax.cli.shared import Refused
 from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.progress import shown_log, shown_streams
 
-COMMANDS = ("inspect", "list", "check", "train", "activations", "extract", "verify", "export")
+COMMANDS = (
+    "inspect",
+    "attribute",
+    "list",
+    "check",
+    "train",
+    "activations",
+    "extract",
+    "verify",
+    "export",
+)
 COMMANDS += ("cards", "evaluate", "benchmark", "explain")
 OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)

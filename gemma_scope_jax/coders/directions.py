@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.coders.load import decoder_rows
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -59,7 +60,11 @@ def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Arr
     """
     i, last = coder.source(layer), len(coder.layers) - 1
     outputs = range(i, last + 1) if coder.kind == "clt" else [last]
-    rows = jnp.stack([float32(coder.decoder(i, j)[features]) for j in outputs]).sum(0)
+    if coder.w_dec is None:  # left on disk
+        rows = sum(decoder_rows(coder, np.asarray(features), layer=i, to=j) for j in outputs)
+        rows = float32(rows)
+    else:
+        rows = jnp.stack([coder.written(i, j, features) for j in outputs]).sum(0)
     if coder.writes == "z":
         blocks = jax.tree.map(lambda w: w[coder.layers[last]], model.params.blocks)
         out = float32(blocks.w_o).reshape(-1, model.config.d_model)

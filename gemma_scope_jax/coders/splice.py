@@ -214,8 +214,8 @@ def _encode(coder, ctx, x, mask):
 
 def _index(coder: Coder, ctx: Context):
     """The own number of the layer that the model is at; traced if `ctx.layer` is."""
-    if isinstance(ctx.layer, int):
-        return coder.layers.index(ctx.layer)
+    if isinstance(ctx.layer, int):  # at other layers a branch is traced that is never taken
+        return coder.layers.index(ctx.layer) if ctx.layer in coder.layers else 0
     table = np.searchsorted(coder.layers, np.arange(max(coder.layers) + 1)).astype(np.int32)
     return jnp.asarray(table)[ctx.layer]
 

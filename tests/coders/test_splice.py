@@ -238,6 +238,14 @@ def test_clamp_sets_one_or_several_features(model):
     np.testing.assert_array_equal(gs.clamp(f, at(2), 7, 9.0, 3), f)
 
 
+def test_an_edit_beside_an_intercept_at_another_single_layer(model):
+    """The layers are then cut apart, and a layer's number may be one that the coder lacks."""
+    items = [gs.edit(sparse_coder(layer=2), gs.clamp, 5, 9.0), gs.steer("resid_post", (0, 3), 1.0)]
+    np.testing.assert_allclose(
+        gs.run(model, IDS, items).logits, gs.forward(model, IDS, items).logits, atol=2e-5
+    )
+
+
 def test_a_clamped_feature_reads_back_as_the_value(model):
     """An SAE whose decoder rows are its encoder's columns, orthogonal: the edit is exact."""
     orthogonal = np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))[0].astype(np.float32)

@@ -47,14 +47,15 @@ def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_star
 
     values = jax.jit(lambda leaves: target_values(model, coders, ids, c, leaves, features, tokens))
     leaves = {"features": c.features, "errors": c.errors, "embed": c.embed}
-    value, bias = values(leaves), values(jax.tree.map(jnp.zeros_like, leaves))
-    every, backward = jax.vjp(values, leaves)
+    value, backward = jax.vjp(values, leaves)
+    bias, _ = jax.vjp(values, jax.tree.map(jnp.zeros_like, leaves))
+    count, n = len(value), len(features)
+    hot = np.eye(-(-count // CHUNK) * CHUNK, count, dtype=np.float32)
     rows = [
-        _effects(jax.vmap(backward)(hot)[0], leaves, features, c.started)
-        for hot in np.array_split(np.eye(len(every), dtype=np.float32), -(-len(every) // CHUNK))
+        _effects(jax.vmap(backward)(some)[0], leaves, features, c.started)
+        for some in hot.reshape(-1, CHUNK, count)
     ]
-    effects, whole = (np.concatenate(part) for part in zip(*rows))
-    n = len(features)
+    effects, whole = (np.concatenate(part)[:count] for part in zip(*rows))
     p = np.exp(c.logits - c.logits.max())
     return Graph(
         sources=_sources(c, features, ids),

@@ -1,0 +1,108 @@
+"""What edits need of the coders, gathered on the device: encoder columns and decoder rows.
+
+An edit touches one feature, so nothing of the coders' width is computed for it. A set of coders
+with a layer each and a CLT give the same arrays: a feature writes W rows, to the layers named.
+"""
+
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gemma_scope_jax.circuits.interventions import Edits
+from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.coders.multi_layer_coder import block_index
+
+
+@flax.struct.dataclass
+class EditRows:
+    """Edits [B, E] with what they need of the coders, float32."""
+
+    edits: Edits
+    w_enc: jax.Array  # [B, E, D]
+    b_enc: jax.Array  # [B, E]
+    threshold: jax.Array  # [B, E]
+    rows: jax.Array  # [B, E, W, D]: what a feature of activation 1 writes
+    layers: jax.Array  # int32 [B, E, W]: where; -1: nowhere
+
+
+def own_layers(coders: tuple[Coder, ...], layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each of the model's layers the number of its coder, -1 if none, and the coder's own
+    number of that layer: static."""
+    which, own = [-1] * layers, [0] * layers
+    for n, coder in enumerate(coders):
+        for i, layer in enumerate(coder.layers):
+            which[layer], own[layer] = n, i
+    return tuple(which), tuple(own)
+
+
+def of_layer(coders, own, layer, x, fn):
+    """`fn(coder, i, x)` of the layer's coder; zeros for a layer without one."""
+    which, i = (jnp.asarray(table, jnp.int32)[layer] for table in own)
+    nothing = lambda: jnp.zeros((*x.shape[:-1], coders[0].d_out), jnp.float32)
+    branches = [lambda coder=coder: fn(coder, i, x) for coder in coders]
+    return jax.lax.switch(which + 1, [nothing, *branches])
+
+
+def columns(coder: Coder, i, ids):
+    """Encoder columns [..., D], biases and thresholds [...] of the features `ids` [...], `i` the
+    coder's own layers [...]."""
+    if coder.multi_layer:
+        found = (a[i, ..., ids] for a in (coder.w_enc, coder.b_enc, coder.threshold))
+    else:
+        w = jnp.moveaxis(coder.w_enc[:, ids], 0, -1)
+        found = (w, coder.b_enc[ids], coder.threshold[ids])
+    return tuple(map(float32, found))
+
+
+def columns_of_layer(coders, own, layer: int, ids):
+    """`columns` of the features `ids` [R] of one layer; zeros where no coder is."""
+    if own[0][layer] < 0:
+        zeros = jnp.zeros(ids.shape, jnp.float32)
+        return jnp.zeros((*ids.shape, coders[0].d_in), jnp.float32), zeros, zeros
+    return columns(coders[own[0][layer]], jnp.full_like(ids, own[1][layer]), ids)
+
+
+def gathered(coders, own, edits: Edits, noise) -> EditRows:
+    """The edits with their encoder columns and with what they write, random if `noise` says so."""
+    which, i = (jnp.asarray(table, jnp.int32)[edits.layer] for table in own)
+    which, zeros = jnp.where(edits.layer < 0, -1, which), partial(jnp.zeros, dtype=jnp.float32)
+    W, shape = max(len(coder.layers) for coder in coders), which.shape
+    w_enc, b_enc, threshold = zeros((*shape, coders[0].d_in)), zeros(shape), zeros(shape)
+    rows = zeros((*shape, W, coders[0].d_out))
+    layers = jnp.full((*shape, W), -1, jnp.int32)
+    for n, coder in enumerate(coders):
+        here = which == n
+        ids, source = jnp.where(here, edits.feature, 0), jnp.where(here, i, 0)
+        w, b, t = columns(coder, source, ids)
+        w_enc = jnp.where(here[..., None], w, w_enc)
+        b_enc, threshold = jnp.where(here, b, b_enc), jnp.where(here, t, threshold)
+        written, names = _decoder_rows(coder, source, ids, W)
+        names = jnp.where(here[..., None], names, -1)
+        layers = jnp.where(names < 0, layers, names)
+        rows = jnp.where((names < 0)[..., None], rows, written)
+    return EditRows(edits, w_enc, b_enc, threshold, _random(rows, *noise), layers)
+
+
+def _decoder_rows(coder: Coder, i, ids, size: int):
+    """What features write [..., size, D], and to which layers int32 [..., size]; -1: to none."""
+    X = len(coder.layers)
+    room = [(0, 0)] * ids.ndim + [(0, size - X)]
+    names = jnp.asarray(coder.layers, jnp.int32)
+    if not coder.multi_layer:
+        rows, names = coder.w_dec[ids][..., None, :], jnp.broadcast_to(names, (*ids.shape, 1))
+    else:
+        j = jnp.arange(X, dtype=jnp.int32).reshape(*(1,) * ids.ndim, X)
+        later = j >= i[..., None]
+        rows = coder.w_dec[jnp.where(later, block_index(i[..., None], j, X), 0), ids[..., None]]
+        names = jnp.where(later, names.reshape(j.shape), -1)
+    return jnp.pad(float32(rows), [*room, (0, 0)]), jnp.pad(names, room, constant_values=-1)
+
+
+def _random(rows, wanted, seed, numbers):
+    """rows [B, E, W, D], or where `wanted` random directions of their norms, by seed and set."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers.astype(jnp.uint32))
+    drawn = jax.vmap(lambda key: jax.random.normal(key, rows.shape[1:]))(keys)
+    norm = lambda a: jnp.linalg.norm(a, axis=-1, keepdims=True)
+    return jnp.where(wanted, drawn / norm(drawn) * norm(rows), rows)

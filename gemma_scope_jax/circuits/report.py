@@ -1,0 +1,105 @@
+"""What a graph says, as text and as JSON data: targets, scores, paths, and whether it holds."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from gemma_scope_jax.circuits.graph import Graph, GraphScores
+from gemma_scope_jax.circuits.validate import Validation
+from gemma_scope_jax.circuits.words import Path, node_name, strongest_paths
+from gemma_scope_jax.errors import shown
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphReport:
+    """What `report_graph` returns; printed, some lines and a table.
+
+    prompt        the text, without `<bos>`
+    targets       (name, value, weight) of what is explained
+    features      of each prompt: explained, active
+    shown         nodes and links of the pruned graph
+    scores, scores_shown  of the graph and of the pruned one
+    paths         the strongest paths through features
+    validation    predicted against measured, or None
+    """
+
+    prompt: str
+    targets: list[tuple[str, float, float]]
+    features: tuple[int, int]
+    shown: tuple[int, int]
+    scores: GraphScores
+    scores_shown: GraphScores
+    paths: list[Path]
+    validation: Validation | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        return {
+            "prompt": self.prompt,
+            "targets": [dict(zip(("target", "value", "weight"), t)) for t in self.targets],
+            "features": dict(zip(("explained", "active"), self.features)),
+            "shown": dict(zip(("nodes", "links"), self.shown)),
+            "scores": dataclasses.asdict(self.scores),
+            "scores_shown": dataclasses.asdict(self.scores_shown),
+            "paths": [{"path": str(p), "share": p.share, "effect": p.effect} for p in self.paths],
+            "validation": None if self.validation is None else self.validation.as_dict(),
+        }
+
+    def tables(self) -> dict[str, list[list[Any]]]:
+        """The figures as tables for the page: heading -> rows, the first of which names them."""
+        names = ["graph", "replacement", "completeness", "errors"]
+        rows = [
+            [name, *(round(v, 3) for v in dataclasses.astuple(scores))]
+            for name, scores in (("whole", self.scores), ("shown", self.scores_shown))
+        ]
+        found: dict[str, list[list[Any]]] = {"Scores": [names, *rows]}
+        if self.validation is not None:
+            cells = [line.split() for line in str(self.validation).splitlines()]
+            found["Predicted and measured changes when features are ablated"] = cells
+        return found
+
+    def __str__(self) -> str:
+        explained, active = self.features
+        nodes, links = self.shown
+        best = ", ".join(
+            f"{name} {weight:.1%}" if 0 < weight < 1 else f"{name} {value:+.2f}"
+            for name, value, weight in self.targets
+        )
+        lines = [
+            f"prompt    {shown(self.prompt)}",
+            f"targets   {best}",
+            f"features  {explained:,} explained of {active:,} active; "
+            f"{nodes:,} nodes and {links:,} links shown",
+            f"scores    {self.scores}",
+            f"as shown  {self.scores_shown}",
+            "paths     the strongest through features:",
+            *(f"  {path}" for path in self.paths),
+        ]
+        if self.validation is not None:
+            count = len(self.validation.ablated)
+            lines += [
+                "",
+                f"predicted and measured when {count} features are ablated, one at a time",
+            ]
+            lines.append(str(self.validation))
+        return "\n".join(lines)
+
+
+def report_graph(
+    graph: Graph, pruned: Graph, *, paths: int = 10, validation: Validation | None = None
+) -> GraphReport:
+    """The report of a graph; `pruned` is the part that is shown, with labels."""
+    n = graph.selected
+    final = range(n, len(graph.targets))
+    given = graph.value.tolist(), graph.weights.tolist()
+    return GraphReport(
+        prompt="".join(graph.tokens[1:]),
+        targets=[(node_name(graph.targets[r]), *(column[r] for column in given)) for r in final],
+        features=(n, int(graph.about.get("active_features", n))),
+        shown=(len(pruned.sources), int(np.count_nonzero(pruned.effects))),
+        scores=graph.scores(),
+        scores_shown=pruned.scores(),
+        paths=strongest_paths(pruned, paths, direct=False) if paths else [],
+        validation=validation,
+    )

@@ -1,0 +1,238 @@
+"""Whether a graph's predictions hold: ablate its features, and compare what the model does.
+
+A graph is a linear model of one prompt. Setting a feature s to zero changes a target t directly by
+-effects[t, s]. If features downstream respond, by as much as their pre-activations change,
+
+    change[f] = -effects[f, s] + sum over features j of effects[f, j] / activation[j] * change[j]
+
+which, as features only have effects on later layers, is solved from the first layer to the last.
+This total ignores thresholds: a feature that would switch off goes negative, and one that is not in
+the graph cannot switch on. The model itself says how much that matters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_scope_jax.circuits.intervene import Freeze, intervene
+from gemma_scope_jax.coders.coder import Coder
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.config import Model
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.circuits.graph import Graph, Nodes
+
+FIGURES = ("spearman", "r2", "sign", "slope", "size")
+ALLOWED = 0.05  # of a typical pre-activation: how far a graph's values may be from the model's
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Predicted against measured changes, over n pairs of an ablated feature and a target.
+
+    freeze    what was frozen, see `intervene`; with "direct" the prediction is of direct effects,
+              else of total ones
+    targets   "final": what the graph was asked about; or "features": the pre-activations of its
+              features downstream
+    control   whether each feature wrote a random direction of its decoder row's norm instead
+    spearman  rank correlation
+    r2        1 - sum of (measured - predicted)^2 / sum of (measured - mean)^2: 1 at best, no fit
+    sign      share of pairs with the same sign, of those that are not zero
+    slope     of measured over predicted, through the origin
+    size      mean absolute measured change
+
+    A figure is NaN where it is not defined. All are if a run overflowed, as it may with frozen
+    norms, which do not hold large changes down.
+    """
+
+    freeze: str
+    targets: str
+    control: bool
+    n: int
+    spearman: float
+    r2: float
+    sign: float
+    slope: float
+    size: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What `Graph.validate` returns; printed, it is a table.
+
+    agreements  one for each mode and kind of target, without and with the control
+    ablated     the features that were ablated, one at a time
+    final       what the graph was asked about, less what cannot be measured
+    changes     of `final`, by mode, float32 [3, ablated, final]: predicted, measured, control
+    seed        of the control's random directions
+    """
+
+    agreements: tuple[Agreement, ...]
+    ablated: "Nodes"
+    final: "Nodes"
+    changes: dict[str, np.ndarray]
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON data; None for what is not defined."""
+        rows = [dataclasses.asdict(a) for a in self.agreements]
+        bare = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+        figures = [{name: bare(value) for name, value in row.items()} for row in rows]
+        return {"ablated": len(self.ablated), "seed": self.seed, "figures": figures}
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("frozen", "targets", "written", "n", *FIGURES)]
+        for a in self.agreements:
+            written = "random" if a.control else "decoder"
+            figures = (f"{getattr(a, name):.3g}" for name in FIGURES)
+            rows.append((a.freeze, a.targets, written, f"{a.n:,}", *figures))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            "  ".join(cell.rjust(w) if c > 2 else cell.ljust(w) for c, (cell, w) in enumerate(both))
+            for both in (zip(row, widths) for row in rows)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def validate(
+    graph: "Graph",
+    model: Model,
+    coders: Coder | Iterable[Coder],
+    *,
+    top: int = 32,
+    modes: Sequence[Freeze] = ("direct", "attention", "nothing"),
+    seed: int = 0,
+    batch: int = 16,
+) -> Validation:
+    """See `Graph.validate`."""
+    n, seed = graph.selected, whole_number("seed", seed, 0)
+    nodes, final = graph.sources[:n], _final(graph)
+    which = np.argsort(-graph.influence()[:n], kind="stable")[: whole_number("top", top, 1)]
+    later = nodes.layer[None, :] > nodes.layer[which][:, None]
+    later &= nodes.position[None, :] >= nodes.position[which][:, None]
+
+    agreements, changes = [], {}
+    for mode in modes:
+        predicted = (ablation if mode == "direct" else total_ablation)(graph, which)
+        kinds = {"final": predicted[:, final], "features": predicted[:, :n][later]}
+        changes[mode] = [kinds["final"]]
+        for control in (None, seed):
+            options = {"freeze": mode, "control": control, "batch": batch}
+            measured = _measured(graph, model, coders, which, options)
+            changes[mode].append(measured[:, final])
+            answers = {"final": measured[:, final], "features": measured[:, :n][later]}
+            agreements += [
+                agreement(kinds[k], answers[k], mode, k, control is not None) for k in kinds
+            ]
+    changes = {mode: np.stack(found) for mode, found in changes.items()}
+    return Validation(tuple(agreements), nodes[which], graph.targets[final], changes, seed)
+
+
+def _final(graph: "Graph") -> np.ndarray:
+    """The rows of what was asked about and can be measured."""
+    kind, n = graph.targets.kind, graph.selected
+    final = np.flatnonzero(np.isin(kind, ("logit", "feature")) & (np.arange(len(kind)) >= n))
+    if not n or not (graph.sources.kind[:n] == "feature").all():
+        raise InputError("a graph is validated by ablating its features, and this one has none")
+    if not final.size:
+        raise InputError(
+            "a graph keeps no vectors of directions and differences, so that they cannot be "
+            "measured: validate one that was asked about logits or features"
+        )
+    return final
+
+
+def _measured(graph, model, coders, which, options) -> np.ndarray:
+    """The changes of the graph's targets in the model if one feature is set to zero: [which,
+    targets], 0 for targets that are not measured."""
+    nodes = graph.targets
+    features, logits = (np.flatnonzero(nodes.kind == k) for k in ("feature", "logit"))
+    read = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[features]
+    options["tokens"] = (
+        np.stack([nodes.position, nodes.feature], 1)[logits] if len(logits) else None
+    )
+    sets = [[(*read[s].tolist(), 0.0)] for s in which]
+    found: Any = intervene(model, coders, graph.ids, sets, read=read, logits="none", **options)
+    _check_same(graph, found.clean.pre_activations[:, : graph.selected])
+    changes = np.zeros((len(which), len(nodes)), np.float32)
+    changes[:, features] = found.pre_activations - found.clean.pre_activations
+    if len(logits):
+        changes[:, logits] = found.token_logits - found.clean.token_logits
+    return changes
+
+
+# --- What the graph predicts ---------------------------------------------------------------------
+
+
+def ablation(graph: "Graph", which: np.ndarray) -> np.ndarray:
+    """The direct change of every target if one feature is set to zero: [which, targets]."""
+    return -graph.effects[:, which].T
+
+
+def total_ablation(graph: "Graph", which: np.ndarray) -> np.ndarray:
+    """The total change of every target if one feature is set to zero and features downstream follow
+    their pre-activations: [which, targets]."""
+    n = graph.selected
+    each = graph.effects[:, :n] / graph.sources.activation[None, :n]  # of one unit of activation
+    direct = ablation(graph, which)
+    features = _solved(graph, each[:n], direct[:, :n].T)
+    return direct + (each @ features).T
+
+
+def _solved(graph: "Graph", matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """x = matrix x + right, over the features. Effects only go to later layers, so that in their
+    order the matrix is strictly triangular."""
+    from scipy.linalg import solve_triangular
+
+    order = np.argsort(graph.sources.layer[: graph.selected], kind="stable")
+    left = np.eye(len(order), dtype=np.float32) - matrix[np.ix_(order, order)]
+    x = np.empty_like(right)
+    options = {"lower": True, "unit_diagonal": True, "check_finite": False}
+    x[order] = solve_triangular(left, right[order], **options)
+    return x
+
+
+def agreement(
+    predicted: np.ndarray, measured: np.ndarray, freeze: str, targets: str, control: bool
+) -> Agreement:
+    """The figures of two arrays of one shape."""
+    p, m = (a.astype(np.float64).reshape(-1) for a in (predicted, measured))
+    nan = float("nan")
+    if not m.size or not np.isfinite(m).all():
+        return Agreement(freeze, targets, control, int(p.size), *(nan,) * len(FIGURES))
+    spread, both = np.square(m - m.mean()).sum(), (p != 0) & (m != 0)
+    return Agreement(
+        freeze,
+        targets,
+        control,
+        n=int(p.size),
+        spearman=_correlation(p, m),
+        r2=1 - float(np.square(m - p).sum() / spread) if spread else nan,
+        sign=float((np.sign(p) == np.sign(m))[both].mean()) if both.any() else nan,
+        slope=float((p * m).sum() / np.square(p).sum()) if p.any() else nan,
+        size=float(np.abs(m).mean()),
+    )
+
+
+def _correlation(p: np.ndarray, m: np.ndarray) -> float:
+    """Spearman's, of ranks with ties at their mean; NaN if one array is constant."""
+    from scipy.stats import rankdata
+
+    if len(p) < 2 or not np.ptp(p) or not np.ptp(m):
+        return float("nan")
+    return float(np.corrcoef(rankdata(p), rankdata(m))[0, 1])
+
+
+def _check_same(graph: "Graph", z: np.ndarray) -> None:
+    """Raise `InputError` unless the features have the values that the graph says."""
+    value = graph.value[: graph.selected]
+    far = np.abs(z[0] - value) > ALLOWED * (np.abs(value) + np.abs(value).mean())
+    if far.mean() > 0.1:
+        raise InputError(
+            f"{far.mean():.0%} of the graph's features have other pre-activations in this model "
+            "with these coders: validate a graph with what it was made from"
+        )

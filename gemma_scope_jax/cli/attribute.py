@@ -1,0 +1,96 @@
+"""`gemma-scope attribute`."""
+
+from typing import Annotated
+
+import tyro
+
+import gemma_scope_jax as gs
+from gemma_scope_jax.cli import shared
+
+PACKAGED_TRANSCODERS = "gemma-3-270m-transcoder-*"
+Prompt = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
+]
+Names = Annotated[tuple[shared.Place, ...], tyro.conf.arg(metavar="CODER...")]
+Tokens = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN...", help_behavior_hint="")]
+
+
+def command(
+    prompt: Prompt = "",
+    *,
+    coders: Names = (PACKAGED_TRANSCODERS,),
+    model: shared.Model = "",
+    file: shared.File = None,
+    target: Tokens = (),
+    minus: Annotated[str, tyro.conf.arg(metavar="TOKEN", help_behavior_hint="")] = "",
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    max_feature_nodes: int = 4096,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    out: Annotated[shared.LocalPlace | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    paths: int = 10,
+    validate: int = 32,
+    mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
+    dtype: shared.Dtype = "auto",
+    json: shared.Json = False,
+) -> None:
+    """Explain why a model continues a prompt as it does: an attribution graph.
+
+    The strongest paths from the prompt's tokens through features to the next token, how much the
+    features account for, and whether ablating them changes the model as the graph says.
+
+    Args:
+        prompt: The prompt; "-" reads standard input. `<bos>` is put before it.
+        coders: A transcoder for each layer, or a CLT: addresses, folders, packaged coders, globs.
+        file: Read the prompt from this file.
+        target: Explain the logits of these next tokens. The default is the likeliest ones.
+        minus: Explain instead the difference: the target's logit less the logit of this token.
+        max_n_logits: Explain at most this many of the likeliest tokens.
+        desired_logit_prob: Explain the fewest tokens that reach this probability together.
+        max_feature_nodes: Explain this many features, those of most influence.
+        node_threshold: Show the nodes that have this share of all influence.
+        edge_threshold: Show the links that have this share of the shown nodes' influence.
+        out: Write graph.html (a page that opens from the disk), graph.npz and graph.json here.
+        paths: Print this many paths.
+        validate: Ablate this many features, and compare the changes with the graph's predictions.
+        mesh: Spread the work over this many devices. The default is one device.
+    """
+    text = shared.given_text(prompt, file)
+    opened = shared.open_coders(
+        coders, model, decoders=False
+    )  # of a CLT: read from disk for active features
+    wanted = [gs.Target.logit(token) for token in target] or None
+    if minus and not target:
+        raise gs.InputError("--minus needs --target: it explains a difference of two logits")
+    if minus:
+        wanted = [t - gs.Target.logit(minus) for t in wanted or ()]
+    if out is not None:
+        gs.check_writable(out / "graph.html")
+    weights, tok = shared.load_model(opened.model, dtype, mesh), opened.tokenizer
+    graph = gs.attribute(
+        weights,
+        opened.coders,
+        tok.encode(text),
+        wanted,
+        tokenizer=tok,
+        max_n_logits=max_n_logits,
+        desired_logit_prob=desired_logit_prob,
+        max_feature_nodes=max_feature_nodes,
+    )
+    shown = graph.prune(node_threshold, edge_threshold)
+    known = gs.feature_details(weights, opened.coders, tok, shown)
+    shown = gs.label_graph(shown, known)
+    checked = None
+    if validate:
+        with shared.stage("comparing the graph with the model"):
+            checked = graph.validate(weights, opened.coders, top=validate)
+    report = gs.report_graph(graph, shown, paths=paths, validation=checked)
+    if out is not None:
+        page = gs.graph_page(shown, details=known, notes=report.tables())
+        gs.write_text(out / "graph.html", page)
+        graph.save(out / "graph.npz")
+        shown.save(out / "graph.json")
+    shared.print_result(report, report.as_dict(), json)
+    if out is not None and not json:
+        print(f"page      {out / 'graph.html'}")

@@ -1,0 +1,120 @@
+"""What a graph predicts against what the model does: exact where it must be, and told apart."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gemma_scope_jax as gs
+from circuit_sets import IDS, MLP, SETS, features_of
+from coders import random_coder
+from gemma_scope_jax.circuits.validate import agreement, total_ablation
+from gemma_scope_jax.errors import InputError
+from reference_graph import reference_graph
+
+kinds = pytest.mark.parametrize("kind", ["affine", "clt"])
+
+
+@kinds
+def test_direct_effects_are_exact_and_random_directions_are_not(model, graphs, kind):
+    graph = graphs(kind)
+    modes = ("direct", "replacement", "attention", "nothing")
+    found = graph.validate(model, SETS[kind], top=20, modes=modes, seed=0)
+    figures = {(a.freeze, a.targets, a.control): a for a in found.agreements}
+    assert len(figures) == 16 and all(a.n > 90 for a in found.agreements)
+    for targets in ("final", "features"):
+        direct, random = (figures["direct", targets, c] for c in (False, True))
+        assert direct.spearman > 0.9999 and direct.r2 > 0.999999 and direct.sign > 0.999
+        assert abs(direct.slope - 1) < 1e-4
+        assert abs(random.spearman) < 0.4 and random.r2 < 0 and 0.3 < random.sign < 0.7
+        assert 0.5 < random.size / direct.size < 2
+        replaced, real = (figures[m, targets, False] for m in ("replacement", "nothing"))
+        assert replaced.spearman > 0.9 and replaced.spearman > real.spearman > 0.2
+    predicted, measured, control = found.changes["direct"]
+    assert predicted.shape == (20, 5)
+    np.testing.assert_allclose(measured, predicted, atol=5e-6)
+    assert np.abs(control - predicted).max() > 0.1
+    lines = str(found).splitlines()
+    assert lines[0].split()[:4] == ["frozen", "targets", "written", "n"] and len(lines) == 17
+    told = json.loads(json.dumps(found.as_dict()))
+    assert told["ablated"] == 20 and told["figures"][0]["n"] == 100
+
+
+@kinds
+def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind):
+    """Features are made a hundredth smaller: few thresholds are crossed, and the rest is linear."""
+    graph = graphs(kind)
+    n, features = graph.selected, features_of(graph)
+    which = np.argsort(-graph.influence()[:n])[:24]
+    sets = [[gs.Intervention(*features[s].tolist(), 0.99, relative=True)] for s in which]
+    options = {"read": features, "tokens": graph.targets.feature[n:], "freeze": "replacement"}
+    found = gs.intervene(model, SETS[kind], IDS, sets, **options)
+    logits = (found.token_logits - found.clean.token_logits) * 100
+    pre = (found.pre_activations - found.clean.pre_activations) * 100
+    wanted, direct = total_ablation(graph, which), -graph.effects[:, which].T
+    close = np.abs(np.concatenate([pre, logits], 1) - wanted) < 2e-3
+    assert close.mean() > 0.99 and np.abs(wanted - direct).max() > 0.1
+
+
+@kinds
+def test_what_attribute_was_asked_about(model, kind):
+    """Logits after any token and features are measured; a difference has left no vector behind."""
+    coders = SETS[kind]
+    asked = [gs.Target.logit(7, position=4), gs.Target.feature(3, 5, position=6)]
+    asked.append(gs.Target.logit(3) - gs.Target.logit(4))
+    graph = gs.attribute(model, coders, IDS, asked, max_feature_nodes=60)
+    found = graph.validate(model, coders, top=12, modes=("direct",))
+    assert found.final.kind.tolist() == ["logit", "feature"]
+    assert found.agreements[0].r2 > 0.99999 and found.agreements[1].r2 > 0.99999
+    predicted, measured, _ = found.changes["direct"]
+    np.testing.assert_allclose(measured, predicted, atol=5e-6)
+    assert np.abs(predicted).max(0).min() > 1e-3
+    only = gs.attribute(model, coders, IDS, asked[2:], max_feature_nodes=10)
+    with pytest.raises(InputError, match="keeps no vectors of directions"):
+        only.validate(model, coders)
+
+
+def test_figures_of_two_arrays():
+    p = np.array([1.0, -2.0, 3.0, 0.0, 0.5])
+    same = agreement(p, 2 * p, "direct", "final", False)
+    assert (same.n, same.spearman, same.sign, same.slope) == (5, pytest.approx(1), 1.0, 2.0)
+    assert same.r2 == pytest.approx(1 - np.square(p).sum() / np.square(2 * p - 1).sum(), abs=1e-6)
+    assert agreement(p, -p, "direct", "final", False).sign == 0
+    none = agreement(np.zeros(3), np.ones(3), "direct", "final", False)
+    assert np.isnan([none.spearman, none.r2, none.sign, none.slope]).all() and none.size == 1
+    empty = agreement(np.zeros(0), np.zeros(0), "direct", "final", False)
+    assert empty.n == 0 and np.isnan(empty.size)
+
+
+def test_a_graph_of_something_else_is_one_line(model, graphs):
+    graph = graphs("clt")
+    with pytest.raises(InputError, match="other pre-activations"):
+        graph.validate(model, [random_coder(24, layers=(0, 1, 2, 3), seed=9, **MLP)])
+    with pytest.raises(InputError, match="top must be at least 1"):
+        graph.validate(model, SETS["clt"], top=0)
+    bare = reference_graph(model, SETS["clt"], IDS, features=np.zeros((0, 3), np.int32))
+    with pytest.raises(InputError, match="this one has none"):
+        bare.validate(model, SETS["clt"])
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_real_model_and_the_packaged_transcoders():
+    """Edges of the real 270M, as the brute-force graph has them, against finite interventions."""
+    model = gs.load_model("gemma-3-270m", dtype="float32")
+    coders = gs.load_coders("gemma-3-270m-transcoder-*-width-384-l0-20-affine")
+    ids = gs.load_tokenizer("gemma-3-270m").encode("The capital of France is")
+    full = reference_graph(model, coders, ids, features=np.zeros((0, 3), np.int32))
+    clean = gs.run(model, ids[None], [gs.features(c, name=str(c.layer)) for c in coders]).reads
+    active = [(l, *at) for l in range(18) for at in np.argwhere(np.asarray(clean[str(l)][0]) > 0)]
+    largest = sorted(active, key=lambda at: -float(clean[str(at[0])][0, at[1], at[2]]))[:200]
+    graph = reference_graph(model, coders, ids, features=np.array(sorted(largest)))
+    total = graph.effects.sum(1) + graph.rest + graph.bias
+    np.testing.assert_allclose(total, graph.value, rtol=1e-3, atol=2e-3 * np.abs(graph.value).max())
+    np.testing.assert_allclose(full.value, graph.value[200:], rtol=1e-4)
+    found = graph.validate(model, coders, top=16, batch=9)
+    direct = found.agreements[0]
+    assert (direct.freeze, direct.targets, direct.control) == ("direct", "final", False)
+    assert direct.r2 > 0.9999 and direct.spearman > 0.999
+    predicted, measured, _ = found.changes["direct"]
+    np.testing.assert_allclose(measured, predicted, atol=1e-4 * float(np.abs(predicted).max()))
