@@ -70,6 +70,8 @@ _PUBLIC = {
     "circuits.compare": ["GraphDifference", "graph_difference"],
     "circuits.aggregate": ["GraphAggregate", "aggregate_graphs"],
     "circuits.overlap": ["GraphOverlap", "graph_overlap"],
+    "circuits.subgraph": ["subgraph", "subgraph_scores"],
+    "circuits.supernodes": ["Supernode", "Supernodes", "find_supernodes"],
     "circuits.export": ["export_graph", "graph_document", "node_ids"],
     "probing.benchmark": ["benchmark", "benchmark_tables"],
     "autointerp.examples": ["Sampling"],

@@ -172,6 +172,11 @@ function drawHead() {
 function firstView() {
   const last = nodeRank.order[NODES];
   if (last !== undefined) state.nodes = nodeRank.before[last];
+  const free = new Set(everyNode);  // a node is in one group
+  state.groups = data.groups.map(([name, some]) => ({ name, nodes: some.filter((i) => free.delete(i)) })).filter((g) => g.nodes.length);
+  state.pinned = state.groups.flatMap((g) => g.nodes);
+  if (state.pinned.length && asked.length) state.pinned.push(asked[0]);
+  byId("sub").hidden = state.pinned.length === 0;
   chooseShown();
   let seen = 0;
   for (const l of linkRank.order) {
@@ -189,6 +194,7 @@ drawHead();
 firstView();
 arrange();
 fitView();
+drawPinned();
 drawPanel();
 new ResizeObserver(() => { if (scroll.clientWidth !== width || scroll.clientHeight !== height) arrange(); }).observe(scroll);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

@@ -26,6 +26,7 @@ def graph_page(
     details: Mapping[tuple[int, int], FeatureDetails] | None = None,
     heads: Mapping[tuple[int, int], Sequence[Head]] | None = None,
     notes: Mapping[str, Sequence[Sequence[Any]]] | None = None,
+    groups: Mapping[str, Sequence[int]] | None = None,
     title: str = "",
     most_links: int = 20_000,
 ) -> str:
@@ -35,10 +36,14 @@ def graph_page(
     heads: the attention heads that carry a link, by (row, column) of `graph.effects`: layer, head,
         key position and contribution; a negative head stands for the path through no head.
     notes: tables that stand under the graph: heading -> rows, the first of which names the columns.
+    groups: features that are pinned together at first: name -> columns of `graph.effects`, such as
+        `Supernodes.columns()`.
     title: the heading; else the prompt.
     most_links: how many links the page holds, the strongest ones; it says how many it leaves out.
     """
-    data = _page_data(graph, details or {}, heads or {}, most_links)
+    data, place = _page_data(graph, details or {}, heads or {}, most_links)
+    pinned = {name: place[np.asarray(some, int)] for name, some in (groups or {}).items()}
+    data["groups"] = [[name, some[some >= 0].tolist()] for name, some in pinned.items()]
     data["title"] = title
     data["notes"] = [
         [heading, [[_cell(value) for value in row] for row in rows]]
@@ -62,8 +67,9 @@ def _page_data(
     details: Mapping[tuple[int, int], FeatureDetails],
     heads: Mapping[tuple[int, int], Sequence[Head]],
     most_links: int,
-) -> dict[str, Any]:
-    """Nodes are the sources and then what was asked about; links name nodes by their index."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Nodes are the sources and then what was asked about; links name nodes by their index. Also
+    the index of each source, -1 if the page does not have it."""
     n = graph.selected
     through, reached = node_influence(graph)
     row, column, links = _strongest(graph, reached, most_links)
@@ -78,7 +84,7 @@ def _page_data(
     at = {pair: i for i, pair in enumerate(zip(row.tolist(), column.tolist()))}
     nodes, known = _nodes(graph.sources[kept], graph.targets[n:], details)
     nodes["influence"] = _rounded(np.concatenate([through[kept], reached[n:]]))
-    return {
+    data = {
         "about": _about(graph.about),
         "tokens": list(graph.tokens),
         "layers": graph.layers,
@@ -106,6 +112,7 @@ def _page_data(
         ],
         "details": [_details(details[key]) for key in known],
     }
+    return data, np.where(kept, place, -1)
 
 
 def _nodes(

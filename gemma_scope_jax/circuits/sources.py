@@ -238,6 +238,24 @@ def _written_rows(coder: Coder, i, j, ids):
     return coder.written(i, j, ids)
 
 
+def written_directions(coders: CoderSet, nodes: Any) -> np.ndarray:
+    """What features write to the residual stream in all, [n, D], for one unit of activation.
+
+    nodes: their layers and ids, `Active` or `Nodes`
+    """
+    found = np.zeros((len(nodes), coders[0].d_out), np.float32)
+    for layer in np.unique(nodes.layer).tolist():
+        coder, mine = coders.at(layer), np.flatnonzero(nodes.layer == layer)
+        for start in range(0, len(mine), TOGETHER):
+            some = mine[start : start + TOGETHER]
+            ids = np.pad(nodes.feature[some], (0, TOGETHER - len(some)))
+            for target in coder.layers:
+                if writes_to(coder, layer, target):
+                    places = np.int32(coder.source(layer)), np.int32(coder.source(target))
+                    found[some] += np.asarray(written_rows(coder, *places, ids))[: len(some)]
+    return found
+
+
 @partial(jax.jit, donate_argnums=0)
 def _fill(blocks, rows, strength, at):
     return jax.lax.dynamic_update_index_in_dim(blocks, rows * strength[..., None], at, 0)

@@ -121,6 +121,20 @@ def test_keys_walk_pin_group_and_search(seen):
     assert browser.run("state.selected === null && !byId('keys').open")
 
 
+def test_groups_are_pinned_at_first(seen):
+    """Once each, with the likeliest token; links of a group are summed between the boxes."""
+    graph = page_graph(density=1, features=12)
+    browser = seen(graph, groups={"one": [0, 1], HOSTILE: [1, 11], "none": []})
+    found = value(
+        browser, "state.groups.map((g) => [g.name, g.nodes.map((i) => nodes.feature[i])])"
+    )
+    feature = graph.sources.feature.tolist()
+    assert found == [["one", feature[:2]], [HOSTILE, [feature[11]]]]
+    assert not browser.run("byId('sub').hidden")
+    assert browser.run("document.querySelectorAll('#boxes .box').length") == 3
+    assert "×2" in browser.run("byId('boxes').innerText")
+
+
 def test_links_of_groups_are_summed_and_heads_shown(seen):
     graph = page_graph(density=1, features=12)
     heads = {(graph.selected, 0): [(1, 3, 2, 0.25), (0, -1, 2, -0.5)]}
