@@ -121,10 +121,7 @@ class Graph:
         and features and errors that nothing leaves, are removed until none is left. Cut edges are
         zero; what they and the removed sources contributed is in `rest`. Raises `InputError`.
         """
-        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-        for name, threshold in thresholds.items():
-            if not 0 <= threshold <= 1:
-                raise InputError(f"{name} is {threshold}, expected 0 to 1")
+        thresholds = check_thresholds(node_threshold, edge_threshold)
         kept = prune.prune(
             self.effects,
             layer=self.targets.layer,
@@ -238,3 +235,12 @@ class GraphScores:
             f"replacement {self.replacement:.3f}, completeness {self.completeness:.3f}, "
             f"errors {self.error_share:.3f}"
         )
+
+
+def check_thresholds(node_threshold: float, edge_threshold: float) -> dict[str, float]:
+    """The arguments of `Graph.prune`, by name. Raises `InputError` unless they are shares."""
+    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    for name, threshold in thresholds.items():
+        if not 0 <= threshold <= 1:
+            raise InputError(f"{name} is {threshold}, expected 0 to 1")
+    return thresholds
