@@ -139,6 +139,7 @@ def attribute(
         "dtype": str(model.dtype),
         "coders": [public_name(coder) for coder in coders],
         "active_features": search.found,
+        "targets": [target.described() for target in asked],
         "generation": dataclasses.asdict(how),
         "seconds": round(time.perf_counter() - begin, 3),
     }

@@ -22,7 +22,7 @@ from gemma_scope_jax.circuits.files import save_graph
 from gemma_scope_jax.circuits.intervene import Freeze
 from gemma_scope_jax.circuits.validate import Validation, validate
 from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.model.config import Model
 
 # Kinds of nodes. A "neuron" stands where a feature would, in graphs without coders.
@@ -95,6 +95,12 @@ class Graph:
     layers: int
     about: dict[str, Any]
     cumulative: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        final = ", ".join(self.targets.label[self.selected :].tolist())
+        size = f"{len(self.targets)} targets x {len(self.sources)} sources"
+        return f"Graph({self.selected} features, {size}, of {shown(final)})"
 
     def influence(self) -> np.ndarray:
         """What every source has to do with the final targets: float64 [sources], at least 0.

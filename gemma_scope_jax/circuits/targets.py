@@ -70,6 +70,12 @@ class Target:
         """vector [D] . resid_post of a layer."""
         return cls((Term("direction", np.asarray(vector, np.float32), position, layer),), label)
 
+    def described(self) -> list[dict[str, Any]] | None:
+        """The terms as JSON data, by which they can be measured; None if one is a direction."""
+        if any(term.kind == "direction" for term in self.terms):
+            return None
+        return [dataclasses.asdict(term) for term in self.terms]
+
     def __add__(self, other: "Target | int") -> "Target":
         if isinstance(other, int) and other == 0:  # the start of `sum`
             return self
