@@ -69,6 +69,7 @@ _PUBLIC = {
     "circuits.load": ["load_graph"],
     "circuits.compare": ["GraphDifference", "graph_difference"],
     "circuits.aggregate": ["GraphAggregate", "aggregate_graphs"],
+    "circuits.neurons": ["mlp_neurons"],
     "circuits.overlap": ["GraphOverlap", "graph_overlap"],
     "circuits.subgraph": ["subgraph", "subgraph_scores"],
     "circuits.supernodes": ["Supernode", "Supernodes", "find_supernodes"],

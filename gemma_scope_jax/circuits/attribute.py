@@ -20,11 +20,10 @@ from gemma_scope_jax.circuits.candidates import MOST, candidates
 from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.influence import partial_influence
 from gemma_scope_jax.circuits.linear import Rows
+from gemma_scope_jax.circuits.neurons import mlp_neurons
 from gemma_scope_jax.circuits.sources import (
-    Active,
     Layout,
     Prompt,
-    active_features,
     check_coders,
     encoder_rows,
     laid_out,
@@ -43,7 +42,7 @@ from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
-from gemma_scope_jax.model.config import GemmaConfig, Model
+from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, Report
@@ -86,7 +85,7 @@ Wanted = Target | int | str | Iterable[Target | int | str] | None
 
 def check_attribution(
     config: GemmaConfig,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     ids: Any,
     targets: Wanted = None,
     *,
@@ -94,6 +93,8 @@ def check_attribution(
     **settings: Any,
 ) -> tuple[CoderSet, np.ndarray, list[Target] | None, AttributionSettings]:
     """The arguments of `attribute`, checked without the model's weights. Raises `InputError`."""
+    if coders is None:
+        coders = mlp_neurons(Model(abstract_params(config), config))
     coders, how = CoderSet(coders), AttributionSettings(**settings)
     check_coders(config, coders)
     ids = _checked_ids(config, ids)
@@ -103,7 +104,7 @@ def check_attribution(
 @own_mesh
 def attribute(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     ids: Any,
     targets: Wanted = None,
     *,
@@ -113,7 +114,8 @@ def attribute(
 ) -> Graph:
     """The attribution graph of a prompt.
 
-    coders     a transcoder for each layer, or a CLT
+    coders     a transcoder for each layer, or a CLT; None: the model's own neurons, see
+               `mlp_neurons`
     ids        the prompt, int [T] or [1, T], `<bos>` first: as the model shall see it
     targets    tokens (ids or texts) or `Target`s; default: the likeliest next tokens
     tokenizer  for texts of tokens, in targets and in the graph
@@ -125,6 +127,7 @@ def attribute(
     """
     begin = time.perf_counter()
     given = {"tokenizer": tokenizer, **settings}
+    coders = mlp_neurons(model) if coders is None else coders
     coders, ids, asked, how = check_attribution(model.config, coders, ids, targets, **given)
     prompt = read_prompt(model, ids)
     resolver = Resolver(model, coders, prompt, tokenizer)
@@ -169,11 +172,7 @@ class Search:
         self, model: Model, coders: CoderSet, prompt: Prompt, wanted: Resolved, most: int
     ) -> None:
         self.model, self.coders, self.prompt, self.wanted = model, coders, prompt, wanted
-        self.active: Active = active_features(coders, prompt)
-        self.found, whole = len(self.active), None
-        if self.found > most:
-            some, whole = candidates(model, coders, prompt, self.active, wanted, most)
-            self.active = self.active[some]
+        self.active, self.found, whole = candidates(model, coders, prompt, wanted, most)
         self.layout: Layout = laid_out(self.active)
         mesh = mesh_under(model.params.embed)
         given = {"whole": whole, "mesh": mesh}
@@ -273,7 +272,7 @@ class Search:
         L, T, w, some = self.model.config.layers, len(ids), self.wanted, self.active[chosen]
         count, every = len(chosen), np.arange(T, dtype=np.int32)
         features = Nodes(
-            np.full(count, "feature"), some.layer, some.position, some.feature, some.activation,
+            np.full(count, some.kind), some.layer, some.position, some.feature, some.activation,
             np.full(count, ""),
         )  # fmt: skip
         errors = Nodes(

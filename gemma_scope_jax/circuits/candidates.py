@@ -22,10 +22,12 @@ from gemma_scope_jax.circuits.linear import (
     through_attention,
     through_skip,
 )
+from gemma_scope_jax.circuits.neurons import neuron_candidates, neurons_of
 from gemma_scope_jax.circuits.sources import (
     BLOCK,
     Active,
     Prompt,
+    active_features,
     encoder_vectors,
     laid_out,
     slot_features,
@@ -41,12 +43,20 @@ MOST = 1 << 16  # candidates, if more features are active
 
 
 def candidates(
-    model: Model, coders: CoderSet, prompt: Prompt, active: Active, wanted: Resolved, most: int
-) -> tuple[np.ndarray, jax.Array]:
-    """The numbers of the `most` candidates, in order, and what all features write: [L, T, D]."""
+    model: Model, coders: CoderSet, prompt: Prompt, wanted: Resolved, most: int
+) -> tuple[Active, int, jax.Array | None]:
+    """The sources that may become nodes, in order, at most `most`; how many are active; and, if
+    these are more, what all of them write [L, T, D]."""
+    neurons = neurons_of(coders)
+    if neurons is not None:
+        active, count, written = neuron_candidates(model, neurons, prompt, wanted, most)
+        return active, count, written if count > most else None
+    active = active_features(coders, prompt)
+    if len(active) <= most:
+        return active, len(active), None
     effect, written = total_effects(model, coders, prompt, active, wanted)
     best = np.argpartition(-effect, most - 1)[:most]
-    return np.sort(best), written
+    return active[np.sort(best)], len(active), written
 
 
 def total_effects(

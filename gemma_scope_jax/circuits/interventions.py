@@ -66,6 +66,8 @@ def transcoders(config: GemmaConfig, coders: Coder | Iterable[Coder]) -> CoderSe
                 f"{name}: {ends(coder)}: circuits are of transcoders and CLTs, which read mlp_in "
                 "and write mlp_out; for other coders use edit"
             )
+        if coder.kind == "neurons":
+            raise InputError("neurons are no features: change them with gs.write at mlp_act")
         if coder.k is not None:
             raise InputError(
                 f"{name} keeps the {coder.k} largest features of a token, so that one feature's "

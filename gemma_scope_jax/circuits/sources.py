@@ -41,18 +41,26 @@ BLOCK = GROUPS * SLOTS
 
 @dataclasses.dataclass(frozen=True)
 class Active:
-    """The active features of a prompt, in order of (layer, position, feature): arrays [n]."""
+    """The active features of a prompt, in order of (layer, position, feature): arrays [n].
+
+    A neuron's encoder vector and decoder row have factors of their own at each token.
+    """
 
     layer: np.ndarray  # int32, of the model
     position: np.ndarray  # int32
     feature: np.ndarray  # int32
     activation: np.ndarray  # float32
+    gate: np.ndarray | None = None  # float32, of the encoder vector; None: 1
+    scale: np.ndarray | None = None  # float32, of the decoder row; None: 1
+    kind: str = "feature"
 
     def __len__(self) -> int:
         return len(self.layer)
 
     def __getitem__(self, index: Any) -> "Active":
-        return Active(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        columns = {k: v[index] for k, v in own.items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +70,14 @@ class Prompt:
     frozen: Frozen
     mlp_in: jax.Array  # [L, T, D]
     mlp_out: jax.Array  # [L, T, D]
+    post_mlp_scale: jax.Array  # [L, T]: 1 / rms
     resid_final: jax.Array  # [T, D]
     length: int  # real tokens
 
 
 def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     """Run the model on ids [T] and keep what the linear model needs, filled up to `room_for`."""
-    scales = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale")
+    scales = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale", "post_mlp_scale")
     names = ("embed", "q", "k", *scales, "mlp_in", "mlp_out", "resid_final", "final_scale")
     reads = run(model, ids[None], [capture(site) for site in names]).reads
     length, size = len(ids), room_for(len(ids))
@@ -82,6 +91,7 @@ def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     there = np.arange(size, dtype=np.int32)
     tokens = Tokens(jnp.asarray(there)[None], jnp.asarray(there < length).astype(jnp.int32)[None])
     by_layer = {name: float32(layered(name)[..., 0]) for name in scales}
+    after = by_layer.pop("post_mlp_scale")
     frozen = Frozen(
         q=layered("q"),
         k=layered("k"),
@@ -93,7 +103,8 @@ def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     )
     frozen = normalised(model.config, frozen)
     inner, outer = (float32(layered(name)) for name in ("mlp_in", "mlp_out"))
-    return Prompt(frozen, inner, outer, float32(filled(reads["resid_final"][0], 0)), length)
+    last = float32(filled(reads["resid_final"][0], 0))
+    return Prompt(frozen, inner, outer, after, last, length)
 
 
 # --- Coders --------------------------------------------------------------------------------------
@@ -156,6 +167,8 @@ def encoder_rows(coders: CoderSet, active: Active) -> tuple[np.ndarray, np.ndarr
             ids = np.pad(active.feature[some], (0, TOGETHER - len(some)))
             found = _encoder_rows(coder.unplaced(), i, ids)
             rows[some], biases[some] = (np.asarray(a)[: len(some)] for a in found)
+    if active.gate is not None:
+        rows *= active.gate[:, None]
     return rows, biases
 
 
@@ -211,16 +224,18 @@ def laid_out(active: Active) -> Layout:
 
 
 def slot_features(active: Active, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features and activations [P, C] of block `n`; 0 in unused slots."""
+    """The features [P, C] of block `n`, and what their decoder rows count; 0 in unused slots."""
     source = layout.source[n]
     empty = source < 0
     strength = np.where(empty, np.float32(0), active.activation[source])
+    if active.scale is not None:
+        strength = strength * active.scale[source]
     return np.where(empty, np.int32(0), active.feature[source]), strength
 
 
 def writes_to(coder: Coder, layer: int, target: int) -> bool:
     """Whether the features that a coder reads at `layer` write to the MLP of `target`."""
-    return layer == target or (layer < target and coder.multi_layer and target in coder.layers)
+    return layer == target or (layer < target and coder.kind == "clt" and target in coder.layers)
 
 
 def written_rows(coder: Coder, i: np.int32, j: np.int32, ids: np.ndarray) -> jax.Array:
@@ -350,6 +365,8 @@ def what_is_written(
     for layer in coders.layers:
         coder = coders.at(layer)
         here = (positions >= coder.first) & (positions < prompt.length)
+        # what exact sources leave is rounding: no error, though it must be somewhere
+        here = here & (not getattr(coder, "exact", False))
         skip = None if skips is None else float32(skips[layer])
         bias = float32(coder.b_dec[_own(coder, layer)])
         all_of = None if whole is None else whole[layer]

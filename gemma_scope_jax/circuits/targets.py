@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.circuits.neurons import neurons_of, sources_at
 from gemma_scope_jax.circuits.sources import Active, Prompt, encoder_rows
 from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -210,6 +211,7 @@ class Resolver:
         self, model: Model, coders: CoderSet, prompt: Prompt, tokenizer: Tokenizer | None
     ) -> None:
         self.model, self.coders, self.prompt, self.tokenizer = model, coders, prompt, tokenizer
+        self.kind = "feature" if neurons_of(coders) is None else "neuron"
         self._logits: dict[int, np.ndarray] = {}
 
     @functools.cached_property
@@ -254,7 +256,8 @@ class Resolver:
                 weights[n] = target.weight
             elif logit:
                 weights[n] = softmax(self.logits(at))[known]
-            kinds.append(term.kind if single else "direction")
+            kind = self.kind if term.kind == "feature" else term.kind
+            kinds.append(kind if single else "direction")
             layers.append(int(stage[n].max()) // 2 if not logit else self.model.config.layers)
             features.append(known if single else -1)
             labels.append(self.text(known) if logit else target.label)
@@ -270,8 +273,7 @@ class Resolver:
             return np.asarray(row), 0.0, 2 * c.layers - 1, term.what
         if term.kind == "direction":
             return term.what, 0.0, 2 * term.layer + 1, -1
-        one = lambda value: np.array([value], np.int32)
-        active = Active(one(term.layer), one(at), one(term.what), np.ones(1, np.float32))
+        active = sources_at(self.coders, self.prompt, [term.layer], [at], [term.what])
         rows, biases = encoder_rows(self.coders, active)
         row = feature_vectors(self.model, self.prompt, active, rows)[0]
         return row, float(biases[0]), 2 * term.layer, term.what
