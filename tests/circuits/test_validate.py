@@ -60,7 +60,7 @@ def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind
 def test_what_attribute_was_asked_about(model, kind):
     """Logits after any token, features and differences are measured; a direction cannot be."""
     coders = SETS[kind]
-    asked = [gs.Target.logit(7, position=4), gs.Target.feature(3, 5, position=6)]
+    asked = [gs.Target.logit(7, position=4, weight=9.0), gs.Target.feature(3, 5, position=6)]
     asked += [gs.Target.logit(3) - gs.Target.logit(4), gs.Target.direction(np.ones(32), 2)]
     graph = gs.attribute(model, coders, IDS, asked, max_feature_nodes=60)
     found = graph.validate(model, coders, top=12, modes=("direct",))
