@@ -32,7 +32,6 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_of, place
 
 WHOLE = 64  # prompts up to this many tokens are one chunk
-GROUPS, SLOTS = 8, 16  # a block: this many tokens, with this many features of each
 dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -148,7 +147,8 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
         g = through_attention(model, frozen, layer, chunks, begin(g, 2 * layer))
         return spread(g, None, "data", None), slots, errors, sums
 
-    slots = jnp.zeros((blocks.results, GROUPS, R, SLOTS), jnp.float32)
+    _, P, S, _ = blocks.rows.shape
+    slots = jnp.zeros((blocks.results, P, R, S), jnp.float32)
     carry = (
         spread(jnp.zeros((T, R, D), jnp.float32), None, "data", None),
         spread(slots, None, None, "data", "model"),

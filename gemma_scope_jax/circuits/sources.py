@@ -15,16 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope_jax.circuits.linear import (
-    GROUPS,
-    SLOTS,
-    Blocks,
-    Frozen,
-    Written,
-    chunk_of,
-    normalised,
-    room_for,
-)
+from gemma_scope_jax.circuits.linear import Blocks, Frozen, Written, chunk_of, normalised, room_for
 from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends, float32, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.load import decoder_rows
@@ -36,7 +27,7 @@ from gemma_scope_jax.model.run import run
 
 TOKENS = 256  # encoded at a time
 TOGETHER = 1024  # features whose encoder vectors are gathered at a time
-BLOCK = GROUPS * SLOTS
+BLOCK = 128  # slots of a block: groups of one token and layer each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,31 +174,42 @@ class Layout:
     layer: np.ndarray  # int32 [blocks]: of the sources
 
 
+def slots_of(features: int, groups: int) -> int:
+    """C: the slots of a group, where so many features are active at so many tokens and layers.
+
+    Larger groups make larger products; but where few features of a token are candidates, most of
+    their slots would be empty.
+    """
+    return 16 if features >= 6 * groups else 4
+
+
 def laid_out(active: Active) -> Layout:
     """Slots for sources: a block has P groups of C slots, each group at one token of one layer."""
     key = active.layer.astype(np.int64) << 32 | active.position
     _, first, count = np.unique(key, return_index=True, return_counts=True)
-    groups = -(-count // SLOTS)  # of each token and layer
+    C = slots_of(len(active), len(count))
+    P = BLOCK // C
+    groups = -(-count // C)  # of each token and layer
     layer_of = active.layer[first]
     sources, positions, layers = [], [], []
     slot = np.zeros(len(active), np.int64)
     for layer in np.unique(layer_of):
         mine = np.flatnonzero(layer_of == layer)
-        blocks = -(-int(groups[mine].sum()) // GROUPS)
+        blocks = -(-int(groups[mine].sum()) // P)
         source = np.full(blocks * BLOCK, -1, np.int32)
-        position = np.zeros(blocks * GROUPS, np.int32)
+        position = np.zeros(blocks * P, np.int32)
         base, group = len(sources) * BLOCK, 0
         for n in mine:
-            at = np.arange(count[n]) + group * SLOTS
+            at = np.arange(count[n]) + group * C
             source[at] = first[n] + np.arange(count[n])
             slot[first[n] : first[n] + count[n]] = base + at
             position[group : group + groups[n]] = active.position[first[n]]
             group += int(groups[n])
-        sources += list(source.reshape(blocks, GROUPS, SLOTS))
-        positions += list(position.reshape(blocks, GROUPS))
+        sources += list(source.reshape(blocks, P, C))
+        positions += list(position.reshape(blocks, P))
         layers += [layer] * blocks
     shaped = lambda a, *shape: np.asarray(a, np.int32).reshape(-1, *shape)
-    return Layout(slot, shaped(sources, GROUPS, SLOTS), shaped(positions, GROUPS), shaped(layers))
+    return Layout(slot, shaped(sources, P, C), shaped(positions, P), shaped(layers))
 
 
 def slot_features(active: Active, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -257,8 +259,8 @@ def written_blocks(
         if writes_to(coders.at(source), source, target)
     ]
     count, results = room_of(len(pairs)), room_of(len(layout.layer))
-    shape = (count, GROUPS, SLOTS, coders[0].d_out)
-    blocks = jnp.zeros(shape, jnp.float32, device=_over(mesh, SLOTS, 2))
+    shape = (count, *layout.source.shape[1:], coders[0].d_out)
+    blocks = jnp.zeros(shape, jnp.float32, device=_over(mesh, shape[2], 2))
     for at, (n, source, target) in enumerate(pairs):
         coder = coders.at(source)
         places = np.int32(coder.source(source)), np.int32(coder.source(target))
