@@ -1,5 +1,7 @@
 """Interventions: the graph's edges where the model is linear, else what the model's hooks give."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from coders import random_coder
 from gemma_scope_jax.circuits.edit_rows import gathered, own_layers
 from gemma_scope_jax.circuits.interventions import as_arrays
 from gemma_scope_jax.errors import InputError
+from golden.circuit_coders import DICTIONARIES, circuit_coders, circuit_model
 
+GOLDEN = Path(__file__).parent.parent / "golden" / "circuit_tracer.npz"
 SCALES = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale", "post_mlp_scale")
 kinds = pytest.mark.parametrize("kind", SETS)
 
@@ -294,3 +298,22 @@ def test_wrong_coders_and_prompts_are_one_line(model):
     for wrong, words in (([], "not empty"), ([(1, 3, 5, 1), (1, None, 5, 2)], "set twice")):
         with pytest.raises(InputError, match=words):
             gs.edit_features(SETS["plain"], wrong)
+
+
+# ---- circuit-tracer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_logits_are_those_of_circuit_tracer(name):
+    """Its own `feature_intervention`: attention frozen; and all MLPs and norms, too."""
+    config, params, ids = circuit_model()
+    with np.load(GOLDEN) as file:
+        layer, position, feature, value = file[f"{name}/feature"].tolist()
+        wanted = file[f"{name}/intervened"]
+    place = int(layer), int(position), int(feature)
+    sets = [[(*place, factor * value)] for factor in (0.0, 2.0)]
+    for freeze, logits in zip(("attention", "direct"), wanted):
+        model, coders = gs.Model(params, config), circuit_coders(name)
+        found = gs.intervene(model, coders, ids[0], sets, freeze=freeze)
+        np.testing.assert_allclose(found.logits, logits, atol=2e-5)
+        assert np.abs(logits - found.clean.logits).max() > 1e-2
