@@ -94,8 +94,8 @@ def intervene(
     tokens         vocabulary ids [K] whose logits after the last token are returned, less the mean
                    of all; or [K, 2] (position, id), which needs the memory of all logits. With
                    logits="none" nothing larger leaves the device
-    control        a seed: instead of its decoder row each feature writes a random direction of the
-                   same norm, its own in every set (and at each layer that it writes to)
+    control        a seed: instead of its own decoder row each feature writes that of a random other
+                   feature of its layer, resized to the same norm; another in every set
     batch          rows run together, one of them the prompt
 
     decode(new features) - decode(old features) is added to what the MLP writes, so that a coder's

@@ -122,7 +122,7 @@ def test_layers_whose_mlps_are_frozen(model):
     assert np.abs(run(layers=(1, 3)) - run()).max() > 1e-2
 
 
-def test_the_control_writes_random_directions_of_the_same_norm(model):
+def test_the_control_writes_directions_of_others_of_the_same_norm(model):
     coders = gs.CoderSet(SETS["mixed"])
     edits = as_arrays([{(0, 3, 5): (1.0, False), (1, 4, 2): (1.0, False)}] * 2, 2, 2)
     own = own_layers(tuple(coders), 4)
@@ -135,6 +135,9 @@ def test_the_control_writes_random_directions_of_the_same_norm(model):
     np.testing.assert_allclose(norm(plain), norm(noisy), rtol=1e-5)
     np.testing.assert_allclose(plain.rows[0, 0, 1], coders[0].decoder(0, 1)[5], rtol=1e-6)
     assert np.abs(noisy.rows[0] - noisy.rows[1]).max() > 0.1  # each set has its own
+    others = np.asarray(coders[0].decoder(0, 1)) @ np.asarray(noisy.rows[0, 0, 1])
+    norms = np.linalg.norm(coders[0].decoder(0, 1), axis=-1) * norm(noisy)[0, 0, 1]
+    assert np.isclose(others / norms, 1, atol=1e-5).sum() == 1
     run = lambda seed: gs.intervene(model, coders, IDS, [[(0, 3, 5, 4.0)]], control=seed).logits
     np.testing.assert_array_equal(run(0), run(0))
     assert len({float(run(seed)[0, 0]) for seed in (None, 0, 1)}) == 3
