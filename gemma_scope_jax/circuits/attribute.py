@@ -6,6 +6,7 @@ Features beyond `max_feature_nodes` are chosen as circuit-tracer does: after som
 the features with the most influence on the targets, through the rows known so far, come next.
 """
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -30,13 +31,19 @@ from gemma_scope_jax.circuits.sources import (
     read_prompt,
     what_is_written,
 )
-from gemma_scope_jax.circuits.targets import Resolved, Resolver, Target, feature_vectors
+from gemma_scope_jax.circuits.targets import (
+    Resolved,
+    Resolver,
+    Target,
+    checked_targets,
+    feature_vectors,
+)
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, Report
@@ -47,86 +54,109 @@ PIECE = 1024  # features whose encoder vectors are in memory at a time
 BOS = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class AttributionSettings:
+    """What a graph takes in; names and defaults as in circuit-tracer."""
+
+    max_n_logits: int = 10
+    """Explain at most this many of the likeliest next tokens."""
+    desired_logit_prob: float = 0.95
+    """Explain the fewest tokens that reach this probability together."""
+    max_feature_nodes: int | None = None
+    """Explain this many features, those of most influence. The default is all."""
+    max_candidates: int = MOST
+    """Consider this many of the active features, those with the largest total effect."""
+    batch_size: int = 256
+    """Explain this many features at a time, as far as the choice of the next ones goes."""
+    update_interval: int = 4
+    """Choose the next features after this many batches."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "desired_logit_prob" and value is not None:
+                whole_number(field.name, value, 1)
+        if not 0.0 < self.desired_logit_prob <= 1.0:
+            share = self.desired_logit_prob
+            raise InputError(f"desired_logit_prob is {share}: give a share above 0, at most 1")
+
+
+Wanted = Target | int | str | Iterable[Target | int | str] | None
+
+
+def check_attribution(
+    config: GemmaConfig,
+    coders: CoderSet | Coder | Iterable[Coder],
+    ids: Any,
+    targets: Wanted = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    **settings: Any,
+) -> tuple[CoderSet, np.ndarray, list[Target] | None, AttributionSettings]:
+    """The arguments of `attribute`, checked without the model's weights. Raises `InputError`."""
+    coders, how = CoderSet(coders), AttributionSettings(**settings)
+    check_coders(config, coders)
+    ids = _checked_ids(config, ids)
+    return coders, ids, checked_targets(targets, config, coders, len(ids), tokenizer), how
+
+
 @own_mesh
 def attribute(
     model: Model,
     coders: CoderSet | Coder | Iterable[Coder],
     ids: Any,
-    targets: Target | int | str | Iterable[Target | int | str] | None = None,
+    targets: Wanted = None,
     *,
     tokenizer: Tokenizer | None = None,
-    max_n_logits: int = 10,
-    desired_logit_prob: float = 0.95,
-    max_feature_nodes: int | None = None,
-    max_candidates: int = MOST,
-    batch_size: int = 256,
-    update_interval: int = 4,
     progress: Report | None = None,
+    **settings: Any,
 ) -> Graph:
     """The attribution graph of a prompt.
 
-    coders   a transcoder for each layer, or a CLT
-    ids      the prompt, int [T] or [1, T], `<bos>` first: as the model shall see it
-    targets  tokens (ids or texts) or `Target`s; default: the most likely next tokens, as many as
-             reach `desired_logit_prob` together, at most `max_n_logits`
+    coders     a transcoder for each layer, or a CLT
+    ids        the prompt, int [T] or [1, T], `<bos>` first: as the model shall see it
+    targets    tokens (ids or texts) or `Target`s; default: the likeliest next tokens
     tokenizer  for texts of tokens, in targets and in the graph
-    max_feature_nodes  explain only this many features, those of most influence; default: all
-    max_candidates  consider only this many of the active features: those with the largest total
-             effect on the targets. The effect of the others is in `Graph.rest`
-    batch_size, update_interval  after `update_interval * batch_size` features the next are chosen
     progress   called with (features done, features to do); default: a line on stderr
+    settings   fields of `AttributionSettings`: which tokens, how many features
 
     Raises `InputError` for coders that do not cover the model's MLPs, and for prompts and targets
     that cannot be.
     """
     begin = time.perf_counter()
-    coders = CoderSet(coders)
-    check_coders(model.config, coders)
-    ids = _checked_ids(model, ids)
-    knobs = {"batch_size": batch_size, "update_interval": update_interval}
-    knobs |= {
-        "max_feature_nodes": 1 if max_feature_nodes is None else max_feature_nodes,
-        "max_candidates": max_candidates,
-    }
-    for name, value in knobs.items():
-        whole_number(name, value, 1)
+    given = {"tokenizer": tokenizer, **settings}
+    coders, ids, asked, how = check_attribution(model.config, coders, ids, targets, **given)
     prompt = read_prompt(model, ids)
     resolver = Resolver(model, coders, prompt, tokenizer)
-    wanted = resolver.resolve(resolver.targets(targets, max_n_logits, desired_logit_prob))
-    search = Search(model, coders, prompt, wanted, max_candidates)
-    budget = min(max_feature_nodes or len(search.active), len(search.active))
+    if asked is None:
+        asked = resolver.likely(how.max_n_logits, how.desired_logit_prob)
+    search = Search(model, coders, prompt, resolver.resolve(asked), how.max_candidates)
+    budget = min(how.max_feature_nodes or len(search.active), len(search.active))
     report = Progress(budget, "features", what="attribution") if progress is None else progress
-    search.run(budget, batch_size * update_interval, report)
-    settings = {
-        "max_n_logits": max_n_logits,
-        "desired_logit_prob": desired_logit_prob,
-        "max_feature_nodes": max_feature_nodes,
-        "max_candidates": max_candidates,
-        "batch_size": batch_size,
-        "update_interval": update_interval,
-    }
+    search.run(budget, how.batch_size * how.update_interval, report)
     about = {
         "model": model.config.name,
         "dtype": str(model.dtype),
         "coders": [public_name(coder) for coder in coders],
         "active_features": search.found,
-        "generation": settings,
+        "targets": [target.described() for target in asked],
+        "generation": dataclasses.asdict(how),
         "seconds": round(time.perf_counter() - begin, 3),
     }
     texts = [resolver.text(token) for token in ids.tolist()]
     return search.graph(ids, texts, about)
 
 
-def _checked_ids(model: Model, ids: Any) -> np.ndarray:
+def _checked_ids(config: GemmaConfig, ids: Any) -> np.ndarray:
     refuse_text(ids)
     found = integers("ids", np.asarray(ids))
     if found.ndim == 2 and len(found) == 1:
         found = found[0]
     if found.ndim != 1 or found.dtype.kind not in "iu" or not found.size:
         raise InputError(f"ids must be the tokens of one prompt, int [T], not {list(found.shape)}")
-    check_ids(model.config, found)
-    if len(found) > model.config.context:
-        raise InputError(f"{len(found)} tokens are more than the context of {model.config.context}")
+    check_ids(config, found)
+    if len(found) > config.context:
+        raise InputError(f"{len(found)} tokens are more than the context of {config.context}")
     if len(found) > 1 and found[0] == found[1] == BOS:
         raise InputError("the prompt begins with two <bos>: encode the text once, with bos=True")
     return found

@@ -22,7 +22,7 @@ from gemma_scope_jax.circuits.files import save_graph
 from gemma_scope_jax.circuits.intervene import Freeze
 from gemma_scope_jax.circuits.validate import Validation, validate
 from gemma_scope_jax.coders.coder import Coder
-from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.errors import InputError, shown
 from gemma_scope_jax.model.config import Model
 
 # Kinds of nodes. A "neuron" stands where a feature would, in graphs without coders.
@@ -96,6 +96,12 @@ class Graph:
     about: dict[str, Any]
     cumulative: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        final = ", ".join(self.targets.label[self.selected :].tolist())
+        size = f"{len(self.targets)} targets x {len(self.sources)} sources"
+        return f"Graph({self.selected} features, {size}, of {shown(final)})"
+
     def influence(self) -> np.ndarray:
         """What every source has to do with the final targets: float64 [sources], at least 0.
 
@@ -121,10 +127,7 @@ class Graph:
         and features and errors that nothing leaves, are removed until none is left. Cut edges are
         zero; what they and the removed sources contributed is in `rest`. Raises `InputError`.
         """
-        thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-        for name, threshold in thresholds.items():
-            if not 0 <= threshold <= 1:
-                raise InputError(f"{name} is {threshold}, expected 0 to 1")
+        thresholds = check_thresholds(node_threshold, edge_threshold)
         kept = prune.prune(
             self.effects,
             layer=self.targets.layer,
@@ -239,3 +242,12 @@ class GraphScores:
             f"replacement {self.replacement:.3f}, completeness {self.completeness:.3f}, "
             f"errors {self.error_share:.3f}"
         )
+
+
+def check_thresholds(node_threshold: float, edge_threshold: float) -> dict[str, float]:
+    """The arguments of `Graph.prune`, by name. Raises `InputError` unless they are shares."""
+    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    for name, threshold in thresholds.items():
+        if not 0 <= threshold <= 1:
+            raise InputError(f"{name} is {threshold}, expected 0 to 1")
+    return thresholds

@@ -23,7 +23,7 @@ from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import unembed
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
@@ -70,6 +70,12 @@ class Target:
         """vector [D] . resid_post of a layer."""
         return cls((Term("direction", np.asarray(vector, np.float32), position, layer),), label)
 
+    def described(self) -> list[dict[str, Any]] | None:
+        """The terms as JSON data, by which they can be measured; None if one is a direction."""
+        if any(term.kind == "direction" for term in self.terms):
+            return None
+        return [dataclasses.asdict(term) for term in self.terms]
+
     def __add__(self, other: "Target | int") -> "Target":
         if isinstance(other, int) and other == 0:  # the start of `sum`
             return self
@@ -112,12 +118,63 @@ class Resolved:
     labels: list[str]
 
 
+def checked_targets(
+    given: Any, config: GemmaConfig, coders: CoderSet, length: int, tokenizer: Tokenizer | None
+) -> list[Target] | None:
+    """What `attribute` was given, as targets of a prompt of `length` tokens: texts are ids, and no
+    position is negative. None stays None. Raises `InputError`."""
+    if given is None:
+        return None
+    if isinstance(given, Target | str) or not isinstance(given, Iterable):
+        given = [given]
+    made = [t if isinstance(t, Target) else Target.logit(t) for t in given]
+    if not made:
+        raise InputError("no targets: give at least one, or None for the likely next tokens")
+
+    def settled(term: Term) -> Term:
+        at = whole_number("position", term.position, -(2**31))
+        if not -length <= at < length:
+            raise InputError(f"position {at}: the prompt has {length} tokens")
+        what = term.what
+        if term.kind == "logit":
+            what = _checked_token(what, config, tokenizer)
+        elif not 0 <= whole_number("layer", term.layer, -1) < config.layers:
+            layers = f"layers 0 to {config.layers - 1}"
+            raise InputError(f"layer {term.layer}: {config.name} has {layers}")
+        elif term.kind == "feature" and what >= (width := coders.at(term.layer).width):
+            raise InputError(f"feature {what} is not an id from 0 to {width - 1}")
+        elif term.kind == "direction" and not _is_direction(what, config.d_model):
+            size = config.d_model
+            raise InputError(f"a direction must be {size} numbers, one for each channel")
+        return dataclasses.replace(term, position=at % length, what=what)
+
+    for target in made:
+        weight = 1.0 if target.weight is None else target.weight
+        if not (np.isfinite(weight) and weight > 0):
+            raise InputError("the weights of targets must be positive numbers")
+    return [dataclasses.replace(t, terms=tuple(map(settled, t.terms))) for t in made]
+
+
+def _is_direction(vector: np.ndarray, size: int) -> bool:
+    return vector.shape == (size,) and bool(np.isfinite(vector).all())
+
+
+def _checked_token(given: int | str, config: GemmaConfig, tokenizer: Tokenizer | None) -> int:
+    """The id of a token given as id or text."""
+    if isinstance(given, str):
+        if tokenizer is None:
+            raise InputError(f"target {given!r}: give the tokenizer, or the token's id")
+        ids = tokenizer.encode(given, bos=False).tolist()
+        if len(ids) != 1:
+            raise InputError(f"target {given!r} is {len(ids)} tokens, and must be one: {ids}")
+        return ids[0]
+    if not 0 <= (token := whole_number("token", given, -(2**31))) < config.vocab:
+        raise InputError(f"target token {token} is outside the vocabulary, 0..{config.vocab - 1}")
+    return token
+
+
 def likely_tokens(logits: np.ndarray, most: int, probability: float) -> list[int]:
     """The fewest tokens whose probabilities reach `probability` together, at most `most`."""
-    if whole_number("max_n_logits", most) < 1:
-        raise InputError(f"max_n_logits is {most}: explain at least one logit")
-    if not 0.0 < probability <= 1.0:
-        raise InputError(f"desired_logit_prob is {probability}: give a share above 0, at most 1")
     p = softmax(logits)
     order = np.argsort(-p, kind="stable")[: min(most, len(p))]
     enough = int(np.searchsorted(np.cumsum(p[order]), np.float32(probability))) + 1
@@ -167,44 +224,16 @@ class Resolver:
             self._logits[position] = np.asarray(found)
         return self._logits[position]
 
-    def position(self, given: int) -> int:
-        length = self.prompt.length
-        at = whole_number("position", given, -(2**31))
-        if not -length <= at < length:
-            raise InputError(f"position {given}: the prompt has {length} tokens")
-        return at % length
-
-    def token(self, given: int | str) -> int:
-        """The id of a token given as id or text."""
-        if isinstance(given, str):
-            if self.tokenizer is None:
-                raise InputError(f"target {given!r}: give the tokenizer, or the token's id")
-            ids = self.tokenizer.encode(given, bos=False).tolist()
-            if len(ids) != 1:
-                raise InputError(f"target {given!r} is {len(ids)} tokens, and must be one: {ids}")
-            return ids[0]
-        vocab = self.model.config.vocab
-        if not 0 <= (token := whole_number("token", given, -(2**31))) < vocab:
-            raise InputError(f"target token {token} is outside the vocabulary, 0..{vocab - 1}")
-        return token
-
     def text(self, token: int) -> str:
         return str(token) if self.tokenizer is None else self.tokenizer.decode_tokens([token])[0]
 
-    def targets(self, given: Any, most: int, share: float) -> list[Target]:
-        """What `attribute` was given, as targets."""
-        if given is None:
-            found = likely_tokens(self.logits(self.prompt.length - 1), most, share)
-            return [Target.logit(token) for token in found]
-        if isinstance(given, Target | str) or not isinstance(given, Iterable):
-            given = [given]
-        made = [t if isinstance(t, Target) else Target.logit(t) for t in given]
-        if not made:
-            raise InputError("no targets: give at least one, or None for the likely next tokens")
-        return made
+    def likely(self, most: int, share: float) -> list[Target]:
+        """The fewest next tokens that reach a share of the probability, at most `most`."""
+        found = likely_tokens(self.logits(self.prompt.length - 1), most, share)
+        return [Target.logit(token, self.prompt.length - 1) for token in found]
 
     def resolve(self, targets: Sequence[Target]) -> Resolved:
-        """The rows of targets."""
+        """The rows of targets, as `checked_targets` returns them."""
         most = max(len(t.terms) for t in targets)
         D = self.model.config.d_model
         stage = np.full((len(targets), most), -1, np.int32)
@@ -214,7 +243,7 @@ class Resolver:
         weights, layers, features = np.ones(len(targets), np.float32), [], []
         for n, target in enumerate(targets):
             for q, term in enumerate(target.terms):
-                at = self.position(term.position)
+                at = term.position
                 row, own, stage[n, q], known = self._term(term, at)
                 vector[n, q], position[n, q] = row * np.float32(term.factor), at
                 bias[n] += own * term.factor
@@ -229,8 +258,6 @@ class Resolver:
             layers.append(int(stage[n].max()) // 2 if not logit else self.model.config.layers)
             features.append(known if single else -1)
             labels.append(self.text(known) if logit else target.label)
-        if not (np.isfinite(weights).all() and (weights > 0).all()):
-            raise InputError("the weights of targets must be positive numbers")
         at = [int(p[s >= 0][-1]) for p, s in zip(position, stage)]
         return Resolved(stage, position, vector, bias, weights, kinds, layers, at, features, labels)
 
@@ -238,25 +265,16 @@ class Resolver:
         """(vector [D], own bias, stage, token or feature) of a term at a token."""
         frozen, c = self.prompt.frozen, self.model.config
         if term.kind == "logit":
-            token = self.token(term.what)
             scale = frozen.final_scale[at]
-            row = _logit_direction(self.model, self.mean, np.int32(token), scale)
-            return np.asarray(row), 0.0, 2 * c.layers - 1, token
-        layer = whole_number("layer", term.layer, -1)
-        if not 0 <= layer < c.layers:
-            raise InputError(f"layer {layer}: {c.name} has layers 0 to {c.layers - 1}")
+            row = _logit_direction(self.model, self.mean, np.int32(term.what), scale)
+            return np.asarray(row), 0.0, 2 * c.layers - 1, term.what
         if term.kind == "direction":
-            if term.what.shape != (c.d_model,) or not np.isfinite(term.what).all():
-                raise InputError(f"a direction must be {c.d_model} numbers, one for each channel")
-            return term.what, 0.0, 2 * layer + 1, -1
-        coder = self.coders.at(layer)
-        if term.what >= coder.width:
-            raise InputError(f"feature {term.what} is not an id from 0 to {coder.width - 1}")
+            return term.what, 0.0, 2 * term.layer + 1, -1
         one = lambda value: np.array([value], np.int32)
-        active = Active(one(layer), one(at), one(term.what), np.ones(1, np.float32))
+        active = Active(one(term.layer), one(at), one(term.what), np.ones(1, np.float32))
         rows, biases = encoder_rows(self.coders, active)
         row = feature_vectors(self.model, self.prompt, active, rows)[0]
-        return row, float(biases[0]), 2 * layer, term.what
+        return row, float(biases[0]), 2 * term.layer, term.what
 
 
 def feature_vectors(

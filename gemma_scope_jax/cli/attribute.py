@@ -1,5 +1,6 @@
 """`gemma-scope attribute`."""
 
+import dataclasses
 from typing import Annotated
 
 import tyro
@@ -15,6 +16,13 @@ Names = Annotated[tuple[shared.Place, ...], tyro.conf.arg(metavar="CODER...")]
 Tokens = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOKEN...", help_behavior_hint="")]
 
 
+@dataclasses.dataclass(frozen=True)
+class AttributionOptions(shared.Options, gs.AttributionSettings):
+    """What the graph takes in."""
+
+    max_feature_nodes: int | None = 4096
+
+
 def command(
     prompt: Prompt = "",
     *,
@@ -23,9 +31,7 @@ def command(
     file: shared.File = None,
     target: Tokens = (),
     minus: Annotated[str, tyro.conf.arg(metavar="TOKEN", help_behavior_hint="")] = "",
-    max_n_logits: int = 10,
-    desired_logit_prob: float = 0.95,
-    max_feature_nodes: int = 4096,
+    settings: AttributionOptions,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     out: Annotated[shared.LocalPlace | None, tyro.conf.arg(metavar="FOLDER")] = None,
@@ -46,9 +52,6 @@ def command(
         file: Read the prompt from this file.
         target: Explain the logits of these next tokens. The default is the likeliest ones.
         minus: Explain instead the difference: the target's logit less the logit of this token.
-        max_n_logits: Explain at most this many of the likeliest tokens.
-        desired_logit_prob: Explain the fewest tokens that reach this probability together.
-        max_feature_nodes: Explain this many features, those of most influence.
         node_threshold: Show the nodes that have this share of all influence.
         edge_threshold: Show the links that have this share of the shown nodes' influence.
         out: Write graph.html (a page that opens from the disk), graph.npz and graph.json here.
@@ -67,17 +70,12 @@ def command(
         wanted = [t - gs.Target.logit(minus) for t in wanted or ()]
     if out is not None:
         gs.check_writable(out / "graph.html")
-    weights, tok = shared.load_model(opened.model, dtype, mesh), opened.tokenizer
-    graph = gs.attribute(
-        weights,
-        opened.coders,
-        tok.encode(text),
-        wanted,
-        tokenizer=tok,
-        max_n_logits=max_n_logits,
-        desired_logit_prob=desired_logit_prob,
-        max_feature_nodes=max_feature_nodes,
-    )
+    tok, how = opened.tokenizer, dataclasses.asdict(settings)
+    ids, how = tok.encode(text), {"tokenizer": tok, **how}
+    gs.check_thresholds(node_threshold, edge_threshold)
+    gs.check_attribution(opened.shape, opened.coders, ids, wanted, **how)
+    weights = shared.load_model(opened.model, dtype, mesh)
+    graph = gs.attribute(weights, opened.coders, ids, wanted, **how)
     shown = graph.prune(node_threshold, edge_threshold)
     known = gs.feature_details(weights, opened.coders, tok, shown)
     shown = gs.label_graph(shown, known)

@@ -7,7 +7,7 @@ import gemma_scope_jax as gs
 from attribution import IDS, KINDS, coders_of, key, near, sums
 from gemma_scope_jax.circuits.candidates import total_effects
 from gemma_scope_jax.circuits.sources import active_features, read_prompt
-from gemma_scope_jax.circuits.targets import Resolver
+from gemma_scope_jax.circuits.targets import Resolver, checked_targets
 
 WANTED = [7, gs.Target.feature(3, 5) - gs.Target.feature(2, 1, position=4), 9]
 
@@ -29,7 +29,8 @@ def test_total_effects_run_along_all_paths(model, kind):
     coders = gs.CoderSet(coders)
     prompt = read_prompt(model, IDS)
     resolver = Resolver(model, coders, prompt, None)
-    wanted = resolver.resolve(resolver.targets(WANTED, 10, 0.95))
+    asked = checked_targets(WANTED, model.config, coders, len(IDS), None)
+    wanted = resolver.resolve(asked)
     got, _ = total_effects(model, coders, prompt, active_features(coders, prompt), wanted)
     near(got, wanted.weights @ np.abs(brute_force(graph)))
 

@@ -58,18 +58,18 @@ def test_total_effects_are_the_replacement_models_derivative(model, graphs, kind
 
 @kinds
 def test_what_attribute_was_asked_about(model, kind):
-    """Logits after any token and features are measured; a difference has left no vector behind."""
+    """Logits after any token, features and differences are measured; a direction cannot be."""
     coders = SETS[kind]
-    asked = [gs.Target.logit(7, position=4), gs.Target.feature(3, 5, position=6)]
-    asked.append(gs.Target.logit(3) - gs.Target.logit(4))
+    asked = [gs.Target.logit(7, position=4, weight=9.0), gs.Target.feature(3, 5, position=6)]
+    asked += [gs.Target.logit(3) - gs.Target.logit(4), gs.Target.direction(np.ones(32), 2)]
     graph = gs.attribute(model, coders, IDS, asked, max_feature_nodes=60)
     found = graph.validate(model, coders, top=12, modes=("direct",))
-    assert found.final.kind.tolist() == ["logit", "feature"]
+    assert found.final.kind.tolist() == ["logit", "feature", "direction"]
     assert found.agreements[0].r2 > 0.99999 and found.agreements[1].r2 > 0.99999
     predicted, measured, _ = found.changes["direct"]
     np.testing.assert_allclose(measured, predicted, atol=5e-6)
     assert np.abs(predicted).max(0).min() > 1e-3
-    only = gs.attribute(model, coders, IDS, asked[2:], max_feature_nodes=10)
+    only = gs.attribute(model, coders, IDS, asked[3:], max_feature_nodes=10)
     with pytest.raises(InputError, match="keeps no vectors of directions"):
         only.validate(model, coders)
 
