@@ -38,7 +38,8 @@ class Agreement:
               else of total ones
     targets   "final": what the graph was asked about; or "features": the pre-activations of its
               features downstream
-    control   whether each feature wrote a random direction of its decoder row's norm instead
+    control   whether each feature wrote the direction of a random other feature of its layer
+              instead, with the norm of its own
     spearman  rank correlation
     r2        1 - sum of (measured - predicted)^2 / sum of (measured - mean)^2: 1 at best, no fit
     sign      share of pairs with the same sign, of those that are not zero
@@ -68,7 +69,7 @@ class Validation:
     ablated     the features that were ablated, one at a time
     final       what the graph was asked about, less what cannot be measured
     changes     of `final`, by mode, float32 [3, ablated, final]: predicted, measured, control
-    seed        of the control's random directions
+    seed        of the control
     """
 
     agreements: tuple[Agreement, ...]
@@ -87,7 +88,7 @@ class Validation:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("frozen", "targets", "written", "n", *FIGURES)]
         for a in self.agreements:
-            written = "random" if a.control else "decoder"
+            written = "another" if a.control else "its own"
             figures = (f"{getattr(a, name):.3g}" for name in FIGURES)
             rows.append((a.freeze, a.targets, written, f"{a.n:,}", *figures))
         widths = [max(map(len, column)) for column in zip(*rows)]
