@@ -78,7 +78,8 @@ def plan_attribution(
     considered = min(active, how.max_candidates)
     rows = min(how.max_feature_nodes or considered, considered) + how.max_n_logits
     columns = considered + (config.layers + 1) * tokens
-    given = abstract_inputs(config, coders, tokens, considered, dtype=dtype, mesh=mesh)
+    options = {"dtype": dtype, "mesh": mesh, "rest": considered < active}
+    given = abstract_inputs(config, coders, tokens, considered, **options)
     # also the weights that rows do not need are there
     whole = jax.jit(lambda *given: effects(*given), keep_unused=True)
     found: Any = whole.lower(*given).compile().memory_analysis()
@@ -139,8 +140,12 @@ def abstract_inputs(
     *,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
+    rest: bool = False,
 ) -> tuple[Model, Frozen, Written, Rows]:
-    """The shapes that `linear.effects` is called with, placed on a mesh as `attribute` does."""
+    """The shapes that `linear.effects` is called with, placed on a mesh as `attribute` does.
+
+    rest: whether more features are active than are considered
+    """
     c, L, T, D = config, config.layers, room_for(tokens), config.d_model
 
     def array(*shape: int, kind: Any = jnp.float32, split: int | None = None) -> Any:
@@ -180,7 +185,15 @@ def abstract_inputs(
     )
     skip = next((coder.w_skip for coder in coders if coder.w_skip is not None), None)
     skips = None if skip is None else array(L, D, D, kind=skip.dtype)
-    written = Written(blocks, array(L, T, D), array(L, T, D), array(L, T, D), skips)
+    first = min(T, max([1, *(coder.first for coder in coders)]))
+    written = Written(
+        blocks,
+        array(L, T, D),
+        array(L, D),
+        array(L, first, D),
+        array(L, T, D) if rest else None,
+        skips,
+    )
     R = rows_together(mesh)
     rows = Rows(whole(R, 1), whole(R, 1), array(R, 1, D))
     return Model(params, c), frozen, written, rows

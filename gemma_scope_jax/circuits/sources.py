@@ -296,8 +296,7 @@ def _remainders(blocks: Blocks, whole, skip, bias, inner, outer, here, layer):
     if skip is not None:
         left = left - matmul(inner, skip)
     here = here[:, None]
-    constant = jnp.where(here, bias[None, :], left)
-    return jnp.where(here, left - bias[None, :], 0.0), constant, rest
+    return jnp.where(here, left - bias[None, :], 0.0), jnp.where(here, bias[None, :], left), rest
 
 
 def stacked_skips(coders: CoderSet) -> jax.Array | None:
@@ -330,20 +329,24 @@ def what_is_written(
     mesh: the devices that the model is on, if several
     """
     blocks, skips = written_blocks(coders, active, layout, mesh), stacked_skips(coders)
-    positions, found = np.arange(prompt.mlp_in.shape[1], dtype=np.int32), []
+    T = prompt.mlp_in.shape[1]
+    positions, first = np.arange(T, dtype=np.int32), max([1, *(coder.first for coder in coders)])
+    found, biases = [], []
     for layer in coders.layers:
         coder = coders.at(layer)
         here = (positions >= coder.first) & (positions < prompt.length)
         skip = None if skips is None else float32(skips[layer])
-        bias = float32(coder.b_dec[_own(coder, layer)])
+        biases.append(float32(coder.b_dec[_own(coder, layer)]))
         all_of = None if whole is None else whole[layer]
-        given = bias, prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
-        found.append(_remainders(blocks, all_of, skip, *given))
-    whole_layers = *map(jnp.stack, zip(*found)), skips
+        given = biases[-1], prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
+        error, constant, rest = _remainders(blocks, all_of, skip, *given)
+        found.append((error, constant[: min(first, T)], rest))
+    error, start, rest = (jnp.stack(column) for column in zip(*found))
+    given = error, jnp.stack(biases), start, None if whole is None else rest, skips
     if mesh is not None:
-        whole_layers = jax.device_put(whole_layers, _over(mesh))
-    error, constant, rest, skips = whole_layers
-    return Written(blocks, error, constant, rest, skips)
+        given = jax.device_put(given, _over(mesh))
+    error, bias, start, rest, skips = given
+    return Written(blocks, error, bias, start, rest, skips)
 
 
 def _over(mesh: Mesh | None, size: int = 1, axis: int = 0) -> NamedSharding | None:

@@ -29,7 +29,7 @@ def compile_for_tpu(name: str):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     config, mesh = gs.preset(f"gemma-3-{name}"), gs.make_mesh(*shape, devices)
     coders = abstract_transcoders(config)
-    options = {"dtype": jnp.bfloat16, "mesh": mesh}
+    options = {"dtype": jnp.bfloat16, "mesh": mesh, "rest": True}
     return effects.lower(*abstract_inputs(config, coders, tokens, candidates, **options)).compile()
 
 
