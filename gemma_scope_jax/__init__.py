@@ -65,6 +65,7 @@ _PUBLIC = {
     "evaluation.evaluate": ["evaluate", "text_batches"],
     "evaluation.report": ["core_doubts", "core_tables"],
     "evaluation.texts": ["EvaluationText"],
+    "circuits.estimate": ["AttributionEstimate", "plan_attribution"],
     "circuits.graph": ["Graph", "GraphScores", "Nodes", "check_thresholds"],
     "circuits.load": ["load_graph"],
     "circuits.compare": ["GraphDifference", "graph_difference"],

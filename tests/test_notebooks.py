@@ -5,6 +5,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+SHOWS = {
+    "first_look": lambda names: names["seen"].tokens[-2] == " Paris",
+    "trace_a_circuit": lambda names: abs(names["graph"].value[-1] - 4.22) < 0.01,
+}
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -40,4 +44,4 @@ def test_it_runs(path, capsys):
         exec(compile(cell.source, path.name, "exec"), namespace)
     assert capsys.readouterr().out
     assert "<iframe srcdoc=" in namespace["shown"]("<p>a page</p>").data
-    assert namespace["seen"].tokens[-2] == " Paris"
+    assert SHOWS[path.stem](namespace)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from gemma_scope_jax.circuits import linear
 from gemma_scope_jax.circuits.candidates import MOST, candidates
@@ -165,6 +166,11 @@ def _checked_ids(config: GemmaConfig, ids: Any) -> np.ndarray:
     return found
 
 
+def rows_together(mesh: Mesh | None) -> int:
+    """How many rows are found at a time."""
+    return ROWS * (1 if mesh is None else mesh.shape["data"])
+
+
 class Search:
     """The rows of a graph as they become known. Rows: first the targets', then the features'."""
 
@@ -177,7 +183,7 @@ class Search:
         mesh = mesh_under(model.params.embed)
         given = {"whole": whole, "mesh": mesh}
         self.written = what_is_written(coders, prompt, self.active, self.layout, **given)
-        self.together = ROWS * (1 if mesh is None else mesh.shape["data"])
+        self.together = rows_together(mesh)
         L, T = model.config.layers, prompt.length
         self.columns = len(self.active) + L * T + T
 

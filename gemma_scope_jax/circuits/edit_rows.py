@@ -65,7 +65,11 @@ def columns_of_layer(coders, own, layer: int, ids):
 
 
 def gathered(coders, own, edits: Edits, noise) -> EditRows:
-    """The edits with their encoder columns and with what they write, random if `noise` says so."""
+    """The edits with their encoder columns and with what they write.
+
+    noise: (whether features write the directions of others, a seed, the numbers [B] of the sets)
+    """
+    swap, drawn = noise[0], _drawn(edits.layer.shape[1], *noise[1:])
     which, i = (jnp.asarray(table, jnp.int32)[edits.layer] for table in own)
     which, zeros = jnp.where(edits.layer < 0, -1, which), partial(jnp.zeros, dtype=jnp.float32)
     W, shape = max(len(coder.layers) for coder in coders), which.shape
@@ -79,10 +83,13 @@ def gathered(coders, own, edits: Edits, noise) -> EditRows:
         w_enc = jnp.where(here[..., None], w, w_enc)
         b_enc, threshold = jnp.where(here, b, b_enc), jnp.where(here, t, threshold)
         written, names = _decoder_rows(coder, source, ids, W)
+        another = (ids + 1 + drawn % max(1, coder.width - 1)) % coder.width
+        direction, _ = _decoder_rows(coder, source, another, W)
+        written = jnp.where(swap, _resized(direction, written), written)
         names = jnp.where(here[..., None], names, -1)
         layers = jnp.where(names < 0, layers, names)
         rows = jnp.where((names < 0)[..., None], rows, written)
-    return EditRows(edits, w_enc, b_enc, threshold, _random(rows, *noise), layers)
+    return EditRows(edits, w_enc, b_enc, threshold, rows, layers)
 
 
 def _decoder_rows(coder: Coder, i, ids, size: int):
@@ -100,9 +107,14 @@ def _decoder_rows(coder: Coder, i, ids, size: int):
     return jnp.pad(float32(rows), [*room, (0, 0)]), jnp.pad(names, room, constant_values=-1)
 
 
-def _random(rows, wanted, seed, numbers):
-    """rows [B, E, W, D], or where `wanted` random directions of their norms, by seed and set."""
+def _drawn(size: int, seed, numbers):
+    """Numbers from 0 on, int32 [B, size], by seed and set."""
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers.astype(jnp.uint32))
-    drawn = jax.vmap(lambda key: jax.random.normal(key, rows.shape[1:]))(keys)
+    draw = lambda key: jax.random.randint(key, (size,), 0, 2**31 - 1, jnp.int32)
+    return jax.vmap(draw)(keys)
+
+
+def _resized(rows, like):
+    """`rows` with the norms of `like`; zeros stay zeros."""
     norm = lambda a: jnp.linalg.norm(a, axis=-1, keepdims=True)
-    return jnp.where(wanted, drawn / norm(drawn) * norm(rows), rows)
+    return rows * (norm(like) / jnp.maximum(norm(rows), 1e-30))

@@ -207,7 +207,8 @@ class Graph:
         modes   what is frozen while measuring, see `intervene`. "direct" is the graph's own linear
                 model, where direct effects are exact; "attention" and "nothing" are the real model;
                 "replacement" shows what thresholds alone change
-        seed    of the control: the same features write random directions of the same norm
+        seed    of the control: the same features write directions of random others of their
+                layer, with the same norm
         batch   rows run together
 
         Raises `InputError` for a graph without features, logits or single features as targets, and

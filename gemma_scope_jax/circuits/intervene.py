@@ -32,6 +32,7 @@ from gemma_scope_jax.circuits.interventions import (
     power_of_two,
     transcoders,
 )
+from gemma_scope_jax.circuits.linear import room_for
 from gemma_scope_jax.coders.coder import Coder, float32, jump_relu, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.multi_layer_coder import at_layer
@@ -39,7 +40,6 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model import intercept
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids, refuse_text
-from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import one_pass
 from gemma_scope_jax.model.intercept import per_layer, tokenwise
@@ -94,8 +94,8 @@ def intervene(
     tokens         vocabulary ids [K] whose logits after the last token are returned, less the mean
                    of all; or [K, 2] (position, id), which needs the memory of all logits. With
                    logits="none" nothing larger leaves the device
-    control        a seed: instead of its decoder row each feature writes a random direction of the
-                   same norm, its own in every set (and at each layer that it writes to)
+    control        a seed: instead of its own decoder row each feature writes that of a random other
+                   feature of its layer, resized to the same norm; another in every set
     batch          rows run together, one of them the prompt
 
     decode(new features) - decode(old features) is added to what the MLP writes, so that a coder's
@@ -123,7 +123,7 @@ def intervene(
     wanted, back = _by_layer(where, model.config.layers)
     size = max(1, power_of_two(max(map(len, rows))))
     chunk = min(whole_number("batch", batch, 2) - 1, power_of_two(len(rows)))
-    room = bucket(len(ids), model.config.context)
+    room = min(room_for(len(ids)), model.config.context)
     model, given = on_auto_axes((model, tuple(coders)))
     seed = None if control is None else whole_number("control", control, 0)
     parts = []

@@ -32,7 +32,6 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_of, place
 
 WHOLE = 64  # prompts up to this many tokens are one chunk
-GROUPS, SLOTS = 8, 16  # a block: this many tokens, with this many features of each
 dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -72,8 +71,9 @@ class Written:
 
     blocks: Blocks
     error: jax.Array  # [L, T, D]
-    constant: jax.Array  # [L, T, D]: biases, and MLPs at positions without features
-    rest: jax.Array  # [L, T, D]: active features that have no slot
+    bias: jax.Array  # [L, D], but for the first tokens
+    start: jax.Array  # [L, S, D]: the constant at the first tokens, whose MLPs have no features
+    rest: jax.Array | None  # [L, T, D]: active features that have no slot, if there are any
     skip: jax.Array | None  # [L, D, D]: x @ skip, or None
 
 
@@ -118,6 +118,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
     c, blocks = model.config, written.blocks
     (T, D), R = frozen.embed.shape, rows.position.shape[0]
     C = chunk_of(T)
+    kinds = 2 if written.rest is None else 3  # error, constant, rest
     chunks = 1 + jnp.max(jnp.where(rows.stage < 0, 0, rows.position)) // C
     top = jnp.max(rows.stage) // 2
     begin = partial(begun, rows)
@@ -135,25 +136,28 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
             return slots.at[blocks.result[i]].add(found)
 
         slots = jax.lax.fori_loop(blocks.start[layer], blocks.start[layer + 1], block, slots)
-        whole = jnp.stack([take(w) for w in (written.error, written.constant, written.rest)], -1)
+        constant = jnp.broadcast_to(take(written.bias), (T, D))
+        whole = [take(written.error), put(constant, take(written.start), 0, 0)]
+        whole = jnp.stack(whole if written.rest is None else [*whole, take(written.rest)], -1)
 
         def of_chunk(n, found):
             new = dot("trd,tds->trs", cut(g, n, C, 0), cut(whole, n, C, 0))
             return put(found, new, n, 0)
 
-        found = jax.lax.fori_loop(0, chunks, of_chunk, jnp.zeros((T, R, 3), jnp.float32))
+        found = jax.lax.fori_loop(0, chunks, of_chunk, jnp.zeros((T, R, kinds), jnp.float32))
         errors, sums = errors.at[layer].set(found[..., 0]), sums + found[..., 1:].sum(0)
         if written.skip is not None:
             g = through_skip(model, frozen, written.skip, layer, chunks, g)
         g = through_attention(model, frozen, layer, chunks, begin(g, 2 * layer))
         return spread(g, None, "data", None), slots, errors, sums
 
-    slots = jnp.zeros((blocks.results, GROUPS, R, SLOTS), jnp.float32)
+    _, P, S, _ = blocks.rows.shape
+    slots = jnp.zeros((blocks.results, P, R, S), jnp.float32)
     carry = (
         spread(jnp.zeros((T, R, D), jnp.float32), None, "data", None),
         spread(slots, None, None, "data", "model"),
         jnp.zeros((c.layers, T, R), jnp.float32),
-        jnp.zeros((R, 2), jnp.float32),
+        jnp.zeros((R, kinds - 1), jnp.float32),
     )
     g, slots, errors, sums = jax.lax.fori_loop(0, top + 1, layer_step, carry)
     return Effects(
@@ -161,7 +165,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
         errors.transpose(2, 0, 1),
         dot("trd,td->rt", g, frozen.embed),
         sums[:, 0],
-        sums[:, 1],
+        sums[:, 1:].sum(1),
     )
 
 

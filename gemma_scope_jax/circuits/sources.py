@@ -15,16 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gemma_scope_jax.circuits.linear import (
-    GROUPS,
-    SLOTS,
-    Blocks,
-    Frozen,
-    Written,
-    chunk_of,
-    normalised,
-    room_for,
-)
+from gemma_scope_jax.circuits.linear import Blocks, Frozen, Written, chunk_of, normalised, room_for
 from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends, float32, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.load import decoder_rows
@@ -36,7 +27,7 @@ from gemma_scope_jax.model.run import run
 
 TOKENS = 256  # encoded at a time
 TOGETHER = 1024  # features whose encoder vectors are gathered at a time
-BLOCK = GROUPS * SLOTS
+BLOCK = 128  # slots of a block: groups of one token and layer each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,31 +187,42 @@ class Layout:
     layer: np.ndarray  # int32 [blocks]: of the sources
 
 
+def slots_of(features: int, groups: int) -> int:
+    """C: the slots of a group, where so many features are active at so many tokens and layers.
+
+    Larger groups make larger products; but where few features of a token are candidates, most of
+    their slots would be empty.
+    """
+    return 16 if features >= 6 * groups else 4
+
+
 def laid_out(active: Active) -> Layout:
     """Slots for sources: a block has P groups of C slots, each group at one token of one layer."""
     key = active.layer.astype(np.int64) << 32 | active.position
     _, first, count = np.unique(key, return_index=True, return_counts=True)
-    groups = -(-count // SLOTS)  # of each token and layer
+    C = slots_of(len(active), len(count))
+    P = BLOCK // C
+    groups = -(-count // C)  # of each token and layer
     layer_of = active.layer[first]
     sources, positions, layers = [], [], []
     slot = np.zeros(len(active), np.int64)
     for layer in np.unique(layer_of):
         mine = np.flatnonzero(layer_of == layer)
-        blocks = -(-int(groups[mine].sum()) // GROUPS)
+        blocks = -(-int(groups[mine].sum()) // P)
         source = np.full(blocks * BLOCK, -1, np.int32)
-        position = np.zeros(blocks * GROUPS, np.int32)
+        position = np.zeros(blocks * P, np.int32)
         base, group = len(sources) * BLOCK, 0
         for n in mine:
-            at = np.arange(count[n]) + group * SLOTS
+            at = np.arange(count[n]) + group * C
             source[at] = first[n] + np.arange(count[n])
             slot[first[n] : first[n] + count[n]] = base + at
             position[group : group + groups[n]] = active.position[first[n]]
             group += int(groups[n])
-        sources += list(source.reshape(blocks, GROUPS, SLOTS))
-        positions += list(position.reshape(blocks, GROUPS))
+        sources += list(source.reshape(blocks, P, C))
+        positions += list(position.reshape(blocks, P))
         layers += [layer] * blocks
     shaped = lambda a, *shape: np.asarray(a, np.int32).reshape(-1, *shape)
-    return Layout(slot, shaped(sources, GROUPS, SLOTS), shaped(positions, GROUPS), shaped(layers))
+    return Layout(slot, shaped(sources, P, C), shaped(positions, P), shaped(layers))
 
 
 def slot_features(active: Active, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -290,8 +292,8 @@ def written_blocks(
         if writes_to(coders.at(source), source, target)
     ]
     count, results = room_of(len(pairs)), room_of(len(layout.layer))
-    shape = (count, GROUPS, SLOTS, coders[0].d_out)
-    blocks = jnp.zeros(shape, jnp.float32, device=_over(mesh, SLOTS, 2))
+    shape = (count, *layout.source.shape[1:], coders[0].d_out)
+    blocks = jnp.zeros(shape, jnp.float32, device=_over(mesh, shape[2], 2))
     for at, (n, source, target) in enumerate(pairs):
         coder = coders.at(source)
         places = np.int32(coder.source(source)), np.int32(coder.source(target))
@@ -327,8 +329,7 @@ def _remainders(blocks: Blocks, whole, skip, bias, inner, outer, here, layer):
     if skip is not None:
         left = left - matmul(inner, skip)
     here = here[:, None]
-    constant = jnp.where(here, bias[None, :], left)
-    return jnp.where(here, left - bias[None, :], 0.0), constant, rest
+    return jnp.where(here, left - bias[None, :], 0.0), jnp.where(here, bias[None, :], left), rest
 
 
 def stacked_skips(coders: CoderSet) -> jax.Array | None:
@@ -361,22 +362,26 @@ def what_is_written(
     mesh: the devices that the model is on, if several
     """
     blocks, skips = written_blocks(coders, active, layout, mesh), stacked_skips(coders)
-    positions, found = np.arange(prompt.mlp_in.shape[1], dtype=np.int32), []
+    T = prompt.mlp_in.shape[1]
+    positions, first = np.arange(T, dtype=np.int32), max([1, *(coder.first for coder in coders)])
+    found, biases = [], []
     for layer in coders.layers:
         coder = coders.at(layer)
         here = (positions >= coder.first) & (positions < prompt.length)
         # what exact sources leave is rounding: no error, though it must be somewhere
         here = here & (not getattr(coder, "exact", False))
         skip = None if skips is None else float32(skips[layer])
-        bias = float32(coder.b_dec[_own(coder, layer)])
+        biases.append(float32(coder.b_dec[_own(coder, layer)]))
         all_of = None if whole is None else whole[layer]
-        given = bias, prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
-        found.append(_remainders(blocks, all_of, skip, *given))
-    whole_layers = *map(jnp.stack, zip(*found)), skips
+        given = biases[-1], prompt.mlp_in[layer], prompt.mlp_out[layer], here, np.int32(layer)
+        error, constant, rest = _remainders(blocks, all_of, skip, *given)
+        found.append((error, constant[: min(first, T)], rest))
+    error, start, rest = (jnp.stack(column) for column in zip(*found))
+    given = error, jnp.stack(biases), start, None if whole is None else rest, skips
     if mesh is not None:
-        whole_layers = jax.device_put(whole_layers, _over(mesh))
-    error, constant, rest, skips = whole_layers
-    return Written(blocks, error, constant, rest, skips)
+        given = jax.device_put(given, _over(mesh))
+    error, bias, start, rest, skips = given
+    return Written(blocks, error, bias, start, rest, skips)
 
 
 def _over(mesh: Mesh | None, size: int = 1, axis: int = 0) -> NamedSharding | None:

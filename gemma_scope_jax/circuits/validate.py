@@ -38,7 +38,8 @@ class Agreement:
               else of total ones
     targets   "final": what the graph was asked about; or "features": the pre-activations of its
               features downstream
-    control   whether each feature wrote a random direction of its decoder row's norm instead
+    control   whether each feature wrote the direction of a random other feature of its layer
+              instead, with the norm of its own
     spearman  rank correlation
     r2        1 - sum of (measured - predicted)^2 / sum of (measured - mean)^2: 1 at best, no fit
     sign      share of pairs with the same sign, of those that are not zero
@@ -68,7 +69,7 @@ class Validation:
     ablated     the features that were ablated, one at a time
     final       what the graph was asked about, less what cannot be measured
     changes     of `final`, by mode, float32 [3, ablated, final]: predicted, measured, control
-    seed        of the control's random directions
+    seed        of the control
     """
 
     agreements: tuple[Agreement, ...]
@@ -87,7 +88,7 @@ class Validation:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("frozen", "targets", "written", "n", *FIGURES)]
         for a in self.agreements:
-            written = "random" if a.control else "decoder"
+            written = "another" if a.control else "its own"
             figures = (f"{getattr(a, name):.3g}" for name in FIGURES)
             rows.append((a.freeze, a.targets, written, f"{a.n:,}", *figures))
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -134,34 +135,52 @@ def validate(
 
 def _final(graph: "Graph") -> np.ndarray:
     """The rows of what was asked about and can be measured."""
-    kind, n = graph.targets.kind, graph.selected
-    final = np.flatnonzero(np.isin(kind, ("logit", "feature")) & (np.arange(len(kind)) >= n))
+    n = graph.selected
     if not n or not (graph.sources.kind[:n] == "feature").all():
         raise InputError("a graph is validated by ablating its features, and this one has none")
+    final = np.array([row for row in range(n, len(graph.targets)) if _terms(graph, row)], int)
     if not final.size:
         raise InputError(
-            "a graph keeps no vectors of directions and differences, so that they cannot be "
-            "measured: validate one that was asked about logits or features"
+            "a graph keeps no vectors of directions, so that they cannot be measured: validate one "
+            "that was asked about logits, features, or differences of these"
         )
     return final
+
+
+def _terms(graph: "Graph", row: int) -> list[dict[str, Any]]:
+    """What a final target is a sum of; nothing if that cannot be measured."""
+    known, n, t = graph.about.get("targets"), graph.selected, graph.targets
+    if isinstance(known, list) and len(known) == len(t) - n:
+        return known[row - n] or []
+    if t.kind[row] not in ("logit", "feature"):
+        return []
+    where = {"layer": int(t.layer[row]), "position": int(t.position[row])}
+    return [{"kind": str(t.kind[row]), "what": int(t.feature[row]), "factor": 1.0, **where}]
 
 
 def _measured(graph, model, coders, which, options) -> np.ndarray:
     """The changes of the graph's targets in the model if one feature is set to zero: [which,
     targets], 0 for targets that are not measured."""
-    nodes = graph.targets
-    features, logits = (np.flatnonzero(nodes.kind == k) for k in ("feature", "logit"))
-    read = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[features]
-    options["tokens"] = (
-        np.stack([nodes.position, nodes.feature], 1)[logits] if len(logits) else None
-    )
-    sets = [[(*read[s].tolist(), 0.0)] for s in which]
+    n, nodes = graph.selected, graph.targets
+    terms = [(row, t) for row in range(n, len(nodes)) for t in _terms(graph, row)]
+    logits, asked = ([x for x in terms if x[1]["kind"] == k] for k in ("logit", "feature"))
+    own = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[:n]
+    more = [[t["layer"], t["position"], t["what"]] for _, t in asked]
+    read = np.concatenate([own, np.array(more, np.int32).reshape(-1, 3)])
+    wanted = [[t["position"], t["what"]] for _, t in logits]
+    options["tokens"] = np.array(wanted, np.int32) if wanted else None
+    sets = [[(*own[s].tolist(), 0.0)] for s in which]
     found: Any = intervene(model, coders, graph.ids, sets, read=read, logits="none", **options)
-    _check_same(graph, found.clean.pre_activations[:, : graph.selected])
+    _check_same(graph, found.clean.pre_activations[:, :n])
     changes = np.zeros((len(which), len(nodes)), np.float32)
-    changes[:, features] = found.pre_activations - found.clean.pre_activations
-    if len(logits):
-        changes[:, logits] = found.token_logits - found.clean.token_logits
+    features = found.pre_activations - found.clean.pre_activations
+    changes[:, :n] = features[:, :n]
+    for column, (row, term) in zip(features[:, n:].T, asked):
+        changes[:, row] += np.float32(term["factor"]) * column
+    if logits:
+        differences = found.token_logits - found.clean.token_logits
+        for column, (row, term) in zip(differences.T, logits):
+            changes[:, row] += np.float32(term["factor"]) * column
     return changes
 
 

@@ -39,6 +39,7 @@ def command(
     validate: int = 32,
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
     dtype: shared.Dtype = "auto",
+    plan: bool = False,
     json: shared.Json = False,
 ) -> None:
     """Explain why a model continues a prompt as it does: an attribution graph.
@@ -57,6 +58,7 @@ def command(
         out: Write graph.html (a page that opens from the disk), graph.npz and graph.json here.
         paths: Print this many paths.
         validate: Ablate this many features, and compare the changes with the graph's predictions.
+        plan: Only print what it would take: features, bytes, products, time.
         mesh: Spread the work over this many devices. The default is one device.
     """
     text = shared.given_text(prompt, file)
@@ -74,6 +76,13 @@ def command(
     ids, how = tok.encode(text), {"tokenizer": tok, **how}
     gs.check_thresholds(node_threshold, edge_threshold)
     gs.check_attribution(opened.shape, opened.coders, ids, wanted, **how)
+    if plan:
+        spread = None if mesh is None else gs.make_mesh(*mesh)
+        kind = shared.dtype_of(dtype)
+        given = {"dtype": kind, "mesh": spread, **dataclasses.asdict(settings)}
+        found = gs.plan_attribution(opened.shape, opened.coders, len(ids), **given)
+        shared.print_result(found, dataclasses.asdict(found), json)
+        return
     weights = shared.load_model(opened.model, dtype, mesh)
     graph = gs.attribute(weights, opened.coders, ids, wanted, **how)
     shown = graph.prune(node_threshold, edge_threshold)

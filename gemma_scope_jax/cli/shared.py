@@ -108,12 +108,18 @@ def open_coders(names: str | Sequence[str], model: str = "", **options: bool) ->
         return gs.open_coders(names, model, **options)
 
 
-def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> "gs.Model":
-    """A model, with its progress shown; `mesh`: the (data, model) devices it is spread over."""
+def dtype_of(option: str) -> str:
+    """The dtype that --dtype means on this machine."""
     import jax
 
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if option != "auto":
+        return option
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_model(name: str, dtype: str, mesh: tuple[int, int] | None = None) -> "gs.Model":
+    """A model, with its progress shown; `mesh`: the (data, model) devices it is spread over."""
+    dtype = dtype_of(dtype)
     progress = gs.Progress(None, "bytes", what=f"loading model {name} ({dtype})")
     spread = {} if mesh is None else {"mesh": gs.make_mesh(*mesh)}
     return gs.load_model(name, dtype=dtype, progress=progress, **spread)

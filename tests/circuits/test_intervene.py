@@ -1,5 +1,7 @@
 """Interventions: the graph's edges where the model is linear, else what the model's hooks give."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from coders import random_coder
 from gemma_scope_jax.circuits.edit_rows import gathered, own_layers
 from gemma_scope_jax.circuits.interventions import as_arrays
 from gemma_scope_jax.errors import InputError
+from golden.circuit_coders import DICTIONARIES, circuit_coders, circuit_model
 
+GOLDEN = Path(__file__).parent.parent / "golden" / "circuit_tracer.npz"
 SCALES = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale", "post_mlp_scale")
 kinds = pytest.mark.parametrize("kind", SETS)
 
@@ -118,7 +122,7 @@ def test_layers_whose_mlps_are_frozen(model):
     assert np.abs(run(layers=(1, 3)) - run()).max() > 1e-2
 
 
-def test_the_control_writes_random_directions_of_the_same_norm(model):
+def test_the_control_writes_directions_of_others_of_the_same_norm(model):
     coders = gs.CoderSet(SETS["mixed"])
     edits = as_arrays([{(0, 3, 5): (1.0, False), (1, 4, 2): (1.0, False)}] * 2, 2, 2)
     own = own_layers(tuple(coders), 4)
@@ -131,6 +135,9 @@ def test_the_control_writes_random_directions_of_the_same_norm(model):
     np.testing.assert_allclose(norm(plain), norm(noisy), rtol=1e-5)
     np.testing.assert_allclose(plain.rows[0, 0, 1], coders[0].decoder(0, 1)[5], rtol=1e-6)
     assert np.abs(noisy.rows[0] - noisy.rows[1]).max() > 0.1  # each set has its own
+    others = np.asarray(coders[0].decoder(0, 1)) @ np.asarray(noisy.rows[0, 0, 1])
+    norms = np.linalg.norm(coders[0].decoder(0, 1), axis=-1) * norm(noisy)[0, 0, 1]
+    assert np.isclose(others / norms, 1, atol=1e-5).sum() == 1
     run = lambda seed: gs.intervene(model, coders, IDS, [[(0, 3, 5, 4.0)]], control=seed).logits
     np.testing.assert_array_equal(run(0), run(0))
     assert len({float(run(seed)[0, 0]) for seed in (None, 0, 1)}) == 3
@@ -294,3 +301,22 @@ def test_wrong_coders_and_prompts_are_one_line(model):
     for wrong, words in (([], "not empty"), ([(1, 3, 5, 1), (1, None, 5, 2)], "set twice")):
         with pytest.raises(InputError, match=words):
             gs.edit_features(SETS["plain"], wrong)
+
+
+# ---- circuit-tracer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DICTIONARIES)
+def test_logits_are_those_of_circuit_tracer(name):
+    """Its own `feature_intervention`: attention frozen; and all MLPs and norms, too."""
+    config, params, ids = circuit_model()
+    with np.load(GOLDEN) as file:
+        layer, position, feature, value = file[f"{name}/feature"].tolist()
+        wanted = file[f"{name}/intervened"]
+    place = int(layer), int(position), int(feature)
+    sets = [[(*place, factor * value)] for factor in (0.0, 2.0)]
+    for freeze, logits in zip(("attention", "direct"), wanted):
+        model, coders = gs.Model(params, config), circuit_coders(name)
+        found = gs.intervene(model, coders, ids[0], sets, freeze=freeze)
+        np.testing.assert_allclose(found.logits, logits, atol=2e-5)
+        assert np.abs(logits - found.clean.logits).max() > 1e-2
