@@ -21,11 +21,10 @@ from gemma_scope_jax.circuits.candidates import MOST, candidates
 from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.influence import partial_influence
 from gemma_scope_jax.circuits.linear import Rows
-from gemma_scope_jax.circuits.neurons import mlp_neurons
+from gemma_scope_jax.circuits.neurons import graph_coders
 from gemma_scope_jax.circuits.sources import (
     Layout,
     Prompt,
-    check_coders,
     encoder_rows,
     laid_out,
     read_prompt,
@@ -43,7 +42,7 @@ from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
-from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
+from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, Report
@@ -94,10 +93,7 @@ def check_attribution(
     **settings: Any,
 ) -> tuple[CoderSet, np.ndarray, list[Target] | None, AttributionSettings]:
     """The arguments of `attribute`, checked without the model's weights. Raises `InputError`."""
-    if coders is None:
-        coders = mlp_neurons(Model(abstract_params(config), config))
-    coders, how = CoderSet(coders), AttributionSettings(**settings)
-    check_coders(config, coders)
+    coders, how = graph_coders(config, coders), AttributionSettings(**settings)
     ids = _checked_ids(config, ids)
     return coders, ids, checked_targets(targets, config, coders, len(ids), tokenizer), how
 
@@ -128,7 +124,7 @@ def attribute(
     """
     begin = time.perf_counter()
     given = {"tokenizer": tokenizer, **settings}
-    coders = mlp_neurons(model) if coders is None else coders
+    coders = graph_coders(model.config, coders, model)
     coders, ids, asked, how = check_attribution(model.config, coders, ids, targets, **given)
     prompt = read_prompt(model, ids)
     resolver = Resolver(model, coders, prompt, tokenizer)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.circuits.attribute import AttributionSettings, rows_together
 from gemma_scope_jax.circuits.linear import Blocks, Frozen, Rows, Written, effects, room_for
-from gemma_scope_jax.circuits.sources import BLOCK, check_coders, room_of, slots_of
+from gemma_scope_jax.circuits.neurons import graph_coders, neurons_of
+from gemma_scope_jax.circuits.sources import BLOCK, room_of, slots_of
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
@@ -57,7 +58,7 @@ class AttributionEstimate:
 
 def plan_attribution(
     config: GemmaConfig,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     tokens: int,
     *,
     dtype: Any = jnp.float32,
@@ -70,8 +71,7 @@ def plan_attribution(
     Compiles the program that finds rows, and runs nothing but, if `timed`, one product. Neither the
     model's nor the coders' weights are needed: their shapes are. Raises `InputError`.
     """
-    coders, how = CoderSet(coders), AttributionSettings(**settings)
-    check_coders(config, coders)
+    coders, how = graph_coders(config, coders), AttributionSettings(**settings)
     if not 1 <= whole_number("tokens", tokens) <= config.context:
         raise InputError(f"{tokens} tokens: the context of {config.name} is {config.context}")
     active = active_estimate(coders, tokens)
@@ -84,7 +84,8 @@ def plan_attribution(
     whole = jax.jit(lambda *given: effects(*given), keep_unused=True)
     found: Any = whole.lower(*given).compile().memory_analysis()
     names = ("argument", "output", "temp", "generated_code")
-    coder_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(list(coders)))
+    arrays = [] if neurons_of(coders) else jax.tree.leaves(list(coders))  # those are the model's
+    coder_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
     flops = rows * row_flops(config, coders, tokens)
     devices = 1 if mesh is None else mesh.size
     return AttributionEstimate(

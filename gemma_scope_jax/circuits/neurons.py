@@ -15,6 +15,7 @@ All of them are active at every token; `max_candidates` says how many may become
 Source: Jafari et al. 2025, RelP (gates frozen); Ameisen et al. 2025 (frozen norms and patterns).
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import flax.struct
@@ -24,13 +25,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from gemma_scope_jax.circuits.linear import Rows, begun, chunk_of, dot, through_attention
-from gemma_scope_jax.circuits.sources import TOKENS, Active, Prompt
-from gemma_scope_jax.coders.coder import Coder, Encoder, Index, float32, static_field
+from gemma_scope_jax.circuits.sources import TOKENS, Active, Prompt, check_coders
+from gemma_scope_jax.coders.coder import Coder, CoderInfo, Encoder, Index, float32, static_field
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.multi_layer_coder import at_layer
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 
 if TYPE_CHECKING:
     from gemma_scope_jax.circuits.targets import Resolved
@@ -105,7 +106,22 @@ def mlp_neurons(model: Model, *, first: int = 1) -> MlpNeurons:
         reads="mlp_in",
         writes="mlp_out",
         first=whole_number("first", first, 0),
+        info=CoderInfo(type="neurons", l0=c.layers * c.d_mlp, width=c.layers * c.d_mlp),
     )
+
+
+def graph_coders(
+    config: GemmaConfig,
+    coders: CoderSet | Coder | Iterable[Coder] | None,
+    model: Model | None = None,
+) -> CoderSet:
+    """What a graph is made with, checked: coders, or for None the neurons of `model`, or of the
+    shapes of a model of `config`. Raises `InputError`."""
+    if coders is None:
+        coders = mlp_neurons(model or Model(abstract_params(config), config))
+    coders = CoderSet(coders)
+    check_coders(config, coders)
+    return coders
 
 
 def neurons_of(coders: CoderSet) -> MlpNeurons | None:

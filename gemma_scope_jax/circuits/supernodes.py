@@ -142,7 +142,8 @@ def find_supernodes(
     nodes = graph.sources[chosen]
     parts = {"edges": edge_similarity(graph, chosen, anywhere=together != "position")}
     if coders is not None:
-        parts["decoder"] = _cosines(written_directions(CoderSet(coders), nodes))
+        rows = written_directions(CoderSet(coders), nodes)
+        parts["decoder"] = _cosines(rows * np.sign(nodes.activation)[:, None])
     if examples is not None:
         parts["examples"] = _of_examples(nodes, examples)
     alike = _mean(parts, weights or {})

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.influence import row_sums
+from gemma_scope_jax.circuits.neurons import mlp_neurons
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.directions import logit_tokens
@@ -43,11 +44,18 @@ Details = Mapping[tuple[int, int], FeatureDetails]  # by (layer, feature)
 
 
 def feature_details(
-    model: Model, coders: CoderSet | Coder | Sequence[Coder], tokenizer: Tokenizer, graph: Graph
+    model: Model,
+    coders: CoderSet | Coder | Sequence[Coder] | None,
+    tokenizer: Tokenizer,
+    graph: Graph,
 ) -> dict[tuple[int, int], FeatureDetails]:
-    """The tokens that the selected features of a graph raise and lower, directly, most."""
-    coders, nodes, found = CoderSet(coders), graph.sources[: graph.selected], {}
-    for layer in np.unique(nodes.layer[nodes.kind == "feature"]).tolist():
+    """The tokens that the selected features of a graph raise and lower, directly, most.
+
+    coders: as `attribute` was given; None: the model's neurons
+    """
+    coders = CoderSet(mlp_neurons(model) if coders is None else coders)
+    nodes, found = graph.sources[: graph.selected], {}
+    for layer in np.unique(nodes.layer).tolist():
         coder, mine = coders.at(layer), np.unique(nodes.feature[nodes.layer == layer])
         own = layer if coder.multi_layer else None
         tokens = logit_tokens(model, coder, tokenizer, mine, layer=own)
@@ -57,14 +65,19 @@ def feature_details(
 
 
 def label_graph(graph: Graph, details: Details) -> Graph:
-    """The graph with a label on each feature that `details` know."""
+    """The graph with a label on each feature that `details` know.
+
+    The label of a neuron is what it raises on this prompt: what it lowers, if it is negative.
+    """
 
     def named(nodes: Nodes) -> Nodes:
         labels = nodes.label.tolist()
-        for n in np.flatnonzero(nodes.kind == "feature").tolist():
+        for n in np.flatnonzero(np.isin(nodes.kind, ("feature", "neuron"))).tolist():
             known = details.get((int(nodes.layer[n]), int(nodes.feature[n])))
             if known is not None:
-                words = [w.strip() or repr(w) for w in known.raises[:WORDS]]
+                negative = nodes.kind[n] == "neuron" and nodes.activation[n] < 0
+                words = known.lowers if negative else known.raises
+                words = [w.strip() or repr(w) for w in words[:WORDS]]
                 labels[n] = known.label or ", ".join(words) or labels[n]
         return dataclasses.replace(nodes, label=np.asarray(labels))
 

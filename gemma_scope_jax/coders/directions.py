@@ -59,7 +59,7 @@ def to_residual(model: Model, coder: Coder, layer: int | None, features: jax.Arr
     output projection, so only their direction is right.
     """
     i, last = coder.source(layer), len(coder.layers) - 1
-    outputs = range(i, last + 1) if coder.kind == "clt" else [last]
+    outputs = {"clt": range(i, last + 1), "crosscoder": [last]}.get(coder.kind, [i])
     if coder.w_dec is None:  # left on disk
         rows = sum(decoder_rows(coder, np.asarray(features), layer=i, to=j) for j in outputs)
         rows = float32(rows)

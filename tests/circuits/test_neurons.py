@@ -13,6 +13,7 @@ from gemma_scope_jax.circuits.targets import Resolver, checked_targets
 from gemma_scope_jax.coders.coder import float32, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.model.config import PRESETS, Model
+from letters import Letters
 from reference_graph import FROZEN
 from tiny import tiny_model
 
@@ -135,6 +136,30 @@ def test_graphs_of_neurons_are_shown_and_saved(model, tmp_path):
     assert gs.graph_page(graph, groups=found.columns()).startswith("<!")
     assert "neuron " in str(gs.strongest_paths(graph, 5, direct=False)[0])
     assert "neuron" in gs.graph_difference(graph, graph).table()
+
+
+def test_labels_say_what_neurons_raise_on_this_prompt(model):
+    """A negative neuron raises what its direction lowers."""
+    tok = Letters()
+    graph = gs.attribute(model, None, IDS, max_feature_nodes=80)
+    details = gs.feature_details(model, None, tok, graph)
+    labelled = gs.label_graph(graph, details)
+    n, nodes, rows = graph.selected, graph.sources, model.params.blocks
+    for i in range(n):
+        layer, neuron = int(nodes.layer[i]), int(nodes.feature[i])
+        known = details[layer, neuron]
+        words = known.raises if nodes.activation[i] > 0 else known.lowers
+        assert labelled.sources.label[i] == ", ".join(w.strip() or repr(w) for w in words[:3])
+    direction = rows.w_down[layer, neuron] * (1 + rows.post_mlp_norm[layer])
+    logits = model.params.unembedding @ (direction * (1 + model.params.final_norm))
+    best = np.argsort(-np.asarray(logits))[:20]
+    assert known.raises[0] in tok.decode_tokens(best.tolist())
+
+
+def test_a_plan_counts_every_neuron(model):
+    found = gs.plan_attribution(model.config, None, 11, timed=False, max_candidates=300)
+    assert (found.active, found.candidates) == (4 * 48 * 10, 300)
+    assert gs.check_attribution(model.config, None, IDS, 7)[0][0].kind == "neurons"
 
 
 def test_bfloat16_leaves_its_rounding_to_the_bias(model):
