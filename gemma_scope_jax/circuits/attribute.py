@@ -82,7 +82,7 @@ def attribute(
     begin = time.perf_counter()
     coders = CoderSet(coders)
     check_coders(model.config, coders)
-    ids = _checked_ids(model, ids)
+    ids = checked_prompt(model, ids)
     knobs = {"batch_size": batch_size, "update_interval": update_interval}
     knobs |= {
         "max_feature_nodes": 1 if max_feature_nodes is None else max_feature_nodes,
@@ -117,7 +117,8 @@ def attribute(
     return search.graph(ids, texts, about)
 
 
-def _checked_ids(model: Model, ids: Any) -> np.ndarray:
+def checked_prompt(model: Model, ids: Any) -> np.ndarray:
+    """The tokens [T] of one prompt that the model can read. Raises `InputError`."""
     refuse_text(ids)
     found = integers("ids", np.asarray(ids))
     if found.ndim == 2 and len(found) == 1:
