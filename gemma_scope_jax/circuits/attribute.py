@@ -192,17 +192,22 @@ class Search:
         self._put(at, 2 * some.layer[:, None], some.position[:, None], vector[:, None])
 
     def _put(self, at: int, stage: np.ndarray, position: np.ndarray, vector: np.ndarray) -> None:
+        self.fill(self.effects[at:], self.sums[at:], stage, position, vector)
+
+    def fill(self, effects: np.ndarray, sums: np.ndarray, stage, position, vector) -> None:
+        """Put the rows that begin at stage, position [R, Q] and vector [R, Q, D] into the first R of
+        effects [., columns] and sums [., 2], of constants and features without a column."""
         n, L = len(self.active), self.model.config.layers
         T = self.prompt.length
         for start, found in self._rows(stage, position, vector):
-            rows = slice(at + start, at + min(start + ROWS, len(stage)))
+            rows = slice(start, min(start + ROWS, len(stage)))
             count = rows.stop - rows.start
-            np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, self.effects[rows, :n])
+            np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, effects[rows, :n])
             errors = np.asarray(found.errors)[:count, :, :T]
-            self.effects[rows, n : n + L * T] = errors.reshape(count, -1)
-            self.effects[rows, n + L * T :] = np.asarray(found.tokens)[:count, :T]
-            self.sums[rows, 0] = np.asarray(found.constant)[:count]
-            self.sums[rows, 1] = np.asarray(found.rest)[:count]
+            effects[rows, n : n + L * T] = errors.reshape(count, -1)
+            effects[rows, n + L * T :] = np.asarray(found.tokens)[:count, :T]
+            sums[rows, 0] = np.asarray(found.constant)[:count]
+            sums[rows, 1] = np.asarray(found.rest)[:count]
 
     def _rows(self, stage, position, vector) -> Iterator[tuple[int, linear.Effects]]:
         """(first row, effects) of batches of rows; the next is computed while one is used."""
@@ -230,15 +235,18 @@ class Search:
         bias = (self.sums[:, 0] + self.bias)[rows]
         rest = rest[rows].astype(np.float32)
         value = (effects.sum(1, dtype=np.float64) + rest + bias).astype(np.float32)
-        sources, targets = self._nodes(chosen, ids, texts, value[len(chosen) :])
+        sources = self.source_nodes(chosen, ids, texts)
+        final = self._final_nodes(value[len(chosen) :])
+        targets = Nodes.joined(sources[: len(chosen)], final)
         weights = np.concatenate([np.zeros(len(chosen), np.float32), self.wanted.weights])
         return Graph(
             sources, targets, effects, value, bias, rest, weights, ids.astype(np.int32), texts,
             len(chosen), L, about,
         )  # fmt: skip
 
-    def _nodes(self, chosen, ids, texts, values) -> tuple[Nodes, Nodes]:
-        L, T, w, some = self.model.config.layers, len(ids), self.wanted, self.active[chosen]
+    def source_nodes(self, chosen: np.ndarray, ids: np.ndarray, texts: list[str]) -> Nodes:
+        """The nodes of the columns: the `chosen` features, the errors, the tokens."""
+        L, T, some = self.model.config.layers, len(ids), self.active[chosen]
         count, every = len(chosen), np.arange(T, dtype=np.int32)
         features = Nodes(
             np.full(count, "feature"), some.layer, some.position, some.feature, some.activation,
@@ -252,10 +260,14 @@ class Search:
             np.full(T, "token"), np.full(T, -1, np.int32), every, ids.astype(np.int32),
             np.ones(T, np.float32), np.asarray(texts),
         )  # fmt: skip
+        return Nodes.joined(features, errors, tokens)
+
+    def _final_nodes(self, values: np.ndarray) -> Nodes:
+        w = self.wanted
         layer, position, feature = (np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature))
-        named = np.asarray(w.kind), np.asarray(w.labels)
-        final = Nodes(named[0], layer, position, feature, values, named[1])
-        return Nodes.joined(features, errors, tokens), Nodes.joined(features, final)
+        return Nodes(
+            np.asarray(w.kind), layer, position, feature, values, np.asarray(w.labels)
+        )
 
 
 def _filled(array: np.ndarray, value: float) -> np.ndarray:
