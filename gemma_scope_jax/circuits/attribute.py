@@ -195,8 +195,8 @@ class Search:
         self.fill(self.effects[at:], self.sums[at:], stage, position, vector)
 
     def fill(self, effects: np.ndarray, sums: np.ndarray, stage, position, vector) -> None:
-        """Put the rows that begin at stage, position [R, Q] and vector [R, Q, D] into the first R of
-        effects [., columns] and sums [., 2], of constants and features without a column."""
+        """Put rows that begin at stage and position [R, Q] with vector [R, Q, D] into the first R
+        of effects [., columns] and sums [., 2]: of constants, of features without a column."""
         n, L = len(self.active), self.model.config.layers
         T = self.prompt.length
         for start, found in self._rows(stage, position, vector):
@@ -265,9 +265,7 @@ class Search:
     def _final_nodes(self, values: np.ndarray) -> Nodes:
         w = self.wanted
         layer, position, feature = (np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature))
-        return Nodes(
-            np.asarray(w.kind), layer, position, feature, values, np.asarray(w.labels)
-        )
+        return Nodes(np.asarray(w.kind), layer, position, feature, values, np.asarray(w.labels))
 
 
 def _filled(array: np.ndarray, value: float) -> np.ndarray:

@@ -39,10 +39,10 @@ from gemma_scope_jax.model.config import Model
 def checked_edges(graph: Graph, edges: Any) -> np.ndarray:
     """Edges as int64 [E, 2], rows and columns within the graph. Raises `InputError`."""
     try:
-        found = np.asarray(edges)
-    except ValueError:
+        found = np.atleast_1d(np.asarray(edges))
+    except ValueError:  # rows of several lengths
         found = np.zeros(0)
-    if found.ndim != 2 or found.shape[1] != 2 or not len(found) or found.dtype.kind not in "iu":
+    if found.shape != (len(found), 2) or not len(found) or found.dtype.kind not in "iu":
         raise InputError("edges must be pairs of whole numbers, (row, column) of the effects")
     for name, column, most in zip(("row", "column"), found.T, graph.effects.shape):
         if (bad := column[(column < 0) | (column >= most)]).size:
@@ -83,7 +83,7 @@ class EdgeEnds:
     # --- Targets -----------------------------------------------------------------------------
 
     def _resolve(self, numbers: np.ndarray, given: Any) -> None:
-        """Look up the rows `numbers` of the graph: their stage, position [n, Q], vector [n, Q, D]."""
+        """Look up rows of the graph: their stage and position [n, Q], their vector [n, Q, D]."""
         n, finals = self.graph.selected, len(self.graph.targets) - self.graph.selected
         asked = None
         if given is not None:

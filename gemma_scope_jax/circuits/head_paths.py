@@ -42,6 +42,8 @@ from gemma_scope_jax.circuits.linear import (
 )
 from gemma_scope_jax.model.config import Model
 
+Span = tuple[jax.Array, jax.Array]  # the first chunk of tokens, and one past the last
+
 
 @flax.struct.dataclass
 class Writers:
@@ -107,10 +109,10 @@ def gained(x: jax.Array, w: jax.Array) -> jax.Array:
 # --- Up from sources -----------------------------------------------------------------------------
 
 
-def attention_up(model: Model, frozen: Frozen, layer, span, x: jax.Array) -> jax.Array:
+def attention_up(model: Model, frozen: Frozen, layer, span: Span, x: jax.Array) -> jax.Array:
     """x [T, A, D] in resid_pre to resid_mid: itself, and what the heads make of it.
 
-    span: the first chunk of tokens with anything in it, and one past the last that matters
+    span: the chunks of tokens from the first with anything in it to the last that matters
     """
     c, b = model.config, model.params.blocks
     C, take = chunk_of(x.shape[0]), partial(entry, i=layer)
@@ -126,7 +128,7 @@ def attention_up(model: Model, frozen: Frozen, layer, span, x: jax.Array) -> jax
     return jax.lax.fori_loop(*span, of_queries, x)
 
 
-def values(model: Model, frozen: Frozen, layer, span, x: jax.Array) -> jax.Array:
+def values(model: Model, frozen: Frozen, layer, span: Span, x: jax.Array) -> jax.Array:
     """The values [K, T, A, H] of what is in resid_pre [T, A, D]."""
     c, b, (T, A, _) = model.config, model.params.blocks, x.shape
     C, scale, w_v = chunk_of(T), entry(frozen.pre_attn_scale, layer), entry(b.w_v, layer)
@@ -140,7 +142,7 @@ def values(model: Model, frozen: Frozen, layer, span, x: jax.Array) -> jax.Array
     return jax.lax.fori_loop(*span, of_keys, v)
 
 
-def mixed(model: Model, frozen: Frozen, layer, span, v: jax.Array, n) -> jax.Array:
+def mixed(model: Model, frozen: Frozen, layer, span: Span, v: jax.Array, n) -> jax.Array:
     """Values [K, T, A, H] as the heads of chunk `n` of queries mix them: [K, G, C, A, H]."""
     c, (K, T, A, H) = model.config, v.shape
     C = chunk_of(T)
@@ -154,7 +156,7 @@ def mixed(model: Model, frozen: Frozen, layer, span, v: jax.Array, n) -> jax.Arr
     return jax.lax.fori_loop(low, n + 1, of_keys, z)
 
 
-def layer_up(model: Model, frozen: Frozen, skip, writers: Writers, layer, span, x):
+def layer_up(model: Model, frozen: Frozen, skip, writers: Writers, layer, span: Span, x):
     """x [T, A, D] from resid_pre of a layer to that of the next, with what is written there."""
     x = attention_up(model, frozen, layer, span, x)
     if skip is not None:
@@ -183,7 +185,7 @@ def _lowest(writers: Writers) -> jax.Array:
     return jnp.where(below.any(), jnp.argmax(below), len(below)).astype(jnp.int32)
 
 
-def _span(frozen: Frozen, writers: Writers, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def _span(frozen: Frozen, writers: Writers, rows: Rows) -> Span:
     """The chunks of tokens from the first source to the last target."""
     C = chunk_of(frozen.embed.shape[0])
     return jnp.min(writers.position) // C, 1 + jnp.max(rows.position) // C
@@ -323,9 +325,7 @@ def flows(model: Model, frozen: Frozen, writers: Writers, rows: Rows, xs, gs) ->
 
         def of_queries(n, sums):
             z = dot(
-                "trd,kghd->kgtrh",
-                cut(g, n, C, 0) * norm_factor(cut(scale, n, C, 0), gain),
-                w_o,
+                "trd,kghd->kgtrh", cut(g, n, C, 0) * norm_factor(cut(scale, n, C, 0), gain), w_o
             )
             return sums + dot("kgtrh,kgtah->kgra", z, mixed(model, frozen, layer, span, v, n))
 
@@ -348,7 +348,7 @@ def by_heads_of(model: Model, frozen: Frozen, layer, x, g) -> tuple[jax.Array, j
 
 
 def _reads(model: Model, layer, b: jax.Array) -> jax.Array:
-    """What each head hands down of gradients b [..., D] in its output, without scales: [..., N, D]"""
+    """What each head hands down of gradients b [..., D] in its output, no scales: [..., N, D]."""
     w = model.params.blocks
     take = partial(entry, i=layer)
     w_o = take(w.w_o).reshape(model.config.kv_heads, -1, *w.w_o.shape[2:])
@@ -358,7 +358,7 @@ def _reads(model: Model, layer, b: jax.Array) -> jax.Array:
 
 
 def _writes(model: Model, layer, x: jax.Array) -> jax.Array:
-    """What each head writes of x [..., D] in resid_pre, without scales: [..., N, D]."""
+    """What each head writes of x [..., D] in resid_pre, no scales: [..., N, D]."""
     w = model.params.blocks
     take = partial(entry, i=layer)
     w_o = take(w.w_o).reshape(model.config.kv_heads, -1, *w.w_o.shape[2:])

@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.circuits import head_paths
@@ -115,7 +114,7 @@ def edge_heads(
     by: By = "last",
     targets: Any = None,
 ) -> EdgeHeads:
-    """Split edges of a graph over (layer, head, token): `by` the last head on the way, or the first.
+    """Split edges of a graph over (layer, head, token), `by` the last head on the way or the first.
 
     model, coders  those that the graph was made with
     edges    int [E, 2]: (row, column) of `graph.effects`, pruned or not
@@ -208,9 +207,7 @@ def edge_heads_at(
         above[lower] = direct.sum(0)[lower]
         for n, (r, a) in zip(some, places):
             model_, frozen, _ = ends.linear
-            parts, past = head_paths.by_heads_of(
-                model_, frozen, np.int32(layer), x[:, a], g[:, r]
-            )
+            parts, past = head_paths.by_heads_of(model_, frozen, np.int32(layer), x[:, a], g[:, r])
             found[n] = np.asarray(parts)[:, :T, :T]
             bypass[n] = float(past) + above[r, a]
     made = LayerHeads(pairs, layer, found, bypass)

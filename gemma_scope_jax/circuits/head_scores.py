@@ -17,7 +17,7 @@ attributions); there without Gemma's norms of queries and keys.
 import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
+Against = int | Iterable[int] | Literal["mean"] | None
+Terms = tuple[np.ndarray, np.ndarray]  # tokens [Q] and their weights [Q]
 PAIRS = 2048  # sources of one side whose pairs are formed at a time
 
 
@@ -48,30 +50,32 @@ class HeadScore:
     """One attention score, before the softmax, as a sum over pairs of sources.
 
     layer, head, query, key  which score: two tokens of the prompt
-    relative     whether it is this score less the mean score of the query, by its attention
-    score        the model's own score; pairs_total + remainder
+    score        the model's own score, or its difference from others: pairs_total + remainder
     attention    the probability that the softmax makes of it
     sources      the nodes with a part in it: features, errors and tokens
     query_part   float32 [sources]: scale * q_a . k, what each does at the query, with all that the
                  key has, constants too
     key_part     float32 [sources]: scale * q . k_b
+    query_constant, key_constant  the same of the constants of each side: biases, what MLPs write
+                 where coders were not trained, and features beyond `max_candidates`. A side's parts
+                 and its constant add up to the score
     pairs        int64 [P, 2]: the sources at the query and at the key of the largest pairs
-    pair_values  float32 [P]: scale * q_a . k_b, largest size first
-    pairs_total  the sum over all pairs of sources
-    remainder    the sum of all terms with a constant on either side: biases, MLPs at the first
-                 positions, and features beyond `max_candidates`
+    pair_values  float32 [P]: scale * q_a . k_b, the largest first
+    pairs_total  the sum over all pairs of sources, also those that are not listed
+    remainder    the sum of all terms with a constant on either side
     """
 
     layer: int
     head: int
     query: int
     key: int
-    relative: bool
     score: float
     attention: float
     sources: Nodes
     query_part: np.ndarray
     key_part: np.ndarray
+    query_constant: float
+    key_constant: float
     pairs: np.ndarray
     pair_values: np.ndarray
     pairs_total: float
@@ -85,10 +89,10 @@ def head_score(
     ids: Any,
     layer: int,
     head: int,
+    *,
     query: int = -1,
     key: int | None = None,
-    *,
-    relative: bool = False,
+    against: Against = None,
     most_pairs: int = 50,
     max_candidates: int = MOST,
     tokenizer: Tokenizer | None = None,
@@ -98,9 +102,10 @@ def head_score(
     coders      a transcoder for each layer, or a CLT
     ids         the prompt, int [T] or [1, T], `<bos>` first
     query, key  tokens, from the end if negative; default: the last one, and what it looks at most
-    relative    explain what sets this key apart from what the query looks at on the whole: the key
-                less the mean of the keys by attention. The softmax ignores what they share
-    most_pairs  how many pairs are returned
+    against     explain why the head looks at this key rather than at others, which is all that the
+                softmax depends on: the score less that of another key, or the mean of several;
+                "mean": of all, by their attention
+    most_pairs  how many pairs are listed
     max_candidates  consider only so many active features, those of most effect on the score
 
     Raises `InputError` for coders that do not cover the model's MLPs, for a layer, head or token
@@ -108,8 +113,8 @@ def head_score(
     """
     c, coders = model.config, CoderSet(coders)
     check_coders(c, coders)
-    whole_number("most_pairs", most_pairs, 1)
-    whole_number("max_candidates", max_candidates, 1)
+    for name, value in (("most_pairs", most_pairs), ("max_candidates", max_candidates)):
+        whole_number(name, value, 1)
     for name, value, most in (("layer", layer, c.layers), ("head", head, c.heads)):
         if not 0 <= whole_number(name, value, -(2**31)) < most:
             raise InputError(f"{name} {value}: {c.name} has {name}s 0 to {most - 1}")
@@ -119,72 +124,91 @@ def head_score(
     query = resolver.position(query)
     seen = np.asarray(_looks(c, prompt.frozen, np.int32(layer), np.int32(head), np.int32(query)))
     key = int(np.argmax(seen)) if key is None else resolver.position(key)
-    _check_seen(c, layer, query, key)
-
+    weights = _weights(c, resolver, seen, (layer, query, key), against)
     sides = _Sides(model, prompt, ids, layer, head)
-    weights = (np.arange(len(seen)) == key) - relative * seen.astype(np.float64)
-    at_query = np.array([query]), np.ones(1)
-    at_keys = (np.arange(len(seen)), weights) if relative else (np.array([key]), np.ones(1))
-    q, k = sides.q[query], np.tensordot(weights, sides.k.astype(np.float64), 1)
-    wanted = sides.marginals(at_query, at_keys, q, k.astype(np.float32))
-    search = Search(model, coders, prompt, wanted, max_candidates)
-    parts = [
-        _parts(search, sides.stage, at, sides.vectors(side, *at))
-        for side, at in (("q", at_query), ("k", at_keys))
-    ]
-    (of_q, constant_q), (of_k, constant_k) = parts
-    nodes = search.source_nodes(
-        np.arange(len(search.active)), ids, [resolver.text(token) for token in ids.tolist()]
-    )
-    some = np.flatnonzero(of_q.any(0) | of_k.any(0))
-    of_q, of_k = of_q[:, some] * np.float32(c.query_scale), of_k[:, some]
-    constant_q = constant_q * c.query_scale
-    sum_q, sum_k = (a.sum(1, dtype=np.float64) for a in (of_q, of_k))
-    pairs, values = largest_products(of_q, of_k, most_pairs)
-    total_q, total_k = sum_q + constant_q, sum_k + constant_k
-    return HeadScore(
-        layer, head, query, key, bool(relative),
-        score=float(c.query_scale * (q.astype(np.float64) @ k)),
-        attention=float(seen[key]),
-        sources=nodes[some],
-        query_part=(total_k @ of_q).astype(np.float32),
-        key_part=(total_q @ of_k).astype(np.float32),
-        pairs=pairs,
-        pair_values=values,
-        pairs_total=float(sum_q @ sum_k),
-        remainder=float(total_q @ constant_k + constant_q @ sum_k),
-    )  # fmt: skip
+    at = {"q": (np.array([query]), np.ones(1)), "k": _few(weights, key)}
+    own = {"q": sides.q[query], "k": np.tensordot(weights, sides.k.astype(np.float64), 1)}
+    search = Search(model, coders, prompt, sides.marginals(at, own), max_candidates)
+    every, texts = np.arange(len(search.active)), [resolver.text(i) for i in ids.tolist()]
+    found = _explained(search, sides, at, search.source_nodes(every, ids, texts), most_pairs)
+    score = c.query_scale * (own["q"].astype(np.float64) @ own["k"])
+    return HeadScore(layer, head, query, key, float(score), float(seen[key]), **found)
 
 
-def _check_seen(c: GemmaConfig, layer: int, query: int, key: int) -> None:
+def _weights(c: GemmaConfig, resolver: Resolver, seen, where, against: Against) -> np.ndarray:
+    """The sum of keys that is explained: weights [T], 1 at the key less those it stands against."""
+    layer, query, key = where
+    check = lambda position: _check_seen(c, layer, query, position)
+    weights = (np.arange(len(seen)) == check(key)).astype(np.float64)
+    if against is None:
+        return weights
+    if isinstance(against, str):
+        if against != "mean":
+            raise InputError(f"against is a token, several, or 'mean', not {against!r}")
+        return weights - seen
+    several = [against] if not isinstance(against, Iterable) else list(against)
+    others = [check(resolver.position(other)) for other in several]
+    if not others:
+        raise InputError("against names no token: give None, 'mean', or at least one")
+    np.subtract.at(weights, others, 1 / len(others))
+    return weights
+
+
+def _check_seen(c: GemmaConfig, layer: int, query: int, key: int) -> int:
     if key > query:
-        raise InputError(f"key {key} comes after query {query}: a token sees those before it only")
+        raise InputError(f"key {key} comes after query {query}, which sees no later tokens")
     if not c.is_global(layer) and query - key >= c.window:
         raise InputError(
-            f"key {key} is out of the reach of query {query}: layer {layer} sees {c.window} tokens"
+            f"key {key} is out of reach of query {query}: layer {layer} sees {c.window} tokens"
         )
+    return key
 
 
-def _parts(
-    search: Search, stage: int, at: tuple[np.ndarray, np.ndarray], vectors: Iterator[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _few(weights: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that have weight, and their weights; of few lengths, so of few programs."""
+    tokens = np.flatnonzero(weights)
+    room = (1 << max(0, len(tokens) - 1).bit_length()) - len(tokens)
+    tokens = np.pad(tokens, (0, room), constant_values=key)
+    return tokens, np.where(np.arange(len(tokens)) < len(tokens) - room, weights[tokens], 0.0)
+
+
+def _explained(
+    search: Search, sides: "_Sides", at: dict[str, Terms], nodes: Nodes, most: int
+) -> dict[str, Any]:
+    """The parts of a `HeadScore`."""
+    (q, q0), (k, k0) = (_parts(search, sides, side, at[side]) for side in ("q", "k"))
+    some = np.flatnonzero(q.any(0) | k.any(0))
+    q, k, q0 = q[:, some] * np.float32(sides.query_scale), k[:, some], q0 * sides.query_scale
+    pairs, values = largest_products(q, k, most)
+    sum_q, sum_k = (a.sum(1, dtype=np.float64) for a in (q, k))
+    return {
+        "sources": nodes[some],
+        "query_part": ((sum_k + k0) @ q).astype(np.float32),
+        "key_part": ((sum_q + q0) @ k).astype(np.float32),
+        "query_constant": float(q0 @ (sum_k + k0)),
+        "key_constant": float((sum_q + q0) @ k0),
+        "pairs": pairs,
+        "pair_values": values,
+        "pairs_total": float(sum_q @ sum_k),
+        "remainder": float(q0 @ (sum_k + k0) + sum_q @ k0),
+    }
+
+
+def _parts(search: Search, sides: "_Sides", side: str, at: Terms) -> tuple[np.ndarray, np.ndarray]:
     """What every source has in each channel of one side [H, columns], and constants [H]."""
-    tokens, _ = at
     effects, sums = [], []
-    for vector in vectors:
+    for vector in sides.vectors(side, at):
         shape = vector.shape[:2]
         some = np.zeros((len(vector), search.columns), np.float32)
         rest = np.zeros((len(vector), 2), np.float32)
-        where = np.broadcast_to(tokens.astype(np.int32)[None], shape)
-        search.fill(some, rest, np.full(shape, stage, np.int32), where, vector)
+        where = np.broadcast_to(at[0].astype(np.int32)[None], shape)
+        search.fill(some, rest, np.full(shape, sides.stage, np.int32), where, vector)
         effects.append(some)
         sums.append(rest)
     return np.concatenate(effects), np.concatenate(sums).sum(1, dtype=np.float64)
 
 
-def largest_products(
-    a: np.ndarray, b: np.ndarray, most: int
-) -> tuple[np.ndarray, np.ndarray]:
+def largest_products(a: np.ndarray, b: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """The `most` entries of a.T @ b of the largest size, and where they are: [P, 2], [P].
 
     a [H, n], b [H, m]. Columns are taken by their lengths, whose product bounds an entry, until no
@@ -235,10 +259,10 @@ class _Sides:
         cos, sin = (np.asarray(a)[0, :, 0] for a in rope_tables(there, c.head_dim, base, divisor))
         self.cos, self.sin = np.concatenate([cos, cos], 1), np.concatenate([-sin, sin], 1)
 
-    def vectors(self, side: str, tokens: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
-        """The gradients of the channels of a weighted sum of queries or keys in resid_pre at the
-        `tokens`: batches [R, Q, D], together H channels."""
-        base, H = self.base[side], self.base[side].shape[1]
+    def vectors(self, side: str, at: Terms) -> Iterator[np.ndarray]:
+        """The gradients in resid_pre, at tokens, of the channels of a weighted sum of queries or
+        keys: batches [R, Q, D], together H channels."""
+        (tokens, weights), base, H = at, self.base[side], self.base[side].shape[1]
         factor = (self.scale[side][tokens] * weights).astype(np.float32)[:, None]
         cos, sin = factor * self.cos[tokens], factor * self.sin[tokens]  # [Q, H]
         paired = np.roll(base, H // 2, 1)  # channel i turns with i + H/2
@@ -247,19 +271,18 @@ class _Sides:
             one, two = (w[:, h].T[:, None] for w in (base, paired))
             yield one * cos[:, h].T[..., None] + two * sin[:, h].T[..., None]
 
-    def marginals(self, at_query, at_keys, q: np.ndarray, k: np.ndarray) -> Resolved:
+    def marginals(self, at: dict[str, Terms], own: dict[str, np.ndarray]) -> Resolved:
         """The score as a target of what is at the query, and of what is at the keys."""
-        most, D = max(len(at_query[0]), len(at_keys[0])), len(self.base["q"])
-        stage = np.full((2, most), self.stage, np.int32)
-        position, vector = np.zeros((2, most), np.int32), np.zeros((2, most, D), np.float32)
-        sides = (("q", at_query, k), ("k", at_keys, q))
-        for n, (side, (tokens, weights), other) in enumerate(sides):
+        shape = 2, max(len(tokens) for tokens, _ in at.values())
+        position, vector = np.zeros(shape, np.int32), np.zeros((*shape, len(self.base["q"])))
+        for n, (side, other) in enumerate((("q", "k"), ("k", "q"))):
+            tokens = at[side][0]
             position[n, : len(tokens)] = tokens
-            some = zip(self.vectors(side, tokens, weights), range(0, len(other), ROWS))
-            for rows, start in some:
-                along = other[start : start + ROWS] * np.float32(self.query_scale)
-                vector[n, : len(tokens)] += np.tensordot(along, rows, 1)
-        nothing = np.zeros(2, np.float32)
+            along = np.split(own[other] * self.query_scale, range(ROWS, len(own[other]), ROWS))
+            for some, rows in zip(along, self.vectors(side, at[side])):
+                vector[n, : len(tokens)] += np.tensordot(some, rows, 1)
+        stage, nothing = np.full(shape, self.stage, np.int32), np.zeros(2, np.float32)
+        vector = vector.astype(np.float32)
         return Resolved(stage, position, vector, nothing, nothing + 1, [], [], [], [], [])
 
 
