@@ -21,6 +21,7 @@ import numpy as np
 from gemma_scope_jax.circuits import head_paths
 from gemma_scope_jax.circuits.edge_ends import EdgeEnds, checked_edges
 from gemma_scope_jax.circuits.graph import Graph
+from gemma_scope_jax.circuits.linear import Rows
 from gemma_scope_jax.circuits.page import Head, node_influence, strongest_links
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -169,11 +170,12 @@ def head_flows(
     ends = EdgeEnds(model, coders, graph, pairs, targets)
     found = np.zeros((len(pairs), model.config.layers, model.config.heads), np.float32)
     total = np.zeros(len(pairs), np.float32)
-    for some, places, given, (xs, gs, direct) in _walked(model.config, ends, pairs):
-        model_, frozen, _ = ends.linear
-        flows = np.asarray(head_paths.flows(model_, frozen, *given, xs, gs))
-        found[some] = np.moveaxis(flows[:, :, places[:, 0], places[:, 1]], -1, 0)
-        total[some] = direct.sum(0)[places[:, 0], places[:, 1]]
+    frozen = ends.prompt.frozen
+    for some, (r, a), given in _together(model.config, ends, pairs):
+        xs, gs, direct = head_paths.all_paths(*ends.linear, *given)
+        flows = np.asarray(head_paths.flows(model, frozen, *given, xs, gs))
+        found[some] = np.moveaxis(flows[:, :, r, a], -1, 0)
+        total[some] = np.asarray(direct).sum(0)[r, a]
     _check_total(graph, pairs, total)
     return found
 
@@ -201,15 +203,20 @@ def edge_heads_at(
     T = ends.prompt.length
     found = np.zeros((len(pairs), c.heads, T, T), np.float32)
     bypass = np.zeros(len(pairs), np.float32)
-    for some, places, (_, rows), (xs, gs, direct) in _walked(c, ends, pairs):
-        x, g, above = xs[layer], gs[layer], direct[layer + 1 :].sum(0)
-        lower = rows.stage.max(1)[: direct.shape[1]] // 2 < layer  # targets: all bypasses
-        above[lower] = direct.sum(0)[lower]
-        for n, (r, a) in zip(some, places):
-            model_, frozen, _ = ends.linear
-            parts, past = head_paths.by_heads_of(model_, frozen, np.int32(layer), x[:, a], g[:, r])
+    for some, (r, a), (writers, rows) in _together(c, ends, pairs):
+        # what terms below the layer get, bypasses it; sums of targets may have terms on both sides
+        low = rows.stage < 2 * layer
+        above = Rows(np.where(low, -1, rows.stage), rows.position, _only(rows.vector, ~low))
+        below = Rows(np.where(low, rows.stage, -1), rows.position, _only(rows.vector, low))
+        xs, gs, direct = head_paths.all_paths(*ends.linear, writers, above)
+        past = np.asarray(direct)[layer + 1 :].sum(0)
+        if below.vector.any():
+            past += np.asarray(head_paths.all_paths(*ends.linear, writers, below)[2]).sum(0)
+        for n, i, j in zip(some, r, a):
+            given = np.int32(layer), xs[layer][:, j], gs[layer][:, i]
+            parts, through = head_paths.by_heads_of(model, ends.prompt.frozen, *given)
             found[n] = np.asarray(parts)[:, :T, :T]
-            bypass[n] = float(past) + above[r, a]
+            bypass[n] = float(through) + past[i, j]
     made = LayerHeads(pairs, layer, found, bypass)
     _check_total(graph, pairs, made.total)
     return made
@@ -235,15 +242,17 @@ def link_heads(
     return edge_heads(model, coders, graph, edges, by=by, targets=targets).strongest(most_heads)
 
 
-def _walked(c: GemmaConfig, ends: EdgeEnds, pairs: np.ndarray) -> Iterator[Any]:
-    """Batches of edges: (their numbers, their (row, source) in what follows [E, 2], the sources and
-    targets, `all_paths` of these)."""
+def _together(c: GemmaConfig, ends: EdgeEnds, pairs: np.ndarray) -> Iterator[Any]:
+    """Batches of edges: (their numbers, their targets and sources in what follows, what the sources
+    write and where the targets begin)."""
     most = _room(c, ends, KEPT // c.layers)
-    for some, (rows, columns) in _batches(pairs, (most, most)):
-        given = ends.writers(columns, most), ends.rows(rows, most)
-        xs, gs, direct = head_paths.all_paths(*ends.linear, *given)
-        found = [np.searchsorted(all_, pairs[some, k]) for k, all_ in enumerate((rows, columns))]
-        yield some, np.stack(found, 1), given, (xs, gs, np.asarray(direct))
+    for some, ids in _batches(pairs, (most, most)):
+        found = [np.searchsorted(every, pairs[some, k]) for k, every in enumerate(ids)]
+        yield some, found, (ends.writers(ids[1], most), ends.rows(ids[0], most))
+
+
+def _only(vectors: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return np.where(where[..., None], vectors, np.float32(0))
 
 
 def _room(c: GemmaConfig, ends: EdgeEnds, numbers: int) -> int:

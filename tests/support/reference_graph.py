@@ -50,7 +50,7 @@ def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_star
     value, bias = values(leaves), values(jax.tree.map(jnp.zeros_like, leaves))
     every, backward = jax.vjp(values, leaves)
     rows = [
-        _effects(jax.vmap(backward)(hot)[0], leaves, features, c.started)
+        effects_of_leaves(jax.vmap(backward)(hot)[0], leaves, features, c.started)
         for hot in np.array_split(np.eye(len(every), dtype=np.float32), -(-len(every) // CHUNK))
     ]
     effects, whole = (np.concatenate(part) for part in zip(*rows))
@@ -167,7 +167,7 @@ def _mlp_out(x, ctx, here):
     return (output + linear).astype(x.dtype)
 
 
-def _effects(gradient, leaves, features, started):
+def effects_of_leaves(gradient, leaves, features, started):
     """Effects [rows, sources], and the sum over all active features [rows]."""
     times = jax.tree.map(lambda g, a: np.asarray(g) * np.asarray(a)[None], gradient, leaves)
     rows = len(times["embed"])
