@@ -211,7 +211,9 @@ def test_real_model():
     """The packaged transcoders on the real 270M."""
     model, tok = gs.load_model("gemma-3-270m", dtype="float32"), gs.load_tokenizer("gemma-3-270m")
     coders = gs.load_coders("gemma-3-270m-transcoder-*")
-    graph = gs.attribute(model, coders, tok.encode("The capital of France is"), max_feature_nodes=64)
+    graph = gs.attribute(
+        model, coders, tok.encode("The capital of France is"), max_feature_nodes=64
+    )
     edges = some_edges(graph, 4)
     want, given = at(graph, edges), (model, coders, graph, edges)
     last = gs.edge_heads(*given)
