@@ -50,7 +50,8 @@ class HeadScore:
     """One attention score, before the softmax, as a sum over pairs of sources.
 
     layer, head, query, key  which score: two tokens of the prompt
-    score        the model's own score, or its difference from others: pairs_total + remainder
+    score        the model's own score, or its difference from others: pairs_total + remainder, up to
+                 the rounding of a bfloat16 model
     attention    the probability that the softmax makes of it
     sources      the nodes with a part in it: features, errors and tokens
     query_part   float32 [sources]: scale * q_a . k, what each does at the query, with all that the

@@ -137,11 +137,12 @@ def edge_heads(
         shared = np.searchsorted(several, pairs[some, own])
         which = np.pad(shared, (0, EDGES - len(shared))).astype(np.int32)
         lone = pairs[some, other]
+        room = _filled(len(several), most)
         if by == "last":
-            given = ends.writers(several, most), which, ends.rows(lone, EDGES)
+            given = ends.writers(several, room), which, ends.rows(lone, EDGES)
             parts, none_of = head_paths.by_last_head(*ends.linear, *given)
         else:
-            given = ends.writers(lone, EDGES), which, ends.rows(several, most)
+            given = ends.writers(lone, EDGES), which, ends.rows(several, room)
             parts, none_of = head_paths.by_first_head(*ends.linear, *given)
         found[some] = np.asarray(parts).swapaxes(0, 1)[: len(some), ..., :T]
         none[some] = np.asarray(none_of)[: len(some)]
@@ -248,7 +249,8 @@ def _together(c: GemmaConfig, ends: EdgeEnds, pairs: np.ndarray) -> Iterator[Any
     most = _room(c, ends, KEPT // c.layers)
     for some, ids in _batches(pairs, (most, most)):
         found = [np.searchsorted(every, pairs[some, k]) for k, every in enumerate(ids)]
-        yield some, found, (ends.writers(ids[1], most), ends.rows(ids[0], most))
+        room = _filled(max(map(len, ids)), most)
+        yield some, found, (ends.writers(ids[1], room), ends.rows(ids[0], room))
 
 
 def _only(vectors: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -259,6 +261,11 @@ def _room(c: GemmaConfig, ends: EdgeEnds, numbers: int) -> int:
     """How many residual streams of a prompt fit into so many numbers: 1 to 32."""
     size = ends.prompt.mlp_in.shape[1] * c.d_model
     return int(np.clip(numbers // size, 1, 32))
+
+
+def _filled(count: int, most: int) -> int:
+    """The sources or targets that a program of `count` has room for: two sizes, two programs."""
+    return min(most, 8) if count <= 8 else most
 
 
 def _batches(
