@@ -20,11 +20,11 @@ from gemma_scope_jax.circuits import linear
 from gemma_scope_jax.circuits.candidates import MOST, candidates
 from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.influence import partial_influence
-from gemma_scope_jax.circuits.linear import Rows
+from gemma_scope_jax.circuits.linear import TargetRows
 from gemma_scope_jax.circuits.neurons import graph_coders
 from gemma_scope_jax.circuits.sources import (
-    Layout,
     Prompt,
+    SlotLayout,
     encoder_rows,
     laid_out,
     read_prompt,
@@ -94,7 +94,7 @@ def check_attribution(
 ) -> tuple[CoderSet, np.ndarray, list[Target] | None, AttributionSettings]:
     """The arguments of `attribute`, checked without the model's weights. Raises `InputError`."""
     coders, how = graph_coders(config, coders), AttributionSettings(**settings)
-    ids = _checked_ids(config, ids)
+    ids = checked_prompt(config, ids)
     return coders, ids, checked_targets(targets, config, coders, len(ids), tokenizer), how
 
 
@@ -130,7 +130,7 @@ def attribute(
     resolver = Resolver(model, coders, prompt, tokenizer)
     if asked is None:
         asked = resolver.likely(how.max_n_logits, how.desired_logit_prob)
-    search = Search(model, coders, prompt, resolver.resolve(asked), how.max_candidates)
+    search = GraphSearch(model, coders, prompt, resolver.resolve(asked), how.max_candidates)
     budget = min(how.max_feature_nodes or len(search.active), len(search.active))
     report = Progress(budget, "features", what="attribution") if progress is None else progress
     search.run(budget, how.batch_size * how.update_interval, report)
@@ -147,7 +147,8 @@ def attribute(
     return search.graph(ids, texts, about)
 
 
-def _checked_ids(config: GemmaConfig, ids: Any) -> np.ndarray:
+def checked_prompt(config: GemmaConfig, ids: Any) -> np.ndarray:
+    """The tokens [T] of one prompt that a model can read. Raises `InputError`."""
     refuse_text(ids)
     found = integers("ids", np.asarray(ids))
     if found.ndim == 2 and len(found) == 1:
@@ -167,7 +168,7 @@ def rows_together(mesh: Mesh | None) -> int:
     return ROWS * (1 if mesh is None else mesh.shape["data"])
 
 
-class Search:
+class GraphSearch:
     """The rows of a graph as they become known. Rows: first the targets', then the features'."""
 
     def __init__(
@@ -175,7 +176,7 @@ class Search:
     ) -> None:
         self.model, self.coders, self.prompt, self.wanted = model, coders, prompt, wanted
         self.active, self.found, whole = candidates(model, coders, prompt, wanted, most)
-        self.layout: Layout = laid_out(self.active)
+        self.layout: SlotLayout = laid_out(self.active)
         mesh = mesh_under(model.params.embed)
         given = {"whole": whole, "mesh": mesh}
         self.written = what_is_written(coders, prompt, self.active, self.layout, **given)
@@ -225,24 +226,29 @@ class Search:
         self._put(at, 2 * some.layer[:, None], some.position[:, None], vector[:, None])
 
     def _put(self, at: int, stage: np.ndarray, position: np.ndarray, vector: np.ndarray) -> None:
+        self.fill(self.effects[at:], self.sums[at:], stage, position, vector)
+
+    def fill(self, effects: np.ndarray, sums: np.ndarray, stage, position, vector) -> None:
+        """Put rows that begin at stage and position [R, Q] with vector [R, Q, D] into the first R
+        of effects [., columns] and sums [., 2]: of constants, of features without a column."""
         n, L = len(self.active), self.model.config.layers
         T = self.prompt.length
         for start, found in self._rows(stage, position, vector):
-            rows = slice(at + start, at + min(start + self.together, len(stage)))
+            rows = slice(start, min(start + self.together, len(stage)))
             count = rows.stop - rows.start
-            np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, self.effects[rows, :n])
+            np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, effects[rows, :n])
             errors = np.asarray(found.errors)[:count, :, :T]
-            self.effects[rows, n : n + L * T] = errors.reshape(count, -1)
-            self.effects[rows, n + L * T :] = np.asarray(found.tokens)[:count, :T]
-            self.sums[rows, 0] = np.asarray(found.constant)[:count]
-            self.sums[rows, 1] = np.asarray(found.rest)[:count]
+            effects[rows, n : n + L * T] = errors.reshape(count, -1)
+            effects[rows, n + L * T :] = np.asarray(found.tokens)[:count, :T]
+            sums[rows, 0] = np.asarray(found.constant)[:count]
+            sums[rows, 1] = np.asarray(found.rest)[:count]
 
     def _rows(self, stage, position, vector) -> Iterator[tuple[int, linear.Effects]]:
         """(first row, effects) of batches of rows; the next is computed while one is used."""
         waiting: deque[tuple[int, linear.Effects]] = deque()
         for start in range(0, len(stage), self.together):
             some = (a[start : start + self.together] for a in (stage, position, vector))
-            rows = Rows(*(_filled(a, self.together, v) for a, v in zip(some, (-1, 0, 0))))
+            rows = TargetRows(*(_filled(a, self.together, v) for a, v in zip(some, (-1, 0, 0))))
             found = linear.effects(self.model, self.prompt.frozen, self.written, rows)
             waiting.append((start, found))
             if len(waiting) > 1:
@@ -263,15 +269,18 @@ class Search:
         bias = (self.sums[:, 0] + self.bias)[rows]
         rest = rest[rows].astype(np.float32)
         value = (effects.sum(1, dtype=np.float64) + rest + bias).astype(np.float32)
-        sources, targets = self._nodes(chosen, ids, texts, value[len(chosen) :])
+        sources = self.source_nodes(chosen, ids, texts)
+        final = self._final_nodes(value[len(chosen) :])
+        targets = Nodes.joined(sources[: len(chosen)], final)
         weights = np.concatenate([np.zeros(len(chosen), np.float32), self.wanted.weights])
         return Graph(
             sources, targets, effects, value, bias, rest, weights, ids.astype(np.int32), texts,
             len(chosen), L, about,
         )  # fmt: skip
 
-    def _nodes(self, chosen, ids, texts, values) -> tuple[Nodes, Nodes]:
-        L, T, w, some = self.model.config.layers, len(ids), self.wanted, self.active[chosen]
+    def source_nodes(self, chosen: np.ndarray, ids: np.ndarray, texts: list[str]) -> Nodes:
+        """The nodes of the columns: the `chosen` features, the errors, the tokens."""
+        L, T, some = self.model.config.layers, len(ids), self.active[chosen]
         count, every = len(chosen), np.arange(T, dtype=np.int32)
         features = Nodes(
             np.full(count, some.kind), some.layer, some.position, some.feature, some.activation,
@@ -285,10 +294,12 @@ class Search:
             np.full(T, "token"), np.full(T, -1, np.int32), every, ids.astype(np.int32),
             np.ones(T, np.float32), np.asarray(texts),
         )  # fmt: skip
+        return Nodes.joined(features, errors, tokens)
+
+    def _final_nodes(self, values: np.ndarray) -> Nodes:
+        w = self.wanted
         layer, position, feature = (np.asarray(a, np.int32) for a in (w.layer, w.at, w.feature))
-        named = np.asarray(w.kind), np.asarray(w.labels)
-        final = Nodes(named[0], layer, position, feature, values, named[1])
-        return Nodes.joined(features, errors, tokens), Nodes.joined(features, final)
+        return Nodes(np.asarray(w.kind), layer, position, feature, values, np.asarray(w.labels))
 
 
 def _filled(array: np.ndarray, size: int, value: float) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.circuits.linear import (
-    Rows,
+    TargetRows,
     begun,
     chunk_of,
     dot,
@@ -67,7 +67,7 @@ def total_effects(
     layout, L = laid_out(active), model.config.layers
     gains = 1.0 + np.asarray(model.params.blocks.pre_mlp_norm, np.float32)
     gains = gains[:, None] * np.asarray(prompt.frozen.pre_mlp_scale)[..., None]  # [L, T, D]
-    rows = Rows(*map(jnp.asarray, (wanted.stage, wanted.position, wanted.vector)))
+    rows = TargetRows(*map(jnp.asarray, (wanted.stage, wanted.position, wanted.vector)))
     g = jnp.zeros((*prompt.mlp_in.shape[1:], len(wanted.bias)), jnp.float32).swapaxes(1, 2)
     written, skip = jnp.zeros_like(prompt.mlp_in), stacked_skips(coders)
     slopes: dict[int, Any] = {}  # of blocks, until their own layer: [P, R, C]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_scope_jax.circuits.attribute import AttributionSettings, rows_together
-from gemma_scope_jax.circuits.linear import Blocks, Frozen, Rows, Written, effects, room_for
+from gemma_scope_jax.circuits.linear import Blocks, Frozen, TargetRows, Written, effects, room_for
 from gemma_scope_jax.circuits.neurons import graph_coders, neurons_of
 from gemma_scope_jax.circuits.sources import BLOCK, room_of, slots_of
 from gemma_scope_jax.coders.coder import Coder
@@ -142,7 +142,7 @@ def abstract_inputs(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     rest: bool = False,
-) -> tuple[Model, Frozen, Written, Rows]:
+) -> tuple[Model, Frozen, Written, TargetRows]:
     """The shapes that `linear.effects` is called with, placed on a mesh as `attribute` does.
 
     rest: whether more features are active than are considered
@@ -196,5 +196,5 @@ def abstract_inputs(
         skips,
     )
     R = rows_together(mesh)
-    rows = Rows(whole(R, 1), whole(R, 1), array(R, 1, D))
+    rows = TargetRows(whole(R, 1), whole(R, 1), array(R, 1, D))
     return Model(params, c), frozen, written, rows

@@ -19,6 +19,7 @@ and after attention and MLP. Axes: see `model.config`, and R rows, I blocks of P
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_of, place
 
 WHOLE = 64  # prompts up to this many tokens are one chunk
+Pick = Callable[[jax.Array, int], jax.Array]  # some tokens of an array, along an axis
 dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -78,10 +80,11 @@ class Written:
 
 
 @flax.struct.dataclass
-class Rows:
+class TargetRows:
     """Where R targets begin: each is a sum of Q terms, vector . residual stream at a token.
 
-    stage: 2 l is resid_mid of layer l, 2 l + 1 its resid_post; -1: no term.
+    stage: 2 l is resid_mid of layer l, 2 l + 1 its resid_post, -1 the embedding. Where there is no
+    term, stage is -1 and the vector zeros.
     """
 
     stage: Any  # int32 [R, Q]
@@ -113,7 +116,7 @@ def chunk_of(size: int) -> int:
 
 
 @jax.jit
-def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effects:
+def effects(model: Model, frozen: Frozen, written: Written, rows: TargetRows) -> Effects:
     """The effect of every source on each of `rows`."""
     c, blocks = model.config, written.blocks
     (T, D), R = frozen.embed.shape, rows.position.shape[0]
@@ -160,6 +163,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
         jnp.zeros((R, kinds - 1), jnp.float32),
     )
     g, slots, errors, sums = jax.lax.fori_loop(0, top + 1, layer_step, carry)
+    g = begin(g, -1)
     return Effects(
         slots.transpose(2, 0, 1, 3).reshape(R, -1),
         errors.transpose(2, 0, 1),
@@ -169,7 +173,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: Rows) -> Effec
     )
 
 
-def begun(rows: Rows, g: jax.Array, stage) -> jax.Array:
+def begun(rows: TargetRows, g: jax.Array, stage) -> jax.Array:
     """g [T, R, D] at a stage, with the terms of `rows` that begin there."""
     here = (rows.stage == stage).astype(jnp.float32)[:, :, None]
     row = jnp.arange(len(rows.stage), dtype=jnp.int32)[:, None]
@@ -184,7 +188,7 @@ def through_skip(model: Model, frozen: Frozen, skip, layer, chunks, g: jax.Array
     def of_chunk(n, g):
         some = cut(g, n, C, 0)
         inner = dot("tre,de->trd", some, w)
-        return put(g, some + inner * _norm(cut(scale, n, C, 0), gain), n, 0)
+        return put(g, some + inner * norm_factor(cut(scale, n, C, 0), gain), n, 0)
 
     return jax.lax.fori_loop(0, chunks, of_chunk, g)
 
@@ -200,7 +204,7 @@ def through_attention(model: Model, frozen: Frozen, layer, chunks, g: jax.Array)
     window = reach(c, layer)
 
     def of_queries(n, v):
-        some = of_tokens(g, n) * _norm(of_tokens(after, n), take(b.post_attn_norm))
+        some = of_tokens(g, n) * norm_factor(of_tokens(after, n), take(b.post_attn_norm))
         z = dot("trd,kghd->kgtrh", some, w_o)
 
         def of_keys(m, v):
@@ -214,7 +218,7 @@ def through_attention(model: Model, frozen: Frozen, layer, chunks, g: jax.Array)
 
     def of_inputs(n, g):
         inner = dot("ksrh,dkh->srd", cut(v, n, C, 1), w_v)
-        factor = _norm(of_tokens(before, n), take(b.pre_attn_norm))
+        factor = norm_factor(of_tokens(before, n), take(b.pre_attn_norm))
         return put(g, of_tokens(g, n) + inner * factor, n, 0)
 
     return jax.lax.fori_loop(0, chunks, of_inputs, g)
@@ -235,7 +239,7 @@ def put(x: jax.Array, new: jax.Array, n, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, new, n * new.shape[axis], axis)
 
 
-def _norm(scale: jax.Array, w: jax.Array) -> jax.Array:
+def norm_factor(scale: jax.Array, w: jax.Array) -> jax.Array:
     """A frozen norm as a factor [T, 1, D]: scale [T] times the gain 1 + w [D]."""
     return scale[:, None, None] * (1.0 + w)[None, None, :]
 
@@ -249,24 +253,34 @@ def reach(c: GemmaConfig, layer) -> jax.Array:
     return jnp.where(is_global, jnp.int32(2**30), jnp.int32(c.window))
 
 
-def _scores(c: GemmaConfig, frozen: Frozen, layer, n, m) -> jax.Array:
-    """Masked scores [K, G, C, C] of the queries of chunk `n` on the keys of chunk `m`."""
-    C = chunk_of(frozen.embed.shape[0])
-    q = cut(jax.lax.dynamic_index_in_dim(frozen.q, layer, keepdims=False), n, C, 0)
-    k = cut(jax.lax.dynamic_index_in_dim(frozen.k, layer, keepdims=False), m, C, 0)
-    q = q.reshape(C, c.kv_heads, -1, c.head_dim)
+def chunk(size: int, n) -> Pick:
+    """Picks the tokens of chunk `n`."""
+    return lambda x, axis: cut(x, n, size, axis)
+
+
+def _scores(c: GemmaConfig, frozen: Frozen, layer, queries: Pick, keys: Pick) -> jax.Array:
+    """Masked scores [K, G, T, S] of some queries on some keys."""
+    q = queries(jax.lax.dynamic_index_in_dim(frozen.q, layer, keepdims=False), 0)
+    k = keys(jax.lax.dynamic_index_in_dim(frozen.k, layer, keepdims=False), 0)
+    q = q.reshape(q.shape[0], c.kv_heads, -1, c.head_dim)
     # as the model computes them: products of its own dtype, sums in float32
     scores = jnp.einsum("tkgh,skh->kgts", q, k, preferred_element_type=jnp.float32)
-    tokens = lambda i: jax.tree.map(lambda x: cut(x, i, C, 1), frozen.tokens)
-    mask = visible(tokens(n), tokens(m), reach(c, layer))[0]
+    of = lambda pick: jax.tree.map(lambda x: pick(x, 1), frozen.tokens)
+    mask = visible(of(queries), of(keys), reach(c, layer))[0]
     return jnp.where(mask[None, None], scores * c.query_scale, LOWEST)
+
+
+def pattern_of(c: GemmaConfig, frozen: Frozen, layer, queries: Pick, keys: Pick) -> jax.Array:
+    """Attention probabilities [K, G, T, S] of some queries on some keys."""
+    sums = queries(jax.lax.dynamic_index_in_dim(frozen.log_sums, layer, keepdims=False), 1)
+    scores = _scores(c, frozen, layer, queries, keys)
+    return jnp.exp(scores - sums.reshape(*scores.shape[:3], 1))
 
 
 def pattern_tile(c: GemmaConfig, frozen: Frozen, layer, n, m) -> jax.Array:
     """Attention probabilities [K, G, C, C] of the queries of chunk `n` on the keys of chunk `m`."""
     C = chunk_of(frozen.embed.shape[0])
-    sums = cut(jax.lax.dynamic_index_in_dim(frozen.log_sums, layer, keepdims=False), n, C, 1)
-    return jnp.exp(_scores(c, frozen, layer, n, m) - sums.reshape(c.kv_heads, -1, C)[..., None])
+    return pattern_of(c, frozen, layer, chunk(C, n), chunk(C, m))
 
 
 @partial(jax.jit, static_argnames="c")
@@ -279,7 +293,8 @@ def normalised(c: GemmaConfig, frozen: Frozen) -> Frozen:
         layer, n = i // (T // C), i % (T // C)
 
         def add(m, sums):
-            return jnp.logaddexp(sums, jax.nn.logsumexp(_scores(c, frozen, layer, n, m), -1))
+            scores = _scores(c, frozen, layer, chunk(C, n), chunk(C, m))
+            return jnp.logaddexp(sums, jax.nn.logsumexp(scores, -1))
 
         first = jnp.maximum(n * C - reach(c, layer) + 1, 0) // C
         return jax.lax.fori_loop(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gemma_scope_jax.circuits.linear import Rows, begun, chunk_of, dot, through_attention
+from gemma_scope_jax.circuits.linear import TargetRows, begun, chunk_of, dot, through_attention
 from gemma_scope_jax.circuits.sources import TOKENS, Active, Prompt, check_coders
 from gemma_scope_jax.coders.coder import Coder, CoderInfo, Encoder, Index, float32, static_field
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -164,7 +164,7 @@ def neuron_candidates(
     weights are faster than gathering rows.
     """
     L, size = model.config.layers, prompt.mlp_in.shape[1]
-    rows = Rows(*map(jnp.asarray, (wanted.stage, wanted.position, wanted.vector)))
+    rows = TargetRows(*map(jnp.asarray, (wanted.stage, wanted.position, wanted.vector)))
     g = jnp.zeros((size, len(wanted.bias), model.config.d_model), jnp.float32)
     step = size if size <= TOKENS else chunk_of(size)
     found, written = [], []

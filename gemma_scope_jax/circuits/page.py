@@ -72,7 +72,7 @@ def _page_data(
     the index of each source, -1 if the page does not have it."""
     n = graph.selected
     through, reached = node_influence(graph)
-    row, column, links = _strongest(graph, reached, most_links)
+    row, column, links = strongest_links(graph, reached, most_links)
 
     # nodes that nothing leads to or from would only fill the page; every token keeps its place
     kept = np.array(graph.sources.kind == "token")
@@ -138,10 +138,12 @@ def _nodes(
     return columns, known
 
 
-def _strongest(graph: Graph, reached: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, int]:
+def strongest_links(
+    graph: Graph, reached: np.ndarray, most: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Rows and columns of the `most` links that carry the most influence, and how many there are.
 
-    In the order of the rows.
+    In the order of the rows. `reached`: of each target, see `node_influence`.
     """
     row, column = np.nonzero(graph.effects)
     links = len(row)

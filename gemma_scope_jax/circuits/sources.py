@@ -178,7 +178,7 @@ def _encoder_rows(coder: Coder, i, ids):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class SlotLayout:
     """Where sources have their slots: `slot` [n] in the results, and the blocks of each layer."""
 
     slot: np.ndarray  # int64 [n]
@@ -196,7 +196,7 @@ def slots_of(features: int, groups: int) -> int:
     return 16 if features >= 6 * groups else 4
 
 
-def laid_out(active: Active) -> Layout:
+def laid_out(active: Active) -> SlotLayout:
     """Slots for sources: a block has P groups of C slots, each group at one token of one layer."""
     key = active.layer.astype(np.int64) << 32 | active.position
     _, first, count = np.unique(key, return_index=True, return_counts=True)
@@ -222,10 +222,10 @@ def laid_out(active: Active) -> Layout:
         positions += list(position.reshape(blocks, P))
         layers += [layer] * blocks
     shaped = lambda a, *shape: np.asarray(a, np.int32).reshape(-1, *shape)
-    return Layout(slot, shaped(sources, P, C), shaped(positions, P), shaped(layers))
+    return SlotLayout(slot, shaped(sources, P, C), shaped(positions, P), shaped(layers))
 
 
-def slot_features(active: Active, layout: Layout, n: int) -> tuple[np.ndarray, np.ndarray]:
+def slot_features(active: Active, layout: SlotLayout, n: int) -> tuple[np.ndarray, np.ndarray]:
     """The features [P, C] of block `n`, and what their decoder rows count; 0 in unused slots."""
     source = layout.source[n]
     empty = source < 0
@@ -279,7 +279,7 @@ def _fill(blocks, rows, strength, at):
 
 
 def written_blocks(
-    coders: CoderSet, active: Active, layout: Layout, mesh: Mesh | None = None
+    coders: CoderSet, active: Active, layout: SlotLayout, mesh: Mesh | None = None
 ) -> Blocks:
     """What each source writes to each layer, gathered from the decoders for these sources alone.
 
@@ -351,7 +351,7 @@ def what_is_written(
     coders: CoderSet,
     prompt: Prompt,
     active: Active,
-    layout: Layout,
+    layout: SlotLayout,
     *,
     whole: jax.Array | None = None,
     mesh: Mesh | None = None,

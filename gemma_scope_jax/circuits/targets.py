@@ -133,10 +133,7 @@ def checked_targets(
         raise InputError("no targets: give at least one, or None for the likely next tokens")
 
     def settled(term: Term) -> Term:
-        at = whole_number("position", term.position, -(2**31))
-        if not -length <= at < length:
-            raise InputError(f"position {at}: the prompt has {length} tokens")
-        what = term.what
+        at, what = checked_position(term.position, length), term.what
         if term.kind == "logit":
             what = _checked_token(what, config, tokenizer)
         elif not 0 <= whole_number("layer", term.layer, -1) < config.layers:
@@ -147,13 +144,21 @@ def checked_targets(
         elif term.kind == "direction" and not _is_direction(what, config.d_model):
             size = config.d_model
             raise InputError(f"a direction must be {size} numbers, one for each channel")
-        return dataclasses.replace(term, position=at % length, what=what)
+        return dataclasses.replace(term, position=at, what=what)
 
     for target in made:
         weight = 1.0 if target.weight is None else target.weight
         if not (np.isfinite(weight) and weight > 0):
             raise InputError("the weights of targets must be positive numbers")
     return [dataclasses.replace(t, terms=tuple(map(settled, t.terms))) for t in made]
+
+
+def checked_position(given: Any, length: int) -> int:
+    """A position in a prompt of `length` tokens, given from its end if negative."""
+    at = whole_number("position", given, -(2**31))
+    if not -length <= at < length:
+        raise InputError(f"position {at}: the prompt has {length} tokens")
+    return at % length
 
 
 def _is_direction(vector: np.ndarray, size: int) -> bool:

@@ -52,7 +52,7 @@ def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_star
     count, n = len(value), len(features)
     hot = np.eye(-(-count // CHUNK) * CHUNK, count, dtype=np.float32)
     rows = [
-        _effects(jax.vmap(backward)(some)[0], leaves, features, c.started)
+        effects_of_leaves(jax.vmap(backward)(some)[0], leaves, features, c.started)
         for some in hot.reshape(-1, CHUNK, count)
     ]
     effects, whole = (np.concatenate(part)[:count] for part in zip(*rows))
@@ -168,7 +168,7 @@ def _mlp_out(x, ctx, here):
     return (output + linear).astype(x.dtype)
 
 
-def _effects(gradient, leaves, features, started):
+def effects_of_leaves(gradient, leaves, features, started):
     """Effects [rows, sources], and the sum over all active features [rows]."""
     times = jax.tree.map(lambda g, a: np.asarray(g) * np.asarray(a)[None], gradient, leaves)
     rows = len(times["embed"])
