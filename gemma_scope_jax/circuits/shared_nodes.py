@@ -18,6 +18,7 @@ Positions = Literal["start", "end", "ignore"]
 Finals = Literal["token", "order", "mean"]
 Measure = Literal["effect", "influence"]
 Key = tuple[bool, str, int, int, int, str]  # final, kind, layer, position, feature, name
+LABELS = 3  # of a node that graphs call differently
 SHIFT = np.int64(32)  # an edge is one number: its target's above, its source's below
 
 
@@ -114,8 +115,16 @@ class SharedNodes:
             if key[0] and key[1] == "direction" and self.finals == "token":
                 key = (*key[:5], str(label))  # nothing else tells directions apart
             found.append(self._numbers.setdefault(key, len(self._numbers)))
-            self.labels[key] = self.labels.get(key) or key[5] or str(label)
+            self.labels[key] = _label(self.labels.get(key, ""), str(label))
         return np.array(found, np.int64)
+
+
+def _label(known: str, label: str) -> str:
+    """A node's label; where graphs have asked for different things in its place, the first few."""
+    parts = known.split(" / ") if known else []
+    if not label or label in parts or parts[LABELS:]:
+        return known
+    return " / ".join([*parts, label if len(parts) < LABELS else "..."])
 
 
 def edges_of(graph: Graph, shared: SharedNodes) -> tuple[np.ndarray, np.ndarray]:

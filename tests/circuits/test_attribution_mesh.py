@@ -25,3 +25,15 @@ def test_eight_devices_equal_one(model, monkeypatch, kind, shape):
     assert key(one.sources) == key(many.sources)
     near(many.effects, one.effects, 1e-5)
     near(many.value, one.value, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+def test_neurons_of_a_mesh_equal_those_of_one_device(model, shape):
+    mesh = gs.make_mesh(*shape)
+    placed = jax.device_put(model.params, gs.param_shardings(model.config, mesh))
+    given = {"max_feature_nodes": 40, "max_candidates": 200}
+    one = gs.attribute(model, None, IDS, **given)
+    many = gs.attribute(Model(placed, model.config), None, IDS, **given)
+    assert key(one.sources) == key(many.sources)
+    near(many.effects, one.effects, 1e-5)
+    near(many.value, one.value, 1e-5)

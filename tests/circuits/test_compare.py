@@ -107,7 +107,9 @@ def test_finals_match_by_token_order_or_mean():
     b = dataclasses.replace(a, targets=renamed(a, [" x", " y"], 500))
     assert len(gs.graph_difference(a, b).graph().targets) == a.selected + 4
     by_order = gs.graph_difference(a, b, finals="order")
-    assert not by_order.difference.any() and "target 0" in by_order.table(10_000)
+    assert not by_order.difference.any() and '"w0 /  x' in by_order.table(10_000)
+    many = [dataclasses.replace(a, targets=renamed(a, [f"{i}", "y"], i)) for i in range(9)]
+    assert "0 / 1 / 2 / ..." in gs.aggregate_graphs(many, finals="order").nodes.label.tolist()
     mean = gs.graph_difference(a, b, finals="mean").graph()
     assert len(mean.targets) == a.selected + 1 and not mean.effects.any()
 
