@@ -93,9 +93,8 @@ class EdgeEnds:
         n, finals = self.graph.selected, len(self.graph.targets) - self.graph.selected
         asked = None
         if given is not None:
-            asked = checked_targets(
-                given, self.model.config, self.coders, len(self.graph.ids), None
-            )
+            length, config = len(self.graph.ids), self.model.config
+            asked = checked_targets(given, config, self.coders, length, None) or []
             if len(asked) != finals:
                 raise InputError(f"{len(asked)} targets for a graph with {finals}")
         some = [self._target(i, asked) for i in numbers[numbers >= n]]
