@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.circuits.graph import Graph, GraphScores
+from gemma_scope_jax.circuits.supernodes import Supernodes
 from gemma_scope_jax.circuits.validate import Validation
 from gemma_scope_jax.circuits.words import Path, node_name, strongest_paths
 from gemma_scope_jax.errors import shown
@@ -21,6 +22,7 @@ class GraphReport:
     shown         nodes and links of the pruned graph
     scores, scores_shown  of the graph and of the pruned one
     paths         the strongest paths through features
+    groups        supernodes, if they were looked for
     validation    predicted against measured, or None
     """
 
@@ -31,6 +33,7 @@ class GraphReport:
     scores: GraphScores
     scores_shown: GraphScores
     paths: list[Path]
+    groups: Supernodes | None
     validation: Validation | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,6 +46,7 @@ class GraphReport:
             "scores": dataclasses.asdict(self.scores),
             "scores_shown": dataclasses.asdict(self.scores_shown),
             "paths": [{"path": str(p), "share": p.share, "effect": p.effect} for p in self.paths],
+            "supernodes": None if self.groups is None else self.groups.as_dict(),
             "validation": None if self.validation is None else self.validation.as_dict(),
         }
 
@@ -53,6 +57,9 @@ class GraphReport:
             [name, *(round(v, 3) for v in dataclasses.astuple(scores))]
             for name, scores in (("whole", self.scores), ("shown", self.scores_shown))
         ]
+        if self.groups is not None:
+            scores = dataclasses.astuple(self.groups.scores())
+            rows.append([f"{len(self.groups)} supernodes", *(round(v, 3) for v in scores)])
         found: dict[str, list[list[Any]]] = {"Scores": [names, *rows]}
         if self.validation is not None:
             cells = [line.split() for line in str(self.validation).splitlines()]
@@ -66,6 +73,9 @@ class GraphReport:
             f"{name} {weight:.1%}" if 0 < weight < 1 else f"{name} {value:+.2f}"
             for name, value, weight in self.targets
         )
+        grouped = []
+        if self.groups is not None:
+            grouped = [f"grouped   {len(self.groups)} supernodes: {self.groups.scores()}"]
         lines = [
             f"prompt    {shown(self.prompt)}",
             f"targets   {best}",
@@ -73,6 +83,7 @@ class GraphReport:
             f"{nodes:,} nodes and {links:,} links shown",
             f"scores    {self.scores}",
             f"as shown  {self.scores_shown}",
+            *grouped,
             "paths     the strongest through features:",
             *(f"  {path}" for path in self.paths),
         ]
@@ -87,7 +98,12 @@ class GraphReport:
 
 
 def report_graph(
-    graph: Graph, pruned: Graph, *, paths: int = 10, validation: Validation | None = None
+    graph: Graph,
+    pruned: Graph,
+    *,
+    paths: int = 10,
+    groups: Supernodes | None = None,
+    validation: Validation | None = None,
 ) -> GraphReport:
     """The report of a graph; `pruned` is the part that is shown, with labels."""
     n = graph.selected
@@ -101,5 +117,6 @@ def report_graph(
         scores=graph.scores(),
         scores_shown=pruned.scores(),
         paths=strongest_paths(pruned, paths, direct=False) if paths else [],
+        groups=groups,
         validation=validation,
     )

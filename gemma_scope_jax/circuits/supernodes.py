@@ -14,7 +14,7 @@ is alike to itself. Clusters of average linkage hold features of neighbouring la
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -72,9 +72,22 @@ class Supernodes:
         found = text_table(("supernode", "features", "influence"), rows)
         return f"{len(self)} supernodes: {self.scores()}\n{found}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data: the groups by node ids, and the scores of their features."""
+        groups = [
+            {"label": label, "nodes": ids, "influence": float(share)}
+            for (label, ids), share in zip(self.node_ids().items(), self.influence)
+        ]
+        return {"groups": groups, "scores": dataclasses.asdict(self.scores())}
+
     def columns(self) -> dict[str, list[int]]:
         """label -> columns of `graph.effects`: the `groups` of `graph_page`."""
         return {group.label: list(group.members) for group in self.groups}
+
+    def largest(self, count: int) -> dict[str, list[int]]:
+        """`columns` of the groups of several features, the `count` of most influence."""
+        several = [group for group in self.groups if len(group.members) > 1][:count]
+        return {group.label: list(group.members) for group in several}
 
     def node_ids(self) -> dict[str, list[str]]:
         """label -> ids of the members: the `supernodes` of `export_graph`."""

@@ -8,6 +8,7 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 
+GROUPS, HEADS = 6, 200  # on the page: pinned supernodes, and links whose heads are listed
 PACKAGED_TRANSCODERS = "gemma-3-270m-transcoder-*"
 Prompt = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
@@ -62,9 +63,8 @@ def command(
         mesh: Spread the work over this many devices. The default is one device.
     """
     text = shared.given_text(prompt, file)
-    opened = shared.open_coders(
-        coders, model, decoders=False
-    )  # of a CLT: read from disk for active features
+    # of a CLT's decoder only the rows of active features are read
+    opened = shared.open_coders(coders, model, decoders=False)
     wanted = [gs.Target.logit(token) for token in target] or None
     if minus and not target:
         raise gs.InputError("--minus needs --target: it explains a difference of two logits")
@@ -88,13 +88,16 @@ def command(
     shown = graph.prune(node_threshold, edge_threshold)
     known = gs.feature_details(weights, opened.coders, tok, shown)
     shown = gs.label_graph(shown, known)
-    checked = None
+    groups, checked, heads = gs.find_supernodes(shown, opened.coders), None, {}
     if validate:
         with shared.stage("comparing the graph with the model"):
             checked = graph.validate(weights, opened.coders, top=validate)
-    report = gs.report_graph(graph, shown, paths=paths, validation=checked)
+    report = gs.report_graph(graph, shown, paths=paths, groups=groups, validation=checked)
     if out is not None:
-        page = gs.graph_page(shown, details=known, notes=report.tables())
+        with shared.stage("finding the heads behind the links"):
+            heads = gs.link_heads(weights, opened.coders, shown, most_links=HEADS)
+        notes, pinned = report.tables(), groups.largest(GROUPS)
+        page = gs.graph_page(shown, details=known, heads=heads, groups=pinned, notes=notes)
         gs.write_text(out / "graph.html", page)
         graph.save(out / "graph.npz")
         shown.save(out / "graph.json")
