@@ -96,13 +96,14 @@ function drawLinks() {
   drawn = { scale, left: scroll.scrollLeft, top: scroll.scrollTop };
   moveLinks();
 }
-function emphasised() {  // the strongest links of what is pointed at, else chosen, else between pins
+function emphasised() {  // the strongest links of what is pointed at, else chosen, else between single pins
   if (lit !== null) return [lit];
   const i = hovered ?? state.selected;
   const both = (l) => shown[links.source[l]] && shown[links.target[l]];
   if (i !== null) return [...incoming[i].slice(0, 30), ...outgoing[i].slice(0, 30)].filter(both);
-  const pins = new Set(state.pinned);
-  return state.pinned.flatMap((p) => incoming[p].filter((l) => pins.has(links.source[l])).slice(0, 10));
+  const grouped = new Set(state.groups.flatMap((g) => g.nodes));  // their links are summed below
+  const pins = new Set(state.pinned.filter((p) => !grouped.has(p)));
+  return [...pins].flatMap((p) => incoming[p].filter((l) => pins.has(links.source[l])).slice(0, 10));
 }
 function shape(pen, i) {
   const x = px[i], y = py[i], r = radiusOf(i), kind = kindOf(i);
