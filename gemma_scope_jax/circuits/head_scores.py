@@ -27,8 +27,10 @@ from gemma_scope_jax.circuits.attribute import ROWS, GraphSearch, checked_prompt
 from gemma_scope_jax.circuits.candidates import MOST
 from gemma_scope_jax.circuits.graph import Nodes
 from gemma_scope_jax.circuits.linear import Frozen, dot, entry, pattern_of
+from gemma_scope_jax.circuits.shared_nodes import text_table
 from gemma_scope_jax.circuits.sources import Prompt, check_coders, read_prompt
 from gemma_scope_jax.circuits.targets import Resolved, Resolver, checked_position
+from gemma_scope_jax.circuits.words import node_name
 from gemma_scope_jax.coders.coder import Coder, float32
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
@@ -42,6 +44,7 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 
 Against = int | Iterable[int] | Literal["mean"] | None
 Terms = tuple[np.ndarray, np.ndarray]  # tokens [Q] and their weights [Q]
+SHOWN = 12  # pairs in a printed score
 PAIRS = 2048  # sources of one side whose pairs are formed at a time
 
 
@@ -81,6 +84,16 @@ class HeadScore:
     pair_values: np.ndarray
     pairs_total: float
     remainder: float
+
+    def __str__(self) -> str:
+        name = lambda i: node_name(self.sources[int(i)])
+        rows = [(name(q), name(k), f"{v:+.3g}") for (q, k), v in zip(self.pairs, self.pair_values)]
+        return (
+            f"head {self.layer}.{self.head} from token {self.query} to {self.key}: score "
+            f"{self.score:+.3g}, attention {self.attention:.1%}; pairs {self.pairs_total:+.3g}, "
+            f"remainder {self.remainder:+.3g}\n"
+            + text_table(("at the query", "at the key", "score"), rows[:SHOWN])
+        )
 
 
 @own_mesh

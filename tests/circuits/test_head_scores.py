@@ -195,3 +195,11 @@ def test_real_model():
         q, k = (np.asarray(reads[s][layer, 0]) for s in ("q", "k"))
         close(found.score, float(q[-1, head] @ k[found.key, 0]) / 16, max(1, abs(found.score)))
     assert len(found.pairs) == 50 and {"feature", "error", "token"} == set(found.sources.kind)
+
+
+def test_a_score_reads_as_a_table(model):
+    score = gs.head_score(model, coders_of("plain"), IDS, 2, 1)
+    lines = str(score).splitlines()
+    assert lines[0].startswith("head 2.1 from token 10 to ") and "remainder" in lines[0]
+    assert len(lines) == 2 + min(12, len(score.pairs))
+    assert lines[2].split()[-1] == f"{score.pair_values[0]:+.3g}"
