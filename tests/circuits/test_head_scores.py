@@ -33,8 +33,10 @@ def adds_up(found, most=EVERY, latest=None):
         assert (nodes.position <= end).all() and (nodes.layer < found.layer).all()
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "affine") for name in PRESETS), *(("gemma-3-270m", kind) for kind in KINDS)],
+)
 def test_pairs_add_up_to_the_score(name, kind):
     """Of the model itself; in local and global layers, and in layer 0, where tokens are all."""
     model, coders = tiny_model(PRESETS[name]), coders_of(kind, 8)
@@ -183,6 +185,7 @@ def test_bad_input(model, what):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_real_model():
     """The packaged transcoders on the real 270M."""
     model, tok = gs.load_model("gemma-3-270m", dtype="float32"), gs.load_tokenizer("gemma-3-270m")

@@ -18,7 +18,7 @@ from reference_graph import FROZEN
 from tiny import tiny_model
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-27b"])
 def test_neurons_add_up(name):
     """To the model's own logits and activations, without an error, whatever is left out."""
     model = tiny_model(PRESETS[name])
@@ -201,6 +201,7 @@ def test_bad_input(model, what):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_real_model():
     """The real 270M: sums, and the neurons of most influence."""
     model, tok = gs.load_model("gemma-3-270m", dtype="float32"), gs.load_tokenizer("gemma-3-270m")
