@@ -8,6 +8,7 @@ the features with the most influence on the targets, through the rows known so f
 
 import dataclasses
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
-from gemma_scope_jax.progress import Progress, Report
+from gemma_scope_jax.progress import Progress, Report, byte_size
 
 LOG = logging.getLogger(__name__)
 ROWS = 64  # of a device at a time: more make larger products, fewer fit into a processor's cache
@@ -132,6 +133,7 @@ def attribute(
         asked = resolver.likely(how.max_n_logits, how.desired_logit_prob)
     search = GraphSearch(model, coders, prompt, resolver.resolve(asked), how.max_candidates)
     budget = min(how.max_feature_nodes or len(search.active), len(search.active))
+    _check_room(budget + len(asked), search.columns)
     report = Progress(budget, "features", what="attribution") if progress is None else progress
     search.run(budget, how.batch_size * how.update_interval, report)
     about = {
@@ -161,6 +163,16 @@ def checked_prompt(config: GemmaConfig, ids: Any) -> np.ndarray:
     if len(found) > 1 and found[0] == found[1] == BOS:
         raise InputError("the prompt begins with two <bos>: encode the text once, with bos=True")
     return found
+
+
+def _check_room(rows: int, columns: int) -> None:
+    """Raise `InputError` if the rows, of which there are two copies at the end, cannot fit."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (needed := 2 * 4 * rows * columns) > there:
+        raise InputError(
+            f"{rows:,} rows of {columns:,} sources take {byte_size(needed)}, more than this "
+            f"machine's {byte_size(there)}: give max_feature_nodes, the number of rows"
+        )
 
 
 def rows_together(mesh: Mesh | None) -> int:
@@ -262,10 +274,11 @@ class GraphSearch:
         chosen = self.row_of[order]
         rows = np.concatenate([most + order, np.arange(most)])
         columns = np.concatenate([chosen, np.arange(n, self.columns)])
-        effects = self.effects if len(chosen) == n else self.effects[:, columns]
-        effects = effects[rows]
+        effects = self.effects[np.ix_(rows, columns)]
         left = np.delete(np.arange(n), chosen)
-        rest = self.effects[:, left].sum(1, dtype=np.float64) + self.sums[:, 1]
+        blocks = (self.effects[start : start + ROWS, left] for start in range(0, len(rows), ROWS))
+        rest = np.concatenate([block.sum(1, dtype=np.float64) for block in blocks])
+        rest = rest + self.sums[:, 1]
         bias = (self.sums[:, 0] + self.bias)[rows]
         rest = rest[rows].astype(np.float32)
         value = (effects.sum(1, dtype=np.float64) + rest + bias).astype(np.float32)

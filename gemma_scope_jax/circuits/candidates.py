@@ -8,6 +8,7 @@ features, with the weights of one layer at a time. What the others write is kept
 (`rest`), so nothing is missing from a target's sum.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,6 +73,8 @@ def total_effects(
     written, skip = jnp.zeros_like(prompt.mlp_in), stacked_skips(coders)
     slopes: dict[int, Any] = {}  # of blocks, until their own layer: [P, R, C]
     effect = np.zeros(layout.source.size, np.float32)
+    _, P, C = layout.source.shape
+    nothing = np.zeros((P, g.shape[1], C), np.float32)
     for layer in reversed(range(L)):
         g = _begun(rows, g, np.int32(2 * layer + 1))
         back = jnp.zeros_like(g)
@@ -83,7 +86,7 @@ def total_effects(
             ids, strength = slot_features(active, layout, n)
             rows_out = written_rows(coder, i, j, ids)
             given = rows_out, strength, layout.positions[n], np.int32(layer)
-            slope, written = _add_block(slopes.pop(n, 0.0), written, g, *given)
+            slope, written = _add_block(slopes.pop(n, nothing), written, g, *given)
             slopes[n] = slope
             if source != layer:
                 continue
@@ -100,7 +103,7 @@ def total_effects(
 _begun = jax.jit(begun)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=1)  # or each block would copy what all write
 def _add_block(slope, written, g, rows, strength, positions, layer):
     """The slopes of a block's features [P, R, C] with this layer's, and what they write to it."""
     slope = slope + dot("prd,pcd->prc", g[positions], rows)
@@ -108,7 +111,7 @@ def _add_block(slope, written, g, rows, strength, positions, layer):
     return slope, written.at[layer, positions].add(new)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _add_back(back, slope, vectors, strength, positions):
     """What a layer's features hand on to resid_mid: active ones follow their pre-activation."""
     live = jnp.where((strength > 0)[:, None, :], slope, 0.0)

@@ -85,7 +85,10 @@ def plan_attribution(
     found: Any = whole.lower(*given).compile().memory_analysis()
     names = ("argument", "output", "temp", "generated_code")
     arrays = [] if neurons_of(coders) else jax.tree.leaves(list(coders))  # those are the model's
-    coder_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
+    # the coders, the MLPs' inputs and outputs, and what the choice of candidates holds
+    layers = config.layers * room_for(tokens) * config.d_model * 4
+    kept = layers * (2 + (considered < active))
+    kept += sum(x.size * x.dtype.itemsize for x in arrays)
     flops = rows * row_flops(config, coders, tokens)
     devices = 1 if mesh is None else mesh.size
     return AttributionEstimate(
@@ -93,7 +96,7 @@ def plan_attribution(
         active=active,
         candidates=considered,
         rows=rows,
-        memory=int(sum(getattr(found, f"{name}_size_in_bytes") for name in names)) + coder_bytes,
+        memory=int(sum(getattr(found, f"{name}_size_in_bytes") for name in names)) + kept,
         host=4 * rows * columns,
         flops=flops,
         seconds=flops / devices / product_rate() if timed else None,

@@ -38,6 +38,7 @@ class Nodes:
 
     kind        str, one of `KINDS`
     layer       int32: of features and errors the model's layer; -1 for tokens; L for logits
+                and what is made of them
     position    int32: the token's position in the prompt
     feature     int32: the feature's id; the vocabulary id of tokens and logits; -1 for errors
     activation  float32: of features their activation, of logits their value, else 1

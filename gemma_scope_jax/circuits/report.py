@@ -62,8 +62,8 @@ class GraphReport:
             rows.append([f"{len(self.groups)} supernodes", *(round(v, 3) for v in scores)])
         found: dict[str, list[list[Any]]] = {"Scores": [names, *rows]}
         if self.validation is not None:
-            cells = [line.split() for line in str(self.validation).splitlines()]
-            found["Predicted and measured changes when features are ablated"] = cells
+            title = "Predicted and measured changes when features are ablated"
+            found[title] = self.validation.rows()
         return found
 
     def __str__(self) -> str:

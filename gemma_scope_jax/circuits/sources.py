@@ -70,31 +70,28 @@ def read_prompt(model: Model, ids: np.ndarray) -> Prompt:
     """Run the model on ids [T] and keep what the linear model needs, filled up to `room_for`."""
     scales = ("pre_attn_scale", "post_attn_scale", "pre_mlp_scale", "post_mlp_scale")
     names = ("embed", "q", "k", *scales, "mlp_in", "mlp_out", "resid_final", "final_scale")
-    reads = run(model, ids[None], [capture(site) for site in names]).reads
     length, size = len(ids), room_for(len(ids))
-
-    def filled(x, axis):
-        room = [(0, 0)] * x.ndim
-        room[axis] = (0, size - length)
-        return jnp.pad(x, room)
-
-    layered = lambda name: filled(reads[name][:, 0], 1)
-    there = np.arange(size, dtype=np.int32)
-    tokens = Tokens(jnp.asarray(there)[None], jnp.asarray(there < length).astype(jnp.int32)[None])
+    positions = np.arange(size, dtype=np.int32)[None]
+    real = (positions < length).astype(np.int32)
+    filled = np.pad(np.asarray(ids, np.int32), (0, size - length))[None]
+    captures = [capture(site) for site in names]
+    reads = run(model, filled, captures, segments=real).reads
+    layered = lambda name: reads[name][:, 0]
+    tokens = Tokens(jnp.asarray(positions), jnp.asarray(real))
     by_layer = {name: float32(layered(name)[..., 0]) for name in scales}
     after = by_layer.pop("post_mlp_scale")
     frozen = Frozen(
         q=layered("q"),
         k=layered("k"),
         **by_layer,
-        final_scale=float32(filled(reads["final_scale"][0, :, 0], 0)),
-        embed=float32(filled(reads["embed"][0], 0)),
+        final_scale=float32(reads["final_scale"][0, :, 0]),
+        embed=float32(reads["embed"][0]),
         log_sums=jnp.zeros(0),
         tokens=tokens,
     )
     frozen = normalised(model.config, frozen)
     inner, outer = (float32(layered(name)) for name in ("mlp_in", "mlp_out"))
-    last = float32(filled(reads["resid_final"][0], 0))
+    last = float32(reads["resid_final"][0])
     return Prompt(frozen, inner, outer, after, last, length)
 
 

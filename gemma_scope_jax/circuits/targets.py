@@ -90,7 +90,8 @@ class Target:
         if not isinstance(other, Target):
             return NotImplemented
         terms = self.terms + (-1.0 * other).terms
-        return Target(terms, f"{self.label} - {other.label}", 1.0)
+        name = other.label if len(other.terms) == 1 else f"({other.label})"
+        return Target(terms, f"{self.label} - {name}", 1.0)
 
     def __mul__(self, factor: float) -> "Target":
         terms = tuple(dataclasses.replace(t, factor=t.factor * factor) for t in self.terms)
@@ -134,23 +135,30 @@ def checked_targets(
 
     def settled(term: Term) -> Term:
         at, what = checked_position(term.position, length), term.what
+        layer = whole_number("layer", term.layer, -(2**31))
         if term.kind == "logit":
             what = _checked_token(what, config, tokenizer)
-        elif not 0 <= whole_number("layer", term.layer, -1) < config.layers:
+        elif not 0 <= layer < config.layers:
             layers = f"layers 0 to {config.layers - 1}"
-            raise InputError(f"layer {term.layer}: {config.name} has {layers}")
-        elif term.kind == "feature" and what >= (width := coders.at(term.layer).width):
+            raise InputError(f"layer {layer}: {config.name} has {layers}")
+        elif term.kind == "feature" and what >= (width := coders.at(layer).width):
             raise InputError(f"feature {what} is not an id from 0 to {width - 1}")
         elif term.kind == "direction" and not _is_direction(what, config.d_model):
             size = config.d_model
             raise InputError(f"a direction must be {size} numbers, one for each channel")
-        return dataclasses.replace(term, position=at, what=what)
+        factor = float(term.factor)
+        return dataclasses.replace(term, position=at, what=what, layer=layer, factor=factor)
 
     for target in made:
         weight = 1.0 if target.weight is None else target.weight
         if not (np.isfinite(weight) and weight > 0):
             raise InputError("the weights of targets must be positive numbers")
-    return [dataclasses.replace(t, terms=tuple(map(settled, t.terms))) for t in made]
+    found = [dataclasses.replace(t, terms=tuple(map(settled, t.terms))) for t in made]
+    known = [t.described() for t in found]
+    twice = [t for n, t in enumerate(found) if known[n] is not None and known[n] in known[:n]]
+    if twice:
+        raise InputError(f"target {twice[0].label} is given twice")
+    return found
 
 
 def checked_position(given: Any, length: int) -> int:
@@ -263,7 +271,8 @@ class Resolver:
                 weights[n] = softmax(self.logits(at))[known]
             kind = self.kind if term.kind == "feature" else term.kind
             kinds.append(kind if single else "direction")
-            layers.append(int(stage[n].max()) // 2 if not logit else self.model.config.layers)
+            logits = all(term.kind == "logit" for term in target.terms)
+            layers.append(self.model.config.layers if logits else int(stage[n].max()) // 2)
             features.append(known if single else -1)
             labels.append(self.text(known) if logit else target.label)
         at = [int(p[s >= 0][-1]) for p, s in zip(position, stage)]

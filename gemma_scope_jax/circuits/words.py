@@ -100,7 +100,7 @@ class Path:
 
     def __str__(self) -> str:
         steps = " -> ".join(map(node_name, (self.nodes[i] for i in range(len(self.nodes)))))
-        verb = "raises" if self.effect > 0 else "lowers"
+        verb = "raises" if self.effect > 0 else "lowers" if self.effect < 0 else "acts on"
         return f"{steps} {verb} {node_name(self.target)} ({self.share:.2%} of the influence)"
 
 
@@ -144,10 +144,13 @@ def strongest_paths(graph: Graph, count: int = 10, *, direct: bool = True) -> li
         for source in np.flatnonzero(size[row]).tolist() if best else ():
             step = float(size[row, source])
             slope = float(graph.effects[row, source])
-            slope /= float(graph.value[row]) if row < n and graph.value[row] else 1.0
+            slope /= (float(graph.sources.activation[row]) or 1.0) if row < n else 1.0
             ways = [(share * step, e * slope, (source, *way)) for share, e, way in best]
             if source < n:
-                kept.setdefault(source, []).extend(ways)
+                there = kept.setdefault(source, [])
+                there.extend(ways)
+                if len(there) > 4 * count:
+                    there[:] = heapq.nlargest(count, there)
             elif row < n or direct:
                 ends.extend(ways)
         ends = heapq.nlargest(count, ends)

@@ -75,6 +75,10 @@ def command(
     tok, how = opened.tokenizer, dataclasses.asdict(settings)
     ids, how = tok.encode(text), {"tokenizer": tok, **how}
     gs.check_thresholds(node_threshold, edge_threshold)
+    if min(paths, validate) < 0:
+        raise gs.InputError("--paths and --validate are numbers, 0 for none")
+    if validate and any(coder.k for coder in opened.coders):
+        raise gs.InputError("features of TopK coders cannot be ablated one by one: --validate 0")
     gs.check_attribution(opened.shape, opened.coders, ids, wanted, **how)
     if plan:
         spread = None if mesh is None else gs.make_mesh(*mesh)
@@ -88,19 +92,20 @@ def command(
     shown = graph.prune(node_threshold, edge_threshold)
     known = gs.feature_details(weights, opened.coders, tok, shown)
     shown = gs.label_graph(shown, known)
-    groups, checked, heads = gs.find_supernodes(shown, opened.coders), None, {}
-    if validate:
+    groups, checked = gs.find_supernodes(shown, opened.coders), None
+    if validate and graph.selected:
         with shared.stage("comparing the graph with the model"):
             checked = graph.validate(weights, opened.coders, top=validate)
     report = gs.report_graph(graph, shown, paths=paths, groups=groups, validation=checked)
-    if out is not None:
-        with shared.stage("finding the heads behind the links"):
-            heads = gs.link_heads(weights, opened.coders, shown, most_links=HEADS)
-        notes, pinned = report.tables(), groups.largest(GROUPS)
-        page = gs.graph_page(shown, details=known, heads=heads, groups=pinned, notes=notes)
-        gs.write_text(out / "graph.html", page)
-        graph.save(out / "graph.npz")
-        shown.save(out / "graph.json")
     shared.print_result(report, report.as_dict(), json)
-    if out is not None and not json:
+    if out is None:
+        return
+    graph.save(out / "graph.npz")
+    with shared.stage("finding the heads behind the links"):
+        heads = gs.link_heads(weights, opened.coders, shown, most_links=HEADS)
+    notes, pinned = report.tables(), groups.largest(GROUPS)
+    page = gs.graph_page(shown, details=known, heads=heads, groups=pinned, notes=notes)
+    gs.write_text(out / "graph.html", page)
+    shown.save(out / "graph.json")
+    if not json:
         print(f"page      {out / 'graph.html'}")

@@ -11,6 +11,7 @@ import pytest
 import gemma_scope_jax as gs
 from attribution import IDS, KINDS, coders_of, key, near, sums
 from coders import random_coder
+from gemma_scope_jax.circuits import attribute as attribution_module
 from gemma_scope_jax.circuits.linear import chunk_of, room_for
 from gemma_scope_jax.model.config import PRESETS, Model
 from golden.circuit_coders import DICTIONARIES, TARGETS, circuit_coders, circuit_model
@@ -138,12 +139,30 @@ def test_targets_are_linear(model):
     assert graph.targets.label[-1] == "direction" and graph.weights[n + 3] == 1.0
 
 
+def test_a_graph_of_numpy_numbers_can_be_saved(model, tmp_path):
+    """Layers and features as a graph's own tables give them; labels say what is subtracted."""
+    layer, feature = np.int32(2), np.int32(5)
+    one, two = gs.Target.feature(layer, feature), gs.Target.logit(np.int32(7))
+    target = two - (one - 2 * gs.Target.logit(9))
+    assert target.label == "7 - (feature 2/5 - 2 9)"
+    graph = gs.attribute(model, coders_of("plain"), IDS, target, max_feature_nodes=5)
+    graph.save(tmp_path / "graph.npz")
+    assert gs.load_graph(tmp_path / "graph.npz").about["targets"] == graph.about["targets"]
+
+
+def test_more_rows_than_the_machine_holds_are_refused(model, monkeypatch):
+    monkeypatch.setattr(attribution_module.os, "sysconf", lambda name: 1000)
+    with pytest.raises(gs.InputError, match="give max_feature_nodes"):
+        gs.attribute(model, coders_of("plain"), IDS)
+    assert gs.attribute(model, coders_of("plain"), IDS, max_feature_nodes=5).selected == 5
+
+
 def test_another_prompt_compiles_nothing(model, caplog):
     coders = coders_of("affine")
     gs.attribute(model, coders, IDS)
     with jax.log_compiles():
         caplog.clear()
-        graph = gs.attribute(model, coders, np.concatenate([IDS[:5], IDS[3:9]]))
+        graph = gs.attribute(model, coders, np.concatenate([IDS[:5], IDS[3:10]]))
     assert graph.selected and not [r for r in caplog.records if "Compiling" in r.message]
 
 
@@ -181,6 +200,7 @@ BAD = {
     "no logits": (lambda m, c: gs.attribute(m, c, IDS, max_n_logits=0), "max_n_logits"),
     "no share": (lambda m, c: gs.attribute(m, c, IDS, desired_logit_prob=1.5), "share"),
     "target": (lambda m, c: gs.attribute(m, c, IDS, [300]), "outside the vocabulary"),
+    "a target twice": (lambda m, c: gs.attribute(m, c, IDS, [7, 7]), "7 is given twice"),
     "no targets": (lambda m, c: gs.attribute(m, c, IDS, []), "no targets"),
     "text target": (lambda m, c: gs.attribute(m, c, IDS, " Austin"), "tokenizer"),
     "position": (lambda m, c: gs.attribute(m, c, IDS, gs.Target.logit(3, 11)), "11 tokens"),

@@ -69,3 +69,13 @@ def test_a_graph_without_targets_has_no_paths():
     none = dataclasses.replace(graph, weights=np.zeros_like(graph.weights))
     with pytest.raises(gs.InputError, match="lead nowhere"):
         strongest_paths(none)
+
+
+def test_paths_of_a_graph_from_a_file_say_the_same(model, tmp_path):
+    graph = gs.attribute(model, coders_of("plain", width=8), IDS, [7, 9]).prune()
+    graph.save(tmp_path / "graph.json")  # which holds no values
+    again = gs.load_graph(tmp_path / "graph.json")
+    ours, theirs = (gs.strongest_paths(g, 5, direct=False) for g in (graph, again))
+    np.testing.assert_allclose([p.effect for p in theirs], [p.effect for p in ours], rtol=1e-4)
+    verbs = [[word for word in ("raises", "lowers") if word in str(p)] for p in theirs]
+    assert verbs == [["raises" if p.effect > 0 else "lowers"] for p in ours]
