@@ -51,12 +51,31 @@ def test_writes_page_and_graph(tiny, given, tmp_path, capsys):
     assert np.isclose(whole.scores().replacement, found["scores"]["replacement"])
 
 
+def test_a_clt_whose_decoder_stays_on_disk(tiny, tmp_path, capsys):
+    gs.save_coder(coders_of("affine clt"), tmp_path / "clt", config_extra={"model_name": "tiny"})
+    given = ("--coders", tmp_path / "clt", "--model", "tiny", "--max-feature-nodes", 40)
+    assert command("attribute", TEXT, *given, "--validate", 3, "--out", tmp_path / "out") == 0
+    assert "3 features are ablated" in capsys.readouterr().out
+    assert gs.load_graph(tmp_path / "out" / "graph.npz").selected == 40
+
+
+def test_a_prompt_without_features_has_a_graph(tiny, tmp_path, capsys):
+    for coder in coders_of("plain", first=4):
+        extra = {"model_name": "acme/tiny-it"}
+        gs.save_coder(coder, tmp_path / f"layer_{coder.layers[0]}", config_extra=extra)
+    given = ("--coders", tmp_path / "layer_*", "--model", "tiny")
+    assert command("attribute", "ab", *given, "--out", tmp_path / "out") == 0
+    assert "0 explained of 0 active" in capsys.readouterr().out
+
+
 def wrong(tmp_path):
     (tmp_path / "file").write_text("")
     yield ("",), "the text is empty"
     yield ("x" * 64,), "more than the context"
     yield (TEXT, "--target", "words"), "is 5 tokens"
     yield (TEXT, "--minus", "a"), "--minus needs --target"
+    yield (TEXT, "--paths", -1), "--paths and --validate"
+    yield (TEXT, "--target", "a", "a"), "given twice"
     yield (TEXT, "--node-threshold", 2), "node_threshold is 2"
     yield (TEXT, "--max-n-logits", 0), "max_n_logits"
     yield (TEXT, "--desired-logit-prob", 0), "desired_logit_prob"
