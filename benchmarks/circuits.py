@@ -1,7 +1,7 @@
 """Attribution graphs on prompts with a known answer: are they right about what the model does?
 
     .venv/bin/python benchmarks/circuits.py [--per-kind 3] [--results FILE.jsonl]
-    .venv/bin/python benchmarks/circuits.py --summary
+    .venv/bin/python benchmarks/circuits.py --summary [--write PAGE.md]
 
 Of each prompt in circuit_prompts.json (seven kinds of 20: text, answer, foil) the graph explains
 the logit of the answer less that of the foil, in the real Gemma 3 270M with the packaged
@@ -13,7 +13,8 @@ transcoders:
 - features ablated together, more and more of them, up to 5 % of all active ones, until the model
   prefers the foil. In the order of their total effect on the difference, as the graph says, the
   most supporting first; and, to compare, of their direct effect alone, of how much they write
-  (activation times the norm of the decoder row), and in random orders.
+  (activation times the norm of the decoder row), any features of the same layers and positions, and
+  any active features.
 
 The predicted change of several features ablated together holds them at zero, and lets all others
 follow their pre-activations. "nothing" is the real model, "attention" freezes attention patterns.
@@ -33,21 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from circuits_summary import ORDERS, summary
+from circuits_summary import ORDERS, renewed, summary
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "circuit_prompts.json"
-RESULTS = HERE / "results" / "circuits_{nodes}_cpu.jsonl"
+RESULTS = "results/circuits_{nodes}_cpu.jsonl"
 # What stands for the MLPs in the graph; a row more for each other kind of nodes.
 NODES: dict[str, Callable[[], Any]] = {
     "transcoders": lambda: _library().load_coders("gemma-3-270m-transcoder-*")
 }
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 125, 200, 320, 500)  # features ablated together
-REAL = {"nothing": ORDERS, "attention": ("total", "random")}  # the orders measured in each mode
+REAL = {"nothing": ORDERS, "attention": ("total", "place")}  # the orders measured in each mode
 MODES = ("direct", "attention", "nothing")
 SETTINGS = ("nodes", "top", "cap", "most")
+DEFAULTS = {"top": 16, "cap": 0.05}
 NEXT_TO_NOTHING = 1e-9  # weight of the two logits, which are targets only to be measured
-RANDOM = 2  # random orders a prompt
+RANDOM = 1  # draws of each random order, a prompt
 
 
 def _library():
@@ -108,9 +110,17 @@ def scores(study: Study) -> dict:
 
 
 def path(study: Study) -> dict:
-    """The strongest path through features."""
-    found = _library().strongest_paths(study.pruned, 1, direct=False)
-    return {"path": str(found[0]) if found else "", "share": found[0].share if found else 0.0}
+    """The strongest path through features, each with the tokens that it raises most."""
+    gs = _library()
+    found = gs.strongest_paths(study.pruned, 1, direct=False)
+    if not found:
+        return {"path": "", "share": 0.0}
+    features = found[0].nodes[1:]
+    small = dataclasses.replace(study.pruned, sources=features, selected=len(features))
+    details = gs.feature_details(study.model, study.nodes, study.tokenizer, small)
+    named = gs.label_graph(small, details).sources
+    nodes = type(named).joined(found[0].nodes[:1], named)
+    return {"path": str(dataclasses.replace(found[0], nodes=nodes)), "share": found[0].share}
 
 
 def validation(study: Study) -> dict:
@@ -147,7 +157,9 @@ def ablation(study: Study) -> dict:
         "largest": np.argsort(-written(study), kind="stable"),
     }
     for seed in range(RANDOM):
-        orders[f"random{seed}"] = np.random.default_rng((study.number, seed)).permutation(n)
+        rng = np.random.default_rng((study.number, seed))
+        orders[f"place{seed}"] = same_place(graph, orders["total"][: counts[-1]], rng)
+        orders[f"random{seed}"] = rng.permutation(n)
     ladder = lambda order: [order[:k] for k in counts]
     nodes, first = graph.sources, orders["total"][:5]
     result = {
@@ -189,6 +201,18 @@ def joint(graph, each: np.ndarray, some: np.ndarray) -> float:
     return float(each[-3] @ change)
 
 
+def same_place(graph, some: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each of the features `some` another one, or itself, of its layer and position, drawn
+    without returning any."""
+    nodes, free = graph.sources, np.ones(graph.selected, bool)
+    drawn = []
+    for s in some:
+        layer, position = (c[: len(free)] == c[s] for c in (nodes.layer, nodes.position))
+        drawn.append(rng.choice(np.flatnonzero(free & layer & position)))
+        free[drawn[-1]] = False
+    return np.array(drawn)
+
+
 def written(study: Study) -> np.ndarray:
     """The norm of what each feature writes [n]."""
     nodes, n = study.graph.sources, study.graph.selected
@@ -224,10 +248,9 @@ MEASURES: dict[str, Callable[[Study], dict]] = {
 
 def one_prompt(model, tokenizer, nodes, prompt: dict, number: int, settings: dict) -> dict:
     """The line of a prompt."""
-    gs, start = _library(), time.perf_counter()
+    start = time.perf_counter()
     graph = graph_of(model, tokenizer, nodes, prompt, settings.get("most"))
     pruned = graph.prune(0.8, 0.98)
-    pruned = gs.label_graph(pruned, gs.feature_details(model, nodes, tokenizer, pruned))
     seconds = {"attribute": time.perf_counter() - start}
     given = {name: settings[name] for name in ("top", "cap")}
     study = Study(model, tokenizer, nodes, graph, pruned, number, **given)
@@ -271,19 +294,21 @@ def key(line: dict) -> tuple:
 
 
 def lines_of(file: Path) -> list[dict]:
-    """The whole lines of a results file; a line that a killed run left unfinished is cut off."""
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """The lines of a results file, but for one that a killed run left unfinished."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def mend(file: Path) -> None:
+    """Cut off an unfinished line."""
+    if file.exists() and not (text := file.read_text(encoding="utf-8")).endswith("\n"):
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
 def run(file: Path, wanted: list[dict], settings: dict) -> None:
     """Study the prompts that the file lacks."""
     gs = _library()
+    mend(file)
     done = {key(line) for line in lines_of(file)}
     numbered = [(i, p) for i, p in enumerate(wanted) if key({**p, **settings}) not in done]
     if not numbered:
@@ -301,29 +326,43 @@ def run(file: Path, wanted: list[dict], settings: dict) -> None:
         progress.at(count)
 
 
+def results(file: Path, wanted: list[dict], settings: dict) -> list[dict]:
+    """The lines of the wanted prompts, each with the token that decides its answer."""
+    keys = {key({**prompt, **settings}): prompt["key"] for prompt in wanted}
+    lines = lines_of(file)
+    return [{**line, "key": keys[key(line)]} for line in lines if key(line) in keys]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", default="transcoders", choices=NODES)
     parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help="default: all")
     parser.add_argument("--per-kind", type=int, help="prompts of each kind; default: all")
-    parser.add_argument("--top", type=int, default=16, help="features ablated one at a time")
-    parser.add_argument("--cap", type=float, default=0.05, help="share ablated together, at most")
+    parser.add_argument(
+        "--top", type=int, default=DEFAULTS["top"], help="features ablated one at a time"
+    )
+    parser.add_argument(
+        "--cap", type=float, default=DEFAULTS["cap"], help="share ablated together, at most"
+    )
     parser.add_argument("--most", type=int, help="features explained, at most; default: all active")
-    parser.add_argument("--results", type=Path, help=f"default: {RESULTS.relative_to(HERE)}")
+    parser.add_argument("--results", type=Path, help=f"default: {RESULTS}")
     parser.add_argument("--summary", action="store_true", help="only print what there is")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew this page's tables")
     args = parser.parse_args()
-    file = args.results or Path(str(RESULTS).format(nodes=args.nodes))
+    file = args.results or HERE / RESULTS.format(nodes=args.nodes)
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     wanted = prompts(args.per_kind, args.kinds)
     if not args.summary:
         run(file, wanted, settings)
-    keys = {key({**prompt, **settings}) for prompt in wanted}
-    lines = [line for line in lines_of(file) if key(line) in keys]
+    lines = results(file, wanted, settings)
     if not lines:
         raise SystemExit(f"{file} has no results of these settings yet")
-    decides = {prompt["text"]: prompt["key"] for prompt in wanted}
-    *tables, figures = summary([{**line, "key": decides[line["text"]]} for line in lines])
-    print(*tables, sep="\n")
+    tables, figures = summary(lines)
+    if args.write:
+        page = renewed(args.write.read_text(encoding="utf-8"), tables)
+        args.write.write_text(page, encoding="utf-8")
+    for heading, text in tables.items():
+        print(f"## {heading}\n\n{text}")
     print(json.dumps({"name": f"circuits-{args.nodes}", **rounded(figures)}))
 
 

@@ -5,15 +5,16 @@ Figures are means over prompts with their 95 % bootstrap intervals, where nothin
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from table import table
 
-ORDERS = ("total", "direct", "largest", "random")
+ORDERS = ("total", "direct", "largest", "place", "random")
 SHOWN = 20  # features ablated together, in the table with a row a kind
 MOST_OF = 0.95  # the share of prompts that a number of features needs to have a row
+MARKED = re.compile(r"(<!-- circuits: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
 START = re.compile(r'"(.*?)" at \d+ ->')  # of a path that starts at a token
 
 
@@ -123,7 +124,7 @@ def flip_row(lines: list[dict]) -> dict:
         "prompts": str(len(lines)),
         **{order: turned("nothing", order) for order in ORDERS},
         "attention frozen: total": turned("attention", "total"),
-        "attention frozen: random": turned("attention", "random"),
+        "attention frozen: place": turned("attention", "place"),
         "features (median)": interval(least, middle),
     }
 
@@ -139,6 +140,7 @@ def change_row(lines: list[dict], count: int = SHOWN) -> dict:
         "attention frozen: total": interval(share("attention", "total")),
         "direct": interval(share("nothing", "direct")),
         "largest": interval(share("nothing", "largest")),
+        "place": interval(share("nothing", "place")),
         "random": interval(share("nothing", "random")),
         "correlation": interval(both, correlation),
     }
@@ -158,7 +160,7 @@ def ladder_rows(lines: list[dict]) -> list[dict]:
     rows = []
     for count in sorted({k for line in lines for k in line["ablation"]["counts"]}):
         some = [line for line in right(lines) if count in line["ablation"]["counts"]]
-        if len(some) >= MOST_OF * len(lines):
+        if len(some) >= MOST_OF * len(right(lines)):
             rows.append(
                 {"features": str(count), "prompts": str(len(some)), **change_row(some, count)}
             )
@@ -168,27 +170,27 @@ def ladder_rows(lines: list[dict]) -> list[dict]:
 PARTS: dict[str, Callable[[list[dict]], dict]] = {
     "Graphs": graph_row,
     "Strongest path": path_row,
-    "One feature at a time: predicted against measured change of the difference": validation_row,
-    f"{SHOWN} features together: share of the difference that is lost": change_row,
-    "The model prefers the foil": flip_row,
+    "One feature at a time": validation_row,
+    f"{SHOWN} features together": change_row,
+    "Preference turned": flip_row,
 }
 
 
-def summary(lines: list[dict]) -> list[Any]:
-    """A Markdown table for each part, under its heading, and last the figures of all prompts."""
+def summary(lines: list[dict]) -> tuple[dict[str, str], dict[str, Any]]:
+    """A Markdown table for each part by its heading, and the figures of all prompts."""
     kinds: dict[str, list[dict]] = {}
     for line in lines:
         kinds.setdefault(line["kind"], []).append(line)
-    parts = []
+    tables = {}
     for heading, row in PARTS.items():
         rows = [{"kind": kind.replace("_", " "), **row(some)} for kind, some in kinds.items()]
-        parts.append(f"## {heading}\n\n{table([*rows, {'kind': 'all', **row(lines)}])}")
-    parts.append(f"## More and more features together\n\n{table(ladder_rows(lines))}")
+        tables[heading] = table([*rows, {"kind": "all", **row(lines)}])
+    tables["More and more features together"] = table(ladder_rows(lines))
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [np.nan]))
     turned = lambda order: mean(
         np.isfinite(flips(line, "nothing", order)).mean() for line in right(lines)
     )
-    figures = {
+    return tables, {
         "prompts": len(lines),
         "right": len(right(lines)),
         "replacement": mean(line["scores"]["whole"][0] for line in lines),
@@ -198,4 +200,9 @@ def summary(lines: list[dict]) -> list[Any]:
         **{f"turned_{order}": turned(order) for order in ORDERS},
         "seconds": float(np.median([sum(line["seconds"].values()) for line in lines])),
     }
-    return [*parts, figures]
+
+
+def renewed(page: str, tables: Mapping[str, str]) -> str:
+    """A page with its tables, which stand between `<!-- circuits: HEADING -->` and `<!-- end -->`,
+    made anew."""
+    return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]]}{m[3]}", page)

@@ -82,7 +82,7 @@ def circuits(monkeypatch):
 
 def line_of(number, difference, changes):
     """A line of results whose changes are the same in every order and mode."""
-    orders = {name: changes for name in ("total", "direct", "largest", "random0", "random1")}
+    orders = dict.fromkeys(("total", "direct", "largest", "place0", "random0"), changes)
     figures = [[0.5 + number / 10, 0.2, 1.0, 0.9], [0.0, -1.0, 0.5, 0.1], [0.3, -2.0]]
     return {
         "kind": "ab"[number % 2],
@@ -95,7 +95,7 @@ def line_of(number, difference, changes):
             "counts": [1, 2, 20],
             "predicted": [2 * c for c in changes],
             "nothing": orders,
-            "attention": {name: orders[name] for name in ("total", "random0", "random1")},
+            "attention": {name: orders[name] for name in ("total", "place0")},
         },
         "seconds": {"attribute": 1.0},
     }
@@ -125,15 +125,26 @@ def test_total_and_joint_effects_are_those_of_the_linear_model(circuits):
     assert np.allclose(circuits.joint(graph, each, some), each[-3] @ change)
 
 
+def test_features_of_the_same_place(circuits):
+    graph = random_graph(3, features=30, layers=2, tokens=3)
+    some = np.random.default_rng(0).permutation(30)
+    drawn = circuits.same_place(graph, some, np.random.default_rng(1))
+    assert sorted(drawn) == list(range(30)) and (drawn != some).any()
+    assert (graph.sources.layer[drawn] == graph.sources.layer[some]).all()
+    assert (graph.sources.position[drawn] == graph.sources.position[some]).all()
+
+
 def test_a_summary_counts_what_turns_the_preference(circuits):
     lines = [line_of(0, 4.0, [-1.0, -5.0, -6.0]), line_of(1, 4.0, [-1.0, -2.0, -2.0])]
     lines.append(line_of(2, -1.0, [1.0, 1.0, 1.0]))  # the model prefers the foil to begin with
-    *tables, figures = circuits.summary(lines)
+    tables, figures = circuits.summary(lines)
     assert figures["prompts"] == 3 and figures["right"] == 2
     assert figures["turned_total"] == figures["turned_random"] == 0.5
     module = sys.modules["circuits_summary"]
     assert [module.flips(line, "nothing", "total") for line in lines[:2]] == [[2.0], [math.inf]]
-    rows = [line for line in tables[3].splitlines() if line.startswith("| all |")]
+    rows = [
+        line for line in tables["20 features together"].splitlines() if line.startswith("| all |")
+    ]
     lost, predicted = (6 / 4 + 2 / 4) / 2, 6 / 4 + 2 / 4
     assert rows[0].split("|")[2].startswith(f" {predicted:.2f} [")
     assert rows[0].split("|")[3].startswith(f" {lost:.2f} [")
@@ -144,6 +155,7 @@ def test_an_unfinished_line_is_cut_off(circuits, tmp_path):
     assert circuits.lines_of(file) == []
     file.write_text('{"a": 1}\n{"a": 2}\n{"a')
     assert circuits.lines_of(file) == [{"a": 1}, {"a": 2}]
+    circuits.mend(file)
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
