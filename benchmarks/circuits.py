@@ -46,7 +46,7 @@ NODES: dict[str, Callable[[], Any]] = {
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 125, 200, 320, 500)  # features ablated together
 REAL = {"nothing": ORDERS, "attention": ("total", "place")}  # the orders measured in each mode
 MODES = ("direct", "attention", "nothing")
-SETTINGS = ("nodes", "top", "cap", "most")
+SETTINGS = ("nodes", "top", "cap", "most", "modes")
 DEFAULTS = {"top": 16, "cap": 0.05}
 NEXT_TO_NOTHING = 1e-9  # weight of the two logits, which are targets only to be measured
 RANDOM = 1  # draws of each random order, a prompt
@@ -73,6 +73,7 @@ class Study:
     number: int  # of the prompt: a seed
     top: int
     cap: float
+    modes: Sequence[str]
 
 
 def graph_of(model, tokenizer, nodes, prompt: dict, most: int | None = None) -> Any:
@@ -128,10 +129,10 @@ def validation(study: Study) -> dict:
     of the features downstream}; the control's features write random directions."""
     from gemma_scope_jax.circuits.validate import agreement
 
-    top = study.top
-    found = study.graph.validate(study.model, study.nodes, top=top, modes=MODES, batch=top + 1)
+    top, modes = study.top, study.modes
+    found = study.graph.validate(study.model, study.nodes, top=top, modes=modes, batch=top + 1)
     results = {}
-    for mode in MODES:
+    for mode in modes:
         predicted, *both = found.changes[mode][..., -2] - found.changes[mode][..., -1]
         of = [agreement(predicted, m, mode, "difference", False) for m in both]
         figures = [[a.spearman, a.r2, a.sign, a.slope] for a in of]
@@ -184,7 +185,7 @@ def total_effects(graph) -> tuple[np.ndarray, np.ndarray]:
     activation = graph.sources.activation[:n].astype(np.float64)
     each = graph.effects[:, :n] / activation
     left = np.eye(n) - each[:n]  # strictly lower triangular, for features are in order of layers
-    slope = solve_triangular(left, each[-3], trans="T", lower=True, unit_diagonal=True)
+    slope = solve_triangular(left.T, each[-3], unit_diagonal=True)
     return each, slope * activation
 
 
@@ -253,7 +254,8 @@ def one_prompt(model, tokenizer, nodes, prompt: dict, number: int, settings: dic
     pruned = graph.prune(0.8, 0.98)
     seconds = {"attribute": time.perf_counter() - start}
     given = {name: settings[name] for name in ("top", "cap")}
-    study = Study(model, tokenizer, nodes, graph, pruned, number, **given)
+    modes = settings.get("modes", MODES)
+    study = Study(model, tokenizer, nodes, graph, pruned, number, **given, modes=modes)
     line = {name: value for name, value in prompt.items() if name != "key"}
     line |= {**settings, "tokens": len(graph.ids)}
     for name, measure in MEASURES.items():
@@ -290,7 +292,7 @@ def prompts(per_kind: int | None = None, kinds: Sequence[str] = ()) -> list[dict
 
 def key(line: dict) -> tuple:
     """What a line is the result of: a prompt and the settings."""
-    return tuple(line.get(name) for name in ("text", "answer", "foil", *SETTINGS))
+    return tuple(str(line.get(name)) for name in ("text", "answer", "foil", *SETTINGS))
 
 
 def lines_of(file: Path) -> list[dict]:
@@ -344,6 +346,7 @@ def main() -> None:
     parser.add_argument(
         "--cap", type=float, default=DEFAULTS["cap"], help="share ablated together, at most"
     )
+    parser.add_argument("--modes", nargs="+", help=f"of one at a time; default: {' '.join(MODES)}")
     parser.add_argument("--most", type=int, help="features explained, at most; default: all active")
     parser.add_argument("--results", type=Path, help=f"default: {RESULTS}")
     parser.add_argument("--summary", action="store_true", help="only print what there is")

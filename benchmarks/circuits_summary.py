@@ -14,6 +14,7 @@ from table import table
 ORDERS = ("total", "direct", "largest", "place", "random")
 SHOWN = 20  # features ablated together, in the table with a row a kind
 MOST_OF = 0.95  # the share of prompts that a number of features needs to have a row
+HEADINGS = {"direct": "direct", "attention": "attention frozen", "nothing": "nothing frozen"}
 MARKED = re.compile(r"(<!-- circuits: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
 START = re.compile(r'"(.*?)" at \d+ ->')  # of a path that starts at a token
 
@@ -98,12 +99,13 @@ def path_row(lines: list[dict]) -> dict:
 
 def validation_row(lines: list[dict]) -> dict:
     def part(mode, a, i, statistic=np.mean):
-        return interval((line["validation"][mode][a][i] for line in lines), statistic)
+        given = (line["validation"][mode] for line in lines if mode in line["validation"])
+        return interval((found[a][i] for found in given), statistic)
 
+    others = {mode for line in lines for mode in line["validation"]} - set(HEADINGS)
     return {
-        "direct": part("direct", 0, 0),
-        "attention frozen": part("attention", 0, 0),
-        "nothing frozen": part("nothing", 0, 0),
+        **{heading: part(mode, 0, 0) for mode, heading in HEADINGS.items()},
+        **{mode: part(mode, 0, 0) for mode in sorted(others)},
         "random": part("nothing", 1, 0),
         "same sign": part("nothing", 0, 2),
         "random, same sign": part("nothing", 1, 2),
@@ -122,6 +124,10 @@ def flip_row(lines: list[dict]) -> dict:
     least = (flips(line, "nothing", "total")[0] for line in lines)
     return {
         "prompts": str(len(lines)),
+        "predicted": interval(
+            float(line["behaviour"]["difference"] + min(line["ablation"]["predicted"]) < 0)
+            for line in lines
+        ),
         **{order: turned("nothing", order) for order in ORDERS},
         "attention frozen: total": turned("attention", "total"),
         "attention frozen: place": turned("attention", "place"),
@@ -187,6 +193,7 @@ def summary(lines: list[dict]) -> tuple[dict[str, str], dict[str, Any]]:
         tables[heading] = table([*rows, {"kind": "all", **row(lines)}])
     tables["More and more features together"] = table(ladder_rows(lines))
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [np.nan]))
+    real = lambda line: line["validation"].get("nothing", [[None], [None]])
     turned = lambda order: mean(
         np.isfinite(flips(line, "nothing", order)).mean() for line in right(lines)
     )
@@ -195,8 +202,8 @@ def summary(lines: list[dict]) -> tuple[dict[str, str], dict[str, Any]]:
         "right": len(right(lines)),
         "replacement": mean(line["scores"]["whole"][0] for line in lines),
         "completeness": mean(line["scores"]["whole"][1] for line in lines),
-        "spearman": mean(line["validation"]["nothing"][0][0] for line in lines),
-        "spearman_random": mean(line["validation"]["nothing"][1][0] for line in lines),
+        "spearman": mean(real(line)[0][0] for line in lines),
+        "spearman_random": mean(real(line)[1][0] for line in lines),
         **{f"turned_{order}": turned(order) for order in ORDERS},
         "seconds": float(np.median([sum(line["seconds"].values()) for line in lines])),
     }
