@@ -166,13 +166,13 @@ def ablation(study: Study) -> dict:
     result = {
         "first": np.stack([nodes.layer, nodes.position, nodes.feature], 1)[first].tolist(),
         "counts": counts,
-        "predicted": [joint(graph, each, some) for some in ladder(orders["total"])],
+        "predicted": [round(joint(graph, each, s), 2) for s in ladder(orders["total"])],
     }
     for freeze, kinds in REAL.items():
         names = [name for name in orders if name.startswith(kinds)]
         sets = [some for name in names for some in ladder(orders[name])]
-        changes = measured(study, sets, freeze).reshape(len(names), len(counts)).tolist()
-        result[freeze] = dict(zip(names, changes))
+        changes = measured(study, sets, freeze).astype(float).round(2)
+        result[freeze] = dict(zip(names, changes.reshape(len(names), len(counts)).tolist()))
     return result
 
 
