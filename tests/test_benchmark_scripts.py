@@ -3,13 +3,18 @@
 Whether both sides agree, and how fast they are, is for `make bench`, which has the peers.
 """
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from gemma_scope_jax.circuits.validate import total_ablation
+from graphs import random_graph
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -59,3 +64,116 @@ def test_attribution(tmp_path):
         sources, targets = 180 + 18 * len(ids) + len(ids), 180 + 10
         assert 180 < len(graph["targets"]) <= targets
         assert graph["effects"].shape == (len(graph["targets"]), sources)
+
+
+# ---- circuits.py -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def circuits(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location("circuits_script", BENCHMARKS / "circuits.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line_of(number, difference, changes):
+    """A line of results whose changes are the same in every order and mode."""
+    orders = dict.fromkeys(("total", "direct", "largest", "place0", "random0"), changes)
+    figures = [[0.5 + number / 10, 0.2, 1.0, 0.9], [0.0, -1.0, 0.5, 0.1], [0.3, -2.0]]
+    return {
+        "kind": "ab"[number % 2],
+        "key": " b",
+        "behaviour": {"difference": difference, "before": number},
+        "scores": {"features": 9, "nodes": 5, "whole": [0.5, 0.8], "pruned": [0.4, None]},
+        "path": {"path": '" b" at 3 -> feature 1/2 at 4 raises x (2.00%)', "share": 0.02},
+        "validation": dict.fromkeys(("direct", "attention", "nothing"), figures),
+        "ablation": {
+            "counts": [1, 2, 20],
+            "predicted": [2 * c for c in changes],
+            "nothing": orders,
+            "attention": {name: orders[name] for name in ("total", "place0")},
+        },
+        "seconds": {"attribute": 1.0},
+    }
+
+
+def test_every_kind_of_prompt_has_twenty(circuits):
+    given = circuits.prompts()
+    kinds = [prompt["kind"] for prompt in given]
+    assert len(kinds) == 140 and {kinds.count(kind) for kind in kinds} == {20}
+    assert kinds[:7] == kinds[7:14] and len({prompt["text"] for prompt in given}) == 140
+    assert all(prompt["answer"] != prompt["foil"] and prompt["key"] for prompt in given)
+    few = circuits.prompts(2, ["capital"])
+    assert [prompt["kind"] for prompt in few] == ["capital"] * 2
+
+
+def test_total_and_joint_effects_are_those_of_the_linear_model(circuits):
+    graph = random_graph(3, features=30)
+    n = graph.selected
+    each, total = circuits.total_effects(graph)
+    alone = total_ablation(graph, np.arange(n))[:, -3]
+    assert np.allclose(-total, alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
+    assert np.allclose(circuits.joint(graph, each, np.array([7])), -total[7])
+    some = np.array([2, 7, 20])
+    change = np.zeros(n)
+    for f in range(n):  # in the order of layers
+        change[f] = -graph.sources.activation[f] if f in some else each[f] @ change
+    assert np.allclose(circuits.joint(graph, each, some), each[-3] @ change)
+
+
+def test_features_of_the_same_place(circuits):
+    graph = random_graph(3, features=30, layers=2, tokens=3)
+    some = np.random.default_rng(0).permutation(30)
+    drawn = circuits.same_place(graph, some, np.random.default_rng(1))
+    assert sorted(drawn) == list(range(30)) and (drawn != some).any()
+    assert (graph.sources.layer[drawn] == graph.sources.layer[some]).all()
+    assert (graph.sources.position[drawn] == graph.sources.position[some]).all()
+
+
+def test_a_summary_counts_what_turns_the_preference(circuits):
+    lines = [line_of(0, 4.0, [-1.0, -5.0, -6.0]), line_of(1, 4.0, [-1.0, -2.0, -2.0])]
+    lines.append(line_of(2, -1.0, [1.0, 1.0, 1.0]))  # the model prefers the foil to begin with
+    tables, figures = circuits.summary(lines)
+    assert figures["prompts"] == 3 and figures["right"] == 2
+    assert figures["turned_total"] == figures["turned_random"] == 0.5
+    module = sys.modules["circuits_summary"]
+    assert [module.flips(line, "nothing", "total") for line in lines[:2]] == [[2.0], [math.inf]]
+    rows = [
+        line for line in tables["20 features together"].splitlines() if line.startswith("| all |")
+    ]
+    lost, predicted = (6 / 4 + 2 / 4) / 2, 6 / 4 + 2 / 4
+    assert rows[0].split("|")[2].startswith(f" {predicted:.2f} [")
+    assert rows[0].split("|")[3].startswith(f" {lost:.2f} [")
+
+
+def test_an_unfinished_line_is_cut_off(circuits, tmp_path):
+    file = tmp_path / "x.jsonl"
+    assert circuits.lines_of(file) == []
+    file.write_text('{"a": 1}\n{"a": 2}\n{"a')
+    assert circuits.lines_of(file) == [{"a": 1}, {"a": 2}]
+    circuits.mend(file)
+    assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_circuits(tmp_path):
+    file = tmp_path / "circuits.jsonl"
+    few = ("--kinds", "agreement", "--per-kind", 1, "--most", 64, "--top", 2, "--results", file)
+    command = [str(a) for a in (sys.executable, BENCHMARKS / "circuits.py", *few)]
+    outputs = []
+    for _ in range(2):  # the second finds the prompt done
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert len(file.read_text().splitlines()) == 1
+    found = json.loads(file.read_text())
+    assert found["ablation"]["counts"] == [1, 2, 3]
+    assert found["validation"]["direct"][0][0] == 1.0  # direct effects are exact
+    figures = json.loads(outputs[0].splitlines()[-1])
+    assert figures["name"] == "circuits-transcoders" and figures["right"] == 1

@@ -153,6 +153,17 @@ def test_benchmark_tables_are_those_of_the_results():
     assert page.count("<!-- table: ") == 3 and table.renewed(page) == page
 
 
+def test_tables_of_circuits_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    circuits = script(ROOT / "benchmarks/circuits.py")
+    page = (ROOT / "docs/methods/circuits_on_known_answers.md").read_text(encoding="utf-8")
+    file = ROOT / "benchmarks" / circuits.RESULTS.format(nodes="transcoders")
+    settings = {**circuits.DEFAULTS, "nodes": "transcoders"}
+    tables, _ = circuits.summary(circuits.results(file, circuits.prompts(), settings))
+    assert page.count("<!-- circuits: ") == len(tables)
+    assert circuits.renewed(page, tables) == page
+
+
 def test_a_json_line_is_a_row_with_its_numbers(tmp_path):
     table = script(ROOT / "benchmarks/table.py")
     (tmp_path / "x").write_text(

@@ -1,0 +1,373 @@
+"""Attribution graphs on prompts with a known answer: are they right about what the model does?
+
+    .venv/bin/python benchmarks/circuits.py [--per-kind 3] [--results FILE.jsonl]
+    .venv/bin/python benchmarks/circuits.py --summary [--write PAGE.md]
+
+Of each prompt in circuit_prompts.json (seven kinds of 20: text, answer, foil) the graph explains
+the logit of the answer less that of the foil, in the real Gemma 3 270M with the packaged
+transcoders:
+
+- its scores, before and after pruning, and its strongest path;
+- 16 features of most influence ablated one at a time: predicted against measured changes of the
+  difference and of the features downstream, as `Graph.validate` has them;
+- features ablated together, more and more of them, up to 5 % of all active ones, until the model
+  prefers the foil. In the order of their total effect on the difference, as the graph says, the
+  most supporting first; and, to compare, of their direct effect alone, of how much they write
+  (activation times the norm of the decoder row), any features of the same layers and positions, and
+  any active features.
+
+The predicted change of several features ablated together holds them at zero, and lets all others
+follow their pre-activations. "nothing" is the real model, "attention" freezes attention patterns.
+
+Each prompt is one line of the results file, written when it is done: a killed run goes on where it
+was. The summary has one table for each part, a row a kind, means with 95 % bootstrap intervals over
+prompts; its last line is JSON. Half a minute a prompt on two busy cores.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from circuits_summary import ORDERS, renewed, summary
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = HERE / "circuit_prompts.json"
+RESULTS = "results/circuits_{nodes}_cpu.jsonl"
+# What stands for the MLPs in the graph; a row more for each other kind of nodes.
+NODES: dict[str, Callable[[], Any]] = {
+    "transcoders": lambda: _library().load_coders("gemma-3-270m-transcoder-*")
+}
+COUNTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 125, 200, 320, 500)  # features ablated together
+REAL = {"nothing": ORDERS, "attention": ("total", "place")}  # the orders measured in each mode
+MODES = ("direct", "attention", "nothing")
+SETTINGS = ("nodes", "top", "cap", "most", "modes")
+DEFAULTS = {"top": 16, "cap": 0.05}
+NEXT_TO_NOTHING = 1e-9  # weight of the two logits, which are targets only to be measured
+RANDOM = 1  # draws of each random order, a prompt
+
+
+def _library():
+    import gemma_scope_jax as gs
+
+    return gs
+
+
+# ---- One prompt ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One prompt's graph, and what measures need beside it."""
+
+    model: Any
+    tokenizer: Any
+    nodes: Any  # what `attribute` was given
+    graph: Any
+    pruned: Any
+    number: int  # of the prompt: a seed
+    top: int
+    cap: float
+    modes: Sequence[str]
+
+
+def graph_of(model, tokenizer, nodes, prompt: dict, most: int | None = None) -> Any:
+    """The graph of answer - foil; the two logits themselves are its last two targets."""
+    gs = _library()
+    logit = gs.Target.logit
+    answer, foil = prompt["answer"], prompt["foil"]
+    ends = [logit(token, weight=NEXT_TO_NOTHING) for token in (answer, foil)]
+    targets = [logit(answer) - logit(foil), *ends]
+    ids = tokenizer.encode(prompt["text"])
+    return gs.attribute(
+        model, nodes, ids, targets,
+        tokenizer=tokenizer, max_feature_nodes=most, progress=lambda done, total: None,
+    )  # fmt: skip
+
+
+def behaviour(study: Study) -> dict:
+    """What the model itself prefers: the difference, and how many tokens are before the answer."""
+    gs, graph = _library(), study.graph
+    logits = np.asarray(gs.run(study.model, graph.ids[None]).logits)[0, -1]
+    answer, foil = graph.targets.feature[-2:]
+    before = int((logits > logits[answer]).sum())
+    return {"difference": float(logits[answer] - logits[foil]), "before": before}
+
+
+def scores(study: Study) -> dict:
+    """Replacement and completeness, whole and pruned; errors have what replacement lacks."""
+    return {
+        "features": study.graph.selected,
+        "nodes": len(study.pruned.sources),
+        "links": int(np.count_nonzero(study.pruned.effects)),
+        "whole": dataclasses.astuple(study.graph.scores())[:2],
+        "pruned": dataclasses.astuple(study.pruned.scores())[:2],
+    }
+
+
+def path(study: Study) -> dict:
+    """The strongest path through features, each with the tokens that it raises most."""
+    gs = _library()
+    found = gs.strongest_paths(study.pruned, 1, direct=False)
+    if not found:
+        return {"path": "", "share": 0.0}
+    features = found[0].nodes[1:]
+    small = dataclasses.replace(study.pruned, sources=features, selected=len(features))
+    details = gs.feature_details(study.model, study.nodes, study.tokenizer, small)
+    named = gs.label_graph(small, details).sources
+    nodes = type(named).joined(found[0].nodes[:1], named)
+    return {"path": str(dataclasses.replace(found[0], nodes=nodes)), "share": found[0].share}
+
+
+def validation(study: Study) -> dict:
+    """{mode: [Spearman, R2, sign, slope] of the difference, those of a control, and Spearman and R2
+    of the features downstream}; the control's features write random directions."""
+    from gemma_scope_jax.circuits.validate import agreement
+
+    top, modes = study.top, study.modes
+    found = study.graph.validate(study.model, study.nodes, top=top, modes=modes, batch=top + 1)
+    results = {}
+    for mode in modes:
+        predicted, *both = found.changes[mode][..., -2] - found.changes[mode][..., -1]
+        of = [agreement(predicted, m, mode, "difference", False) for m in both]
+        figures = [[a.spearman, a.r2, a.sign, a.slope] for a in of]
+        later = [
+            [a.spearman, a.r2]
+            for a in found.agreements
+            if (a.freeze, a.targets, a.control) == (mode, "features", False)
+        ]
+        results[mode] = [*figures, *later]
+    return results
+
+
+def ablation(study: Study) -> dict:
+    """{"counts", "predicted", "nothing": {order: changes}, "attention": {order: changes}}: how the
+    difference changes if so many features are ablated together; of random orders several. "first"
+    are the first five features of the order "total": layer, position, feature."""
+    graph, n = study.graph, study.graph.selected
+    each, total = total_effects(graph)
+    counts = [k for k in COUNTS if k <= max(1, int(study.cap * n))]
+    orders = {
+        "total": np.argsort(-total, kind="stable"),
+        "direct": np.argsort(-graph.effects[-3, :n], kind="stable"),
+        "largest": np.argsort(-written(study), kind="stable"),
+    }
+    for seed in range(RANDOM):
+        rng = np.random.default_rng((study.number, seed))
+        orders[f"place{seed}"] = same_place(graph, orders["total"][: counts[-1]], rng)
+        orders[f"random{seed}"] = rng.permutation(n)
+    ladder = lambda order: [order[:k] for k in counts]
+    nodes, first = graph.sources, orders["total"][:5]
+    result = {
+        "first": np.stack([nodes.layer, nodes.position, nodes.feature], 1)[first].tolist(),
+        "counts": counts,
+        "predicted": [round(joint(graph, each, s), 2) for s in ladder(orders["total"])],
+    }
+    for freeze, kinds in REAL.items():
+        names = [name for name in orders if name.startswith(kinds)]
+        sets = [some for name in names for some in ladder(orders[name])]
+        changes = measured(study, sets, freeze).astype(float).round(2)
+        result[freeze] = dict(zip(names, changes.reshape(len(names), len(counts)).tolist()))
+    return result
+
+
+def total_effects(graph) -> tuple[np.ndarray, np.ndarray]:
+    """The effects of one unit of each feature [targets, n], and of each feature its total effect on
+    the difference [n], if features downstream follow."""
+    from scipy.linalg import solve_triangular
+
+    n = graph.selected
+    activation = graph.sources.activation[:n].astype(np.float64)
+    each = graph.effects[:, :n] / activation
+    left = np.eye(n) - each[:n]  # strictly lower triangular, for features are in order of layers
+    slope = solve_triangular(left.T, each[-3], unit_diagonal=True)
+    return each, slope * activation
+
+
+def joint(graph, each: np.ndarray, some: np.ndarray) -> float:
+    """The predicted change of the difference if the features `some` are set to zero together."""
+    from scipy.linalg import solve_triangular
+
+    n = graph.selected
+    left, change = np.eye(n) - each[:n], np.zeros(n)
+    left[some] = 0  # what is set does not follow
+    left[some, some] = 1
+    change[some] = -graph.sources.activation[:n][some]
+    change = solve_triangular(left, change, lower=True, unit_diagonal=True)
+    return float(each[-3] @ change)
+
+
+def same_place(graph, some: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each of the features `some` another one, or itself, of its layer and position, drawn
+    without returning any."""
+    nodes, free = graph.sources, np.ones(graph.selected, bool)
+    drawn = []
+    for s in some:
+        layer, position = (c[: len(free)] == c[s] for c in (nodes.layer, nodes.position))
+        drawn.append(rng.choice(np.flatnonzero(free & layer & position)))
+        free[drawn[-1]] = False
+    return np.array(drawn)
+
+
+def written(study: Study) -> np.ndarray:
+    """The norm of what each feature writes [n]."""
+    nodes, n = study.graph.sources, study.graph.selected
+    norms = [
+        np.linalg.norm(np.asarray(study.nodes.at(layer).w_dec), axis=-1)
+        for layer in range(study.graph.layers)
+    ]
+    return nodes.activation[:n] * np.stack(norms)[nodes.layer[:n], nodes.feature[:n]]
+
+
+def measured(study: Study, sets: Sequence[np.ndarray], freeze: str) -> np.ndarray:
+    """The change of the difference in the model if each set of features is ablated [sets]."""
+    nodes, tokens = study.graph.sources, study.graph.targets.feature[-2:]
+    columns = (nodes.layer, nodes.position, nodes.feature)
+    edits = [[(*(int(c[s]) for c in columns), 0.0) for s in some] for some in sets]
+    found = _library().intervene(
+        study.model, study.nodes, study.graph.ids, edits,
+        freeze=freeze, tokens=tokens, logits="none", batch=17,
+    )  # fmt: skip
+    after, before = (np.subtract(*f.token_logits.T) for f in (found, found.clean))
+    return after - before
+
+
+# What is measured of each graph; a row more for each other figure.
+MEASURES: dict[str, Callable[[Study], dict]] = {
+    "behaviour": behaviour,
+    "scores": scores,
+    "path": path,
+    "validation": validation,
+    "ablation": ablation,
+}
+
+
+def one_prompt(model, tokenizer, nodes, prompt: dict, number: int, settings: dict) -> dict:
+    """The line of a prompt."""
+    start = time.perf_counter()
+    graph = graph_of(model, tokenizer, nodes, prompt, settings.get("most"))
+    pruned = graph.prune(0.8, 0.98)
+    seconds = {"attribute": time.perf_counter() - start}
+    given = {name: settings[name] for name in ("top", "cap")}
+    modes = settings.get("modes", MODES)
+    study = Study(model, tokenizer, nodes, graph, pruned, number, **given, modes=modes)
+    line = {name: value for name, value in prompt.items() if name != "key"}
+    line |= {**settings, "tokens": len(graph.ids)}
+    for name, measure in MEASURES.items():
+        start = time.perf_counter()
+        line[name] = measure(study)
+        seconds[name] = time.perf_counter() - start
+    return rounded({**line, "seconds": seconds})
+
+
+def rounded(value: Any) -> Any:
+    """JSON data with three significant digits, and None for what is not defined."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.3g}") if math.isfinite(value) else None
+    return value
+
+
+# ---- All prompts -----------------------------------------------------------------------------
+
+
+def prompts(per_kind: int | None = None, kinds: Sequence[str] = ()) -> list[dict]:
+    """The first prompts of each kind, kinds in turn."""
+    given: dict[str, list[dict]] = {}
+    for prompt in json.loads(PROMPTS.read_text(encoding="utf-8")):
+        if not kinds or prompt["kind"] in kinds:
+            given.setdefault(prompt["kind"], []).append(prompt)
+    most = max(map(len, given.values()), default=0)
+    order = range(most if per_kind is None else min(per_kind, most))
+    return [some[i] for i in order for some in given.values() if i < len(some)]
+
+
+def key(line: dict) -> tuple:
+    """What a line is the result of: a prompt and the settings."""
+    return tuple(str(line.get(name)) for name in ("text", "answer", "foil", *SETTINGS))
+
+
+def lines_of(file: Path) -> list[dict]:
+    """The lines of a results file, but for one that a killed run left unfinished."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def mend(file: Path) -> None:
+    """Cut off an unfinished line."""
+    if file.exists() and not (text := file.read_text(encoding="utf-8")).endswith("\n"):
+        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
+def run(file: Path, wanted: list[dict], settings: dict) -> None:
+    """Study the prompts that the file lacks."""
+    gs = _library()
+    mend(file)
+    done = {key(line) for line in lines_of(file)}
+    numbered = [(i, p) for i, p in enumerate(wanted) if key({**p, **settings}) not in done]
+    if not numbered:
+        return
+    model = gs.load_model("gemma-3-270m", dtype="float32")
+    tokenizer = gs.load_tokenizer("gemma-3-270m")
+    nodes = NODES[settings["nodes"]]()
+    begun = len(wanted) - len(numbered)
+    progress = gs.Progress(len(wanted), "prompts", what="circuits", begun=begun)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for count, (number, prompt) in enumerate(numbered, begun + 1):
+        line = one_prompt(model, tokenizer, nodes, prompt, number, settings)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+        progress.at(count)
+
+
+def results(file: Path, wanted: list[dict], settings: dict) -> list[dict]:
+    """The lines of the wanted prompts, each with the token that decides its answer."""
+    keys = {key({**prompt, **settings}): prompt["key"] for prompt in wanted}
+    lines = lines_of(file)
+    return [{**line, "key": keys[key(line)]} for line in lines if key(line) in keys]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", default="transcoders", choices=NODES)
+    parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help="default: all")
+    parser.add_argument("--per-kind", type=int, help="prompts of each kind; default: all")
+    parser.add_argument(
+        "--top", type=int, default=DEFAULTS["top"], help="features ablated one at a time"
+    )
+    parser.add_argument(
+        "--cap", type=float, default=DEFAULTS["cap"], help="share ablated together, at most"
+    )
+    parser.add_argument("--modes", nargs="+", help=f"of one at a time; default: {' '.join(MODES)}")
+    parser.add_argument("--most", type=int, help="features explained, at most; default: all active")
+    parser.add_argument("--results", type=Path, help=f"default: {RESULTS}")
+    parser.add_argument("--summary", action="store_true", help="only print what there is")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="renew this page's tables")
+    args = parser.parse_args()
+    file = args.results or HERE / RESULTS.format(nodes=args.nodes)
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    wanted = prompts(args.per_kind, args.kinds)
+    if not args.summary:
+        run(file, wanted, settings)
+    lines = results(file, wanted, settings)
+    if not lines:
+        raise SystemExit(f"{file} has no results of these settings yet")
+    tables, figures = summary(lines)
+    if args.write:
+        page = renewed(args.write.read_text(encoding="utf-8"), tables)
+        args.write.write_text(page, encoding="utf-8")
+    for heading, text in tables.items():
+        print(f"## {heading}\n\n{text}")
+    print(json.dumps({"name": f"circuits-{args.nodes}", **rounded(figures)}))
+
+
+if __name__ == "__main__":
+    main()
