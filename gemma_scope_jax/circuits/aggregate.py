@@ -22,8 +22,8 @@ from gemma_scope_jax.circuits.shared_nodes import (
     edges_of,
     ends,
     node_names,
-    text_table,
 )
+from gemma_scope_jax.circuits.tables import text_table
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 

@@ -23,6 +23,7 @@ from gemma_scope_jax.circuits.graph import Graph, Nodes
 from gemma_scope_jax.circuits.influence import partial_influence
 from gemma_scope_jax.circuits.linear import TargetRows
 from gemma_scope_jax.circuits.neurons import graph_coders
+from gemma_scope_jax.circuits.prompts import checked_prompt
 from gemma_scope_jax.circuits.sources import (
     Prompt,
     SlotLayout,
@@ -42,7 +43,6 @@ from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import check_ids, integers, refuse_text
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh
 from gemma_scope_jax.model.tokenizer import Tokenizer
@@ -51,7 +51,6 @@ from gemma_scope_jax.progress import Progress, Report, byte_size
 LOG = logging.getLogger(__name__)
 ROWS = 64  # of a device at a time: more make larger products, fewer fit into a processor's cache
 PIECE = 1024  # features whose encoder vectors are in memory at a time
-BOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,22 +146,6 @@ def attribute(
     }
     texts = [resolver.text(token) for token in ids.tolist()]
     return search.graph(ids, texts, about)
-
-
-def checked_prompt(config: GemmaConfig, ids: Any) -> np.ndarray:
-    """The tokens [T] of one prompt that a model can read. Raises `InputError`."""
-    refuse_text(ids)
-    found = integers("ids", np.asarray(ids))
-    if found.ndim == 2 and len(found) == 1:
-        found = found[0]
-    if found.ndim != 1 or found.dtype.kind not in "iu" or not found.size:
-        raise InputError(f"ids must be the tokens of one prompt, int [T], not {list(found.shape)}")
-    check_ids(config, found)
-    if len(found) > config.context:
-        raise InputError(f"{len(found)} tokens are more than the context of {config.context}")
-    if len(found) > 1 and found[0] == found[1] == BOS:
-        raise InputError("the prompt begins with two <bos>: encode the text once, with bos=True")
-    return found
 
 
 def _check_room(rows: int, columns: int) -> None:

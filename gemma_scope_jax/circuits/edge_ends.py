@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.circuits.attribute import checked_prompt
 from gemma_scope_jax.circuits.graph import Graph
 from gemma_scope_jax.circuits.head_paths import Writers
+from gemma_scope_jax.circuits.interventions import power_of_two
 from gemma_scope_jax.circuits.linear import Frozen, TargetRows
+from gemma_scope_jax.circuits.neurons import graph_coders, neurons_of
+from gemma_scope_jax.circuits.prompts import checked_prompt
 from gemma_scope_jax.circuits.sources import (
     Active,
     active_features,
-    check_coders,
     encoder_rows,
     laid_out,
     read_prompt,
@@ -36,6 +37,7 @@ from gemma_scope_jax.circuits.targets import (
     checked_targets,
     feature_vectors,
 )
+from gemma_scope_jax.circuits.validate import target_terms
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
@@ -62,20 +64,23 @@ class EdgeEnds:
     def __init__(
         self,
         model: Model,
-        coders: CoderSet | Coder | Iterable[Coder],
+        coders: CoderSet | Coder | Iterable[Coder] | None,
         graph: Graph,
         pairs: np.ndarray,
         targets: Any,
     ) -> None:
-        self.model, self.graph, self.coders = model, graph, CoderSet(coders)
-        check_coders(model.config, self.coders)
-        if graph.layers != model.config.layers:
-            name = model.config.name
-            raise InputError(f"the graph has {graph.layers} layers, and {name} does not")
         used = graph.targets[pairs[:, 0]], graph.sources[pairs[:, 1]]
         for nodes in used:
             if (nodes.kind == "neuron").any():
                 raise InputError("the edges of neurons cannot be split over heads")
+        self.model, self.graph = model, graph
+        self.coders: CoderSet = graph_coders(model.config, coders, model)
+        neurons = neurons_of(self.coders) is not None
+        if neurons and any((nodes.kind == "feature").any() for nodes in used):
+            raise InputError("the graph has features: give the coders that it was made with")
+        if graph.layers != model.config.layers:
+            name = model.config.name
+            raise InputError(f"the graph has {graph.layers} layers, and {name} does not")
         merged = (used[1].kind == "error") & ((used[1].layer < 0) | (used[1].position < 0))
         if merged.any():
             raise InputError("merged errors have no place: give the graph before merge_errors")
@@ -91,16 +96,15 @@ class EdgeEnds:
     def _resolve(self, numbers: np.ndarray, given: Any) -> None:
         """Look up rows of the graph: their stage and position [n, Q], their vector [n, Q, D]."""
         n, finals = self.graph.selected, len(self.graph.targets) - self.graph.selected
-        asked = None
+        asked: list[Any] | None = None
         if given is not None:
-            length, config = len(self.graph.ids), self.model.config
-            asked = checked_targets(given, config, self.coders, length, None) or []
+            several = isinstance(given, Iterable) and not isinstance(given, Target | str)
+            asked = [*given] if several else [given]
             if len(asked) != finals:
                 raise InputError(f"{len(asked)} targets for a graph with {finals}")
         some = [self._target(i, asked) for i in numbers[numbers >= n]]
         most = max([1] + [len(target.terms) for target in some])
-        most = 1 << (most - 1).bit_length()  # few programs
-        shape = len(numbers), most
+        shape = len(numbers), power_of_two(most)  # few programs
         self.numbers, self.stage = numbers, np.full(shape, -1, np.int32)
         self.position = np.zeros(shape, np.int32)
         self.vector = np.zeros((*shape, self.model.config.d_model), np.float32)
@@ -117,24 +121,18 @@ class EdgeEnds:
             self.vector[own:, :Q] = found.vector
         self.position = np.where(self.stage < 0, self.position[:, :1], self.position)
 
-    def _target(self, i: int, asked: list[Target] | None) -> Target:
+    def _target(self, i: int, asked: list[Any] | None) -> Target:
         """What a row after those of the features stands for."""
-        node = self.graph.targets[i]
-        kind, label = str(node.kind[0]), str(node.label[0])
-        layer, feature, position = (int(a[0]) for a in (node.layer, node.feature, node.position))
-        if asked is not None:
-            return asked[i - self.graph.selected]
-        known = self.graph.about.get("targets")
-        if isinstance(known, list) and (terms := known[i - self.graph.selected]):
+        label = str(self.graph.targets.label[i])
+        if terms := target_terms(self.graph, i):
             return Target(tuple(Term(**term) for term in terms), label)
-        if kind == "logit":
-            return Target.logit(feature, position)
-        if kind == "feature":
-            return Target.feature(layer, feature, position)
-        raise InputError(
-            f"row {i}, {label!r}, is a direction, which a graph does not hold: give the targets "
-            "that `attribute` was given"
-        )
+        if asked is None:
+            raise InputError(
+                f"row {i}, {label!r}, is a direction, which a graph does not hold: give the "
+                "targets that `attribute` was given"
+            )
+        given = [asked[i - self.graph.selected]], self.model.config, self.coders
+        return (checked_targets(*given, len(self.graph.ids), None) or [])[0]
 
     def rows(self, numbers: np.ndarray, room: int) -> TargetRows:
         """Rows of the graph as rows of the linear model, filled up to `room`."""
@@ -170,7 +168,9 @@ class EdgeEnds:
 
     @functools.cached_property
     def errors(self) -> np.ndarray:
-        """What is left of every MLP output: [L, T, D]."""
+        """What is left of every MLP output: [L, T, D]; nothing beside the neurons."""
+        if neurons_of(self.coders) is not None:
+            return np.zeros(self.prompt.mlp_out.shape, np.float32)
         active = active_features(self.coders, self.prompt)
         layout = laid_out(active)
         whole, L = jnp.zeros_like(self.prompt.mlp_out), self.model.config.layers

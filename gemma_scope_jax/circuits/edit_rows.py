@@ -2,16 +2,20 @@
 
 An edit touches one feature, so nothing of the coders' width is computed for it. A set of coders
 with a layer each and a CLT give the same arrays: a feature writes W rows, to the layers named.
+The rows of a CLT whose decoder was left on disk are read from there, before the program runs.
 """
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_scope_jax.circuits.interventions import Edits
 from gemma_scope_jax.coders.coder import Coder, float32
+from gemma_scope_jax.coders.load import decoder_rows
 from gemma_scope_jax.coders.multi_layer_coder import block_index
 
 
@@ -64,10 +68,11 @@ def columns_of_layer(coders, own, layer: int, ids):
     return columns(coders[own[0][layer]], jnp.full_like(ids, own[1][layer]), ids)
 
 
-def gathered(coders, own, edits: Edits, noise) -> EditRows:
+def gathered(coders, own, edits: Edits, noise, stored: tuple[Any, ...] = ()) -> EditRows:
     """The edits with their encoder columns and with what they write.
 
-    noise: (whether features write the directions of others, a seed, the numbers [B] of the sets)
+    noise   (whether features write the directions of others, a seed, the numbers [B] of the sets)
+    stored  of each coder None, or what its edits write, see `rows_on_disk`
     """
     swap, drawn = noise[0], _drawn(edits.layer.shape[1], *noise[1:])
     which, i = (jnp.asarray(table, jnp.int32)[edits.layer] for table in own)
@@ -82,29 +87,77 @@ def gathered(coders, own, edits: Edits, noise) -> EditRows:
         w, b, t = columns(coder, source, ids)
         w_enc = jnp.where(here[..., None], w, w_enc)
         b_enc, threshold = jnp.where(here, b, b_enc), jnp.where(here, t, threshold)
-        written, names = _decoder_rows(coder, source, ids, W)
-        another = (ids + 1 + drawn % max(1, coder.width - 1)) % coder.width
-        direction, _ = _decoder_rows(coder, source, another, W)
-        written = jnp.where(swap, _resized(direction, written), written)
+        names = _written_layers(coder, source, W)
+        if coder.w_dec is None:
+            written = jnp.pad(stored[n], [(0, 0)] * 2 + [(0, W - len(coder.layers)), (0, 0)])
+        else:
+            written = _decoder_rows(coder, source, ids, W)
+            direction = _decoder_rows(coder, source, _another(coder, ids, drawn), W)
+            written = jnp.where(swap, _resized(direction, written), written)
         names = jnp.where(here[..., None], names, -1)
         layers = jnp.where(names < 0, layers, names)
         rows = jnp.where((names < 0)[..., None], rows, written)
     return EditRows(edits, w_enc, b_enc, threshold, rows, layers)
 
 
+def rows_on_disk(coders: tuple[Coder, ...], edits: Edits, noise) -> tuple[Any, ...]:
+    """Of each coder None, or, if its decoder was left on disk, what its edits write: float32
+    [B, E, X, D], zeros for the edits of other coders. `noise` as in `gathered`."""
+    if all(coder.w_dec is not None for coder in coders):
+        return (None,) * len(coders)
+    drawn = np.asarray(_drawn(edits.layer.shape[1], *noise[1:])) if noise[0] else None
+    return tuple(None if c.w_dec is not None else _from_disk(c, edits, drawn) for c in coders)
+
+
+def _from_disk(coder: Coder, edits: Edits, drawn: np.ndarray | None) -> np.ndarray:
+    found = np.zeros((*edits.layer.shape, len(coder.layers), coder.d_out), np.float32)
+    for i, layer in enumerate(coder.layers):
+        mine = edits.layer == layer
+        if mine.any():
+            ids = edits.feature[mine]
+            rows = _distinct_rows(coder, i, ids)
+            if drawn is not None:
+                direction = _distinct_rows(coder, i, _another(coder, ids, drawn[mine]))
+                rows = np.asarray(_resized(direction, rows))
+            found[mine] = rows
+    return found
+
+
+def _distinct_rows(coder: Coder, i: int, ids: np.ndarray) -> np.ndarray:
+    """Decoder rows [n, X, D] of features of the coder's layer i, each read once."""
+    unique, where = np.unique(ids, return_inverse=True)
+    return decoder_rows(coder, unique, layer=i).astype(np.float32)[where.reshape(-1)]
+
+
+def _another(coder: Coder, ids, drawn):
+    """Other features of the same layers, by numbers drawn from 0 on."""
+    return (ids + 1 + drawn % max(1, coder.width - 1)) % coder.width
+
+
+def _written_layers(coder: Coder, i, size: int):
+    """The layers that features of the coder's layers `i` write to, int32 [..., size]; -1: none."""
+    names = jnp.broadcast_to(jnp.asarray(coder.layers, jnp.int32), (*i.shape, len(coder.layers)))
+    if coder.multi_layer:
+        names = jnp.where(_own_numbers(coder, i) >= i[..., None], names, -1)
+    room = [(0, 0)] * i.ndim + [(0, size - names.shape[-1])]
+    return jnp.pad(names, room, constant_values=-1)
+
+
+def _own_numbers(coder: Coder, like):
+    """The coder's layers as it counts them, 0 to X - 1: [..., X] with the axes of `like`."""
+    return jnp.arange(len(coder.layers), dtype=jnp.int32).reshape(*(1,) * like.ndim, -1)
+
+
 def _decoder_rows(coder: Coder, i, ids, size: int):
-    """What features write [..., size, D], and to which layers int32 [..., size]; -1: to none."""
+    """What features write [..., size, D]: to each layer of their coder, as far as they do."""
     X = len(coder.layers)
-    room = [(0, 0)] * ids.ndim + [(0, size - X)]
-    names = jnp.asarray(coder.layers, jnp.int32)
     if not coder.multi_layer:
-        rows, names = coder.w_dec[ids][..., None, :], jnp.broadcast_to(names, (*ids.shape, 1))
+        rows = coder.w_dec[ids][..., None, :]
     else:
-        j = jnp.arange(X, dtype=jnp.int32).reshape(*(1,) * ids.ndim, X)
+        j = _own_numbers(coder, ids)
         later = j >= i[..., None]
         rows = coder.w_dec[jnp.where(later, block_index(i[..., None], j, X), 0), ids[..., None]]
-        names = jnp.where(later, names.reshape(j.shape), -1)
-    return jnp.pad(float32(rows), [*room, (0, 0)]), jnp.pad(names, room, constant_values=-1)
+    return jnp.pad(float32(rows), [(0, 0)] * ids.ndim + [(0, size - X), (0, 0)])
 
 
 def _drawn(size: int, seed, numbers):

@@ -23,12 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.circuits.attribute import ROWS, GraphSearch, checked_prompt
+from gemma_scope_jax.circuits.attribute import ROWS, GraphSearch
 from gemma_scope_jax.circuits.candidates import MOST
 from gemma_scope_jax.circuits.graph import Nodes
+from gemma_scope_jax.circuits.interventions import power_of_two
 from gemma_scope_jax.circuits.linear import Frozen, dot, entry, pattern_of
-from gemma_scope_jax.circuits.shared_nodes import text_table
-from gemma_scope_jax.circuits.sources import Prompt, check_coders, read_prompt
+from gemma_scope_jax.circuits.neurons import graph_coders
+from gemma_scope_jax.circuits.prompts import checked_prompt
+from gemma_scope_jax.circuits.sources import Prompt, read_prompt
+from gemma_scope_jax.circuits.tables import text_table
 from gemma_scope_jax.circuits.targets import Resolved, Resolver, checked_position
 from gemma_scope_jax.circuits.words import node_name
 from gemma_scope_jax.coders.coder import Coder, float32
@@ -99,7 +102,7 @@ class HeadScore:
 @own_mesh
 def head_score(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     ids: Any,
     layer: int,
     head: int,
@@ -113,7 +116,7 @@ def head_score(
 ) -> HeadScore:
     """The pairs of sources that make a head look from one token at another.
 
-    coders      a transcoder for each layer, or a CLT
+    coders      a transcoder for each layer, or a CLT; None: the model's own neurons
     ids         the prompt, int [T] or [1, T], `<bos>` first
     query, key  tokens, from the end if negative; default: the last one, and what it looks at most
     against     explain why the head looks at this key rather than at others, which is all that the
@@ -125,8 +128,7 @@ def head_score(
     Raises `InputError` for coders that do not cover the model's MLPs, for a layer, head or token
     that is not there, and for a key that the query does not see.
     """
-    c, coders = model.config, CoderSet(coders)
-    check_coders(c, coders)
+    c, coders = model.config, graph_coders(model.config, coders, model)
     for name, value in (("most_pairs", most_pairs), ("max_candidates", max_candidates)):
         whole_number(name, value, 1)
     for name, value, most in (("layer", layer, c.layers), ("head", head, c.heads)):
@@ -181,7 +183,7 @@ def _check_seen(c: GemmaConfig, layer: int, query: int, key: int) -> int:
 def _few(weights: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that have weight, and their weights; of few lengths, so of few programs."""
     tokens = np.flatnonzero(weights)
-    room = (1 << max(0, len(tokens) - 1).bit_length()) - len(tokens)
+    room = power_of_two(len(tokens)) - len(tokens)
     tokens = np.pad(tokens, (0, room), constant_values=key)
     return tokens, np.where(np.arange(len(tokens)) < len(tokens) - room, weights[tokens], 0.0)
 

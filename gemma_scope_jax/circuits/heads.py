@@ -108,7 +108,7 @@ class LayerHeads:
 @own_mesh
 def edge_heads(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     graph: Graph,
     edges: Any,
     *,
@@ -119,10 +119,10 @@ def edge_heads(
 
     model, coders  those that the graph was made with
     edges    int [E, 2]: (row, column) of `graph.effects`, pruned or not
-    targets  as given to `attribute`; only needed for edges to directions and sums of targets
+    targets  as given to `attribute`; only needed for edges to directions and sums with these
 
-    Raises `InputError` for edges outside the graph, for graphs with merged errors or neurons, and
-    where the edges do not add up to those of the graph.
+    Raises `InputError` for edges outside the graph, for graphs with merged errors, for edges of
+    neurons, and where the edges do not add up to those of the graph.
     """
     if by not in get_args(By):
         raise InputError(f"edges are split by the last or the first head, not by {by!r}")
@@ -155,7 +155,7 @@ def edge_heads(
 @own_mesh
 def head_flows(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     graph: Graph,
     edges: Any,
     *,
@@ -184,7 +184,7 @@ def head_flows(
 @own_mesh
 def edge_heads_at(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     graph: Graph,
     edges: Any,
     layer: int,
@@ -225,7 +225,7 @@ def edge_heads_at(
 
 def link_heads(
     model: Model,
-    coders: CoderSet | Coder | Iterable[Coder],
+    coders: CoderSet | Coder | Iterable[Coder] | None,
     graph: Graph,
     *,
     most_links: int = 200,

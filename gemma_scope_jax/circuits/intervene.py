@@ -23,6 +23,7 @@ from gemma_scope_jax.circuits.edit_rows import (
     gathered,
     of_layer,
     own_layers,
+    rows_on_disk,
 )
 from gemma_scope_jax.circuits.interventions import (
     as_arrays,
@@ -33,13 +34,15 @@ from gemma_scope_jax.circuits.interventions import (
     transcoders,
 )
 from gemma_scope_jax.circuits.linear import room_for
+from gemma_scope_jax.circuits.prompts import checked_prompt
 from gemma_scope_jax.coders.coder import Coder, float32, jump_relu, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.multi_layer_coder import at_layer
+from gemma_scope_jax.coders.release.files import files_of
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model import intercept
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import check_ids, refuse_text
+from gemma_scope_jax.model.batch import check_ids
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import one_pass
 from gemma_scope_jax.model.intercept import per_layer, tokenwise
@@ -83,8 +86,10 @@ def intervene(
 ) -> Intervened:
     """Run one prompt under many sets of interventions on transcoders' or a CLT's features.
 
-    coders         transcoders (plain or affine) or CLTs, one a layer; layers may have none
-    ids            int [T], the prompt, `<bos>` first
+    coders         transcoders (plain or affine) or CLTs, one a layer; layers may have none. Of a
+                   decoder left on disk the rows of the edits are read; freeze="replacement"
+                   needs it in memory
+    ids            the prompt, int [T] or [1, T], `<bos>` first
     interventions  n sets, each a list of `Intervention`s or tuples (layer, position, feature,
                    value); an empty set leaves the prompt as it is
     freeze         what keeps the prompt's values; see below
@@ -114,8 +119,9 @@ def intervene(
     layers, positions and values compile nothing. Raises `InputError` for coders of another model,
     features, layers and positions that do not exist, and values that are not finite.
     """
-    ids = _checked(model.config, ids, freeze, logits)
-    coders = transcoders(model.config, coders)
+    _check_choices(freeze, logits)
+    ids = checked_prompt(model.config, ids).astype(np.int32)
+    coders = _checked_coders(model.config, coders, freeze)
     rows = edits_of(checked_sets(interventions, coders), coders, len(ids))
     where = _checked_reads(coders, read, len(ids))
     vocabulary, everywhere = _checked_tokens(model.config, tokens, len(ids))
@@ -132,7 +138,7 @@ def intervene(
         filled = np.tile(np.pad(ids, (0, room - len(ids))), (chunk + 1, 1))
         numbers = np.arange(start - 1, start + chunk, dtype=np.int32)
         noise = (np.bool_(seed is not None), np.uint32(seed or 0), numbers)
-        data = (some, wanted, vocabulary, frozen, noise)
+        data = (some, wanted, vocabulary, frozen, noise, rows_on_disk(tuple(coders), some, noise))
         found = _intervene(
             model, given, filled, np.int32(len(ids)), data,
             freeze=freeze, logits=logits, everywhere=logits == "all" or everywhere,
@@ -167,9 +173,9 @@ def _intervene(
     model: Model, coders: tuple[Coder, ...], tokens, length, data, *, freeze, logits, everywhere
 ):
     """Logits, pre-activations [B, L, R] and chosen logits [B, K] of rows, of which 0 is clean."""
-    edits, wanted, vocabulary, frozen, noise = data
+    edits, wanted, vocabulary, frozen, noise, stored = data
     own = own_layers(coders, model.config.layers)
-    written = gathered(coders, own, edits, noise)
+    written = gathered(coders, own, edits, noise, stored)
     layer_args = (written, frozen, coders)
     items = [
         intercept.fold("mlp_out", None, _mlp_out, _no_change, *layer_args, freeze=freeze, own=own)
@@ -274,8 +280,7 @@ def _cross_layer(coders, own, layer, inner, more):
 # --- Checks --------------------------------------------------------------------------------------
 
 
-def _checked(config: GemmaConfig, ids: Any, freeze: str, logits: str) -> np.ndarray:
-    """The prompt as int32 [T]."""
+def _check_choices(freeze: str, logits: str) -> None:
     for what, value, known in (
         ("freeze", freeze, get_args(Freeze)),
         ("logits", logits, ("last", "all", "none")),
@@ -283,14 +288,19 @@ def _checked(config: GemmaConfig, ids: Any, freeze: str, logits: str) -> np.ndar
         if value not in known:
             hint = nearest(str(value), known)
             raise InputError(f"{what} is {value!r}, expected one of {', '.join(known)}{hint}")
-    refuse_text(ids)
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        raise InputError(f"ids must be the token ids [T] of one prompt, not {ids.dtype}{ids.shape}")
-    if ids.size > config.context:
-        raise InputError(f"{ids.size} tokens exceed the model's context of {config.context}")
-    check_ids(config, ids)
-    return ids.astype(np.int32)
+
+
+def _checked_coders(config: GemmaConfig, coders: Any, freeze: str) -> CoderSet:
+    coders = transcoders(config, coders)
+    for name, coder in coders.items():
+        if coder.w_dec is None:
+            files_of(coder)  # which says where there are none
+            if freeze == "replacement":
+                raise InputError(
+                    f"{name}: its decoder was left on disk, and freeze='replacement' needs all of "
+                    "it: load it with load_decoder"
+                )
+    return coders
 
 
 def _checked_reads(coders: CoderSet, read: Any, length: int) -> np.ndarray | None:

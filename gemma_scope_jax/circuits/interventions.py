@@ -73,8 +73,6 @@ def transcoders(config: GemmaConfig, coders: Coder | Iterable[Coder]) -> CoderSe
                 f"{name} keeps the {coder.k} largest features of a token, so that one feature's "
                 "activation depends on all others: convert it with as_jump_relu"
             )
-        if coder.w_dec is None:
-            raise InputError(f"{name}: its decoder was left on disk: load it with load_decoder")
     for layer in coders.layers:
         coders.at(layer)
     return coders

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from gemma_scope_jax.circuits.graph import Graph, GraphScores
-from gemma_scope_jax.circuits.shared_nodes import SharedNodes, text_table
+from gemma_scope_jax.circuits.shared_nodes import SharedNodes
+from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.validate import rank_correlation
 from gemma_scope_jax.circuits.words import Path, strongest_paths
 from gemma_scope_jax.errors import InputError
 
@@ -74,6 +76,8 @@ class GraphOverlap:
 def graph_overlap(a: Graph, b: Graph, *, paths: int = 200) -> GraphOverlap:
     """How far two graphs of one prompt agree, whatever dictionaries they are made with.
 
+    Prune large graphs first: the strongest paths are looked for among all edges that there are.
+
     paths: the routes are those of this many strongest paths of each graph.
 
     Raises `InputError` for graphs of different prompts, or without a common target.
@@ -94,17 +98,6 @@ def graph_overlap(a: Graph, b: Graph, *, paths: int = 200) -> GraphOverlap:
         rank_correlation(*places), rank_correlation(*tokens), rank_correlation(*effects),
         sum(min(pair) for pair in shares.values()), list(a.tokens),
     )  # fmt: skip
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, ties at their mean rank; NaN if one of the two is constant."""
-    ranks = []
-    for values in (a.ravel(), b.ravel()):
-        _, where, count = np.unique(values, return_inverse=True, return_counts=True)
-        rank = (np.cumsum(count) - 0.5 * (count - 1))[where]
-        ranks.append(rank - rank.mean())
-    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float((ranks[0] * ranks[1]).sum() / size) if size else float("nan")
 
 
 def _places(graph: Graph, found: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ A node is known by its kind, layer, position and feature. Prompts differ in leng
 counted from the start or from the end, or be left out; then the effects of equal nodes are added.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
@@ -70,7 +70,7 @@ class SharedNodes:
             passed = weights.copy()
             passed[:n] += graph.influence()[:n]
             sums = np.maximum(row_sums(graph.effects), FLOOR)
-            return passed / sums / max(weights.sum(), FLOOR)
+            return passed / sums / (weights.sum() or 1.0)
         factors = np.ones(len(graph.targets))
         if self.finals == "mean":
             weights = weights[n:] if weights.any() else factors[n:]
@@ -146,12 +146,3 @@ def ends(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def node_names(nodes: Nodes, which: Iterable[int], positions: Positions) -> list[str]:
     """What a reader calls some of the nodes."""
     return [node_name(nodes[i], where=positions != "ignore") for i in which]
-
-
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of text, the first two set to the left and the others, numbers, to the right."""
-    table = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    set_ = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
-    lines = ("  ".join(set_(i, cell) for i, cell in enumerate(row)) for row in table)
-    return "\n".join(line.rstrip() for line in lines)

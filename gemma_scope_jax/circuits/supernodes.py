@@ -21,9 +21,9 @@ import numpy as np
 from gemma_scope_jax.circuits.export import node_ids
 from gemma_scope_jax.circuits.graph import Graph, GraphScores, Nodes
 from gemma_scope_jax.circuits.influence import FLOOR, row_sums
-from gemma_scope_jax.circuits.shared_nodes import text_table
 from gemma_scope_jax.circuits.sources import written_directions
 from gemma_scope_jax.circuits.subgraph import subgraph
+from gemma_scope_jax.circuits.tables import text_table
 from gemma_scope_jax.circuits.words import node_name
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -163,7 +163,7 @@ def find_supernodes(
     same = _equal(nodes.layer, nodes.feature)
     alike[same] = 1.0
     alike[~_allowed(graph, nodes, layers, together)] = -APART
-    whole = max(float(influence.sum()), FLOOR)
+    whole = float(influence.sum()) or 1.0
     found = []
     for number in np.unique(member := _clusters(alike, similarity)):
         some = chosen[member == number]

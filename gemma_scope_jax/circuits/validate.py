@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_scope_jax.circuits.intervene import Freeze, intervene
+from gemma_scope_jax.circuits.tables import text_table
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
@@ -85,18 +86,18 @@ class Validation:
         figures = [{name: bare(value) for name, value in row.items()} for row in rows]
         return {"ablated": len(self.ablated), "seed": self.seed, "figures": figures}
 
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("frozen", "targets", "written", "n", *FIGURES)]
+    def rows(self) -> list[list[str]]:
+        """The figures as a table of texts; the first row names the columns."""
+        rows = [["frozen", "targets", "written", "n", *FIGURES]]
         for a in self.agreements:
             written = "another" if a.control else "its own"
             figures = (f"{getattr(a, name):.3g}" for name in FIGURES)
-            rows.append((a.freeze, a.targets, written, f"{a.n:,}", *figures))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [
-            "  ".join(cell.rjust(w) if c > 2 else cell.ljust(w) for c, (cell, w) in enumerate(both))
-            for both in (zip(row, widths) for row in rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+            rows.append([a.freeze, a.targets, written, f"{a.n:,}", *figures])
+        return rows
+
+    def __str__(self) -> str:
+        head, *rows = self.rows()
+        return text_table(head, rows, left=3)
 
 
 def validate(
@@ -112,6 +113,7 @@ def validate(
     """See `Graph.validate`."""
     n, seed = graph.selected, whole_number("seed", seed, 0)
     nodes, final = graph.sources[:n], _final(graph)
+    _known(graph)
     which = np.argsort(-graph.influence()[:n], kind="stable")[: whole_number("top", top, 1)]
     later = nodes.layer[None, :] > nodes.layer[which][:, None]
     later &= nodes.position[None, :] >= nodes.position[which][:, None]
@@ -138,7 +140,8 @@ def _final(graph: "Graph") -> np.ndarray:
     n = graph.selected
     if not n or not (graph.sources.kind[:n] == "feature").all():
         raise InputError("a graph is validated by ablating its features, and this one has none")
-    final = np.array([row for row in range(n, len(graph.targets)) if _terms(graph, row)], int)
+    final = [row for row in range(n, len(graph.targets)) if target_terms(graph, row)]
+    final = np.array(final, int)
     if not final.size:
         raise InputError(
             "a graph keeps no vectors of directions, so that they cannot be measured: validate one "
@@ -147,8 +150,9 @@ def _final(graph: "Graph") -> np.ndarray:
     return final
 
 
-def _terms(graph: "Graph", row: int) -> list[dict[str, Any]]:
-    """What a final target is a sum of; nothing if that cannot be measured."""
+def target_terms(graph: "Graph", row: int) -> list[dict[str, Any]]:
+    """What a final target is a sum of, with token ids and positions; nothing for directions, whose
+    vectors a graph does not keep."""
     known, n, t = graph.about.get("targets"), graph.selected, graph.targets
     if isinstance(known, list) and len(known) == len(t) - n:
         return known[row - n] or []
@@ -162,7 +166,7 @@ def _measured(graph, model, coders, which, options) -> np.ndarray:
     """The changes of the graph's targets in the model if one feature is set to zero: [which,
     targets], 0 for targets that are not measured."""
     n, nodes = graph.selected, graph.targets
-    terms = [(row, t) for row in range(n, len(nodes)) for t in _terms(graph, row)]
+    terms = [(row, t) for row in range(n, len(nodes)) for t in target_terms(graph, row)]
     logits, asked = ([x for x in terms if x[1]["kind"] == k] for k in ("logit", "feature"))
     own = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[:n]
     more = [[t["layer"], t["position"], t["what"]] for _, t in asked]
@@ -229,7 +233,7 @@ def agreement(
         targets,
         control,
         n=int(p.size),
-        spearman=_correlation(p, m),
+        spearman=rank_correlation(p, m),
         r2=1 - float(np.square(m - p).sum() / spread) if spread else nan,
         sign=float((np.sign(p) == np.sign(m))[both].mean()) if both.any() else nan,
         slope=float((p * m).sum() / np.square(p).sum()) if p.any() else nan,
@@ -237,18 +241,33 @@ def agreement(
     )
 
 
-def _correlation(p: np.ndarray, m: np.ndarray) -> float:
-    """Spearman's, of ranks with ties at their mean; NaN if one array is constant."""
-    from scipy.stats import rankdata
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, ties at their mean rank; NaN if one of the two is constant."""
+    ranks = []
+    for values in (a.ravel(), b.ravel()):
+        _, where, count = np.unique(values, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - 0.5 * (count - 1))[where]
+        ranks.append(rank - rank.mean())
+    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float((ranks[0] * ranks[1]).sum() / size) if size else float("nan")
 
-    if len(p) < 2 or not np.ptp(p) or not np.ptp(m):
-        return float("nan")
-    return float(np.corrcoef(rankdata(p), rankdata(m))[0, 1])
+
+def _known(graph: "Graph") -> np.ndarray:
+    """The features' pre-activations [n] as the graph has them; those of active features are their
+    activations, which JSON files hold, too. Raises `InputError` where neither is known."""
+    n = graph.selected
+    value = np.where(np.isnan(graph.value[:n]), graph.sources.activation[:n], graph.value[:n])
+    if np.isnan(value).any():
+        raise InputError(
+            f"{int(np.isnan(value).sum())} of the graph's features have no activation, so that "
+            "nothing shows which model and coders it is of: make the graph with attribute"
+        )
+    return value
 
 
 def _check_same(graph: "Graph", z: np.ndarray) -> None:
     """Raise `InputError` unless the features have the values that the graph says."""
-    value = graph.value[: graph.selected]
+    value = _known(graph)
     far = np.abs(z[0] - value) > ALLOWED * (np.abs(value) + np.abs(value).mean())
     if far.mean() > 0.1:
         raise InputError(

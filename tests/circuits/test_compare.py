@@ -8,7 +8,8 @@ import pytest
 import gemma_scope_jax as gs
 from attribution import IDS, coders_of, near
 from gemma_scope_jax.circuits.graph import Nodes
-from gemma_scope_jax.circuits.overlap import rank_correlation, token_effects
+from gemma_scope_jax.circuits.overlap import token_effects
+from gemma_scope_jax.circuits.validate import rank_correlation
 from graphs import random_graph
 
 
@@ -214,6 +215,14 @@ def test_rank_correlation():
     assert rank_correlation(np.arange(5.0), -np.arange(5.0)) == pytest.approx(-1)
     assert rank_correlation(np.array([1, 1, 2, 3]), np.array([1, 2, 2, 4])) == pytest.approx(5 / 6)
     assert np.isnan(rank_correlation(np.ones(3), np.arange(3.0)))
+
+
+def test_parts_of_influence_do_not_depend_on_the_size_of_the_weights():
+    """A target may be all but impossible."""
+    graph = random_graph(0)
+    tiny = dataclasses.replace(graph, weights=graph.weights * np.float32(1e-12))
+    found = gs.graph_difference(tiny, graph, measure="influence")
+    np.testing.assert_allclose(found.a, found.b, rtol=1e-4)
 
 
 DEEP = random_graph(0, layers=3)

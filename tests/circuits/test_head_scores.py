@@ -8,7 +8,7 @@ import gemma_scope_jax as gs
 from attribution import IDS, KINDS, coders_of, key, near
 from gemma_scope_jax.circuits.head_scores import largest_products
 from gemma_scope_jax.model.block import rope_tables, rotate
-from gemma_scope_jax.model.config import PRESETS
+from gemma_scope_jax.model.config import PRESETS, Model
 from tiny import tiny_model
 
 EVERY = 10**6
@@ -147,6 +147,23 @@ def test_largest_products(most, monkeypatch):
     near(want[tuple(places.T)], values)
     nothing = largest_products(np.zeros((5, 0), np.float32), np.ones((5, 3), np.float32), most)
     assert [len(part) for part in nothing] == [0, 0]
+
+
+def test_pairs_of_neurons_add_up(model):
+    found = gs.head_score(model, None, IDS, 3, 2, query=9, key=5, max_candidates=200, **ALL)
+    adds_up(found)
+    assert "neuron" in found.sources.kind
+    close(found.score, gs.head_score(model, coders_of("plain"), IDS, 3, 2, query=9, key=5).score, 1)
+
+
+def test_a_mesh_gives_the_same(model):
+    placed = jax.device_put(model.params, gs.param_shardings(model.config, gs.make_mesh(2, 2)))
+    of = lambda m: gs.head_score(m, coders_of("clt"), IDS, 3, 2, query=9, key=5, **ALL)
+    found, want = of(Model(placed, model.config)), of(model)
+    assert key(found.sources) == key(want.sources)
+    close([found.score, found.pairs_total], [want.score, want.pairs_total], 10)
+    near(found.query_part, want.query_part)
+    near(found.key_part, want.key_part)
 
 
 def test_other_scores_compile_nothing(model, caplog):

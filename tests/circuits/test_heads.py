@@ -11,6 +11,7 @@ from attribution import IDS, KINDS, coders_of, near
 from gemma_scope_jax.circuits.linear import chunk_of, room_for
 from gemma_scope_jax.circuits.page import graph_page
 from gemma_scope_jax.model.config import PRESETS, Model
+from letters import Letters
 from reference_heads import by_first_head, by_last_head, reference_edges, through_heads
 from tiny import tiny, tiny_model
 
@@ -168,6 +169,59 @@ def test_other_edges_and_layers_compile_nothing(model, caplog):
         caplog.clear()
         all_of(some_edges(graph, 5, seed=2), 2)
     assert not [r for r in caplog.records if "Compiling" in r.message]
+
+
+def test_targets_given_as_text(model):
+    """The graph keeps their ids: nothing has to be given again, but for directions."""
+    coders, tokenizer = coders_of("affine"), Letters()
+    asked = ["a", T.logit("b") - T.logit("c"), T.direction(VECTOR, 1, 3)]
+    given = {"tokenizer": tokenizer, "max_feature_nodes": 20}
+    graph = gs.attribute(model, coders, IDS, asked, **given)
+    n = graph.selected
+    edges = np.array(
+        [(n + k, c) for k in range(3) for c in np.flatnonzero(graph.effects[n + k])[:9]]
+    )
+    last = gs.edge_heads(model, coders, graph, edges, targets=asked)
+    near(last.total, at(graph, edges), 1e-5)
+    near(gs.edge_heads(model, coders, graph, edges[:18]).total, at(graph, edges[:18]), 1e-5)
+    about = {**graph.about, "targets": graph.about["targets"][:2]}  # not those of this graph
+    short = dataclasses.replace(graph, about=about)
+    logit = np.flatnonzero(short.targets.kind[n:] == "logit") + n
+    near(gs.edge_heads(model, coders, short, [(logit[0], 0)]).total, at(graph, np.array([[n, 0]])))
+    with pytest.raises(gs.InputError, match="is a direction, which"):
+        gs.edge_heads(model, coders, short, [(n + 1, 0)])
+
+
+def test_a_mesh_gives_the_same(model):
+    coders = coders_of("clt")
+    graph = gs.attribute(model, coders, IDS, TARGETS)
+    placed = jax.device_put(model.params, gs.param_shardings(model.config, gs.make_mesh(2, 2)))
+    edges, many = some_edges(graph, 3), Model(placed, model.config)
+    for of in (
+        lambda m: gs.edge_heads(m, coders, graph, edges, targets=TARGETS).contributions,
+        lambda m: gs.edge_heads(m, coders, graph, edges, by="first", targets=TARGETS).contributions,
+        lambda m: gs.head_flows(m, coders, graph, edges, targets=TARGETS),
+        lambda m: gs.edge_heads_at(m, coders, graph, edges, 2, targets=TARGETS).contributions,
+    ):
+        near(of(many), of(model), 1e-5)
+
+
+def test_graphs_of_neurons(model):
+    """What no neuron ends is split; the rest is refused in one line."""
+    graph = gs.attribute(model, None, IDS, [7, 9], max_candidates=60)
+    n, nodes = graph.selected, graph.sources
+    tokens = np.flatnonzero((nodes.kind != "neuron") & graph.effects[n:].any(0))
+    edges = np.array([(n + k, c) for k in range(2) for c in tokens])
+    near(gs.edge_heads(model, None, graph, edges).total, at(graph, edges), 1e-5)
+    bad = {"the edges of neurons cannot": (graph, (n, 0))}
+    bad["give the coders"] = (
+        gs.attribute(model, coders_of("plain"), IDS, max_feature_nodes=5),
+        (0, 0),
+    )
+    for message, (one, edge) in bad.items():
+        with pytest.raises(gs.InputError, match=message) as error:
+            gs.edge_heads(model, None, one, [edge])
+        assert "\n" not in str(error.value)
 
 
 def merged(model, coders, graph):

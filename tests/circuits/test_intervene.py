@@ -217,6 +217,49 @@ def test_a_mesh_and_bfloat16(model):
     np.testing.assert_allclose(found, wanted, atol=0.2)
 
 
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """CLTs of all layers, and of two between two transcoders, with their decoders on disk."""
+    folders = tmp_path_factory.mktemp("clts")
+
+    def left(coder, name):
+        if not coder.multi_layer:
+            return coder
+        gs.save_coder(coder, folders / name)
+        return gs.load_coder(folders / name, decoder=False)
+
+    return {kind: [left(coder, kind) for coder in SETS[kind]] for kind in ("clt", "mixed")}
+
+
+@pytest.mark.parametrize("control", [None, 3])
+@pytest.mark.parametrize("kind", ["clt", "mixed"])
+def test_a_decoder_on_disk_gives_the_same(model, on_disk, kind, control):
+    """The rows of the edited features are read, and those of the control."""
+    sets = [*some_sets(SETS[kind], count=5), [(0, 3, 5, 2.0), (0, 4, 5, 1.0), (2, 3, 0, 4.0)]]
+    options = {"freeze": "direct", "read": [(3, 8, 1)] if kind == "clt" else None}
+    options |= {"control": control, "batch": 4}
+    assert any(coder.w_dec is None for coder in on_disk[kind])
+    found, wanted = (
+        gs.intervene(model, coders, IDS, sets, **options) for coders in (on_disk[kind], SETS[kind])
+    )
+    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-6)
+    assert np.abs(found.logits - found.clean.logits).max() > 1e-2
+
+
+def test_the_replacement_model_needs_the_whole_decoder(model, on_disk):
+    with pytest.raises(InputError, match="left on disk.* load_decoder") as error:
+        gs.intervene(model, on_disk["clt"], IDS, [[(1, 3, 5, 0.0)]], freeze="replacement")
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_may_be_a_batch_of_one(model):
+    one = [[(1, 3, 5, 2.0)]]
+    wanted = gs.intervene(model, SETS["affine"], IDS, one).logits
+    np.testing.assert_array_equal(
+        gs.intervene(model, SETS["affine"], IDS[None], one).logits, wanted
+    )
+
+
 # ---- while a text is generated -------------------------------------------------------------------
 
 
@@ -293,10 +336,11 @@ def test_wrong_coders_and_prompts_are_one_line(model):
         ([random_coder(24, layer=1)], IDS, "circuits are of transcoders"),
         ([SETS["plain"][1], SETS["affine"][1]], IDS, "layer 1: 2 coders"),
         ([SETS["plain"][1].replace(k=4)], IDS, "convert it with as_jump_relu"),
-        ([SETS["clt"][0].replace(w_dec=None)], IDS, "load_decoder"),
+        ([SETS["clt"][0].replace(w_dec=None)], IDS, "not loaded from a folder that has its dec"),
         (["a name"], IDS, "expected coders"),
         (SETS["plain"], "text", "text"),
-        (SETS["plain"], IDS[None], "of one prompt"),
+        (SETS["plain"], np.stack([IDS, IDS]), "of one prompt"),
+        (SETS["plain"], np.array([2, 2, *IDS]), "begins with two <bos>"),
         (SETS["plain"], IDS[:0], "of one prompt"),
         (SETS["plain"], IDS + 300, "outside 0..299"),
         (SETS["plain"], np.tile(IDS, 9), "context of 64"),

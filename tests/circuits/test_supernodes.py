@@ -98,6 +98,14 @@ def test_features_with_the_same_edges_are_one():
     assert len(found) <= 2 and found.influence[0] >= found.influence[-1]
 
 
+def test_shares_do_not_depend_on_the_size_of_the_weights():
+    """A target may be all but impossible."""
+    graph = planted()
+    tiny = dataclasses.replace(graph, weights=graph.weights * np.float32(1e-12))
+    found, want = (gs.find_supernodes(g).influence for g in (tiny, graph))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 def test_examples_join_and_separate():
     graph = planted()
     key = lambda i: (int(graph.sources.layer[i]), int(graph.sources.feature[i]))

@@ -1,6 +1,8 @@
 """What a graph predicts against what the model does: exact where it must be, and told apart."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 import gemma_scope_jax as gs
 from circuit_sets import IDS, MLP, SETS, features_of
 from coders import random_coder
-from gemma_scope_jax.circuits.validate import agreement, total_ablation
+from gemma_scope_jax.circuits.validate import FIGURES, agreement, total_ablation
 from gemma_scope_jax.errors import InputError
 from reference_graph import reference_graph
 
@@ -72,6 +74,41 @@ def test_what_attribute_was_asked_about(model, kind):
     only = gs.attribute(model, coders, IDS, asked[3:], max_feature_nodes=10)
     with pytest.raises(InputError, match="keeps no vectors of directions"):
         only.validate(model, coders)
+
+
+def test_a_clt_with_its_decoder_on_disk(model, graphs, tmp_path):
+    gs.save_coder(SETS["clt"][0], tmp_path / "clt")
+    coders = gs.load_coder(tmp_path / "clt", decoder=False)
+    options = {"top": 4, "modes": ("direct",)}
+    found = graphs("clt").validate(model, coders, **options)
+    wanted = graphs("clt").validate(model, SETS["clt"], **options)
+    np.testing.assert_allclose(found.changes["direct"], wanted.changes["direct"], atol=1e-6)
+
+
+def test_a_graph_of_viewers_knows_its_coders_by_activations(model, graphs, tmp_path):
+    """The JSON holds no pre-activations; those of active features are their activations."""
+    graphs("affine").save(tmp_path / "graph.json")
+    graph = gs.load_graph(tmp_path / "graph.json")
+    assert np.isnan(graph.value).all() and (graph.ids >= 0).all()
+    options = {"top": 4, "modes": ("direct",)}
+    assert graph.validate(model, SETS["affine"], **options).agreements[0].r2 > 0.9999
+    others = [random_coder(24 + i, layer=i, seed=9 + i, first=2, **MLP) for i in range(4)]
+    with pytest.raises(InputError, match="other pre-activations"):
+        graph.validate(model, others, **options)
+    active = graph.sources.activation.copy()
+    active[3] = np.nan
+    sources = dataclasses.replace(graph.sources, activation=active)
+    with pytest.raises(InputError, match="1 of the graph's features have no activation"):
+        dataclasses.replace(graph, sources=sources).validate(model, SETS["affine"], **options)
+
+
+def test_rows_are_the_printed_table(model, graphs):
+    found = graphs("affine").validate(model, SETS["affine"], top=2, modes=("direct",))
+    rows = found.rows()
+    assert rows[0] == ["frozen", "targets", "written", "n", *FIGURES] and len(rows) == 5
+    assert rows[1][:4] == ["direct", "final", "its own", "10"] and rows[3][2] == "another"
+    cells = [re.split(r" {2,}", line.strip()) for line in str(found).splitlines()]
+    assert cells == rows
 
 
 def test_figures_of_two_arrays():
