@@ -50,7 +50,7 @@ from gemma_scope_jax.progress import Progress, Report, byte_size
 
 LOG = logging.getLogger(__name__)
 ROWS = 64  # of a device at a time: more make larger products, fewer fit into a processor's cache
-PIECE = 1024  # features whose encoder vectors are in memory at a time
+PIECE = 4096  # features whose encoder vectors are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,26 +228,35 @@ class GraphSearch:
         of effects [., columns] and sums [., 2]: of constants, of features without a column."""
         n, L = len(self.active), self.model.config.layers
         T = self.prompt.length
-        for start, found in self._rows(stage, position, vector):
-            rows = slice(start, min(start + self.together, len(stage)))
-            count = rows.stop - rows.start
-            np.take(np.asarray(found.slots)[:count], self.layout.slot, 1, effects[rows, :n])
-            errors = np.asarray(found.errors)[:count, :, :T]
+        for rows, found in self._rows(stage, position, vector):
+            count, size = len(rows), min(T, found.tokens.shape[1])
+            effects[rows, :n] = np.asarray(found.slots)[:count, self.layout.slot]
+            errors = np.zeros((count, L, T), np.float32)
+            errors[..., :size] = np.asarray(found.errors)[:count, :, :size]
             effects[rows, n : n + L * T] = errors.reshape(count, -1)
-            effects[rows, n + L * T :] = np.asarray(found.tokens)[:count, :T]
+            effects[rows, n + L * T : n + L * T + size] = np.asarray(found.tokens)[:count, :size]
             sums[rows, 0] = np.asarray(found.constant)[:count]
             sums[rows, 1] = np.asarray(found.rest)[:count]
 
-    def _rows(self, stage, position, vector) -> Iterator[tuple[int, linear.Effects]]:
-        """(first row, effects) of batches of rows; the next is computed while one is used."""
-        waiting: deque[tuple[int, linear.Effects]] = deque()
-        for start in range(0, len(stage), self.together):
-            some = (a[start : start + self.together] for a in (stage, position, vector))
-            rows = TargetRows(*(_filled(a, self.together, v) for a, v in zip(some, (-1, 0, 0))))
-            found = linear.effects(self.model, self.prompt.frozen, self.written, rows)
-            waiting.append((start, found))
-            if len(waiting) > 1:
-                yield waiting.popleft()
+    def _rows(self, stage, position, vector) -> Iterator[tuple[np.ndarray, linear.Effects]]:
+        """(their numbers, effects) of batches of rows; the next is computed while one is used.
+
+        Rows that end early in a short prompt run apart, without the tokens after them.
+        """
+        waiting: deque[tuple[np.ndarray, linear.Effects]] = deque()
+        sizes = linear.prefixes(self.prompt.mlp_in.shape[1])
+        last = np.where(stage < -1, 0, position).max(1)
+        group = np.searchsorted(sizes, last + 1)
+        for g, size in enumerate(sizes):
+            mine, together = np.flatnonzero(group == g), self.together * (sizes[-1] // size)
+            for start in range(0, len(mine), together):
+                some = mine[start : start + together]
+                columns = zip((stage, position, vector), (-1, 0, 0))
+                rows = TargetRows(*(_filled(a[some], together, v) for a, v in columns))
+                given = self.model, self.prompt.frozen, self.written, rows
+                waiting.append((some, linear.effects(*given, size=size)))
+                if len(waiting) > 1:
+                    yield waiting.popleft()
         yield from waiting
 
     def graph(self, ids: np.ndarray, texts: list[str], about: dict[str, Any]) -> Graph:
@@ -257,7 +266,10 @@ class GraphSearch:
         chosen = self.row_of[order]
         rows = np.concatenate([most + order, np.arange(most)])
         columns = np.concatenate([chosen, np.arange(n, self.columns)])
-        effects = self.effects[np.ix_(rows, columns)]
+        if len(chosen) == n and (order == np.arange(n)).all():
+            effects = np.concatenate([self.effects[most:], self.effects[:most]])
+        else:
+            effects = self.effects[np.ix_(rows, columns)]
         left = np.delete(np.arange(n), chosen)
         blocks = (self.effects[start : start + ROWS, left] for start in range(0, len(rows), ROWS))
         rest = np.concatenate([block.sum(1, dtype=np.float64) for block in blocks])

@@ -52,7 +52,8 @@ def checked_edges(graph: Graph, edges: Any) -> np.ndarray:
         found = np.zeros(0)
     if found.shape != (len(found), 2) or not len(found) or found.dtype.kind not in "iu":
         raise InputError("edges must be pairs of whole numbers, (row, column) of the effects")
-    for name, column, most in zip(("row", "column"), found.T, graph.effects.shape):
+    for k, (name, most) in enumerate(zip(("row", "column"), graph.effects.shape)):
+        column = found[:, k]
         if (bad := column[(column < 0) | (column >= most)]).size:
             raise InputError(f"{name} {bad[0]} is not in the graph: it has 0 to {most - 1}")
     return found.astype(np.int64)

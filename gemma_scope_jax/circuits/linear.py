@@ -115,9 +115,40 @@ def chunk_of(size: int) -> int:
     return size if size <= WHOLE else 32 if size <= 256 else 64
 
 
-@jax.jit
-def effects(model: Model, frozen: Frozen, written: Written, rows: TargetRows) -> Effects:
-    """The effect of every source on each of `rows`."""
+def prefixes(size: int) -> tuple[int, ...]:
+    """The lengths to which a prompt of `size` tokens is cut, where targets need no later ones.
+
+    A longer prompt is worked on in chunks, as many as a batch of targets needs.
+    """
+    if size > WHOLE:
+        return (size,)
+    return tuple(sorted({min(size, -(-size * k // 8) * 2) for k in (1, 2, 3, 4)}))
+
+
+def _cut_short(frozen: Frozen, written: Written, size: int) -> tuple[Frozen, Written]:
+    """The first `size` tokens; sources at later ones have no effects (see `effects`)."""
+    of_layers = lambda x: None if x is None else x[:, :size]
+    names = ("q", "k", "pre_attn_scale", "post_attn_scale", "pre_mlp_scale")
+    short = {name: of_layers(getattr(frozen, name)) for name in names}
+    frozen = dataclasses.replace(
+        frozen,
+        **short,
+        final_scale=frozen.final_scale[:size],
+        embed=frozen.embed[:size],
+        log_sums=frozen.log_sums[:, :, :size],
+        tokens=frozen.tokens[:size],
+    )
+    same = {name: of_layers(getattr(written, name)) for name in ("error", "start", "rest")}
+    return frozen, dataclasses.replace(written, **same)
+
+
+@partial(jax.jit, static_argnames="size")
+def effects(
+    model: Model, frozen: Frozen, written: Written, rows: TargetRows, size: int | None = None
+) -> Effects:
+    """The effect of every source on each of `rows`; they lie among the first `size` tokens."""
+    if size is not None:
+        frozen, written = _cut_short(frozen, written, size)
     c, blocks = model.config, written.blocks
     (T, D), R = frozen.embed.shape, rows.position.shape[0]
     C = chunk_of(T)
@@ -134,7 +165,7 @@ def effects(model: Model, frozen: Frozen, written: Written, rows: TargetRows) ->
         g = begin(g, 2 * layer + 1)
 
         def block(i, slots):
-            at = g[blocks.positions[i]]  # [P, R, D]
+            at = g.at[blocks.positions[i]].get(mode="fill", fill_value=0.0)  # [P, R, D]
             found = dot("prd,pcd->prc", at, float32(blocks.rows[i]))
             return slots.at[blocks.result[i]].add(found)
 

@@ -17,7 +17,7 @@ def test_eight_devices_equal_one(model, monkeypatch, kind, shape):
     given = {"max_feature_nodes": 40, "batch_size": 8}
     one = gs.attribute(model, coders, IDS, **given)
     found, effects = [], linear.effects
-    keep = lambda *given: found.append(effects(*given)) or found[-1]
+    keep = lambda *given, size: found.append(effects(*given, size=size)) or found[-1]
     monkeypatch.setattr(linear, "effects", keep)
     many = gs.attribute(Model(placed, model.config), coders, IDS, **given)
     assert found[0].slots.sharding.shard_shape(found[0].slots.shape)[0] == 64

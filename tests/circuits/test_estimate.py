@@ -16,7 +16,9 @@ from gemma_scope_jax.circuits.estimate import abstract_inputs, row_flops
 def test_the_program_is_that_of_attribute(model, monkeypatch, kind):
     """Same shapes and dtypes as in a run, but for the number of blocks, which is an estimate."""
     seen, effects = [], linear.effects
-    monkeypatch.setattr(linear, "effects", lambda *given: seen.append(given) or effects(*given))
+    monkeypatch.setattr(
+        linear, "effects", lambda *given, size: seen.append(given) or effects(*given, size=size)
+    )
     coders = gs.CoderSet(coders_of(kind))
     graph = gs.attribute(model, coders, IDS, 7)
     sizes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
