@@ -44,7 +44,7 @@ def at(graph, edges):
     return graph.effects[edges[:, 0], edges[:, 1]]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["affine", "clt"])
 def made(request, model):
     coders = coders_of(request.param)
     graph = gs.attribute(model, coders, IDS, TARGETS)
@@ -111,6 +111,7 @@ def test_parts_are_linear_in_targets(model):
         near(both, one - 2.0 * other, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma-3-4b", "gemma-3-27b"])
 def test_long_prompts_run_in_chunks(name):
     length = 100
@@ -262,6 +263,7 @@ def test_bad_input(model, what):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_real_model():
     """The packaged transcoders on the real 270M."""
     model, tok = gs.load_model("gemma-3-270m", dtype="float32"), gs.load_tokenizer("gemma-3-270m")

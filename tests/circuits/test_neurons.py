@@ -70,7 +70,7 @@ def put(x, ctx, value):
     return value.astype(x.dtype)
 
 
-@pytest.mark.parametrize("first", [0, 1, 4])
+@pytest.mark.parametrize("first", [0, 4])
 def test_equals_differentiating_the_model(model, first):
     graph = gs.attribute(model, gs.mlp_neurons(model, first=first), IDS, max_n_logits=3)
     n, nodes = graph.selected, graph.sources
