@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from attribution import IDS, KINDS, coders_of, near
+from attribution import IDS, coders_of, near
 from gemma_scope_jax.circuits.linear import chunk_of, room_for
 from gemma_scope_jax.circuits.page import graph_page
 from gemma_scope_jax.model.config import PRESETS, Model
