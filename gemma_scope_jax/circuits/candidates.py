@@ -15,14 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.circuits.linear import (
-    TargetRows,
-    begun,
-    chunk_of,
-    dot,
-    through_attention,
-    through_skip,
-)
+from gemma_scope_jax.circuits.linear import TargetRows, begun_at, dot, down_a_layer
 from gemma_scope_jax.circuits.neurons import neuron_candidates, neurons_of
 from gemma_scope_jax.circuits.sources import (
     BLOCK,
@@ -76,7 +69,7 @@ def total_effects(
     _, P, C = layout.source.shape
     nothing = np.zeros((P, g.shape[1], C), np.float32)
     for layer in reversed(range(L)):
-        g = _begun(rows, g, np.int32(2 * layer + 1))
+        g = begun_at(rows, g, np.int32(2 * layer + 1))
         back = jnp.zeros_like(g)
         for n, source in enumerate(layout.layer.tolist()):
             coder = coders.at(source)
@@ -96,11 +89,8 @@ def total_effects(
             back = _add_back(back, here, vectors, strength, at)
             total = np.einsum("prc,r->pc", np.abs(np.asarray(here)), wanted.weights) * strength
             effect[n * BLOCK : (n + 1) * BLOCK] = total.reshape(-1)
-        g = _down(model, prompt.frozen, skip, np.int32(layer), rows, g, back)
+        g = down_a_layer(model, prompt.frozen, skip, np.int32(layer), rows, g, back)
     return effect[layout.slot], written
-
-
-_begun = jax.jit(begun)
 
 
 @partial(jax.jit, donate_argnums=1)  # or each block would copy what all write
@@ -116,12 +106,3 @@ def _add_back(back, slope, vectors, strength, positions):
     """What a layer's features hand on to resid_mid: active ones follow their pre-activation."""
     live = jnp.where((strength > 0)[:, None, :], slope, 0.0)
     return back.at[positions].add(dot("prc,pcd->prd", live, vectors))
-
-
-@jax.jit
-def _down(model, frozen, skip, layer, rows, g, back):
-    """g [T, R, D] from a layer's output to its input; `back` comes through its features."""
-    chunks = g.shape[0] // chunk_of(g.shape[0])
-    if skip is not None:
-        g = through_skip(model, frozen, skip, layer, chunks, g)
-    return through_attention(model, frozen, layer, chunks, begun(rows, g + back, 2 * layer))

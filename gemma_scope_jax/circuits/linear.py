@@ -211,6 +211,19 @@ def begun(rows: TargetRows, g: jax.Array, stage) -> jax.Array:
     return g.at[rows.position, row].add(here * rows.vector)
 
 
+begun_at = jax.jit(begun)
+
+
+@jax.jit
+def down_a_layer(model: Model, frozen: Frozen, skip, layer, rows: TargetRows, g, back) -> jax.Array:
+    """g [T, R, D] from a layer's output to its input, all of its tokens; `back` [T, R, D] is what
+    comes through the MLP besides the skip."""
+    chunks = g.shape[0] // chunk_of(g.shape[0])
+    if skip is not None:
+        g = through_skip(model, frozen, skip, layer, chunks, g)
+    return through_attention(model, frozen, layer, chunks, begun(rows, g + back, 2 * layer))
+
+
 def through_skip(model: Model, frozen: Frozen, skip, layer, chunks, g: jax.Array) -> jax.Array:
     """g [T, R, D] at resid_post, and what comes back through the skip of the layer's transcoder."""
     C, w = chunk_of(g.shape[0]), entry(skip, layer)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from gemma_scope_jax.circuits.linear import TargetRows, begun, chunk_of, dot, through_attention
+from gemma_scope_jax.circuits.linear import TargetRows, begun_at, chunk_of, dot, down_a_layer
 from gemma_scope_jax.circuits.sources import TOKENS, Active, Prompt, check_coders
 from gemma_scope_jax.coders.coder import Coder, CoderInfo, Encoder, Index, float32, static_field
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -169,7 +169,7 @@ def neuron_candidates(
     step = size if size <= TOKENS else chunk_of(size)
     found, written = [], []
     for layer in reversed(range(L)):
-        g = _begun(rows, g, np.int32(2 * layer + 1))
+        g = begun_at(rows, g, np.int32(2 * layer + 1))
         parts = []
         for start in range(0, size, step):
             some = slice(start, start + step)
@@ -186,7 +186,7 @@ def neuron_candidates(
         *arrays, back, wrote = (jnp.concatenate(part) for part in zip(*parts))
         found.append(_largest(layer, list(map(np.asarray, arrays)), most))
         written.append(wrote)
-        g = _down(model, prompt.frozen, np.int32(layer), rows, g, back)
+        g = down_a_layer(model, prompt.frozen, None, np.int32(layer), rows, g, back)
     layer, position, feature, effect, act, gate = map(np.concatenate, zip(*found[::-1]))
     best = np.arange(len(effect))
     if len(effect) > most:
@@ -240,13 +240,3 @@ def _layer(model: Model, neurons: MlpNeurons, i, tokens: _Tokens, g, weights):
     back = dot("trm,dm->trd", slope * gate[:, None], w_up) * inner[:, None]
     wrote = dot("tm,md->td", act, w_down) * gain
     return jnp.where(here[:, None], effect, -jnp.inf), act, gate, back, wrote
-
-
-_begun = jax.jit(begun)
-
-
-@jax.jit
-def _down(model, frozen, layer, rows, g, back):
-    """g [T, R, D] from a layer's output to its input; `back` comes through its neurons."""
-    chunks = g.shape[0] // chunk_of(g.shape[0])
-    return through_attention(model, frozen, layer, chunks, begun(rows, g + back, 2 * layer))
