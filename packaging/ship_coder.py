@@ -6,7 +6,7 @@
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
 config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
 held-out text and on text of other kinds (figures.json, and in the card), notes on what the text was
-and how the run went (in the card), and label material (labels.json.gz). Snippets come only from
+and how the run went (in the card), and label material (labels.json.zst). Snippets come only from
 texts whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
 BY-SA), the Python manual and library (PSF).
 """

@@ -2,10 +2,9 @@
 
 For each feature: the tokens whose logits its decoder row raises and lowers most, a few snippets of
 text on which it is strongest, and how often it fires. It is an excerpt of the feature's card, small
-enough to ship as `labels.json.gz` beside a coder.
+enough to ship as `labels.json.zst` beside a coder.
 """
 
-import gzip
 import json
 import os
 import tempfile
@@ -27,7 +26,7 @@ from gemma_scope_jax.storage.manifest import Format
 from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.strict_json import field
 
-FILES = ("labels.json.gz", "labels.json")
+FILES = ("labels.json.zst", "labels.json.gz", "labels.json")
 FORMAT = 1
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
@@ -83,10 +82,13 @@ def build_labels(
 
 
 def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:
-    """Write the result of `build_labels` beside a coder, as labels.json.gz; returns its path."""
+    """Write the result of `build_labels` beside a coder, as labels.json.zst; returns its path."""
+    import zstandard
+
     text = json.dumps(labels, ensure_ascii=False, separators=(",", ":"))
     path = expanded(folder) / FILES[0]
-    write_bytes(path, gzip.compress(text.encode(), mtime=0))
+    packed = zstandard.ZstdCompressor(level=22, write_checksum=True).compress(text.encode())
+    write_bytes(path, packed)
     return path
 
 

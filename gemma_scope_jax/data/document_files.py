@@ -249,13 +249,11 @@ def too_long(where: str) -> InputError:
 
 
 def decompressed(path: Path) -> BinaryIO:
-    """A .gz or .zst file, opened for binary reading. Raises `InputError` without zstandard."""
+    """A .gz or .zst file, opened for binary reading."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{path}: .zst needs `pip install zstandard`") from None
+    import zstandard
+
     # zstandard.open would stop silently after the first of several frames.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     _check_frames(path, zstandard)

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-import tracemalloc
 from urllib.parse import quote
 
 import numpy as np
@@ -25,6 +24,7 @@ from gemma_scope_jax.autointerp.judges import chat_client
 from gemma_scope_jax.autointerp.judges.chat_client import ChatClient, retry_after
 from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.errors import InputError
+from memory_use import least_peak
 from planted_store import PlantedStore, Tok
 
 LIMITS = {"timeout": 5.0, "retries": 0}
@@ -165,16 +165,12 @@ def test_words_that_are_no_secret_stay(tmp_path):
 # --- floods, terminals, nonsense -----------------------------------------------------------------
 
 
-def test_bombs_are_not_blown_up(tmp_path):
-    bomb = gzip.compress(b" " * (1 << 27), 1)
-    for number, line in enumerate((b"200 OK", b"400 no", b"500 no")):
-        (tmp_path / str(number)).mkdir()
-        tracemalloc.start()
-        said = heard(reply(line, bomb, b"Content-Encoding: gzip"), tmp_path / str(number))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 1 << 24
-        assert ("compressed by gzip, unasked" in said) == (line == b"200 OK")
+@pytest.mark.parametrize("status", [b"200 OK", b"400 no", b"500 no"])
+def test_bombs_are_not_blown_up(tmp_path, status):
+    answer = reply(status, gzip.compress(b" " * (1 << 27), 1), b"Content-Encoding: gzip")
+    said = []
+    assert least_peak(lambda: said.append(heard(answer, tmp_path))) < 1 << 24
+    assert ("compressed by gzip, unasked" in said[0]) == (status == b"200 OK")
 
 
 def test_replies_without_an_end_are_cut(tmp_path, monkeypatch):

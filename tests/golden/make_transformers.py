@@ -27,6 +27,15 @@ from tiny import tiny  # noqa: E402
 PROMPT = [2, 818, 5279, 529, 7001, 563]
 
 
+def stored(array: np.ndarray) -> np.ndarray:
+    """Activations [L, ...] rounded by at most 4e-6 of a layer's largest value, a fifth of the
+    tolerance: they are compressed better.
+    """
+    largest = np.abs(array).max(axis=tuple(range(1, array.ndim)), keepdims=True)
+    step = 2.0 ** (np.ceil(np.log2(largest)) - 18)
+    return (np.round(array / step) * step).astype(array.dtype)
+
+
 def shrunk(number: int, name: str) -> dict[str, np.ndarray]:
     """transformers' numbers for one size, shrunk; keys are prefixed with the size."""
     config = dataclasses.replace(tiny(PRESETS[name]), context=256)
@@ -40,7 +49,7 @@ def shrunk(number: int, name: str) -> dict[str, np.ndarray]:
         f"{name}/ids": ids,
         f"{name}/logits": logits,
         f"{name}/generated": peer_generate(model, ids[:, :10], 64),
-        **{f"{name}/{site}": sites[site] for site in SITES},
+        **{f"{name}/{site}": stored(sites[site]) for site in SITES},
     }
 
 
@@ -59,7 +68,7 @@ def real() -> dict[str, np.ndarray]:
         "real/ids": ids,
         "real/logits": logits[..., ::256],
         "real/generated": peer_generate(model, ids, 64),
-        **{f"real/{site}": sites[site][:, :, -1] for site in SITES},
+        **{f"real/{site}": stored(sites[site][:, :, -1]) for site in SITES},
     }
 
 

@@ -234,7 +234,7 @@ def pieces_of(documents, length):
 
 def test_labels_survive_the_file(labels, tmp_path):
     path = write_labels(labels, tmp_path)
-    assert path.name == "labels.json.gz"
+    assert path.name == "labels.json.zst"
     read = read_labels(tmp_path, 48)
     assert read == labels["features"] and len(read) == 48
     path.unlink()

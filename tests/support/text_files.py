@@ -1,10 +1,9 @@
 """A few documents in every kind of file that is read."""
 
-import contextlib
 import gzip
-import importlib
 import json
 
+import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 TEXTS = [f"document {i} " + "äbc\ndef " * (i % 7) for i in range(41)]
@@ -32,15 +31,7 @@ def write_records(path, records):
 def write_zst(path, lines):
     """Two frames, as parallel compressors write them."""
     half = lines.index(b"\n", len(lines) // 2) + 1
-    compress = zstd_compress()
-    path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
-
-
-def zstd_compress():
-    for name in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).compress
-    return None
+    path.write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))
 
 
 def write_corpus(folder, kind, texts=TEXTS):
@@ -60,4 +51,4 @@ def write_corpus(folder, kind, texts=TEXTS):
     return str(folder / f"*.{kind}")
 
 
-KINDS = ["txt", "jsonl", "jsonl.gz", "array_record", *(["jsonl.zst"] if zstd_compress() else [])]
+KINDS = ["txt", "jsonl", "jsonl.gz", "array_record", "jsonl.zst"]
