@@ -346,5 +346,8 @@ def normalised(c: GemmaConfig, frozen: Frozen) -> Frozen:
         )
 
     sums = jax.lax.map(of_chunk, jnp.arange(L * (T // C), dtype=jnp.int32))
+    # queries that see no key, where a prompt is filled up, have patterns of zeros: with ones there
+    # what is walked up from sources would grow at each layer, and overflow in deep models
+    sums = jnp.where(sums > LOWEST / 2, sums, 0.0)
     sums = sums.reshape(L, T // C, c.heads, C)
     return dataclasses.replace(frozen, log_sums=jnp.moveaxis(sums, 1, 2).reshape(L, c.heads, T))
