@@ -145,7 +145,7 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 	$(PEERS)/bin/python tests/golden/make_circuit_tracer.py
 
-APART = sides train_quality train_share circuits circuits_summary
+APART = sides train_quality train_share circuits circuits_results circuits_summary
 bench: $(VENV)/.has-demo $(PEERS)/.has
 	@for script in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done

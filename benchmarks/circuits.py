@@ -1,6 +1,6 @@
 """Attribution graphs on prompts with a known answer: are they right about what the model does?
 
-    .venv/bin/python benchmarks/circuits.py [--per-kind 3] [--results FILE.jsonl]
+    .venv/bin/python benchmarks/circuits.py [--per-kind 3] [--results FILE.jsonl.gz]
     .venv/bin/python benchmarks/circuits.py --summary [--write PAGE.md]
 
 Of each prompt in circuit_prompts.json (seven kinds of 20: text, answer, foil) the graph explains
@@ -14,31 +14,35 @@ transcoders:
   prefers the foil. In the order of their total effect on the difference, as the graph says, the
   most supporting first; and, to compare, of their direct effect alone, of how much they write
   (activation times the norm of the decoder row), any features of the same layers and positions, and
-  any active features.
+  any active features;
+- the automatic supernodes of the pruned graph's 25, 50 and 100 features of most influence: how much
+  of the answer these alone carry;
+- the baseline: the graph of as many of the model's own MLP neurons, ablated one at a time alike.
 
 The predicted change of several features ablated together holds them at zero, and lets all others
 follow their pre-activations. "nothing" is the real model, "attention" freezes attention patterns.
 
-Each prompt is one line of the results file, written when it is done: a killed run goes on where it
-was. The summary has one table for each part, a row a kind, means with 95 % bootstrap intervals over
-prompts; its last line is JSON. Half a minute a prompt on two busy cores.
+Each prompt is one line of the results file, which is written when one is done: a killed run goes on
+where it was, and of prompts done before only what they lack is measured. The summary has one table
+for each part, a row a kind, means with 95 % bootstrap intervals over prompts; its last line is
+JSON. A minute a prompt on two busy cores.
 """
 
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from circuits_summary import ORDERS, renewed, summary
+from circuits_results import SETTINGS, key, lines_of, rounded, write_lines
+from circuits_summary import ORDERS, START, renewed, summary
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "circuit_prompts.json"
-RESULTS = "results/circuits_{nodes}_cpu.jsonl"
+RESULTS = "results/circuits_{nodes}_cpu.jsonl.gz"
 # What stands for the MLPs in the graph; a row more for each other kind of nodes.
 NODES: dict[str, Callable[[], Any]] = {
     "transcoders": lambda: _library().load_coders("gemma-3-270m-transcoder-*")
@@ -46,10 +50,10 @@ NODES: dict[str, Callable[[], Any]] = {
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 125, 200, 320, 500)  # features ablated together
 REAL = {"nothing": ORDERS, "attention": ("total", "place")}  # the orders measured in each mode
 MODES = ("direct", "attention", "nothing")
-SETTINGS = ("nodes", "top", "cap", "most", "modes")
 DEFAULTS = {"top": 16, "cap": 0.05}
 NEXT_TO_NOTHING = 1e-9  # weight of the two logits, which are targets only to be measured
 RANDOM = 1  # draws of each random order, a prompt
+PINNED = (25, 50, 100)  # features in supernodes
 
 
 def _library():
@@ -67,6 +71,7 @@ class Study:
 
     model: Any
     tokenizer: Any
+    prompt: dict
     nodes: Any  # what `attribute` was given
     graph: Any
     pruned: Any
@@ -111,17 +116,14 @@ def scores(study: Study) -> dict:
 
 
 def path(study: Study) -> dict:
-    """The strongest path through features, each with the tokens that it raises most."""
-    gs = _library()
-    found = gs.strongest_paths(study.pruned, 1, direct=False)
+    """The strongest path through features: the token that it starts at, None for an error; whether
+    it raises the difference; and its share of the influence."""
+    found = _library().strongest_paths(study.pruned, 1, direct=False)
     if not found:
-        return {"path": "", "share": 0.0}
-    features = found[0].nodes[1:]
-    small = dataclasses.replace(study.pruned, sources=features, selected=len(features))
-    details = gs.feature_details(study.model, study.nodes, study.tokenizer, small)
-    named = gs.label_graph(small, details).sources
-    nodes = type(named).joined(found[0].nodes[:1], named)
-    return {"path": str(dataclasses.replace(found[0], nodes=nodes)), "share": found[0].share}
+        return {"token": None, "raises": False, "share": 0.0}
+    start = START.match(str(found[0]))
+    raises = " raises " in str(found[0])
+    return {"token": start[1] if start else None, "raises": raises, "share": found[0].share}
 
 
 def validation(study: Study) -> dict:
@@ -141,14 +143,13 @@ def validation(study: Study) -> dict:
             for a in found.agreements
             if (a.freeze, a.targets, a.control) == (mode, "features", False)
         ]
-        results[mode] = [*figures, *later]
+        results[mode] = [[round(f, 2) for f in some] for some in (*figures, *later)]
     return results
 
 
 def ablation(study: Study) -> dict:
     """{"counts", "predicted", "nothing": {order: changes}, "attention": {order: changes}}: how the
-    difference changes if so many features are ablated together; of random orders several. "first"
-    are the first five features of the order "total": layer, position, feature."""
+    difference changes if so many features are ablated together; of random orders several."""
     graph, n = study.graph, study.graph.selected
     each, total = total_effects(graph)
     counts = [k for k in COUNTS if k <= max(1, int(study.cap * n))]
@@ -162,9 +163,7 @@ def ablation(study: Study) -> dict:
         orders[f"place{seed}"] = same_place(graph, orders["total"][: counts[-1]], rng)
         orders[f"random{seed}"] = rng.permutation(n)
     ladder = lambda order: [order[:k] for k in counts]
-    nodes, first = graph.sources, orders["total"][:5]
     result = {
-        "first": np.stack([nodes.layer, nodes.position, nodes.feature], 1)[first].tolist(),
         "counts": counts,
         "predicted": [round(joint(graph, each, s), 2) for s in ladder(orders["total"])],
     }
@@ -237,6 +236,23 @@ def measured(study: Study, sets: Sequence[np.ndarray], freeze: str) -> np.ndarra
     return after - before
 
 
+def supernodes(study: Study) -> dict:
+    """{number of features: [replacement, completeness, supernodes]}: of the supernodes that so many
+    features of the pruned graph make, with all others folded into errors."""
+    found = {}
+    for most in PINNED:
+        groups = _library().find_supernodes(study.pruned, study.nodes, most=most)
+        found[str(most)] = [*dataclasses.astuple(groups.scores())[:2], len(groups)]
+    return found
+
+
+def neurons(study: Study) -> dict:
+    """`validation` of the graph of as many MLP neurons."""
+    given = study.model, study.tokenizer, None, study.prompt
+    graph = graph_of(*given, most=study.graph.selected)
+    return validation(dataclasses.replace(study, nodes=None, graph=graph))
+
+
 # What is measured of each graph; a row more for each other figure.
 MEASURES: dict[str, Callable[[Study], dict]] = {
     "behaviour": behaviour,
@@ -244,36 +260,31 @@ MEASURES: dict[str, Callable[[Study], dict]] = {
     "path": path,
     "validation": validation,
     "ablation": ablation,
+    "supernodes": supernodes,
+    "neurons": neurons,
 }
 
 
-def one_prompt(model, tokenizer, nodes, prompt: dict, number: int, settings: dict) -> dict:
-    """The line of a prompt."""
+def lacking(line: dict) -> list[str]:
+    """The measures that a line does not have yet."""
+    return [name for name in MEASURES if name not in line]
+
+
+def measured_line(model, tokenizer, nodes, prompt: dict, number: int, line: dict) -> dict:
+    """A prompt's line, which holds its settings and what was measured before, with all else."""
     start = time.perf_counter()
-    graph = graph_of(model, tokenizer, nodes, prompt, settings.get("most"))
+    graph = graph_of(model, tokenizer, nodes, prompt, line.get("most"))
     pruned = graph.prune(0.8, 0.98)
-    seconds = {"attribute": time.perf_counter() - start}
-    given = {name: settings[name] for name in ("top", "cap")}
-    modes = settings.get("modes", MODES)
-    study = Study(model, tokenizer, nodes, graph, pruned, number, **given, modes=modes)
-    line = {name: value for name, value in prompt.items() if name != "key"}
-    line |= {**settings, "tokens": len(graph.ids)}
-    for name, measure in MEASURES.items():
+    seconds = {"attribute": time.perf_counter() - start, **line.get("seconds", {})}
+    given = {"top": line["top"], "cap": line["cap"], "modes": line.get("modes", MODES)}
+    study = Study(model, tokenizer, prompt, nodes, graph, pruned, number, **given)
+    found = {"tokens": len(graph.ids)}
+    for name in lacking(line):
         start = time.perf_counter()
-        line[name] = measure(study)
+        found[name] = MEASURES[name](study)
         seconds[name] = time.perf_counter() - start
-    return rounded({**line, "seconds": seconds})
-
-
-def rounded(value: Any) -> Any:
-    """JSON data with three significant digits, and None for what is not defined."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.3g}") if math.isfinite(value) else None
-    return value
+    seconds = {name: round(s, 1) for name, s in seconds.items()}
+    return {**line, **rounded(found), "seconds": seconds}
 
 
 # ---- All prompts -----------------------------------------------------------------------------
@@ -290,41 +301,24 @@ def prompts(per_kind: int | None = None, kinds: Sequence[str] = ()) -> list[dict
     return [some[i] for i in order for some in given.values() if i < len(some)]
 
 
-def key(line: dict) -> tuple:
-    """What a line is the result of: a prompt and the settings."""
-    return tuple(str(line.get(name)) for name in ("text", "answer", "foil", *SETTINGS))
-
-
-def lines_of(file: Path) -> list[dict]:
-    """The lines of a results file, but for one that a killed run left unfinished."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def mend(file: Path) -> None:
-    """Cut off an unfinished line."""
-    if file.exists() and not (text := file.read_text(encoding="utf-8")).endswith("\n"):
-        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-
-
 def run(file: Path, wanted: list[dict], settings: dict) -> None:
-    """Study the prompts that the file lacks."""
+    """Study the prompts that the file lacks, and measure what its lines lack."""
     gs = _library()
-    mend(file)
-    done = {key(line) for line in lines_of(file)}
-    numbered = [(i, p) for i, p in enumerate(wanted) if key({**p, **settings}) not in done]
-    if not numbered:
+    lines = {key(line): line for line in lines_of(file)}
+    bare = [{k: v for k, v in p.items() if k != "key"} | settings for p in wanted]
+    begun = [lines.get(key(line), line) for line in bare]
+    left = [i for i, line in enumerate(begun) if lacking(line)]
+    if not left:
         return
     model = gs.load_model("gemma-3-270m", dtype="float32")
     tokenizer = gs.load_tokenizer("gemma-3-270m")
     nodes = NODES[settings["nodes"]]()
-    begun = len(wanted) - len(numbered)
-    progress = gs.Progress(len(wanted), "prompts", what="circuits", begun=begun)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for count, (number, prompt) in enumerate(numbered, begun + 1):
-        line = one_prompt(model, tokenizer, nodes, prompt, number, settings)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+    done = len(wanted) - len(left)
+    progress = gs.Progress(len(wanted), "prompts", what="circuits", begun=done)
+    for count, i in enumerate(left, done + 1):
+        found = measured_line(model, tokenizer, nodes, wanted[i], i, begun[i])
+        lines[key(found)] = found
+        write_lines(file, lines.values())
         progress.at(count)
 
 

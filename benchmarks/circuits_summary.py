@@ -84,25 +84,25 @@ def graph_row(lines: list[dict]) -> dict:
 
 
 def path_row(lines: list[dict]) -> dict:
-    paths = [line["path"]["path"] for line in lines]
-    starts = [START.match(path) for path in paths]
+    starts = [line["path"]["token"] for line in lines]
     counted = {
-        "from a token": [bool(start) for start in starts],
+        "from a token": [start is not None for start in starts],
         "from the deciding token": [
-            bool(start) and line["key"].strip() in start[1] for start, line in zip(starts, lines)
+            start is not None and line["key"].strip() in start for start, line in zip(starts, lines)
         ],
-        "raises the answer": [" raises " in path for path in paths],
+        "raises the answer": [line["path"]["raises"] for line in lines],
     }
     share = interval(line["path"]["share"] for line in lines)
     return {name: interval(map(float, of)) for name, of in counted.items()} | {"share": share}
 
 
-def validation_row(lines: list[dict]) -> dict:
-    def part(mode, a, i, statistic=np.mean):
-        given = (line["validation"][mode] for line in lines if mode in line["validation"])
-        return interval((found[a][i] for found in given), statistic)
+def validation_row(lines: list[dict], of: str = "validation") -> dict:
+    given = [line[of] for line in lines]
 
-    others = {mode for line in lines for mode in line["validation"]} - set(HEADINGS)
+    def part(mode, a, i, statistic=np.mean):
+        return interval((found[mode][a][i] for found in given if mode in found), statistic)
+
+    others = {mode for found in given for mode in found} - set(HEADINGS)
     return {
         **{heading: part(mode, 0, 0) for mode, heading in HEADINGS.items()},
         **{mode: part(mode, 0, 0) for mode in sorted(others)},
@@ -113,6 +113,26 @@ def validation_row(lines: list[dict]) -> dict:
         "R2 (median)": part("nothing", 0, 1, np.median),
         "downstream": part("nothing", 2, 0),
     }
+
+
+def neuron_row(lines: list[dict]) -> dict:
+    """`validation_row` of the graph of neurons, over the prompts that have one."""
+    some = [line for line in lines if "neurons" in line]
+    return {"prompts": str(len(some)), **validation_row(some, "neurons")}
+
+
+def supernode_row(lines: list[dict]) -> dict:
+    """How much of the answer the pruned graph's features of most influence carry alone."""
+    some = [line["supernodes"] for line in lines if "supernodes" in line]
+    row = {"prompts": str(len(some))}
+    for most in some[0] if some else ():
+        replacement, completeness, count = zip(*(found[most] for found in some))
+        row |= {
+            f"{most}: supernodes": f"{np.mean(count):.0f}",
+            f"{most}: replacement": interval(replacement),
+            f"{most}: completeness": interval(completeness),
+        }
+    return row
 
 
 def flip_row(lines: list[dict]) -> dict:
@@ -176,7 +196,9 @@ def ladder_rows(lines: list[dict]) -> list[dict]:
 PARTS: dict[str, Callable[[list[dict]], dict]] = {
     "Graphs": graph_row,
     "Strongest path": path_row,
+    "Supernodes": supernode_row,
     "One feature at a time": validation_row,
+    "One neuron at a time": neuron_row,
     f"{SHOWN} features together": change_row,
     "Preference turned": flip_row,
 }
@@ -193,7 +215,8 @@ def summary(lines: list[dict]) -> tuple[dict[str, str], dict[str, Any]]:
         tables[heading] = table([*rows, {"kind": "all", **row(lines)}])
     tables["More and more features together"] = table(ladder_rows(lines))
     mean = lambda values: float(np.mean([v for v in values if v is not None] or [np.nan]))
-    real = lambda line: line["validation"].get("nothing", [[None], [None]])
+    real = lambda line: line.get("validation", {}).get("nothing", [[None], [None]])
+    whole = [line["neurons"] for line in lines if "neurons" in line]
     turned = lambda order: mean(
         np.isfinite(flips(line, "nothing", order)).mean() for line in right(lines)
     )
@@ -203,6 +226,7 @@ def summary(lines: list[dict]) -> tuple[dict[str, str], dict[str, Any]]:
         "replacement": mean(line["scores"]["whole"][0] for line in lines),
         "completeness": mean(line["scores"]["whole"][1] for line in lines),
         "spearman": mean(real(line)[0][0] for line in lines),
+        "spearman_neurons": mean(real({"validation": found})[0][0] for found in whole),
         "spearman_random": mean(real(line)[1][0] for line in lines),
         **{f"turned_{order}": turned(order) for order in ORDERS},
         "seconds": float(np.median([sum(line["seconds"].values()) for line in lines])),

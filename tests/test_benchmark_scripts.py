@@ -3,6 +3,7 @@
 Whether both sides agree, and how fast they are, is for `make bench`, which has the peers.
 """
 
+import gzip
 import importlib.util
 import json
 import math
@@ -89,7 +90,7 @@ def line_of(number, difference, changes):
         "key": " b",
         "behaviour": {"difference": difference, "before": number},
         "scores": {"features": 9, "nodes": 5, "whole": [0.5, 0.8], "pruned": [0.4, None]},
-        "path": {"path": '" b" at 3 -> feature 1/2 at 4 raises x (2.00%)', "share": 0.02},
+        "path": {"token": " b", "raises": True, "share": 0.02},
         "validation": dict.fromkeys(("direct", "attention", "nothing"), figures),
         "ablation": {
             "counts": [1, 2, 20],
@@ -150,19 +151,43 @@ def test_a_summary_counts_what_turns_the_preference(circuits):
     assert rows[0].split("|")[3].startswith(f" {lost:.2f} [")
 
 
-def test_an_unfinished_line_is_cut_off(circuits, tmp_path):
-    file = tmp_path / "x.jsonl"
+def test_a_summary_of_lines_of_which_only_one_has_neurons(circuits):
+    lines = [line_of(0, 4.0, [-1.0, -5.0, -6.0]), line_of(1, 4.0, [-1.0, -2.0, -2.0])]
+    lines[0] |= {"neurons": lines[1]["validation"], "supernodes": {"25": [0.5, 0.8, 9]}}
+    tables, figures = circuits.summary(lines)
+    assert (figures["spearman"], figures["spearman_neurons"]) == (0.55, 0.6)
+    cells = [cell.strip() for cell in tables["Supernodes"].splitlines()[-1].split("|")[1:-1]]
+    assert cells[:3] == ["all", "1", "9"] and cells[3].startswith("0.50 [")
+    assert tables["One neuron at a time"].splitlines()[-1].startswith("| all | 1 | 0.60 [")
+
+
+def test_results_are_written_whole_and_only_what_lacks_is_measured(circuits, tmp_path, monkeypatch):
+    file, asked = tmp_path / "x.jsonl.gz", []
     assert circuits.lines_of(file) == []
-    file.write_text('{"a": 1}\n{"a": 2}\n{"a')
-    assert circuits.lines_of(file) == [{"a": 1}, {"a": 2}]
-    circuits.mend(file)
-    assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+    wanted, settings = circuits.prompts(1, ["capital", "bracket"]), dict(circuits.DEFAULTS)
+    settings["nodes"] = "transcoders"
+    old = {**wanted[1], **settings, "behaviour": 1}
+    circuits.write_lines(file, [old])
+    for name in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(f"gemma_scope_jax.{name}", lambda *a, **k: None)
+    monkeypatch.setattr(circuits, "NODES", {"transcoders": lambda: None})
+
+    def measure(model, tokenizer, nodes, prompt, number, line):
+        asked.append((number, "behaviour" in line))
+        return {**line, **dict.fromkeys(circuits.MEASURES, number)}
+
+    monkeypatch.setattr(circuits, "measured_line", measure)
+    circuits.run(file, wanted, settings)
+    circuits.run(file, wanted, settings)
+    assert asked == [(0, False), (1, True)]
+    found = circuits.results(file, wanted, settings)
+    assert [line["neurons"] for line in found] == [1, 0] and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.real
 @pytest.mark.slow
 def test_circuits(tmp_path):
-    file = tmp_path / "circuits.jsonl"
+    file = tmp_path / "circuits.jsonl.gz"
     few = ("--kinds", "agreement", "--per-kind", 1, "--most", 64, "--top", 2, "--results", file)
     command = [str(a) for a in (sys.executable, BENCHMARKS / "circuits.py", *few)]
     outputs = []
@@ -171,9 +196,10 @@ def test_circuits(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1]
-    assert len(file.read_text().splitlines()) == 1
-    found = json.loads(file.read_text())
+    (found,) = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     assert found["ablation"]["counts"] == [1, 2, 3]
-    assert found["validation"]["direct"][0][0] == 1.0  # direct effects are exact
+    for nodes in ("validation", "neurons"):
+        assert found[nodes]["direct"][0][0] == 1.0  # direct effects are exact
+    assert 0 < found["supernodes"]["25"][0] < found["scores"]["whole"][0] + 0.1
     figures = json.loads(outputs[0].splitlines()[-1])
     assert figures["name"] == "circuits-transcoders" and figures["right"] == 1

@@ -74,7 +74,7 @@ def gathered(coders, own, edits: Edits, noise, stored: tuple[Any, ...] = ()) -> 
     noise   (whether features write the directions of others, a seed, the numbers [B] of the sets)
     stored  of each coder None, or what its edits write, see `rows_on_disk`
     """
-    swap, drawn = noise[0], _drawn(edits.layer.shape[1], *noise[1:])
+    swap, numbers = noise[0], drawn(edits.layer.shape[1], *noise[1:])
     which, i = (jnp.asarray(table, jnp.int32)[edits.layer] for table in own)
     which, zeros = jnp.where(edits.layer < 0, -1, which), partial(jnp.zeros, dtype=jnp.float32)
     W, shape = max(len(coder.layers) for coder in coders), which.shape
@@ -92,7 +92,7 @@ def gathered(coders, own, edits: Edits, noise, stored: tuple[Any, ...] = ()) -> 
             written = jnp.pad(stored[n], [(0, 0)] * 2 + [(0, W - len(coder.layers)), (0, 0)])
         else:
             written = _decoder_rows(coder, source, ids, W)
-            direction = _decoder_rows(coder, source, _another(coder, ids, drawn), W)
+            direction = _decoder_rows(coder, source, another(coder, ids, numbers), W)
             written = jnp.where(swap, _resized(direction, written), written)
         names = jnp.where(here[..., None], names, -1)
         layers = jnp.where(names < 0, layers, names)
@@ -105,19 +105,19 @@ def rows_on_disk(coders: tuple[Coder, ...], edits: Edits, noise) -> tuple[Any, .
     [B, E, X, D], zeros for the edits of other coders. `noise` as in `gathered`."""
     if all(coder.w_dec is not None for coder in coders):
         return (None,) * len(coders)
-    drawn = np.asarray(_drawn(edits.layer.shape[1], *noise[1:])) if noise[0] else None
-    return tuple(None if c.w_dec is not None else _from_disk(c, edits, drawn) for c in coders)
+    numbers = np.asarray(drawn(edits.layer.shape[1], *noise[1:])) if noise[0] else None
+    return tuple(None if c.w_dec is not None else _from_disk(c, edits, numbers) for c in coders)
 
 
-def _from_disk(coder: Coder, edits: Edits, drawn: np.ndarray | None) -> np.ndarray:
+def _from_disk(coder: Coder, edits: Edits, numbers: np.ndarray | None) -> np.ndarray:
     found = np.zeros((*edits.layer.shape, len(coder.layers), coder.d_out), np.float32)
     for i, layer in enumerate(coder.layers):
         mine = edits.layer == layer
         if mine.any():
             ids = edits.feature[mine]
             rows = _distinct_rows(coder, i, ids)
-            if drawn is not None:
-                direction = _distinct_rows(coder, i, _another(coder, ids, drawn[mine]))
+            if numbers is not None:
+                direction = _distinct_rows(coder, i, another(coder, ids, numbers[mine]))
                 rows = np.asarray(_resized(direction, rows))
             found[mine] = rows
     return found
@@ -129,9 +129,9 @@ def _distinct_rows(coder: Coder, i: int, ids: np.ndarray) -> np.ndarray:
     return decoder_rows(coder, unique, layer=i).astype(np.float32)[where.reshape(-1)]
 
 
-def _another(coder: Coder, ids, drawn):
-    """Other features of the same layers, by numbers drawn from 0 on."""
-    return (ids + 1 + drawn % max(1, coder.width - 1)) % coder.width
+def another(coder: Coder, ids, numbers):
+    """Other features of the same layers, by numbers `drawn`."""
+    return (ids + 1 + numbers % max(1, coder.width - 1)) % coder.width
 
 
 def _written_layers(coder: Coder, i, size: int):
@@ -160,7 +160,7 @@ def _decoder_rows(coder: Coder, i, ids, size: int):
     return jnp.pad(float32(rows), [(0, 0)] * ids.ndim + [(0, size - X), (0, 0)])
 
 
-def _drawn(size: int, seed, numbers):
+def drawn(size: int, seed, numbers):
     """Numbers from 0 on, int32 [B, size], by seed and set."""
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers.astype(jnp.uint32))
     draw = lambda key: jax.random.randint(key, (size,), 0, 2**31 - 1, jnp.int32)

@@ -194,7 +194,7 @@ class Graph:
     def validate(
         self,
         model: Model,
-        coders: Coder | Iterable[Coder],
+        coders: Coder | Iterable[Coder] | None,
         *,
         top: int = 32,
         modes: Sequence[Freeze] = ("direct", "attention", "nothing"),
@@ -204,7 +204,7 @@ class Graph:
         """Ablate the `top` features by influence, one at a time, and compare the changes of the
         final targets and of the features downstream with those that the graph predicts.
 
-        model, coders  those that the graph was made with; `ids` is the prompt
+        model, coders  those that the graph was made with, None for neurons; `ids` is the prompt
         modes   what is frozen while measuring, see `intervene`. "direct" is the graph's own linear
                 model, where direct effects are exact; "attention" and "nothing" are the real model;
                 "replacement" shows what thresholds alone change

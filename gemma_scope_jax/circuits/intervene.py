@@ -1,4 +1,4 @@
-"""Interventions on features: what the model does when a circuit's parts are changed.
+"""Interventions on features or neurons: what the model does when a circuit's parts are changed.
 
 A batch holds the prompt itself in row 0 and one set of edits in each other row. Whatever is frozen
 at the prompt's values is copied from row 0 as the rows run together, so nothing has to be stored,
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.circuits.edit_neurons import edited_neurons, neuron_edits
 from gemma_scope_jax.circuits.edit_rows import (
     EditRows,
     columns_of_layer,
@@ -34,6 +35,7 @@ from gemma_scope_jax.circuits.interventions import (
     transcoders,
 )
 from gemma_scope_jax.circuits.linear import room_for
+from gemma_scope_jax.circuits.neurons import gelu, mlp_neurons, neurons_of
 from gemma_scope_jax.circuits.prompts import checked_prompt
 from gemma_scope_jax.coders.coder import Coder, float32, jump_relu, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -58,7 +60,7 @@ class Intervened:
     """What `intervene` returns: numpy arrays, float32, one row for each of the n sets.
 
     logits           [n, V] of the last token, [n, T, V] of all, or None
-    pre_activations  [n, R] of the features `read`, or None
+    pre_activations  [n, R] of the features `read`, of neurons gelu(gate) * up; or None
     token_logits     [n, K] of the `tokens`, each less the mean of all logits; or None
     clean            the same of the prompt without edits, with one row
     """
@@ -72,7 +74,7 @@ class Intervened:
 @own_mesh
 def intervene(
     model: Model,
-    coders: Coder | Iterable[Coder],
+    coders: Coder | Iterable[Coder] | None,
     ids: Any,
     interventions: Sequence[Sequence[Any]],
     *,
@@ -84,11 +86,12 @@ def intervene(
     control: int | None = None,
     batch: int = 16,
 ) -> Intervened:
-    """Run one prompt under many sets of interventions on transcoders' or a CLT's features.
+    """Run one prompt under many sets of interventions on features of transcoders or of a CLT, or
+    on MLP neurons.
 
     coders         transcoders (plain or affine) or CLTs, one a layer; layers may have none. Of a
                    decoder left on disk the rows of the edits are read; freeze="replacement"
-                   needs it in memory
+                   needs it in memory. None: the model's own neurons, see `mlp_neurons`
     ids            the prompt, int [T] or [1, T], `<bos>` first
     interventions  n sets, each a list of `Intervention`s or tuples (layer, position, feature,
                    value); an empty set leaves the prompt as it is
@@ -104,7 +107,8 @@ def intervene(
     batch          rows run together, one of them the prompt
 
     decode(new features) - decode(old features) is added to what the MLP writes, so that a coder's
-    error stays, as `edit` does; of a CLT to all later layers. Old features are those of the run:
+    error stays, as `edit` does; of a CLT to all later layers. A neuron's value is set in mlp_act,
+    before the down projection and the norm after the MLP. Old features are those of the run:
 
         "nothing"          the real model
         "attention"        attention patterns are frozen
@@ -115,12 +119,15 @@ def intervene(
         "replacement"      patterns and norms frozen, each MLP is its coder plus a constant error:
                            features downstream respond, with their thresholds
 
+    With neurons, "direct" and "replacement" also freeze gelu(gate).
+
     One program serves all sets of the same sizes, rounded up to powers of two: other features,
     layers, positions and values compile nothing. Raises `InputError` for coders of another model,
     features, layers and positions that do not exist, and values that are not finite.
     """
     _check_choices(freeze, logits)
     ids = checked_prompt(model.config, ids).astype(np.int32)
+    coders = mlp_neurons(model) if coders is None else coders
     coders = _checked_coders(model.config, coders, freeze)
     rows = edits_of(checked_sets(interventions, coders), coders, len(ids))
     where = _checked_reads(coders, read, len(ids))
@@ -174,12 +181,15 @@ def _intervene(
 ):
     """Logits, pre-activations [B, L, R] and chosen logits [B, K] of rows, of which 0 is clean."""
     edits, wanted, vocabulary, frozen, noise, stored = data
-    own = own_layers(coders, model.config.layers)
-    written = gathered(coders, own, edits, noise, stored)
-    layer_args = (written, frozen, coders)
-    items = [
-        intercept.fold("mlp_out", None, _mlp_out, _no_change, *layer_args, freeze=freeze, own=own)
-    ]
+    own, neurons = own_layers(coders, model.config.layers), neurons_of(coders)
+    held = frozen if freeze in ("direct", "replacement") else jnp.zeros_like(frozen)
+    if neurons is None:
+        written = gathered(coders, own, edits, noise, stored)
+        given, static = (written, frozen, coders), {"freeze": freeze, "own": own}
+        items = [intercept.fold("mlp_out", None, _mlp_out, _no_change, *given, **static)]
+    else:
+        given = neuron_edits(neurons, edits, noise), held, neurons
+        items = [intercept.write("mlp_act", None, edited_neurons, *given, freeze=freeze)]
     if freeze != "nothing":
         items.append(intercept.write("attn_pattern", None, _clean))
     if freeze not in ("nothing", "attention"):
@@ -188,8 +198,9 @@ def _intervene(
         position, feature = wanted
         found = [columns_of_layer(coders, own, l, ids)[:2] for l, ids in enumerate(feature)]
         w, b = (jnp.stack(a) for a in zip(*found))
-        args = per_layer((w, b, position))
-        items.append(intercept.read("mlp_in", None, _pre_activations, args, name="z"))
+        gates = None if neurons is None else neurons.gate_columns(feature)
+        args = per_layer((w, b, gates, position))
+        items.append(intercept.read("mlp_in", None, _pre_activations, args, held, name="z"))
     run = "all" if everywhere else "last"
     out = one_pass(model, tokens, tuple(items), None, length, logits=run)
     pre = None if wanted is None else jnp.moveaxis(out.reads["z"], 0, 1)
@@ -209,9 +220,14 @@ def _clean(x, ctx):
 
 
 @tokenwise
-def _pre_activations(x, ctx, here):
-    w, b, position = here
-    return jnp.einsum("brd,rd->br", float32(x[:, position]), w, precision=EXACT) + b[None]
+def _pre_activations(x, ctx, here, held):
+    w, b, gate, position = here
+    x = float32(x[:, position])
+    z = jnp.einsum("brd,rd->br", x, w, precision=EXACT) + b[None]
+    if gate is None:
+        return z
+    x = jnp.where(held[ctx.layer], x[:1], x)  # a frozen gate has the prompt's value
+    return z * gelu(jnp.einsum("brd,rd->br", x, gate, precision=EXACT))
 
 
 def _no_change(embed, written, frozen, coders):

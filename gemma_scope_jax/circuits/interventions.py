@@ -1,4 +1,4 @@
-"""What an intervention is: features of a coder set to values, at tokens of a text.
+"""What an intervention is: features of a coder, or neurons, set to values, at tokens of a text.
 
 An edit is a row (layer, position, feature, value), as circuit-tracer takes them. Edits are data:
 `intervene` runs many sets of them on one prompt in one program; `edit_features` turns one set into
@@ -13,13 +13,13 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends
+from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, ends, float32
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.splice import edit
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import check_finite, whole_number
 from gemma_scope_jax.model.config import GemmaConfig
-from gemma_scope_jax.model.intercept import Intercept, tokenwise
+from gemma_scope_jax.model.intercept import Intercept, tokenwise, write
 
 END = 2**31 - 1  # beyond every text
 
@@ -56,7 +56,8 @@ class Edits:
 
 
 def transcoders(config: GemmaConfig, coders: Coder | Iterable[Coder]) -> CoderSet:
-    """`coders` as a set of transcoders or CLTs of this model, one a layer. Raises `InputError`."""
+    """`coders` as a set of transcoders or CLTs of this model, one a layer, or its neurons. Raises
+    `InputError`."""
     coders = CoderSet(coders)
     for name, coder in coders.items():
         check_fits(config, coder)
@@ -66,8 +67,6 @@ def transcoders(config: GemmaConfig, coders: Coder | Iterable[Coder]) -> CoderSe
                 f"{name}: {ends(coder)}: circuits are of transcoders and CLTs, which read mlp_in "
                 "and write mlp_out; for other coders use edit"
             )
-        if coder.kind == "neurons":
-            raise InputError("neurons are no features: change them with gs.write at mlp_act")
         if coder.k is not None:
             raise InputError(
                 f"{name} keeps the {coder.k} largest features of a token, so that one feature's "
@@ -94,13 +93,20 @@ def as_intervention(given: Any, coders: CoderSet) -> Intervention:
     if not isinstance(given.position, slice) and given.position is not None:
         trained = coders.at(layer).first
         if first < trained:
-            raise InputError(
-                f"position {first}: the coder of layer {layer} has features from position "
-                f"{trained} on, for it was not trained on the tokens before"
-            )
+            raise InputError(f"position {first}: {_begin(coders.at(layer), layer)}")
     elif last <= first:
         raise InputError(f"the slice {given.position} holds no positions")
     return dataclasses.replace(given, layer=layer, feature=feature, value=float(given.value))
+
+
+def _begin(coder: Coder, layer: int) -> str:
+    """From which position on a coder has features, and why."""
+    if coder.kind == "neurons":
+        return f"these neurons begin at position {coder.first}: mlp_neurons(model, first=0) has all"
+    return (
+        f"the coder of layer {layer} has features from position {coder.first} on, for it was not "
+        "trained on the tokens before"
+    )
 
 
 def checked_feature(coders: CoderSet, layer: Any, feature: Any) -> tuple[int, int]:
@@ -192,7 +198,8 @@ def power_of_two(count: int) -> int:
 def edit_features(coders: Coder | Iterable[Coder], interventions: Sequence[Any]) -> list[Intercept]:
     """One set of interventions as intercepts for `run` and `generate`: nothing is frozen.
 
-    coders         any coders that `edit` takes, one a layer
+    coders         any coders that `edit` takes, one a layer; or `mlp_neurons(model)`, whose
+                   activations are set at mlp_act
     interventions  `Intervention`s or tuples (layer, position, feature, value). A position of None
                    or an open slice such as `slice(5, None)` goes on through the generated tokens
 
@@ -213,13 +220,18 @@ def edit_features(coders: Coder | Iterable[Coder], interventions: Sequence[Any])
         it = as_intervention(given, coders)
         number = next(n for n, coder in enumerate(coders) if it.layer in coder.layers)
         by_coder.setdefault(number, []).append(it)
-    return [
-        edit(coders[number], set_features, *_columns(some)) for number, some in by_coder.items()
-    ]
+    return [_edit(coders[number], some) for number, some in by_coder.items()]
 
 
-def _columns(some: list[Intervention]) -> tuple[np.ndarray, ...]:
-    """Layer, first position, the one after the last, feature, value, relative: arrays [n]."""
+def _edit(coder: Coder, some: list[Intervention]) -> Intercept:
+    if coder.kind == "neurons":
+        return write("mlp_act", None, set_features, *_columns(some, coder.first))
+    return edit(coder, set_features, *_columns(some, coder.first))
+
+
+def _columns(some: list[Intervention], begin: int) -> tuple[np.ndarray, ...]:
+    """Layer, first position, the one after the last, feature, value, relative: arrays [n].
+    No position is before `begin`."""
     spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for it in some:
         first, last = _span(it.position)
@@ -229,6 +241,7 @@ def _columns(some: list[Intervention]) -> tuple[np.ndarray, ...]:
         taken.append((first, last))
     room = power_of_two(len(some)) - len(some)
     ints = [[i.layer, *_span(i.position), i.feature] for i in some] + [[-1, 0, 0, 0]] * room
+    ints = [[layer, max(first, begin), last, feature] for layer, first, last, feature in ints]
     values, relative = ([getattr(i, name) for i in some] for name in ("value", "relative"))
     numbers = np.array(values + [0.0] * room, np.float32)
     return *np.array(ints, np.int32).T, numbers, np.array(relative + [False] * room, bool)
@@ -241,6 +254,7 @@ def set_features(f, ctx, layer, first, last, feature, value, relative):
     at = ctx.positions[..., None]
     wide = lambda a: jnp.asarray(a)[None, None, :]
     here = wide(jnp.asarray(layer) == ctx.layer) & (at >= wide(first)) & (at < wide(last))
-    old = f[..., jnp.asarray(feature)]
+    exact = float32(f)  # neurons have the model's dtype, in which a small value would be lost
+    old = exact[..., jnp.asarray(feature)]
     new = jnp.where(wide(relative), wide(value) * old, wide(value))
-    return f.at[..., jnp.asarray(feature)].add(jnp.where(here, new - old, 0.0))
+    return exact.at[..., jnp.asarray(feature)].add(jnp.where(here, new - old, 0.0)).astype(f.dtype)

@@ -15,7 +15,7 @@ All of them are active at every token; `max_candidates` says how many may become
 Source: Jafari et al. 2025, RelP (gates frozen); Ameisen et al. 2025 (frozen norms and patterns).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import flax.struct
@@ -71,6 +71,11 @@ class MlpNeurons(Coder):
         rows = jnp.asarray(self.w_dec)[i, jnp.asarray(features)]
         return float32(rows) * self.gain(i)
 
+    def gate_columns(self, features: ArrayLike) -> jax.Array:
+        """The gates' weights [L, R, D], float32, of neurons [L, R] of each layer."""
+        layer = jnp.arange(len(self.layers), dtype=jnp.int32)[:, None]
+        return float32(jnp.asarray(self.w_gate)[layer, :, jnp.asarray(features)])
+
     def unplaced(self) -> "MlpNeurons":
         return self.replace(first=0)
 
@@ -124,7 +129,7 @@ def graph_coders(
     return coders
 
 
-def neurons_of(coders: CoderSet) -> MlpNeurons | None:
+def neurons_of(coders: Sequence[Coder]) -> MlpNeurons | None:
     """The neurons, if `coders` are these."""
     first = coders[0]
     return first if isinstance(first, MlpNeurons) else None
@@ -145,12 +150,13 @@ def sources_at(coders: CoderSet, prompt: Prompt, layer: Any, position: Any, feat
         mine = np.flatnonzero(columns[0] == number)
         at, which = (column[mine] for column in columns[1:])
         x, given = prompt.mlp_in[number, at], jnp.asarray(neurons.w_gate)[number][:, which]
-        gate[mine] = _gelu(dot("nd,dn->n", x, float32(given)))
+        gate[mine] = gelu(dot("nd,dn->n", x, float32(given)))
         scale[mine] = prompt.post_mlp_scale[number, at]
     return Active(columns[0], columns[1], columns[2], ones, gate, scale, "neuron")
 
 
-def _gelu(x: jax.Array) -> jax.Array:
+def gelu(x: jax.Array) -> jax.Array:
+    """Gemma's own: the approximation by tanh."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -233,7 +239,7 @@ def _layer(model: Model, neurons: MlpNeurons, i, tokens: _Tokens, g, weights):
     gain = neurons.gain(i) * after[:, None]  # of what they write [T, D]
     norm = float32(at_layer(model.params.blocks.pre_mlp_norm, i))
     inner = (1.0 + norm)[None, :] * before[:, None]
-    gate = jnp.where(here[:, None], _gelu(dot("td,dm->tm", x, w_gate)), 0.0)
+    gate = jnp.where(here[:, None], gelu(dot("td,dm->tm", x, w_gate)), 0.0)
     act = gate * dot("td,dm->tm", x, w_up)
     slope = dot("trd,md->trm", g * gain[:, None], w_down)
     effect = dot("trm,r->tm", jnp.abs(slope), weights) * jnp.abs(act)

@@ -8,6 +8,8 @@ A graph is a linear model of one prompt. Setting a feature s to zero changes a t
 which, as features only have effects on later layers, is solved from the first layer to the last.
 This total ignores thresholds: a feature that would switch off goes negative, and one that is not in
 the graph cannot switch on. The model itself says how much that matters.
+
+Of a graph without coders read "neurons" for "features", here and below.
 """
 
 import dataclasses
@@ -103,7 +105,7 @@ class Validation:
 def validate(
     graph: "Graph",
     model: Model,
-    coders: Coder | Iterable[Coder],
+    coders: Coder | Iterable[Coder] | None,
     *,
     top: int = 32,
     modes: Sequence[Freeze] = ("direct", "attention", "nothing"),
@@ -138,7 +140,7 @@ def validate(
 def _final(graph: "Graph") -> np.ndarray:
     """The rows of what was asked about and can be measured."""
     n = graph.selected
-    if not n or not (graph.sources.kind[:n] == "feature").all():
+    if not n:
         raise InputError("a graph is validated by ablating its features, and this one has none")
     final = [row for row in range(n, len(graph.targets)) if target_terms(graph, row)]
     final = np.array(final, int)
@@ -156,10 +158,11 @@ def target_terms(graph: "Graph", row: int) -> list[dict[str, Any]]:
     known, n, t = graph.about.get("targets"), graph.selected, graph.targets
     if isinstance(known, list) and len(known) == len(t) - n:
         return known[row - n] or []
-    if t.kind[row] not in ("logit", "feature"):
+    kind = {"logit": "logit", "feature": "feature", "neuron": "feature"}.get(t.kind[row])
+    if kind is None:
         return []
     where = {"layer": int(t.layer[row]), "position": int(t.position[row])}
-    return [{"kind": str(t.kind[row]), "what": int(t.feature[row]), "factor": 1.0, **where}]
+    return [{"kind": kind, "what": int(t.feature[row]), "factor": 1.0, **where}]
 
 
 def _measured(graph, model, coders, which, options) -> np.ndarray:
@@ -200,7 +203,9 @@ def total_ablation(graph: "Graph", which: np.ndarray) -> np.ndarray:
     """The total change of every target if one feature is set to zero and features downstream follow
     their pre-activations: [which, targets]."""
     n = graph.selected
-    each = graph.effects[:, :n] / graph.sources.activation[None, :n]  # of one unit of activation
+    active = graph.sources.activation[:n]
+    active = np.where(active == 0, np.float32(1), active)  # a neuron at 0 has no effects
+    each = graph.effects[:, :n] / active[None, :]  # of one unit of activation
     direct = ablation(graph, which)
     features = _solved(graph, each[:n], direct[:, :n].T)
     return direct + (each @ features).T

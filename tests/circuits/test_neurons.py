@@ -187,9 +187,6 @@ BAD = {
         lambda m: gs.attribute(m, gs.mlp_neurons(tiny_model(PRESETS["gemma-3-270m"])), IDS),
         "layers 0 to 3",
     ),
-    "intervene": (
-        lambda m: gs.intervene(m, gs.mlp_neurons(m), IDS, [[(0, 1, 2, 0.0)]]), "mlp_act",
-    ),
 }  # fmt: skip
 
 
