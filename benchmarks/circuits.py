@@ -128,7 +128,7 @@ def path(study: Study) -> dict:
 
 def validation(study: Study) -> dict:
     """{mode: [Spearman, R2, sign, slope] of the difference, those of a control, and Spearman and R2
-    of the features downstream}; the control's features write random directions."""
+    of the features downstream}; the control is that of `Graph.validate`."""
     from gemma_scope_jax.circuits.validate import agreement
 
     top, modes = study.top, study.modes
