@@ -278,7 +278,7 @@ def measured_line(model, tokenizer, nodes, prompt: dict, number: int, line: dict
     seconds = {"attribute": time.perf_counter() - start, **line.get("seconds", {})}
     given = {"top": line["top"], "cap": line["cap"], "modes": line.get("modes", MODES)}
     study = Study(model, tokenizer, prompt, nodes, graph, pruned, number, **given)
-    found = {"tokens": len(graph.ids)}
+    found: dict[str, Any] = {"tokens": len(graph.ids)}
     for name in lacking(line):
         start = time.perf_counter()
         found[name] = MEASURES[name](study)

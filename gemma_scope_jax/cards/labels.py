@@ -8,12 +8,13 @@ enough to ship as `labels.json.zst` beside a coder.
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_scope_jax.autointerp.explanations import is_number
 from gemma_scope_jax.cards.build import build_cards
+from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.whole_files import read_whole
@@ -64,21 +65,34 @@ def build_labels(
         store = extract(model, {"coder": coder}, tokenizer, plain, out, **options)
         options = {"model": model, "tokenizer": tokenizer, "settings": settings}
         cards = build_cards(store, coder, f"{folder}/cards", **options)
-        words = lambda key, f: tokenizer.decode_tokens(cards[key][f]) if key in cards else []
-        features = []
-        for f in range(len(cards)):
-            label = {"top_logits": words("top_ids", f), "bottom_logits": words("bottom_ids", f)}
-            snippets = []
-            for e in cards.groups(f)[0].examples[:examples]:
-                kept = [(i, v) for i, v in zip(e.ids, e.values) if not tokenizer.special[i]]
-                tokens = tokenizer.decode_tokens([i for i, _ in kept])
-                values = [float(f"{v:.3g}") for _, v in kept]
-                if tokens:  # others than control tokens
-                    source = named[e.document][0]
-                    snippets.append({"tokens": tokens, "values": values, "source": source})
-            density = round(float(cards["density"][f]), 7)
-            features.append({**label, "examples": snippets, "density": density})
+        sources = [source for source, _ in named]
+        features = [card_label(cards, f, tokenizer, examples, sources) for f in range(len(cards))]
         return {"format": FORMAT, "tokens": cards.tokens, "features": features}
+
+
+def card_label(
+    cards: FeatureCards,
+    feature: int,
+    tokenizer: Tokenizer,
+    examples: int,
+    sources: Sequence[str] | None = None,
+) -> Label:
+    """The label material of a feature's cards, with so many of its strongest examples.
+
+    sources: what to call each document; default: its file
+    """
+    words = lambda key: tokenizer.decode_tokens(cards[key][feature]) if key in cards else []
+    label = {"top_logits": words("top_ids"), "bottom_logits": words("bottom_ids")}
+    snippets = []
+    for e in cards.groups(feature)[0].examples[:examples]:
+        kept = [(i, v) for i, v in zip(e.ids, e.values) if not tokenizer.special[i]]
+        tokens = tokenizer.decode_tokens([i for i, _ in kept])
+        values = [float(f"{v:.3g}") for _, v in kept]
+        if tokens:  # others than control tokens
+            source = e.source if sources is None else sources[e.document]
+            snippets.append({"tokens": tokens, "values": values, "source": source})
+    density = round(float(cards["density"][feature]), 7)
+    return {**label, "examples": snippets, "density": density}
 
 
 def write_labels(labels: dict[str, Any], folder: str | os.PathLike) -> Path:

@@ -48,10 +48,17 @@ def feature_details(
     coders: CoderSet | Coder | Sequence[Coder] | None,
     tokenizer: Tokenizer,
     graph: Graph,
+    *,
+    names: Mapping[tuple[int, int], str] | None = None,
+    examples: Mapping[tuple[int, int], Sequence[tuple[Sequence[str], Sequence[float]]]]
+    | None = None,
 ) -> dict[tuple[int, int], FeatureDetails]:
     """The tokens that the selected features of a graph raise and lower, directly, most.
 
-    coders: as `attribute` was given; None: the model's neurons
+    coders    as `attribute` was given; None: the model's neurons
+    names     what features are called, by (layer, feature); else their label is these tokens
+    examples  texts where they are active: the tokens and the activations on them. Cards, labels and
+              explanations hold both, see `read_known`
     """
     coders = CoderSet(mlp_neurons(model) if coders is None else coders)
     nodes, found = graph.sources[: graph.selected], {}
@@ -60,8 +67,16 @@ def feature_details(
         own = layer if coder.multi_layer else None
         tokens = logit_tokens(model, coder, tokenizer, mine, layer=own)
         for feature, (raises, lowers) in zip(mine.tolist(), tokens):
-            found[layer, feature] = FeatureDetails("", raises, lowers)
+            name, some = (names or {}).get((layer, feature), ""), (examples or {})
+            more = some.get((layer, feature), ())
+            found[layer, feature] = FeatureDetails(name, raises, lowers, more)
     return found
+
+
+def features_of(graph: Graph) -> list[tuple[int, int]]:
+    """The (layer, feature) of the graph's selected features, each once, in order."""
+    nodes = graph.sources[: graph.selected]
+    return sorted(set(zip(nodes.layer.tolist(), nodes.feature.tolist())))
 
 
 def label_graph(graph: Graph, details: Details) -> Graph:

@@ -1,7 +1,8 @@
 """`gemma-scope attribute`."""
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -10,6 +11,7 @@ from gemma_scope_jax.cli import shared
 
 GROUPS, HEADS = 6, 200  # on the page: pinned supernodes, and links whose heads are listed
 PACKAGED_TRANSCODERS = "gemma-3-270m-transcoder-*"
+NEURONS = "neurons"
 Prompt = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
 ]
@@ -30,6 +32,7 @@ def command(
     coders: Names = (PACKAGED_TRANSCODERS,),
     model: shared.Model = "",
     file: shared.File = None,
+    messages: shared.Name = "",
     target: Tokens = (),
     minus: Annotated[str, tyro.conf.arg(metavar="TOKEN", help_behavior_hint="")] = "",
     settings: AttributionOptions,
@@ -38,6 +41,8 @@ def command(
     out: Annotated[shared.LocalPlace | None, tyro.conf.arg(metavar="FOLDER")] = None,
     paths: int = 10,
     validate: int = 32,
+    explanations: shared.Folder = "",
+    cards: shared.Folder = "",
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA MODEL")] = None,
     dtype: shared.Dtype = "auto",
     plan: bool = False,
@@ -50,8 +55,11 @@ def command(
 
     Args:
         prompt: The prompt; "-" reads standard input. `<bos>` is put before it.
-        coders: A transcoder for each layer, or a CLT: addresses, folders, packaged coders, globs.
+        coders: A transcoder for each layer, or a CLT: addresses, folders, packaged coders, globs;
+            "neurons" for the model's own MLP neurons.
         file: Read the prompt from this file.
+        messages: The file is JSON Lines, and the prompt the chat under this key of its one object.
+            A last message of the model is continued.
         target: Explain the logits of these next tokens. The default is the likeliest ones.
         minus: Explain instead the difference: the target's logit less the logit of this token.
         node_threshold: Show the nodes that have this share of all influence.
@@ -59,12 +67,15 @@ def command(
         out: Write graph.html (a page that opens from the disk), graph.npz and graph.json here.
         paths: Print this many paths.
         validate: Ablate this many features, and compare the changes with the graph's predictions.
+        explanations: Call features by the explanations in this folder's layer_N, from
+            `gemma-scope explain`. The default is those beside each coder.
+        cards: Show examples from this folder, made by `gemma-scope cards`, and write them for the
+            viewers of graph.json. The default is the label material beside each coder.
         plan: Only print what it would take: features, bytes, products, time.
         mesh: Spread the work over this many devices. The default is one device.
     """
-    text = shared.given_text(prompt, file)
-    # of a CLT's decoder only the rows of active features are read
-    opened = shared.open_coders(coders, model, decoders=False)
+    said = _said(prompt, file, messages)
+    nodes, name, shape, tok = _opened(coders, model)
     wanted = [gs.Target.logit(token) for token in target] or None
     if minus and not target:
         raise gs.InputError("--minus needs --target: it explains a difference of two logits")
@@ -72,40 +83,66 @@ def command(
         wanted = [t - gs.Target.logit(minus) for t in wanted or ()]
     if out is not None:
         gs.check_writable(out / "graph.html")
-    tok, how = opened.tokenizer, dataclasses.asdict(settings)
-    ids, how = tok.encode(text), {"tokenizer": tok, **how}
+    ids = tok.encode(said) if isinstance(said, str) else gs.chat_prompt(tok, said)
+    how = {"tokenizer": tok, **dataclasses.asdict(settings)}
     gs.check_thresholds(node_threshold, edge_threshold)
     if min(paths, validate) < 0:
         raise gs.InputError("--paths and --validate are numbers, 0 for none")
-    if validate and any(coder.k for coder in opened.coders):
+    if validate and any(coder.k for coder in nodes or ()):
         raise gs.InputError("features of TopK coders cannot be ablated one by one: --validate 0")
-    gs.check_attribution(opened.shape, opened.coders, ids, wanted, **how)
+    gs.check_attribution(shape, nodes, ids, wanted, **how)
+    known = gs.read_known(nodes or (), explanations=explanations, cards=cards)
     if plan:
         spread = None if mesh is None else gs.make_mesh(*mesh)
         kind = shared.dtype_of(dtype)
         given = {"dtype": kind, "mesh": spread, **dataclasses.asdict(settings)}
-        found = gs.plan_attribution(opened.shape, opened.coders, len(ids), **given)
+        found = gs.plan_attribution(shape, nodes, len(ids), **given)
         shared.print_result(found, dataclasses.asdict(found), json)
         return
-    weights = shared.load_model(opened.model, dtype, mesh)
-    graph = gs.attribute(weights, opened.coders, ids, wanted, **how)
+    weights = shared.load_model(name, dtype, mesh)
+    used = gs.mlp_neurons(weights) if nodes is None else nodes
+    graph = gs.attribute(weights, used, ids, wanted, **how)
     shown = graph.prune(node_threshold, edge_threshold)
-    known = gs.feature_details(weights, opened.coders, tok, shown)
-    shown = gs.label_graph(shown, known)
-    groups, checked = gs.find_supernodes(shown, opened.coders), None
+    features = gs.features_of(shown)
+    more = {"names": known.names(features), "examples": known.examples(features, tok)}
+    details = gs.feature_details(weights, used, tok, shown, **more)
+    shown = gs.label_graph(shown, details)
+    groups, checked = gs.find_supernodes(shown, used), None
     if validate and graph.selected:
         with shared.stage("comparing the graph with the model"):
-            checked = graph.validate(weights, opened.coders, top=validate)
+            checked = graph.validate(weights, used, top=validate)
     report = gs.report_graph(graph, shown, paths=paths, groups=groups, validation=checked)
     shared.print_result(report, report.as_dict(), json)
     if out is None:
         return
     graph.save(out / "graph.npz")
-    with shared.stage("finding the heads behind the links"):
-        heads = gs.link_heads(weights, opened.coders, shown, most_links=HEADS)
-    notes, pinned = report.tables(), groups.largest(GROUPS)
-    page = gs.graph_page(shown, details=known, heads=heads, groups=pinned, notes=notes)
-    gs.write_text(out / "graph.html", page)
-    shown.save(out / "graph.json")
+    heads = {}
+    if nodes is not None:  # neurons' links cannot be split over heads
+        with shared.stage("finding the heads behind the links"):
+            heads = gs.link_heads(weights, used, shown, most_links=HEADS)
+    given = {"details": details, "heads": heads, "groups": groups.largest(GROUPS)}
+    gs.write_text(out / "graph.html", gs.graph_page(shown, **given, notes=report.tables()))
+    files = known.write_feature_files(features, tok, out / "features")
+    gs.export_graph(shown, out, "graph", features=out / "features" if files else None)
     if not json:
         print(f"page      {out / 'graph.html'}")
+
+
+def _said(prompt: str, file: Path | None, messages: str) -> Any:
+    """The prompt: a text, or a chat."""
+    if not messages:
+        return shared.given_text(prompt, file)
+    if prompt or file is None:
+        raise gs.InputError("--messages needs --file FILE, which holds the chat, and no prompt")
+    return gs.read_chat(file, messages)
+
+
+def _opened(coders: tuple[str, ...], model: str) -> tuple[Any, str, Any, Any]:
+    """The coders, None for neurons; the model's name and architecture, and its tokenizer."""
+    if coders == (NEURONS,):
+        return None, *gs.open_model(model)
+    if NEURONS in coders:
+        raise gs.InputError(f"--coders: {NEURONS} are the whole MLPs, and stand without coders")
+    # of a CLT's decoder only the rows of active features are read
+    opened = shared.open_coders(coders, model, decoders=False)
+    return opened.coders, opened.model, opened.shape, opened.tokenizer

@@ -51,10 +51,17 @@ def open_coders(
     if not model and len(made_for) > 1:
         models = ", ".join(sorted(made_for))
         raise InputError(f"coders of several models ({models}): give the model to use (--model)")
-    model = model or next(iter(made_for), DEFAULT_MODEL)
-    shape = model_config(model)
+    model, shape, tokenizer = open_model(model or next(iter(made_for), ""))
     for coder in loaded:
         check_fits(shape, coder)
     if decoders:
         loaded = load_coders(loaded, decoder=True)
-    return OpenedCoders(loaded, model, shape, fit_tokenizer(load_tokenizer(model), shape))
+    return OpenedCoders(loaded, model, shape, tokenizer)
+
+
+def open_model(model: str = "") -> tuple[str, GemmaConfig, Tokenizer]:
+    """A model's name as `load_model` takes it, its architecture and its tokenizer; by default of
+    the packaged one. Raises `InputError`."""
+    model = model or DEFAULT_MODEL
+    shape = model_config(model)
+    return model, shape, fit_tokenizer(load_tokenizer(model), shape)

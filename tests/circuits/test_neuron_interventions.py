@@ -27,7 +27,6 @@ def graph(model):
     return gs.attribute(model, None, IDS, asked)
 
 
-@pytest.mark.law
 def test_direct_interventions_are_the_edges_of_the_graph(model, graph):
     n, features = graph.selected, features_of(graph)
     which = np.arange(0, n, n // 30)

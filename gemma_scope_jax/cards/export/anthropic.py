@@ -14,7 +14,7 @@ Source: circuit-tracer 0.5, frontend/feature_models.py and frontend/assets/featu
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,16 @@ def cantor(layer: int, feature: int) -> int:
 
 
 def feature_files(
-    cards: FeatureCards, tokenizer: Tokenizer
+    cards: FeatureCards, tokenizer: Tokenizer, only: Collection[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(feature, its file) for all features in order; dead features have no examples."""
+    """(feature, its file) for all features in order, or `only` some; dead features have no
+    examples."""
     layer = cards.manifest["layer"]
     for start in range(0, len(cards), BLOCK):
         stop = min(start + BLOCK, len(cards))
-        percentiles = cards.percentiles(slice(start, stop))
-        for f in range(start, stop):
+        block = [f for f in range(start, stop) if only is None or f in only]
+        percentiles = cards.percentiles(slice(start, stop)) if block else ()
+        for f in block:
             file = {
                 "transcoder_id": str(cards.manifest["coder"]),
                 "index": cantor(layer, f),
@@ -106,11 +108,18 @@ def export_anthropic(
 
 
 def export_anthropic_json(
-    coders: Mapping[int, FeatureCards], tokenizer: Tokenizer, folder: Path
+    coders: Mapping[int, FeatureCards],
+    tokenizer: Tokenizer,
+    folder: Path,
+    features: Mapping[int, Collection[int]] | None = None,
 ) -> None:
-    """Write one JSON file per feature that is not dead, named by its `cantor` number."""
+    """Write one JSON file per feature that is not dead, named by its `cantor` number; features: of
+    each layer only these."""
     with new_folder(folder, "[0-9]*.json") as new:
         for layer, cards in sorted(coders.items()):
-            for f, value in tracked(feature_files(cards, tokenizer), "feature files", len(cards)):
+            only = None if features is None else set(features.get(layer, ()))
+            count = len(cards) if only is None else len(only)
+            files = feature_files(cards, tokenizer, only)
+            for f, value in tracked(files, "feature files", count):
                 if value["act_max"] > 0:
                     (new / f"{cantor(layer, f)}.json").write_bytes(_text(value))
