@@ -135,6 +135,9 @@ $(PEERS)/.has: $(PEERS)/.made pyproject.toml Makefile
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
 	    sae-bench==0.6.0 sae-probes==0.4.2 sae-dashboard==0.8.0 tabulate==0.10.0 \
 	    collectibles==0.1.5
+	# what circuit-tracer's page of graphs takes from the web; only its test needs it
+	-npm install --prefix $(PEERS)/js --ignore-scripts --no-audit --no-fund \
+	    d3@7 d3-jetpack@2.3.0 dagre@0.8.5 pako@2.1.0
 	@touch $@
 
 # A peer that is not there is a failure here, where it would be skipped otherwise.
