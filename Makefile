@@ -8,8 +8,8 @@
 #   make test-slow          the tests that take minutes each
 #   make test-peers         parity with transformers, SAELens, SAEBench and others, in an environment
 #                           of their own
-#   make bench              the benchmarks against those libraries (not train_quality.py and
-#                           circuits.py: an hour each; train_share.py: for GPUs)
+#   make bench              the benchmarks against those libraries (not train_quality.py,
+#                           circuits.py and circuits_clt.py: an hour each; train_share.py: for GPUs)
 #   make lint               ruff and pyright
 #   make durations          measure anew which tests `make quick` leaves out (tests/long_tests.txt)
 #   make golden             write anew what transformers and circuit-tracer compute (tests/golden)
@@ -148,7 +148,7 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 	$(PEERS)/bin/python tests/golden/make_circuit_tracer.py
 
-APART = sides train_quality train_share circuits circuits_summary
+APART = sides train_quality train_share circuits circuits_clt circuits_summary
 bench: $(VENV)/.has-demo $(PEERS)/.has
 	@for script in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done
