@@ -8,8 +8,9 @@
 #   make test-slow          the tests that take minutes each
 #   make test-peers         parity with transformers, SAELens, SAEBench and others, in an environment
 #                           of their own
-#   make bench              the benchmarks against those libraries (not train_quality.py and
-#                           circuits.py: an hour each; train_share.py: for GPUs)
+#   make bench              the benchmarks against those libraries (not train_quality.py,
+#                           attribution_length.py, circuits.py and circuits_clt.py: an hour each;
+#                           train_share.py: for GPUs)
 #   make lint               ruff and pyright
 #   make durations          measure anew which tests `make quick` leaves out (tests/long_tests.txt)
 #   make golden             write anew what transformers and circuit-tracer compute (tests/golden)
@@ -27,7 +28,7 @@ ARGS ?=
 .PHONY: help demo quick check test test-official test-slow test-peers peers bench lint durations \
     golden constraints docs
 help:
-	@sed -n '3,20s/^# \{0,1\}//p' Makefile
+	@sed -n '3,21s/^# \{0,1\}//p' Makefile
 
 # ---- Interpreters. A pyenv shim can exist and yet not run, so each candidate is tried.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -135,6 +136,9 @@ $(PEERS)/.has: $(PEERS)/.made pyproject.toml Makefile
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
 	    sae-bench==0.6.0 sae-probes==0.4.2 sae-dashboard==0.8.0 tabulate==0.10.0 \
 	    collectibles==0.1.5
+	# what circuit-tracer's page of graphs takes from the web; only its test needs it
+	-npm install --prefix $(PEERS)/js --ignore-scripts --no-audit --no-fund \
+	    d3@7 d3-jetpack@2.3.0 dagre@0.8.5 pako@2.1.0
 	@touch $@
 
 # A peer that is not there is a failure here, where it would be skipped otherwise.
@@ -145,7 +149,8 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 	$(PEERS)/bin/python tests/golden/make_circuit_tracer.py
 
-APART = sides train_quality train_share circuits circuits_results circuits_summary
+APART = sides train_quality train_share attribution_length circuits circuits_clt circuits_results \
+    circuits_summary
 bench: $(VENV)/.has-demo $(PEERS)/.has
 	@for script in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done

@@ -1,6 +1,6 @@
 """Attribution graphs of long prompts: their time and memory, and what was planned.
 
-    .venv/bin/python benchmarks/attribution_length.py 400 1024 2300 [--features 4096]
+    .venv/bin/python benchmarks/attribution_length.py [400 1024 2300] [--features 4096]
 
 The model is the real Gemma 3 270M in float32 with the packaged transcoders, the prompt the start of
 the packaged sample text. Each length is a process of its own and prints one JSON line: seconds,
@@ -48,7 +48,7 @@ def measured(length: int, features: int) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lengths", type=int, nargs="+")
+    parser.add_argument("lengths", type=int, nargs="*", default=[400, 1024, 2300])
     parser.add_argument("--features", type=int, default=4096)
     args = parser.parse_args()
     if len(args.lengths) == 1:

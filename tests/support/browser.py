@@ -93,10 +93,11 @@ class Browser:
             width=width, height=height, deviceScaleFactor=1, mobile=mobile,
         )  # fmt: skip
 
-    def open(self, page: Path):
-        """Opens a page, and waits until its scripts have run."""
+    def open(self, page: Path | str):
+        """Opens a page, a file or an address, and waits until its scripts have run."""
         self.fired.clear()
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         while "Page.loadEventFired" not in self.fired:
             self._note(self._next())
         self.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
