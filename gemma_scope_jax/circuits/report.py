@@ -19,6 +19,8 @@ class GraphReport:
     prompt        the text, without `<bos>`
     targets       (name, value, weight) of what is explained
     features      of each prompt: explained, active
+    rest          what the features that are not explained give to the targets, and what these are:
+                  sums over the targets by weight; no score counts it
     shown         nodes and links of the pruned graph
     scores, scores_shown  of the graph and of the pruned one
     paths         the strongest paths through features
@@ -29,6 +31,7 @@ class GraphReport:
     prompt: str
     targets: list[tuple[str, float, float]]
     features: tuple[int, int]
+    rest: tuple[float, float]
     shown: tuple[int, int]
     scores: GraphScores
     scores_shown: GraphScores
@@ -42,6 +45,7 @@ class GraphReport:
             "prompt": self.prompt,
             "targets": [dict(zip(("target", "value", "weight"), t)) for t in self.targets],
             "features": dict(zip(("explained", "active"), self.features)),
+            "rest": dict(zip(("effect", "value"), self.rest)),
             "shown": dict(zip(("nodes", "links"), self.shown)),
             "scores": dataclasses.asdict(self.scores),
             "scores_shown": dataclasses.asdict(self.scores_shown),
@@ -73,6 +77,13 @@ class GraphReport:
             f"{name} {weight:.1%}" if 0 < weight < 1 else f"{name} {value:+.2f}"
             for name, value, weight in self.targets
         )
+        rest = []
+        if explained < active:
+            effect, value = self.rest
+            rest = [
+                f"rest      the others give {effect:+.2f} of the targets' {value:+.2f}; "
+                "no score counts them"
+            ]
         grouped = []
         if self.groups is not None:
             grouped = [f"grouped   {len(self.groups)} supernodes: {self.groups.scores()}"]
@@ -81,6 +92,7 @@ class GraphReport:
             f"targets   {best}",
             f"features  {explained:,} explained of {active:,} active; "
             f"{nodes:,} nodes and {links:,} links shown",
+            *rest,
             f"scores    {self.scores}",
             f"as shown  {self.scores_shown}",
             *grouped,
@@ -113,6 +125,7 @@ def report_graph(
         prompt="".join(graph.tokens[1:]),
         targets=[(node_name(graph.targets[r]), *(column[r] for column in given)) for r in final],
         features=(n, int(graph.about.get("active_features", n))),
+        rest=(float(graph.weights @ graph.rest), float(graph.weights @ graph.value)),
         shown=(len(pruned.sources), int(np.count_nonzero(pruned.effects))),
         scores=graph.scores(),
         scores_shown=pruned.scores(),
