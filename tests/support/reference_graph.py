@@ -48,10 +48,12 @@ def reference_graph(model, coders, ids, *, logits=5, features=None) -> Graph:
     leaves = {"features": c.features, "errors": c.errors, "embed": c.embed}
     value, backward = jax.vjp(values, leaves)
     bias, _ = jax.vjp(values, jax.tree.map(jnp.zeros_like, leaves))
+    # jitted as a whole: else each call would print all that `backward` holds, for its name
+    gradients = jax.jit(lambda backward, rows: jax.vmap(backward)(rows)[0])
     count, n = len(value), len(features)
     hot = np.eye(-(-count // CHUNK) * CHUNK, count, dtype=np.float32)
     rows = [
-        effects_of_leaves(jax.vmap(backward)(some)[0], leaves, features, c.started)
+        effects_of_leaves(gradients(backward, some), leaves, features, c.started)
         for some in hot.reshape(-1, CHUNK, count)
     ]
     effects, whole = (np.concatenate(part)[:count] for part in zip(*rows))
@@ -93,7 +95,7 @@ def clean(model, coders, ids):
     for coder in coders:
         for i, layer in enumerate(coder.layers):
             f = coder.encode_layer(i, x[layer])
-            features[layer] = jnp.where(started[layer][:, None], f, 0.0)
+            features[layer] = np.where(started[layer][:, None], f, np.float32(0))
             own = i if coder.multi_layer else ...
             b_dec[layer] = np.asarray(float32(coder.b_dec))[own]
             if coder.w_skip is not None:
