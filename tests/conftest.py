@@ -6,6 +6,7 @@ What tests share lies in tests/support/ (imported by its bare name) and in a roo
 JAX is strict here (support/strict_jax.py), warnings are errors, and there are eight devices.
 """
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -63,11 +64,11 @@ def few_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """For runs of one program: the first compiles it, the others find it on disk."""
+@contextlib.contextmanager
+def programs_kept_in(folder: Path):
+    """What is compiled is kept in a folder, and found there instead of compiled again."""
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -79,3 +80,22 @@ def compile_once(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """For runs of one program: the first compiles it, the others find it on disk."""
+    with programs_kept_in(tmp_path_factory.mktemp("compiled")) as options:
+        yield options
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compile_once_for_all(compiled_folder):
+    """As `compile_once`, and other files of tests find it, too."""
+    with programs_kept_in(compiled_folder):
+        yield

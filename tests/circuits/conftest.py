@@ -1,9 +1,26 @@
-"""The graphs by brute force, made once for all tests that ask for them."""
+"""The graphs by brute force, made once for all tests that ask for them; fewer programs."""
 
 import pytest
 
 from circuit_sets import IDS, SETS
+from gemma_scope_jax.circuits import linear
 from reference_graph import reference_graph
+
+PREFIXES = linear.prefixes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_length(compile_once_for_all):
+    """Rows run at a prompt's whole length: one program a graph where there would be four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "prefixes", lambda size: (size,))
+        yield
+
+
+@pytest.fixture
+def cut_short(monkeypatch):
+    """As users have it: rows that end early in a short prompt run without the tokens after them."""
+    monkeypatch.setattr(linear, "prefixes", PREFIXES)
 
 
 @pytest.fixture(scope="session")

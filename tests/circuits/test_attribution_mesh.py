@@ -9,8 +9,7 @@ from gemma_scope_jax.circuits import linear
 from gemma_scope_jax.model.config import Model
 
 
-@pytest.mark.parametrize("kind", ["affine", "clt"])
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize(("kind", "shape"), [("affine", (8, 1)), ("clt", (2, 4))])
 def test_eight_devices_equal_one(model, monkeypatch, kind, shape):
     mesh, coders = gs.make_mesh(*shape), coders_of(kind)
     placed = jax.device_put(model.params, gs.param_shardings(model.config, mesh))
@@ -27,9 +26,8 @@ def test_eight_devices_equal_one(model, monkeypatch, kind, shape):
     near(many.value, one.value, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-def test_neurons_of_a_mesh_equal_those_of_one_device(model, shape):
-    mesh = gs.make_mesh(*shape)
+def test_neurons_of_a_mesh_equal_those_of_one_device(model):
+    mesh = gs.make_mesh(2, 4)
     placed = jax.device_put(model.params, gs.param_shardings(model.config, mesh))
     given = {"max_feature_nodes": 40, "max_candidates": 200}
     one = gs.attribute(model, None, IDS, **given)

@@ -35,7 +35,7 @@ def test_total_effects_run_along_all_paths(model, kind):
     near(got, wanted.weights @ np.abs(brute_force(graph)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["affine", "clt"])
 def test_candidates_leave_a_rest(model, kind):
     coders = coders_of(kind)
     whole = gs.attribute(model, coders, IDS, WANTED)

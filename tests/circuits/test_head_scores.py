@@ -33,10 +33,7 @@ def adds_up(found, most=EVERY, latest=None):
         assert (nodes.position <= end).all() and (nodes.layer < found.layer).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [*((name, "affine") for name in PRESETS), *(("gemma-3-270m", kind) for kind in KINDS)],
-)
+@pytest.mark.parametrize(("name", "kind"), list(zip(PRESETS, (*KINDS, "affine"))))
 def test_pairs_add_up_to_the_score(name, kind):
     """Of the model itself; in local and global layers, and in layer 0, where tokens are all."""
     model, coders = tiny_model(PRESETS[name]), coders_of(kind, 8)

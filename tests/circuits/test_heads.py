@@ -44,7 +44,7 @@ def at(graph, edges):
     return graph.effects[edges[:, 0], edges[:, 1]]
 
 
-@pytest.fixture(scope="module", params=["affine", "clt"])
+@pytest.fixture(scope="module", params=["affine", "affine clt"])
 def made(request, model):
     coders = coders_of(request.param)
     graph = gs.attribute(model, coders, IDS, TARGETS)
@@ -194,7 +194,7 @@ def test_targets_given_as_text(model):
 
 
 def test_a_mesh_gives_the_same(model):
-    coders = coders_of("clt")
+    coders = coders_of("affine clt")
     graph = gs.attribute(model, coders, IDS, TARGETS)
     placed = jax.device_put(model.params, gs.param_shardings(model.config, gs.make_mesh(2, 2)))
     edges, many = some_edges(graph, 3), Model(placed, model.config)

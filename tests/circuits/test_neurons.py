@@ -10,7 +10,7 @@ from attribution import IDS, coders_of, key, near, sums
 from gemma_scope_jax.circuits.neurons import neuron_candidates
 from gemma_scope_jax.circuits.sources import read_prompt
 from gemma_scope_jax.circuits.targets import Resolver, checked_targets
-from gemma_scope_jax.coders.coder import float32, matmul
+from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.model.config import PRESETS, Model
 from letters import Letters
@@ -19,11 +19,11 @@ from tiny import tiny_model
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-27b"])
-def test_neurons_add_up(name):
+def test_neurons_add_up(name, model):
     """To the model's own logits and activations, without an error, whatever is left out."""
-    model = tiny_model(PRESETS[name])
-    logits = np.asarray(gs.run(model, IDS[None]).logits)[0, -1]
-    acts = np.asarray(gs.run(model, IDS[None], [gs.capture("mlp_act")]).reads["mlp_act"])[:, 0]
+    model = model if model.config.name.endswith(name) else tiny_model(PRESETS[name])
+    out = gs.run(model, IDS[None], [gs.capture("mlp_act")])
+    logits, acts = np.asarray(out.logits)[0, -1], np.asarray(out.reads["mlp_act"])[:, 0]
     for options in ({}, {"max_candidates": 200, "max_feature_nodes": 50}):
         graph = gs.attribute(model, None, IDS, **options)
         n, nodes = graph.selected, graph.sources
@@ -34,7 +34,7 @@ def test_neurons_add_up(name):
         near(nodes.activation[:n], own)
         assert (graph.effects[:, nodes.kind == "error"] == 0).all()
         assert graph.scores().replacement == 1
-        assert graph.about["active_features"] == 8 * (len(IDS) - 1) * 48
+        assert graph.about["active_features"] == model.config.layers * (len(IDS) - 1) * 48
     assert np.abs(graph.rest).max() > 0
 
 
@@ -59,9 +59,9 @@ def linear_values(model, ids, neurons, tokens):
             gs.capture("mlp_in"),
         ])  # fmt: skip
         x, last = float32(out.reads["mlp_in"][:, 0]), out.logits[0, -1]
-        up = [matmul(x[l, t][None], b.w_up[l][:, m][:, None])[0, 0] for l, t, m in neurons]
-        logits = last[tokens] - last.mean()
-        return jnp.concatenate([jnp.stack(up) * gate[layer, at, neuron], logits])
+        rows = float32(b.w_up[layer, :, neuron])
+        up = jnp.einsum("nd,nd->n", x[layer, at], rows, precision="highest")
+        return jnp.concatenate([up * gate[layer, at, neuron], last[tokens] - last.mean()])
 
     return (float32(reads["mlp_act"][:, 0]), float32(reads["embed"][0])), values
 
@@ -78,10 +78,15 @@ def test_equals_differentiating_the_model(model, first):
     some = np.sort(rng.choice(n, 12, replace=False))
     neurons = np.stack([nodes.layer, nodes.position, nodes.feature], 1)[some]
     leaves, values = linear_values(model, IDS, neurons, graph.targets.feature[n:])
-    value, backward = jax.vjp(values, leaves)
     rows = [*some, *range(n, len(graph.targets))]
+
+    @jax.jit
+    def value_and_gradients(leaves):
+        value, backward = jax.vjp(values, leaves)
+        return value, jax.vmap(backward)(jnp.eye(len(rows)))[0]
+
+    value, gradients = value_and_gradients(leaves)
     near(value, graph.value[rows])
-    gradients = jax.vmap(backward)(jnp.eye(len(rows)))[0]
     acts, embed = (np.asarray(g * leaf[None]) for g, leaf in zip(gradients, leaves))
     got = graph.effects[rows]
     near(got[:, :n], acts[:, nodes.layer[:n], nodes.position[:n], nodes.feature[:n]])

@@ -27,21 +27,23 @@ def random_coder(
     sizes of such numbers; features `dead` are never active. `more`: reads, writes, first, k, info.
     """
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / d**0.5, dtype)
+    given = lambda x: np.asarray(x, np.float32).astype(dtype)  # by numpy, which compiles nothing
+    draw = lambda *shape: given(rng.standard_normal(shape) / d**0.5)
     X = () if layers is None else (len(layers),)
     pairs = () if layers is None else (len(layers) * (len(layers) + 1) // 2,)
     out = d_out or d
     arrays = {
         "w_enc": draw(*X, d, width),
         "b_enc": draw(*X, width),
-        "threshold": jnp.abs(draw(*X, width)),
+        "threshold": np.abs(draw(*X, width)),
         "w_dec": draw(*pairs, width, out),
         "b_dec": draw(*X, out),
         "w_skip": draw(*X, d, out) if skip else None,
     }
     if threshold is not None:
-        arrays["threshold"] = jnp.full_like(arrays["threshold"], threshold)
-    arrays["threshold"] = arrays["threshold"].at[..., list(dead)].set(1e9)
+        arrays["threshold"][...] = threshold
+    arrays["threshold"][..., list(dead)] = 1e9
+    arrays = {name: a if a is None else jnp.asarray(a) for name, a in arrays.items()}
     if layers is None:
         return SparseCoder(**arrays, layer=layer, **more)
     return MultiLayerCoder(**arrays, layers=layers, **more)

@@ -26,19 +26,18 @@ FROZEN = ("attn_pattern", "pre_attn_scale", "post_attn_scale", "pre_mlp_scale")
 CHUNK = 32  # targets that are differentiated at a time
 
 
-def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_start=True) -> Graph:
+def reference_graph(model, coders, ids, *, logits=5, features=None) -> Graph:
     """The `Graph` of `coders` (transcoders, plain or affine, or CLTs) on the prompt `ids` [T].
 
     logits         the number of targets among the last token's logits, the largest first
     features       the selected features, int [n, 3] (layer, position, feature); default: all that
                    are active
-    skip_at_start  whether w_skip also acts at the first positions, where coders were not trained
 
     What an MLP writes at a coder's first positions has no source: it counts to the bias, less the
     skip's part. A layer without a coder is all error.
     """
     coders, ids = gs.CoderSet(coders), np.asarray(ids, np.int32)
-    c = clean(model, coders, ids, skip_at_start)
+    c = clean(model, coders, ids)
     if features is None:
         active = [(layer, *at) for layer, f in c.features.items() for at in np.argwhere(f > 0)]
         features = np.array(sorted(active), np.int32)
@@ -49,10 +48,12 @@ def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_star
     leaves = {"features": c.features, "errors": c.errors, "embed": c.embed}
     value, backward = jax.vjp(values, leaves)
     bias, _ = jax.vjp(values, jax.tree.map(jnp.zeros_like, leaves))
+    # jitted as a whole: else each call would print all that `backward` holds, for its name
+    gradients = jax.jit(lambda backward, rows: jax.vmap(backward)(rows)[0])
     count, n = len(value), len(features)
     hot = np.eye(-(-count // CHUNK) * CHUNK, count, dtype=np.float32)
     rows = [
-        effects_of_leaves(jax.vmap(backward)(some)[0], leaves, features, c.started)
+        effects_of_leaves(gradients(backward, some), leaves, features, c.started)
         for some in hot.reshape(-1, CHUNK, count)
     ]
     effects, whole = (np.concatenate(part)[:count] for part in zip(*rows))
@@ -73,7 +74,7 @@ def reference_graph(model, coders, ids, *, logits=5, features=None, skip_at_star
     )
 
 
-def clean(model, coders, ids, skip_at_start):
+def clean(model, coders, ids):
     """What the prompt gives: the frozen values, the leaves and the constants.
 
     features {layer: [T, F]} · errors, constant [L, T, D] · skip [L, T, D, D], zero where there is
@@ -94,14 +95,12 @@ def clean(model, coders, ids, skip_at_start):
     for coder in coders:
         for i, layer in enumerate(coder.layers):
             f = coder.encode_layer(i, x[layer])
-            features[layer] = jnp.where(started[layer][:, None], f, 0.0)
+            features[layer] = np.where(started[layer][:, None], f, np.float32(0))
             own = i if coder.multi_layer else ...
             b_dec[layer] = np.asarray(float32(coder.b_dec))[own]
             if coder.w_skip is not None:
                 skip[layer] = np.asarray(float32(coder.w_skip))[own]
-    live = np.ones_like(started) if skip_at_start else started
-    linear = np.where(live[..., None], np.matmul(x, skip), 0.0)
-    left = y - linear  # what the skip does not write
+    left = y - np.matmul(x, skip)  # what the skip does not write; it acts at all positions
     inside = started[..., None]
     constant = np.where(inside, b_dec, left)
     errors = np.where(inside, left - b_dec - np.asarray(written(coders, features, x.shape)), 0.0)
@@ -113,7 +112,6 @@ def clean(model, coders, ids, skip_at_start):
         errors=jnp.asarray(errors),
         constant=jnp.asarray(constant),
         skip=jnp.asarray(skip),
-        live=jnp.asarray(live),
         started=started,
         embed=float32(out.reads["embed"][0]),
         logits=centred,
@@ -140,7 +138,7 @@ def target_values(model, coders, ids, c, leaves, features, tokens):
         gs.write("embed", None, _replace, leaves["embed"][None]),
         *frozen,
         gs.patch("final_scale", None, c.final_scale),
-        gs.write("mlp_out", None, _mlp_out, gs.per_layer((output[:, None], c.skip, c.live))),
+        gs.write("mlp_out", None, _mlp_out, gs.per_layer((output[:, None], c.skip))),
         gs.capture("mlp_in"),
     ]
     out = gs.forward(model, jnp.asarray(ids)[None], items)
@@ -163,9 +161,8 @@ def _replace(x, ctx, value):
 
 
 def _mlp_out(x, ctx, here):
-    output, skip, live = here
-    linear = jnp.where(live[None, :, None], matmul(float32(ctx.seen["mlp_in"]), skip), 0.0)
-    return (output + linear).astype(x.dtype)
+    output, skip = here
+    return (output + matmul(float32(ctx.seen["mlp_in"]), skip)).astype(x.dtype)
 
 
 def effects_of_leaves(gradient, leaves, features, started):

@@ -13,7 +13,7 @@ def reference_edges(model, coders, ids, graph, edges):
     """The edges [E, 2] of a graph as a function of the attention patterns [L, N, T, T], and the
     prompt's own patterns. Targets are features and logits of the last token."""
     coders = gs.CoderSet(coders)
-    c = clean(model, coders, ids, True)
+    c = clean(model, coders, ids)
     rows, columns = edges.T
     targets, sources = graph.targets[rows], graph.sources[columns]
     table = lambda nodes: np.stack([nodes.layer, nodes.position, nodes.feature], 1)
@@ -59,11 +59,12 @@ def by_last_head(of, pattern):
     for layer in range(L):
         below = pattern.copy()
         below[layer:] = 0
+        without = of(below)
         for head in range(N):
             for key in range(T):
                 one = below.copy()
                 one[layer, head, :, key] = pattern[layer, head, :, key]
-                found.append(of(one) - of(below))
+                found.append(of(one) - without)
     return np.stack(found, 1).reshape(-1, L, N, T)
 
 
@@ -74,21 +75,22 @@ def by_first_head(of, pattern):
     for layer in range(L):
         above = pattern.copy()
         above[: layer + 1] = 0
+        without = of(above)
         for head in range(N):
             for query in range(T):
                 one = above.copy()
                 one[layer, head, query] = pattern[layer, head, query]
-                found.append(of(one) - of(above))
+                found.append(of(one) - without)
     return np.stack(found, 1).reshape(-1, L, N, T)
 
 
 def through_heads(of, pattern):
     """[E, L, N]: the edges, less the edges without a head."""
-    L, N, _, _ = pattern.shape
+    (L, N, _, _), whole = pattern.shape, of(pattern)
     found = []
     for layer in range(L):
         for head in range(N):
             without = pattern.copy()
             without[layer, head] = 0
-            found.append(of(pattern) - of(without))
+            found.append(whole - of(without))
     return np.stack(found, 1).reshape(-1, L, N)

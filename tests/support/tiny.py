@@ -38,7 +38,8 @@ def tiny_model(config: GemmaConfig, seed: int = 0, dtype=jnp.float32, layers: in
         name = path[-1].name
         fan_in = np.prod(leaf.shape[1:-1]) if name in ("w_o", "w_down") else shrunk.d_model
         scale = 0.2 if "norm" in name else fan_in**-0.5
-        return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+        drawn = (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return jnp.asarray(drawn.astype(leaf.dtype))
 
     shapes = abstract_params(shrunk, dtype)
     return Model(jax.tree_util.tree_map_with_path(draw, shapes), shrunk)
