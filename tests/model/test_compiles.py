@@ -149,8 +149,8 @@ def test_inside_a_jit_and_under_differentiation_layers_are_static(model):
         return door(model, IDS, [gs.steer("resid_mid", 2, v)], **options).logits.sum()
 
     v = jnp.ones(32)
-    one, other = jax.grad(partial(metric, door=gs.run))(v), jax.grad(metric)(v, gs.forward)
-    assert_same(one, other, atol=1e-3)
+    one = jax.grad(partial(metric, door=gs.run))(v)
+    assert_same(one, jax.jit(jax.grad(partial(metric, door=gs.forward)))(v), atol=1e-3)
     both = jax.vmap(lambda s: metric(s * v, gs.run))(jnp.arange(2.0))
     assert both.shape == (2,)
 
