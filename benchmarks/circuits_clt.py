@@ -16,8 +16,8 @@ time, Spearman's correlation, R2 and slope of predicted and measured changes: wi
 which must be exact, and in the real model, which says what each graph is worth. A dictionary that
 counts twice what the model does once shows as a slope above 1.
 
-Text comes from $CORPUS, a folder with train/*.txt and eval/heldout_mix.txt. The run is kept in
---folder; the same command goes on after an interruption.
+Text comes from $CORPUS, a folder with train/*.txt and eval/heldout_mix.txt. The training is kept in
+--folder, and the results get a line a prompt; the same commands go on after an interruption.
 """
 
 import argparse
@@ -114,10 +114,14 @@ def trained(folder: Path, updates: int | None = None) -> Any:
 
 
 def reconstruction(model, tokenizer, nodes: dict, tokens: int = 16) -> dict:
-    """{name: {"l0", "fvu", "later"}} on held-out text, of `tokens` passages of 256: features active
-    on a token, unexplained variance (mean over layers), and the share of the decoders' squared norm
-    that goes to later layers than a feature's own."""
+    """{name: {"l0", "fvu", "fvu_own", "later"}} on held-out text, of `tokens` passages of 256:
+    features active on a token, unexplained variance (mean over layers), the same without what is
+    written to later layers than a feature's own, and the share of the decoders' squared norm that
+    these writes have, each layer measured in the spread of its outputs."""
+    import jax.numpy as jnp
+
     import gemma_scope_jax as gs
+    from gemma_scope_jax.coders.multi_layer_coder import triangle
     from gemma_scope_jax.data.documents import read_documents
 
     found, texts = {}, read_documents([f"{corpus()}/eval/heldout_mix.txt"])
@@ -127,15 +131,19 @@ def reconstruction(model, tokenizer, nodes: dict, tokens: int = 16) -> dict:
     flat = lambda site: np.asarray(reads[site], np.float32)[:, :, 1:].reshape(LAYERS, -1, 640)
     x, y = flat("mlp_in"), flat("mlp_out")
     spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
+    source, target = triangle(LAYERS)
+    unit = (spread[source] / spread[target])[:, None, None]
     for name, coders in nodes.items():
         coder = coders[0] if coders[0].multi_layer else as_clt(coders)
-        f = coder.encode(x)
-        error = np.square(y - np.asarray(coder.decode(f, x))).sum((1, 2))
-        own = np.stack([np.square(coder.decoder(i, i)).sum() for i in range(LAYERS)]).sum()
+        f, w_dec = coder.encode(x), np.asarray(coder.w_dec, np.float32)
+        alone = coder.replace(w_dec=jnp.asarray(w_dec * (source == target)[:, None, None]))
+        rest = lambda one, f=f: np.square(y - np.asarray(one.decode(f, x))).sum((1, 2)) / spread
+        sizes = (np.square(w_dec) * unit).sum((1, 2))
         found[name] = {
             "l0": float((np.asarray(f) > 0).sum((0, 2)).mean()),
-            "fvu": float((error / spread).mean()),
-            "later": float(1 - own / np.square(np.asarray(coder.w_dec)).sum()),
+            "fvu": float(rest(coder).mean()),
+            "fvu_own": float(rest(alone).mean()),
+            "later": float(sizes[source < target].sum() / sizes.sum()),
         }
     return found
 
@@ -228,32 +236,44 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="train the CLT, and do no more")
     parser.add_argument("--updates", type=int, default=200, help="of training")
     parser.add_argument("--per-kind", type=int, default=1, help="prompts of each kind")
-    parser.add_argument("--top", type=int, default=32, help="features ablated, one at a time")
+    parser.add_argument("--top", type=int, default=16, help="features ablated, one at a time")
     args = parser.parse_args()
     if args.train:
         trained(args.folder, args.updates)
         return
+    run(args)
+    first, *lines = circuits.lines_of(args.results)
+    print(json.dumps(first))
+    print(summary(lines))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare the prompts that the results lack; the first line tells of the coders."""
     import gemma_scope_jax as gs
 
+    circuits.mend(args.results)
+    there = {line.get("text") for line in circuits.lines_of(args.results)[1:]}
+    wanted = [EXTRA, *circuits.prompts(args.per_kind)]
+    missing = [prompt for prompt in wanted if prompt["text"] not in there]
+    if not missing:
+        return
     clt, plain = trained(args.folder), gs.load_coders("gemma-3-270m-transcoder-*")
     model = gs.load_model("gemma-3-270m", dtype="float32")
     tokenizer = gs.load_tokenizer("gemma-3-270m")
     nodes = dict(zip(BOTH, (plain, gs.CoderSet([clt]))))
-    known = rounded(reconstruction(model, tokenizer, nodes))
-    first = {"name": "circuits_clt", "tokens": tokens_trained(args.folder), "text": known}
-    lines = []
-    for prompt in [EXTRA, *circuits.prompts(args.per_kind)]:
-        lines.append(compared(model, tokenizer, nodes, prompt, args.top))
-        print(json.dumps(lines[-1]), flush=True)
-    texts = [json.dumps(line, ensure_ascii=False) for line in [first, *lines]]
-    args.results.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    print(json.dumps(known, indent=1))
-    print(summary(lines))
+    if not args.results.exists() or not there:
+        found = rounded(reconstruction(model, tokenizer, nodes))
+        log = (args.folder / "run" / "log.jsonl").read_text().splitlines()
+        write(args.results, {"tokens": json.loads(log[-1])["tokens"], "coders": found}, "w")
+    for prompt in missing:
+        write(args.results, compared(model, tokenizer, nodes, prompt, args.top), "a")
 
 
-def tokens_trained(folder: Path) -> int:
-    last = (folder / "run" / "log.jsonl").read_text().splitlines()
-    return max(json.loads(line).get("tokens", 0) for line in last)
+def write(file: Path, line: dict, mode: str) -> None:
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    with file.open(mode, encoding="utf-8") as out:
+        out.write(text + "\n")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":
