@@ -47,7 +47,7 @@ def measured(length: int, features: int) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lengths", type=int, nargs="*", default=[400, 1024, 2300])
     parser.add_argument("--features", type=int, default=4096)
     args = parser.parse_args()

@@ -65,7 +65,7 @@ def _library():
 # ---- One prompt ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     """One prompt's graph, and what measures need beside it."""
 
@@ -277,7 +277,10 @@ def measured_line(model, tokenizer, nodes, prompt: dict, number: int, line: dict
     pruned = graph.prune(0.8, 0.98)
     seconds = {"attribute": time.perf_counter() - start, **line.get("seconds", {})}
     given = {"top": line["top"], "cap": line["cap"], "modes": line.get("modes", MODES)}
-    study = Study(model, tokenizer, prompt, nodes, graph, pruned, number, **given)
+    study = Study(
+        model=model, tokenizer=tokenizer, prompt=prompt, nodes=nodes, graph=graph, pruned=pruned,
+        number=number, **given,
+    )  # fmt: skip
     found: dict[str, Any] = {"tokens": len(graph.ids)}
     for name in lacking(line):
         start = time.perf_counter()

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from circuits_results import lines_of, rounded, write_lines
 from table import table
 
 import circuits
@@ -161,12 +162,14 @@ def compared(model, tokenizer, nodes: dict, prompt: dict, top: int) -> dict:
         begin = time.perf_counter()
         graph = circuits.graph_of(model, tokenizer, coders, prompt)
         pruned[name] = graph.prune(*SHARES)
-        given = model, tokenizer, coders, graph, pruned[name], 0
-        study = circuits.Study(*given, top=top, cap=0.05, modes=MODES)
+        study = circuits.Study(
+            model=model, tokenizer=tokenizer, prompt=prompt, nodes=coders, graph=graph,
+            pruned=pruned[name], number=0, top=top, cap=0.05, modes=MODES,
+        )  # fmt: skip
         line[name] = {
             **circuits.scores(study),
             "steps": steps(graph),
-            "validation": rounded(circuits.validation(study)),
+            "validation": circuits.validation(study),
             "seconds": round(time.perf_counter() - begin, 1),
         }
     both = gs.graph_overlap(*(pruned[name] for name in BOTH))
@@ -178,14 +181,6 @@ def compared(model, tokenizer, nodes: dict, prompt: dict, top: int) -> dict:
 def steps(graph) -> float:
     """How many features influence passes, on average, on its way from a token or an error."""
     return float(graph.influence()[: graph.selected].sum() / graph.weights.sum())
-
-
-def rounded(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: rounded(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [rounded(value) for value in tree]
-    return round(tree, 4) if isinstance(tree, float) else tree
 
 
 # ---- Tables ----------------------------------------------------------------------------------
@@ -232,7 +227,7 @@ def mean(rows: list[dict], prompt: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=HERE.parent / "out/circuits_clt")
-    parser.add_argument("--results", type=Path, default=HERE / "results/circuits_clt_cpu.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "results/circuits_clt_cpu.jsonl.gz")
     parser.add_argument("--train", action="store_true", help="train the CLT, and do no more")
     parser.add_argument("--updates", type=int, default=200, help="of training")
     parser.add_argument("--per-kind", type=int, default=1, help="prompts of each kind")
@@ -242,7 +237,7 @@ def main() -> None:
         trained(args.folder, args.updates)
         return
     run(args)
-    first, *lines = circuits.lines_of(args.results)
+    first, *lines = lines_of(args.results)
     print(json.dumps(first))
     print(summary(lines))
 
@@ -251,8 +246,8 @@ def run(args: argparse.Namespace) -> None:
     """Compare the prompts that the results lack; the first line tells of the coders."""
     import gemma_scope_jax as gs
 
-    circuits.mend(args.results)
-    there = {line.get("text") for line in circuits.lines_of(args.results)[1:]}
+    lines = lines_of(args.results)
+    there = {line["text"] for line in lines[1:]}
     wanted = [EXTRA, *circuits.prompts(args.per_kind)]
     missing = [prompt for prompt in wanted if prompt["text"] not in there]
     if not missing:
@@ -261,19 +256,15 @@ def run(args: argparse.Namespace) -> None:
     model = gs.load_model("gemma-3-270m", dtype="float32")
     tokenizer = gs.load_tokenizer("gemma-3-270m")
     nodes = dict(zip(BOTH, (plain, gs.CoderSet([clt]))))
-    if not args.results.exists() or not there:
+    if not lines:
         found = rounded(reconstruction(model, tokenizer, nodes))
         log = (args.folder / "run" / "log.jsonl").read_text().splitlines()
-        write(args.results, {"tokens": json.loads(log[-1])["tokens"], "coders": found}, "w")
-    for prompt in missing:
-        write(args.results, compared(model, tokenizer, nodes, prompt, args.top), "a")
-
-
-def write(file: Path, line: dict, mode: str) -> None:
-    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
-    with file.open(mode, encoding="utf-8") as out:
-        out.write(text + "\n")
-    print(text, flush=True)
+        lines = [{"tokens": json.loads(log[-1])["tokens"], "coders": found}]
+    progress = gs.Progress(len(missing), "prompts", what="circuits")
+    for count, prompt in enumerate(missing, 1):
+        lines.append(compared(model, tokenizer, nodes, prompt, args.top))
+        write_lines(args.results, lines)
+        progress.at(count)
 
 
 if __name__ == "__main__":
