@@ -13,7 +13,7 @@ _PUBLIC = {
     "progress": ["Progress", "on_progress", "quiet"],
     "storage.paths": ["check_writable", "folder_path", "use_compilation_cache"],
     "storage.atomic": ["write_text"],
-    "storage.strict_json": ["legible", "parse_json"],
+    "storage.strict_json": ["finite", "legible", "parse_json"],
     "model.config": ["GemmaConfig", "Model", "PRESETS", "Params", "init_params", "preset"],
     "model.batch": ["TokenBatch", "TokenLabels", "tokens"],
     "model.gemma": ["Cache", "Output", "forward", "init_cache"],

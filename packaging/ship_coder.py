@@ -122,9 +122,12 @@ def main() -> None:
             coder = gs.load_coder(source)
             folder = Path(temporary) / name_of(coder)
             gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
-            for name in ("train_config.json", "README.md", "curves.png"):
+            for name in ("README.md", "curves.png"):
                 if (source / name).exists():
                     shutil.copy(source / name, folder)
+            recipe = json.loads((source / "train_config.json").read_text(encoding="utf-8"))
+            compact = json.dumps(recipe, separators=(",", ":"))  # each folder has the whole run's
+            (folder / "train_config.json").write_text(compact + "\n", encoding="utf-8")
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
         texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]

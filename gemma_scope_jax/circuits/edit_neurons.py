@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.circuits.edit_rows import another, drawn
 from gemma_scope_jax.circuits.interventions import Edits
-from gemma_scope_jax.circuits.neurons import MlpNeurons, gelu
+from gemma_scope_jax.circuits.neurons import MlpNeurons
 from gemma_scope_jax.coders.coder import float32, matmul
 from gemma_scope_jax.coders.multi_layer_coder import at_layer
+from gemma_scope_jax.model.block import gelu
 from gemma_scope_jax.model.intercept import tokenwise
 
 

@@ -113,14 +113,23 @@ class Graph:
         target's absolute effects, times the final target's weight. Raises `InputError` for effects
         that are not finite, or go to a layer from the same or a higher one.
         """
-        return influence.influence(
-            self.effects, layer=self.targets.layer, node=self._columns(), weights=self.weights
-        )
+        return self._influence(None)
 
-    def scores(self) -> "GraphScores":
-        """How much of the influence the graph's features and tokens account for."""
-        found, kind = self.influence(), self.sources.kind
-        shares = influence.scores(self.effects, found, self._columns(), self.weights, kind)
+    def _influence(self, rest: np.ndarray | None) -> np.ndarray:
+        node = self._columns()
+        given = {"layer": self.targets.layer, "node": node, "weights": self.weights}
+        return influence.influence(self.effects, **given, rest=rest)
+
+    def scores(self, *, rest: bool = False) -> "GraphScores":
+        """How much of the influence the graph's features and tokens account for; with `rest`, as if
+        on each target the features that were not selected were one more error.
+
+        circuit-tracer counts what is in the graph only. A target's `rest` is a sum, in which
+        effects of other signs cancel, so that the scores with it are still too high.
+        """
+        more = self.rest if rest else None
+        found, kind = self._influence(more), self.sources.kind
+        shares = influence.scores(self.effects, found, self._columns(), self.weights, kind, more)
         return GraphScores(*shares, 1 - shares[0])
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> "Graph":

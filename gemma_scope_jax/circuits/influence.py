@@ -28,14 +28,15 @@ def influence(
     layer: np.ndarray,
     node: np.ndarray,
     weights: np.ndarray,
+    rest: np.ndarray | None = None,
     floor: float = FLOOR,
 ) -> np.ndarray:
     """The influence of every column of effects [R, C]: float64 [C].
 
-    Of each row: its layer; its own column, or -1 if it has none (final targets); and its weight,
-    0 for features. Rows without a column come first, then those of the highest layer. Raises
-    `InputError` for effects that are not finite, or on a layer from the same or a higher one, and
-    for negative weights.
+    Of each row: its layer; its own column, or -1 if it has none (final targets); its weight, 0 for
+    features; and `rest`, an effect on it that has no column. Rows without a column come first, then
+    those of the highest layer. Raises `InputError` for effects that are not finite, or on a layer
+    from the same or a higher one, and for negative weights.
     """
     if (weights < 0).any():
         raise InputError("graph: weights are negative, which influence cannot start from")
@@ -52,7 +53,9 @@ def influence(
                 raise InputError(f"graph: layer {number} has effects from its own or a higher one")
             np.abs(block, out=block)
             with np.errstate(invalid="ignore"):  # infinities are refused below
-                found += (carried[some] / np.maximum(block.sum(axis=1), floor)) @ block
+                sums = block.sum(axis=1)
+                sums += 0 if rest is None else np.abs(rest[rows[some]])
+                found += (carried[some] / np.maximum(sums, floor)) @ block
     if not np.isfinite(found).all():
         raise InputError("graph: effects or weights hold NaN or infinities")
     return found
@@ -75,31 +78,34 @@ def influence_of_rows(found: np.ndarray, node: np.ndarray, weights: np.ndarray) 
     return weights + np.where(node >= 0, found[node], 0.0)
 
 
-def row_sums(effects: np.ndarray) -> np.ndarray:
-    """The sums of absolute effects, float64 [R]."""
-    return np.concatenate([np.abs(b).sum(axis=1) for _, b in blocks(effects)] or [np.zeros(0)])
-
-
-def error_shares(effects: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Of each row, the share of its absolute effects that comes from the columns `errors`."""
-    parts = [np.abs(b[:, errors]).sum(axis=1) for _, b in blocks(effects)]
-    return np.concatenate(parts or [np.zeros(0)]) / np.maximum(row_sums(effects), FLOOR)
+def row_sums(effects: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """The sums of absolute effects, float64 [R]; of all columns, or of some."""
+    parts = [np.abs(b[:, columns]).sum(axis=1) for _, b in blocks(effects)]
+    return np.concatenate(parts or [np.zeros(0)])
 
 
 def scores(
-    effects: np.ndarray, found: np.ndarray, node: np.ndarray, weights: np.ndarray, kind: np.ndarray
+    effects: np.ndarray,
+    found: np.ndarray,
+    node: np.ndarray,
+    weights: np.ndarray,
+    kind: np.ndarray,
+    rest: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Replacement and completeness of a graph whose columns are of the `kind` and have the
-    influence `found`; NaN where nothing has any.
+    influence `found`; NaN where nothing has any. `rest` [R], as in `influence`, counts as errors.
 
     replacement   the influence of tokens, as a share of that of tokens and errors
     completeness  of what each node gets, the share that errors do not give, averaged over all
                   nodes by their influence; nodes that get nothing, tokens and errors, count as 1
     """
-    tokens, errors = found[kind == "token"].sum(), found[kind == "error"].sum()
+    more = np.zeros(len(effects)) if rest is None else np.abs(rest.astype(np.float64))
     passed = influence_of_rows(found, node, weights)
+    each = passed / np.maximum(row_sums(effects) + more, FLOOR)
+    tokens = found[kind == "token"].sum()
+    errors = found[kind == "error"].sum() + each @ more
     whole = passed.sum() + tokens + errors
-    lost = passed @ error_shares(effects, kind == "error")
+    lost = each @ (row_sums(effects, kind == "error") + more)
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(tokens / (tokens + errors)), float(1 - lost / whole)
 

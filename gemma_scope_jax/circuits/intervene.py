@@ -35,7 +35,7 @@ from gemma_scope_jax.circuits.interventions import (
     transcoders,
 )
 from gemma_scope_jax.circuits.linear import room_for
-from gemma_scope_jax.circuits.neurons import gelu, mlp_neurons, neurons_of
+from gemma_scope_jax.circuits.neurons import mlp_neurons, neurons_of
 from gemma_scope_jax.circuits.prompts import checked_prompt
 from gemma_scope_jax.coders.coder import Coder, float32, jump_relu, matmul
 from gemma_scope_jax.coders.coder_set import CoderSet
@@ -45,6 +45,7 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.model import intercept
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.batch import check_ids
+from gemma_scope_jax.model.block import gelu
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import one_pass
 from gemma_scope_jax.model.intercept import per_layer, tokenwise

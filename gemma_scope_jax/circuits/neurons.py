@@ -31,6 +31,7 @@ from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.multi_layer_coder import at_layer
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.block import gelu
 from gemma_scope_jax.model.config import GemmaConfig, Model, abstract_params
 
 if TYPE_CHECKING:
@@ -153,11 +154,6 @@ def sources_at(coders: CoderSet, prompt: Prompt, layer: Any, position: Any, feat
         gate[mine] = gelu(dot("nd,dn->n", x, float32(given)))
         scale[mine] = prompt.post_mlp_scale[number, at]
     return Active(columns[0], columns[1], columns[2], ones, gate, scale, "neuron")
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Gemma's own: the approximation by tanh."""
-    return jax.nn.gelu(x, approximate=True)
 
 
 def neuron_candidates(

@@ -10,6 +10,7 @@ from gemma_scope_jax.circuits.supernodes import Supernodes
 from gemma_scope_jax.circuits.validate import Validation
 from gemma_scope_jax.circuits.words import Path, node_name, strongest_paths
 from gemma_scope_jax.errors import shown
+from gemma_scope_jax.storage.strict_json import finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,10 @@ class GraphReport:
     prompt        the text, without `<bos>`
     targets       (name, value, weight) of what is explained
     features      of each prompt: explained, active
-    rest          what the features that are not explained give to the targets, and what these are:
-                  sums over the targets by weight; no score counts it
     shown         nodes and links of the pruned graph
     scores, scores_shown  of the graph and of the pruned one
+    scores_rest   of the graph, features that were not explained counting as errors, see
+                  `Graph.scores`; None if all were
     paths         the strongest paths through features
     groups        supernodes, if they were looked for
     validation    predicted against measured, or None
@@ -31,24 +32,24 @@ class GraphReport:
     prompt: str
     targets: list[tuple[str, float, float]]
     features: tuple[int, int]
-    rest: tuple[float, float]
     shown: tuple[int, int]
     scores: GraphScores
     scores_shown: GraphScores
+    scores_rest: GraphScores | None
     paths: list[Path]
     groups: Supernodes | None
     validation: Validation | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data."""
+        """JSON data; None for what is not defined."""
+        names = ("scores", "scores_rest", "scores_shown")
+        named = [(name, getattr(self, name)) for name in names]
         return {
             "prompt": self.prompt,
             "targets": [dict(zip(("target", "value", "weight"), t)) for t in self.targets],
             "features": dict(zip(("explained", "active"), self.features)),
-            "rest": dict(zip(("effect", "value"), self.rest)),
             "shown": dict(zip(("nodes", "links"), self.shown)),
-            "scores": dataclasses.asdict(self.scores),
-            "scores_shown": dataclasses.asdict(self.scores_shown),
+            **{name: finite(scores and dataclasses.asdict(scores)) for name, scores in named},
             "paths": [{"path": str(p), "share": p.share, "effect": p.effect} for p in self.paths],
             "supernodes": None if self.groups is None else self.groups.as_dict(),
             "validation": None if self.validation is None else self.validation.as_dict(),
@@ -59,7 +60,12 @@ class GraphReport:
         names = ["graph", "replacement", "completeness", "errors"]
         rows = [
             [name, *(round(v, 3) for v in dataclasses.astuple(scores))]
-            for name, scores in (("whole", self.scores), ("shown", self.scores_shown))
+            for name, scores in (
+                ("whole", self.scores),
+                ("whole, unexplained features as errors", self.scores_rest),
+                ("shown", self.scores_shown),
+            )
+            if scores is not None
         ]
         if self.groups is not None:
             scores = dataclasses.astuple(self.groups.scores())
@@ -78,12 +84,8 @@ class GraphReport:
             for name, value, weight in self.targets
         )
         rest = []
-        if explained < active:
-            effect, value = self.rest
-            rest = [
-                f"rest      the others give {effect:+.2f} of the targets' {value:+.2f}; "
-                "no score counts them"
-            ]
+        if self.scores_rest is not None:
+            rest = [f"          {self.scores_rest}, if unexplained features count as errors"]
         grouped = []
         if self.groups is not None:
             grouped = [f"grouped   {len(self.groups)} supernodes: {self.groups.scores()}"]
@@ -92,8 +94,8 @@ class GraphReport:
             f"targets   {best}",
             f"features  {explained:,} explained of {active:,} active; "
             f"{nodes:,} nodes and {links:,} links shown",
-            *rest,
             f"scores    {self.scores}",
+            *rest,
             f"as shown  {self.scores_shown}",
             *grouped,
             "paths     the strongest through features:",
@@ -125,10 +127,10 @@ def report_graph(
         prompt="".join(graph.tokens[1:]),
         targets=[(node_name(graph.targets[r]), *(column[r] for column in given)) for r in final],
         features=(n, int(graph.about.get("active_features", n))),
-        rest=(float(graph.weights @ graph.rest), float(graph.weights @ graph.value)),
         shown=(len(pruned.sources), int(np.count_nonzero(pruned.effects))),
         scores=graph.scores(),
         scores_shown=pruned.scores(),
+        scores_rest=graph.scores(rest=True) if graph.rest.any() else None,
         paths=strongest_paths(pruned, paths, direct=False) if paths else [],
         groups=groups,
         validation=validation,

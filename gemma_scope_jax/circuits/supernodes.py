@@ -29,6 +29,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.storage.strict_json import finite
 
 Together = Literal["anywhere", "token", "position"]
 APART = 1e9  # the distance of features that no cluster may hold both
@@ -73,12 +74,13 @@ class Supernodes:
         return f"{len(self)} supernodes: {self.scores()}\n{found}"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON data: the groups by node ids, and the scores of their features."""
+        """JSON data: the groups by node ids, and the scores of their features; None for what is not
+        defined."""
         groups = [
             {"label": label, "nodes": ids, "influence": float(share)}
             for (label, ids), share in zip(self.node_ids().items(), self.influence)
         ]
-        return {"groups": groups, "scores": dataclasses.asdict(self.scores())}
+        return {"groups": groups, "scores": finite(dataclasses.asdict(self.scores()))}
 
     def columns(self) -> dict[str, list[int]]:
         """label -> columns of `graph.effects`: the `groups` of `graph_page`."""

@@ -13,7 +13,6 @@ Of a graph without coders read "neurons" for "features", here and below.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
 from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.storage.strict_json import finite
 
 if TYPE_CHECKING:
     from gemma_scope_jax.circuits.graph import Graph, Nodes
@@ -83,9 +83,7 @@ class Validation:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON data; None for what is not defined."""
-        rows = [dataclasses.asdict(a) for a in self.agreements]
-        bare = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
-        figures = [{name: bare(value) for name, value in row.items()} for row in rows]
+        figures = finite([dataclasses.asdict(a) for a in self.agreements])
         return {"ablated": len(self.ablated), "seed": self.seed, "figures": figures}
 
     def rows(self) -> list[list[str]]:

@@ -87,8 +87,9 @@ def given_text(text: str, file: Path | None) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON with legible texts, in which control characters appear as JSON's own escapes."""
-    text = gs.legible(json.dumps(value, ensure_ascii=False))
+    """Print JSON with legible texts, in which control characters appear as JSON's own escapes;
+    numbers that are not finite are null."""
+    text = gs.legible(json.dumps(gs.finite(value), ensure_ascii=False))
     print(_UNPRINTED.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
 
 

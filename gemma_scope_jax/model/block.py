@@ -119,6 +119,11 @@ def attention(config: GemmaConfig, p: Block, x, layer, where, kv, at):
     return place(where.mesh, out, "data", None, None), kv
 
 
+def gelu(x: Array) -> Array:
+    """Gemma's activation function: the approximation by tanh."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 def mlp(p: Block, x, mesh, at):
     """The gated MLP of one layer, float32 [B, T, D] before its post-norm."""
     hidden = lambda w: place(mesh, project(x, w), "data", None, "model")
@@ -127,7 +132,7 @@ def mlp(p: Block, x, mesh, at):
     with named_scope("up"):
         up = hidden(p.w_up)
     with named_scope("act"):
-        act = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
+        act = (gelu(gate) * up).astype(x.dtype)
     act = at("mlp_act", act)
     with named_scope("down"):
         out = project(act, p.w_down)

@@ -148,6 +148,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have, NaN and infinities. Tuples become
+    lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def legible(value: Any) -> Any:
     """`value` with U+FFFD for each half of a surrogate pair in its texts, as Python has them for
     names that are not UTF-8, so that it can be written and read again. Tuples become lists."""

@@ -37,7 +37,7 @@ def write_card(
     saved = rows[-1].get("saved", {}).get(name) if rows else None
     rows = [(row["tokens"], row["coders"][name]) for row in rows if name in row["coders"]]
     picture = _plot(rows)
-    recipe = json.dumps(_public(as_json(config)), separators=(",", ":")) + "\n"
+    recipe = json.dumps(_public(as_json(config)), indent=1) + "\n"
     text = legible(_text(name, config, rows, tokens, times, saved, bool(picture)))
     files = {"train_config.json": recipe.encode(), "README.md": text.encode()}
     if picture:

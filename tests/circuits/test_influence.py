@@ -10,6 +10,7 @@ import gemma_scope_jax as gs
 import graphs
 from assertions import one_line
 from gemma_scope_jax.circuits import influence
+from gemma_scope_jax.circuits.graph import Nodes
 from graphs import random_graph
 
 
@@ -31,6 +32,23 @@ def test_scores_are_the_formulas(seed):
     assert math.isclose(found.completeness, completeness, rel_tol=1e-12)
     assert math.isclose(found.error_share, 1 - replacement, rel_tol=1e-9)
     assert str(found).startswith(f"replacement {replacement:.3f}, completeness")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_not_explained_counts_as_an_error_of_each_target(seed):
+    graph = random_graph(seed, features=25)
+    rng = np.random.default_rng(seed)
+    graph = dataclasses.replace(graph, rest=rng.standard_normal(len(graph.targets)).astype("f4"))
+    more = np.flatnonzero(graph.sources.kind == "error")[:1]
+    as_error = dataclasses.replace(
+        graph,
+        sources=Nodes.joined(graph.sources, graph.sources[more]),
+        effects=np.concatenate([graph.effects, graph.rest[:, None]], 1),
+    )
+    found, want = graph.scores(rest=True), as_error.scores()
+    assert math.isclose(found.replacement, want.replacement, rel_tol=1e-12)
+    assert math.isclose(found.completeness, want.completeness, rel_tol=1e-12)
+    assert found.replacement < graph.scores().replacement
 
 
 def test_all_influence_comes_from_tokens_and_errors():

@@ -42,7 +42,7 @@ def test_writes_page_and_graph(tiny, given, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [t["target"] for t in found["targets"]] == ["'a' - 'c'", "'b' - 'c'"]
     assert found["features"]["explained"] == found["features"]["active"]
-    assert found["rest"]["effect"] == 0 != found["rest"]["value"]
+    assert found["scores_rest"] is None  # nothing is left
     assert found["validation"]["ablated"] == 4 and len(found["paths"]) == 10
     page = (out / "graph.html").read_text()
     assert "<title>plums" in page and "completeness" in page and "spearman" in page

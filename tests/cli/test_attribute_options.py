@@ -68,8 +68,9 @@ def test_the_graph_of_neurons(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "50 explained of 960 active" in out and "-> neuron " in out
     graph = gs.load_graph(tmp_path / "out" / "graph.npz")
-    rest, value = graph.weights @ graph.rest, graph.weights @ graph.value
-    assert rest and f"the others give {rest:+.2f} of the targets' {value:+.2f};" in out
+    scores = graph.scores(rest=True)
+    assert f"{scores}, if unexplained features count as errors" in out
+    assert scores.replacement < graph.scores().replacement == 1
     assert graph.selected == 50 and (graph.sources.kind[:50] == "neuron").all()
     assert (tmp_path / "out" / "graph.html").exists()
     assert command("attribute", TEXT, *given, "--plan", "--json") == 0
