@@ -116,9 +116,10 @@ class Graph:
         return self._influence(None)
 
     def _influence(self, rest: np.ndarray | None) -> np.ndarray:
-        node = self._columns()
-        given = {"layer": self.targets.layer, "node": node, "weights": self.weights}
-        return influence.influence(self.effects, **given, rest=rest)
+        layer, node = self.targets.layer, self._columns()
+        return influence.influence(
+            self.effects, layer=layer, node=node, weights=self.weights, rest=rest
+        )
 
     def scores(self, *, rest: bool = False) -> "GraphScores":
         """How much of the influence the graph's features and tokens account for; with `rest`, as if
