@@ -15,6 +15,8 @@ transcoders:
   most supporting first; and, to compare, of their direct effect alone, of how much they write
   (activation times the norm of the decoder row), any features of the same layers and positions, and
   any active features;
+- features set to the opposite of their activations, more and more of them, in the order of their
+  total effect; and others of the same layers and positions;
 - the automatic supernodes of the pruned graph's 25, 50 and 100 features of most influence: how much
   of the answer these alone carry;
 - the baseline: the graph of as many of the model's own MLP neurons, ablated one at a time alike.
@@ -152,7 +154,7 @@ def ablation(study: Study) -> dict:
     difference changes if so many features are ablated together; of random orders several."""
     graph, n = study.graph, study.graph.selected
     each, total = total_effects(graph)
-    counts = [k for k in COUNTS if k <= max(1, int(study.cap * n))]
+    counts = counts_of(study)
     orders = {
         "total": np.argsort(-total, kind="stable"),
         "direct": np.argsort(-graph.effects[-3, :n], kind="stable"),
@@ -173,6 +175,27 @@ def ablation(study: Study) -> dict:
         changes = measured(study, sets, freeze).astype(float).round(2)
         result[freeze] = dict(zip(names, changes.reshape(len(names), len(counts)).tolist()))
     return result
+
+
+def counts_of(study: Study) -> list[int]:
+    """How many features are changed together."""
+    return [k for k in COUNTS if k <= max(1, int(study.cap * study.graph.selected))]
+
+
+def reversal(study: Study) -> dict:
+    """{"counts", "predicted", "total": changes, "place": changes}: how the difference changes if so
+    many features are set to the opposite of their activations, with nothing frozen."""
+    each, total = total_effects(study.graph)
+    counts, order = counts_of(study), np.argsort(-total, kind="stable")
+    rng = np.random.default_rng((study.number, 0))
+    orders = {"total": order, "place": same_place(study.graph, order[: counts[-1]], rng)}
+    sets = [some[:k] for some in orders.values() for k in counts]
+    changes = measured(study, sets, "nothing", -1.0).astype(float).round(2)
+    return {
+        "counts": counts,
+        "predicted": [round(2 * joint(study.graph, each, order[:k]), 2) for k in counts],
+        **dict(zip(orders, changes.reshape(len(orders), len(counts)).tolist())),
+    }
 
 
 def total_effects(graph) -> tuple[np.ndarray, np.ndarray]:
@@ -223,11 +246,15 @@ def written(study: Study) -> np.ndarray:
     return nodes.activation[:n] * np.stack(norms)[nodes.layer[:n], nodes.feature[:n]]
 
 
-def measured(study: Study, sets: Sequence[np.ndarray], freeze: str) -> np.ndarray:
-    """The change of the difference in the model if each set of features is ablated [sets]."""
+def measured(
+    study: Study, sets: Sequence[np.ndarray], freeze: str, factor: float = 0.0
+) -> np.ndarray:
+    """The change of the difference in the model if the activations of each set of features are
+    multiplied by `factor` [sets]."""
     nodes, tokens = study.graph.sources, study.graph.targets.feature[-2:]
     columns = (nodes.layer, nodes.position, nodes.feature)
-    edits = [[(*(int(c[s]) for c in columns), 0.0) for s in some] for some in sets]
+    value = factor * nodes.activation
+    edits = [[(*(int(c[s]) for c in columns), float(value[s])) for s in some] for some in sets]
     found = _library().intervene(
         study.model, study.nodes, study.graph.ids, edits,
         freeze=freeze, tokens=tokens, logits="none", batch=17,
@@ -260,6 +287,7 @@ MEASURES: dict[str, Callable[[Study], dict]] = {
     "path": path,
     "validation": validation,
     "ablation": ablation,
+    "reversal": reversal,
     "supernodes": supernodes,
     "neurons": neurons,
 }

@@ -13,6 +13,7 @@ from table import table
 
 ORDERS = ("total", "direct", "largest", "place", "random")
 SHOWN = 20  # features ablated together, in the table with a row a kind
+FEWEST = 5  # prompts that have an interval
 MOST_OF = 0.95  # the share of prompts that a number of features needs to have a row
 HEADINGS = {"direct": "direct", "attention": "attention frozen", "nothing": "nothing frozen"}
 MARKED = re.compile(r"(<!-- circuits: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
@@ -24,6 +25,8 @@ def interval(values: Iterable[Any], statistic: Callable[..., Any] = np.mean) -> 
     x = np.array([v for v in values if v is not None], float)
     if not len(x):
         return ""
+    if len(x) < FEWEST:
+        return figure(float(statistic(x)))
     drawn = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
     found, whole = statistic(x[drawn], axis=1), statistic(x)
     if np.isnan(whole):
@@ -140,7 +143,6 @@ def flip_row(lines: list[dict]) -> dict:
     turned = lambda freeze, order: interval(
         float(np.mean(np.isfinite(flips(line, freeze, order)))) for line in lines
     )
-    middle = lambda x, axis=None: np.sort(x, axis=-1)[..., x.shape[-1] // 2]
     least = (flips(line, "nothing", "total")[0] for line in lines)
     return {
         "prompts": str(len(lines)),
@@ -151,8 +153,30 @@ def flip_row(lines: list[dict]) -> dict:
         **{order: turned("nothing", order) for order in ORDERS},
         "attention frozen: total": turned("attention", "total"),
         "attention frozen: place": turned("attention", "place"),
-        "features (median)": interval(least, middle),
+        "features (median)": interval(least, median),
     }
+
+
+def reversal_row(lines: list[dict]) -> dict:
+    """The share of prompts whose preference turns when features are set to their opposites."""
+    lines = [line for line in right(lines) if "reversal" in line]
+
+    def least(line: dict, what: str) -> float:
+        turned = line["behaviour"]["difference"] + np.array(line["reversal"][what]) < 0
+        return float(line["reversal"]["counts"][turned.argmax()]) if turned.any() else math.inf
+
+    turned = lambda what: interval(float(math.isfinite(least(line, what))) for line in lines)
+    return {
+        "prompts": str(len(lines)),
+        **{what: turned(what) for what in ("predicted", "total", "place")},
+        "features predicted (median)": interval((least(x, "predicted") for x in lines), median),
+        "features (median)": interval((least(x, "total") for x in lines), median),
+    }
+
+
+def median(x: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The upper of the middle two, so that it is one of the values: some are infinite."""
+    return np.sort(x, axis=-1)[..., x.shape[-1] // 2]
 
 
 def change_row(lines: list[dict], count: int = SHOWN) -> dict:
@@ -201,6 +225,7 @@ PARTS: dict[str, Callable[[list[dict]], dict]] = {
     "One neuron at a time": neuron_row,
     f"{SHOWN} features together": change_row,
     "Preference turned": flip_row,
+    "Features reversed": reversal_row,
 }
 
 

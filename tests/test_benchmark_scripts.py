@@ -147,8 +147,20 @@ def test_a_summary_counts_what_turns_the_preference(circuits):
         line for line in tables["20 features together"].splitlines() if line.startswith("| all |")
     ]
     lost, predicted = (6 / 4 + 2 / 4) / 2, 6 / 4 + 2 / 4
-    assert rows[0].split("|")[2].startswith(f" {predicted:.2f} [")
-    assert rows[0].split("|")[3].startswith(f" {lost:.2f} [")
+    assert rows[0].split("|")[2].startswith(f" {predicted:.2f} ")
+    assert rows[0].split("|")[3].startswith(f" {lost:.2f} ")
+
+
+def test_a_summary_of_reversed_features(circuits):
+    lines = [line_of(number, 4.0, [-1.0, -2.0, -2.0]) for number in range(6)]
+    given = {"counts": [1, 2, 20], "predicted": [-5.0, -6.0, -7.0], "place": [0.0, 1.0, -1.0]}
+    for number, line in enumerate(lines[:5]):
+        line["reversal"] = {**given, "total": [-1.0, -5.0 if number else -3.0, -3.0]}
+    tables, _ = circuits.summary(lines)
+    cells = [cell.strip() for cell in tables["Features reversed"].splitlines()[-1].split("|")[1:-1]]
+    assert cells[:3] == ["all", "5", "1.00 [1.00, 1.00]"] and cells[3].startswith("0.80 [")
+    assert cells[4:6] == ["0.00 [0.00, 0.00]", "1.00 [1.00, 1.00]"]
+    assert cells[6].startswith("2.00 [2.00, ")
 
 
 def test_a_summary_of_lines_of_which_only_one_has_neurons(circuits):
@@ -157,8 +169,8 @@ def test_a_summary_of_lines_of_which_only_one_has_neurons(circuits):
     tables, figures = circuits.summary(lines)
     assert (figures["spearman"], figures["spearman_neurons"]) == (0.55, 0.6)
     cells = [cell.strip() for cell in tables["Supernodes"].splitlines()[-1].split("|")[1:-1]]
-    assert cells[:3] == ["all", "1", "9"] and cells[3].startswith("0.50 [")
-    assert tables["One neuron at a time"].splitlines()[-1].startswith("| all | 1 | 0.60 [")
+    assert cells[:3] == ["all", "1", "9"] and cells[3] == "0.50"
+    assert tables["One neuron at a time"].splitlines()[-1].startswith("| all | 1 | 0.60 |")
 
 
 def test_results_are_written_whole_and_only_what_lacks_is_measured(circuits, tmp_path, monkeypatch):
