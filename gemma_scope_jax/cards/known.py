@@ -8,7 +8,6 @@ import dataclasses
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from gemma_scope_jax.autointerp.explanations import (
     read_explanations,
 )
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
-from gemma_scope_jax.cards.export.anthropic import export_anthropic_json
+from gemma_scope_jax.cards.export.anthropic import check_json_folder, export_anthropic_json
 from gemma_scope_jax.cards.labels import Label, card_label, read_labels
 from gemma_scope_jax.coders.coder import Coder, public_name
 from gemma_scope_jax.errors import InputError
@@ -56,6 +55,11 @@ class KnownFeatures:
                 found[layer, feature] = some
         return found
 
+    def check_feature_folder(self, folder: Path) -> None:
+        """Raise `InputError` if `write_feature_files` would refuse the folder."""
+        if self.cards:
+            check_json_folder(folder)
+
     def write_feature_files(
         self, features: Iterable[Pair], tokenizer: Tokenizer, folder: Path
     ) -> bool:
@@ -76,43 +80,94 @@ def read_known(
 ) -> KnownFeatures:
     """What is known about the features of `coders`, one a layer, before any of it is needed.
 
-    explanations  a folder with layer_N/explanations.json; default: beside each coder, in whose
-                  folder label material is found, too
+    explanations  a folder with layer_N/explanations.json, or, for one layer, explanations.json;
+                  default: beside each coder, in whose folder label material is found, too
     cards         a folder made by `gemma-scope cards`, with cards of these coders; none otherwise
 
-    Raises `InputError` for files that cannot be used, and for folders that hold nothing of these
-    coders.
+    Raises `InputError` for files that cannot be used, folders that hold nothing of these coders,
+    and cards of a namesake.
     """
     explained, labels, made = {}, {}, {}
-    given, found = os.fspath(explanations).rstrip("/"), _made(cards) if cards else {}
+    given, found = os.fspath(explanations), _made(cards) if cards else []
     pairs = [(coder, layer) for coder in coders for layer in coder.layers]
     for coder, layer in pairs:
-        own = partial(layer_folder, layers=len(coder.layers), layer=layer)
-        beside = explained_folder(coder.info)
-        if given or beside:
-            place = f"{given}/layer_{layer}" if given else own(beside)
-            explained[layer] = read_explanations(place, coder.width)
+        explained[layer] = explained_layer(coder, layer, given, len(pairs))
         if coder.info.folder:
-            known = read_labels(own(coder.info.folder), coder.width)
+            own = layer_folder(coder.info.folder, len(coder.layers), layer)
+            known = read_labels(own, coder.width)
             labels |= {} if known is None else {layer: known}
-        if (named := (public_name(coder), layer, coder.width)) in found:
-            made[layer] = found[named]
+        if own_cards := _cards_of(coder, layer, found):
+            made[layer] = own_cards[0]
     if given and not any(explained.values()):
-        what = "layer_N/explanations.json of these coders' layers"
-        raise InputError(f"{given}: holds no {what}; `gemma-scope explain` writes them")
+        several = any(len(coder.layers) > 1 for coder, _ in pairs)  # explained below --out
+        place = given if several else f"{given.rstrip('/')}/layer_N"
+        raise InputError(
+            f"{given}: holds no layer_N/explanations.json of these coders' layers; explain each "
+            f"coder with `gemma-scope explain --out {place}`"
+        )
     if cards and not made:
         raise InputError(
-            f"{cards}: holds cards of {next(iter(found))[0]}, not of these coders; make them "
-            "with `gemma-scope cards`"
+            f"{cards}: holds cards of {found[0].manifest['coder']}, not of these coders; make "
+            "them with `gemma-scope cards`"
         )
     return KnownFeatures(explained, labels, made)
 
 
-def _made(folder: str | os.PathLike) -> dict[tuple[str, int, int], FeatureCards]:
-    """The finished cards of one site or of several, by coder, layer and width."""
+def explained_layer(
+    coder: Coder, layer: int, given: str = "", layers: int = 1
+) -> dict[int, Explanation]:
+    """The explanations of a layer's features: beside the coder, or in `given`, a folder that
+    explains so many layers; of one layer it is also layer_N's own folder, or a file."""
+    if not given:
+        place = explained_folder(coder.info)
+        own = layer_folder(place, len(coder.layers), layer)
+        return read_explanations(own, coder.width) if place else {}
+    below = layer_folder(given, 2, layer)
+    if layers > 1:
+        if given.endswith(".json"):
+            raise InputError(f"{given}: explains one layer; for several, give the folder of all")
+        return read_explanations(below, coder.width)
+    return read_explanations(given, coder.width) or read_explanations(below, coder.width)
+
+
+def _made(folder: str | os.PathLike) -> list[FeatureCards]:
+    """The finished cards of one site or of several."""
     place = expanded(folder)
     paths = [place / FILE, place / "cards" / FILE, *sorted(place.glob(f"*/cards/{FILE}"))]
     found = [FeatureCards(path.parent) for path in paths if path.is_file()]
     if not found:
         raise InputError(f"{folder}: holds no feature cards; `gemma-scope cards` makes them")
-    return {(m["coder"], m["layer"], m["width"]): c for c in found for m in (c.manifest,)}
+    return found
+
+
+def _cards_of(coder: Coder, layer: int, found: Sequence[FeatureCards]) -> list[FeatureCards]:
+    """The cards of a layer of `coder` among those `found`, or none. Raises `InputError` if two
+    folders hold them, and for cards of a namesake only."""
+    ours = {"coder": public_name(coder), "layer": layer, "width": coder.width}
+    named = [cards for cards in found if ours.items() <= cards.manifest.items()]
+    own = [cards for cards in named if not _difference(coder, cards.manifest)]
+    if len(own) > 1:
+        raise InputError(
+            f"{own[0].folder} and {own[1].folder} both hold cards of {ours['coder']}, layer "
+            f"{layer}; give a folder with one of them"
+        )
+    if named and not own:
+        difference = _difference(coder, named[0].manifest)
+        raise InputError(
+            f"{named[0].folder}: holds cards of another coder that is called {ours['coder']}: "
+            f"{difference}; make cards of this coder with `gemma-scope cards`"
+        )
+    return own
+
+
+def _difference(coder: Coder, manifest: Mapping[str, Any]) -> str:
+    """What tells a coder from the namesake that cards were made of; "" for the same coder."""
+    ours = {key: getattr(coder, key) for key in ("kind", "reads", "writes", "first")}
+    if coder.info.model_name and manifest["model"]:
+        ours["model"] = coder.info.model_name
+    plain = lambda value: str(value).removeprefix("google/")
+    for key, value in ours.items():
+        theirs = manifest.get(key, value)
+        if plain(theirs) != plain(value):
+            return f"its {key} is {theirs}, not {value}"
+    return ""

@@ -15,18 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_scope_jax.autointerp.explanations import (
-    Explanation,
-    explained_folder,
-    layer_folder,
-    read_explanations,
-)
+from gemma_scope_jax.autointerp.explanations import Explanation
 from gemma_scope_jax.cards.build import build_cards, same_layer
 from gemma_scope_jax.cards.card_files import FILE, FeatureCards
 from gemma_scope_jax.cards.examples import CardSettings
 from gemma_scope_jax.cards.export.anthropic import export_anthropic, export_anthropic_json
 from gemma_scope_jax.cards.export.neuronpedia import export_neuronpedia
 from gemma_scope_jax.cards.export.saedashboard import export_saedashboard
+from gemma_scope_jax.cards.known import explained_layer
 from gemma_scope_jax.cards.published import find_examples
 from gemma_scope_jax.cards.site import build_site, write_index
 from gemma_scope_jax.coders.coder import Coder, public_name
@@ -92,7 +88,7 @@ def plan_card_sites(
             check_comparable(coder, layer, other, theirs)
             place = (other.info.path, other.layers[other.source(theirs)])
             sites |= {n: pages[place]} if place in pages else {}
-        explained = _explained(coder, layer, explanations)
+        explained = explained_layer(coder, layer, explanations, len(coder.layers))
         examples = find_examples(coder) if published else None
         planned.append(CardSite(coder, layer, name, examples, compared, sites, explained))
     if explanations and not any(one.explained for one in planned):
@@ -180,15 +176,6 @@ def _check_free(folder: Path, coder: Coder) -> None:
     inside = (path for path in folder.rglob("*") if not path.is_dir() and not ours(path))
     if not (made / FILE).is_file() and next(inside, None) is not None:
         raise InputError(f"{folder}: holds something other than cards; choose another folder")
-
-
-def _explained(coder: Coder, layer: int, given: str) -> dict[int, Explanation]:
-    """The explanations of a layer's features: the `given` ones, or those beside the coder."""
-    layers = len(coder.layers)
-    if layers > 1 and given.endswith(".json"):
-        raise InputError(f"{given}: for a coder of several layers, give the folder of all")
-    folder = given or explained_folder(coder.info)
-    return read_explanations(layer_folder(folder, layers, layer), coder.width) if folder else {}
 
 
 def _folders(pairs: Sequence[tuple[Coder, int]]) -> list[str]:

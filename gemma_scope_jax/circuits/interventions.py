@@ -96,6 +96,8 @@ def as_intervention(given: Any, coders: CoderSet) -> Intervention:
             raise InputError(f"position {first}: {_begin(coders.at(layer), layer)}")
     elif last <= first:
         raise InputError(f"the slice {given.position} holds no positions")
+    elif last <= coders.at(layer).first:
+        raise InputError(f"the slice {given.position}: {_begin(coders.at(layer), layer)}")
     return dataclasses.replace(given, layer=layer, feature=feature, value=float(given.value))
 
 

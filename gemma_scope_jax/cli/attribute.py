@@ -58,23 +58,28 @@ def command(
         coders: A transcoder for each layer, or a CLT: addresses, folders, packaged coders, globs;
             "neurons" for the model's own MLP neurons.
         file: Read the prompt from this file.
-        messages: The file is JSON Lines, and the prompt the chat under this key of its one object.
-            A last message of the model is continued.
+        messages: FILE is JSON Lines with one object, and the prompt is the chat under this key of
+            it. A last message of the model is continued, without its trailing blanks.
         target: Explain the logits of these next tokens. The default is the likeliest ones.
         minus: Explain instead the difference: the target's logit less the logit of this token.
         node_threshold: Show the nodes that have this share of all influence.
         edge_threshold: Show the links that have this share of the shown nodes' influence.
-        out: Write graph.html (a page that opens from the disk), graph.npz and graph.json here.
+        out: Write graph.html (a page that opens from the disk), graph.npz, graph.json and
+            graph-metadata.json here and, with --cards, features/.
         paths: Print this many paths.
         validate: Ablate this many features, and compare the changes with the graph's predictions.
-        explanations: Call features by the explanations in this folder's layer_N, from
-            `gemma-scope explain`. The default is those beside each coder.
+        explanations: Call features by the explanations in this folder's layer_N: each coder is
+            explained with `gemma-scope explain --out FOLDER/layer_N`, a CLT with `--out FOLDER`.
+            The default is those beside each coder.
         cards: Show examples from this folder, made by `gemma-scope cards`, and write them for the
             viewers of graph.json. The default is the label material beside each coder.
         plan: Only print what it would take: features, bytes, products, time.
         mesh: Spread the work over this many devices. The default is one device.
     """
     said = _said(prompt, file, messages)
+    if coders == (NEURONS,) and (explanations or cards):
+        says = "--explanations and --cards are of coders' features; neurons have none"
+        raise gs.InputError(says)
     nodes, name, shape, tok = _opened(coders, model)
     wanted = [gs.Target.logit(token) for token in target] or None
     if minus and not target:
@@ -90,8 +95,12 @@ def command(
         raise gs.InputError("--paths and --validate are numbers, 0 for none")
     if validate and any(coder.k for coder in nodes or ()):
         raise gs.InputError("features of TopK coders cannot be ablated one by one: --validate 0")
-    gs.check_attribution(shape, nodes, ids, wanted, **how)
+    _, _, goals, _ = gs.check_attribution(shape, nodes, ids, wanted, **how)
+    if minus and any(len({term.what for term in goal.terms}) == 1 for goal in goals or ()):
+        raise gs.InputError(f"--minus {minus!r} is also a target: their difference is always 0")
     known = gs.read_known(nodes or (), explanations=explanations, cards=cards)
+    if out is not None:
+        known.check_feature_folder(out / "features")
     if plan:
         spread = None if mesh is None else gs.make_mesh(*mesh)
         kind = shared.dtype_of(dtype)
@@ -115,6 +124,7 @@ def command(
     shared.print_result(report, report.as_dict(), json)
     if out is None:
         return
+    files = known.write_feature_files(features, tok, out / "features")
     graph.save(out / "graph.npz")
     heads = {}
     if nodes is not None:  # neurons' links cannot be split over heads
@@ -122,7 +132,6 @@ def command(
             heads = gs.link_heads(weights, used, shown, most_links=HEADS)
     given = {"details": details, "heads": heads, "groups": groups.largest(GROUPS)}
     gs.write_text(out / "graph.html", gs.graph_page(shown, **given, notes=report.tables()))
-    files = known.write_feature_files(features, tok, out / "features")
     gs.export_graph(shown, out, "graph", features=out / "features" if files else None)
     if not json:
         print(f"page      {out / 'graph.html'}")

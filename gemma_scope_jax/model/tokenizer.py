@@ -164,7 +164,7 @@ class Tokenizer:
                 f"{self._foreign_template}: the model's chat template is not Gemma's; render the "
                 "chat with it elsewhere and encode the text with allow_special=True"
             )
-        system, turns = _checked_messages(messages)
+        system, turns = checked_messages(messages)
         ids, roles, newline = [self.bos_id], ["turn"], self._encode("\n")
         for number, (role, content) in enumerate(turns):
             parts = [(f"{role}\n", "turn")]
@@ -230,8 +230,9 @@ def message_text(content: Any, where: str, role: str = "user") -> str:
     return "".join(texts)
 
 
-def _checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system text, if any, and (role, stripped content) of every turn."""
+def checked_messages(messages: Any) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system text, if any, and (role, stripped content) of every turn. Raises `InputError` for
+    messages that are no chat, whatever the tokenizer."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
     turns: list[tuple[str, str]] = []

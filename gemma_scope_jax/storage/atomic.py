@@ -213,10 +213,7 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
         with only_writer(part, folder):
             if old.is_dir() and not folder.exists():  # of a process killed between two renames
                 os.replace(old, folder)
-            is_ours = any(True for mark in marks for _ in folder.glob(mark))
-            if folder.exists() and not (is_ours or _is_empty(folder)):
-                advice = "move it, or choose another folder"
-                raise InputError(f"{folder}: is in the way, and was not made here; {advice}")
+            check_replaceable(folder, *marks)
             try:
                 for path in part.iterdir():
                     _remove(path)
@@ -235,6 +232,15 @@ def new_folder(folder: Path, *marks: str) -> Iterator[Path]:
                 raise
     except OSError as error:
         raise disk_error(folder, error) from error
+
+
+def check_replaceable(folder: Path, *marks: str) -> None:
+    """Raise `InputError` unless the folder is missing, empty, or has a file of one of the glob
+    patterns `marks`: only such a folder does `new_folder` replace."""
+    is_ours = any(True for mark in marks for _ in folder.glob(mark))
+    if folder.exists() and not (is_ours or _is_empty(folder)):
+        advice = "move it, or choose another folder"
+        raise InputError(f"{folder}: is in the way, and was not made here; {advice}")
 
 
 def _is_empty(folder: Path) -> bool:

@@ -178,6 +178,7 @@ def test_a_mesh_and_bfloat16(model):
 
 WRONG = {
     "the first token": ([[(1, 0, 5, 0.0)]], r"position 0: .* position 1: mlp_neurons.*first=0"),
+    "tokens before the first": ([[(1, slice(0, 1), 5, 0.0)]], r"the slice .* position 1: mlp_neu"),
     "no such neuron": ([[(1, 3, 48, 0.0)]], "feature 48: .* 0 to 47"),
     "no such layer": ([[(4, 3, 5, 0.0)]], "layer 4: no coder"),
     "twice": ([[(1, 3, 5, 0.0), (1, None, 5, 1.0)]], "is set twice"),
@@ -190,6 +191,9 @@ def test_wrong_interventions_are_one_line(model, what):
     with pytest.raises(InputError, match=words) as error:
         gs.intervene(model, None, IDS, sets)
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=words) as same:
+        gs.edit_features(gs.mlp_neurons(model), sets[0])
+    assert str(same.value) == str(error.value) or what == "twice"
 
 
 def test_the_first_token_by_choice(model):

@@ -11,6 +11,8 @@ from attribution import coders_of
 from card_folders import make_cards
 from commands import command, give_tiny
 from gemma_scope_jax.autointerp.explanations import write_explanations
+from gemma_scope_jax.cards.known import KnownFeatures
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.tokenizer import Chat
 from letters import Letters
 
@@ -53,12 +55,12 @@ def label(f, token):
     return {"top_logits": [], "bottom_logits": [], "examples": [example], "density": 0.1}
 
 
-def write_card_folder(folder, layer, width=24):
+def write_card_folder(folder, layer, width=24, name="", **more):
     """Cards of a coder in a folder named layer_N, whose examples are around "a"."""
-    cards = folder / f"layer_{layer}" / "cards"
+    cards = folder / (name or f"layer_{layer}") / "cards"
     make_cards(cards, F=width)
     manifest = json.loads((cards / "cards.json").read_text())
-    manifest |= {"coder": f"layer_{layer}", "layer": layer}
+    manifest |= {"coder": f"layer_{layer}", "layer": layer, "kind": "skip_transcoder", **more}
     (cards / "cards.json").write_text(json.dumps(manifest))
 
 
@@ -98,6 +100,7 @@ def test_what_is_known_about_features_is_shown(tiny, folder, given, tmp_path, ca
         path = folder / f"layer_{layer}" / "labels.json.gz"
         path.write_bytes(gzip.compress(json.dumps(labels).encode()))
     write_card_folder(tmp_path / "cards", 2)
+    write_card_folder(tmp_path / "cards", 2, name="mlp_out", kind="sae", reads="mlp_out")
     out, more = tmp_path / "out", ("--cards", tmp_path / "cards")
     assert command("attribute", TEXT, *given, *more, "--out", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -124,21 +127,68 @@ def test_other_explanations(tiny, given, tmp_path, capsys):
     assert any("(new)" in path for path in paths)
 
 
+NO_FEATURES = "--explanations and --cards are of coders' features; neurons have none"
+
+
 def wrong(folder, tmp_path):
     chat = {"messages": [{"role": "user", "content": "a"}]}
     (tmp_path / "two.jsonl").write_text(f"{json.dumps(chat)}\n" * 2)
     (tmp_path / "empty").mkdir()
     write_card_folder(tmp_path / "cards", 7)
+    for layer, name in enumerate(("one", "two", "three", "four")):
+        write_card_folder(tmp_path / "another", layer, name=name, kind="sae", reads="mlp_out")
+        write_card_folder(tmp_path / "tuned", layer, name=name, model="acme/tiny-it")
+        write_card_folder(tmp_path / "twice", 0, name=name)
+    write_card_folder(tmp_path / "own", 0)
+    out = tmp_path / "out"
+    (out / "features").mkdir(parents=True)
+    (out / "features" / "mine.txt").write_text("")
     own = ("--coders", folder / "layer_*")
     asked = ("--messages", "messages", "--file", tmp_path / "two.jsonl")
     yield (*own, *asked), "holds several chats: give a file with one"
+    yield (TEXT, *own, "--cards", tmp_path / "another"), "its kind is sae, not skip_transc"
+    yield (TEXT, *own, "--cards", tmp_path / "tuned"), "its model is acme/tiny-it, not acme/tiny; "
+    early = ("--coders", tmp_path / "none*", *asked[:2], "--file")
+    yield (*early, tmp_path / "none.jsonl"), "none.jsonl: no such file"
+    both = f"{tmp_path}/twice/four/cards and {tmp_path}/twice/one/cards both hold cards of layer_0"
+    yield (TEXT, *own, "--cards", tmp_path / "twice"), both
+    yield (TEXT, *own, "--cards", tmp_path / "own", "--out", out), "features: is in the way"
+    yield (TEXT, *own, "--explanations", "/"), "--out /layer_N`"
+    yield (TEXT, *own, "--target", "b", "a", "--minus", "a"), "--minus 'a' is also a target"
     yield (TEXT, *own, *asked), "--messages needs --file"
     yield (*own, *asked[:2]), "--messages needs --file"
     yield (TEXT, "--coders", "neurons", folder / "layer_0"), "stand without coders"
     yield (TEXT, *own, "--explanations", tmp_path / "empty"), "holds no layer_N/explanations.json"
     yield (TEXT, *own, "--cards", tmp_path / "empty"), "holds no feature cards"
     yield (TEXT, *own, "--cards", tmp_path / "cards"), "holds cards of layer_7, not of these"
-    yield (TEXT, "--coders", "neurons", "--cards", tmp_path / "cards"), "not of these coders"
+    yield (TEXT, "--coders", "neurons", "--cards", tmp_path / "cards"), NO_FEATURES
+    yield (TEXT, "--coders", "neurons", "--explanations", folder), NO_FEATURES
+
+
+def test_feature_files_are_written_before_the_graph(tiny, given, tmp_path, monkeypatch):
+    """Whatever goes wrong with them leaves no graph behind."""
+
+    def fails(*_):
+        raise InputError("no space")
+
+    write_card_folder(tmp_path / "cards", 2)
+    monkeypatch.setattr(KnownFeatures, "write_feature_files", fails)
+    out = tmp_path / "out"
+    assert command("attribute", TEXT, *given, "--cards", tmp_path / "cards", "--out", out) == 2
+    assert not out.exists()
+
+
+def test_the_explanations_of_one_layer(folder, tmp_path):
+    """In layer_N of a folder, or in a folder or a file of their own."""
+    coder = gs.load_coder(folder / "layer_2")
+    for place in (tmp_path / "all" / "layer_2", tmp_path / "one"):
+        write_explanations(place, "c", {3: entry("new")})
+    for given in (tmp_path / "all", tmp_path / "one", tmp_path / "one" / "explanations.json"):
+        assert gs.read_known([coder], explanations=given).names([(2, 3)]) == {(2, 3): "new"}
+    both = [coder, gs.load_coder(folder / "layer_1")]
+    for given, says in {"one": "holds no layer_N", "one/explanations.json": "for several"}.items():
+        with pytest.raises(InputError, match=says):
+            gs.read_known(both, explanations=tmp_path / given)
 
 
 def test_what_is_wrong_is_one_line_before_the_model_loads(

@@ -22,10 +22,11 @@ from gemma_scope_jax.cards.card_files import FeatureCards
 from gemma_scope_jax.cards.export.saedashboard import rounded
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import tracked
-from gemma_scope_jax.storage.atomic import new_folder, write_bytes
+from gemma_scope_jax.storage.atomic import check_replaceable, new_folder, write_bytes
 
 BLOCK = 256  # features at a time
 TOP = 10  # logits listed
+JSON_FILES = "[0-9]*.json"  # whose folder is ours to replace
 
 
 def cantor(layer: int, feature: int) -> int:
@@ -107,6 +108,11 @@ def export_anthropic(
         write_bytes(new / "index.json.gz", gzip.compress(_text(index), mtime=0))  # type: ignore[arg-type]
 
 
+def check_json_folder(folder: Path) -> None:
+    """Raise `InputError` if `export_anthropic_json` would find something else in the folder."""
+    check_replaceable(folder.absolute(), JSON_FILES)
+
+
 def export_anthropic_json(
     coders: Mapping[int, FeatureCards],
     tokenizer: Tokenizer,
@@ -115,7 +121,7 @@ def export_anthropic_json(
 ) -> None:
     """Write one JSON file per feature that is not dead, named by its `cantor` number; features: of
     each layer only these."""
-    with new_folder(folder, "[0-9]*.json") as new:
+    with new_folder(folder, JSON_FILES) as new:
         for layer, cards in sorted(coders.items()):
             only = None if features is None else set(features.get(layer, ()))
             count = len(cards) if only is None else len(only)
