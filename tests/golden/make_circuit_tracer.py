@@ -53,7 +53,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 import gemma_scope_jax as gs  # noqa: E402
 from golden.circuit_coders import DICTIONARIES, TARGETS, circuit_coders, circuit_model  # noqa: E402
 from golden.peer import peer_model  # noqa: E402
-from golden.weights import checksum  # noqa: E402
+from golden.weights import checksum, stored  # noqa: E402
 
 USED = {"max_n_logits": 10, "desired_logit_prob": 0.95}
 FEW_PROBABILITY = 0.1
@@ -146,7 +146,7 @@ def graphs(model: NNSightReplacementModel, ids: torch.Tensor) -> dict[str, np.nd
         "activations": whole.activation_values.numpy(),
         "logits": whole.logit_token_ids.numpy(),
         "probabilities": whole.logit_probabilities.numpy(),
-        "adjacency": whole.adjacency_matrix.numpy(),
+        "adjacency": stored(whole.adjacency_matrix.numpy(), bits=20),
         "few": few.logit_token_ids.numpy(),
         "named": named.logit_token_ids.numpy(),
         "named_probabilities": named.logit_probabilities.numpy(),

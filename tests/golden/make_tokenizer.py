@@ -1,4 +1,4 @@
-"""Writes tokenizer_ids.json here: what Hugging Face's own tokenizer makes of a few hundred texts.
+"""Writes tokenizer_ids.json.gz here: what Hugging Face's tokenizer makes of a few hundred texts.
 
     python make_tokenizer.py <folder with Gemma 3's tokenizer.json and tokenizer_config.json>
 
@@ -9,6 +9,7 @@ No text here holds U+2581 beside a space: SentencePiece takes the two for two sp
 but `tokenizers` does not.
 """
 
+import gzip
 import json
 import random
 import sys
@@ -124,7 +125,8 @@ def main(folder: Path) -> None:
             ids = tokenizer.encode(rendered, add_special_tokens=False).ids
             chats.append([messages, prompt, rendered, ids])
     rows = [f'{{"texts": [\n{_lines(encoded)}],', f'"chats": [\n{_lines(chats)}]}}\n']
-    (Path(__file__).parent / "tokenizer_ids.json").write_text("\n".join(rows), encoding="utf-8")
+    data = gzip.compress("\n".join(rows).encode(), mtime=0)
+    (Path(__file__).parent / "tokenizer_ids.json.gz").write_bytes(data)
 
 
 def _lines(rows: list) -> str:

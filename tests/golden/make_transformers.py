@@ -20,20 +20,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support")]
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model  # noqa: E402
 from gemma_scope_jax.model.config import PRESETS  # noqa: E402
 from golden.peer import peer_forward, peer_generate, peer_model  # noqa: E402
-from golden.weights import SITES, checksum, random_ids, random_params  # noqa: E402
+from golden.weights import SITES, checksum, random_ids, random_params, stored  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 # "The capital of France is" and on: <bos> first.
 PROMPT = [2, 818, 5279, 529, 7001, 563]
-
-
-def stored(array: np.ndarray) -> np.ndarray:
-    """Activations [L, ...] rounded by at most 4e-6 of a layer's largest value, a fifth of the
-    tolerance: they are compressed better.
-    """
-    largest = np.abs(array).max(axis=tuple(range(1, array.ndim)), keepdims=True)
-    step = 2.0 ** (np.ceil(np.log2(largest)) - 18)
-    return (np.round(array / step) * step).astype(array.dtype)
 
 
 def shrunk(number: int, name: str) -> dict[str, np.ndarray]:

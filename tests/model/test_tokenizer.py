@@ -1,10 +1,12 @@
 """The tokenizer: exact against the published one, and closed to control tokens in text.
 
-The known-good ids (tests/golden/tokenizer_ids.json, written by make_tokenizer.py) come from Hugging
-Face's `tokenizers`. Tests without the real model train a tiny SentencePiece model of the same kind.
+The known-good ids (tests/golden/tokenizer_ids.json.gz, written by make_tokenizer.py) come from
+Hugging Face's `tokenizers`. Tests without the real model train a tiny SentencePiece model of the
+same kind.
 """
 
 import dataclasses
+import gzip
 import json
 import pickle
 import time
@@ -27,7 +29,7 @@ from gemma_scope_jax.model.tokenizer import (
 )
 from tiny_tokenizer import RESERVED, SAMPLES, SPECIAL, TEXT_PIECES, write_all
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer_ids.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer_ids.json.gz"
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +294,7 @@ def real() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
-    return json.loads(GOLDEN.read_text())
+    return json.loads(gzip.decompress(GOLDEN.read_bytes()))
 
 
 @pytest.mark.real
