@@ -155,10 +155,22 @@ def checked_targets(
             raise InputError("the weights of targets must be positive numbers")
     found = [dataclasses.replace(t, terms=tuple(map(settled, t.terms))) for t in made]
     known = [t.described() for t in found]
+    for target, terms in zip(found, known):
+        if terms is not None and not any(_sums(terms)):
+            raise InputError(f"target {target.label} is always 0: its terms cancel")
     twice = [t for n, t in enumerate(found) if known[n] is not None and known[n] in known[:n]]
     if twice:
         raise InputError(f"target {twice[0].label} is given twice")
     return found
+
+
+def _sums(terms: list[dict[str, Any]]) -> Iterable[float]:
+    """The factors of equal terms, added up."""
+    sums: dict[tuple, float] = {}
+    for term in terms:
+        what = tuple(term[name] for name in ("kind", "what", "layer", "position"))
+        sums[what] = sums.get(what, 0.0) + term["factor"]
+    return sums.values()
 
 
 def checked_position(given: Any, length: int) -> int:

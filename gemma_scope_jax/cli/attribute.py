@@ -95,9 +95,7 @@ def command(
         raise gs.InputError("--paths and --validate are numbers, 0 for none")
     if validate and any(coder.k for coder in nodes or ()):
         raise gs.InputError("features of TopK coders cannot be ablated one by one: --validate 0")
-    _, _, goals, _ = gs.check_attribution(shape, nodes, ids, wanted, **how)
-    if minus and any(len({term.what for term in goal.terms}) == 1 for goal in goals or ()):
-        raise gs.InputError(f"--minus {minus!r} is also a target: their difference is always 0")
+    gs.check_attribution(shape, nodes, ids, wanted, **how)
     known = gs.read_known(nodes or (), explanations=explanations, cards=cards)
     if out is not None:
         known.check_feature_folder(out / "features")

@@ -215,6 +215,10 @@ BAD = {
     "no logits": (lambda m, c: gs.attribute(m, c, IDS, max_n_logits=0), "max_n_logits"),
     "no share": (lambda m, c: gs.attribute(m, c, IDS, desired_logit_prob=1.5), "share"),
     "target": (lambda m, c: gs.attribute(m, c, IDS, [300]), "outside the vocabulary"),
+    "a target less itself": (
+        lambda m, c: gs.attribute(m, c, IDS, 2 * gs.Target.logit(7) - gs.Target.logit(7) / 0.5),
+        "is always 0: its terms cancel",
+    ),
     "a target twice": (lambda m, c: gs.attribute(m, c, IDS, [7, 7]), "7 is given twice"),
     "no targets": (lambda m, c: gs.attribute(m, c, IDS, []), "no targets"),
     "text target": (lambda m, c: gs.attribute(m, c, IDS, " Austin"), "tokenizer"),

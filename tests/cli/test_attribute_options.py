@@ -154,7 +154,7 @@ def wrong(folder, tmp_path):
     yield (TEXT, *own, "--cards", tmp_path / "twice"), both
     yield (TEXT, *own, "--cards", tmp_path / "own", "--out", out), "features: is in the way"
     yield (TEXT, *own, "--explanations", "/"), "--out /layer_N`"
-    yield (TEXT, *own, "--target", "b", "a", "--minus", "a"), "--minus 'a' is also a target"
+    yield (TEXT, *own, "--target", "b", "a", "--minus", "a"), "target 'a' - 'a' is always 0"
     yield (TEXT, *own, *asked), "--messages needs --file"
     yield (*own, *asked[:2]), "--messages needs --file"
     yield (TEXT, "--coders", "neurons", folder / "layer_0"), "stand without coders"
