@@ -69,6 +69,7 @@ _PUBLIC = {
     "circuits.estimate": ["AttributionEstimate", "plan_attribution"],
     "circuits.graph": ["Graph", "GraphScores", "Nodes", "check_thresholds"],
     "circuits.load": ["load_graph"],
+    "circuits.strongest": ["StrongestNodes"],
     "circuits.compare": ["GraphDifference", "graph_difference"],
     "circuits.aggregate": ["GraphAggregate", "aggregate_graphs"],
     "circuits.neurons": ["mlp_neurons"],

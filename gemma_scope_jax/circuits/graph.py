@@ -12,7 +12,7 @@ features, in the same order (layer, position, feature).
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from gemma_scope_jax.model.config import Model
 
 if TYPE_CHECKING:
     from gemma_scope_jax.circuits.compare import GraphDifference
+    from gemma_scope_jax.circuits.strongest import StrongestNodes
 
 # Kinds of nodes. A "neuron" stands where a feature would, in graphs without coders.
 KINDS = ("feature", "neuron", "error", "token", "logit", "direction")
@@ -54,6 +55,12 @@ class Nodes:
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        kinds, counts = np.unique(self.kind, return_counts=True)
+        held = ", ".join(f"{count:,} x {kind}" for kind, count in zip(kinds, counts))
+        return f"Nodes({held})"
 
     def __getitem__(self, index: Any) -> "Nodes":
         index = np.atleast_1d(index) if not isinstance(index, slice) else index
@@ -132,6 +139,15 @@ class Graph:
         found, kind = self._influence(more), self.sources.kind
         shares = influence.scores(self.effects, found, self._columns(), self.weights, kind, more)
         return GraphScores(*shares, 1 - shares[0])
+
+    def strongest(
+        self, count: int = 10, *, kinds: Collection[str] = ("feature", "neuron")
+    ) -> "StrongestNodes":
+        """The `count` sources with the most influence, of some of the kinds in `KINDS`: a table to
+        print, and to make interventions of. Raises `InputError`."""
+        from gemma_scope_jax.circuits.strongest import strongest_nodes
+
+        return strongest_nodes(self, count, kinds=kinds)
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> "Graph":
         """A graph of the nodes, and the edges among them, that have the most influence.

@@ -56,6 +56,10 @@ class EdgeHeads:
     no_head: np.ndarray
     position: np.ndarray
 
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        return f"EdgeHeads({len(self.edges)} edges by their {self.by} heads)"
+
     @property
     def total(self) -> np.ndarray:
         """The edges themselves: float32 [E]."""

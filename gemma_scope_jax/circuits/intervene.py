@@ -71,6 +71,13 @@ class Intervened:
     token_logits: np.ndarray | None
     clean: "Intervened | None" = None
 
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        names = ("logits", "pre_activations", "token_logits")
+        held = ((name, getattr(self, name)) for name in names)
+        shapes = [f"{name} {list(array.shape)}" for name, array in held if array is not None]
+        return f"Intervened({', '.join(shapes)})"
+
 
 @own_mesh
 def intervene(

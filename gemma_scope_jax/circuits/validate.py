@@ -33,6 +33,13 @@ FIGURES = ("spearman", "r2", "sign", "slope", "size")
 ALLOWED = 0.05  # of a typical pre-activation: how far a graph's values may be from the model's
 
 
+LEGEND = """\
+frozen: "direct" is the graph's own linear model, where its direct effects are exact if nothing was
+pruned; the other rows compare total effects. written: "another" is the control, where each feature
+writes what another one of its layer does. r2: 1 at best, below 0 where sizes are far off. slope:
+measured over predicted. size: the mean change. n: pairs of an ablated feature and a target."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """Predicted against measured changes, over n pairs of an ablated feature and a target.
@@ -97,7 +104,19 @@ class Validation:
 
     def __str__(self) -> str:
         head, *rows = self.rows()
-        return text_table(head, rows, left=3)
+        return "\n".join([text_table(head, rows, left=3), LEGEND, *self.verdict()])
+
+    def verdict(self) -> list[str]:
+        """In a sentence, how the graph's predictions of the final targets fare in the model; empty
+        if it was not measured without anything frozen."""
+        where = [a for a in self.agreements if (a.freeze, a.targets) == ("nothing", "final")]
+        of = lambda control: [a for a in where if a.control == control]
+        return [
+            f"In the model, the targets change in the predicted order with a rank correlation of "
+            f"{own.spearman:.2f} (control: {other.spearman:.2f}), and by {own.slope:.2f} times as "
+            "much as predicted."
+            for own, other in zip(of(False), of(True))
+        ]
 
 
 def validate(
@@ -144,8 +163,9 @@ def _final(graph: "Graph") -> np.ndarray:
     final = np.array(final, int)
     if not final.size:
         raise InputError(
-            "a graph keeps no vectors of directions, so that they cannot be measured: validate one "
-            "that was asked about logits, features, or differences of these"
+            "a graph keeps no vectors of directions, and as JSON no terms of differences, so that "
+            "they cannot be measured: validate one that was asked about logits, features, or "
+            "differences of these, and load it from its .npz"
         )
     return final
 

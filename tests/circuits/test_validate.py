@@ -10,7 +10,7 @@ import pytest
 import gemma_scope_jax as gs
 from circuit_sets import IDS, MLP, SETS, features_of
 from coders import random_coder
-from gemma_scope_jax.circuits.validate import FIGURES, agreement, total_ablation
+from gemma_scope_jax.circuits.validate import FIGURES, LEGEND, agreement, total_ablation
 from gemma_scope_jax.errors import InputError
 from reference_graph import reference_graph
 
@@ -37,7 +37,11 @@ def test_direct_effects_are_exact_and_random_directions_are_not(model, graphs, k
     np.testing.assert_allclose(measured, predicted, atol=5e-6)
     assert np.abs(control - predicted).max() > 0.1
     lines = str(found).splitlines()
-    assert lines[0].split()[:4] == ["frozen", "targets", "written", "n"] and len(lines) == 17
+    assert lines[0].split()[:4] == ["frozen", "targets", "written", "n"]
+    own, other = (figures["nothing", "final", c] for c in (False, True))
+    assert lines[17:-1] == LEGEND.splitlines()
+    assert f"correlation of {own.spearman:.2f} (control: {other.spearman:.2f})" in lines[-1]
+    assert f"by {own.slope:.2f} times as much as predicted" in lines[-1]
     told = json.loads(json.dumps(found.as_dict()))
     assert told["ablated"] == 20 and told["figures"][0]["n"] == 100
 
@@ -107,8 +111,9 @@ def test_rows_are_the_printed_table(model, graphs):
     rows = found.rows()
     assert rows[0] == ["frozen", "targets", "written", "n", *FIGURES] and len(rows) == 5
     assert rows[1][:4] == ["direct", "final", "its own", "10"] and rows[3][2] == "another"
-    cells = [re.split(r" {2,}", line.strip()) for line in str(found).splitlines()]
-    assert cells == rows
+    lines = str(found).splitlines()
+    assert [re.split(r" {2,}", line.strip()) for line in lines[:5]] == rows
+    assert lines[5:] == LEGEND.splitlines()  # the model without anything frozen was not measured
 
 
 def test_figures_of_two_arrays():
