@@ -19,7 +19,8 @@ class GraphReport:
 
     prompt        the text, without `<bos>`
     targets       (name, value, weight) of what is explained
-    features      of each prompt: explained, active
+    nodes         "features", or "neurons" of a graph without coders
+    features      of these: explained, active
     shown         nodes and links of the pruned graph
     scores, scores_shown  of the graph and of the pruned one
     scores_rest   of the graph, features that were not explained counting as errors, see
@@ -31,6 +32,7 @@ class GraphReport:
 
     prompt: str
     targets: list[tuple[str, float, float]]
+    nodes: str
     features: tuple[int, int]
     shown: tuple[int, int]
     scores: GraphScores
@@ -62,7 +64,7 @@ class GraphReport:
             [name, *(round(v, 3) for v in dataclasses.astuple(scores))]
             for name, scores in (
                 ("whole", self.scores),
-                ("whole, unexplained features as errors", self.scores_rest),
+                (f"whole, unexplained {self.nodes} as errors", self.scores_rest),
                 ("shown", self.scores_shown),
             )
             if scores is not None
@@ -78,34 +80,34 @@ class GraphReport:
 
     def __str__(self) -> str:
         explained, active = self.features
-        nodes, links = self.shown
+        boxes, links = self.shown
         best = ", ".join(
             f"{name} {weight:.1%}" if 0 < weight < 1 else f"{name} {value:+.2f}"
             for name, value, weight in self.targets
         )
         rest = []
         if self.scores_rest is not None:
-            rest = [f"          {self.scores_rest}, if unexplained features count as errors"]
+            rest = [f"          {self.scores_rest}, if unexplained {self.nodes} count as errors"]
         grouped = []
         if self.groups is not None:
             grouped = [f"grouped   {len(self.groups)} supernodes: {self.groups.scores()}"]
         lines = [
             f"prompt    {shown(self.prompt)}",
             f"targets   {best}",
-            f"features  {explained:,} explained of {active:,} active; "
-            f"{nodes:,} nodes and {links:,} links shown",
+            f"{self.nodes:<9} {explained:,} explained of {active:,} active; "
+            f"{boxes:,} nodes and {links:,} links shown",
             f"scores    {self.scores}",
             *rest,
             f"as shown  {self.scores_shown}",
             *grouped,
-            "paths     the strongest through features:",
+            f"paths     the strongest through {self.nodes}:",
             *(f"  {path}" for path in self.paths),
         ]
         if self.validation is not None:
             count = len(self.validation.ablated)
             lines += [
                 "",
-                f"predicted and measured when {count} features are ablated, one at a time",
+                f"predicted and measured when {count} {self.nodes} are ablated, one at a time",
             ]
             lines.append(str(self.validation))
         return "\n".join(lines)
@@ -126,6 +128,7 @@ def report_graph(
     return GraphReport(
         prompt="".join(graph.tokens[1:]),
         targets=[(node_name(graph.targets[r]), *(column[r] for column in given)) for r in final],
+        nodes="neurons" if (graph.sources.kind[:n] == "neuron").any() else "features",
         features=(n, int(graph.about.get("active_features", n))),
         shown=(len(pruned.sources), int(np.count_nonzero(pruned.effects))),
         scores=graph.scores(),

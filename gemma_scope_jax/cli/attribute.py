@@ -24,6 +24,7 @@ class AttributionOptions(shared.Options, gs.AttributionSettings):
     """What the graph takes in."""
 
     max_feature_nodes: int | None = 4096
+    """Explain this many features, those of most influence; None for all."""
 
 
 def command(
@@ -133,6 +134,7 @@ def command(
     gs.export_graph(shown, out, "graph", features=out / "features" if files else None)
     if not json:
         print(f"page      {out / 'graph.html'}")
+        print(f"graph     {out / 'graph.npz'}, for viewers {out / 'graph.json'}")
 
 
 def _said(prompt: str, file: Path | None, messages: str) -> Any:

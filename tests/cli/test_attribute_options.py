@@ -71,7 +71,7 @@ def test_the_graph_of_neurons(tiny, tmp_path, capsys):
     assert "50 explained of 960 active" in out and "-> neuron " in out
     graph = gs.load_graph(tmp_path / "out" / "graph.npz")
     scores = graph.scores(rest=True)
-    assert f"{scores}, if unexplained features count as errors" in out
+    assert f"{scores}, if unexplained neurons count as errors" in out
     assert scores.replacement < graph.scores().replacement == 1
     assert graph.selected == 50 and (graph.sources.kind[:50] == "neuron").all()
     assert (tmp_path / "out" / "graph.html").exists()
