@@ -37,7 +37,9 @@ const shares = sizes.map((w, l) => w / (totalOf(links.target[l]) || 1));
 const scores = shares.map((s, l) => s * influence[links.target[l]]);
 const incoming = Array.from({ length: N }, () => []), outgoing = Array.from({ length: N }, () => []);
 for (let l = 0; l < M; l++) { incoming[links.target[l]].push(l); outgoing[links.source[l]].push(l); }
-for (const list of [...incoming, ...outgoing]) list.sort((a, b) => sizes[b] - sizes[a]);
+// effects on different targets have different units; influence can be compared. What was asked about comes first
+const toAsked = (l) => isAsked(links.target[l]) ? 1 : 0;
+for (const list of [...incoming, ...outgoing]) list.sort((a, b) => toAsked(b) - toAsked(a) || scores[b] - scores[a] || shares[b] - shares[a]);
 const heads = new Map(data.heads);
 
 // what stands before each in the order of size, as a share of all: the sliders cut here

@@ -57,7 +57,7 @@ function rowOfNode(text, share, down, i, link = null) {
   name.type = "button";
   name.append(make("bdi", "", nameOf(i)));
   name.title = describe(i);
-  bar.title = link === null ? "" : `${percent(shares[link])} of the input`;
+  bar.title = link === null ? "" : `${percent(shares[link])} of the target\u2019s input, ${percent(scores[link])} of the influence`;
   name.addEventListener("click", () => choose(i));
   const more = make("small", "", placeOf(i));
   row.append(make("b", link === null ? "" : down ? "down" : "up", text), bar, name, more);
@@ -171,11 +171,11 @@ function drawChosen(i) {
   const what = make("p", "soft what");
   what.append(make("bdi", "", describe(i)));
   panel.replaceChildren(label, what, facts, act);
-  const lists = [["Incoming", "effect, and as a share of the input", incoming[i], links.source],
-    ["Outgoing", "effect, and as a share of the target\u2019s input", outgoing[i], links.target],
-  ].filter(([, , some]) => some.length).flatMap(([name, note, some, end]) => {
-    const most = some.reduce((best, l) => Math.max(best, shares[l]), 1e-9);
-    const item = (l) => rowOfNode(signed(links.weight[l]), shares[l] / most, links.weight[l] < 0, end[l], l);
+  const lists = [["Incoming", "effect, and as a share of the input", incoming[i], links.source, shares],
+    ["Outgoing", "effect, and its share of the influence", outgoing[i], links.target, scores],
+  ].filter(([, , some]) => some.length).flatMap(([name, note, some, end, part]) => {
+    const most = some.reduce((best, l) => Math.max(best, part[l]), 1e-9);
+    const item = (l) => rowOfNode(signed(links.weight[l]), part[l] / most, links.weight[l] < 0, end[l], l);
     return [heading(name, note), listOf(some.map((l) => () => item(l)), 12)];
   });
   const [tokenLists, examples] = nodes.detail[i] >= 0 ? detailsOf(data.details[nodes.detail[i]]) : [[], []];

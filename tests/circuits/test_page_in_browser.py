@@ -154,6 +154,19 @@ def test_links_of_groups_are_summed_and_heads_shown(seen):
     assert "−" not in table.split("\n")[0] and "none" in table and "0.25" in table
 
 
+def test_outgoing_links_lead_to_targets_first_and_then_by_influence(seen):
+    """Not by effect, whose unit is each target's own."""
+    graph = page_graph(density=1, features=12)
+    graph.effects[: graph.selected] *= 1e4
+    browser = seen(graph)
+    browser.run("choose(0)")
+    links = value(browser, "outgoing[0].map((l) => [isAsked(links.target[l]), scores[l]])")
+    assert sum(to_target for to_target, _ in links) == 2 < len(links)
+    assert links == sorted(links, reverse=True)
+    lists = "[...panel.querySelectorAll('h2')].filter((h) => h.textContent.startsWith('Outgoing'))"
+    assert "x" in browser.run(f"{lists}[0].nextElementSibling.innerText").split("\n")[:4]
+
+
 def test_a_view_is_written_and_read_back(seen):
     graph = dallas_graph()
     browser = seen(graph)
