@@ -31,6 +31,8 @@ const rows = Int32Array.from({ length: N }, (_, i) => rowOf(i));
 const inputOf = new Map(inputs.node.map((node, k) => [node, k]));
 const totalOf = (i) => inputOf.has(i) ? inputs.total[inputOf.get(i)] || 0 : 0;
 const weightOf = (i) => inputOf.has(i) ? inputs.weight[inputOf.get(i)] || 0 : 0;
+const isLikely = (i) => kindOf(i) === "logit" && weightOf(i) > 0 && weightOf(i) < 1;  // the weight is a probability
+const answerOf = (i) => isLikely(i) ? percent(weightOf(i)) : signed(inputs.value[inputOf.get(i)] ?? null);
 const influence = nodes.influence.map((v) => v || 0);
 const sizes = links.weight.map((w) => Math.abs(w || 0));
 const shares = sizes.map((w, l) => w / (totalOf(links.target[l]) || 1));
@@ -199,7 +201,7 @@ function layOut() {
   placeTargets(columnOf, bandOf.get(TOP));
   for (const [i, [dx, dy]] of state.moved) { xs[i] += dx; ys[i] += dy; }
 }
-const targetText = (i) => kindOf(i) === "logit" ? `${nameOf(i)}  ${percent(weightOf(i))}` : nameOf(i);
+const targetText = (i) => `${nameOf(i)}  ${answerOf(i)}`;
 function placeTargets(columnOf, band) {  // from their column to the right, or as far left as they need
   const places = new Map();
   for (const i of asked) {

@@ -23,7 +23,8 @@ function hover(i, event) {
   tip.hidden = i === null;
   if (i === null) return;
   tip.replaceChildren(make("bdi", "", nameOf(i)), make("div", "", describe(i)), make("div", "",
-    `activation ${number(nodes.activation[i])}, influence ${percent(influence[i])}`));
+    isAsked(i) ? `${isLikely(i) ? "probability" : "value"} ${answerOf(i)}`
+      : `activation ${number(nodes.activation[i])}, influence ${percent(influence[i])}`));
   const below = event.clientY + 18, fits = below + tip.offsetHeight < innerHeight;
   tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${fits ? below : Math.max(4, event.clientY - tip.offsetHeight - 12)}px`;
@@ -127,7 +128,7 @@ function drawPanel() {
 }
 function drawStrongest() {
   const top = nodeRank.order.filter((i) => influence[i] > 0).slice(0, 200), most = top.length ? influence[top[0]] : 1;
-  panel.replaceChildren(heading("Targets"), listOf(asked.map((i) => () => rowOfNode(percent(weightOf(i)), weightOf(i), false, i))),
+  panel.replaceChildren(heading("Targets"), listOf(asked.map((i) => () => rowOfNode(answerOf(i), weightOf(i), false, i))),
     heading("Strongest nodes", "by influence on the targets"),
     listOf(top.map((i) => () => rowOfNode(percent(influence[i]), influence[i] / most, false, i)), 16),
     make("p", "soft", "Choose a node for its links; pin some to see how they act on each other."));
@@ -139,7 +140,7 @@ function drawFound(query) {
     tokenAt(nodes.position[i]), tokens[nodes.position[i]]].join(" ").toLowerCase();
   const hits = [...asked, ...nodeRank.order].filter((i) => { const own = text(i); return words.every((w) => own.includes(w)); });
   panel.replaceChildren(heading("Found", `${count(hits.length)} node${hits.length === 1 ? "" : "s"}`),
-    listOf(hits.map((i) => () => rowOfNode(percent(influence[i]), influence[i] / strongest, false, i))));
+    listOf(hits.map((i) => () => rowOfNode(isAsked(i) ? answerOf(i) : percent(influence[i]), influence[i] / strongest, false, i))));
   drawFound.first = hits[0];
 }
 function drawChosen(i) {
@@ -157,7 +158,7 @@ function drawChosen(i) {
   const fact = (name, text) => { const dd = make("dd"); dd.append(make("bdi", "", text)); facts.append(make("dt", "", name), dd); };
   fact(kindOf(i) === "logit" ? "logit" : "activation", number(nodes.activation[i]));
   if (!isAsked(i)) fact("influence", percent(influence[i]));
-  else if (kindOf(i) === "logit") fact("probability", percent(weightOf(i)));
+  else if (isLikely(i)) fact("probability", percent(weightOf(i)));
   else fact("weight", number(weightOf(i)));
   if (k !== undefined) {
     const [all, rest, bias] = [inputs.value[k], inputs.rest[k], inputs.bias[k]];

@@ -167,6 +167,21 @@ def test_outgoing_links_lead_to_targets_first_and_then_by_influence(seen):
     assert "x" in browser.run(f"{lists}[0].nextElementSibling.innerText").split("\n")[:4]
 
 
+def test_only_probabilities_are_percentages(seen):
+    """Of a difference, or a token whose weight was given, the value is shown."""
+    graph = page_graph(answers=((" small", 1.0), (" large", 0.25), ("' small' - ' large'", 1.0)))
+    graph.targets.kind[-1] = "direction"
+    graph.value[-3:] = 2.5, -1.25, -7.55
+    browser = seen(graph)
+    for place in ("byId('answer')", "panel.querySelector('.list')"):
+        text = browser.run(f"{place}.innerText")
+        assert "25 %" in text and "+2.5" in text and "−7.55" in text and "100" not in text
+    browser.run("byId('search').value = 'large', drawPanel()")
+    assert "−7.55" in browser.run("panel.innerText")
+    browser.run("choose(asked[0])")
+    assert "probability" not in browser.run("panel.innerText")
+
+
 def test_a_view_is_written_and_read_back(seen):
     graph = dallas_graph()
     browser = seen(graph)
