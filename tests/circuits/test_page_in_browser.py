@@ -245,6 +245,8 @@ def test_directions_and_merged_errors_have_places(seen):
     browser.run(FRAME)
     assert browser.run("columns[0].from === -1 && everyNode.every((i) => px[i] > LEFT)")
     said = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(describe)")
+    names = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(nameOf)")
+    assert "error of all layers" in names and "error of layer 1 at 3" in names
     assert "error, all layers, all tokens" in said and all("-1" not in text for text in said)
 
 
