@@ -78,7 +78,7 @@ function nameOf(i) {
   const own = nodes.label[i], kind = kindOf(i);
   if (kind === "token") return bare(tokens[nodes.position[i]] ?? own);
   if (own) return bare(own);
-  if (kind === "error") return `error of ${layerOf(i) === "all" ? "all layers" : `layer ${layerOf(i)}`}${nodes.position[i] < 0 ? "" : ` at ${nodes.position[i]}`}`;
+  if (kind === "error") return `error ${layerOf(i) === "all" ? "of all layers" : layerOf(i)}${nodes.position[i] < 0 ? "" : ` at ${nodes.position[i]}`}`;
   if (isAsked(i)) return `${kind === "logit" ? "token" : "direction"} ${nodes.feature[i]}`;
   const raises = nodes.detail[i] < 0 ? [] : data.details[nodes.detail[i]][0];
   return raises.length ? [...new Set(raises.map(bare))].slice(0, 3).join(", ") : `#${nodes.feature[i]}`;

@@ -340,7 +340,7 @@ function drawBetween() {
     pen.lineTo(to.x - 4, y1 + 2 * up);
     pen.lineTo(to.x + 4, y1 + 2 * up);
     pen.fill();
-    texts.push([signed(all), (from.x + to.x) / 2, (y0 + y1) / 2, all]);
+    texts.push([signed(all), from.x, y0, to.x, y1, all]);
   }
   pen.globalAlpha = 1;
   pen.font = font.replace("12px", "11px");
@@ -348,10 +348,17 @@ function drawBetween() {
   pen.textBaseline = "middle";
   pen.lineWidth = 3;
   pen.strokeStyle = theme.card;
-  for (const [text, x, y, all] of texts.slice(-16)) {
-    pen.strokeText(text, x, y);
+  const taken = boxes.map((b) => [b.x, b.y, b.w / 2, b.h / 2]);
+  for (const [text, x0, y0, x1, y1, all] of texts.slice(-16).reverse()) {  // where there is room, the strongest first
+    const half = pen.measureText(text).width / 2 + 3;
+    const free = ([x, y]) => taken.every(([a, b, w, h]) => Math.abs(x - a) > w + half || Math.abs(y - b) > h + 7);
+    const along = (p) => [x0 + (x1 - x0) * p * p * (3 - 2 * p), y0 + (y1 - y0) * p * (1.5 - 1.5 * p + p * p)];
+    const place = [.5, .4, .6, .3, .7, .2, .8].map(along).find(free);
+    if (!place) continue;
+    taken.push([...place, half, 7]);
+    pen.strokeText(text, ...place);
     pen.fillStyle = all < 0 ? theme.heat : theme.accent;
-    pen.fillText(text, x, y);
+    pen.fillText(text, ...place);
   }
 }
 function dragBox(box, key) {

@@ -182,6 +182,20 @@ def test_only_probabilities_are_percentages(seen):
     assert "probability" not in browser.run("panel.innerText")
 
 
+def test_numbers_of_pinned_links_do_not_overlap(seen):
+    browser = seen(dallas_graph())
+    browser.run("asked.concat(nodeRank.order.slice(0, 12)).forEach(togglePin)")
+    browser.run(FRAME)
+    places = value(browser, """(() => { const pen = byId("between").getContext("2d"), all = [];
+      pen.fillText = (text, x, y) => all.push([x, y, pen.measureText(text).width]);
+      drawBetween();
+      return all; })()""")  # fmt: skip
+    assert len(places) > 4
+    for i, (x, y, wide) in enumerate(places):
+        for a, b, w in places[:i]:
+            assert abs(x - a) > (wide + w) / 2 or abs(y - b) > 11
+
+
 def test_a_view_is_written_and_read_back(seen):
     graph = dallas_graph()
     browser = seen(graph)
@@ -246,7 +260,7 @@ def test_directions_and_merged_errors_have_places(seen):
     assert browser.run("columns[0].from === -1 && everyNode.every((i) => px[i] > LEFT)")
     said = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(describe)")
     names = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(nameOf)")
-    assert "error of all layers" in names and "error of layer 1 at 3" in names
+    assert "error of all layers" in names and "error 1 at 3" in names
     assert "error, all layers, all tokens" in said and all("-1" not in text for text in said)
 
 
