@@ -92,14 +92,15 @@ function describe(i) {
   return `${kindOf(i)}${nodes.feature[i] >= 0 ? ` ${nodes.layer[i]}/${nodes.feature[i]}` : ""}, ${nodes.layer[i] < 0 ? "all layers" : `layer ${nodes.layer[i]}`}, ${where}`;
 }
 
-// ---- the layout, in units of the first view's pixels: columns of tokens, rows of layers
+// ---- the layout, in units that are `fitting` pixels in the first view: columns of tokens, rows of layers
+const LEGIBLE = .5;  // a graph that must be drawn smaller than this to be seen whole is scrolled
 const SPARE = .3, LEFT = 40, BOTTOM = 34, GAP = 21, LINE = 12, PAD = 16;
 const scroll = byId("scroll"), view = byId("view"), space = byId("space");
 const pens = { links: byId("links").getContext("2d"), nodes: byId("nodes").getContext("2d") };
 const xs = new Float32Array(N), ys = new Float32Array(N), px = new Float32Array(N), py = new Float32Array(N);
 const shown = new Uint8Array(N), room = new Float32Array(N), boxWidth = new Float32Array(N);
 const font = `12px ${getComputedStyle(document.documentElement).getPropertyValue("--sans")}`;
-let width = 0, height = 0, scale = 1, columns = [], bands = [], world = { w: 1, h: 1 }, lines = [], buckets = [];
+let width = 0, height = 0, scale = 1, fitting = 1, columns = [], bands = [], world = { w: 1, h: 1 }, lines = [], buckets = [];
 
 function chooseShown() {
   const always = new Set([...asked, ...state.pinned, state.selected]);
@@ -168,15 +169,17 @@ function layOut() {
     size: Math.max(most.get(t) * GAP + PAD, Math.min(96, pens.nodes.measureText(tokenAt(t)).width + 16)),
     wish: wish.get(t) || 0,
   }), 18);
-  const scrolls = sum(columns, (c) => c.size) > width - LEFT;  // then names may have their room
+  bands = cut(0, TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
+    : { size: deep.get(row) * 17 + 1, pull: deep.get(row) }, 8);
+  fitting = Math.min(1, (width - LEFT) / sum(columns, (c) => c.size), (height - BOTTOM) / sum(bands, (b) => b.size));
+  const scrolls = fitting < LEGIBLE;  // then names may have their room
+  if (scrolls) fitting = 1;
   for (const c of columns) {
     if (scrolls && !c.empty) c.size = Math.max(c.size, Math.min(c.wish, 150));
     c.pull = c.empty ? 0 : Math.max(8, c.wish - c.size);
   }
-  world.w = spread(columns, width - LEFT);
-  bands = cut(0, TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
-    : { size: deep.get(row) * 17 + 1, pull: deep.get(row) }, 8);
-  world.h = spread(bands, height - BOTTOM);
+  world.w = spread(columns, (width - LEFT) / fitting);
+  world.h = spread(bands, (height - BOTTOM) / fitting);
   const columnOf = new Map(columns.map((c) => [c.from, c])), bandOf = new Map(bands.map((b) => [b.from, b]));
   lines = [];
   for (const [key, cell] of cells) {
@@ -205,7 +208,7 @@ const targetText = (i) => `${nameOf(i)}  ${answerOf(i)}`;
 function placeTargets(columnOf, band) {  // from their column to the right, or as far left as they need
   const places = new Map();
   for (const i of asked) {
-    boxWidth[i] = Math.min(180, pens.nodes.measureText(targetText(i)).width + 16);
+    boxWidth[i] = Math.min(180, pens.nodes.measureText(targetText(i)).width + 16) / fitting;
     places.set(nodes.position[i], (places.get(nodes.position[i]) || []).concat(i));
   }
   for (const [position, some] of places) {

@@ -62,6 +62,23 @@ def test_first_view_shows_the_strongest(seen):
     assert browser.run(apart) > 0
 
 
+def test_the_whole_graph_is_seen_unless_it_is_too_long(seen):
+    """Also when it grows; of a long prompt its end is seen, and all of it by zooming out."""
+    inside = """everyNode.filter((i) => shown[i]).every((i) =>
+      px[i] > LEFT && px[i] < width && py[i] > 0 && py[i] < height - BOTTOM)"""
+    browser = seen(dallas_graph(), size=(1000, 700))
+    assert browser.run(inside)
+    for change in ("togglePin(0)", "state.nodes = .9, refresh()", "zoom(2), fitView()"):
+        browser.run(change)
+        browser.run(FRAME)
+        assert browser.run(inside) and browser.run("fitting < 1"), change
+    browser = seen(page_graph(("<bos>", *(f"word {i}" for i in range(40))), features=80))
+    assert browser.run("scale === 1 && px[asked[0]] < width") and not browser.run(inside)
+    browser.run("zoom(.01)")
+    browser.run(FRAME)
+    assert browser.run(inside)
+
+
 @pytest.mark.parametrize("size", [(400, 800), (1400, 900)])
 def test_mouse_chooses_drags_and_zooms(seen, size):
     graph = dallas_graph()
@@ -86,7 +103,7 @@ def test_mouse_chooses_drags_and_zooms(seen, size):
     )
     browser.mouse("Wheel", x, y, deltaX=0, deltaY=-300)
     browser.run(FRAME)
-    assert browser.run("scale") > 1.3
+    assert browser.run("scale / fitting") > 1.3
 
 
 def test_keys_walk_pin_group_and_search(seen):
