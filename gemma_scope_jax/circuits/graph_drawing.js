@@ -8,7 +8,7 @@ function readTheme() {
 const zoomed = () => scale < 1 ? Math.max(.4, scale) : Math.min(1.7, Math.sqrt(scale));
 const strongest = Math.max(1e-9, ...nodeRank.order.slice(0, 1).map((i) => influence[i]));
 const radiusOf = (i) => (3.6 + 5 * Math.sqrt(Math.min(1, influence[i] / strongest))) * zoomed();
-const halfHeight = (i) => isAsked(i) ? 11 * Math.min(1, zoomed()) : radiusOf(i);
+const halfHeight = (i) => isAsked(i) ? 11 * Math.max(.75, Math.min(1, zoomed())) : radiusOf(i);
 const halfWidth = (i) => isAsked(i) ? boxWidth[i] * Math.min(1, zoomed()) / 2 : radiusOf(i);
 const fit = new Map();
 function clipped(pen, text, most) {
@@ -162,7 +162,7 @@ function drawText(pen, near, dim, pins) {
     if (!shown[i] || rows[i] === 0 || py[i] < -20 || py[i] > height) continue;
     const faded = dim && !near.has(i) && !pins.has(i), r = radiusOf(i);
     if (isAsked(i)) {
-      if (zoomed() < .7) continue;
+      if (zoomed() < Math.min(.7, fitting)) continue;
       pen.globalAlpha = faded ? .5 : 1;
       pen.fillStyle = theme.ink;
       pen.textAlign = "center";
@@ -242,7 +242,7 @@ function columnAt(x) {
 }
 
 // ---- the view: zoom and scroll
-const least = () => Math.min(1, Math.max(.15, (width - LEFT) / world.w, (height - BOTTOM) / world.h));
+const least = () => Math.min(1, Math.max(.15, Math.min((width - LEFT) / world.w, (height - BOTTOM) / world.h)));
 function stretch() {
   space.style.width = `${Math.max(width, Math.floor(LEFT + world.w * scale))}px`;
   space.style.height = `${Math.max(height, Math.floor(BOTTOM + world.h * scale))}px`;
@@ -256,15 +256,16 @@ function zoom(factor, x = width / 2, y = height / 2) {
   redraw(false);
 }
 function fitView() {
-  scale = 1;
+  scale = fitting;
   stretch();
   scroll.scrollLeft = space.offsetWidth;  // the answer is at the end of a long prompt
   redraw();
 }
 function refresh() {
+  const whole = Math.abs(scale - fitting) < 1e-6;  // then all stays in view
   chooseShown();
   layOut();
-  scale = Math.max(scale, least());
+  scale = whole ? fitting : Math.max(scale, least());
   stretch();
   redraw();
 }

@@ -158,7 +158,7 @@ function drawHead() {
   asked.slice(0, 3).forEach((i, k) => {
     const one = make("span", k ? "other" : "");
     one.append(make(k ? "bdi" : "b", "", nameOf(i)));
-    if (weightOf(i)) one.append(make("small", "", percent(weightOf(i))));
+    one.append(make("small", "", answerOf(i)));
     answer.append(one);
   });
   if (links.all > M) byId("left-out").textContent = `The page holds the ${count(M)} strongest of ${count(links.all)} links.`;

@@ -31,13 +31,17 @@ const rows = Int32Array.from({ length: N }, (_, i) => rowOf(i));
 const inputOf = new Map(inputs.node.map((node, k) => [node, k]));
 const totalOf = (i) => inputOf.has(i) ? inputs.total[inputOf.get(i)] || 0 : 0;
 const weightOf = (i) => inputOf.has(i) ? inputs.weight[inputOf.get(i)] || 0 : 0;
+const isLikely = (i) => kindOf(i) === "logit" && weightOf(i) > 0 && weightOf(i) < 1;  // the weight is a probability
+const answerOf = (i) => isLikely(i) ? percent(weightOf(i)) : signed(inputs.value[inputOf.get(i)] ?? null);
 const influence = nodes.influence.map((v) => v || 0);
 const sizes = links.weight.map((w) => Math.abs(w || 0));
 const shares = sizes.map((w, l) => w / (totalOf(links.target[l]) || 1));
 const scores = shares.map((s, l) => s * influence[links.target[l]]);
 const incoming = Array.from({ length: N }, () => []), outgoing = Array.from({ length: N }, () => []);
 for (let l = 0; l < M; l++) { incoming[links.target[l]].push(l); outgoing[links.source[l]].push(l); }
-for (const list of [...incoming, ...outgoing]) list.sort((a, b) => sizes[b] - sizes[a]);
+// effects on different targets have different units; influence can be compared. What was asked about comes first
+const toAsked = (l) => isAsked(links.target[l]) ? 1 : 0;
+for (const list of [...incoming, ...outgoing]) list.sort((a, b) => toAsked(b) - toAsked(a) || scores[b] - scores[a] || shares[b] - shares[a]);
 const heads = new Map(data.heads);
 
 // what stands before each in the order of size, as a share of all: the sliders cut here
@@ -74,7 +78,7 @@ function nameOf(i) {
   const own = nodes.label[i], kind = kindOf(i);
   if (kind === "token") return bare(tokens[nodes.position[i]] ?? own);
   if (own) return bare(own);
-  if (kind === "error") return "error";
+  if (kind === "error") return `error ${layerOf(i) === "all" ? "of all layers" : layerOf(i)}${nodes.position[i] < 0 ? "" : ` at ${nodes.position[i]}`}`;
   if (isAsked(i)) return `${kind === "logit" ? "token" : "direction"} ${nodes.feature[i]}`;
   const raises = nodes.detail[i] < 0 ? [] : data.details[nodes.detail[i]][0];
   return raises.length ? [...new Set(raises.map(bare))].slice(0, 3).join(", ") : `#${nodes.feature[i]}`;
@@ -88,14 +92,15 @@ function describe(i) {
   return `${kindOf(i)}${nodes.feature[i] >= 0 ? ` ${nodes.layer[i]}/${nodes.feature[i]}` : ""}, ${nodes.layer[i] < 0 ? "all layers" : `layer ${nodes.layer[i]}`}, ${where}`;
 }
 
-// ---- the layout, in units of the first view's pixels: columns of tokens, rows of layers
+// ---- the layout, in units that are `fitting` pixels in the first view: columns of tokens, rows of layers
+const LEGIBLE = .5;  // a graph that must be drawn smaller than this to be seen whole is scrolled
 const SPARE = .3, LEFT = 40, BOTTOM = 34, GAP = 21, LINE = 12, PAD = 16;
 const scroll = byId("scroll"), view = byId("view"), space = byId("space");
 const pens = { links: byId("links").getContext("2d"), nodes: byId("nodes").getContext("2d") };
 const xs = new Float32Array(N), ys = new Float32Array(N), px = new Float32Array(N), py = new Float32Array(N);
 const shown = new Uint8Array(N), room = new Float32Array(N), boxWidth = new Float32Array(N);
 const font = `12px ${getComputedStyle(document.documentElement).getPropertyValue("--sans")}`;
-let width = 0, height = 0, scale = 1, columns = [], bands = [], world = { w: 1, h: 1 }, lines = [], buckets = [];
+let width = 0, height = 0, scale = 1, fitting = 1, columns = [], bands = [], world = { w: 1, h: 1 }, lines = [], buckets = [];
 
 function chooseShown() {
   const always = new Set([...asked, ...state.pinned, state.selected]);
@@ -164,15 +169,17 @@ function layOut() {
     size: Math.max(most.get(t) * GAP + PAD, Math.min(96, pens.nodes.measureText(tokenAt(t)).width + 16)),
     wish: wish.get(t) || 0,
   }), 18);
-  const scrolls = sum(columns, (c) => c.size) > width - LEFT;  // then names may have their room
+  bands = cut(0, TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
+    : { size: deep.get(row) * 17 + 1, pull: deep.get(row) }, 8);
+  fitting = Math.min(1, (width - LEFT) / sum(columns, (c) => c.size), (height - BOTTOM) / sum(bands, (b) => b.size));
+  const scrolls = fitting < LEGIBLE;  // then names may have their room
+  if (scrolls) fitting = 1;
   for (const c of columns) {
     if (scrolls && !c.empty) c.size = Math.max(c.size, Math.min(c.wish, 150));
     c.pull = c.empty ? 0 : Math.max(8, c.wish - c.size);
   }
-  world.w = spread(columns, width - LEFT);
-  bands = cut(0, TOP + 1, (row) => deep.has(row), (row) => row === TOP ? { size: 27, pull: .2 }
-    : { size: deep.get(row) * 17 + 1, pull: deep.get(row) }, 8);
-  world.h = spread(bands, height - BOTTOM);
+  world.w = spread(columns, (width - LEFT) / fitting);
+  world.h = spread(bands, (height - BOTTOM) / fitting);
   const columnOf = new Map(columns.map((c) => [c.from, c])), bandOf = new Map(bands.map((b) => [b.from, b]));
   lines = [];
   for (const [key, cell] of cells) {
@@ -197,11 +204,11 @@ function layOut() {
   placeTargets(columnOf, bandOf.get(TOP));
   for (const [i, [dx, dy]] of state.moved) { xs[i] += dx; ys[i] += dy; }
 }
-const targetText = (i) => kindOf(i) === "logit" ? `${nameOf(i)}  ${percent(weightOf(i))}` : nameOf(i);
+const targetText = (i) => `${nameOf(i)}  ${answerOf(i)}`;
 function placeTargets(columnOf, band) {  // from their column to the right, or as far left as they need
   const places = new Map();
   for (const i of asked) {
-    boxWidth[i] = Math.min(180, pens.nodes.measureText(targetText(i)).width + 16);
+    boxWidth[i] = Math.min(180, pens.nodes.measureText(targetText(i)).width + 16) / fitting;
     places.set(nodes.position[i], (places.get(nodes.position[i]) || []).concat(i));
   }
   for (const [position, some] of places) {

@@ -23,7 +23,8 @@ function hover(i, event) {
   tip.hidden = i === null;
   if (i === null) return;
   tip.replaceChildren(make("bdi", "", nameOf(i)), make("div", "", describe(i)), make("div", "",
-    `activation ${number(nodes.activation[i])}, influence ${percent(influence[i])}`));
+    isAsked(i) ? `${isLikely(i) ? "probability" : "value"} ${answerOf(i)}`
+      : `activation ${number(nodes.activation[i])}, influence ${percent(influence[i])}`));
   const below = event.clientY + 18, fits = below + tip.offsetHeight < innerHeight;
   tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${fits ? below : Math.max(4, event.clientY - tip.offsetHeight - 12)}px`;
@@ -57,7 +58,7 @@ function rowOfNode(text, share, down, i, link = null) {
   name.type = "button";
   name.append(make("bdi", "", nameOf(i)));
   name.title = describe(i);
-  bar.title = link === null ? "" : `${percent(shares[link])} of the input`;
+  bar.title = link === null ? "" : `${percent(shares[link])} of the target\u2019s input, ${percent(scores[link])} of the influence`;
   name.addEventListener("click", () => choose(i));
   const more = make("small", "", placeOf(i));
   row.append(make("b", link === null ? "" : down ? "down" : "up", text), bar, name, more);
@@ -127,7 +128,7 @@ function drawPanel() {
 }
 function drawStrongest() {
   const top = nodeRank.order.filter((i) => influence[i] > 0).slice(0, 200), most = top.length ? influence[top[0]] : 1;
-  panel.replaceChildren(heading("Targets"), listOf(asked.map((i) => () => rowOfNode(percent(weightOf(i)), weightOf(i), false, i))),
+  panel.replaceChildren(heading("Targets"), listOf(asked.map((i) => () => rowOfNode(answerOf(i), weightOf(i), false, i))),
     heading("Strongest nodes", "by influence on the targets"),
     listOf(top.map((i) => () => rowOfNode(percent(influence[i]), influence[i] / most, false, i)), 16),
     make("p", "soft", "Choose a node for its links; pin some to see how they act on each other."));
@@ -139,7 +140,7 @@ function drawFound(query) {
     tokenAt(nodes.position[i]), tokens[nodes.position[i]]].join(" ").toLowerCase();
   const hits = [...asked, ...nodeRank.order].filter((i) => { const own = text(i); return words.every((w) => own.includes(w)); });
   panel.replaceChildren(heading("Found", `${count(hits.length)} node${hits.length === 1 ? "" : "s"}`),
-    listOf(hits.map((i) => () => rowOfNode(percent(influence[i]), influence[i] / strongest, false, i))));
+    listOf(hits.map((i) => () => rowOfNode(isAsked(i) ? answerOf(i) : percent(influence[i]), influence[i] / strongest, false, i))));
   drawFound.first = hits[0];
 }
 function drawChosen(i) {
@@ -157,7 +158,7 @@ function drawChosen(i) {
   const fact = (name, text) => { const dd = make("dd"); dd.append(make("bdi", "", text)); facts.append(make("dt", "", name), dd); };
   fact(kindOf(i) === "logit" ? "logit" : "activation", number(nodes.activation[i]));
   if (!isAsked(i)) fact("influence", percent(influence[i]));
-  else if (kindOf(i) === "logit") fact("probability", percent(weightOf(i)));
+  else if (isLikely(i)) fact("probability", percent(weightOf(i)));
   else fact("weight", number(weightOf(i)));
   if (k !== undefined) {
     const [all, rest, bias] = [inputs.value[k], inputs.rest[k], inputs.bias[k]];
@@ -171,11 +172,11 @@ function drawChosen(i) {
   const what = make("p", "soft what");
   what.append(make("bdi", "", describe(i)));
   panel.replaceChildren(label, what, facts, act);
-  const lists = [["Incoming", "effect, and as a share of the input", incoming[i], links.source],
-    ["Outgoing", "effect, and as a share of the target\u2019s input", outgoing[i], links.target],
-  ].filter(([, , some]) => some.length).flatMap(([name, note, some, end]) => {
-    const most = some.reduce((best, l) => Math.max(best, shares[l]), 1e-9);
-    const item = (l) => rowOfNode(signed(links.weight[l]), shares[l] / most, links.weight[l] < 0, end[l], l);
+  const lists = [["Incoming", "effect, and as a share of the input", incoming[i], links.source, shares],
+    ["Outgoing", "effect, and its share of the influence", outgoing[i], links.target, scores],
+  ].filter(([, , some]) => some.length).flatMap(([name, note, some, end, part]) => {
+    const most = some.reduce((best, l) => Math.max(best, part[l]), 1e-9);
+    const item = (l) => rowOfNode(signed(links.weight[l]), part[l] / most, links.weight[l] < 0, end[l], l);
     return [heading(name, note), listOf(some.map((l) => () => item(l)), 12)];
   });
   const [tokenLists, examples] = nodes.detail[i] >= 0 ? detailsOf(data.details[nodes.detail[i]]) : [[], []];
@@ -339,7 +340,7 @@ function drawBetween() {
     pen.lineTo(to.x - 4, y1 + 2 * up);
     pen.lineTo(to.x + 4, y1 + 2 * up);
     pen.fill();
-    texts.push([signed(all), (from.x + to.x) / 2, (y0 + y1) / 2, all]);
+    texts.push([signed(all), from.x, y0, to.x, y1, all]);
   }
   pen.globalAlpha = 1;
   pen.font = font.replace("12px", "11px");
@@ -347,10 +348,17 @@ function drawBetween() {
   pen.textBaseline = "middle";
   pen.lineWidth = 3;
   pen.strokeStyle = theme.card;
-  for (const [text, x, y, all] of texts.slice(-16)) {
-    pen.strokeText(text, x, y);
+  const taken = boxes.map((b) => [b.x, b.y, b.w / 2, b.h / 2]);
+  for (const [text, x0, y0, x1, y1, all] of texts.slice(-16).reverse()) {  // where there is room, the strongest first
+    const half = pen.measureText(text).width / 2 + 3;
+    const free = ([x, y]) => taken.every(([a, b, w, h]) => Math.abs(x - a) > w + half || Math.abs(y - b) > h + 7);
+    const along = (p) => [x0 + (x1 - x0) * p * p * (3 - 2 * p), y0 + (y1 - y0) * p * (1.5 - 1.5 * p + p * p)];
+    const place = [.5, .4, .6, .3, .7, .2, .8].map(along).find(free);
+    if (!place) continue;
+    taken.push([...place, half, 7]);
+    pen.strokeText(text, ...place);
     pen.fillStyle = all < 0 ? theme.heat : theme.accent;
-    pen.fillText(text, x, y);
+    pen.fillText(text, ...place);
   }
 }
 function dragBox(box, key) {

@@ -164,9 +164,11 @@ def _about(about: Mapping[str, Any]) -> list[list[str]]:
     """The facts that fit into a line."""
     lines = []
     for name, value in about.items():
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and all(
+            isinstance(v, (str, int, float)) for v in value
+        ):
             value = ", ".join(map(str, value[:6])) + (", ..." if len(value) > 6 else "")
-        if value is not None and not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, (Mapping, list, tuple)):
             lines.append([str(name), str(value)])
     return lines
 

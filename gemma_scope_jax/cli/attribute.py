@@ -131,7 +131,8 @@ def command(
             heads = gs.link_heads(weights, used, shown, most_links=HEADS)
     given = {"details": details, "heads": heads, "groups": groups.largest(GROUPS)}
     gs.write_text(out / "graph.html", gs.graph_page(shown, **given, notes=report.tables()))
-    gs.export_graph(shown, out, "graph", features=out / "features" if files else None)
+    given = {"features": out / "features" if files else None, "supernodes": groups.node_ids()}
+    gs.export_graph(shown, out, "graph", **given)
     if not json:
         print(f"page      {out / 'graph.html'}")
         print(f"graph     {out / 'graph.npz'}, for viewers {out / 'graph.json'}")

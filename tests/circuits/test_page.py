@@ -1,5 +1,6 @@
 """The page of an attribution graph: what is in it, and that no text breaks out."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -152,3 +153,10 @@ def test_labels_details_heads_and_notes(graph):
     assert data["details"] == [[["x"], [], [[["a", "b"], [0, 0.3333]]]]]
     assert data["heads"] == [[data["links"]["all"] - 1, [[1, 2, 3, 0.3333], [1, -1, 3, None]]]]
     assert data["notes"] == [["Scores", [["of", "score"], ["all", 0.25], ["none", "None"]]]]
+
+
+def test_facts_are_lines_of_text(graph):
+    about = {"coders": ["a", "b"], "targets": [[{"kind": "logit"}], None], "generation": {"k": 1},
+             "seconds": 1.5, "none": None}  # fmt: skip
+    data = data_of(graph_page(dataclasses.replace(graph, about=about)))
+    assert data["about"] == [["coders", "a, b"], ["seconds", "1.5"]]

@@ -62,6 +62,23 @@ def test_first_view_shows_the_strongest(seen):
     assert browser.run(apart) > 0
 
 
+def test_the_whole_graph_is_seen_unless_it_is_too_long(seen):
+    """Also when it grows; of a long prompt its end is seen, and all of it by zooming out."""
+    inside = """everyNode.filter((i) => shown[i]).every((i) =>
+      px[i] > LEFT && px[i] < width && py[i] > 0 && py[i] < height - BOTTOM)"""
+    browser = seen(dallas_graph(), size=(1000, 700))
+    assert browser.run(inside)
+    for change in ("togglePin(0)", "state.nodes = .9, refresh()", "zoom(2), fitView()"):
+        browser.run(change)
+        browser.run(FRAME)
+        assert browser.run(inside) and browser.run("fitting < 1"), change
+    browser = seen(page_graph(("<bos>", *(f"word {i}" for i in range(40))), features=80))
+    assert browser.run("scale === 1 && px[asked[0]] < width") and not browser.run(inside)
+    browser.run("zoom(.01)")
+    browser.run(FRAME)
+    assert browser.run(inside)
+
+
 @pytest.mark.parametrize("size", [(400, 800), (1400, 900)])
 def test_mouse_chooses_drags_and_zooms(seen, size):
     graph = dallas_graph()
@@ -86,7 +103,7 @@ def test_mouse_chooses_drags_and_zooms(seen, size):
     )
     browser.mouse("Wheel", x, y, deltaX=0, deltaY=-300)
     browser.run(FRAME)
-    assert browser.run("scale") > 1.3
+    assert browser.run("scale / fitting") > 1.3
 
 
 def test_keys_walk_pin_group_and_search(seen):
@@ -154,6 +171,48 @@ def test_links_of_groups_are_summed_and_heads_shown(seen):
     assert "−" not in table.split("\n")[0] and "none" in table and "0.25" in table
 
 
+def test_outgoing_links_lead_to_targets_first_and_then_by_influence(seen):
+    """Not by effect, whose unit is each target's own."""
+    graph = page_graph(density=1, features=12)
+    graph.effects[: graph.selected] *= 1e4
+    browser = seen(graph)
+    browser.run("choose(0)")
+    links = value(browser, "outgoing[0].map((l) => [isAsked(links.target[l]), scores[l]])")
+    assert sum(to_target for to_target, _ in links) == 2 < len(links)
+    assert links == sorted(links, reverse=True)
+    lists = "[...panel.querySelectorAll('h2')].filter((h) => h.textContent.startsWith('Outgoing'))"
+    assert "x" in browser.run(f"{lists}[0].nextElementSibling.innerText").split("\n")[:4]
+
+
+def test_only_probabilities_are_percentages(seen):
+    """Of a difference, or a token whose weight was given, the value is shown."""
+    graph = page_graph(answers=((" small", 1.0), (" large", 0.25), ("' small' - ' large'", 1.0)))
+    graph.targets.kind[-1] = "direction"
+    graph.value[-3:] = 2.5, -1.25, -7.55
+    browser = seen(graph)
+    for place in ("byId('answer')", "panel.querySelector('.list')"):
+        text = browser.run(f"{place}.innerText")
+        assert "25 %" in text and "+2.5" in text and "−7.55" in text and "100" not in text
+    browser.run("byId('search').value = 'large', drawPanel()")
+    assert "−7.55" in browser.run("panel.innerText")
+    browser.run("choose(asked[0])")
+    assert "probability" not in browser.run("panel.innerText")
+
+
+def test_numbers_of_pinned_links_do_not_overlap(seen):
+    browser = seen(dallas_graph())
+    browser.run("asked.concat(nodeRank.order.slice(0, 12)).forEach(togglePin)")
+    browser.run(FRAME)
+    places = value(browser, """(() => { const pen = byId("between").getContext("2d"), all = [];
+      pen.fillText = (text, x, y) => all.push([x, y, pen.measureText(text).width]);
+      drawBetween();
+      return all; })()""")  # fmt: skip
+    assert len(places) > 4
+    for i, (x, y, wide) in enumerate(places):
+        for a, b, w in places[:i]:
+            assert abs(x - a) > (wide + w) / 2 or abs(y - b) > 11
+
+
 def test_a_view_is_written_and_read_back(seen):
     graph = dallas_graph()
     browser = seen(graph)
@@ -217,6 +276,8 @@ def test_directions_and_merged_errors_have_places(seen):
     browser.run(FRAME)
     assert browser.run("columns[0].from === -1 && everyNode.every((i) => px[i] > LEFT)")
     said = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(describe)")
+    names = value(browser, "everyNode.filter((i) => kindOf(i) === 'error').map(nameOf)")
+    assert "error of all layers" in names and "error 1 at 3" in names
     assert "error, all layers, all tokens" in said and all("-1" not in text for text in said)
 
 

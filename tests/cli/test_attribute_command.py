@@ -50,6 +50,9 @@ def test_writes_page_and_graph(tiny, given, tmp_path, capsys):
     assert whole.selected == found["features"]["explained"]
     assert len(shown.sources) <= found["shown"]["nodes"] < len(whole.sources)
     assert np.isclose(whole.scores().replacement, found["scores"]["replacement"])
+    document = json.loads((out / "graph.json").read_text())
+    groups = {label: ids for label, *ids in document["qParams"]["supernodes"]}
+    assert groups and groups == {g["label"]: g["nodes"] for g in found["supernodes"]["groups"]}
 
 
 def test_a_clt_whose_decoder_stays_on_disk(tiny, tmp_path, capsys):
