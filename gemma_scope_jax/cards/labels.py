@@ -87,7 +87,8 @@ def card_label(
     for e in cards.groups(feature)[0].examples[:examples]:
         kept = [(i, v) for i, v in zip(e.ids, e.values) if not tokenizer.special[i]]
         tokens = tokenizer.decode_tokens([i for i, _ in kept])
-        values = [float(f"{v:.3g}") for _, v in kept]
+        values = [float(f"{v:.2g}") for _, v in kept]
+        values = [int(v) if v.is_integer() else v for v in values]  # shorter in files
         if tokens:  # others than control tokens
             source = e.source if sources is None else sources[e.document]
             snippets.append({"tokens": tokens, "values": values, "source": source})
