@@ -214,8 +214,8 @@ def test_examples_are_the_strongest(model, coder, texts, labels):
             inside = slice(max(1, t - BEFORE), t + AFTER + 1)
             assert example["tokens"] == tok.decode_tokens(ids[inside])
             assert example["source"] == source
-            np.testing.assert_allclose(example["values"], f[inside], rtol=6e-3)
-            assert abs(max(example["values"]) - peak) < 6e-3 * peak
+            np.testing.assert_allclose(example["values"], f[inside], rtol=6e-2)
+            assert abs(max(example["values"]) - peak) < 6e-2 * peak
 
 
 def pieces_of(documents, length):
