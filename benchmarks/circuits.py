@@ -32,6 +32,7 @@ JSON. A minute a prompt on two busy cores.
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +82,11 @@ class Study:
     top: int
     cap: float
     modes: Sequence[str]
+
+    @functools.cached_property
+    def effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """`total_effects` of the graph."""
+        return total_effects(self.graph)
 
 
 def graph_of(model, tokenizer, nodes, prompt: dict, most: int | None = None) -> Any:
@@ -153,7 +159,7 @@ def ablation(study: Study) -> dict:
     """{"counts", "predicted", "nothing": {order: changes}, "attention": {order: changes}}: how the
     difference changes if so many features are ablated together; of random orders several."""
     graph, n = study.graph, study.graph.selected
-    each, total = total_effects(graph)
+    each, total = study.effects
     counts = counts_of(study)
     orders = {
         "total": np.argsort(-total, kind="stable"),
@@ -185,7 +191,7 @@ def counts_of(study: Study) -> list[int]:
 def reversal(study: Study) -> dict:
     """{"counts", "predicted", "total": changes, "place": changes}: how the difference changes if so
     many features are set to the opposite of their activations, with nothing frozen."""
-    each, total = total_effects(study.graph)
+    each, total = study.effects
     counts, order = counts_of(study), np.argsort(-total, kind="stable")
     rng = np.random.default_rng((study.number, 0))
     orders = {"total": order, "place": same_place(study.graph, order[: counts[-1]], rng)}

@@ -5,7 +5,7 @@ Figures are means over prompts with their 95 % bootstrap intervals, where nothin
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,14 @@ def changes(line: dict, freeze: str, order: str) -> np.ndarray:
 
 def flips(line: dict, freeze: str, order: str) -> list[float]:
     """Of each order the least number of features that turn the preference; inf beyond the cap."""
-    turned = line["behaviour"]["difference"] + changes(line, freeze, order) < 0
-    counts = np.array(line["ablation"]["counts"], float)
-    return [float(counts[row.argmax()]) if row.any() else math.inf for row in turned]
+    counts = line["ablation"]["counts"]
+    return [fewest(line, counts, row) for row in changes(line, freeze, order)]
+
+
+def fewest(line: dict, counts: Sequence[int], changes: Iterable[float]) -> float:
+    """The least of the counts at which the preference has turned; inf if at none."""
+    turned = line["behaviour"]["difference"] + np.array(changes) < 0
+    return float(counts[turned.argmax()]) if turned.any() else math.inf
 
 
 def share_lost(line: dict, freeze: str, order: str, count: int) -> float | None:
@@ -161,10 +166,7 @@ def reversal_row(lines: list[dict]) -> dict:
     """The share of prompts whose preference turns when features are set to their opposites."""
     lines = [line for line in right(lines) if "reversal" in line]
 
-    def least(line: dict, what: str) -> float:
-        turned = line["behaviour"]["difference"] + np.array(line["reversal"][what]) < 0
-        return float(line["reversal"]["counts"][turned.argmax()]) if turned.any() else math.inf
-
+    least = lambda line, what: fewest(line, line["reversal"]["counts"], line["reversal"][what])
     turned = lambda what: interval(float(math.isfinite(least(line, what))) for line in lines)
     return {
         "prompts": str(len(lines)),

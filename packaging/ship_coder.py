@@ -125,9 +125,11 @@ def main() -> None:
             for name in ("README.md", "curves.png"):
                 if (source / name).exists():
                     shutil.copy(source / name, folder)
-            recipe = json.loads((source / "train_config.json").read_text(encoding="utf-8"))
-            compact = json.dumps(recipe, separators=(",", ":"))  # each folder has the whole run's
-            (folder / "train_config.json").write_text(compact + "\n", encoding="utf-8")
+            recipe = source / "train_config.json"
+            if recipe.exists():  # of the whole run, in each folder: compact
+                whole = json.loads(recipe.read_text(encoding="utf-8"))
+                compact = json.dumps(whole, separators=(",", ":")) + "\n"
+                (folder / recipe.name).write_text(compact, encoding="utf-8")
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
         texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]

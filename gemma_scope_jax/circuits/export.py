@@ -28,7 +28,7 @@ from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.atomic import write_text
 from gemma_scope_jax.storage.locks import in_turn
 from gemma_scope_jax.storage.paths import AnyPath, folder_path
-from gemma_scope_jax.storage.strict_json import field, read_json
+from gemma_scope_jax.storage.strict_json import field, finite, read_json
 
 if TYPE_CHECKING:
     from gemma_scope_jax.circuits.graph import Graph, Nodes
@@ -214,8 +214,8 @@ def _source_nodes(graph: "Graph", ids: list[str]) -> Iterator[dict[str, Any]]:
             "reverse_ctx_idx": 0,
             "jsNodeId": f"{'E' if kind == 'token' else layer}_{end}",
             "clerp": labels[i] or _merged(kind, layer, position, graph.tokens),
-            "influence": _number(shares[i]),
-            "activation": _number(activations[i]) if is_feature else None,
+            "influence": finite(float(shares[i])),
+            "activation": finite(float(activations[i])) if is_feature else None,
             **({"is_neuron": True} if kind == "neuron" else {}),
         }
 
@@ -262,7 +262,3 @@ def _merged(kind: str, layer: int, position: int, tokens: list[str]) -> str:
 def _cantor(layer: int, feature: int) -> int:
     """The number of a pair, also the name of its feature file."""
     return (layer + feature) * (layer + feature + 1) // 2 + feature
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

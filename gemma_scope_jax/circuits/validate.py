@@ -133,7 +133,7 @@ def validate(
     n, seed = graph.selected, whole_number("seed", seed, 0)
     nodes, final = graph.sources[:n], _final(graph)
     _known(graph)
-    which = np.argsort(-graph.influence()[:n], kind="stable")[: whole_number("top", top, 1)]
+    which = graph.strongest(whole_number("top", top, 1)).columns
     later = nodes.layer[None, :] > nodes.layer[which][:, None]
     later &= nodes.position[None, :] >= nodes.position[which][:, None]
 

@@ -62,14 +62,15 @@ def feature_details(
     """
     coders = CoderSet(mlp_neurons(model) if coders is None else coders)
     nodes, found = graph.sources[: graph.selected], {}
+    names, examples = names or {}, examples or {}
     for layer in np.unique(nodes.layer).tolist():
         coder, mine = coders.at(layer), np.unique(nodes.feature[nodes.layer == layer])
         own = layer if coder.multi_layer else None
         tokens = logit_tokens(model, coder, tokenizer, mine, layer=own)
         for feature, (raises, lowers) in zip(mine.tolist(), tokens):
-            name, some = (names or {}).get((layer, feature), ""), (examples or {})
-            more = some.get((layer, feature), ())
-            found[layer, feature] = FeatureDetails(name, raises, lowers, more)
+            which = layer, feature
+            known = names.get(which, ""), raises, lowers, examples.get(which, ())
+            found[which] = FeatureDetails(*known)
     return found
 
 
