@@ -104,6 +104,23 @@ def card_section(found: list[dict]) -> str:
     )
 
 
+def copy_card(source: Path, folder: Path, first: Path) -> None:
+    """Copy the card of a trained coder. The recipe is that of the whole run: the `first` coder that
+    ships keeps it, compact, with the curves, and the other cards point to it."""
+    card = (source / "README.md").read_text(encoding="utf-8")
+    recipe, curves = source / "train_config.json", source / "curves.png"
+    if folder != first:
+        card = card.replace("`train_config.json`", f"`../{first.name}/train_config.json`")
+        card = card.replace("\n![curves](curves.png)\n", "")
+    elif recipe.exists():
+        whole = json.loads(recipe.read_text(encoding="utf-8"))
+        compact = json.dumps(whole, separators=(",", ":")) + "\n"
+        (folder / recipe.name).write_text(compact, encoding="utf-8")
+    if folder == first and curves.exists():
+        shutil.copy(curves, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN/coders/FOLDER")
@@ -122,14 +139,7 @@ def main() -> None:
             coder = gs.load_coder(source)
             folder = Path(temporary) / name_of(coder)
             gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
-            for name in ("README.md", "curves.png"):
-                if (source / name).exists():
-                    shutil.copy(source / name, folder)
-            recipe = source / "train_config.json"
-            if recipe.exists():  # of the whole run, in each folder: compact
-                whole = json.loads(recipe.read_text(encoding="utf-8"))
-                compact = json.dumps(whole, separators=(",", ":")) + "\n"
-                (folder / recipe.name).write_text(compact, encoding="utf-8")
+            copy_card(source, folder, shipped[0][0] if shipped else folder)
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
         texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]

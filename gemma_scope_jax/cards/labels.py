@@ -29,6 +29,7 @@ from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.zst", "labels.json.gz", "labels.json")
 FORMAT = 1
+LOWERED = 5  # tokens whose logits a feature lowers: they seldom say what it is about
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
 # top_logits, bottom_logits: tokens; examples: {tokens, values, source}; density
@@ -82,7 +83,7 @@ def card_label(
     sources: what to call each document; default: its file
     """
     words = lambda key: tokenizer.decode_tokens(cards[key][feature]) if key in cards else []
-    label = {"top_logits": words("top_ids"), "bottom_logits": words("bottom_ids")}
+    label = {"top_logits": words("top_ids"), "bottom_logits": words("bottom_ids")[:LOWERED]}
     snippets = []
     for e in cards.groups(feature)[0].examples[:examples]:
         kept = [(i, v) for i, v in zip(e.ids, e.values) if not tokenizer.special[i]]
