@@ -31,7 +31,7 @@ ROOMS = {
     "autointerp": ("extraction",),
     "cards": ("extraction", "autointerp", "web"),
     "inspection": ("evaluation", "cards"),
-    "behaviour": ("circuits", "probing", "web"),
+    "behaviour": ("circuits", "probing", "cards"),
     "explorer": ("training", "inspection", "behaviour"),
     "cli": ("explorer",),
     "__main__": ("cli",),
