@@ -100,6 +100,7 @@ _PUBLIC = {
     "circuits.attribute": ["AttributionSettings", "attribute", "check_attribution"],
     "circuits.page": ["graph_page"],
     "circuits.report": ["GraphReport", "report_graph"],
+    "circuits.tables": ["text_tables"],
     "circuits.targets": ["Target"],
     "circuits.words": [
         "FeatureDetails",
@@ -119,6 +120,7 @@ _PUBLIC = {
     "cards.labels": ["read_labels"],
     "cards.site": ["build_site"],
     "cards.sites": ["build_card_sites", "plan_card_sites"],
+    "behaviour.baselines": ["NEUTRAL_PROMPTS", "STRENGTHS", "check_strengths", "steering_arms"],
     "behaviour.calibrate": ["Calibration", "calibrate"],
     "behaviour.effects": ["ReadingMean", "WordShare"],
     "behaviour.selection": ["OutputScores", "output_scores"],
@@ -126,6 +128,7 @@ _PUBLIC = {
     "behaviour.steering": ["Reading", "SteeringSpec", "SteeringStep", "When"],
     "behaviour.steering_json": ["steer_spec"],
     "behaviour.steering_place": ["steering"],
+    "behaviour.steer_page": ["steer_page"],
     "behaviour.vectors": ["SteeringVector", "contrast_vector", "train_vector"],
     "inspection.inspect_text": ["check_text", "inspect_text"],
     "inspection.page": ["inspection_page"],

@@ -35,7 +35,7 @@ COMMANDS = (
     "verify",
     "export",
 )
-COMMANDS += ("cards", "evaluate", "benchmark", "explain")
+COMMANDS += ("cards", "evaluate", "benchmark", "explain", "steer")
 OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
