@@ -37,6 +37,7 @@ _PUBLIC = {
     "model.sharding": ["make_mesh", "param_shardings", "shard_batch"],
     "model.tokenizer": ["Tokenizer", "fit_tokenizer", "load_tokenizer"],
     "model.checkpoints.load": ["load_model", "model_config"],
+    "model.checkpoints.save": ["save_model"],
     "coders.coder": ["Coder", "as_jump_relu", "check_fits", "encode", "public_name"],
     "coders.sparse_coder": ["SparseCoder"],
     "coders.multi_layer_coder": ["MultiLayerCoder"],
