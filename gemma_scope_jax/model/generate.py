@@ -30,8 +30,8 @@ from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
 from gemma_scope_jax.model.recompilation import note
-from gemma_scope_jax.model.sampling import Sampling, checked_sampling, choose
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
+from gemma_scope_jax.model.token_choice import TokenChoice, checked_sampling, choose
 
 PAD = 0  # as in `batch.padded`
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
@@ -256,7 +256,7 @@ class _State:
     logits: jax.Array | None  # float32 [B, passes + 1, V]
 
 
-def _emit(sampling: Sampling, state: _State, step: jax.Array, logits: jax.Array) -> _State:
+def _emit(sampling: TokenChoice, state: _State, step: jax.Array, logits: jax.Array) -> _State:
     """Choose column `step` of the tokens from `logits` [B, V]."""
     put = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
     token = jnp.where(state.alive, choose(sampling, logits, step), PAD)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.model.sampling import checked_sampling, choose
+from gemma_scope_jax.model.token_choice import checked_sampling, choose
 from tiny import tiny, tiny_model
 
 PROMPTS = [[2, 17, 250, 9, 31, 77, 140, 5, 60, 61, 290, 33, 8], [2, 44, 7], [2, 90, 91, 8, 205]]

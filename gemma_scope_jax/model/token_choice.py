@@ -21,7 +21,7 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 @flax.struct.dataclass
-class Sampling:
+class TokenChoice:
     """How the next token is chosen; `greedy`, `top_k` and `nucleus` choose the program."""
 
     key: jax.Array
@@ -33,7 +33,9 @@ class Sampling:
     nucleus: bool = flax.struct.field(pytree_node=False)
 
 
-def checked_sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) -> Sampling:
+def checked_sampling(
+    config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens
+) -> TokenChoice:
     """The arguments of `generate` as data. Raises `InputError` for what is out of range."""
     try:
         heat, p = float(temperature), 1.0 if top_p is None else float(top_p)
@@ -59,7 +61,7 @@ def checked_sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_t
     filled[: stop.size] = stop
     data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
     greedy = heat == 0.0
-    return Sampling(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
+    return TokenChoice(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
 
 
 def _checked_key(key: Any) -> jax.Array:
@@ -74,7 +76,7 @@ def _checked_key(key: Any) -> jax.Array:
     raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
 
 
-def choose(sampling: Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:
+def choose(sampling: TokenChoice, logits: jax.Array, step: jax.Array) -> jax.Array:
     """The next ids int32 [B] from logits [B, V]: temperature, then top-k, then top-p."""
     if sampling.greedy:
         return jnp.argmax(logits, -1).astype(jnp.int32)
