@@ -148,12 +148,13 @@ class _Part:
         rows = _written(coder, i, ids)  # [n, W, D]
         self.rows = list(rows)
         if step.op in ("rescale", "cap", "floor", "project_out") or step.in_norms:
-            # operations on a direction: the one that the feature writes
-            if len(self.write_layers) > 1 or self.reads != self.writes:
+            # operations on a direction: that which the feature writes, where it writes it
+            if len(self.write_layers) > 1:
                 raise InputError(
-                    f"steering: {step.op} is along a direction at one place, and this feature is "
-                    f"read at {coder.reads} and written elsewhere: give its decoder row as a vector"
+                    f"steering: {step.op} is along a direction at one layer, and this feature "
+                    f"writes to {len(self.write_layers)}: give one of its decoder rows as a vector"
                 )
+            self.reads = self.writes
             u = rows[0, 0] / max(float(np.linalg.norm(rows[0, 0])), 1e-30)
             self.target, self.rows = [(u, 0.0, -np.inf)], [u[None]]
         else:

@@ -31,7 +31,7 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
 from gemma_scope_jax.model.recompilation import note
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
-from gemma_scope_jax.model.token_choice import TokenChoice, checked_sampling, choose
+from gemma_scope_jax.model.token_choice import TokenChoice, checked_draws, checked_sampling, choose
 
 PAD = 0  # as in `batch.padded`
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
@@ -77,6 +77,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int = 0,
+    draws: Any = None,
     stop_tokens: Sequence[int] = STOP_TOKENS,
     logits: bool = False,
     halt: str | None = None,
@@ -92,6 +93,8 @@ def generate(
                  to the `top_k` largest, then to the fewest whose probability reaches `top_p`;
                  ties with the last one kept are kept too
     key          a `jax.random.key` or an int seed; row b draws by the key and b alone
+    draws        the numbers that rows draw by instead of b, ints [B]: rows with one number and one
+                 distribution draw the same
     logits       also return the logits of every choice (before temperature)
     halt         the name of a read, bool [B, T]: a row ends after the first generated token at
                  which it is true. The prompt's tokens do not count
@@ -123,7 +126,8 @@ def generate(
     width = bucket(longest, 2**31) if pad else max(longest, 2)
     flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
     tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
-    sampling = checked_sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    drawn = checked_draws(draws, len(rows))
+    sampling = checked_sampling(model.config, temperature, top_k, top_p, key, stop_tokens, drawn)
     items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
     if halt is not None and halt not in (names := [i.name for i in items if i.name is not None]):
         raise InputError(f"halt is {halt!r}, but the reads are {', '.join(names) or 'none'}")

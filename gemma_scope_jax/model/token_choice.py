@@ -28,13 +28,14 @@ class TokenChoice:
     temperature: np.float32
     top_p: np.float32
     stop: np.ndarray  # int32 [n], filled up with -1
+    draws: np.ndarray  # int32 [B]
     greedy: bool = flax.struct.field(pytree_node=False)
     top_k: int | None = flax.struct.field(pytree_node=False)
     nucleus: bool = flax.struct.field(pytree_node=False)
 
 
 def checked_sampling(
-    config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens
+    config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens, draws: np.ndarray
 ) -> TokenChoice:
     """The arguments of `generate` as data. Raises `InputError` for what is out of range."""
     try:
@@ -59,7 +60,7 @@ def checked_sampling(
         check_ids(config, stop, "stop_tokens: ")
     filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
     filled[: stop.size] = stop
-    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
+    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled, draws)
     greedy = heat == 0.0
     return TokenChoice(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
 
@@ -74,6 +75,16 @@ def _checked_key(key: Any) -> jax.Array:
     if isinstance(key, jax.Array) and is_key and not key.ndim:
         return key
     raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
+
+
+def checked_draws(draws: Any, rows: int) -> np.ndarray:
+    """The number that each row draws by, int32 [rows]; by default its own."""
+    if draws is None:
+        return np.arange(rows, dtype=np.int32)
+    found = np.asarray(draws)
+    if found.shape != (rows,) or found.dtype.kind not in "iu":
+        raise InputError(f"draws must be one whole number a prompt, ints [{rows}]")
+    return found.astype(np.int32)
 
 
 def choose(sampling: TokenChoice, logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -95,6 +106,5 @@ def choose(sampling: TokenChoice, logits: jax.Array, step: jax.Array) -> jax.Arr
         scores = jnp.where(scores < least, -jnp.inf, scores)
     # One key per step and row, so that a row's draws do not depend on the number of rows.
     key = jax.random.fold_in(sampling.key, step)
-    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, sampling.draws)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)

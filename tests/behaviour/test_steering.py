@@ -31,6 +31,21 @@ SAE = coder(layer=LAYER)
 TRANSCODER = coder(1, layer=LAYER, reads="mlp_in", writes="mlp_out")
 
 
+def clt():
+    r, X = np.random.default_rng(3), 3
+    normal = lambda *shape: r.normal(size=shape).astype(np.float32)
+    return gs.MultiLayerCoder(
+        w_enc=normal(X, D, F) / D**0.5,
+        b_enc=0.1 * normal(X, F),
+        threshold=np.full((X, F), 0.1, np.float32),
+        w_dec=normal(X * (X + 1) // 2, F, D),
+        b_dec=0.1 * normal(X, D),
+        layers=(1, 2, 3),
+        reads="mlp_in",
+        writes="mlp_out",
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(gs.PRESETS["gemma-3-4b"], layers=LAYERS)
@@ -134,6 +149,13 @@ def test_steps_at_one_site_act_in_order(model, clean):
     np.testing.assert_allclose(found, x, atol=5e-5)
 
 
+@pytest.mark.parametrize("op", ["rescale", "cap", "project_out"])
+def test_operations_along_a_transcoders_feature_act_where_it_writes(model, clean, op):
+    x = clean["mlp_out"]
+    found = after(model, gs.steer_spec([step(op)]), "mlp_out", TRANSCODER)
+    np.testing.assert_allclose(found, oracle(op, x, TRANSCODER, x, "feature"), atol=2e-5)
+
+
 def test_clamping_and_adding_equal_edit_and_steer(model):
     def same(a, b):
         one, two = (gs.run(model, IDS, items).logits for items in (a, b))
@@ -148,22 +170,10 @@ def test_clamping_and_adding_equal_edit_and_steer(model):
 
 
 def test_a_clts_feature_writes_to_every_later_layer(model):
-    r, X = np.random.default_rng(3), 3
-    normal = lambda *shape: r.normal(size=shape).astype(np.float32)
-    clt = gs.MultiLayerCoder(
-        w_enc=normal(X, D, F) / D**0.5,
-        b_enc=0.1 * normal(X, F),
-        threshold=np.full((X, F), 0.1, np.float32),
-        w_dec=normal(X * (X + 1) // 2, F, D),
-        b_dec=0.1 * normal(X, D),
-        layers=(1, 2, 3),
-        reads="mlp_in",
-        writes="mlp_out",
-    )
     spec = gs.steer_spec([step("clamp", layer=2), {**step("ablate", layer=1), "feature": 9}])
-    ours = gs.run(model, IDS, gs.steering(model, spec, clt)).logits
+    ours = gs.run(model, IDS, gs.steering(model, spec, clt())).logits
     rows = [(2, None, ACTIVE, STRENGTHS["clamp"]), (1, None, 9, 0.0)]
-    theirs = gs.run(model, IDS, gs.edit_features(clt, rows)).logits
+    theirs = gs.run(model, IDS, gs.edit_features(clt(), rows)).logits
     np.testing.assert_allclose(ours, theirs, atol=3e-5)
     assert np.abs(np.asarray(ours - gs.run(model, IDS).logits)).max() > 0.01
 
@@ -405,7 +415,9 @@ MISFITS = {
     "a later condition": (
         {**ADD, "when": {"vector": [1.0] * D, "layer": 3, "above": 0.0}}, {}, "comes after",
     ),
-    "a rescaled transcoder": (step("rescale"), {"coders": TRANSCODER}, "decoder row as a vector"),
+    "a rescaled CLT": (
+        step("rescale", layer=1), {"coders": clt()}, "one of its decoder rows as a vector",
+    ),
 }  # fmt: skip
 
 

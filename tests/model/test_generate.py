@@ -243,7 +243,9 @@ def processed(logits, temperature, top_k, top_p):
 def test_frequencies_are_the_processed_probabilities(temperature, top_k, top_p):
     config = tiny(gs.PRESETS["gemma-3-270m"])
     logits = jax.random.normal(jax.random.key(3), (12,)) * 1.5
-    sampling = checked_sampling(config, temperature, top_k, top_p, 0, ())
+    sampling = checked_sampling(
+        config, temperature, top_k, top_p, 0, (), np.arange(1000, dtype=np.int32)
+    )
     draws, rows = 40, 1000
     step = jax.jit(lambda s: choose(sampling, jnp.broadcast_to(logits, (rows, 12)), s))
     ids = np.concatenate([step(jnp.int32(s)) for s in range(draws)])
@@ -257,7 +259,7 @@ def test_one_candidate_left_is_greedy():
     config = tiny(gs.PRESETS["gemma-3-270m"])
     logits = jax.random.normal(jax.random.key(3), (50, 12))
     for settings in ((2.0, 1, None), (2.0, None, 1e-6), (1e-6, None, None), (0.0, 5, 0.5)):
-        sampling = checked_sampling(config, *settings, 0, ())
+        sampling = checked_sampling(config, *settings, 0, (), np.arange(50, dtype=np.int32))
         got = jax.jit(choose)(sampling, logits, jnp.int32(0))
         np.testing.assert_array_equal(got, np.argmax(logits, -1))
 
