@@ -12,6 +12,7 @@ anything to see at all is `family_p`.
 
 import numpy as np
 
+from gemma_scope_jax.behaviour.activity import activity_by_text
 from gemma_scope_jax.behaviour.arms import HOWS, Arms, How, PooledArms, pool_arms
 from gemma_scope_jax.behaviour.detection import fit_detectors
 from gemma_scope_jax.behaviour.differences import Contrast, FeatureDifference
@@ -97,6 +98,7 @@ def contrast(
         elsewhere=None if far is None else detectors.aucs(far, 1 - level, seed),
         counts={name: (len(some.a), len(some.b)) for name, some in sets.items()},
         chosen=tuple(train.columns[chosen].tolist()),
+        activity=activity_by_text(coder, everything.columns, everything.values),
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from gemma_scope_jax.behaviour.activity import FeatureActivity
 from gemma_scope_jax.behaviour.statistics import Interval
 from gemma_scope_jax.circuits.tables import text_table
 from gemma_scope_jax.storage.strict_json import finite
@@ -54,6 +55,8 @@ class Contrast:
     elsewhere  the same on texts from elsewhere, or None
     counts     texts of each arm: "discovery", "reported", "elsewhere"
     chosen     the features of the sparse probe
+    activity   of all features on these texts, by texts instead of tokens: what random features are
+               matched in by `mediate`
     """
 
     name: str
@@ -69,6 +72,7 @@ class Contrast:
     elsewhere: dict[str, Interval] | None
     counts: dict[str, tuple[int, int]]
     chosen: tuple[int, ...]
+    activity: FeatureActivity = dataclasses.field(compare=False)
 
     def features(self, count: int | None = None, *, structural: bool = False) -> list[int]:
         """The first `count` features; structural ones only if asked for."""
@@ -125,10 +129,8 @@ class Contrast:
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {a} and {b}" for name, (a, b) in self.counts.items())
         head = f"{self.name or 'contrast'}: {self.coder}, {self.how} over tokens; texts: {counts}"
-        tables = [text_table(*_cells(rows), left=1) for rows in self.tables().values()]
+        tables = [
+            text_table(rows[0], [list(map(str, row)) for row in rows[1:]], left=1)
+            for rows in self.tables().values()
+        ]
         return "\n\n".join([f"{head}\n{self.verdict()}", *tables, LEGEND])
-
-
-def _cells(rows: list[list[Any]]) -> tuple[list[str], list[list[str]]]:
-    head, *rest = [[str(cell) for cell in row] for row in rows]
-    return head, rest

@@ -28,7 +28,7 @@ from gemma_scope_jax.model.intercept import read, token_mask, tokenwise
 from gemma_scope_jax.model.run import run
 
 NEARLY = 0.9  # a share that counts as nearly all
-MOST_TEXTS = 200  # of an arm that are looked at: shares of them are known to a few percent
+MOST_TEXTS = 100  # of an arm that are looked at: shares of them are known to a few percent
 AT_ONCE = 2048  # tokens in a batch
 SLOTS = 64  # features are padded to a multiple of this: few programs are compiled
 
@@ -60,7 +60,7 @@ def structural_features(
     nearly: float = NEARLY,
     model_b: Model | None = None,
 ) -> StructuralFeatures:
-    """Which of `features` stand for the format, see the module. Looks at 200 texts of an arm.
+    """Which of `features` stand for the format, see the module. Looks at 100 texts of an arm.
 
     nearly   the share of texts, of activation and of positions that counts as nearly all
     model_b  runs arm b, if it is another model

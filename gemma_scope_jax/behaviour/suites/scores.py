@@ -75,7 +75,7 @@ def grouped_figures(scored: Scored, measure: Measure, seed: int) -> dict[str, li
     return {name: measure.figures(scored.where(groups == name), seed) for name in names}
 
 
-def _units(items: Sequence[Item]) -> np.ndarray | None:
+def units_of(items: Sequence[Item]) -> np.ndarray | None:
     """Cluster names for the bootstrap; None if each item stands for itself."""
     if not any(item.unit for item in items):
         return None
@@ -83,7 +83,7 @@ def _units(items: Sequence[Item]) -> np.ndarray | None:
 
 
 def _mean(values: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
-    return bootstrap(values, clusters=_units(items), seed=seed)
+    return bootstrap(values, clusters=units_of(items), seed=seed)
 
 
 def _share(hits: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
@@ -104,7 +104,7 @@ def _stereoset(scored: Scored, seed: int) -> list[Figure]:
     x = scored.per_token[:, 0]
     ss = _beats(x[:, 0], x[:, 1])
     lms = (_beats(x[:, 0], x[:, 2]) + _beats(x[:, 1], x[:, 2])) / 2
-    names = _units(scored.items)
+    names = units_of(scored.items)
     unit = np.arange(len(ss)) if names is None else np.unique(names, return_inverse=True)[1]
     size = np.bincount(unit)
     rows = 100 * np.stack([np.bincount(unit, v) / size for v in (lms, ss)], 1)

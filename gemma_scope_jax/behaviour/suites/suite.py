@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
+from gemma_scope_jax.behaviour.arms import HOWS
 from gemma_scope_jax.behaviour.suites.formats import FORMATS, by_fields
 from gemma_scope_jax.behaviour.suites.items import Item, Template, drawn
 from gemma_scope_jax.behaviour.suites.rows import package_bytes, parse_rows, read_rows
@@ -58,7 +59,8 @@ class Suite:
                 "generate" (the model's answers are judged)
     sources     where items come from, as in the file
     arms        {"a", "b", "paired"}: texts of each item; or {"by": "group", "a", "b"}: prompts of
-                two groups; or {"by": "outcome"}: of items where the behaviour shows or not
+                two groups; or {"by": "outcome"}: of items where the behaviour shows or not.
+                "how" a text's features are pooled, as in `contrast`
     elsewhere   the name of a suite on whose arms found features are tested, too
     about       sentences on what the suite cannot show
     """
@@ -208,15 +210,22 @@ def _arms(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not arms:
         return {}
     here = f"{where}: arms"
-    _known(arms, ("a", "b", "paired", "by"), here)
+    _known(arms, ("a", "b", "paired", "by", "how"), here)
     by = field(arms, "by", str, here, default="text")
     _one_of(by, ("text", "group", "outcome"), "by", here)
+    how = field(arms, "how", str, here, default="mean")
+    _one_of(how, HOWS, "how", here)
     paired = field(arms, "paired", bool, here, default=False)
     if paired and by != "text":
         raise InputError(f"{here}: paired is for two texts of each item, not by {by}")
     if by == "outcome":
-        return {"by": by}
-    return {"by": by, "paired": paired, **{k: field(arms, k, str, here, least=1) for k in "ab"}}
+        return {"by": by, "how": how}
+    return {
+        "by": by,
+        "how": how,
+        "paired": paired,
+        **{k: field(arms, k, str, here, least=1) for k in "ab"},
+    }
 
 
 def _known(content: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
