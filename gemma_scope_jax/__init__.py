@@ -128,6 +128,8 @@ _PUBLIC = {
     "behaviour.steering_json": ["steer_spec"],
     "behaviour.steering_place": ["steering"],
     "behaviour.vectors": ["SteeringVector", "contrast_vector", "train_vector"],
+    "behaviour.diff": ["diff_models", "model_texts", "text_pieces"],
+    "behaviour.diff_result": ["ModelDiff"],
     "behaviour.monitor_files": ["load_monitor", "save_monitor"],
     "behaviour.monitor_fit": ["fit_monitor"],
     "behaviour.monitors": ["Monitor", "measure_monitor"],
