@@ -5,9 +5,9 @@ distribution over the next token of a neutral prompt, with the feature's directi
 
     output_score  how much more probable and higher ranked the feature's own top tokens become:
                   the mean over them of p (1 - rank / V), less the same without steering
-    confidence    how much more the model commits itself: token confidence is the mean of -log p over
-                  the k likeliest tokens, large where one of them has taken all; less the same
-                  without steering
+    confidence    how much more the model commits itself: token confidence is the mean of -log p
+                  over the k likeliest tokens, large where one of them has taken all; less the
+                  same without steering
 
 Sources: Arad et al. 2025 (2505.20063), whose output score this follows; Xu et al. 2025 (2510.03659)
 for the change of token

@@ -86,6 +86,12 @@ class Supernodes:
         """label -> columns of `graph.effects`: the `groups` of `graph_page`."""
         return {group.label: list(group.members) for group in self.groups}
 
+    def features(self) -> dict[str, list[tuple[int, int]]]:
+        """label -> (layer, feature) of the members, each once: what `mediate` changes."""
+        nodes = self.graph.sources
+        pairs = lambda some: sorted({(int(nodes.layer[i]), int(nodes.feature[i])) for i in some})
+        return {group.label: pairs(group.members) for group in self.groups}
+
     def largest(self, count: int) -> dict[str, list[int]]:
         """`columns` of the groups of several features, the `count` of most influence."""
         several = [group for group in self.groups if len(group.members) > 1][:count]

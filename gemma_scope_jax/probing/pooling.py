@@ -1,13 +1,13 @@
 """Activations and features of whole texts: one model pass, pooled on the device.
 
-A benchmark needs one vector per text: the mean over its tokens, or the vector at one of them. Texts
-are packed into rows of a few lengths, so there is little padding and few programs are compiled. The
-pass reads what all coders need, encodes a chunk of tokens at a time and sums it by text, so an
-array [tokens, F] never exists.
+A probe needs one vector per text: over its tokens, or the vector at one of them. Texts are packed
+into rows of a few lengths, so there is little padding and few programs are compiled. The pass reads
+what all coders need, encodes a chunk of tokens at a time and adds it up by text, so an array
+[tokens, F] never exists.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ FEWEST = 16  # columns that are kept, with inactive ones if need be: ten may be 
 SHORTEST = 6  # a row of the first length holds at most one text for every 6 tokens
 
 SiteLayer = tuple[str, int]  # a site and a layer
+OverTokens = Literal["mean", "max", "active"]
 
 
 class PooledFeatures(NamedTuple):
@@ -50,7 +51,7 @@ def pool(
     coders: Sequence[SparseCoder],
     texts: Sequence[np.ndarray],
     *,
-    how: Literal["mean"] | int = "mean",
+    how: OverTokens | int = "mean",
     first: int = 1,
     places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
@@ -59,9 +60,11 @@ def pool(
 ) -> Pooled:
     """Pooled activations and features of `texts`, int [n] each with its <bos>.
 
-    how      "mean", or the index of one of the text's tokens, such as -1 for the last
-    first    the mean leaves out tokens before this position (but never a text's last token), for
-             all coders alike
+    how      over a text's tokens "mean", a feature's largest activation ("max") or the share of
+             tokens where it is not zero ("active"), the mean of the raw activations in each case;
+             or the index of one of the text's tokens, such as -1 for the last
+    first    tokens before this position are left out (but never a text's last token), for all
+             coders alike, unless one token is asked for
     places   more places where activations are needed, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
@@ -75,12 +78,13 @@ def pool(
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
-    tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
-    static = {"places": tuple(sorted({*places, *places_of(coders)})), "mean": how == "mean"}
+    tokens = tokens or batch_tokens()
+    over = how if isinstance(how, str) else None
+    static = {"places": tuple(sorted({*places, *places_of(coders)})), "over": over}
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, *packed in _batches(texts, how, first, tokens, lengths, context):
+    for which, *packed in packed_texts(texts, how, first, tokens, lengths, context):
         vectors, found = _pool_step(model, tuple(coders), *packed, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
@@ -92,6 +96,11 @@ def pool(
         if report is not None:
             report(done, total)
     return Pooled(raw, [kept.joined() for kept in features])
+
+
+def batch_tokens() -> int:
+    """How many tokens a batch of texts has."""
+    return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 class _Columns:
@@ -136,15 +145,15 @@ def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> PooledF
 _encode = jax.jit(SparseCoder.encode)
 
 
-def _batches(
+def packed_texts(
     texts: Sequence[np.ndarray],
-    how: Literal["mean"] | int,
+    how: OverTokens | int,
     first: int,
     tokens: int,
     lengths: Sequence[int],
     context: int,
 ) -> Iterator[tuple[list[int], TokenBatch, np.ndarray, np.ndarray]]:
-    """The batches of all texts, as by `_batch`."""
+    """The batches of all texts, as by `_batch`; several texts in a row, of `tokens` tokens each."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
     bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]
@@ -176,7 +185,7 @@ def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[lis
 def _batch(
     texts: Sequence[np.ndarray],
     rows: list[list[int]],
-    how: Literal["mean"] | int,
+    how: OverTokens | int,
     first: int,
     shape: tuple[int, int],
     count: int,
@@ -194,14 +203,14 @@ def _batch(
             stop = start + len(ids)
             tokens[r, start:stop], segments[r, start:stop] = ids, n
             owner[r, start + min(first, len(ids) - 1) : stop] = len(which)
-            at = 0 if how == "mean" else how
+            at = 0 if isinstance(how, str) else how
             picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
             which.append(i)
             start = stop
     return which, TokenBatch(tokens, segments), owner, picked
 
 
-@functools.partial(jax.jit, static_argnames=("places", "mean"))
+@functools.partial(jax.jit, static_argnames=("places", "over"))
 def _pool_step(
     model: Model,
     coders: tuple[SparseCoder, ...],
@@ -210,7 +219,7 @@ def _pool_step(
     picked: jax.Array,
     *,
     places: tuple[SiteLayer, ...],
-    mean: bool,
+    over: OverTokens | None,
 ) -> tuple[dict[SiteLayer, jax.Array], tuple[jax.Array, ...]]:
     """{place: [S, D]}, ([S, F] of each coder); rows beyond the batch's texts are meaningless."""
     layers: dict[str, tuple[int, ...]] = {}
@@ -218,31 +227,39 @@ def _pool_step(
         layers[site] = (*layers.get(site, ()), layer)
     x = read_sites(model, layers, batch)
     at = {(s, l): float32(x[s][n]) for s, some in layers.items() for n, l in enumerate(some)}
-    if not mean:
+    if over is None:
         raw = {place: a[picked] for place, a in at.items()}
         return raw, tuple(c.encode(raw[c.reads, c.layer]) for c in coders)
-    mine = owner.reshape(1, -1) == jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None]
+    owner = owner.reshape(-1)
+    mine = owner[None, :] == jnp.arange(picked.shape[0], dtype=jnp.int32)[:, None]
     share = float32(mine) / float32(jnp.maximum(mine.sum(1, keepdims=True), 1))
-    add = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    raw = {place: add(share, a) for place, a in at.items()}
-    return raw, tuple(_pooled_features(c, at[c.reads, c.layer], share, add) for c in coders)
+    raw = {place: _add(share, a) for place, a in at.items()}
+    return raw, tuple(_pooled_features(c, at[c.reads, c.layer], share, owner, over) for c in coders)
+
+
+_add = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _pooled_features(
-    coder: SparseCoder, x: jax.Array, share: jax.Array, add: Callable[..., jax.Array]
+    coder: SparseCoder, x: jax.Array, share: jax.Array, owner: jax.Array, over: OverTokens
 ) -> jax.Array:
-    """share [S, N] @ encode(x [N, D]) -> [S, F], `TOKEN_CHUNK` tokens at a time."""
-    size = min(TOKEN_CHUNK, x.shape[0])
+    """encode(x [N, D]) over each text [S, F], `TOKEN_CHUNK` tokens at a time; share [S, N]: of each
+    token in its text's mean, owner [N]: its text, else S."""
+    S, size = len(share), min(TOKEN_CHUNK, x.shape[0])
     pad = -x.shape[0] % size
     x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, size, x.shape[1])
-    share = jnp.pad(share, ((0, 0), (0, pad))).reshape(share.shape[0], -1, size)
+    share = jnp.pad(share, ((0, 0), (0, pad))).reshape(S, -1, size)
+    owner = jnp.pad(owner, (0, pad), constant_values=S).reshape(-1, size)
 
     def step(total, chunk):
-        x, share = chunk
-        return total + add(share, coder.encode(x)), None
+        x, share, owner = chunk
+        f = coder.encode(x)
+        if over == "max":  # activations are not negative
+            return jnp.maximum(total, jax.ops.segment_max(f, owner, S)), None
+        return total + _add(share, float32(f != 0) if over == "active" else f), None
 
-    start = jnp.zeros((share.shape[0], coder.width), jnp.float32)
-    return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0)))[0]
+    start = jnp.zeros((S, coder.width), jnp.float32)
+    return jax.lax.scan(step, start, (x, jnp.moveaxis(share, 1, 0), owner))[0]
 
 
 def typical_scale(x: np.ndarray) -> float:

@@ -123,13 +123,21 @@ def some_texts(count=40, seed=0):
     return [np.append(2, rng.integers(3, 300, n - 1)).astype(np.int32) for n in sizes]
 
 
-@pytest.mark.parametrize("how", ["mean", -1])
+POOLED = {
+    "mean": lambda x: x.mean(0),
+    "max": lambda f: f.max(0),
+    "active": lambda f: (f != 0).mean(0),
+}
+
+
+@pytest.mark.parametrize("how", [*POOLED, -1])
 def test_pooled_texts_are_those_of_each_text_alone(model, how):
     """The transcoder of an instruction-tuned model has `first` 4, so nobody counts less."""
     transcoder = random_coder(reads="mlp_in", writes="mlp_out", skip=True, first=4)
     coders = [random_coder(layer=2), transcoder]
     texts = some_texts()
     done = []
+    alone = lambda x, how: x[-1] if how == -1 else POOLED[how](x[min(4, len(x) - 1) :])
     pooled = pooling.pool(
         model,
         coders,
@@ -148,12 +156,11 @@ def test_pooled_texts_are_those_of_each_text_alone(model, how):
         out = run(model, ids, reads, segments=segments).reads
         for place, pool in pooled.raw.items():
             x = np.asarray(out[place[0]], np.float64)[0, : len(texts[i])]
-            want = x[-1] if how == -1 else x[min(4, len(x) - 1) :].mean(0)
-            np.testing.assert_allclose(pool[i], want, atol=2e-5)
+            np.testing.assert_allclose(pool[i], alone(x, -1 if how == -1 else "mean"), atol=2e-5)
             for coder, f in zip(coders, pooled.features):
                 if place == (coder.reads, coder.layer):
                     each = np.asarray(coder.encode(x.astype(np.float32)), np.float64)
-                    want = each[-1] if how == -1 else each[min(4, len(x) - 1) :].mean(0)
+                    want = alone(each, how)
                     np.testing.assert_allclose(f.values[i], want[f.columns], atol=2e-5)
                     np.testing.assert_allclose(np.delete(want, f.columns), 0, atol=2e-5)
 

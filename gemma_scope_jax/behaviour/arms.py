@@ -1,0 +1,221 @@
+"""Two arms to compare: texts that show a behaviour and texts that do not, and their activations.
+
+    arms = gs.arms(tokenizer, stereotypes, anti_stereotypes, paired=True)
+
+Pairs that differ in nothing but the behaviour are the strongest evidence: everything else cancels.
+Arms of different lengths, formats or topics differ in features of these, too.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gemma_scope_jax.behaviour.statistics import FEWEST
+from gemma_scope_jax.coders.sparse_coder import SparseCoder
+from gemma_scope_jax.data.chats import chat_prompt
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.probing.pooling import Pooled, SiteLayer, pool
+from gemma_scope_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from gemma_scope_jax.model.tokenizer import Tokenizer
+
+How = Literal["mean", "last", "max"]
+HOWS = ("mean", "last", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """The texts of two arms as token ids with <bos>, int32 [n] each; made by `gs.arms`.
+
+    paired      a[i] and b[i] differ in the behaviour alone
+    template_a, template_b  for chats, bool [n] a text: the tokens of the template around messages
+    """
+
+    a: Sequence[np.ndarray]
+    b: Sequence[np.ndarray]
+    paired: bool = False
+    name: str = ""
+    template_a: Sequence[np.ndarray] | None = None
+    template_b: Sequence[np.ndarray] | None = None
+
+    def __post_init__(self):
+        where = f"arms {self.name}" if self.name else "arms"
+        for arm, texts, template in self._sides():
+            if len(texts) < FEWEST:
+                says = f"{len(texts)} texts in arm {arm}: give at least {FEWEST}"
+                raise InputError(f"{where}: {says}")
+            sizes = list(map(len, texts))
+            if not min(sizes):
+                raise InputError(f"{where}: text {sizes.index(0)} of arm {arm} is empty")
+            if template is not None and list(map(len, template)) != sizes:
+                raise InputError(f"{where}: the template of arm {arm} does not fit its texts")
+        if self.paired and len(self.a) != len(self.b):
+            raise InputError(f"{where}: {len(self.a)} and {len(self.b)} texts are not pairs")
+
+    def _sides(self):
+        return ("a", self.a, self.template_a), ("b", self.b, self.template_b)
+
+    def __repr__(self) -> str:
+        count = f"{len(self.a)} pairs" if self.paired else f"{len(self.a)} and {len(self.b)} texts"
+        return f"Arms({', '.join(filter(None, [self.name, count]))})"
+
+    def some(self, a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> "Arms":
+        """The arms with these texts alone; of pairs, `a` and `b` must be the same numbers."""
+        take = lambda texts, which: None if texts is None else [texts[i] for i in which]
+        parts = take(self.a, a), take(self.b, b), self.paired, self.name
+        return Arms(*parts, take(self.template_a, a), take(self.template_b, b))  # type: ignore[arg-type]
+
+    def halves(self, seed: int = 0) -> tuple["Arms", "Arms"]:
+        """Two random halves; pairs stay together, and what repeats is on one side. Raises
+        `InputError` if a half has fewer than 5 texts of an arm."""
+        rng = np.random.default_rng(seed)
+        if self.paired:
+            keys = [(x.tobytes(), y.tobytes()) for x, y in zip(self.a, self.b)]
+            first_a = first_b = _half(keys, rng)
+        else:
+            first_a, first_b = (_half([x.tobytes() for x in t], rng) for t in (self.a, self.b))
+        parts = [(first_a, first_b), (~first_a, ~first_b)]
+        if min(int(p.sum()) for part in parts for p in part) < FEWEST:
+            least = f"a half needs {FEWEST} texts of each arm"
+            raise InputError(f"{self!r}: {least}: give more, or held_out texts")
+        one, two = (self.some(np.flatnonzero(x), np.flatnonzero(y)) for x, y in parts)
+        return one, two
+
+
+def _half(keys: Sequence[Any], rng: np.random.Generator) -> np.ndarray:
+    """bool [n]: a random half, with equal keys on one side."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    chosen = rng.permutation(len(numbers)) < (len(numbers) + 1) // 2
+    return chosen[[numbers[key] for key in keys]]
+
+
+def arms(
+    tokenizer: "Tokenizer", a: Sequence[Any], b: Sequence[Any], *, paired: bool, name: str = ""
+) -> Arms:
+    """The two arms of a comparison.
+
+    a, b    for each text a string, a chat (a list of {"role", "content"}, as `gs.chat_prompt` has
+            it: the model's turn is open at its end) or ids with <bos>
+    paired  whether a[i] and b[i] belong together
+
+    Raises `InputError` for fewer than 5 texts of an arm, unequal numbers of pairs, and what the
+    tokenizer refuses.
+    """
+    sides = []
+    for arm, texts in (("a", a), ("b", b)):
+        if isinstance(texts, str | Mapping):
+            raise InputError(f"arm {arm} must be a list of texts, not one {type(texts).__name__}")
+        sides.append(
+            [_encoded(tokenizer, x, f"text {n} of arm {arm}") for n, x in enumerate(texts)]
+        )
+    ids_a, ids_b = ([ids for ids, _ in side] for side in sides)
+    templates = [[t for _, t in side] if any(t.any() for _, t in side) else None for side in sides]
+    return Arms(ids_a, ids_b, paired, name, *templates)
+
+
+def _encoded(tokenizer: "Tokenizer", text: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """A text's ids, and which of them are of a chat's template."""
+    if isinstance(text, str):
+        ids = tokenizer.encode(text)
+        return ids, np.zeros(len(ids), bool)
+    if isinstance(text, Sequence) and text and isinstance(text[0], Mapping):
+        try:
+            ids = chat_prompt(tokenizer, text)
+            template = tokenizer.chat(text).mask("turn")[: len(ids)]
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return ids, template
+    ids = np.asarray(text)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"{where} is {type(text).__name__}: give a string, a chat or token ids")
+    return ids.astype(np.int32), np.zeros(len(ids), bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class PooledArms:
+    """N = A + B texts, arm a first: a vector each.
+
+    raw      {place: float32 [N, D]}
+    values   float32 [N, F] of the features `columns` [F], those that are active somewhere
+    y        bool [N]: arm a
+    item     int [N]: the number of the pair; unpaired: of the text
+    """
+
+    raw: dict[SiteLayer, np.ndarray]
+    values: np.ndarray
+    columns: np.ndarray
+    y: np.ndarray
+    item: np.ndarray
+    paired: bool
+
+    @property
+    def a(self) -> np.ndarray:
+        return self.values[self.y]
+
+    @property
+    def b(self) -> np.ndarray:
+        return self.values[~self.y]
+
+    def joined(self, other: "PooledArms") -> "PooledArms":
+        """The texts of both, arm a first."""
+        y = np.concatenate([self.y, other.y])
+        order = np.argsort(~y, kind="stable")
+        both = lambda one, two: np.concatenate([one, two])[order]
+        raw = {place: both(x, other.raw[place]) for place, x in self.raw.items()}
+        item = both(self.item, other.item + self.item.max() + 1)
+        values = both(self.values, other.values)
+        return PooledArms(raw, values, self.columns, y[order], item, self.paired)
+
+
+def pool_arms(
+    models: tuple[Model, Model],
+    coder: SparseCoder,
+    sets: Sequence[Arms],
+    how: How,
+    places: Sequence[SiteLayer],
+) -> list[PooledArms]:
+    """Each of `sets` pooled, arm a by the first model and arm b by the second, which may be the
+    same; all have the same columns."""
+    one, two = [ids for s in sets for ids in s.a], [ids for s in sets for ids in s.b]
+    options: dict[str, Any] = {"how": -1 if how == "last" else how, "first": coder.first}
+    options |= {"places": places, "report": Progress(None, "tokens", what="features of both arms")}
+    read = lambda model, texts: pool(model, [coder], texts, **options)
+    if models[0] is models[1]:
+        whole = read(models[0], [*one, *two])
+        columns, values, raw = *whole.features[0][::-1], whole.raw
+    else:
+        parts = read(models[0], one), read(models[1], two)
+        columns, values = _united(parts)
+        raw = {p: np.concatenate([x, parts[1].raw[p]]) for p, x in parts[0].raw.items()}
+    active = values.any(0)
+    if not active.any():
+        raise InputError("no feature of the coder is active on any of the texts")
+    if not all(np.isfinite(x).all() for x in (values, *raw.values())):
+        raise InputError("activations are not finite numbers: run the model in float32")
+    columns, values = columns[active], values[:, active]
+    found, at_a, at_b = [], 0, len(one)
+    for s in sets:
+        rows = np.r_[at_a : at_a + len(s.a), at_b : at_b + len(s.b)]
+        at_a, at_b = at_a + len(s.a), at_b + len(s.b)
+        y = np.arange(len(rows)) < len(s.a)
+        item = np.where(y, np.arange(len(rows)), np.arange(len(rows)) - len(s.a) * s.paired)
+        mine = {place: x[rows] for place, x in raw.items()}
+        found.append(PooledArms(mine, values[rows], columns, y, item, s.paired))
+    return found
+
+
+def _united(parts: tuple[Pooled, Pooled]) -> tuple[np.ndarray, np.ndarray]:
+    """The columns active in either part, and the values of all rows."""
+    features = [part.features[0] for part in parts]
+    columns = np.union1d(features[0].columns, features[1].columns)
+    values = np.zeros((sum(len(f.values) for f in features), len(columns)), np.float32)
+    start = 0
+    for f in features:
+        rows = slice(start, start + len(f.values))
+        values[rows, np.searchsorted(columns, f.columns)] = f.values
+        start = rows.stop
+    return columns, values
