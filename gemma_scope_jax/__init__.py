@@ -122,7 +122,7 @@ _PUBLIC = {
     "cards.site": ["build_site"],
     "cards.sites": ["build_card_sites", "plan_card_sites"],
     "behaviour.baselines": ["NEUTRAL_PROMPTS", "STRENGTHS", "check_strengths", "steering_arms"],
-    "behaviour.calibrate": ["Calibration", "calibrate"],
+    "behaviour.calibrate": ["Calibration", "calibrate", "check_bound"],
     "behaviour.effects": ["ReadingMean", "WordShare"],
     "behaviour.selection": ["OutputScores", "output_scores"],
     "behaviour.sweep": ["Sweep", "SweepArm", "sweep"],

@@ -144,8 +144,7 @@ def calibrate(
         raise InputError(f"no effect {effect!r}; there are {', '.join(sweep.effects)}")
     if len(sweep.prompts) < 4:
         raise InputError(f"a calibration needs at least 4 prompts, not {len(sweep.prompts)}")
-    if not bound >= 1.0:
-        raise InputError(f"bound is a ratio of perplexities, at least 1, not {bound}")
+    check_bound(bound)
     clean = next(
         (a for a, arm in enumerate(sweep.arms) if not arm.before and arm.spec is None), None
     )
@@ -162,6 +161,12 @@ def calibrate(
     ]
     chosen_on, scored_on = (tuple(int(i) for i in half) for half in halves)
     return Calibration(tuple(found), effect, bound, chosen_on, scored_on)
+
+
+def check_bound(bound: float) -> None:
+    """Raise `InputError` unless this can be a bound on the ratio of perplexities."""
+    if not bound >= 1.0:
+        raise InputError(f"bound is a ratio of perplexities, at least 1, not {bound}")
 
 
 def _figures(sweep: Sweep, effect: str, arm: int, clean: int, half: np.ndarray) -> StrengthFigures:

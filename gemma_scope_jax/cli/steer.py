@@ -70,6 +70,8 @@ def command(
         raise gs.InputError("give one of these: a FEATURE, --spec FILE, or --rank N")
     if (positive is None) != (negative is None):
         raise gs.InputError("--positive and --negative belong together: texts of both kinds")
+    gs.check_strengths(strengths)
+    gs.check_bound(bound)
     if rank < 0:
         raise gs.InputError("--rank is a number of features")
     plan = None if spec is None else gs.steer_spec(spec)
@@ -81,7 +83,6 @@ def command(
     one, tok = opened.coders[0], opened.tokenizer
     if feature is not None and not 0 <= feature < one.width:
         raise gs.InputError(f"feature {feature}: the coder has features 0 to {one.width - 1}")
-    gs.check_strengths(strengths)
     weights = shared.load_model(opened.model, dtype)
     how = {"temperature": temperature, "seed": seed}
     if rank:
