@@ -78,6 +78,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int = 0,
+    draws: Any = None,
     stop_tokens: Sequence[int] = STOP_TOKENS,
     logits: bool = False,
     pad: bool = True,
@@ -92,6 +93,8 @@ def generate(
                  to the `top_k` largest, then to the fewest whose probability reaches `top_p`;
                  ties with the last one kept are kept too
     key          a `jax.random.key` or an int seed; row b draws by the key and b alone
+    draws        the numbers that rows draw by instead of b, ints [B]: rows with one number and one
+                 distribution draw the same
     logits       also return the logits of every choice (before temperature)
     pad          round the prompts' length up to one of a few; else only to the longest prompt
 
@@ -121,7 +124,8 @@ def generate(
     width = bucket(longest, 2**31) if pad else max(longest, 2)
     flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
     tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
-    sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    drawn = _checked_draws(draws, len(rows))
+    sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens, drawn)
     items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
     fixed = (model.config, model.dtype, sampling.greedy, sampling.top_k, sampling.nucleus, logits)
     note("generate", items, tokens.shape, (*fixed, len(sampling.stop)), **new_tokens)
@@ -176,12 +180,13 @@ class _Sampling:
     temperature: np.float32
     top_p: np.float32
     stop: np.ndarray  # int32 [n], filled up with -1
+    draws: np.ndarray  # int32 [B]
     greedy: bool = flax.struct.field(pytree_node=False)
     top_k: int | None = flax.struct.field(pytree_node=False)
     nucleus: bool = flax.struct.field(pytree_node=False)
 
 
-def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) -> _Sampling:
+def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens, draws) -> _Sampling:
     try:
         heat, p = float(temperature), 1.0 if top_p is None else float(top_p)
     except (TypeError, ValueError):
@@ -204,7 +209,7 @@ def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) 
         check_ids(config, stop, "stop_tokens: ")
     filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
     filled[: stop.size] = stop
-    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
+    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled, draws)
     greedy = heat == 0.0
     return _Sampling(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
 
@@ -219,6 +224,15 @@ def _checked_key(key: Any) -> jax.Array:
     if isinstance(key, jax.Array) and is_key and not key.ndim:
         return key
     raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
+
+
+def _checked_draws(draws: Any, rows: int) -> np.ndarray:
+    if draws is None:
+        return np.arange(rows, dtype=np.int32)
+    found = np.asarray(draws)
+    if found.shape != (rows,) or found.dtype.kind not in "iu":
+        raise InputError(f"draws must be one whole number a prompt, ints [{rows}]")
+    return found.astype(np.int32)
 
 
 def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -240,8 +254,7 @@ def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Arra
         scores = jnp.where(scores < least, -jnp.inf, scores)
     # One key per step and row, so that a row's draws do not depend on the number of rows.
     key = jax.random.fold_in(sampling.key, step)
-    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, sampling.draws)
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 

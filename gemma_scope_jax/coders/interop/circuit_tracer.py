@@ -15,7 +15,6 @@ Without thresholds the activation is relu. Source: circuit-tracer
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -35,12 +34,12 @@ from gemma_scope_jax.coders.multi_layer_coder import MultiLayerCoder, block_inde
 from gemma_scope_jax.coders.release.config import untrained_positions
 from gemma_scope_jax.coders.release.parameters import check_values, errors_name
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
-from gemma_scope_jax.errors import InputError, reason
+from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import normalise_model_name
 from gemma_scope_jax.storage.atomic import write_folder
 from gemma_scope_jax.storage.paths import expanded
 from gemma_scope_jax.storage.safetensors_files import StreamedTensor, write_safetensors
-from gemma_scope_jax.storage.strict_json import parse_json
+from gemma_scope_jax.storage.strict_yaml import read_yaml
 
 CONFIG = "config.yaml"
 CONSULTED = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook", "scan")
@@ -52,7 +51,6 @@ HARMLESS = {  # key -> why it changes nothing
     "dtype": "the weights have theirs",
     "device": "where it ran",
 }
-LARGEST = 1 << 20  # bytes of a config.yaml
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 THRESHOLD = "activation_function.threshold"
 Files = dict[str, Callable[[], dict[str, Any]]]  # name -> what makes the file's tensors
@@ -70,7 +68,7 @@ def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
     They raise `InputError` for damaged or missing files, activations other than relu and JumpReLU,
     hooks that are not sites, and configs that only point at files on the hub.
     """
-    config = _read_yaml(folder / CONFIG)
+    config = read_yaml(folder / CONFIG)
     with errors_name(folder / CONFIG):
         kind = text_of(config, "model_kind")
         if kind not in KINDS:
@@ -102,31 +100,6 @@ def loaders(folder: Path, path: str) -> dict[str, Callable[[], Coder]]:
         info = dataclasses.replace(about, type="transcoder", path=name, folder=own)
         found[name] = partial(_load_layer, file, {**where, "layer": layer}, info)
     return found
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """The config. Refuses what JSON cannot represent, aliases, duplicate keys and large files."""
-    import yaml
-
-    try:
-        if file.stat().st_size > LARGEST:
-            raise InputError("larger than a config is")
-        text = file.read_text(encoding="utf-8-sig")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise InputError("it has aliases (*name): write out what they stand for")
-        node = yaml.compose(text, yaml.SafeLoader)
-        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise InputError(f"the key {twice[0]!r:.60} occurs twice")
-        config = parse_json(json.dumps(yaml.safe_load(text)), "it")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # the parser lets other types through: IndexError for `!!int ''`
-        why = reason(error).removeprefix("it: ")
-        raise InputError(f"{file}: not YAML that can be used ({why})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected keys and values, found a {type(config).__name__}")
-    return config
 
 
 def _layer_files(config: dict[str, Any], folder: Path) -> dict[int, Path]:

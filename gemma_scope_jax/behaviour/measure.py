@@ -1,0 +1,199 @@
+"""What an audit measures a model by: log-probabilities of continuations, loss on text, and answers.
+
+Items of like lengths share a batch of a few widths, so a set of thousands needs two or three
+programs, and the model's last residuals never leave the device: only the log-probabilities of the
+wanted tokens do. Logits are computed for those tokens alone, a chunk at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_scope_jax.coders.coder import float32
+from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.model import hooks
+from gemma_scope_jax.model.arguments import whole_number
+from gemma_scope_jax.model.batch import check_ids, padded
+from gemma_scope_jax.model.buckets import bucket
+from gemma_scope_jax.model.config import Model
+from gemma_scope_jax.model.gemma import unembed
+from gemma_scope_jax.model.generate import generate
+from gemma_scope_jax.model.intercept import Intercept, capture
+from gemma_scope_jax.model.run import run
+from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
+from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.progress import Report
+
+CHUNK = 128  # tokens whose logits [128, V] exist at a time
+FINAL = "final residual of the scored tokens"
+
+Ids = np.ndarray  # int [n]
+
+
+@own_mesh
+def continuation_logprobs(
+    model: Model,
+    prompts: Sequence[Any],
+    continuations: Sequence[Any],
+    intercepts: Intercept | Sequence = (),
+    *,
+    tokens: int = 2048,
+    report: Report | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probability of each continuation after its prompt, teacher-forced, in nats.
+
+    prompts        int ids [n] each, at least one token (`<bos>`)
+    continuations  int ids [m] each; none gives a log-probability of 0
+    intercepts     act on prompt and continuation; their values must fit any number of rows and
+                   tokens ([D], not [B, T, D])
+    tokens         of a batch, about
+
+    Returns the sums over the continuation's tokens, float64 [N], and the numbers of tokens, int
+    [N]. Raises `InputError` for items that are not ids of the model or exceed its context.
+    """
+    if len(prompts) != len(continuations):
+        had = f"{len(prompts)} prompts and {len(continuations)} continuations"
+        raise InputError(f"each prompt needs one continuation: got {had}")
+    tokens = whole_number("tokens", tokens, 1)
+    heads = [_ids(model, p, f"prompt {n}", 1) for n, p in enumerate(prompts)]
+    tails = [_ids(model, c, f"continuation {n}", 0) for n, c in enumerate(continuations)]
+    items = (*hooks.flatten(intercepts), capture("resid_final", name=FINAL))
+    mesh = mesh_under(model.params.embed)
+    put = (lambda a: a) if mesh is None else partial(shard_batch, mesh)
+    sums, counts = np.zeros(len(heads)), np.array([len(t) for t in tails], int)
+    texts = [np.concatenate(pair) for pair in zip(heads, tails)]
+    done, total = 0, sum(map(len, texts))
+    multiple = 1 if mesh is None else mesh.shape["data"]
+    for which, rows, width in _batches(model, texts, tokens, multiple):
+        batch = padded([texts[i] for i in which], rows, width)
+        at = [r * width + len(heads[i]) - 1 for r, i in enumerate(which)]
+        places = np.concatenate([np.arange(a, a + counts[i]) for a, i in zip(at, which)])
+        wanted = np.concatenate([tails[i] for i in which])
+        out = run(
+            model, put(batch.tokens), items, segments=put(batch.segments), logits="none", pad=False
+        )
+        found = _log_p(model, out.reads[FINAL], *_filled(places, wanted, batch.tokens.size))
+        ends = np.cumsum(counts[which])
+        values = np.asarray(found)[: ends[-1]].astype(np.float64)
+        for i, part in zip(which, np.split(values, ends[:-1])):
+            sums[i] = part.sum()
+        done += sum(len(texts[i]) for i in which)
+        if report is not None:
+            report(done, total)
+    return sums, counts
+
+
+def text_loss(
+    model: Model,
+    texts: Sequence[Any],
+    intercepts: Intercept | Sequence = (),
+    *,
+    tokens: int = 2048,
+    report: Report | None = None,
+) -> np.ndarray:
+    """The mean loss of each text, in nats a token after the first: float64 [N].
+
+    texts  int ids [n] each, `<bos>` first, at least two tokens
+    """
+    for number, ids in enumerate(texts):
+        if len(ids) < 2:
+            raise InputError(f"text {number} has {len(ids)} tokens: a loss needs at least 2")
+    heads, tails = [ids[:1] for ids in texts], [ids[1:] for ids in texts]
+    options: dict[str, Any] = {"tokens": tokens, "report": report}
+    sums, counts = continuation_logprobs(model, heads, tails, intercepts, **options)
+    return -sums / np.maximum(counts, 1)
+
+
+def generated(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    intercepts: Intercept | Sequence = (),
+    *,
+    rows: int = 16,
+    report: Report | None = None,
+) -> list[str]:
+    """The model's greedy answer to each prompt (int ids [n]), without control tokens.
+
+    Prompts of like lengths share a batch of `rows`. Raises `InputError` as `generate` does.
+    """
+    whole_number("rows", rows, 1)
+    order = np.argsort([len(p) for p in prompts], kind="stable")
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), rows):
+        which = order[start : start + rows].tolist()
+        # the last batch is filled up, so that its number of rows compiles nothing
+        some = [prompts[i] for i in which] + [prompts[which[0]]] * (rows - len(which))
+        out = generate(model, some, max_new_tokens, intercepts)
+        ids, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
+        for r, i in enumerate(which):
+            answers[i] = tokenizer.decode(ids[r, : lengths[r]])
+        if report is not None:
+            report(min(start + rows, len(order)), len(order))
+    return answers
+
+
+def _ids(model: Model, given: Any, what: str, least: int) -> Ids:
+    ids = np.asarray(given)
+    if not ids.size and ids.ndim == 1:
+        ids = ids.astype(np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"{what} must be token ids int [n], got {ids.dtype}{list(ids.shape)}")
+    if len(ids) < least:
+        raise InputError(f"{what} is empty: it needs at least one token, such as <bos>")
+    if len(ids):
+        check_ids(model.config, ids, f"{what}: ")
+    return ids.astype(np.int32)
+
+
+def _batches(
+    model: Model, texts: Sequence[Ids], tokens: int, multiple: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """(indices of texts, rows, width) of each batch, texts of like lengths together. A batch has
+    a multiple of `multiple` rows, as a mesh needs."""
+    context = model.config.context
+    by_width: dict[int, list[int]] = {}
+    for i, ids in enumerate(texts):
+        if len(ids) > context:
+            raise InputError(
+                f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
+            )
+        by_width.setdefault(bucket(len(ids), context), []).append(i)
+    for width, which in sorted(by_width.items()):
+        most = max(1, tokens // width)
+        for start in range(0, len(which), most):
+            some = which[start : start + most]
+            rows = min(most, 1 << (len(some) - 1).bit_length())  # few sizes of the last batch
+            yield some, -(-rows // multiple) * multiple, width
+
+
+def _filled(places: np.ndarray, wanted: np.ndarray, size: int) -> tuple[Any, Any, Any]:
+    """The places and ids of the wanted tokens, filled up to the batch's `size`, and their number;
+    so that it is data."""
+    size = -(-size // CHUNK) * CHUNK
+    fill = lambda a: np.pad(a.astype(np.int32), (0, size - len(a)))
+    return fill(places), fill(wanted), np.int32(len(places))
+
+
+@jax.jit
+def _log_p(model: Model, states: jax.Array, places: jax.Array, wanted: jax.Array, count: jax.Array):
+    """log p(wanted) [N] from the final residuals [B, T, D] at flat `places` [N]; only the first
+    `count` are computed, in chunks."""
+    flat = states.reshape(-1, states.shape[-1])
+
+    def step(number, found):
+        at = number * CHUNK
+        some = jax.lax.dynamic_slice_in_dim(places, at, CHUNK)
+        ids = jax.lax.dynamic_slice_in_dim(wanted, at, CHUNK)
+        logits = float32(unembed(model.config, model.params, flat[some][None])[0])
+        picked = jnp.take_along_axis(logits, ids[:, None], -1)[:, 0]
+        values = picked - jax.nn.logsumexp(logits, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(found, values, at, 0)
+
+    chunks = (count + CHUNK - 1) // CHUNK
+    return jax.lax.fori_loop(0, chunks, step, jnp.zeros(places.shape, jnp.float32))
