@@ -143,6 +143,20 @@ def test_a_feature_on_template_tokens_is_structural_wherever_they_are(planted):
     assert marked.flagged.tolist() == [True, False] and marked.template[0] == pytest.approx(1)
 
 
+def test_features_that_compete_are_read_as_the_coder_has_them(planted):
+    """TopK: a feature's activation depends on all others."""
+    model, coder = planted
+    both = behaviour_arms(2)
+    few = coder.replace(k=2, threshold=coder.threshold * 0)
+    plain = structural_features(model, coder, both, [FORMAT, CAUSE])
+    found = structural_features(model, few, both, [FORMAT, CAUSE])
+    assert plain.fires[0] == 1 and plain.place[0] == 1
+    alone = [np.asarray(gs.run(model, x[None], [gs.features(few)]).reads["features"])[0]
+             for x in both.a]  # fmt: skip
+    fires = np.mean([f[:, [FORMAT, CAUSE]].any(0) for f in alone], 0)
+    assert (found.fires <= fires + 1e-9).all()
+
+
 def test_two_models_on_the_same_texts(planted):
     """Of the second, A says nothing: its message is what differs."""
     model, coder = planted
