@@ -48,7 +48,8 @@ class Contrast:
 
     name, coder, how  of the arms; where the coder reads; how texts are pooled
     rows       the features, those that differ most on the discovery texts first
-    family_p   the alarm: p of the largest difference among all features, over all of `arms`
+    family_p   the alarm: p of the largest difference among all features, without structural ones,
+               over all of `arms`
     tested     how many features are active anywhere
     below      how many of them have q below `level` on the reported texts
     aucs       name -> area under the ROC curve on the reported texts, with interval

@@ -22,7 +22,7 @@ class Change:
         return {f.name: getattr(self, f.name).as_dict() for f in dataclasses.fields(self)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mediation:
     """What `mediate` returns; printed, tables.
 

@@ -120,10 +120,10 @@ def test_features_of_the_format_are_flagged_and_left_out(planted):
     found = contrast(*planted, both, k=1)
     first = found.rows[0]
     assert first.feature == FORMAT and first.structural and first.effect > 1
-    assert FORMAT not in found.chosen and FORMAT not in found.features()
+    assert FORMAT not in found.chosen and FORMAT not in found.features() and not found.alarm
     assert "structural" in str(found) and found.features(1, structural=True) == [FORMAT]
     kept = contrast(*planted, both, k=1, structural=True)
-    assert kept.chosen == (FORMAT,)
+    assert kept.chosen == (FORMAT,) and kept.alarm
 
 
 def test_a_feature_on_template_tokens_is_structural_wherever_they_are(planted):
@@ -232,6 +232,8 @@ def test_arms_of_texts_and_chats_know_their_template():
 
 FEW = [np.array([2, 5], np.int32)] * 4
 
+LONG = Arms([np.full(5 + n, 5) for n in range(12)], [np.full(70 - n, 5) for n in range(12)])
+
 
 @pytest.mark.parametrize(
     ("call", "said"),
@@ -248,6 +250,7 @@ FEW = [np.array([2, 5], np.int32)] * 4
         (lambda m, c: contrast(m, c, paired_arms(), other_layer=2), "not the coder's, 2"),
         (lambda m, c: contrast(m, c, paired_arms(), other_layer=9), "from 0 to 3"),
         (lambda m, c: contrast(m, random_coder(layers=(0, 1)), paired_arms()), "of one layer"),
+        (lambda m, c: contrast(m, c, LONG), "text 0 of arm b has 70 tokens; the model's context"),
         (lambda m, c: contrast(m, random_coder(layer=7), paired_arms()), "layers 0 to 3"),
         (
             lambda m, c: contrast(m, c.replace(threshold=c.threshold + 1e9), paired_arms()),
