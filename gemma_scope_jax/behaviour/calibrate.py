@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
 from gemma_scope_jax.behaviour.sweep import Sweep
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.strict_json import finite
 
@@ -116,6 +117,10 @@ class Calibration:
             f"{len(self.scored_on)} prompts, the strength chosen on {len(self.chosen_on)} others"
         )
         return {f"{self.effect}, on {count}": rows}
+
+    def __str__(self) -> str:
+        """The tables as text."""
+        return text_tables(self.tables())
 
     def __repr__(self) -> str:
         """One line."""

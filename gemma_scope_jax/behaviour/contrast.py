@@ -88,7 +88,8 @@ def contrast(
     eligible = np.setdiff1d(np.flatnonzero(~left_out), chosen)
     detectors = fit_detectors(train, chosen, eligible, places[0], places[1], seed=seed)
     stable = stability(everything, k, left_out, seed=seed)
-    rows = [_row(j, train, test, far, tests, stable, flagged) for j in order[:SHOWN].tolist()]
+    shown = order[: max(SHOWN, 2 * k)].tolist()
+    rows = [_row(j, train, test, far, tests, stable, flagged) for j in shown]
     return Contrast(
         name=arms.name,
         coder=coder.info.path or f"{coder.kind} at {ends(coder)} of layer {coder.layer}",

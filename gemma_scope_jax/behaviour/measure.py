@@ -68,7 +68,7 @@ def continuation_logprobs(
     texts = [np.concatenate(pair) for pair in zip(heads, tails)]
     done, total = 0, sum(map(len, texts))
     multiple = 1 if mesh is None else mesh.shape["data"]
-    for which, rows, width in _batches(model, texts, tokens, multiple):
+    for which, rows, width in like_lengths(model, texts, tokens, multiple):
         batch = padded([texts[i] for i in which], rows, width)
         at = [r * width + len(heads[i]) - 1 for r, i in enumerate(which)]
         places = np.concatenate([np.arange(a, a + counts[i]) for a, i in zip(at, which)])
@@ -151,7 +151,7 @@ def _ids(model: Model, given: Any, what: str, least: int) -> Ids:
     return ids.astype(np.int32)
 
 
-def _batches(
+def like_lengths(
     model: Model, texts: Sequence[Ids], tokens: int, multiple: int
 ) -> Iterator[tuple[list[int], int, int]]:
     """(indices of texts, rows, width) of each batch, texts of like lengths together. A batch has

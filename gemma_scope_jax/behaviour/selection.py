@@ -5,11 +5,13 @@ distribution over the next token of a neutral prompt, with the feature's directi
 
     output_score  how much more probable and higher ranked the feature's own top tokens become:
                   the mean over them of p (1 - rank / V), less the same without steering
-    confidence    how much surer of its k likeliest tokens the model becomes: the mean of log p over
-                  them, less the same without steering
+    confidence    how much more the model commits itself: token confidence is the mean of -log p
+                  over the k likeliest tokens, large where one of them has taken all; less the
+                  same without steering
 
 Sources: Arad et al. 2025 (2505.20063), whose output score this follows; Xu et al. 2025 (2510.03659)
-for the change of token confidence.
+for the change of token
+confidence, which is that of Fu et al. 2025 (DeepConf).
 """
 
 import dataclasses
@@ -52,14 +54,14 @@ class OutputScores:
         order = np.argsort(-getattr(self, by), kind="stable")[:count]
         return self.features[order].tolist()
 
-    def tables(self, tokenizer: Tokenizer, count: int = 20) -> dict[str, list[list[Any]]]:
-        """Heading -> rows, of which the first names the columns."""
+    def table(self, tokenizer: Tokenizer, count: int = 20) -> list[list[Any]]:
+        """The features with the largest output scores; the first row names the columns."""
         rows: list[list[Any]] = [["feature", "output score", "confidence", "raises"]]
         for n in np.argsort(-self.output_score, kind="stable")[:count].tolist():
             words = " ".join(tokenizer.decode_tokens(self.top_tokens[n, :5]))
             scores = (f"{self.output_score[n]:.4f}", f"{self.confidence[n]:+.3f}")
             rows.append([int(self.features[n]), *scores, words])
-        return {"features by what they write": rows}
+        return rows
 
     def __repr__(self) -> str:
         """One line without arrays."""
@@ -93,7 +95,8 @@ def output_scores(
     parts = extreme_logits(model, coder, tokenizer, ids, k=tokens)
     top = np.concatenate([part[0] for part in parts])
     text = tokenizer.encode(prompt)[None]
-    clean = run(model, text, logits="last").logits[:, -1]
+    clean = run(model, text, logits="last", pad=False).logits[0, -1]
+    before = _ranked(clean)
     scores, sure = np.zeros(len(ids)), np.zeros(len(ids))
     progress = Progress(len(ids), "features", what="steering with each feature")
     for start in range(0, len(ids), ROWS):
@@ -101,9 +104,9 @@ def output_scores(
         filled = np.pad(some, (0, ROWS - len(some)), mode="edge")
         specs = [_spec(int(f), strength) for f in filled]
         items = steering(model, specs, coder)
-        out = run(model, np.repeat(text, ROWS, 0), items, logits="last").logits[:, -1]
+        out = run(model, np.repeat(text, ROWS, 0), items, logits="last", pad=False).logits[:, -1]
         rows = np.pad(top[start : start + ROWS], ((0, ROWS - len(some)), (0, 0)), mode="edge")
-        found = np.asarray(_scored(out, clean, jnp.asarray(rows), k=tokens))[:, : len(some)]
+        found = np.asarray(_scored(out, clean, before, jnp.asarray(rows), k=tokens))[:, : len(some)]
         scores[start : start + len(some)], sure[start : start + len(some)] = found
         progress.at(start + len(some))
     return OutputScores(ids, scores, sure, top)
@@ -113,17 +116,24 @@ def _spec(feature: int, strength: float) -> SteeringSpec:
     return SteeringSpec((SteeringStep("add", Reading(feature=feature), strength, in_norms=True),))
 
 
+@jax.jit
+def _ranked(logits):
+    """p (1 - rank / V) of every token after the neutral prompt, logits [V]."""
+    order = jnp.argsort(-logits)
+    rank = jnp.zeros(len(order)).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
+    return jax.nn.softmax(logits) * (1.0 - rank / len(order))
+
+
 @partial(jax.jit, static_argnames="k")
-def _scored(logits, clean, top, *, k: int):
+def _scored(logits, clean, before, top, *, k: int):
     """Output scores and changes of confidence [2, B] of logits [B, V], own tokens `top` [B, k]."""
 
-    def weighted(logits, ids):
-        p = jax.nn.softmax(logits)
+    def row(pair):
+        logits, ids = pair
         own = logits[ids]
-        ahead = (logits[None, :] > own[:, None]).sum(-1)
-        return (p[ids] * (1.0 - ahead / logits.shape[0])).mean()
+        ahead = jax.lax.map(lambda a: (logits > a).sum(), own)
+        return (jax.nn.softmax(logits)[ids] * (1.0 - ahead / len(logits))).mean()
 
-    before = jax.lax.map(lambda ids: weighted(clean[0], ids), top)
-    after = jax.lax.map(lambda pair: weighted(*pair), (logits, top))
-    confidence = lambda a: jax.lax.top_k(jax.nn.log_softmax(a), k)[0].mean(-1)
-    return jnp.stack([after - before, confidence(logits) - confidence(clean)])
+    after = jax.lax.map(row, (logits, top))
+    sure = lambda a: (jax.nn.logsumexp(a, -1, keepdims=True) - jax.lax.top_k(a, k)[0]).mean(-1)
+    return jnp.stack([after - before[top].mean(-1), sure(logits) - sure(clean[None])])

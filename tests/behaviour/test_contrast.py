@@ -180,6 +180,8 @@ def test_what_it_returns_is_json_and_one_line(found):
     for rows in found.tables().values():
         assert len({len(row) for row in rows}) == 1
     assert "none given" not in str(found)
+    named = found.tables(2, {CAUSE: "the message"})["Features"]
+    assert [row[-1] for row in named if row[0] == CAUSE] == ["the message"] and len(named) == 3
 
 
 def test_texts_from_elsewhere_are_missed_in_print(planted):

@@ -164,7 +164,7 @@ def test_output_scores_equal_a_plain_computation(model):
                 rank = (logits > logits[token]).sum()
                 score += sign * p[token] * (1 - rank / len(p)) / 4
         assert found.output_score[f] == pytest.approx(score, abs=1e-5)
-        sure = [np.sort(np.log(state(items)[1]))[-4:].mean() for items in (steered, ())]
+        sure = [-np.sort(np.log(state(items)[1]))[-4:].mean() for items in (steered, ())]
         assert found.confidence[f] == pytest.approx(sure[0] - sure[1], abs=1e-4)
     assert found.best(1)[0] == int(np.argmax(found.output_score))
 
