@@ -19,7 +19,7 @@ from gemma_scope_jax.progress import Progress
 NEAREST = 3  # control features are drawn among so many times as many as are needed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FeatureActivity:
     """How active the F features of a coder are on some texts.
 

@@ -27,7 +27,7 @@ How = Literal["mean", "last", "max"]
 HOWS = ("mean", "last", "max")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Arms:
     """The texts of two arms as token ids with <bos>, int32 [n] each; made by `gs.arms`.
 
@@ -62,6 +62,14 @@ class Arms:
     def __repr__(self) -> str:
         count = f"{len(self.a)} pairs" if self.paired else f"{len(self.a)} and {len(self.b)} texts"
         return f"Arms({', '.join(filter(None, [self.name, count]))})"
+
+    def check_length(self, context: int) -> None:
+        """Raise `InputError` for a text that is longer than the model's context."""
+        for arm, texts, _ in self._sides():
+            for n, ids in enumerate(texts):
+                if len(ids) > context:
+                    says = f"has {len(ids)} tokens; the model's context is {context}"
+                    raise InputError(f"{self!r}: text {n} of arm {arm} {says}")
 
     def some(self, a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> "Arms":
         """The arms with these texts alone; of pairs, `a` and `b` must be the same numbers."""
@@ -135,7 +143,7 @@ def _encoded(tokenizer: "Tokenizer", text: Any, where: str) -> tuple[np.ndarray,
     return ids.astype(np.int32), np.zeros(len(ids), bool)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PooledArms:
     """N = A + B texts, arm a first: a vector each.
 

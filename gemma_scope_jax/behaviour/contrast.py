@@ -10,6 +10,8 @@ a "behaviour" feature that detects the format of one data set fails on the secon
 anything to see at all is `family_p`.
 """
 
+import dataclasses
+
 import numpy as np
 
 from gemma_scope_jax.behaviour.activity import activity_by_text
@@ -52,20 +54,23 @@ def contrast(
     held_out   the texts that figures are reported on; default: half of `arms`
     elsewhere  texts of the same two kinds from another source
     how        a text's feature is its mean over tokens, the largest ("max"), or that at the last
-               token; tokens before `coder.first` are left out
+               token; tokens before `coder.first` are left out. Raw activations are never maxima
     k          features of the sparse probe
     other_layer  of a second raw probe; default: half as deep as the coder
     structural   also choose features that stand for the format
     permutations  behind `family_p`, which is 1 / (permutations + 1) at the least
     model_b    runs arm b: the arms are then the same texts, paired
 
-    All features are tested that are active on any text. Random choices follow `seed`. Raises
-    `InputError` for too few texts, a coder that does not fit, and what does not belong together.
+    Tests are of all features that are active on any text; `family_p` of those that may be chosen.
+    Random choices follow `seed`. Raises `InputError` for too few texts, a coder that does not fit,
+    and what does not belong together.
     """
-    layers = _checked(model, coder, arms, how, k, other_layer, model_b)
-    for name, some in (("held_out", held_out), ("elsewhere", elsewhere)):
-        if some is not None and model_b is not None:
-            _check_same_texts(some, name)
+    layers = _checked(model, coder, how, k, other_layer, model_b)
+    given = {"arms": arms, "held_out": held_out, "elsewhere": elsewhere}
+    for name, some in given.items():
+        if some is not None:
+            some.check_length(model.config.context)
+            _check_same_texts(some, name, model_b)
     discovery, reported = (arms, held_out) if held_out is not None else arms.halves(seed)
     sets = {"discovery": discovery, "reported": reported}
     if elsewhere is not None:
@@ -83,14 +88,15 @@ def contrast(
     eligible = np.setdiff1d(np.flatnonzero(~left_out), chosen)
     detectors = fit_detectors(train, chosen, eligible, places[0], places[1], seed=seed)
     stable = stability(everything, k, left_out, seed=seed)
-    rows = [_row(j, train, test, far, tests, stable, flagged) for j in order[:SHOWN].tolist()]
+    shown = order[: max(SHOWN, 2 * k)].tolist()
+    rows = [_row(j, train, test, far, tests, stable, flagged) for j in shown]
     return Contrast(
         name=arms.name,
         coder=coder.info.path or f"{coder.kind} at {ends(coder)} of layer {coder.layer}",
         how=how,
         paired=arms.paired,
         rows=tuple(rows),
-        family_p=tests_of(everything, permutations, seed).family_p,
+        family_p=_family_p(everything, left_out, permutations, seed),
         tested=len(train.columns),
         below=int((tests.q < level).sum()),
         level=level,
@@ -105,7 +111,6 @@ def contrast(
 def _checked(
     model: Model,
     coder: SparseCoder,
-    arms: Arms,
     how: str,
     k: int,
     other_layer: int | None,
@@ -126,12 +131,12 @@ def _checked(
         raise InputError(
             f"other_layer {other}: name one from 0 to {last} that is not the coder's, {coder.layer}"
         )
-    if model_b is not None:
-        _check_same_texts(arms, "arms")
     return coder.layer, other
 
 
-def _check_same_texts(arms: Arms, what: str) -> None:
+def _check_same_texts(arms: Arms, what: str, model_b: Model | None) -> None:
+    if model_b is None:
+        return
     if not arms.paired or any(not np.array_equal(x, y) for x, y in zip(arms.a, arms.b)):
         raise InputError(
             f"{what}: with model_b both arms must be the same texts, paired: what differs is then "
@@ -152,6 +157,14 @@ def _structural(
         )
         flagged[where] = found.flagged
     return flagged
+
+
+def _family_p(arms: PooledArms, left_out: np.ndarray, permutations: int, seed: int) -> float:
+    """The p of the largest difference among the columns that are not `left_out`; 1 for none."""
+    if left_out.all():
+        return 1.0
+    kept = dataclasses.replace(arms, values=arms.values[:, ~left_out])
+    return tests_of(kept, permutations, seed).family_p
 
 
 def _spaced(count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from gemma_scope_jax.behaviour.statistics import Interval, auc_interval
 from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing.logistic import fit_logistic
 from gemma_scope_jax.probing.pooling import SiteLayer, typical_scale
-from gemma_scope_jax.probing.probing import choose_strength
+from gemma_scope_jax.probing.probing import WIDTHS, choose_strength
 
 DRAWS = 20  # of random features
 SINGLE = 128  # texts from which on one part is held out to choose a penalty; fewer: five in turn
@@ -113,19 +113,34 @@ def _spread(x: np.ndarray) -> np.ndarray:
     return np.where(spread > 0, spread, 1.0)
 
 
+def _scaled(arms: PooledArms, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """These columns over their spread, float64 [N, W], and the spread [k]; filled up with zeros, to
+    which probes give no weight, so that few shapes are compiled."""
+    spread = _spread(arms.values[:, columns])
+    width = next((n for n in WIDTHS if n >= len(columns)), len(columns))
+    x = arms.values[:, columns] / spread
+    return np.pad(x, ((0, 0), (0, width - len(columns)))), spread
+
+
+def _scorer(columns: np.ndarray, w: np.ndarray) -> Scorer:
+    return lambda new: new.values[:, columns].astype(np.float64) @ w
+
+
 def _sparse_probe(
     arms: PooledArms, columns: np.ndarray, parts: list[np.ndarray]
 ) -> tuple[Scorer, float]:
-    spread = _spread(arms.values[:, columns])
-    w, c = _probe(arms.values[:, columns] / spread, arms, parts)
-    return lambda new: new.values[:, columns].astype(np.float64) @ (w / spread), c
+    x, spread = _scaled(arms, columns)
+    w, c = _probe(x, arms, parts)
+    return _scorer(columns, w[: len(columns)] / spread), c
 
 
 def _random_probes(arms: PooledArms, sets: list[np.ndarray], c: float) -> list[Scorer]:
     """Probes on each set of columns, all of one size, with the penalty of the found features."""
     if not sets:
         return []
-    x = np.stack([arms.values[:, s] / _spread(arms.values[:, s]) for s in sets])
+    scaled = [_scaled(arms, some) for some in sets]
+    x = np.stack([x for x, _ in scaled])
     fitted = fit_logistic(x, np.broadcast_to(arms.y, x.shape[:2]), c).w[:, 0]
-    make = lambda s, w: lambda new: new.values[:, s].astype(np.float64) @ w
-    return [make(s, w / _spread(arms.values[:, s])) for s, w in zip(sets, fitted)]
+    return [
+        _scorer(some, w[: len(some)] / spread) for some, w, (_, spread) in zip(sets, fitted, scaled)
+    ]

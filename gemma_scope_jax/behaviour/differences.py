@@ -1,6 +1,7 @@
 """What `contrast` returns: figures of features that differ, and of detectors beside them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from gemma_scope_jax.behaviour.activity import FeatureActivity
@@ -48,7 +49,8 @@ class Contrast:
 
     name, coder, how  of the arms; where the coder reads; how texts are pooled
     rows       the features, those that differ most on the discovery texts first
-    family_p   the alarm: p of the largest difference among all features, over all of `arms`
+    family_p   the alarm: p of the largest difference among all features, without structural ones,
+               over all of `arms`
     tested     how many features are active anywhere
     below      how many of them have q below `level` on the reported texts
     aucs       name -> area under the ROC curve on the reported texts, with interval
@@ -103,19 +105,25 @@ class Contrast:
             "features": [dataclasses.asdict(row) for row in self.rows],
         })  # fmt: skip
 
-    def tables(self, count: int = 20) -> dict[str, list[list[Any]]]:
-        """Heading -> rows, the first of which names them; `count` features."""
+    def tables(
+        self, count: int = 20, labels: Mapping[int, str] | None = None
+    ) -> dict[str, list[list[Any]]]:
+        """Heading -> rows, the first of which names them; `count` features, with what `labels` call
+        them."""
         other = self.elsewhere or {}
         aucs = [["detector", "auc", "elsewhere"]]
         for name, area in self.aucs.items():
             aucs.append([name, str(area), str(other[name]) if name in other else NONE])
-        names = ["feature", "mean a", "mean b", "d", "p", "q", "stable", "auc", "elsewhere", ""]
+        names = ["feature", "mean a", "mean b", "d", "p", "q", "stable", "auc", "elsewhere"]
+        names += [""] if labels is None else ["", "label"]
         rows: list[list[Any]] = [names]
         for r in self.rows[:count]:
             figures = f"{r.mean_a:.3g} {r.mean_b:.3g} {r.effect:+.2f} {r.p:.2g} {r.q:.2g}".split()
             far = NONE if r.elsewhere is None else f"{r.elsewhere:.2f}"
             flag = "structural" if r.structural else ""
-            rows.append([r.feature, *figures, f"{r.stability:.0%}", f"{r.auc:.2f}", far, flag])
+            called = [] if labels is None else [labels.get(r.feature, "")]
+            known = [f"{r.stability:.0%}", f"{r.auc:.2f}", far, flag, *called]
+            rows.append([r.feature, *figures, *known])
         return {"Detection": aucs, "Features": rows}
 
     def verdict(self) -> str:

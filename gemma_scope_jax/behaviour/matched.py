@@ -28,7 +28,7 @@ from gemma_scope_jax.storage.strict_json import finite
 LEAST = 0.7  # the cosine of a match
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MatchedFeatures:
     """Pairs of features of two coders, those whose firing rates differ most first.
 

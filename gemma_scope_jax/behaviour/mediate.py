@@ -194,7 +194,7 @@ def _directions(how: str, directions: Any) -> np.ndarray | None:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Edits:
     """The kind of edit; `of` makes its intercepts for one set of features."""
 

@@ -22,7 +22,7 @@ class Change:
         return {f.name: getattr(self, f.name).as_dict() for f in dataclasses.fields(self)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Mediation:
     """What `mediate` returns; printed, tables.
 
@@ -71,8 +71,13 @@ class Mediation:
         by = f"p {self.rank_p:.2g} among {len(self.controls)} matched random sets"
         if not self.mediates:
             return f"{moved}, no more than chance ({by})."
-        gone = "" if np.isnan(self.removed.value) else f"; {self.removed.value:.0%} of it is gone"
-        return f"{moved} ({by}){gone}."
+        return f"{moved} ({by}){self._gone()}."
+
+    def _gone(self) -> str:
+        share = self.removed.value
+        if np.isnan(share):
+            return ""
+        return f"; {share:.0%} of it is gone" if share > 0 else f"; it grows by {-share:.0%}"
 
     def __repr__(self) -> str:
         return f"Mediation({self.verdict()})"

@@ -217,7 +217,7 @@ def _limits(
     return float(low), float(high)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FeatureTests:
     """Two arms compared by each of F features.
 

@@ -31,7 +31,7 @@ MOST_TEXTS = 100  # of an arm that are looked at: shares of them are known to a 
 SLOTS = 64  # features are padded to a multiple of this: few programs are compiled
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StructuralFeatures:
     """How F features lie in the texts of both arms, and which of them are structural.
 

@@ -120,10 +120,10 @@ def test_features_of_the_format_are_flagged_and_left_out(planted):
     found = contrast(*planted, both, k=1)
     first = found.rows[0]
     assert first.feature == FORMAT and first.structural and first.effect > 1
-    assert FORMAT not in found.chosen and FORMAT not in found.features()
+    assert FORMAT not in found.chosen and FORMAT not in found.features() and not found.alarm
     assert "structural" in str(found) and found.features(1, structural=True) == [FORMAT]
     kept = contrast(*planted, both, k=1, structural=True)
-    assert kept.chosen == (FORMAT,)
+    assert kept.chosen == (FORMAT,) and kept.alarm
 
 
 def test_a_feature_on_template_tokens_is_structural_wherever_they_are(planted):
@@ -141,6 +141,20 @@ def test_a_feature_on_template_tokens_is_structural_wherever_they_are(planted):
     marked = structural_features(*planted, masked, some)
     assert plain.flagged.tolist() == [False, False] and plain.fires[0] == 1
     assert marked.flagged.tolist() == [True, False] and marked.template[0] == pytest.approx(1)
+
+
+def test_features_that_compete_are_read_as_the_coder_has_them(planted):
+    """TopK: a feature's activation depends on all others."""
+    model, coder = planted
+    both = behaviour_arms(2)
+    few = coder.replace(k=2, threshold=coder.threshold * 0)
+    plain = structural_features(model, coder, both, [FORMAT, CAUSE])
+    found = structural_features(model, few, both, [FORMAT, CAUSE])
+    assert plain.fires[0] == 1 and plain.place[0] == 1
+    alone = [np.asarray(gs.run(model, x[None], [gs.features(few)]).reads["features"])[0]
+             for x in both.a]  # fmt: skip
+    fires = np.mean([f[:, [FORMAT, CAUSE]].any(0) for f in alone], 0)
+    assert (found.fires <= fires + 1e-9).all()
 
 
 def test_two_models_on_the_same_texts(planted):
@@ -166,6 +180,8 @@ def test_what_it_returns_is_json_and_one_line(found):
     for rows in found.tables().values():
         assert len({len(row) for row in rows}) == 1
     assert "none given" not in str(found)
+    named = found.tables(2, {CAUSE: "the message"})["Features"]
+    assert [row[-1] for row in named if row[0] == CAUSE] == ["the message"] and len(named) == 3
 
 
 def test_texts_from_elsewhere_are_missed_in_print(planted):
@@ -218,6 +234,8 @@ def test_arms_of_texts_and_chats_know_their_template():
 
 FEW = [np.array([2, 5], np.int32)] * 4
 
+LONG = Arms([np.full(5 + n, 5) for n in range(12)], [np.full(70 - n, 5) for n in range(12)])
+
 
 @pytest.mark.parametrize(
     ("call", "said"),
@@ -234,6 +252,7 @@ FEW = [np.array([2, 5], np.int32)] * 4
         (lambda m, c: contrast(m, c, paired_arms(), other_layer=2), "not the coder's, 2"),
         (lambda m, c: contrast(m, c, paired_arms(), other_layer=9), "from 0 to 3"),
         (lambda m, c: contrast(m, random_coder(layers=(0, 1)), paired_arms()), "of one layer"),
+        (lambda m, c: contrast(m, c, LONG), "text 0 of arm b has 70 tokens; the model's context"),
         (lambda m, c: contrast(m, random_coder(layer=7), paired_arms()), "layers 0 to 3"),
         (
             lambda m, c: contrast(m, c.replace(threshold=c.threshold + 1e9), paired_arms()),

@@ -178,6 +178,9 @@ def test_decoders_count(model):
     document = gs.graph_document(graph, supernodes=found.node_ids())
     assert len(document["qParams"]["supernodes"]) == len(found)
     assert gs.graph_page(graph, groups=found.columns())
+    for group in found.groups:
+        pairs = [(int(nodes.layer[i]), int(nodes.feature[i])) for i in group.members]
+        assert found.features()[group.label] == sorted(set(pairs))
 
 
 BAD = {
