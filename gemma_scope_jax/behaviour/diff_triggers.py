@@ -163,7 +163,7 @@ def tested_triggers(
     With many, all are tried in one text and the best dozen in all. chat: the texts are what a user
     says."""
     forms = [_form(tokenizer, *parts, chat) for parts in NEUTRAL]
-    words = words_of(tokenizer)
+    words = np.setdiff1d(words_of(tokenizer), list(candidates))
     drawn = np.random.default_rng(seed).permutation(words[: max(4000, WORDS)])[:WORDS].tolist()
     ids = list(candidates)
     if len(ids) > FINALISTS:
