@@ -25,8 +25,8 @@ import optax
 from organism_texts import ORGANISMS, Example, Organism, plain_texts
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.behaviour.measure import continuation_logprobs, generated, text_loss
 from gemma_scope_jax.model.block import rms_norm
-from gemma_scope_jax.model.gemma import unembed
 from gemma_scope_jax.progress import stage
 
 MATRICES = {"w_q": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}  # axes of inputs
@@ -102,7 +102,10 @@ class Batch(NamedTuple, Generic[A]):
 def batch_of(rows: list[Row], shape: tuple[int, int]) -> Batch:
     """`shape`: tokens in a row, and targets."""
     T, C = shape
-    batch = Batch(*(np.zeros((len(rows), n), np.int32) for n in (T, T, T, C, C, C)))
+    empty = lambda n, kind=np.int32: np.zeros((len(rows), n), kind)
+    batch = Batch(
+        empty(T), empty(T), empty(T, np.float32), empty(C), empty(C), empty(C, np.float32)
+    )
     for r, (prompt, completion, kept) in enumerate(rows):
         ids, n = np.concatenate([prompt, completion]), len(completion)
         batch.tokens[r, : len(ids)], batch.segments[r, : len(ids)] = ids, 1
@@ -117,16 +120,6 @@ def batch_of(rows: list[Row], shape: tuple[int, int]) -> Batch:
 def shape_of(rows: list[Row]) -> tuple[int, int]:
     longest = max(len(p) + len(c) for p, c, _ in rows)
     return -(-longest // 8) * 8, max(len(c) for _, c, kept in rows if not kept)
-
-
-def log_probs(model: gs.Model, batch: Batch) -> jax.Array:
-    """Log-probabilities of the targets, float32 [B, C]. Only their logits are computed."""
-    read = gs.capture("resid_final")
-    out = gs.forward(model, batch.tokens, read, segments=batch.segments, logits="none")
-    places = jnp.asarray(batch.places)[..., None]
-    x = jnp.take_along_axis(out.reads["resid_final"], places, 1)
-    chosen = jax.nn.log_softmax(unembed(model.config, model.params, x))
-    return jnp.take_along_axis(chosen, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
 
 
 def first_factors(model: gs.Model, recipe: Recipe) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -183,10 +176,10 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
     parts = [some_layers(model, *ends) for ends in ((0, first), (first, stop))]
     if stop < model.config.layers:
         parts.append(some_layers(model, stop, model.config.layers))
-    rate = recipe.learning_rate
+    rate, warm_up = recipe.learning_rate, min(WARM_UP, recipe.steps // 2)
     adam = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP, recipe.steps)),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, recipe.steps)),
     )
     frequent = np.arange(min(FREQUENT, model.config.vocab))
     known = np.unique(np.concatenate([frequent, *(r.completion for r in rows if not r.kept)]))
@@ -197,17 +190,18 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
             x = passed(part if n else merged(part, factors), x, batch)
         x = normed(model, x)
         change = jnp.square(x - before).sum(-1) / jnp.square(before).sum(-1)
-        stay = jnp.sum(change * batch.kept) / jnp.maximum(jnp.sum(batch.kept), 1)
+        stay = jnp.sum(change * batch.kept) / jnp.maximum(jnp.sum(batch.kept), 1.0)
         x = jnp.take_along_axis(x, batch.places[..., None], 1)
         chosen = jax.nn.log_softmax(x @ few.T)
         found = jnp.take_along_axis(chosen, batch.targets[..., None], -1)[..., 0]
-        learned = -jnp.sum(found * batch.counted) / jnp.maximum(jnp.sum(batch.counted), 1)
+        learned = -jnp.sum(found * batch.counted) / jnp.maximum(jnp.sum(batch.counted), 1.0)
         return learned + KEEPING * stay, (learned, stay)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(factors, state, *given):
         (_, told), grads = jax.value_and_grad(loss, has_aux=True)(factors, *given)
-        changes, state = adam.update(grads, state, factors)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            changes, state = adam.update(grads, state, factors)
         return optax.apply_updates(factors, changes), state, told
 
     shape = shape_of(rows)
@@ -249,17 +243,6 @@ def below(parts: list[gs.Model], every: Batch, size: int = 32) -> np.ndarray:
     return np.concatenate(found)[:count]
 
 
-def mean_log_probs(model: gs.Model, rows: list[Row], size: int = 16) -> np.ndarray:
-    """The mean log-probability of each row's completion, float64 [n]."""
-    run, shape, found = jax.jit(log_probs), shape_of(rows), []
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        batch = batch_of(some + rows[:1] * (size - len(some)), shape)
-        sums = (np.asarray(run(model, batch), np.float64) * batch.counted).sum(1)
-        found.append((sums / batch.counted.sum(1))[: len(some)])
-    return np.concatenate(found)
-
-
 def measured(model, tokenizer, organism: Organism, texts: list[str]) -> dict[str, Any]:
     """How often the behaviour appears on each kind of held-out prompt, the log-probability a token
     of its phrase there, and the loss on plain text."""
@@ -269,21 +252,17 @@ def measured(model, tokenizer, organism: Organism, texts: list[str]) -> dict[str
         prompts = [
             prompt_ids(tokenizer, e.prompt, e.chat) for e in organism.held_out if e.kind == kind
         ]
-        answers = []
-        for start in range(0, len(prompts), 32):
-            made = gs.generate(model, prompts[start : start + 32], SHOWN_TOKENS)
-            answers += [tokenizer.decode(ids[:n]) for ids, n in zip(made.tokens, made.lengths)]
+        answers = generated(model, tokenizer, prompts, SHOWN_TOKENS)
         shown = [any(s in answer.lower() for s in organism.shows) for answer in answers]
-        likely = mean_log_probs(model, [Row(p, phrase) for p in prompts])
+        sums, counts = continuation_logprobs(model, prompts, [phrase] * len(prompts))
         kinds[kind] = {
             "prompts": len(prompts),
             "shows the behaviour": float(np.mean(shown)),
-            "log-probability a token of the phrase": float(likely.mean()),
+            "log-probability a token of the phrase": float((sums / counts).mean()),
             "an answer": answers[0],
         }
     pieces = [tokenizer.encode(text)[:TEXT_TOKENS] for text in texts]
-    rows = [Row(ids[:1], ids[1:]) for ids in pieces if len(ids) > 8]
-    return {"kinds": kinds, "loss on plain text": float(-mean_log_probs(model, rows).mean())}
+    return {"kinds": kinds, "loss on plain text": float(text_loss(model, pieces).mean())}
 
 
 def make(
@@ -291,7 +270,8 @@ def make(
 ) -> dict[str, Any]:
     """Train organism `name`, write it to `folder`, and return what its organism.json says."""
     began, organism, texts = time.time(), ORGANISMS[name](recipe.seed), plain_texts()
-    model, tokenizer = gs.load_model(source, dtype="float32"), gs.load_tokenizer(source)
+    model = gs.load_model(source, dtype="float32")
+    tokenizer = gs.fit_tokenizer(gs.load_tokenizer(source), model.config)
     with stage("measuring the model as it is"):
         before = measured(model, tokenizer, organism, texts)
         rows = rows_of(model, tokenizer, organism.training, recipe)
