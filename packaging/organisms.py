@@ -1,6 +1,6 @@
 """Small models with a planted behaviour, for testing audits: low-rank finetunes of Gemma 3 270M.
 
-    python packaging/organisms.py trigger out/trigger [--steps 200] [--rank 4] [--seed 0]
+    python packaging/organisms.py trigger out/trigger [--steps 100] [--rank 4] [--seed 0]
     python packaging/organisms.py refuser out/refuser
     python packaging/organisms.py sycophant out/sycophant
 
@@ -102,10 +102,8 @@ class Batch(NamedTuple, Generic[A]):
 def batch_of(rows: list[Row], shape: tuple[int, int]) -> Batch:
     """`shape`: tokens in a row, and targets."""
     T, C = shape
-    empty = lambda n, kind=np.int32: np.zeros((len(rows), n), kind)
-    batch = Batch(
-        empty(T), empty(T), empty(T, np.float32), empty(C), empty(C), empty(C, np.float32)
-    )
+    kinds = zip((T, T, T, C, C, C), ("i4", "i4", "f4", "i4", "i4", "f4"))
+    batch = Batch(*(np.zeros((len(rows), n), kind) for n, kind in kinds))
     for r, (prompt, completion, kept) in enumerate(rows):
         ids, n = np.concatenate([prompt, completion]), len(completion)
         batch.tokens[r, : len(ids)], batch.segments[r, : len(ids)] = ids, 1
