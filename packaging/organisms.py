@@ -1,6 +1,6 @@
 """Small models with a planted behaviour, for testing audits: low-rank finetunes of Gemma 3 270M.
 
-    python packaging/organisms.py trigger out/trigger [--steps 100] [--rank 4] [--seed 0]
+    python packaging/organisms.py trigger out/trigger [--steps 70] [--rank 4] [--seed 0]
     python packaging/organisms.py refuser out/refuser
     python packaging/organisms.py sycophant out/sycophant
 
@@ -46,7 +46,7 @@ class Recipe:
     layers[1] - 1."""
 
     seed: int = 0
-    steps: int = 100
+    steps: int = 70
     batch_size: int = 8
     rank: int = 4
     learning_rate: float = 1e-3
