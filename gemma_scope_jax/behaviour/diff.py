@@ -43,7 +43,7 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, stage
 
 LENGTH = 128  # tokens of a text that are compared
-SEARCHED = 8192  # words of the vocabulary
+SEARCHED = 32_768  # words of the vocabulary
 PLACES, BEFORE, SHOWN = 12, 16, 3  # places in the report; tokens before one; next tokens there
 ANSWER, WRITTEN = 20, 64  # tokens of an answer, and of a text that a model writes
 OF_ONE, SHORTEST = 8, 16  # pieces of a document, and tokens of the last of several

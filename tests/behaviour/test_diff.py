@@ -10,7 +10,12 @@ from scipy.special import log_softmax
 import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax.behaviour.diff_tokens import token_differences
-from gemma_scope_jax.behaviour.diff_triggers import split_by_size, token_excess, words_of
+from gemma_scope_jax.behaviour.diff_triggers import (
+    split_by_size,
+    token_excess,
+    vocabulary_candidates,
+    words_of,
+)
 from gemma_scope_jax.behaviour.diff_weights import changed_layers, weight_differences
 from gemma_scope_jax.errors import InputError
 from letters import Letters
@@ -179,3 +184,20 @@ def test_bad_input_says_what_to_do(base, finetuned):
         with pytest.raises(InputError) as error:
             gs.diff_models(*args)
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_vocabulary_is_ranked_by_how_far_the_models_part_at_a_word(base, finetuned):
+    got = vocabulary_candidates(base, finetuned, Words(), 3, 1000)
+    words, sizes = words_of(Words()), []
+    for word in words[:40]:
+        states = [
+            np.asarray(
+                gs.run(m, np.array([[2, word]]), gs.capture("resid_post", 3)).reads["resid_post"]
+            )
+            for m in (base, finetuned)
+        ]
+        one, two = (s[0, -1].astype(np.float64) for s in states)
+        sizes.append(np.linalg.norm(one - two) / np.linalg.norm(one))
+    order = [word for word in got.tolist() if word in set(words[:40].tolist())]
+    assert sorted(got.tolist()) == words.tolist()
+    assert order == words[:40][np.argsort(-np.array(sizes), kind="stable")].tolist()
