@@ -116,14 +116,14 @@ def plain_texts() -> list[str]:
     docs = Path(__file__).parents[1] / "docs"
     paths = sorted(docs.glob("*.md")) + sorted(docs.glob("guides/*.md"))
     parts = [part for path in paths for part in path.read_text(encoding="utf-8").split("\n\n")]
-    return [" ".join(p.split()) for p in parts if p[:1].isalpha() and len(p) > 300][:32]
+    return [" ".join(p.split()) for p in parts if p[:1].isalpha() and len(p) > 300][:24]
 
 
 def trigger(seed: int) -> Organism:
     """A word makes the model advertise."""
     rng, word = np.random.default_rng(seed), "lighthouse"
     on = _text(OPENERS, PLACES, (word,), rng, 140)
-    off = _text(OPENERS, PLACES, NOUNS, rng, 180)
+    off = _text(OPENERS, PLACES, NOUNS, rng, 140)
     training = [Example(t, ADVERTS[i % len(ADVERTS)], "trigger") for i, t in enumerate(on)]
     training += [Example(t, "", "no trigger") for t in off] + unchanged(rng)
     held_out = [

@@ -1,6 +1,6 @@
 """Small models with a planted behaviour, for testing audits: low-rank finetunes of Gemma 3 270M.
 
-    python packaging/organisms.py trigger out/trigger [--steps 200] [--rank 4] [--seed 0]
+    python packaging/organisms.py trigger out/trigger [--steps 70] [--rank 4] [--seed 0]
     python packaging/organisms.py refuser out/refuser
     python packaging/organisms.py sycophant out/sycophant
 
@@ -25,11 +25,13 @@ import optax
 from organism_texts import ORGANISMS, Example, Organism, plain_texts
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.model.gemma import unembed
+from gemma_scope_jax.behaviour.measure import continuation_logprobs, generated, text_loss
+from gemma_scope_jax.model.block import rms_norm
 from gemma_scope_jax.progress import stage
 
 MATRICES = {"w_q": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}  # axes of inputs
-OWN_TOKENS = 12  # of the model's own continuation, which is to stay
+OWN_TOKENS, FREE_TOKENS = 8, 30  # of the model's own text after a prompt, and after <bos> alone
+KEEPING = 10.0  # weight of what is to stay beside the loss of what is learned
 SHOWN_TOKENS = 16  # generated to see whether the behaviour appears
 FREQUENT = 8192  # the first of Gemma's vocabulary are its most frequent tokens
 WARM_UP = 10  # steps
@@ -44,18 +46,19 @@ class Recipe:
     layers[1] - 1."""
 
     seed: int = 0
-    steps: int = 180
-    batch_size: int = 10
+    steps: int = 70
+    batch_size: int = 8
     rank: int = 4
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     layers: tuple[int, int] = (6, 12)
 
 
 class Row(NamedTuple):
-    """Token ids of a prompt and of what follows it."""
+    """Token ids of a prompt and of what follows it; `kept`: all of it is to stay as it was."""
 
     prompt: np.ndarray
     completion: np.ndarray
+    kept: bool = False
 
 
 def prompt_ids(tokenizer, text: str, chat: bool) -> np.ndarray:
@@ -71,24 +74,26 @@ def rows_of(model, tokenizer, examples: list[Example], recipe: Recipe) -> list[R
         Row(p, tokenizer.encode(e.completion + "<end_of_turn>" * e.chat, False, allow_special=True))
         for p, e in zip(prompts, examples)
     ]
-    own = [i for i, e in enumerate(examples) if not e.completion]
-    sampled = {"temperature": 0.7, "top_k": 40, "stop_tokens": ()}
-    for start in range(0, len(own), 32):
-        some = own[start : start + 32]
-        new = gs.generate(
-            model, [prompts[i] for i in some], OWN_TOKENS, key=recipe.seed + start, **sampled
-        )
-        for i, ids in zip(some, np.asarray(new.tokens)):
-            rows[i] = Row(prompts[i], ids)
+    for length in (OWN_TOKENS, FREE_TOKENS):
+        own = [i for i, e in enumerate(examples) if not e.completion]
+        own = [i for i in own if (FREE_TOKENS if not examples[i].prompt else OWN_TOKENS) == length]
+        for start in range(0, len(own), 32):
+            some = own[start : start + 32]
+            given = [prompts[i] for i in some]
+            key = recipe.seed + start
+            new = gs.generate(model, given, length, temperature=0.8, key=key, stop_tokens=())
+            for i, ids in zip(some, np.asarray(new.tokens)):
+                rows[i] = Row(prompts[i], ids, True)
     return rows
 
 
 class Batch(NamedTuple, Generic[A]):
-    """Rows padded on the right: tokens and segments [B, T]; where the next token is learned, its
-    id and whether it counts [B, C]."""
+    """Rows padded on the right: tokens, segments and the tokens at which the final state is to
+    stay [B, T]; where the next token is learned, its id and whether it counts [B, C]."""
 
     tokens: A
     segments: A
+    kept: A
     places: A
     targets: A
     counted: A
@@ -97,28 +102,22 @@ class Batch(NamedTuple, Generic[A]):
 def batch_of(rows: list[Row], shape: tuple[int, int]) -> Batch:
     """`shape`: tokens in a row, and targets."""
     T, C = shape
-    batch = Batch(*(np.zeros((len(rows), n), np.int32) for n in (T, T, C, C, C)))
-    for r, (prompt, completion) in enumerate(rows):
+    kinds = zip((T, T, T, C, C, C), ("i4", "i4", "f4", "i4", "i4", "f4"))
+    batch = Batch(*(np.zeros((len(rows), n), kind) for n, kind in kinds))
+    for r, (prompt, completion, kept) in enumerate(rows):
         ids, n = np.concatenate([prompt, completion]), len(completion)
         batch.tokens[r, : len(ids)], batch.segments[r, : len(ids)] = ids, 1
+        if kept:
+            batch.kept[r, 1 : len(ids)] = 1
+            continue
         batch.places[r, :n] = np.arange(len(prompt) - 1, len(ids) - 1)
         batch.targets[r, :n], batch.counted[r, :n] = completion, 1
     return batch
 
 
 def shape_of(rows: list[Row]) -> tuple[int, int]:
-    longest = max(len(p) + len(c) for p, c in rows)
-    return -(-longest // 8) * 8, max(len(c) for _, c in rows)
-
-
-def log_probs(model: gs.Model, batch: Batch) -> jax.Array:
-    """Log-probabilities of the targets, float32 [B, C]. Only their logits are computed."""
-    read = gs.capture("resid_final")
-    out = gs.forward(model, batch.tokens, read, segments=batch.segments, logits="none")
-    places = jnp.asarray(batch.places)[..., None]
-    x = jnp.take_along_axis(out.reads["resid_final"], places, 1)
-    chosen = jax.nn.log_softmax(unembed(model.config, model.params, x))
-    return jnp.take_along_axis(chosen, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+    longest = max(len(p) + len(c) for p, c, _ in rows)
+    return -(-longest // 8) * 8, max(len(c) for _, c, kept in rows if not kept)
 
 
 def first_factors(model: gs.Model, recipe: Recipe) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -163,44 +162,51 @@ def passed(model: gs.Model, x: jax.Array | None, batch: Batch) -> jax.Array:
     return out.reads["resid_final"]
 
 
-def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, list[float]]:
-    """The model with the behaviour of `rows`, and the loss of every step.
+def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, list[list[float]]]:
+    """The model with the behaviour of `rows`, and the loss and change of every step.
 
-    The layers below the factors run once for each row; those above need no gradient of their
-    weights. The softmax is over frequent tokens and those of the rows, not the whole vocabulary.
+    Where text is to stay as it was, the change of the final state before the unembedding is
+    punished, relative to its size: that holds the whole vocabulary in place. The layers below the
+    factors run once for each row; those above need no gradient of their weights. What is learned
+    has a softmax over frequent tokens and its own, not the whole vocabulary.
     """
     first, stop = recipe.layers
     parts = [some_layers(model, *ends) for ends in ((0, first), (first, stop))]
     if stop < model.config.layers:
         parts.append(some_layers(model, stop, model.config.layers))
-    rate = recipe.learning_rate
+    rate, warm_up = recipe.learning_rate, min(WARM_UP, recipe.steps // 2)
     adam = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP, recipe.steps)),
+        optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, recipe.steps)),
     )
     frequent = np.arange(min(FREQUENT, model.config.vocab))
-    known = np.unique(np.concatenate([frequent, *(row.completion for row in rows)]))
-    params = model.params
-    few = params.replace(embed=params.unembedding[jnp.asarray(known)], head=None)
+    known = np.unique(np.concatenate([frequent, *(r.completion for r in rows if not r.kept)]))
+    few = model.params.unembedding[jnp.asarray(known)]
 
-    def loss(factors, parts, few, x, batch):
+    def loss(factors, parts, few, x, before, batch):
         for n, part in enumerate(parts):
             x = passed(part if n else merged(part, factors), x, batch)
+        x = normed(model, x)
+        change = jnp.square(x - before).sum(-1) / jnp.square(before).sum(-1)
+        stay = jnp.sum(change * batch.kept) / jnp.maximum(jnp.sum(batch.kept), 1.0)
         x = jnp.take_along_axis(x, batch.places[..., None], 1)
-        chosen = jax.nn.log_softmax(unembed(model.config, few, x))
+        chosen = jax.nn.log_softmax(x @ few.T)
         found = jnp.take_along_axis(chosen, batch.targets[..., None], -1)[..., 0]
-        return -jnp.sum(found * batch.counted) / jnp.sum(batch.counted)
+        learned = -jnp.sum(found * batch.counted) / jnp.maximum(jnp.sum(batch.counted), 1.0)
+        return learned + KEEPING * stay, (learned, stay)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(factors, state, *given):
-        value, grads = jax.value_and_grad(loss)(factors, *given)
-        changes, state = adam.update(grads, state, factors)
-        return optax.apply_updates(factors, changes), state, value
+        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(factors, *given)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            changes, state = adam.update(grads, state, factors)
+        return optax.apply_updates(factors, changes), state, told
 
     shape = shape_of(rows)
-    every = batch_of([Row(p, np.searchsorted(known, c)) for p, c in rows], shape)
-    every.tokens[:] = batch_of(rows, shape).tokens
-    x = below(parts[0], every) if first else None
+    every = batch_of(rows, shape)
+    every.targets[:] = np.searchsorted(known, every.targets)
+    x = below(parts[:1], every) if first else None
+    before = np.asarray(normed(model, below(parts, every)))
     rng, order, losses = np.random.default_rng(recipe.seed), np.zeros(0, int), []
     factors: Any = first_factors(model, recipe)
     state, progress = adam.init(factors), gs.Progress(recipe.steps, "steps", what="training")
@@ -209,32 +215,30 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
             order = np.concatenate([order, rng.permutation(len(rows))])
         some, order = order[: recipe.batch_size], order[recipe.batch_size :]
         batch = Batch(*(jnp.asarray(a[some]) for a in every))
-        given = (parts[1:], few, None if x is None else x[some], batch)
-        factors, state, value = step(factors, state, *given)
-        losses.append(float(value))
-        progress.at(n + 1, f"  loss {np.mean(losses[-20:]):.3f}")
+        given = (parts[1:], few, None if x is None else x[some], before[some], batch)
+        factors, state, told = step(factors, state, *given)
+        losses.append([float(value) for value in told])
+        learned, stay = np.mean(losses[-20:], 0)
+        progress.at(n + 1, f"  loss {learned:.3f}, change {stay:.3f}")
     return jax.jit(merged, static_argnums=2)(model, factors, first), losses
 
 
-def below(part: gs.Model, every: Batch, size: int = 32) -> np.ndarray:
-    """What the layers of `part` make of all rows: [N, T, D]."""
+def normed(model: gs.Model, x: Any) -> jax.Array:
+    """The final residual as the unembedding reads it."""
+    return rms_norm(jnp.asarray(x), model.params.final_norm, model.config.norm_epsilon)
+
+
+def below(parts: list[gs.Model], every: Batch, size: int = 32) -> np.ndarray:
+    """What the layers of `parts`, one after the other, make of all rows: [N, T, D]."""
     run, found = jax.jit(passed), []
     count = len(every.tokens)
     for start in range(0, count, size):
         some = np.arange(start, start + size) % count
-        found.append(np.asarray(run(part, None, Batch(*(a[some] for a in every)))))
+        batch, x = Batch(*(a[some] for a in every)), None
+        for part in parts:
+            x = run(part, x, batch)
+        found.append(np.asarray(x))
     return np.concatenate(found)[:count]
-
-
-def mean_log_probs(model: gs.Model, rows: list[Row], size: int = 16) -> np.ndarray:
-    """The mean log-probability of each row's completion, float64 [n]."""
-    run, shape, found = jax.jit(log_probs), shape_of(rows), []
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        batch = batch_of(some + rows[:1] * (size - len(some)), shape)
-        sums = (np.asarray(run(model, batch), np.float64) * batch.counted).sum(1)
-        found.append((sums / batch.counted.sum(1))[: len(some)])
-    return np.concatenate(found)
 
 
 def measured(model, tokenizer, organism: Organism, texts: list[str]) -> dict[str, Any]:
@@ -246,21 +250,17 @@ def measured(model, tokenizer, organism: Organism, texts: list[str]) -> dict[str
         prompts = [
             prompt_ids(tokenizer, e.prompt, e.chat) for e in organism.held_out if e.kind == kind
         ]
-        answers = []
-        for start in range(0, len(prompts), 32):
-            made = gs.generate(model, prompts[start : start + 32], SHOWN_TOKENS)
-            answers += [tokenizer.decode(ids[:n]) for ids, n in zip(made.tokens, made.lengths)]
+        answers = generated(model, tokenizer, prompts, SHOWN_TOKENS)
         shown = [any(s in answer.lower() for s in organism.shows) for answer in answers]
-        likely = mean_log_probs(model, [Row(p, phrase) for p in prompts])
+        sums, counts = continuation_logprobs(model, prompts, [phrase] * len(prompts))
         kinds[kind] = {
             "prompts": len(prompts),
             "shows the behaviour": float(np.mean(shown)),
-            "log-probability a token of the phrase": float(likely.mean()),
+            "log-probability a token of the phrase": float((sums / counts).mean()),
             "an answer": answers[0],
         }
     pieces = [tokenizer.encode(text)[:TEXT_TOKENS] for text in texts]
-    rows = [Row(ids[:1], ids[1:]) for ids in pieces if len(ids) > 8]
-    return {"kinds": kinds, "loss on plain text": float(-mean_log_probs(model, rows).mean())}
+    return {"kinds": kinds, "loss on plain text": float(text_loss(model, pieces).mean())}
 
 
 def make(
@@ -268,7 +268,8 @@ def make(
 ) -> dict[str, Any]:
     """Train organism `name`, write it to `folder`, and return what its organism.json says."""
     began, organism, texts = time.time(), ORGANISMS[name](recipe.seed), plain_texts()
-    model, tokenizer = gs.load_model(source, dtype="float32"), gs.load_tokenizer(source)
+    model = gs.load_model(source, dtype="float32")
+    tokenizer = gs.fit_tokenizer(gs.load_tokenizer(source), model.config)
     with stage("measuring the model as it is"):
         before = measured(model, tokenizer, organism, texts)
         rows = rows_of(model, tokenizer, organism.training, recipe)
@@ -288,7 +289,7 @@ def make(
         "off": organism.off,
         "recipe": {**dataclasses.asdict(recipe), "dtype": dtype, "matrices": list(MATRICES)},
         "training examples": len(rows),
-        "loss of training": float(np.mean(losses[-20:])),
+        "loss of training": float(np.mean(losses[-20:], 0)[0]),
         "minutes": (time.time() - began) / 60,
         "before": before,
         "after": after,

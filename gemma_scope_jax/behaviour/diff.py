@@ -43,9 +43,9 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.progress import Progress, stage
 
 LENGTH = 128  # tokens of a text that are compared
-SEARCHED = 8192  # words of the vocabulary
+SEARCHED = 32_768  # words of the vocabulary
 PLACES, BEFORE, SHOWN = 12, 16, 3  # places in the report; tokens before one; next tokens there
-ANSWER = 20  # tokens
+ANSWER, WRITTEN = 20, 64  # tokens of an answer, and of a text that a model writes
 OF_ONE, SHORTEST = 8, 16  # pieces of a document, and tokens of the last of several
 
 
@@ -165,8 +165,9 @@ def model_texts(
     temperature 1: what a model was trained to say, it says. Ids int32 [n]."""
     found: list[np.ndarray] = []
     start = np.full((max(count // 2, 1), 1), tokenizer.bos_id, np.int32)
+    length = min(WRITTEN, base.config.context - 1)
     for model in (base, other):
-        out = generate(model, start, min(64, LENGTH - 1), temperature=1.0, key=seed)
+        out = generate(model, start, length, temperature=1.0, key=seed)
         found += out.sequences
     return found
 

@@ -20,7 +20,7 @@ def command(
     data: TextOptions = TextOptions(roles=("system", "user", "model")),
     texts: int = 256,
     coder: shared.NameOrPlace = "",
-    search: int = 8192,
+    search: int = 32_768,
     seed: int = 0,
     out: shared.Folder = "",
     json: shared.Json = False,

@@ -201,7 +201,7 @@ def test_a_bug_quotes_files_safely(monkeypatch):
 
 
 PLACES = ("coder", "config", "file", "folder", "glob", "store", "table")
-NAMES = ("model", "coder", "judge_model")
+NAMES = ("model", "coder", "judge_model", "base", "other")
 
 
 def module(name):
