@@ -208,7 +208,9 @@ def _judged(job: _Job, answers: AnswerFile, report: Progress) -> dict[str, Any]:
     texts = asking.answer(
         job.model, job.tokenizer, job.asked, job.suite.new_tokens, kept=answers, report=report
     )
-    pairs = [(p, a) for item, said in zip(job.asked.items, texts) for p, a in zip(item.prompts, said)]
+    pairs = [
+        (p, a) for item, said in zip(job.asked.items, texts) for p, a in zip(item.prompts, said)
+    ]
     verdicts = job.judge.grade(*(list(part) for part in zip(*pairs)))
     variants = len(job.asked.items[0].prompts)
     table = verdicts.reshape(-1, variants)
@@ -239,19 +241,17 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
     if not suite.arms:
         return {"why": "the suite names no arms, so no features were contrasted"}
     shows = np.array(measured["shows"])
-    found = []
-    for half in (first, ~first):
-        some = [item for item, keep in zip(items, half) if keep]
-        found.append(arms_of(suite, some, job.tokenizer, shows=shows[half]))
+    of = lambda half: [item for item, keep in zip(items, half) if keep]
+    one = arms_of(suite, of(first), job.tokenizer, shows=shows[first])
+    two = arms_of(suite, of(~first), job.tokenizer, shows=shows[~first])
     far = _elsewhere(job, sets)
-    for arms in (*found, far):
-        if isinstance(arms, str):
-            return {"why": arms}
+    if isinstance(one, str) or isinstance(two, str) or isinstance(far, str):
+        return {"why": next(why for why in (one, two, far) if isinstance(why, str))}
     made = contrast(
         job.model,
         job.coder,
-        found[0],
-        held_out=found[1],
+        one,
+        held_out=two,
         elsewhere=far,
         how=suite.arms["how"],
         k=job.settings.features,
