@@ -36,6 +36,7 @@ COMMANDS = (
     "export",
 )
 COMMANDS += ("cards", "evaluate", "benchmark", "explain")
+COMMANDS += ("audit",)
 OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
