@@ -259,6 +259,7 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
     )
     return {
         **made.as_dict(),
+        "coder": public_name(job.coder),
         "verdict": made.verdict(),
         "tables": made.tables(),
         "chosen": list(made.features(job.settings.features)),
