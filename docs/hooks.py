@@ -45,12 +45,13 @@ def called(value: Any) -> bool:
 
 
 def printed(command: str) -> str:
-    """What `gemma-scope COMMAND --help` prints."""
-    words = [sys.executable, "-m", "gemma_scope_jax", command, "--help"]
+    """What `gemma-scope COMMAND --help` prints; `command` is the command's module."""
+    name = command.replace("_", " ")
+    words = [sys.executable, "-m", "gemma_scope_jax", *name.split(), "--help"]
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": str(WIDTH), "NO_COLOR": "1"}
     done = subprocess.run(words, env=settings, capture_output=True, text=True, check=True)
     lines = "\n".join(map(wrapped, done.stdout.rstrip().splitlines()))
-    return f"## {command}\n\n```text\n{lines}\n```\n"
+    return f"## {name}\n\n```text\n{lines}\n```\n"
 
 
 def wrapped(line: str) -> str:

@@ -50,6 +50,16 @@ def tiny(monkeypatch, model):
     give_tiny(monkeypatch, model)
 
 
+@pytest.fixture
+def compiled():
+    """Grows by one with everything that XLA compiles."""
+    events = []
+    watch = lambda event, seconds, **_: "backend_compile" in event and events.append(event)
+    jax.monitoring.register_event_duration_secs_listener(watch)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(watch)
+
+
 MAPS = Path("/proc/self/maps")
 MANY = 15_000
 

@@ -159,17 +159,8 @@ def _batches(
 ) -> Iterator[tuple[list[list[int]], tuple[int, int]]]:
     """Rows of indices of texts, several in a row, and the shape (rows, width) of each batch: few
     shapes, little padding. A batch has a multiple of `multiple` rows, as a mesh needs."""
-    context = model.config.context
-    by_width: dict[int, list[tuple[int, int]]] = {}
-    for i, ids in enumerate(texts):
-        if len(ids) > context:
-            raise InputError(
-                f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
-            )
-        width = max(min(ROW, context), bucket(len(ids), context))
-        by_width.setdefault(width, []).append((i, len(ids)))
-    for width, sizes in sorted(by_width.items()):
-        rows = packed_rows(sizes, width, width)
+    for width, which in _by_width(model, texts, ROW):
+        rows = packed_rows([(i, len(texts[i])) for i in which], width, width)
         most = max(1, tokens // width)
         for start in range(0, len(rows), most):
             some = rows[start : start + most]
@@ -191,6 +182,33 @@ def _packed(
             starts.append(r * shape[1] + at)
             at = stop
     return TokenBatch(tokens, segments), starts
+
+
+def like_lengths(
+    model: Model, texts: Sequence[Ids], tokens: int, multiple: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """(indices of texts, rows, width) of each batch, a text a row, texts of like lengths together.
+    A batch has a multiple of `multiple` rows, as a mesh needs."""
+    for width, which in _by_width(model, texts, 1):
+        most = max(1, tokens // width)
+        for start in range(0, len(which), most):
+            some = which[start : start + most]
+            rows = min(most, 1 << (len(some) - 1).bit_length())  # few sizes of the last batch
+            yield some, -(-rows // multiple) * multiple, width
+
+
+def _by_width(model: Model, texts: Sequence[Ids], least: int) -> list[tuple[int, list[int]]]:
+    """The widths of rows, `least` at least, and the indices of their texts. Raises `InputError`
+    for a text that is longer than the model's context."""
+    context, found = model.config.context, {}
+    for i, ids in enumerate(texts):
+        if len(ids) > context:
+            raise InputError(
+                f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
+            )
+        width = max(min(least, context), bucket(len(ids), context))
+        found.setdefault(width, []).append(i)
+    return sorted(found.items())
 
 
 def _filled(places: np.ndarray, wanted: np.ndarray, size: int) -> tuple[Any, Any, Any]:

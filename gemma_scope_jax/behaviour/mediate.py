@@ -31,6 +31,7 @@ from gemma_scope_jax.model.arguments import check_finite, whole_number
 from gemma_scope_jax.model.intercept import Intercept, token_mask, tokenwise, write
 from gemma_scope_jax.progress import Progress
 
+ALONG = 0.5  # the cosine above which a feature's direction is no control of others
 Edit = Literal["ablate", "clamp", "project"]
 Outcome = Callable[[list[Intercept]], np.ndarray]  # float [n]: a number an item
 Pair = tuple[int, int]  # a layer of the model and a feature
@@ -68,9 +69,10 @@ def mediate(
     without     the outcome's value where there is no behaviour, for the share that is removed
     clusters    [n]: items that belong together, for the intervals
 
-    Controls of `directions` are the directions of random features, any that are active. Those of
-    "clamp" are clamped so that they write as much. Raises `InputError` for outcomes that are no
-    numbers or change in number, unknown features, and controls without `activity`.
+    Controls of `directions` are the directions of random active features, without those that have a
+    cosine above 0.5 with them. Those of "clamp" are clamped so that they write as much. Raises
+    `InputError` for outcomes that are no numbers or change in number, unknown features, and
+    controls without `activity`.
     """
     coders = CoderSet(coder)
     found, activity = _features(coders, features, activity)
@@ -82,10 +84,9 @@ def mediate(
     measure = _Measured(runs)
     before = measure("the outcome", outcome, [])
     own = edits.of(found, found)
-    after = measure("the outcome", outcome, own, len(before))
-    moved = [
-        measure("the outcome", outcome, edits.of(s, found), len(before)) - before for s in sets
-    ]
+    again = lambda some: measure("the outcome", outcome, edits.of(some, found), len(before))
+    after = again(found)
+    moved = [again(some) - before for some in sets]
     options: dict[str, Any] = {"clusters": clusters, "level": 1 - level, "seed": seed}
     broken = {}
     for name, effect in (side_effects or {}).items():
@@ -220,11 +221,16 @@ class _Edits:
 
     def rows(self, some: Sequence[Pair]) -> np.ndarray:
         """What the features write at their own layer, float64 [n, D]."""
-        found = []
-        for layer, feature in some:
-            coder = self.coders.at(layer)
+        found: list[Any] = [None] * len(some)
+        for layer in {layer for layer, _ in some}:
+            coder, at = (
+                self.coders.at(layer),
+                [n for n, pair in enumerate(some) if pair[0] == layer],
+            )
             i = coder.layers.index(layer)
-            found.append(np.asarray(float32(coder.written(i, i, np.array([feature])))[0]))
+            written = np.asarray(coder.written(i, i, np.array([some[n][1] for n in at])))
+            for n, row in zip(at, written):
+                found[n] = row
         return np.array(found, np.float64)
 
     def norms(self, some: Sequence[Pair]) -> np.ndarray:
@@ -262,16 +268,28 @@ def _controls(
         if count and len(activity[layer].rate) != coders.at(layer).width:
             raise InputError(f"the activity given for layer {layer} is of another coder")
     sets: list[dict[Pair, Pair]] = [{} for _ in range(count)]
-    if edits.given is not None:  # nothing to match: any active features' directions
-        layer, draw = layers[0], np.random.default_rng([seed, 4])
-        live = np.flatnonzero(activity[layer].rate > 0) if count else np.zeros(0, int)
-        if count and len(live) < len(edits.given):
-            raise InputError("too few features are active for controls of the directions")
-        picked = [draw.permutation(live)[: len(edits.given)].tolist() for _ in sets]
-        return [[(layer, f) for f in some] for some in picked]
+    if edits.given is not None:
+        return _other_directions(coders[0], edits, activity.get(layers[0]), count, seed)
     for layer in layers:
         own = np.array([f for at, f in found if at == layer])
         others = matched_sets(activity[layer], own, count, seed) if count else ()
         for mapping, row in zip(sets, others):
             mapping |= {(layer, f): (layer, g) for f, g in zip(own.tolist(), row.tolist())}
     return [[mapping[pair] for pair in found] for mapping in sets]
+
+
+def _other_directions(
+    coder: Coder, edits: _Edits, activity: FeatureActivity | None, count: int, seed: int
+) -> list[list[Pair]]:
+    """`count` sets of active features whose directions are others than the given."""
+    if activity is None or edits.given is None:  # no controls
+        return []
+    layer, (n, _) = coder.layers[0], edits.given.shape
+    live = np.flatnonzero(activity.rate > 0)
+    rows = edits.rows([(layer, int(f)) for f in live])
+    along = np.linalg.norm(rows @ np.linalg.qr(edits.given.T)[0], axis=1)
+    live = live[along <= ALONG * np.linalg.norm(rows, axis=1)]
+    if len(live) < n and count:
+        raise InputError("too few features are active for controls of the directions")
+    draw = np.random.default_rng([seed, 4])
+    return [[(layer, int(f)) for f in draw.permutation(live)[:n]] for _ in range(count)]

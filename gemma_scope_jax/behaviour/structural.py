@@ -21,15 +21,13 @@ import numpy as np
 from gemma_scope_jax.behaviour.arms import Arms
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import padded
-from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.intercept import read, token_mask, tokenwise
 from gemma_scope_jax.model.run import run
+from gemma_scope_jax.probing.pooling import LENGTHS, batch_tokens, packed_texts
 
 NEARLY = 0.9  # a share that counts as nearly all
 MOST_TEXTS = 100  # of an arm that are looked at: shares of them are known to a few percent
-AT_ONCE = 2048  # tokens in a batch
 SLOTS = 64  # features are padded to a multiple of this: few programs are compiled
 
 
@@ -104,18 +102,12 @@ def _activations(
     ids = np.zeros(-(-max(len(features), 1) // SLOTS) * SLOTS, np.int32)
     ids[: len(features)] = features
     item = read(coder.reads, coder.layer, _some, coder, ids, name="some", first=coder.first)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        size = bucket(len(texts[order[0]]), model.config.context)
-        rows = max(1, AT_ONCE // size)
-        some = [i for i in order[:rows] if len(texts[i]) <= size]
-        order = order[len(some) :]
-        batch = padded([texts[i] for i in some], rows, size)
-        found = np.asarray(
-            run(model, batch, [item], stop_at_layer=coder.layer + 1, logits="none").reads["some"]
-        )
-        for row, i in enumerate(some):
-            yield i, found[row, : len(texts[i]), : len(features)]
+    sizes = batch_tokens(), LENGTHS, model.config.context
+    for which, batch, *_ in packed_texts(texts, "mean", coder.first, *sizes):
+        out = run(model, batch, [item], stop_at_layer=coder.layer + 1, logits="none")
+        found = np.asarray(out.reads["some"])
+        for i, (row, columns) in zip(which, batch.document_slices(), strict=True):
+            yield i, found[row, columns, : len(features)]
 
 
 @tokenwise

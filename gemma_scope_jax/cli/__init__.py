@@ -35,8 +35,8 @@ COMMANDS = (
     "verify",
     "export",
 )
-COMMANDS += ("cards", "evaluate", "benchmark", "explain")
-COMMANDS += ("audit",)
+COMMANDS += ("cards", "evaluate", "benchmark", "explain", "steer", "audit")
+COMMANDS += ("audit_diff",)  # "audit diff"
 OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
@@ -73,13 +73,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parsed(argv: list[str]) -> Callable[[], int | None]:
     """The command with its arguments, ready to be run."""
-    if not argv or argv[0] not in COMMANDS:
+    words = next((n for n in (2, 1) if "_".join(argv[:n]) in COMMANDS), 0)
+    if not words:
         about = "Look into Gemma 3 with its sparse coders (Gemma Scope 2)."
-        known = {name: _summary(name) for name in COMMANDS}
+        known = {_said(name): _summary(name) for name in COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
             known, prog="gemma-scope", description=about, args=argv
         )
-    name, *rest = argv
+    name, rest = "_".join(argv[:words]), argv[words:]
     command = importlib.import_module(f"{__name__}.{name}").command
     # an argument's text wraps at the width of the terminal, not where the docstring's lines end
     command.__doc__ = re.sub(r"\n {8,}", " ", getdoc(command) or "")
@@ -88,11 +89,16 @@ def _parsed(argv: list[str]) -> Callable[[], int | None]:
     def later(*args, **kwargs):
         return functools.partial(command, *args, **kwargs)
 
-    options: dict[str, Any] = {"prog": f"gemma-scope {name}", "config": CONFIG, "args": rest}
+    options: dict[str, Any] = {"prog": f"gemma-scope {_said(name)}", "config": CONFIG, "args": rest}
     if name not in OVERRIDES:
         return tyro.cli(later, **options)
     run, overrides = tyro.cli(later, return_unknown_args=True, **options)
     return functools.partial(run, overrides=tuple(overrides))
+
+
+def _said(name: str) -> str:
+    """A command as it is called: the module audit_diff is `gemma-scope audit diff`."""
+    return name.replace("_", " ")
 
 
 def _summary(name: str) -> Callable[[], Any]:

@@ -7,9 +7,9 @@ computed only for the position that is sampled next.
 
 Prompts are padded on the left, to a bucket: every row fills the same cache slot, and a new prompt
 length seldom means a new program. The program depends on the batch size, the bucket,
-`max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, and whether `top_p`
-and `logits` are requested. Everything else is data: ids, args, single layers, temperature, `top_p`,
-key, stops.
+`max_new_tokens`, the static parts of the intercepts, greedy or not, `top_k`, whether `top_p` and
+`logits` are requested, and `halt`. Everything else is data: ids, args, single layers, temperature,
+`top_p`, key, stops.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,10 @@ from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
 from gemma_scope_jax.model.recompilation import note
 from gemma_scope_jax.model.sharding import on_auto_axes, own_mesh
+from gemma_scope_jax.model.token_choice import TokenChoice, checked_draws, checked_sampling, choose
 
 PAD = 0  # as in `batch.padded`
 STOP_TOKENS = (1, 106)  # <eos> and <end_of_turn>
-STOP_SLOTS = 8  # the array of stop tokens grows in these steps
-TINY = float(np.finfo(np.float32).tiny)
 
 
 @flax.struct.dataclass
@@ -78,8 +77,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | int = 0,
+    draws: Any = None,
     stop_tokens: Sequence[int] = STOP_TOKENS,
     logits: bool = False,
+    halt: str | None = None,
     pad: bool = True,
 ) -> Generation:
     """Continue `prompts` by up to `max_new_tokens` tokens each; a row ends at a stop token.
@@ -92,7 +93,11 @@ def generate(
                  to the `top_k` largest, then to the fewest whose probability reaches `top_p`;
                  ties with the last one kept are kept too
     key          a `jax.random.key` or an int seed; row b draws by the key and b alone
+    draws        the numbers that rows draw by instead of b, ints [B]: rows with one number and one
+                 distribution draw the same
     logits       also return the logits of every choice (before temperature)
+    halt         the name of a read, bool [B, T]: a row ends after the first generated token at
+                 which it is true. The prompt's tokens do not count
     pad          round the prompts' length up to one of a few; else only to the longest prompt
 
     Reads. The token axis of a value is the one whose size follows the number of tokens; the batch
@@ -121,12 +126,16 @@ def generate(
     width = bucket(longest, 2**31) if pad else max(longest, 2)
     flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
     tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
-    sampling = _sampling(model.config, temperature, top_k, top_p, key, stop_tokens)
+    drawn = checked_draws(draws, len(rows))
+    sampling = checked_sampling(model.config, temperature, top_k, top_p, key, stop_tokens, drawn)
     items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
-    fixed = (model.config, model.dtype, sampling.greedy, sampling.top_k, sampling.nucleus, logits)
+    if halt is not None and halt not in (names := [i.name for i in items if i.name is not None]):
+        raise InputError(f"halt is {halt!r}, but the reads are {', '.join(names) or 'none'}")
+    chosen = (sampling.greedy, sampling.top_k, sampling.nucleus, logits, halt)
+    fixed = (model.config, model.dtype, *chosen)
     note("generate", items, tokens.shape, (*fixed, len(sampling.stop)), **new_tokens)
     model, items = on_auto_axes((model, items))
-    program = partial(_generate, new=new, logits=bool(logits))
+    program = partial(_generate, new=new, logits=bool(logits), halt=halt)
     try:
         ids, lengths, tracks, chosen = program(model, tokens, segments, items, sampling)
     except (TypeError, ValueError) as error:
@@ -166,83 +175,6 @@ def _checked_prompts(config: GemmaConfig, prompts: Any) -> list[np.ndarray]:
             raise InputError(f"{wanted}; prompt {n} is {row.dtype}{list(row.shape)}")
         check_ids(config, row, f"prompt {n}: ")
     return [row.astype(np.int32) for row in rows]
-
-
-@flax.struct.dataclass
-class _Sampling:
-    """How the next token is chosen; `greedy`, `top_k` and `nucleus` choose the program."""
-
-    key: jax.Array
-    temperature: np.float32
-    top_p: np.float32
-    stop: np.ndarray  # int32 [n], filled up with -1
-    greedy: bool = flax.struct.field(pytree_node=False)
-    top_k: int | None = flax.struct.field(pytree_node=False)
-    nucleus: bool = flax.struct.field(pytree_node=False)
-
-
-def _sampling(config: GemmaConfig, temperature, top_k, top_p, key, stop_tokens) -> _Sampling:
-    try:
-        heat, p = float(temperature), 1.0 if top_p is None else float(top_p)
-    except (TypeError, ValueError):
-        given = f"{temperature!r} and {top_p!r}"
-        raise InputError(f"temperature and top_p must be numbers, got {given}") from None
-    if heat != 0.0 and not TINY <= heat < 1 / TINY:
-        allowed = f"{TINY:.3g} to {1 / TINY:.3g}"
-        raise InputError(f"temperature must be 0 (greedy) or {allowed}, got {heat}")
-    if not 0.0 < p <= 1.0:
-        raise InputError(f"top_p must be above 0 and at most 1, got {p}")
-    if top_k is not None:
-        top_k = min(whole_number("top_k", top_k, 1), config.vocab)
-    try:
-        stop = np.asarray(tuple(stop_tokens))
-    except (TypeError, ValueError):
-        stop = np.asarray([None])
-    if stop.size:
-        if stop.ndim != 1 or stop.dtype.kind not in "iu":
-            raise InputError(f"stop_tokens must be a tuple of token ids, not {stop_tokens!r}")
-        check_ids(config, stop, "stop_tokens: ")
-    filled = np.full(max(1, -(-stop.size // STOP_SLOTS)) * STOP_SLOTS, -1, np.int32)
-    filled[: stop.size] = stop
-    data = (_checked_key(key), np.float32(heat), np.float32(max(p, TINY)), filled)
-    greedy = heat == 0.0
-    return _Sampling(*data, greedy, None if greedy else top_k, not greedy and p < 1.0)
-
-
-def _checked_key(key: Any) -> jax.Array:
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        try:
-            return jax.random.key(int(key))
-        except OverflowError:
-            raise InputError(f"the seed {key} does not fit into 64 bits") from None
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if isinstance(key, jax.Array) and is_key and not key.ndim:
-        return key
-    raise InputError(f"key must be one jax.random.key or an int seed, not {key!r}")
-
-
-def _choose(sampling: _Sampling, logits: jax.Array, step: jax.Array) -> jax.Array:
-    """The next ids int32 [B] from logits [B, V]: temperature, then top-k, then top-p."""
-    if sampling.greedy:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    # relative to the largest, so that small temperatures never overflow
-    scores = (logits - jnp.max(logits, -1, keepdims=True)) / sampling.temperature
-    ordered = None
-    if sampling.top_k is not None:
-        ordered = jax.lax.top_k(scores, sampling.top_k)[0]
-        scores = jnp.where(scores < ordered[:, -1:], -jnp.inf, scores)
-    if sampling.nucleus:
-        if ordered is None:
-            ordered = jnp.sort(scores, -1, descending=True)
-        probs = jnp.exp(ordered - jax.nn.logsumexp(scores, -1, keepdims=True))
-        before = jnp.cumsum(probs, -1) - probs
-        least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True)
-        scores = jnp.where(scores < least, -jnp.inf, scores)
-    # One key per step and row, so that a row's draws do not depend on the number of rows.
-    key = jax.random.fold_in(sampling.key, step)
-    rows = jnp.arange(scores.shape[0], dtype=jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
 
 
 @flax.struct.dataclass
@@ -306,6 +238,14 @@ def _track(item: ic.Intercept, passes: int, B: int, P: int, many: jax.Array, one
     return _Track(jnp.pad(many, room), batch, axis, keys)
 
 
+def _check_halt(halt: str | None, one: Any, B: int) -> None:
+    """Raise `InputError` unless the read `halt` is bool [B, 1] for one token a row."""
+    if halt is None or (getattr(one, "shape", None) == (B, 1) and one.dtype == bool):
+        return
+    got = f"{one.dtype}{list(one.shape)}" if hasattr(one, "shape") else type(one).__name__
+    raise InputError(f"the read {halt!r} is {got} for {B} x 1 tokens: halt needs bool [B, T]")
+
+
 @flax.struct.dataclass
 class _State:
     """The carry of the decoding loop."""
@@ -320,10 +260,10 @@ class _State:
     logits: jax.Array | None  # float32 [B, passes + 1, V]
 
 
-def _emit(sampling: _Sampling, state: _State, step: jax.Array, logits: jax.Array) -> _State:
+def _emit(sampling: TokenChoice, state: _State, step: jax.Array, logits: jax.Array) -> _State:
     """Choose column `step` of the tokens from `logits` [B, V]."""
     put = partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
-    token = jnp.where(state.alive, _choose(sampling, logits, step), PAD)
+    token = jnp.where(state.alive, choose(sampling, logits, step), PAD)
     stops = (token[:, None] == sampling.stop[None, :]).any(-1)
     return state.replace(  # type: ignore[attr-defined]
         step=step,
@@ -335,8 +275,10 @@ def _emit(sampling: _Sampling, state: _State, step: jax.Array, logits: jax.Array
     )
 
 
-@partial(jax.jit, static_argnames=("new", "logits"))
-def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logits: bool):
+@partial(jax.jit, static_argnames=("new", "logits", "halt"))
+def _generate(
+    model: Model, tokens, segments, items, sampling, *, new: int, logits: bool, halt: str | None
+):
     """Tokens [B, new], lengths [B], tracks in order of position, logits [B, new, V] or None."""
     B, P = tokens.shape
     named = {i.name: i for i in items if i.name is not None}
@@ -353,6 +295,8 @@ def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logi
         out = decode(token, s.step, s.real, s.cache)
         reads = _map_tracks(lambda track, value: track.put(value, s.step, P), s.reads, out.reads)
         s = s.replace(cache=out.cache, reads=reads)  # type: ignore[attr-defined]
+        if halt is not None:
+            s = s.replace(alive=s.alive & ~out.reads[halt][:, 0])  # type: ignore[attr-defined]
         return _emit(sampling, s, s.step + 1, out.logits[:, -1])
 
     cache = init_cache(model.config, B, P + passes, model.dtype)
@@ -362,6 +306,7 @@ def _generate(model: Model, tokens, segments, items, sampling, *, new: int, logi
     reads = {}
     if named:
         one = jax.eval_shape(decode, tokens[:, :1], zero, yes, first.cache).reads
+        _check_halt(halt, one.get(halt), B)
         for name, item in named.items():
             room = partial(_track, item, passes, B, P)
             reads[name] = jax.tree.map(room, first.reads[name], one[name])

@@ -77,6 +77,17 @@ class Tokenizer:
         return Tokenizer, (self._model, self._rows, self._foreign_template)
 
     @property
+    def sentencepiece(self) -> bytes:
+        """The serialised SentencePiece model, as the file tokenizer.model. Raises `InputError` if a
+        chat template of another format belongs to it, which would be lost."""
+        if self._foreign_template:
+            raise InputError(
+                f"{self._foreign_template}: the tokenizer's chat template is not Gemma's and would "
+                "not be saved; keep that folder's own tokenizer files"
+            )
+        return self._model
+
+    @property
     def vocab_size(self) -> int:
         return len(self._pieces)
 

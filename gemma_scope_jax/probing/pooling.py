@@ -78,13 +78,13 @@ def pool(
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
-    tokens = tokens or (2048 if jax.default_backend() == "cpu" else 16384)
+    tokens = tokens or batch_tokens()
     over = how if isinstance(how, str) else None
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "over": over}
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, *packed in _batches(texts, how, first, tokens, lengths, context):
+    for which, *packed in packed_texts(texts, how, first, tokens, lengths, context):
         vectors, found = _pool_step(model, tuple(coders), *packed, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
@@ -96,6 +96,11 @@ def pool(
         if report is not None:
             report(done, total)
     return Pooled(raw, [kept.joined() for kept in features])
+
+
+def batch_tokens() -> int:
+    """How many tokens a batch of texts has."""
+    return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 class _Columns:
@@ -140,7 +145,7 @@ def encode_rows(coder: SparseCoder, x: np.ndarray, batch: int = 1024) -> PooledF
 _encode = jax.jit(SparseCoder.encode)
 
 
-def _batches(
+def packed_texts(
     texts: Sequence[np.ndarray],
     how: OverTokens | int,
     first: int,
@@ -148,7 +153,7 @@ def _batches(
     lengths: Sequence[int],
     context: int,
 ) -> Iterator[tuple[list[int], TokenBatch, np.ndarray, np.ndarray]]:
-    """The batches of all texts, as by `_batch`."""
+    """The batches of all texts, as by `_batch`; several texts in a row, of `tokens` tokens each."""
     longest = max(map(len, texts))
     steps = [n for n in sorted({min(n, context) for n in lengths}) if n < longest]
     bounds = [*steps, min((n for n in sorted(lengths) if longest <= n <= context), default=longest)]

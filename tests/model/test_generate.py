@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.model.generate import _choose, _sampling
+from gemma_scope_jax.model.token_choice import checked_sampling, choose
 from tiny import tiny, tiny_model
 
 PROMPTS = [[2, 17, 250, 9, 31, 77, 140, 5, 60, 61, 290, 33, 8], [2, 44, 7], [2, 90, 91, 8, 205]]
@@ -243,9 +243,11 @@ def processed(logits, temperature, top_k, top_p):
 def test_frequencies_are_the_processed_probabilities(temperature, top_k, top_p):
     config = tiny(gs.PRESETS["gemma-3-270m"])
     logits = jax.random.normal(jax.random.key(3), (12,)) * 1.5
-    sampling = _sampling(config, temperature, top_k, top_p, 0, ())
+    sampling = checked_sampling(
+        config, temperature, top_k, top_p, 0, (), np.arange(1000, dtype=np.int32)
+    )
     draws, rows = 40, 1000
-    step = jax.jit(lambda s: _choose(sampling, jnp.broadcast_to(logits, (rows, 12)), s))
+    step = jax.jit(lambda s: choose(sampling, jnp.broadcast_to(logits, (rows, 12)), s))
     ids = np.concatenate([step(jnp.int32(s)) for s in range(draws)])
     got = np.bincount(ids, minlength=12) / len(ids)
     wanted = processed(logits, temperature, top_k, top_p)
@@ -257,8 +259,8 @@ def test_one_candidate_left_is_greedy():
     config = tiny(gs.PRESETS["gemma-3-270m"])
     logits = jax.random.normal(jax.random.key(3), (50, 12))
     for settings in ((2.0, 1, None), (2.0, None, 1e-6), (1e-6, None, None), (0.0, 5, 0.5)):
-        sampling = _sampling(config, *settings, 0, ())
-        got = jax.jit(_choose)(sampling, logits, jnp.int32(0))
+        sampling = checked_sampling(config, *settings, 0, (), np.arange(50, dtype=np.int32))
+        got = jax.jit(choose)(sampling, logits, jnp.int32(0))
         np.testing.assert_array_equal(got, np.argmax(logits, -1))
 
 
@@ -284,16 +286,6 @@ def test_seeds_reproduce_and_rows_draw_alone(small, greedy):
 
 def add_scaled(x, ctx, vector, strength):
     return x + strength * vector[None, None, :]
-
-
-@pytest.fixture
-def compiled():
-    """Grows by one with everything that XLA compiles."""
-    events = []
-    watch = lambda event, seconds, **_: "backend_compile" in event and events.append(event)
-    jax.monitoring.register_event_duration_secs_listener(watch)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(watch)
 
 
 @pytest.mark.law

@@ -107,8 +107,27 @@ def real(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     model, folder = gs.load_model("gemma-3-270m", dtype="float32"), tmp_path_factory.mktemp("270m")
-    save_huggingface(model, folder)
+    gs.save_model(model, gs.load_tokenizer("gemma-3-270m"), folder)
     return model, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.real
+def test_transformers_tokenizes_as_we_do(tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = gs.load_tokenizer("gemma-3-270m")
+    vocabulary = dataclasses.replace(tiny(gs.PRESETS["gemma-3-270m"], layers=1), vocab=262_144)
+    gs.save_model(
+        gs.Model(gs.init_params(vocabulary, jax.random.key(0)), vocabulary), ours, tmp_path
+    )
+    peer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hello  world\n\n\tfoo <end_of_turn> \u65e5\u672c <table> x</table>\n\n\n b"
+    assert peer(text)["input_ids"] == ours.encode(text, allow_special=True).tolist()
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}
+    for chat in ([user], [system, user], [user, {"role": "assistant", "content": "Yes"}, user]):
+        rendered = peer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = peer(rendered, add_special_tokens=False)["input_ids"]
+        assert ids == ours.chat(chat).ids.tolist()
 
 
 @pytest.mark.real

@@ -16,3 +16,6 @@ class Letters:
 
     def decode_tokens(self, ids):
         return [("<pad>", "<eos>", "<bos>")[i] if i < 3 else chr(i - 3) for i in ids]
+
+    def decode(self, ids):
+        return "".join(chr(i - 3) for i in np.asarray(ids).tolist() if i >= 3)

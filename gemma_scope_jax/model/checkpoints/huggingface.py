@@ -6,6 +6,7 @@ matter, or refused. Each tensor opens its file anew, so that mapped pages are re
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -43,7 +44,8 @@ HARMLESS = {
 }
 _HARMLESS = re.compile("|".join(HARMLESS))
 _ADAPTER = re.compile(r".*(lora_|base_layer\.|modules_to_save\.).*")
-_SUPERSEDED = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json")
+SHARDS = r"model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+_SUPERSEDED = re.compile(SHARDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +102,19 @@ def _no_double(x: np.ndarray) -> np.ndarray:
         return x.astype(np.float32)
 
 
-def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
+def save_huggingface(
+    model: Model,
+    folder: str | os.PathLike,
+    more: Mapping[str, bytes] | None = None,
+    superseded: re.Pattern[str] = _SUPERSEDED,
+) -> None:
     """Write `model` as config.json and model.safetensors, which transformers 4 and 5 load.
 
+    more        further files of the folder, by name
+    superseded  names of files of a model saved there before that are removed: its shards
+
     The weights keep their dtype (norms are float32). The whole model passes through host memory.
-    Shards of a model saved there before, and their index, are removed. Raises `InputError` if the
-    folder cannot be written, and leaves it unchanged then.
+    Raises `InputError` if the folder cannot be written, and leaves it unchanged then.
     """
     folder, params, config = expanded(folder), model.params, model.config
     tensors = {
@@ -125,13 +134,19 @@ def save_huggingface(model: Model, folder: str | os.PathLike) -> None:
         "model.safetensors": lambda file: write_safetensors(file, tensors, {"format": "pt"}),
         "config.json": lambda file: file.write(text),
     }
+    for name, data in (more or {}).items():
+        writers[name] = functools.partial(_write, data=data)
     write_folder(folder, writers)
     try:
         for path in folder.iterdir():
-            if _SUPERSEDED.fullmatch(path.name):
+            if superseded.fullmatch(path.name):
                 path.unlink()
     except OSError as error:
         raise disk_error(folder, error) from error
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
 
 
 def _tensor_name(file: HuggingFaceFolder, leaf: str, layer: int | None = None) -> str:
