@@ -241,19 +241,17 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
     if not suite.arms:
         return {"why": "the suite names no arms, so no features were contrasted"}
     shows = np.array(measured["shows"])
-    found = []
-    for half in (first, ~first):
-        some = [item for item, keep in zip(items, half) if keep]
-        found.append(arms_of(suite, some, job.tokenizer, shows=shows[half]))
+    of = lambda half: [item for item, keep in zip(items, half) if keep]
+    one = arms_of(suite, of(first), job.tokenizer, shows=shows[first])
+    two = arms_of(suite, of(~first), job.tokenizer, shows=shows[~first])
     far = _elsewhere(job, sets)
-    for arms in (*found, far):
-        if isinstance(arms, str):
-            return {"why": arms}
+    if isinstance(one, str) or isinstance(two, str) or isinstance(far, str):
+        return {"why": next(why for why in (one, two, far) if isinstance(why, str))}
     made = contrast(
         job.model,
         job.coder,
-        found[0],
-        held_out=found[1],
+        one,
+        held_out=two,
         elsewhere=far,
         how=suite.arms["how"],
         k=job.settings.features,
@@ -261,6 +259,7 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
     )
     return {
         **made.as_dict(),
+        "coder": public_name(job.coder),
         "verdict": made.verdict(),
         "tables": made.tables(),
         "chosen": list(made.features(job.settings.features)),

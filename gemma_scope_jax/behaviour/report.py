@@ -245,5 +245,5 @@ def _flat(content: Mapping[str, Any], head: str = "") -> list[list[Any]]:
 
 def _sign() -> str:
     lines = ("read and signed by", "date")
-    return _tag("div", "".join(f"<div></div>" for _ in lines)
+    return _tag("div", "".join("<div></div>" for _ in lines)
                 + "".join(_tag("small", line) for line in lines), class_="sign")  # fmt: skip

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from gemma_scope_jax.behaviour.asking import Questions
-from gemma_scope_jax.behaviour.statistics import Interval
 from gemma_scope_jax.behaviour.suites.scores import Figure
 from gemma_scope_jax.behaviour.suites.suite import Suite, SuiteItems
 from gemma_scope_jax.circuits.tables import text_table
@@ -186,9 +185,3 @@ def repeat(about: Mapping[str, Any], command: str) -> dict[str, Any]:
         "backend": jax.default_backend(),
     }
     return {"command": command, "versions": versions, **about}
-
-
-def interval_of(figure: Mapping[str, Any]) -> Interval:
-    """The interval of a figure's JSON data; NaN for what is not defined."""
-    number = lambda key: float("nan") if figure[key] is None else float(figure[key])
-    return Interval(*(number(key) for key in ("value", "low", "high")), int(figure["n"]))

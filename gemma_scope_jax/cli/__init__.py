@@ -35,7 +35,8 @@ COMMANDS = (
     "verify",
     "export",
 )
-COMMANDS += ("cards", "evaluate", "benchmark", "explain", "steer", "audit_diff")  # "audit diff"
+COMMANDS += ("cards", "evaluate", "benchmark", "explain", "steer", "audit")
+COMMANDS += ("audit_diff",)  # "audit diff"
 OVERRIDES = ("train", "activations")  # also take the fields of a config as options
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 

@@ -161,7 +161,7 @@ def packed_texts(
     for length in bounds:
         chosen = [i for i, ids in enumerate(texts) if below < len(ids) <= length]
         per_row = max(1, length // max(SHORTEST, below + 1))
-        rows = _fill_rows([(i, len(texts[i])) for i in chosen], length, per_row)
+        rows = packed_rows([(i, len(texts[i])) for i in chosen], length, per_row)
         B = max(1, tokens // length)
         for start in range(0, len(rows), B):
             some = rows[start : start + B]
@@ -169,7 +169,7 @@ def packed_texts(
         below = length
 
 
-def _fill_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[list[int]]:
+def packed_rows(sizes: list[tuple[int, int]], length: int, most: int) -> list[list[int]]:
     """Rows of texts (number, tokens): the longest first, each in the fullest row with room."""
     by_room: list[list[list[int]]] = [[] for _ in range(length + 1)]
     full: list[list[int]] = []

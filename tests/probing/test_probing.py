@@ -186,7 +186,7 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
     before = pooling._pool_step._cache_size()
     pooling.pool(model, coders, some_texts(80, 6), **options)
     assert pooling._pool_step._cache_size() == before
-    rows = pooling._fill_rows([(i, n) for i, n in enumerate([9, 30, 5, 20, 34, 1])], 64, 4)
+    rows = pooling.packed_rows([(i, n) for i, n in enumerate([9, 30, 5, 20, 34, 1])], 64, 4)
     assert sorted(sorted(row) for row in rows) == [[0, 2, 3, 5], [1, 4]]
 
 

@@ -4,13 +4,24 @@ Each is read in its packaged form, which can be smaller than what was published:
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gemma_scope_jax.behaviour.suites.items import Item
-from gemma_scope_jax.behaviour.suites.rows import Row, text_of, texts_of, value_of
+from gemma_scope_jax.behaviour.suites.rows import (
+    Row,
+    package_bytes,
+    parse_rows,
+    text_of,
+    texts_of,
+    value_of,
+)
 from gemma_scope_jax.errors import InputError
+from gemma_scope_jax.storage.manifest import digest
 
 MASK = "[MASK]"
 ARMS = ("stereotype", "anti-stereotype")
@@ -198,3 +209,27 @@ SETS = {
         "those with one marked place for the request",
     ),
 }  # fmt: skip
+
+
+def read_set(name: str, sets: str | os.PathLike = "") -> tuple[list[Item], dict[str, Any]]:
+    """The items of a set, and where they are from: {"what", "licence", "source", "note", "digest"}.
+    sets: where the packages are, see `rows.package_bytes`. Raises `InputError` if it is not there.
+    """
+    known = SETS[name]
+    parts = [(file, package_bytes(known.package, file, sets)) for file in known.files]
+    items = [item for n, data in parts for item in known.read(parse_rows(data, n), n)]
+    origin = {"what": name, "licence": known.licence, "source": known.source, "note": known.note}
+    return items, origin | {"digest": digest(b"".join(data for _, data in parts))}
+
+
+def wrapped(items: Sequence[Item], templates: Sequence[Item], seed: int) -> list[Item]:
+    """Each item with a second variant: its prompt in a template, in place of {request}; templates
+    take turns, in an order that follows the seed."""
+    order = np.random.default_rng(seed).permutation(len(templates))
+    found = []
+    for number, item in enumerate(items):
+        template = templates[order[number % len(order)]].prompts[0]
+        text = template.replace("{request}", item.prompts[0])
+        texts = {**item.texts, "wrapped": text}
+        found.append(dataclasses.replace(item, prompts=(item.prompts[0], text), texts=texts))
+    return found

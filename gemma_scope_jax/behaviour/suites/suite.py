@@ -23,9 +23,9 @@ from typing import Any, get_args
 from gemma_scope_jax.behaviour.arms import HOWS
 from gemma_scope_jax.behaviour.suites.formats import FORMATS, by_fields
 from gemma_scope_jax.behaviour.suites.items import Item, Template, drawn
-from gemma_scope_jax.behaviour.suites.rows import package_bytes, parse_rows, read_rows
+from gemma_scope_jax.behaviour.suites.rows import read_rows
 from gemma_scope_jax.behaviour.suites.scores import JUDGED, MEASURES
-from gemma_scope_jax.behaviour.suites.sets import SETS
+from gemma_scope_jax.behaviour.suites.sets import SETS, read_set, wrapped
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.manifest import digest
 from gemma_scope_jax.storage.paths import expanded
@@ -46,7 +46,7 @@ _OPTIONAL = (
     "about",
     "elsewhere",
 )
-_DATA = ("set", "file", "format", "fields", "items", "group", "limit")
+_DATA = ("set", "wrap", "file", "format", "fields", "items", "group", "limit")
 _ITEM = ("prompt", "prompts", "choices", "answer", "group", "unit", "texts", "facts")
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -165,8 +165,11 @@ def _source(source: Any, number: int, where: str) -> Mapping[str, Any]:
         raise InputError(f"{here}: give one of set, file and items, not {which or 'none'}")
     field(source, "group", str, here, default="")
     field(source, "limit", int, here, default=None, least=1)
-    if "set" in source:
-        _one_of(field(source, "set", str, here), tuple(SETS), "set", here)
+    for key in ("set", "wrap"):
+        if key in source:
+            _one_of(field(source, key, str, here), tuple(SETS), key, here)
+    if "wrap" in source and "set" not in source:
+        raise InputError(f"{here}: wrap, a set of templates, is for a set")
     for key in ("format", "fields"):
         if key in source and "file" not in source:
             raise InputError(f"{here}: {key} is for a file")
@@ -201,7 +204,9 @@ def _inline(given: Any, where: str) -> Item:
     text = lambda key: field(given, key, str, where, default="")
     facts = field(given, "facts", dict, where, default={})
     prompts = prompts or [""]
-    texts = {"prompt": prompts[0], **texts}
+    own = {"prompt": prompts[0]} | {f"prompt {n}": p for n, p in enumerate(prompts, 1)}
+    own |= {f"choice {n}": f"{prompts[0]} {c}".strip() for n, c in enumerate(choices, 1)}
+    texts = {name: text for name, text in own.items() if text} | texts
     return Item(tuple(prompts), tuple(choices), answer, text("group"), text("unit"), texts, facts)
 
 
@@ -274,12 +279,12 @@ def suite_items(
 def _read(suite: Suite, source: Mapping[str, Any], sets) -> tuple[list[Item], dict[str, Any]]:
     own = {"licence": suite.licence, "source": suite.source, "note": ""}
     if "set" in source:
-        known = SETS[source["set"]]
-        parts = [(name, package_bytes(known.package, name, sets)) for name in known.files]
-        items = [item for n, data in parts for item in known.read(parse_rows(data, n), n)]
-        origin = {"licence": known.licence, "source": known.source, "note": known.note}
-        data = b"".join(data for _, data in parts)
-        return items, {"what": source["set"], **origin, "digest": digest(data)}
+        items, origin = read_set(source["set"], sets)
+        if "wrap" in source:
+            templates, other = read_set(source["wrap"], sets)
+            items = wrapped(items, templates, suite.seed)
+            origin = {key: f"{origin[key]}; {other[key]}".strip("; ") for key in origin}
+        return items, origin
     if "items" in source:
         where = f"{suite.place}: data"
         given = source["items"]
