@@ -2,7 +2,8 @@
 
 So that `make test` checks parity with transformers' own numbers where torch is not installed. For
 each size the architecture, shrunk (tests/tiny.py), is stored with the seed of its weights, the
-token ids, the logits, the activations at four sites of every layer and 64 greedily decoded tokens;
+token ids, the logits, the activations of the last tokens at four sites of every layer and 64
+greedily decoded tokens;
 for the real 270M the same for one prompt, the activations of its last token and every 256th logit.
 transformers reads the GGUF file of the 270M itself, with its own dequantisation.
 """
@@ -20,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support")]
 from gemma_scope_jax.model.checkpoints.packaged import packaged_model  # noqa: E402
 from gemma_scope_jax.model.config import PRESETS  # noqa: E402
 from golden.peer import peer_forward, peer_generate, peer_model  # noqa: E402
-from golden.weights import SITES, checksum, random_ids, random_params, stored  # noqa: E402
+from golden.weights import KEPT, SITES, checksum, random_ids, random_params, stored  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 # "The capital of France is" and on: <bos> first.
@@ -40,7 +41,7 @@ def shrunk(number: int, name: str) -> dict[str, np.ndarray]:
         f"{name}/ids": ids,
         f"{name}/logits": logits,
         f"{name}/generated": peer_generate(model, ids[:, :10], 64),
-        **{f"{name}/{site}": stored(sites[site]) for site in SITES},
+        **{f"{name}/{site}": stored(sites[site])[:, :, -KEPT:] for site in SITES},
     }
 
 
