@@ -4,9 +4,10 @@
         [--notes notes.md]
 
 Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
-config.json), the recipe and the card (train_config.json, README.md, curves.png), figures on the
-held-out text and on text of other kinds (figures.json, and in the card), notes on what the text was
-and how the run went (in the card), and label material (labels.json.zst). Snippets come only from
+config.json) and label material (labels.json.zst). Of a single coder also the recipe and the card
+(train_config.json, README.md, curves.png) with figures on the held-out text and on text of other
+kinds (figures.json) and notes on what the text was and how the run went; several coders share one
+card, packaged/transcoders.md, and one recipe beside it. Snippets come only from
 texts whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
 BY-SA), the Python manual and library (PSF).
 """
@@ -29,6 +30,8 @@ from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure, text_ba
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
 OTHER_TOKENS = 41_000  # of each further text
+SUITE = "transcoders"  # what the coders of one run share: SUITE.md and the recipe
+ROW = ("L0", "FVU", "typical", "never fired", "delta loss")
 SOURCES = {
     "Jane Austen": "austen.txt",
     "Wikipedia": "wiki_vital.txt",
@@ -104,21 +107,40 @@ def card_section(found: list[dict]) -> str:
     )
 
 
-def copy_card(source: Path, folder: Path, first: Path) -> None:
-    """Copy the card of a trained coder. The recipe is that of the whole run: the `first` coder that
-    ships keeps it, compact, with the curves, and the other cards point to it."""
-    card = (source / "README.md").read_text(encoding="utf-8")
-    recipe, curves = source / "train_config.json", source / "curves.png"
-    if folder != first:
-        card = card.replace("`train_config.json`", f"`../{first.name}/train_config.json`")
-        card = card.replace("\n![curves](curves.png)\n", "")
-    elif recipe.exists():
+def copy_card(source: Path, folder: Path) -> None:
+    """Copy the card of a trained coder, with its curves and its recipe."""
+    for name in ("README.md", "curves.png", "train_config.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, folder)
+    compact(folder / "train_config.json")
+
+
+def compact(recipe: Path) -> None:
+    """Write a recipe anew without white space."""
+    if recipe.exists():
         whole = json.loads(recipe.read_text(encoding="utf-8"))
-        compact = json.dumps(whole, separators=(",", ":")) + "\n"
-        (folder / recipe.name).write_text(compact, encoding="utf-8")
-    if folder == first and curves.exists():
-        shutil.copy(curves, folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        recipe.write_text(json.dumps(whole, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def suite_card(coders, found: list[list[dict]], notes: str) -> str:
+    """One card for the coders of a run, a row each, by their figures on several texts."""
+    first, texts = coders[0], [f["text"] for f in (one[0] for one in zip(*found))]
+    head = ["layer", *(f"{text}: {name}" for text in texts for name in ROW)]
+    rows = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
+    for coder, *figure in zip(coders, *found):
+        cells = [str(coder.layer)]
+        for f in figure:
+            cells += [f"{f['l0']:.1f}", f"{f['fvu']:.3f}", f"{f['typical']['fvu']:.3f}"]
+            cells += [str(f["dead"]), "" if f["delta_loss"] is None else f"{f['delta_loss']:+.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return (
+        f"# {len(coders)} coders of one run\n\nEach reads `{first.reads}` and writes "
+        f"`{first.writes}`; {first.width} features, target L0 {first.info.l0:g}; the whole recipe "
+        f"is in [{SUITE}_train_config.json]({SUITE}_train_config.json).\n\n"
+        + "\n".join(rows)
+        + f"\n\nFVU with and without (typical) the rare outlier tokens; delta loss in nats, each "
+        f"coder alone.\n\n{notes}"
+    )
 
 
 def main() -> None:
@@ -139,19 +161,27 @@ def main() -> None:
             coder = gs.load_coder(source)
             folder = Path(temporary) / name_of(coder)
             gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
-            copy_card(source, folder, shipped[0][0] if shipped else folder)
+            if len(args.folders) == 1:
+                copy_card(source, folder)
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
         texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]
         texts += [(path, OTHER_TOKENS) for path in args.other]
         found = [figures(model, coders, tok, p, n, args.loss_tokens) for p, n in texts]
+        notes = args.notes.read_text(encoding="utf-8") if args.notes else ""
+        if len(shipped) > 1:
+            card = suite_card(coders, found, notes)
+            (packaged / f"{SUITE}.md").write_text(card, encoding="utf-8")
+            recipe = packaged / f"{SUITE}_train_config.json"
+            shutil.copy(args.folders[0] / "train_config.json", recipe)
+            compact(recipe)
         for (folder, coder), (figure, *others) in zip(shipped, zip(*found)):
-            content = figure | {"other_texts": others}
-            (folder / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
-            with open(folder / "README.md", "a", encoding="utf-8") as card:
-                card.write("\n" + card_section([figure, *others]))
-                if args.notes:
-                    card.write("\n" + args.notes.read_text(encoding="utf-8"))
+            if len(shipped) == 1:
+                content = figure | {"other_texts": others}
+                (folder / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
+                with open(folder / "README.md", "a", encoding="utf-8") as card:
+                    card.write("\n" + card_section([figure, *others]))
+                    card.write("\n" + notes if notes else "")
             shown = {k: figure[k] for k in ("l0", "fvu", "dead", "delta_loss")}
             print(folder.name, json.dumps(shown), flush=True)
             if args.labels:
