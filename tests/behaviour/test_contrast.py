@@ -172,6 +172,15 @@ def test_two_models_on_the_same_texts(planted):
         contrast(model, coder, paired_arms(), model_b=other)
 
 
+def test_a_model_beside_itself_differs_in_nothing(planted):
+    model, coder = planted
+    some = texts(np.random.default_rng(3), 12, 0.5)
+    found = contrast(model, coder, Arms(some, some, paired=True), model_b=model.replace())
+    assert (found.family_p, found.below, found.rows, found.chosen) == (1.0, 0, (), ())
+    assert found.aucs["raw probe"].value == 0.5 and "no feature differs" in repr(found)
+    assert json.dumps(found.as_dict()) and "best feature" not in str(found)
+
+
 def test_what_it_returns_is_json_and_one_line(found):
     content = json.loads(json.dumps(found.as_dict()))
     assert content["alarm"] is True and content["features"][0]["feature"] in (CAUSE, SIGN)
