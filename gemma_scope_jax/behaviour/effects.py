@@ -25,7 +25,7 @@ from gemma_scope_jax.model.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Written:
+class Continuations:
     """Continuations: their prompts as ids and texts, and what was written, as ids and text."""
 
     prompts: tuple[np.ndarray, ...]
@@ -34,7 +34,7 @@ class Written:
     prompt_texts: tuple[str, ...]
 
 
-Effect = Callable[[Model, Tokenizer, Written], Any]  # -> one number a continuation
+Effect = Callable[[Model, Tokenizer, Continuations], Any]  # -> one number a continuation
 
 
 def repetition(ids: np.ndarray) -> float:
@@ -58,7 +58,7 @@ class WordShare:
         if not self.words or not all(isinstance(w, str) and w.strip() for w in self.words):
             raise InputError("an effect by words needs at least one word")
 
-    def __call__(self, model: Model, tokenizer: Tokenizer, written: Written) -> np.ndarray:
+    def __call__(self, model: Model, tokenizer: Tokenizer, written: Continuations) -> np.ndarray:
         return np.array([self.of_text(text) for text in written.texts])
 
     def of_text(self, text: str) -> float:
@@ -80,7 +80,7 @@ class ReadingMean:
     reading: Reading
     coder: Coder | None = None
 
-    def __call__(self, model: Model, tokenizer: Tokenizer, written: Written) -> np.ndarray:
+    def __call__(self, model: Model, tokenizer: Tokenizer, written: Continuations) -> np.ndarray:
         line, site, layer = self._line()
         values = np.zeros(len(written.tokens))
         texts = [np.concatenate(pair) for pair in zip(written.prompts, written.tokens)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.behaviour.effects import Effect, Written, repetition
+from gemma_scope_jax.behaviour.effects import Effect, Continuations, repetition
 from gemma_scope_jax.behaviour.measure import continuation_logprobs
 from gemma_scope_jax.behaviour.steering import SteeringSpec
 from gemma_scope_jax.behaviour.steering_place import steering
@@ -149,7 +149,7 @@ def sweep(
     )
     shape = (len(arms), len(prompts))
     texts = [tokenizer.decode(found[job]) for job in every]
-    written = Written(
+    written = Continuations(
         tuple(plain[p] for _, p in every),
         tuple(found[job] for job in every),
         tuple(texts),

@@ -6,44 +6,27 @@ import pytest
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.steering import OPS
+from steered import (
+    ACTIVE,
+    IDS,
+    LAYER,
+    LAYERS,
+    OTHER,
+    PROMPTS,
+    SAE,
+    SPECS,
+    STRENGTHS,
+    TRANSCODER,
+    VECTOR,
+    D,
+    activation,
+    after,
+    clt,
+    coder,
+    oracle,
+    step,
+)
 from tiny import tiny_model
-
-LAYERS, D, F, LAYER = 4, 32, 24, 2
-IDS = np.random.default_rng(0).integers(2, 300, (3, 9)).astype(np.int32)
-RNG = np.random.default_rng(1)
-VECTOR = RNG.normal(size=D).astype(np.float32)
-
-
-def coder(seed=0, **place):
-    r = np.random.default_rng(seed)
-    normal = lambda *shape: r.normal(size=shape).astype(np.float32)
-    return gs.SparseCoder(
-        w_enc=normal(D, F) / D**0.5,
-        b_enc=0.1 * normal(F),
-        threshold=0.2 + 0.3 * r.random(F, np.float32),
-        w_dec=normal(F, D),
-        b_dec=0.1 * normal(D),
-        **place,
-    )
-
-
-SAE = coder(layer=LAYER)
-TRANSCODER = coder(1, layer=LAYER, reads="mlp_in", writes="mlp_out")
-
-
-def clt():
-    r, X = np.random.default_rng(3), 3
-    normal = lambda *shape: r.normal(size=shape).astype(np.float32)
-    return gs.MultiLayerCoder(
-        w_enc=normal(X, D, F) / D**0.5,
-        b_enc=0.1 * normal(X, F),
-        threshold=np.full((X, F), 0.1, np.float32),
-        w_dec=normal(X * (X + 1) // 2, F, D),
-        b_dec=0.1 * normal(X, D),
-        layers=(1, 2, 3),
-        reads="mlp_in",
-        writes="mlp_out",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -57,59 +40,6 @@ def clean(model):
     sites = [gs.capture(s, LAYER) for s in ("resid_post", "mlp_in", "mlp_out")]
     reads = gs.run(model, IDS, sites).reads
     return {site: np.asarray(x, np.float64) for site, x in reads.items()}
-
-
-def target(kind):
-    if kind == "vector":
-        return {"vector": VECTOR.tolist(), "site": "resid_post", "layer": LAYER}
-    return {"feature": ACTIVE}
-
-
-ACTIVE, OTHER = 5, 7
-STRENGTHS = {"add": 3.0, "rescale": -1.5, "cap": -0.2, "floor": 0.4, "scale": 2.5}
-STRENGTHS |= {"clamp": 1.7, "clamp_min": 0.9, "clamp_max": 0.3}
-
-
-def step(op, kind="feature", **more):
-    strength = {"strength": STRENGTHS[op]} if op in STRENGTHS else {}
-    other = {"other": OTHER} if op == "swap" else {}
-    return {"op": op, **strength, **other, **target(kind), **more}
-
-
-def activation(sae, x, feature):
-    z = x @ np.asarray(sae.w_enc[:, feature], np.float64) + float(sae.b_enc[feature])
-    return np.where(z > float(sae.threshold[feature]), z, 0.0)
-
-
-def oracle(op, x, sae, source, kind, in_norms=False):
-    """x [B, T, D] after the operation, by the table of `SteeringStep`."""
-    f, g = activation(sae, source, ACTIVE), activation(sae, source, OTHER)
-    v, w = np.asarray(sae.w_dec[ACTIVE], np.float64), np.asarray(sae.w_dec[OTHER], np.float64)
-    v = VECTOR.astype(np.float64) if kind == "vector" else v
-    u, s = v / np.linalg.norm(v), STRENGTHS.get(op, 0.0)
-    p, norm = x @ u, np.linalg.norm(x, axis=-1)
-    level = s * norm if in_norms else np.full(p.shape, s)
-    along = lambda amount, row: amount[..., None] * row
-    change = {
-        "add": lambda: along(level, u if in_norms else v),
-        "rescale": lambda: along((s - 1) * p, u),
-        "cap": lambda: along(np.minimum(level - p, 0), u),
-        "floor": lambda: along(np.maximum(level - p, 0), u),
-        "project_out": lambda: along(-p, u),
-        "clamp": lambda: along(s - f, v),
-        "clamp_min": lambda: along(np.maximum(s - f, 0), v),
-        "clamp_max": lambda: along(np.minimum(s - f, 0), v),
-        "scale": lambda: along((s - 1) * f, v),
-        "ablate": lambda: along(-f, v),
-        "swap": lambda: along(g - f, v) + along(f - g, w),
-    }[op]()
-    change[:, 0] = 0.0  # <bos>
-    return x + change
-
-
-def after(model, spec, site="resid_post", coders=SAE, prompts=None, ids=IDS):
-    items = [*gs.steering(model, spec, coders, prompts), gs.capture(site, LAYER)]
-    return np.asarray(gs.run(model, ids, items).reads[site])
 
 
 CASES = [(op, "feature") for op in OPS]
@@ -133,7 +63,7 @@ def test_strength_in_norms_follows_the_norm_of_each_token(model, clean, op):
 
 
 @pytest.mark.parametrize("op", ["add", "clamp", "clamp_min", "scale", "ablate", "swap"])
-def test_a_transcoders_feature_is_read_where_it_reads_and_written_where_it_writes(model, clean, op):
+def test_a_transcoders_feature_is_read_and_written_at_its_own_sites(model, clean, op):
     found = after(model, gs.steer_spec([step(op)]), "mlp_out", TRANSCODER)
     expected = oracle(op, clean["mlp_out"], TRANSCODER, clean["mlp_in"], "feature")
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -193,7 +123,6 @@ def test_a_strength_that_changes_nothing_gives_the_same_bits(op, dtype):
 
 # --- Where and when ------------------------------------------------------------------------------
 
-WHEN = {"feature": OTHER, "above": 0.35}
 WHERE = {
     "all": ("all", lambda t, n: t >= 1),
     "prompt": ("prompt", lambda t, n: (t >= 1) & (t < n)),
@@ -203,7 +132,6 @@ WHERE = {
     "range": ({"from": 3, "to": 10}, lambda t, n: (t >= 3) & (t < 10)),
     "open range": ({"from": 8}, lambda t, n: t >= 8),
 }
-PROMPTS = [IDS[0], IDS[1, :5], IDS[2, :7]]
 NEW = 6
 
 
@@ -255,15 +183,6 @@ def test_a_condition_may_be_read_at_an_earlier_layer_and_on_a_direction(model):
     fired = np.abs(change).max(-1) > 0
     np.testing.assert_array_equal(fired[:, 1:], value[:, 1:] > 0)
     assert fired.any()
-
-
-SPECS = [
-    [step("add", "vector", unit="norm")],
-    [step("clamp", when=WHEN), step("rescale", "vector")],
-    [step("swap", where="generated")],
-    [step("ablate", where="prompt"), step("floor", "vector", where={"from": 6})],
-    [step("scale", where="last"), step("cap", "vector")],
-]
 
 
 @pytest.mark.parametrize("temperature,seed", [(0.0, 0), (1.0, 3), (1.0, 4)])
@@ -326,103 +245,3 @@ def test_roles_of_a_chat_are_named():
     reads = gs.run(wide, ids, [*items, gs.capture("resid_post", LAYER)]).reads
     fired = np.abs(np.asarray(reads["resid_post"] - reads["before"])).max(-1) > 0
     np.testing.assert_array_equal(fired, roles == 2)
-
-
-# --- JSON and bad input --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", SPECS)
-def test_a_spec_goes_to_json_and_back(tmp_path, model, steps):
-    spec = gs.steer_spec(steps, name="one")
-    spec.save(tmp_path / "spec.json")
-    again = gs.steer_spec(tmp_path / "spec.json")
-    assert again.as_dict() == spec.as_dict() and again.name == "one"
-    items = [gs.steering(model, s, SAE, PROMPTS) for s in (spec, again)]
-    one, two = (gs.generate(model, PROMPTS, 2, some).tokens for some in items)
-    np.testing.assert_array_equal(one, two)
-
-
-def test_requests_to_neuronpedia_are_understood(model):
-    request = {
-        "modelId": "gemma-3-270m",
-        "features": [{"modelId": "gemma-3-270m", "layer": "2-res", "index": "5", "strength": 4}],
-        "prompt": "hello",
-        "strength_multiplier": 2.5,
-    }
-    ours = gs.steering(model, gs.steer_spec(request), {"2-res": SAE})
-    theirs = gs.steer("resid_post", LAYER, 10.0 * SAE.w_dec[5])
-    np.testing.assert_allclose(gs.run(model, IDS, ours).logits, gs.run(model, IDS, theirs).logits,
-                               atol=3e-5)  # fmt: skip
-    capped = {
-        "steer_method": "PROJECTION_CAP",
-        "vectors": [{"steering_vector": VECTOR.tolist(), "strength": -0.2,
-                     "hook": "blocks.2.hook_resid_post"}],
-    }  # fmt: skip
-    x = np.asarray(gs.run(model, IDS, gs.capture("resid_post", LAYER)).reads["resid_post"])
-    expected = oracle("cap", x.astype(np.float64), SAE, x, "vector")
-    np.testing.assert_allclose(after(model, gs.steer_spec(capped)), expected, atol=2e-5)
-
-
-ADD = step("add", "vector")
-BAD = {
-    "no steps": ([], "at least one"),
-    "an unknown op": ([{**ADD, "op": "ad"}], "step 0: unknown op 'ad'; did you mean add"),
-    "an unknown field": (
-        [{**ADD, "strenght": 1}],
-        "unknown field 'strenght'; did you mean strength",
-    ),
-    "no strength": ([{k: v for k, v in ADD.items() if k != "strength"}], "lacks 'strength'"),
-    "a strength that is text": ([{**ADD, "strength": "4"}], "strength is '4', not a number"),
-    "a strength for ablation": ([{**step("ablate"), "strength": 1.0}], "takes no strength"),
-    "vector and feature": ([{**ADD, "feature": 1}], "either coder and feature, or a vector"),
-    "neither": ([{"op": "add", "strength": 1.0}], "either coder and feature, or a vector"),
-    "a vector of zeros": ([{**ADD, "vector": [0.0] * D}], "not all of them 0"),
-    "a vector without layer": ([{k: v for k, v in ADD.items() if k != "layer"}], "needs the layer"),
-    "an unknown site": ([{**ADD, "site": "resid_pst"}], "did you mean resid_post"),
-    "a clamp of a vector": ([{**ADD, "op": "clamp"}], "give coder and feature, not a vector"),
-    "a swap of one": ([{"op": "swap", "feature": 1}], "belongs to swap alone"),
-    "a swap with itself": ([{"op": "swap", "feature": 1, "other": 1}], "cannot be swapped with"),
-    "an unknown unit": ([{**ADD, "unit": "max"}], "the only one is 'norm'"),
-    "an unknown place": ([{**ADD, "where": "prompts"}], "did you mean prompt"),
-    "an unknown role": ([{**ADD, "where": {"roles": ["usr"]}}], "no role 'usr'"),
-    "an empty range": ([{**ADD, "where": {"from": 5, "to": 5}}], "holds no positions"),
-    "a negative position": ([{**ADD, "where": [-1]}], "at least 0"),
-    "a condition without level": ([{**ADD, "when": {"feature": 1}}], "above or below"),
-    "a file that is missing": ("nowhere.json", "nowhere.json: no such file"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_spec_gets_one_line(name):
-    given, line = BAD[name]
-    with pytest.raises(gs.InputError, match=line.replace("(", "\\(")) as caught:
-        gs.steer_spec(given)
-    assert "\n" not in str(caught.value)
-
-
-MISFITS = {
-    "a feature that does not exist": (step("clamp", feature=F), {}, "features 0 to|has 0 to 23"),
-    "a vector of another width": ({**ADD, "vector": [1.0, 2.0]}, {}, "resid_post has 32 values"),
-    "a layer that does not exist": ({**ADD, "layer": 4}, {}, "has layers 0 to 3"),
-    "roles without a chat": (
-        step("clamp", where={"roles": ["user"]}), {"prompts": PROMPTS}, "need a chat",
-    ),
-    "places without prompts": (step("clamp", where="generated"), {}, "need the prompts"),
-    "a position before first": ({**ADD, "where": [0]}, {}, "position 0 comes before"),
-    "an unknown coder": (
-        {**step("clamp"), "coder": "nowhere/at/all"}, {"coders": {"a": SAE}}, "nowhere/at/all",
-    ),
-    "a later condition": (
-        {**ADD, "when": {"vector": [1.0] * D, "layer": 3, "above": 0.0}}, {}, "comes after",
-    ),
-    "a rescaled CLT": (
-        step("rescale", layer=1), {"coders": clt()}, "one of its decoder rows as a vector",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_what_the_model_or_the_coder_lacks_is_refused(model, name):
-    given, more, line = MISFITS[name]
-    with pytest.raises(gs.InputError, match=line):
-        gs.steering(model, gs.steer_spec([given]), **{"coders": SAE, **more})
