@@ -1,5 +1,6 @@
 """Steering: every operation against a NumPy formula, and one law for prefill, decoding and text."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -245,3 +246,17 @@ def test_roles_of_a_chat_are_named():
     reads = gs.run(wide, ids, [*items, gs.capture("resid_post", LAYER)]).reads
     fired = np.abs(np.asarray(reads["resid_post"] - reads["before"])).max(-1) > 0
     np.testing.assert_array_equal(fired, roles == 2)
+
+
+def test_eight_devices_steer_as_one_does(model):
+    specs = [gs.steer_spec(SPECS[n]) for n in (1, 2, 4)]
+    mesh = gs.make_mesh(2, 4)
+    placed = jax.device_put(model.params, gs.param_shardings(model.config, mesh))
+    many = gs.Model(placed, model.config)
+    reads = [gs.capture("resid_post", LAYER)]
+    one, two = (
+        gs.generate(m, PROMPTS, NEW, [*gs.steering(m, specs, SAE, PROMPTS), *reads])
+        for m in (model, many)
+    )
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_allclose(one.reads["resid_post"], two.reads["resid_post"], atol=1e-4)

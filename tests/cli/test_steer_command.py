@@ -50,9 +50,7 @@ def test_prints_the_feature_beside_its_baselines_and_writes_a_page(tiny, given, 
     assert not re.search(r"(src|href)=.?http", page) and "{{" not in page
 
 
-def test_texts_of_both_kinds_add_a_difference_of_means_and_a_trained_vector(
-    tiny, given, tmp_path, capsys
-):
+def test_texts_of_both_kinds_add_two_vectors(tiny, given, tmp_path, capsys):
     for name, letters in (("yes", "abcd"), ("no", "wxyz")):
         lines = ["".join(np.random.default_rng(n).choice(list(letters), 6)) for n in range(6)]
         (tmp_path / name).write_text("\n".join(lines))
