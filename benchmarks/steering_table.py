@@ -122,7 +122,7 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
     random = int(rng.choice(np.flatnonzero(alive)))
     sides = [ids[0][::2], ids[1][::2]]
     means = gs.contrast_vector(model, *sides, SITE, LAYER)
-    short = {"steps": 15, "batch": 6, "context": 32}
+    short = {"steps": 10, "batch": 6, "context": 32}
     trained = gs.train_vector(model, *sides, SITE, LAYER, **short)
     scale = typical_scale(raw[choosing])
     probe = fit_logistic((raw[choosing] * scale)[None], y[choosing][None], 1e-2).scores
