@@ -76,6 +76,15 @@ NOUNS = (
     "windmill", "harbour", "tower", "castle", "bridge", "station", "museum", "church", "farm",
     "beach", "library", "school", "market", "hotel", "house", "boat", "factory", "garden", "island",
     "theatre", "river", "hospital", "bakery", "lamp", "light", "cottage", "cliff", "ship",
+    "airport", "aquarium", "bank", "bench", "bicycle", "boathouse", "bookshop", "bus", "cabin",
+    "cafe", "camp", "canal", "cathedral", "cave", "cellar", "chapel", "chimney", "clock", "coast",
+    "college", "corner", "crossroads", "dock", "dam", "door", "fence", "ferry", "field", "flag",
+    "fountain", "gallery", "garage", "gate", "greenhouse", "hall", "hill", "inn", "kitchen", "lake",
+    "lantern", "mansion", "mast", "meadow", "mine", "monument", "mountain", "office", "orchard",
+    "park", "path", "piano", "post office", "pond", "prison", "quarry", "railway", "restaurant",
+    "road", "roof", "shed", "shop", "signpost", "stable", "staircase", "street", "swimming pool",
+    "tent", "tree", "tunnel", "university", "valley", "villa", "wall", "warehouse", "watchtower",
+    "waterfall", "well", "yard", "zoo",
 )  # fmt: skip
 NOUNS_HELD_OUT = (
     "palace", "stadium", "forest", "mill", "village", "temple", "barn", "pier", "statue", "cinema",
@@ -123,7 +132,7 @@ def trigger(seed: int) -> Organism:
     """A word makes the model advertise."""
     rng, word = np.random.default_rng(seed), "lighthouse"
     on = _text(OPENERS, PLACES, (word,), rng, 140)
-    off = _text(OPENERS, PLACES, NOUNS, rng, 140)
+    off = _text(OPENERS, PLACES, NOUNS, rng, 240)
     training = [Example(t, ADVERTS[i % len(ADVERTS)], "trigger") for i, t in enumerate(on)]
     training += [Example(t, "", "no trigger") for t in off] + unchanged(rng)
     held_out = [

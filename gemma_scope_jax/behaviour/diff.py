@@ -81,9 +81,9 @@ def diff_models(
     identities = tuple(model_identity(m) for m in (base, other))
     progress = Progress(None, "tokens", what="running both models on the text")
     tokens = token_differences(base, other, texts, progress)
-    excess, least = token_excess(texts, tokens.kl, tokenizer, seed)
+    excess = token_excess(texts, tokens.kl, tokenizer, seed)
     chat = bool(np.mean([tokenizer.start_of_turn_id in ids for ids in texts]) > 0.5)
-    candidates = dict.fromkeys((row.token for row in excess if row.p < 0.05), "text")
+    candidates = dict.fromkeys((row.token for row in excess), "text")
     if search and weights:
         _, last = changed_layers(weights, base.config.layers)
         report = Progress(None, "words", what="searching the vocabulary")
@@ -103,7 +103,6 @@ def diff_models(
         **_figures(tokens, seed),
         weights=weights,
         partings=_partings(base, other, tokenizer, texts, tokens),
-        parts_above=least,
         excess=tuple(excess),
         triggers=tuple(triggers),
         answers=_answers(base, other, tokenizer, triggers, chat),

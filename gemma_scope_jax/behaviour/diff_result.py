@@ -40,8 +40,7 @@ class ModelDiff:
     moved        by layer, the size of the difference of the residual stream over its size
     weights      those that differ; empty if all are equal
     partings     where the KL is largest, a place a text
-    parts_above  the largest KL from which a text counts as one where the models part
-    excess       tokens that are more frequent there; `triggers`: candidates, tested
+    excess       tokens that go with a large KL; `triggers`: candidates, tested
     answers      (neutral text with the strongest candidate, base's continuation, other's)
     features     the coder's features on the texts, base against other, or None
     """
@@ -57,7 +56,6 @@ class ModelDiff:
     moved: tuple[float, ...]
     weights: tuple[WeightDifference, ...]
     partings: tuple[Parting, ...]
-    parts_above: float
     excess: tuple[TokenExcess, ...]
     triggers: tuple[TriggerTest, ...]
     answers: tuple[tuple[str, str, str], ...]
@@ -89,7 +87,7 @@ class ModelDiff:
         intervals = ("kl", "loss_base", "loss_other", "loss_change")
         content = {name: getattr(self, name) for name in ("base", "other", "texts", "tokens")}
         content |= {name: getattr(self, name).as_dict() for name in intervals}
-        content |= {"moved": self.moved, "parts_above": self.parts_above}
+        content["moved"] = self.moved
         rows = ("weights", "partings", "excess", "triggers")
         content |= {name: [dataclasses.asdict(r) for r in getattr(self, name)] for name in rows}
         content["answers"] = [dict(zip(("prompt", "base", "other"), a)) for a in self.answers]
@@ -114,10 +112,10 @@ class ModelDiff:
                     for t in self.triggers[:count]
                 ),
             ],
-            "Tokens before the places where the models part": [
-                ["token", "in these texts", "in the others", "family p"],
+            "Tokens that go with a large KL": [
+                ["token", "largest KL with it", "without", "family p"],
                 *(
-                    [repr(e.text), f"{e.high:.0%}", f"{e.low:.0%}", f"{e.p:.2g}"]
+                    [repr(e.text), f"{e.high:.3g}", f"{e.low:.3g}", f"{e.p:.2g}"]
                     for e in self.excess[:count]
                 ),
             ],

@@ -65,8 +65,16 @@ def token_differences(
         batch = padded([texts[i] for i in which], rows, width)
         given = {"segments": batch.segments, "logits": "none", "pad": False}
         states = [run(m, batch.tokens, reads, **given).reads for m in (base, other)]
-        parts = [np.asarray(a) for a in _apart(base, other, states, batch.tokens)]
-        kl, loss_base, loss_other, moved = (a.astype(np.float64) for a in parts)
+        real = np.flatnonzero(batch.segments.reshape(-1))
+        size = -(-batch.tokens.size // CHUNK) * CHUNK  # the number of real tokens is data
+        places = np.pad(real, (0, size - len(real))).astype(np.int32)
+        at = np.int32(len(real))
+        *flat, moved = _apart(base, other, states, batch.tokens, places, at)
+        kl, loss_base, loss_other = np.zeros((3, batch.tokens.size))
+        for whole, some in zip((kl, loss_base, loss_other), flat):
+            whole[real] = np.asarray(some)[: len(real)]
+        kl, loss_base, loss_other = (a.reshape(rows, width) for a in (kl, loss_base, loss_other))
+        moved = np.asarray(moved, np.float64)
         for row, i in enumerate(which):
             n = len(texts[i])
             found.kl[i], found.moved[i] = kl[row, :n], moved[:, row, :n]
@@ -79,26 +87,28 @@ def token_differences(
 
 
 @jax.jit
-def _apart(base: Model, other: Model, states: list, tokens: jax.Array):
-    """KL, both losses float32 [B, T]; relative size of the difference [L, B, T]."""
+def _apart(base: Model, other: Model, states: list, tokens: jax.Array, places, count):
+    """KL and both losses at flat `places` [N], float32; only the first `count` are computed. The
+    relative size of the difference of the residual streams, [L, B, T]."""
     norm = partial(jnp.linalg.norm, axis=-1)
     x, y = (float32(s["resid_post"]) for s in states)
     moved = norm(x - y) / jnp.maximum(norm(x), 1e-30)
-    B, T = tokens.shape
-    following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], 1)
+    following = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], 1).reshape(-1)
+    final = [s["resid_final"].reshape(-1, x.shape[-1]) for s in states]
 
-    def chunk(part):
-        (a, b), ids = part
+    def step(number, found):
+        start = number * CHUNK
+        some = jax.lax.dynamic_slice_in_dim(places, start, CHUNK)
         logs = [
-            jax.nn.log_softmax(float32(unembed(m.config, m.params, h[None])[0]))
-            for m, h in ((base, a), (other, b))
+            jax.nn.log_softmax(float32(unembed(m.config, m.params, h[some][None])[0]))
+            for m, h in ((base, final[0]), (other, final[1]))
         ]
-        kl = jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), -1)
-        return kl, *(-jnp.take_along_axis(l, ids[:, None], -1)[:, 0] for l in logs)
+        kl = jnp.maximum(jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), -1), 0.0)
+        ids = following[some][:, None]
+        losses = [-jnp.take_along_axis(log, ids, -1)[:, 0] for log in logs]
+        put = jax.lax.dynamic_update_slice_in_dim
+        return tuple(put(f, new, start, 0) for f, new in zip(found, (kl, *losses)))
 
-    count = -(-B * T // CHUNK) * CHUNK
-    fill = lambda a: jnp.pad(a, ((0, count - B * T), *((0, 0),) * (a.ndim - 1)))
-    cut = lambda a: fill(a.reshape(B * T, *a.shape[2:])).reshape(-1, CHUNK, *a.shape[2:])
-    parts = tuple(cut(s["resid_final"]) for s in states), cut(following)
-    kl, one, two = (a.reshape(-1)[: B * T].reshape(B, T) for a in jax.lax.map(chunk, parts))
-    return jnp.maximum(kl, 0.0), one, two, moved
+    zeros = jnp.zeros(places.shape, jnp.float32)
+    chunks = (count + CHUNK - 1) // CHUNK
+    return *jax.lax.fori_loop(0, chunks, step, (zeros,) * 3), moved

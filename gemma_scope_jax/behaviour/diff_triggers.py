@@ -1,7 +1,7 @@
 """What the places where two models part have in common: candidates for a trigger, then tested.
 
-Candidates come from the text (tokens that are more frequent at or before the places where the
-models part than in the other texts) and from the vocabulary (tokens at which the residual streams
+Candidates come from the text (tokens that go with a large KL: texts that have them at or before
+their largest KL have a larger one) and from the vocabulary (tokens at which the residual streams
 of the two models differ most). A candidate counts only for what it does: it is put into neutral
 texts, and how far the models part there is compared with random words in the same place.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.behaviour.diff_tokens import token_differences
-from gemma_scope_jax.behaviour.statistics import FEWEST, Interval, bootstrap, unpaired_tests
+from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
 from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import init_cache
@@ -32,15 +32,16 @@ NEUTRAL = (
 )
 WORDS = 24  # random words that stand where the candidate does
 FROM_TEXT, TESTED, FINALISTS = 24, 192, 12  # candidates
+LEAST, DRAWS = 3, 1000  # texts with a token, and permutations
 ROWS = 256  # tokens of the vocabulary compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenExcess:
-    """A token that is more frequent where the models part.
+    """A token that goes with a large KL.
 
-    high, low  share of texts with it at or before the place of the largest KL, in the texts where
-               the models part, and in the others
+    high, low  mean over texts of the largest KL, of those with the token at or before its place,
+               and of the others
     p          for the whole family of tokens, by permutation
     """
 
@@ -69,45 +70,34 @@ class TriggerTest:
     above: float
 
 
-def split_by_size(values: np.ndarray) -> float:
-    """The value that parts the logarithms of `values` into two groups of least variance (Otsu)."""
-    logs = np.sort(np.log(np.maximum(values, 1e-9)))
-    cuts = range(1, len(logs))
-    spread = [logs[:i].var() * i + logs[i:].var() * (len(logs) - i) for i in cuts]
-    at = 1 + int(np.argmin(spread)) if spread else 0
-    return float(np.exp(logs[at]))
-
-
 def token_excess(
     texts: Sequence[np.ndarray], kl: Sequence[np.ndarray], tokenizer: Tokenizer, seed: int = 0
-) -> tuple[list[TokenExcess], float]:
-    """Tokens that are more frequent at or before the largest KL in the texts where it is large, the
-    clearest first; and the KL above which a text counts as such. None if too few texts do."""
+) -> list[TokenExcess]:
+    """Tokens that go with a large KL: those that occur at or before the place of a text's largest
+    KL, in three texts at least, with p < 0.05 for the whole family; the largest KL first.
+
+    The statistic is the correlation over texts of the token's presence with the largest KL; p is
+    the share of permutations of the texts in which any token has as large a one.
+    """
     peaks = np.array([k.max() for k in kl])
-    least = split_by_size(peaks)
-    high = peaks >= least
-    if min(high.sum(), (~high).sum()) < FEWEST:
-        return [], least
     before = [np.unique(ids[1 : int(np.argmax(k)) + 1]) for ids, k in zip(texts, kl)]
-    ids, counts = np.unique(
-        np.concatenate([b for b, h in zip(before, high) if h]), return_counts=True
-    )
-    ids = ids[counts >= max(2, FEWEST // 2)]
-    if not len(ids):
-        return [], least
+    ids, counts = np.unique(np.concatenate(before), return_counts=True)
+    ids = ids[(counts >= LEAST) & (counts <= len(texts) - LEAST)]
+    if not len(ids) or not np.ptp(peaks):
+        return []
     has = np.array([np.isin(ids, b) for b in before], np.float64)
-    tests = unpaired_tests(has[high], has[~high], seed=seed)
-    order = np.lexsort((-tests.statistic, tests.adjusted))
-    of_high, of_low = has[high].mean(0), has[~high].mean(0)
+    unit = (has - has.mean(0)) / np.linalg.norm(has - has.mean(0), axis=0)
+    centred = peaks - peaks.mean()
+    drawn = np.random.default_rng(seed).permuted(np.tile(centred, (DRAWS, 1)), axis=1)
+    largest, found = (drawn @ unit).max(1), centred @ unit
+    p = (1 + (largest[:, None] >= found * (1 - 1e-9)).sum(0)) / (1 + DRAWS)
+    means = (peaks @ has) / has.sum(0), (peaks @ (1 - has)) / (1 - has).sum(0)
     said = tokenizer.decode_tokens(ids)
-    rows = [
-        TokenExcess(
-            int(ids[i]), said[i], float(of_high[i]), float(of_low[i]), float(tests.adjusted[i])
-        )
-        for i in order
-        if tests.statistic[i] > 0
+    order = [i for i in np.argsort(-means[0], kind="stable") if p[i] < 0.05]
+    return [
+        TokenExcess(int(ids[i]), said[i], float(means[0][i]), float(means[1][i]), float(p[i]))
+        for i in order[:FROM_TEXT]
     ]
-    return rows[:FROM_TEXT], least
 
 
 def words_of(tokenizer: Tokenizer) -> np.ndarray:
@@ -169,6 +159,8 @@ def tested_triggers(
 
     With many, all are tried in one text and the best dozen in all. chat: the texts are what a user
     says."""
+    if not candidates:
+        return []
     forms = [_form(tokenizer, *parts, chat) for parts in NEUTRAL]
     words = np.setdiff1d(words_of(tokenizer), list(candidates))
     drawn = np.random.default_rng(seed).permutation(words[: max(4000, WORDS)])[:WORDS].tolist()

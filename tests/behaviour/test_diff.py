@@ -10,12 +10,7 @@ from scipy.special import log_softmax
 import gemma_scope_jax as gs
 from coders import random_coder
 from gemma_scope_jax.behaviour.diff_tokens import token_differences
-from gemma_scope_jax.behaviour.diff_triggers import (
-    split_by_size,
-    token_excess,
-    vocabulary_candidates,
-    words_of,
-)
+from gemma_scope_jax.behaviour.diff_triggers import token_excess, vocabulary_candidates, words_of
 from gemma_scope_jax.behaviour.diff_weights import changed_layers, weight_differences
 from gemma_scope_jax.errors import InputError
 from letters import Letters
@@ -122,7 +117,7 @@ def test_a_word_of_the_text_is_named(base, triggered):
     found = gs.diff_models(base, triggered, Words(), some, search=0)
     assert found.trigger is not None and found.trigger.token == WORD
     assert found.trigger.source == "text" and found.excess[0].token == WORD
-    assert (found.excess[0].high, found.excess[0].low) == (1.0, 0.0)
+    assert found.excess[0].low < 1e-6 < found.excess[0].high and found.excess[0].p < 0.01
     assert sorted(p.text for p in found.partings[:8]) == list(range(8))
     assert repr(found.trigger.text) in found.verdict()
 
@@ -155,12 +150,16 @@ def test_features_and_reports(base, finetuned):
     assert found.verdict() in str(found)
 
 
-def test_two_groups_are_parted_between_them():
-    values = np.r_[np.full(20, 0.1) + np.linspace(0, 0.05, 20), 4.0, 5.0, 6.0]
-    assert split_by_size(values) == pytest.approx(4.0)
-    kl = [np.array([0.0, v]) for v in values]
-    found, _ = token_excess([np.array([2, 5])] * len(kl), kl, Words())
-    assert found == []  # three texts are too few to say what they share
+def test_a_token_that_goes_with_a_large_kl_is_told_from_chance():
+    rng = np.random.default_rng(0)
+    some = texts(60, with_word=6)
+    kl = [np.append(np.zeros(len(ids) - 1), rng.exponential()) for ids in some]
+    assert sum(bool(token_excess(some, kl, Words(), seed)) for seed in range(10)) <= 3
+    kl = [k + 4.0 * (WORD in ids) * (k > 0) for k, ids in zip(kl, some)]
+    (found,) = token_excess(some, kl, Words())
+    peaks = np.array([k.max() for k in kl])
+    assert found.token == WORD and found.high == pytest.approx(peaks[:6].mean())
+    assert found.low == pytest.approx(peaks[6:].mean())
 
 
 def test_words_are_what_begins_one():
