@@ -13,7 +13,7 @@ from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
 from gemma_scope_jax.behaviour.suites.items import Item
 
 JUDGED = "verdicts"  # the measure of suites whose answers are judged
-FEWEST = 10  # items of a group with figures of its own
+FEWEST = 10  # units of a group with figures of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,18 @@ class Measure:
 
 
 def grouped_figures(scored: Scored, measure: Measure, seed: int) -> dict[str, list[Figure]]:
-    """The figures of each group with `FEWEST` items or more, if there are several groups."""
+    """The figures of each group with `FEWEST` units or more, if there are several groups."""
     groups = np.array([item.group for item in scored.items])
-    names = [n for n in sorted(set(groups.tolist())) if (groups == n).sum() >= FEWEST and n]
-    if len(set(groups.tolist())) < 2:
+    names = sorted(set(groups.tolist()))
+    if len(names) < 2:
         return {}
-    return {name: measure.figures(scored.where(groups == name), seed) for name in names}
+    parts = {name: scored.where(groups == name) for name in names if name}
+    return {name: measure.figures(s, seed) for name, s in parts.items() if _count(s) >= FEWEST}
+
+
+def _count(scored: Scored) -> int:
+    """How many units the items are of."""
+    return len({item.unit or f"item {n}" for n, item in enumerate(scored.items)})
 
 
 def units_of(items: Sequence[Item]) -> np.ndarray | None:
