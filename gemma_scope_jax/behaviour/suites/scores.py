@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
+from gemma_scope_jax.behaviour.statistics import Interval, bootstrap, share
 from gemma_scope_jax.behaviour.suites.items import Item
 
 JUDGED = "verdicts"  # the measure of suites whose answers are judged
@@ -93,6 +93,10 @@ def _mean(values: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
 
 
 def _share(hits: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
+    """Percent; Wilson's interval where items stand for themselves, as none or all may be hits."""
+    if units_of(items) is None and np.isin(hits, (0, 1)).all():
+        found = share(int(hits.sum()), len(hits))
+        return Interval(100 * found.value, 100 * found.low, 100 * found.high, found.n)
     return _mean(100.0 * hits, items, seed)
 
 
@@ -223,8 +227,8 @@ def _bbq(scored: Scored, seed: int) -> list[Figure]:
         found.append(Figure(f"accuracy, {name}", _share(right, some, seed), none=chance))
         known = kept & (unknown >= 0)
         if known.any():
-            share = _share((chosen == unknown)[known], scored.where(known).items, seed)
-            found.append(Figure(f'"not known" chosen, {name}', share))
+            chosen_share = _share((chosen == unknown)[known], scored.where(known).items, seed)
+            found.append(Figure(f'"not known" chosen, {name}', chosen_share))
         scorable = kept & (biased >= 0)
         if scorable.sum() >= FEWEST:
             named = chosen != unknown
