@@ -26,6 +26,10 @@ CONTRAST = (
     "items about the same thing are in the same half. The alarm (family p) compares the largest "
     "difference among all features with those after the arms are shuffled."
 )
+DASHED = (
+    "Dashed: the value without the behaviour, or by chance. n: items, or the things that they are "
+    "about, where these are drawn together."
+)
 MEDIATION = (
     "The features found are set to 0 while held-out items are measured again; so are sets of as "
     "many random features that fire as often and write as much."
@@ -103,8 +107,8 @@ def _figures(done: Audit) -> str:
     for group, some in done.groups.items():
         name = _tag("td", _text(group or "no group"), class_="group", colspan="4")
         rows += _tag("tr", name) + _interval_rows(some)
-    names = ("figure", "value and interval", "", "items")
-    note = _paragraph("Dashed: the value without the behaviour, or by chance.", class_="soft")
+    names = ("figure", "value and interval", "", "n")
+    note = _paragraph(DASHED, class_="soft")
     return _section("Figures", note, _table(names, rows))
 
 

@@ -57,7 +57,7 @@ class Audit:
 
     def tables(self) -> dict[str, list[list[Any]]]:
         """Heading -> rows, the first of which names them."""
-        found = {"Figures": [["figure", "value", "95 % interval", "without", "items"]]}
+        found = {"Figures": [["figure", "value", "95 % interval", "without", "n"]]}
         found["Figures"] += [_row(f) for f in self.figures]
         for group, figures in self.groups.items():
             found["Figures"] += [_row({**f, "name": f"{group}: {f['name']}"}) for f in figures]

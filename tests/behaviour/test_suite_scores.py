@@ -142,3 +142,8 @@ def test_verdicts_are_shares_by_group_and_variant():
     assert found["refused: harmful, variant 1"].value == pytest.approx(100 * 2 / 3)
     assert found["refused: harmful, variant 2"].n == 4
     assert found["refused: harmless, variant 2"].value == 100
+
+
+def test_none_of_a_few_items_is_no_certainty():
+    found = figures("preference", scored([[[0, 1]]] * 20))["first text of the pair likelier"]
+    assert found.value == 0 and found.low == 0 and 10 < found.high < 20

@@ -1,8 +1,11 @@
 """Suite files are checked field by field, and give the same items each time."""
 
+import numpy as np
 import pytest
 import yaml
 
+import gemma_scope_jax as gs
+from gemma_scope_jax.behaviour.asking import questions
 from gemma_scope_jax.behaviour.suites.items import Item, drawn, requests
 from gemma_scope_jax.behaviour.suites.suite import load_suite, suite_items, suite_names
 from gemma_scope_jax.errors import InputError
@@ -134,3 +137,39 @@ def test_a_choice_follows_its_prompt_after_one_space():
     ]  # fmt: skip
     (head, tail), *_ = requests(Item(("",), ("Whole text", "b")), letters, "plain")
     assert head.tolist() == [2] and text(tail) == "Whole text"
+
+
+OWN = ("over_refusal", "sycophancy", "truthfulness", "cot_faithfulness")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_items_are_whole_and_fit_their_measure(name):
+    """With the real tokenizer: prompt and choice are the text, encoded as one."""
+    tokenizer, suite = gs.load_tokenizer("gemma-3-270m"), load_suite(name)
+    items = suite_items(suite).items
+    asked = questions(items, tokenizer, suite.template, 2048, new_tokens=suite.new_tokens)
+    assert len(items) >= 30 and asked.left_out == 0
+    for item, pairs in zip(asked.items, asked.pairs):
+        assert len(pairs) == len(item.prompts) * max(1, len(item.choices))
+        for (head, tail), prompt in zip(pairs[:: max(1, len(item.choices))], item.prompts):
+            if suite.template == "chat":
+                assert prompt in tokenizer.decode(head) and head[-3] == tokenizer.start_of_turn_id
+            else:
+                whole = tokenizer.encode(f"{prompt} {item.choices[0]}")
+                np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
+    for key in "ab":
+        assert all(suite.arms[key] in item.texts for item in items)
+
+
+@pytest.mark.real
+def test_a_chat_is_answered_in_the_turn_of_the_model():
+    tokenizer = gs.load_tokenizer("gemma-3-270m")
+    (head, tail), _ = requests(Item(("Hi",), ("Hello", "No")), tokenizer, "chat")
+    ids = tokenizer.chat([{"role": "user", "content": "Hi"}]).ids
+    np.testing.assert_array_equal(head, ids)
+    assert tokenizer.decode(tail) == "Hello"
+    asked = questions([Item(("Hi",)), Item(("Hi " * 50,))], tokenizer, "chat", 40, new_tokens=8)
+    assert asked.left_out == 1 and len(asked.items) == 1
+    with pytest.raises(InputError, match="no item fits"):
+        questions([Item(("Hi " * 50,))], tokenizer, "chat", 40)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
+from gemma_scope_jax.behaviour.statistics import Interval, bootstrap, share
 from gemma_scope_jax.behaviour.suites.items import Item
 
 JUDGED = "verdicts"  # the measure of suites whose answers are judged
-FEWEST = 10  # items of a group with figures of its own
+FEWEST = 10  # units of a group with figures of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,18 @@ class Measure:
 
 
 def grouped_figures(scored: Scored, measure: Measure, seed: int) -> dict[str, list[Figure]]:
-    """The figures of each group with `FEWEST` items or more, if there are several groups."""
+    """The figures of each group with `FEWEST` units or more, if there are several groups."""
     groups = np.array([item.group for item in scored.items])
-    names = [n for n in sorted(set(groups.tolist())) if (groups == n).sum() >= FEWEST and n]
-    if len(set(groups.tolist())) < 2:
+    names = sorted(set(groups.tolist()))
+    if len(names) < 2:
         return {}
-    return {name: measure.figures(scored.where(groups == name), seed) for name in names}
+    parts = {name: scored.where(groups == name) for name in names if name}
+    return {name: measure.figures(s, seed) for name, s in parts.items() if _count(s) >= FEWEST}
+
+
+def _count(scored: Scored) -> int:
+    """How many units the items are of."""
+    return len({item.unit or f"item {n}" for n, item in enumerate(scored.items)})
 
 
 def units_of(items: Sequence[Item]) -> np.ndarray | None:
@@ -87,6 +93,10 @@ def _mean(values: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
 
 
 def _share(hits: np.ndarray, items: Sequence[Item], seed: int) -> Interval:
+    """Percent; Wilson's interval where items stand for themselves, as none or all may be hits."""
+    if units_of(items) is None and np.isin(hits, (0, 1)).all():
+        found = share(int(hits.sum()), len(hits))
+        return Interval(100 * found.value, 100 * found.low, 100 * found.high, found.n)
     return _mean(100.0 * hits, items, seed)
 
 
@@ -217,8 +227,8 @@ def _bbq(scored: Scored, seed: int) -> list[Figure]:
         found.append(Figure(f"accuracy, {name}", _share(right, some, seed), none=chance))
         known = kept & (unknown >= 0)
         if known.any():
-            share = _share((chosen == unknown)[known], scored.where(known).items, seed)
-            found.append(Figure(f'"not known" chosen, {name}', share))
+            chosen_share = _share((chosen == unknown)[known], scored.where(known).items, seed)
+            found.append(Figure(f'"not known" chosen, {name}', chosen_share))
         scorable = kept & (biased >= 0)
         if scorable.sum() >= FEWEST:
             named = chosen != unknown
