@@ -32,15 +32,15 @@ from pathlib import Path
 import numpy as np
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.baselines import (
+from gemma_scope_jax.behaviour.statistics import bootstrap
+from gemma_scope_jax.behaviour.steering.baselines import (
     OTHER_LAYER,
     PROMPT,
     RANDOM,
     as_reading,
     at_strengths,
 )
-from gemma_scope_jax.behaviour.calibrate import CLEAN
-from gemma_scope_jax.behaviour.statistics import bootstrap
+from gemma_scope_jax.behaviour.steering.calibrate import CLEAN
 from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing.logistic import fit_logistic
 from gemma_scope_jax.probing.pooling import pool, typical_scale

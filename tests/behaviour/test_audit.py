@@ -8,10 +8,10 @@ import pytest
 
 import gemma_scope_jax as gs
 from audits import HOSTILE, Readable, answers_suite, coder_of, pairs_suite, run_audit
-from gemma_scope_jax.behaviour import asking
-from gemma_scope_jax.behaviour import audit as audit_module
-from gemma_scope_jax.behaviour.audit_arms import halves
-from gemma_scope_jax.behaviour.judges import Judge
+from gemma_scope_jax.behaviour.audits import asking
+from gemma_scope_jax.behaviour.audits import audit as audit_module
+from gemma_scope_jax.behaviour.audits.item_arms import halves
+from gemma_scope_jax.behaviour.audits.judges import AnswerJudge
 from gemma_scope_jax.behaviour.suites.items import Item
 from gemma_scope_jax.errors import InputError
 from tiny import tiny_model
@@ -158,7 +158,7 @@ def test_a_mesh_gives_the_same_figures(done, model, suite, tmp_path):
 
 def judge(threshold=0):
     grade = lambda prompts, answers: np.array([float(len(a) > threshold) for a in answers])
-    return Judge("length", "long", "its length", grade, checked=False)
+    return AnswerJudge("length", "long", "its length", grade, checked=False)
 
 
 def test_written_answers_are_judged_and_mediated(model, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.behaviour.arms import Arms, arms
-from gemma_scope_jax.behaviour.contrast import contrast
-from gemma_scope_jax.behaviour.structural import structural_features
+from gemma_scope_jax.behaviour.contrasts.arms import Arms, arms
+from gemma_scope_jax.behaviour.contrasts.contrast import contrast
+from gemma_scope_jax.behaviour.contrasts.structural import structural_features
 from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.errors import InputError
 from planted_behaviour import (
@@ -97,8 +97,8 @@ def test_without_a_difference_there_is_no_alarm(planted, how):
 
 def test_the_alarm_is_raised_by_chance_in_five_of_a_hundred(planted):
     """The 60 texts dealt to arms 100 times; pooled once, as `contrast` does."""
-    from gemma_scope_jax.behaviour.arms import pool_arms
-    from gemma_scope_jax.behaviour.ranking import tests_of
+    from gemma_scope_jax.behaviour.contrasts.arms import pool_arms
+    from gemma_scope_jax.behaviour.contrasts.ranking import tests_of
 
     model, coder = planted
     rng = np.random.default_rng(5)

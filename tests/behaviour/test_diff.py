@@ -9,9 +9,13 @@ from scipy.special import log_softmax
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.behaviour.diff_tokens import token_differences
-from gemma_scope_jax.behaviour.diff_triggers import token_excess, vocabulary_candidates, words_of
-from gemma_scope_jax.behaviour.diff_weights import changed_layers, weight_differences
+from gemma_scope_jax.behaviour.model_diff.tokens import token_differences
+from gemma_scope_jax.behaviour.model_diff.triggers import (
+    token_excess,
+    vocabulary_candidates,
+    words_of,
+)
+from gemma_scope_jax.behaviour.model_diff.weights import changed_layers, weight_differences
 from gemma_scope_jax.errors import InputError
 from letters import Letters
 

@@ -7,10 +7,10 @@ import gemma_scope_jax as gs
 from audits import Readable, coder_of
 from chat_server import KEY, ChatServer
 from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
-from gemma_scope_jax.behaviour import judges
-from gemma_scope_jax.behaviour.judges import (
+from gemma_scope_jax.behaviour.audits import judges
+from gemma_scope_jax.behaviour.audits.judges import (
     LABELS,
-    Judge,
+    AnswerJudge,
     agreement,
     answer_judge,
     labelled_answers,
@@ -28,7 +28,9 @@ def grades(judge, *answers):
 
 
 def given(values):
-    return Judge("given", "refused", "what the test says", lambda p, a: np.asarray(values, float))
+    return AnswerJudge(
+        "given", "refused", "what the test says", lambda p, a: np.asarray(values, float)
+    )
 
 
 def test_labelled_answers_are_of_all_kinds():

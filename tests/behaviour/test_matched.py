@@ -8,7 +8,7 @@ import pytest
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.behaviour.matched import compare_features
+from gemma_scope_jax.behaviour.contrasts.matched import compare_features
 from gemma_scope_jax.errors import InputError
 from planted_behaviour import CAUSE, behaviour_coder, behaviour_model, texts
 

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.activity import FeatureActivity, feature_activity, matched_sets
-from gemma_scope_jax.behaviour.contrast import contrast
-from gemma_scope_jax.behaviour.mediate import mediate
+from gemma_scope_jax.behaviour.contrasts.activity import (
+    FeatureActivity,
+    feature_activity,
+    matched_sets,
+)
+from gemma_scope_jax.behaviour.contrasts.contrast import contrast
+from gemma_scope_jax.behaviour.contrasts.mediate import mediate
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import run as running

@@ -11,10 +11,10 @@ from scipy.special import expit
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.behaviour.arms import arms
-from gemma_scope_jax.behaviour.monitor_fit import _platt
-from gemma_scope_jax.behaviour.monitor_quality import calibration, roc_curve
-from gemma_scope_jax.behaviour.monitors import largest, token_scores
+from gemma_scope_jax.behaviour.contrasts.arms import arms
+from gemma_scope_jax.behaviour.monitors.fit import _platt
+from gemma_scope_jax.behaviour.monitors.monitor import largest, token_scores
+from gemma_scope_jax.behaviour.monitors.quality import calibration, roc_curve
 from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.errors import InputError
 from letters import Letters

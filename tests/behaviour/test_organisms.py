@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.diff_weights import weight_differences
 from gemma_scope_jax.behaviour.measure import continuation_logprobs
+from gemma_scope_jax.behaviour.model_diff.weights import weight_differences
 from tiny import tiny, tiny_model
 from tiny_tokenizer import tiny_proto, write_model
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.steering import OPS
+from gemma_scope_jax.behaviour.steering.spec import OPS
 from steered import (
     ACTIVE,
     IDS,

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.asking import questions
+from gemma_scope_jax.behaviour.audits.asking import questions
 from gemma_scope_jax.behaviour.suites.items import Item, drawn, requests
 from gemma_scope_jax.behaviour.suites.suite import load_suite, suite_items, suite_names
 from gemma_scope_jax.errors import InputError

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.calibrate import CLEAN, calibrate
-from gemma_scope_jax.behaviour.effects import ReadingMean, WordShare, repetition
-from gemma_scope_jax.behaviour.sweep import Sweep, SweepArm, sweep
-from gemma_scope_jax.behaviour.vectors import add_in_norms
+from gemma_scope_jax.behaviour.steering.calibrate import CLEAN, calibrate
+from gemma_scope_jax.behaviour.steering.effects import ReadingMean, WordShare, repetition
+from gemma_scope_jax.behaviour.steering.sweep import Sweep, SweepArm, sweep
+from gemma_scope_jax.behaviour.steering.vectors import add_in_norms
 from letters import Letters
 from tiny import tiny_model
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gemma_scope_jax as gs
-from gemma_scope_jax.behaviour.arms import Arms
+from gemma_scope_jax.behaviour.contrasts.arms import Arms
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from planted_circuit import CONFIG, MESSAGE, UNREAD, A, B, C, planted_model
 

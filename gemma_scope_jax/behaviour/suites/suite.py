@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from gemma_scope_jax.behaviour.arms import HOWS
+from gemma_scope_jax.behaviour.contrasts.arms import HOWS
 from gemma_scope_jax.behaviour.suites.formats import FORMATS, by_fields
 from gemma_scope_jax.behaviour.suites.items import Item, Template, drawn
 from gemma_scope_jax.behaviour.suites.rows import read_rows

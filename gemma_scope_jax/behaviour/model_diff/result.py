@@ -1,0 +1,156 @@
+"""What `diff_models` returns: figures, places, weights, candidates for a trigger."""
+
+import dataclasses
+from typing import Any
+
+from gemma_scope_jax.behaviour.contrasts.differences import Contrast
+from gemma_scope_jax.behaviour.model_diff.triggers import TokenExcess, TriggerTest
+from gemma_scope_jax.behaviour.model_diff.weights import WeightDifference
+from gemma_scope_jax.behaviour.statistics import Interval
+from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.storage.strict_json import finite
+
+NAMED = 3.0  # times the KL of random words, from which a candidate is called a trigger
+SHOWN = 12  # rows of a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Parting:
+    """A place where the models part.
+
+    text, position  which text, and which of its tokens the next one is predicted after
+    before          the tokens up to there
+    base, other     the likeliest next tokens with their probabilities
+    """
+
+    text: int
+    position: int
+    kl: float
+    before: str
+    base: tuple[tuple[str, float], ...]
+    other: tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelDiff:
+    """Two models compared; printed, tables.
+
+    kl           KL(base || other) of the next token, nats, mean over tokens; interval over texts
+    loss_base, loss_other, loss_change  nats a token on the texts
+    moved        by layer, the size of the difference of the residual stream over its size
+    weights      those that differ; empty if all are equal
+    partings     where the KL is largest, a place a text
+    excess       tokens that go with a large KL; `triggers`: candidates, tested
+    answers      (neutral text with the strongest candidate, base's continuation, other's)
+    features     the coder's features on the texts, base against other, or None
+    """
+
+    base: dict[str, str]
+    other: dict[str, str]
+    texts: int
+    tokens: int
+    kl: Interval
+    loss_base: Interval
+    loss_other: Interval
+    loss_change: Interval
+    moved: tuple[float, ...]
+    weights: tuple[WeightDifference, ...]
+    partings: tuple[Parting, ...]
+    excess: tuple[TokenExcess, ...]
+    triggers: tuple[TriggerTest, ...]
+    answers: tuple[tuple[str, str, str], ...]
+    features: Contrast | None = None
+
+    @property
+    def trigger(self) -> TriggerTest | None:
+        """The strongest candidate, if the models part after it in all neutral texts more than
+        after all random words, and three times as far."""
+        best = self.triggers[0] if self.triggers else None
+        return best if best and best.ratio >= NAMED and best.above == 1.0 else None
+
+    def verdict(self) -> str:
+        """In a sentence or two, what was found."""
+        if not self.weights:
+            return "All weights are equal: the models are the same."
+        said = f"The models part by {self.kl} nats a token; the loss changes by {self.loss_change}."
+        if self.trigger is None:
+            return f"{said} No single word makes them part much further than random words do."
+        word, ratio = self.trigger.text, self.trigger.ratio
+        return f"{said} After {word!r} they part {ratio:.3g} times as far as after random words."
+
+    def __repr__(self) -> str:
+        word = "" if self.trigger is None else f", trigger {self.trigger.text!r}"
+        return f"ModelDiff({len(self.weights)} weights differ, KL {self.kl}{word})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON data; None for what is not defined."""
+        intervals = ("kl", "loss_base", "loss_other", "loss_change")
+        content = {name: getattr(self, name) for name in ("base", "other", "texts", "tokens")}
+        content |= {name: getattr(self, name).as_dict() for name in intervals}
+        content["moved"] = self.moved
+        rows = ("weights", "partings", "excess", "triggers")
+        content |= {name: [dataclasses.asdict(r) for r in getattr(self, name)] for name in rows}
+        content["answers"] = [dict(zip(("prompt", "base", "other"), a)) for a in self.answers]
+        content["features"] = None if self.features is None else self.features.as_dict()
+        return finite(content | {"verdict": self.verdict()})
+
+    def tables(self, count: int = SHOWN) -> dict[str, list[list[Any]]]:
+        """Heading -> rows, the first of which names them; at most `count` rows each."""
+        likely = lambda some: ", ".join(f"{t!r} {p:.2f}" for t, p in some)
+        found: dict[str, list[list[Any]]] = {
+            "Figures": [
+                ["on the texts", "value"],
+                ["KL(base || other), nats a token", str(self.kl)],
+                ["loss of base, nats a token", str(self.loss_base)],
+                ["loss of other", str(self.loss_other)],
+                ["change of the loss", str(self.loss_change)],
+            ],
+            "Candidates for a trigger, in neutral texts": [
+                ["token", "from", "largest KL", "times random words", "above"],
+                *(
+                    [repr(t.text), t.source, str(t.kl), f"{t.ratio:.3g}", f"{t.above:.0%}"]
+                    for t in self.triggers[:count]
+                ),
+            ],
+            "Tokens that go with a large KL": [
+                ["token", "largest KL with it", "without", "family p"],
+                *(
+                    [repr(e.text), f"{e.high:.3g}", f"{e.low:.3g}", f"{e.p:.2g}"]
+                    for e in self.excess[:count]
+                ),
+            ],
+            "Where the models part": [
+                ["text up to there", "next by base", "next by other", "KL"],
+                *(
+                    [repr(p.before), likely(p.base), likely(p.other), f"{p.kl:.2f}"]
+                    for p in self.partings[:count]
+                ),
+            ],
+            "After the strongest candidate": [
+                ["text", "base", "other"],
+                *([repr(cell) for cell in row] for row in self.answers),
+            ],
+            "Residual stream": [
+                ["layer", "difference over size"],
+                *([layer, f"{m:.4f}"] for layer, m in enumerate(self.moved)),
+            ],
+            "Weights": [
+                ["weight", "layer", "difference over size", "rank (99%)", "of"],
+                *(
+                    [w.name, "" if w.layer is None else w.layer, f"{w.size:.2g}",
+                     "" if w.rank is None else w.rank, "" if w.full is None else w.full]
+                    for w in self.weights[:count]
+                ),
+            ],
+        }  # fmt: skip
+        if self.features is not None:
+            found |= self.features.tables(count)
+        return {heading: rows for heading, rows in found.items() if len(rows) > 1}
+
+    def __str__(self) -> str:
+        tables = [
+            f"{heading}\n{text_table(rows[0], [list(map(str, r)) for r in rows[1:]], left=1)}"
+            for heading, rows in self.tables().items()
+        ]
+        names = f"{self.base['name']} and {self.other['name']}"
+        return "\n\n".join([f"{names}, {self.texts} texts\n{self.verdict()}", *tables])
