@@ -208,7 +208,9 @@ def _judged(job: _Job, answers: AnswerFile, report: Progress) -> dict[str, Any]:
     texts = asking.answer(
         job.model, job.tokenizer, job.asked, job.suite.new_tokens, kept=answers, report=report
     )
-    pairs = [(p, a) for item, said in zip(job.asked.items, texts) for p, a in zip(item.prompts, said)]
+    pairs = [
+        (p, a) for item, said in zip(job.asked.items, texts) for p, a in zip(item.prompts, said)
+    ]
     verdicts = job.judge.grade(*(list(part) for part in zip(*pairs)))
     variants = len(job.asked.items[0].prompts)
     table = verdicts.reshape(-1, variants)

@@ -24,10 +24,7 @@ OPENINGS_ABOUT = (
 
 
 def refusal_odds(
-    model: Model,
-    tokenizer: Tokenizer,
-    asked: Questions,
-    intercepts: Intercept | Sequence = (),
+    model: Model, tokenizer: Tokenizer, asked: Questions, intercepts: Intercept | Sequence = ()
 ) -> np.ndarray:
     """float64 [n]: the log-odds of each item, of its last variant's prompt."""
     tails = [tokenizer.encode(text, bos=False) for text in (*REFUSING, *HELPFUL)]

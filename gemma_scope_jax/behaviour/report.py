@@ -127,9 +127,7 @@ def _table(names: Sequence[str], rows: str) -> str:
 
 def _cells(rows: Sequence[Sequence[Any]]) -> str:
     """A table of texts, the first row of which names the columns."""
-    body = "".join(
-        _tag("tr", "".join(_tag("td", _text(cell)) for cell in row)) for row in rows[1:]
-    )
+    body = "".join(_tag("tr", "".join(_tag("td", _text(cell)) for cell in row)) for row in rows[1:])
     return _table([str(name) for name in rows[0]], body)
 
 
@@ -137,7 +135,9 @@ def _method(done: Audit) -> str:
     suite = done.suite
     lines = [METHOD[suite["kind"]], f"Followed by mediation: {done.outcome['about']}."]
     lines.append(f"Template: {suite['template']}. Measure: {suite['measure']}.")
-    lines.append("Intervals: bootstrap over items, those about the same thing drawn together, 95 %.")
+    lines.append(
+        "Intervals: bootstrap over items, those about the same thing drawn together, 95 %."
+    )
     return _section("Method", *map(_paragraph, lines))
 
 
@@ -221,9 +221,7 @@ def _mediation(done: Audit) -> str:
     if moved.get("verdict"):
         parts.append(_paragraph(moved["verdict"]))
     parts.append(control_plot(moved["behaviour"]["change"], moved["controls"]))
-    parts += [
-        _tag("h2", _text(name)) + _cells(rows) for name, rows in moved["tables"].items()
-    ]
+    parts += [_tag("h2", _text(name)) + _cells(rows) for name, rows in moved["tables"].items()]
     return _section("Mediation and controls", *parts)
 
 

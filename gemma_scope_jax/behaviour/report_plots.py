@@ -38,7 +38,11 @@ def interval_plot(
 def control_plot(change: Mapping[str, Any], controls: Sequence[float]) -> str:
     """The mean change by the features found, with its interval, above the changes by random sets."""
     wide, high = 640, 74
-    values = [*controls, 0.0, *(change[k] for k in ("low", "high", "value") if change[k] is not None)]
+    values = [
+        *controls,
+        0.0,
+        *(change[k] for k in ("low", "high", "value") if change[k] is not None),
+    ]
     room = 0.05 * (max(values) - min(values)) or 1.0
     x = _scale(min(values) - room, max(values) + room, wide)
     marks = f'<line class="axis" x1="0" x2="{wide}" y1="56" y2="56"/>'
