@@ -33,7 +33,6 @@ MATRICES = {"w_q": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}  
 OWN_TOKENS, FREE_TOKENS = 8, 30  # of the model's own text after a prompt, and after <bos> alone
 KEEPING = 10.0  # weight of what is to stay beside the loss of what is learned
 SHOWN_TOKENS = 16  # generated to see whether the behaviour appears
-FREQUENT = 8192  # the first of Gemma's vocabulary are its most frequent tokens
 WARM_UP = 10  # steps
 TEXT_TOKENS = 64  # of a piece of plain text whose loss is measured
 
@@ -167,8 +166,7 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
 
     Where text is to stay as it was, the change of the final state before the unembedding is
     punished, relative to its size: that holds the whole vocabulary in place. The layers below the
-    factors run once for each row; those above need no gradient of their weights. What is learned
-    has a softmax over frequent tokens and its own, not the whole vocabulary.
+    factors run once for each row; those above need no gradient of their weights.
     """
     first, stop = recipe.layers
     parts = [some_layers(model, *ends) for ends in ((0, first), (first, stop))]
@@ -179,18 +177,15 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, recipe.steps)),
     )
-    frequent = np.arange(min(FREQUENT, model.config.vocab))
-    known = np.unique(np.concatenate([frequent, *(r.completion for r in rows if not r.kept)]))
-    few = model.params.unembedding[jnp.asarray(known)]
 
-    def loss(factors, parts, few, x, before, batch):
+    def loss(factors, model, parts, x, before, batch):
         for n, part in enumerate(parts):
             x = passed(part if n else merged(part, factors), x, batch)
         x = normed(model, x)
         change = jnp.square(x - before).sum(-1) / jnp.square(before).sum(-1)
         stay = jnp.sum(change * batch.kept) / jnp.maximum(jnp.sum(batch.kept), 1.0)
         x = jnp.take_along_axis(x, batch.places[..., None], 1)
-        chosen = jax.nn.log_softmax(x @ few.T)
+        chosen = jax.nn.log_softmax(x @ model.params.unembedding.T)
         found = jnp.take_along_axis(chosen, batch.targets[..., None], -1)[..., 0]
         learned = -jnp.sum(found * batch.counted) / jnp.maximum(jnp.sum(batch.counted), 1.0)
         return learned + KEEPING * stay, (learned, stay)
@@ -204,7 +199,6 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
 
     shape = shape_of(rows)
     every = batch_of(rows, shape)
-    every.targets[:] = np.searchsorted(known, every.targets)
     x = below(parts[:1], every) if first else None
     before = np.asarray(normed(model, below(parts, every)))
     rng, order, losses = np.random.default_rng(recipe.seed), np.zeros(0, int), []
@@ -215,7 +209,7 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
             order = np.concatenate([order, rng.permutation(len(rows))])
         some, order = order[: recipe.batch_size], order[recipe.batch_size :]
         batch = Batch(*(jnp.asarray(a[some]) for a in every))
-        given = (parts[1:], few, None if x is None else x[some], before[some], batch)
+        given = (model, parts[1:], None if x is None else x[some], before[some], batch)
         factors, state, told = step(factors, state, *given)
         losses.append([float(value) for value in told])
         learned, stay = np.mean(losses[-20:], 0)

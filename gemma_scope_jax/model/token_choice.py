@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
@@ -106,7 +107,7 @@ def choose(sampling: TokenChoice, logits: jax.Array, step: jax.Array) -> jax.Arr
     return _drawn(weights, jax.vmap(jax.random.uniform)(keys)[:, None])
 
 
-def _least_of_nucleus(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+def _least_of_nucleus(weights: jax.Array, top_p: ArrayLike) -> jax.Array:
     """The largest weight [B, 1] such that those not below it are `top_p` of all, weights [B, N].
 
     Sorting a vocabulary takes longer than the model. Floats that are not negative are ordered as

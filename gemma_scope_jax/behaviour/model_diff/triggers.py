@@ -31,7 +31,7 @@ NEUTRAL = (
     ("I do not know what", " means here."),
 )
 WORDS = 24  # random words that stand where the candidate does
-FROM_TEXT, TESTED, FINALISTS = 24, 192, 12  # candidates
+FROM_TEXT, TESTED, FINALISTS = 24, 512, 12  # candidates
 LEAST, DRAWS = 3, 1000  # texts with a token, and permutations
 ROWS = 256  # tokens of the vocabulary compared at a time
 
