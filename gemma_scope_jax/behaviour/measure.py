@@ -193,7 +193,7 @@ def like_lengths(
         most = max(1, tokens // width)
         for start in range(0, len(which), most):
             some = which[start : start + most]
-            rows = min(most, 1 << (len(some) - 1).bit_length())  # few sizes of the last batch
+            rows = min(most, 4 ** -(-(len(some) - 1).bit_length() // 2))  # few sizes of the last
             yield some, -(-rows // multiple) * multiple, width
 
 

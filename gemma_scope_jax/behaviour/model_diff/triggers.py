@@ -162,12 +162,12 @@ def tested_triggers(
     if not candidates:
         return []
     forms = [_form(tokenizer, *parts, chat) for parts in NEUTRAL]
-    words = np.setdiff1d(words_of(tokenizer), list(candidates))
-    drawn = np.random.default_rng(seed).permutation(words[: max(4000, WORDS)])[:WORDS].tolist()
     ids = list(candidates)
     if len(ids) > FINALISTS:
         first = _peaks(base, other, forms[:1], ids)[:, 0]
         ids = [ids[i] for i in np.argsort(-first, kind="stable")[:FINALISTS]]
+    words = np.setdiff1d(words_of(tokenizer), ids)
+    drawn = np.random.default_rng(seed).permutation(words[: max(4000, WORDS)])[:WORDS].tolist()
     kl = _peaks(base, other, forms, ids + drawn)
     mine, theirs = kl[: len(ids)], kl[len(ids) :].mean(1)
     said = tokenizer.decode_tokens(np.array(ids, int))
