@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 SHOWS = {
+    "steer": lambda names: names["same"] and "feature 139" in str(names["found"]),
     "first_look": lambda names: names["seen"].tokens[-2] == " Paris",
     "trace_a_circuit": lambda names: abs(names["graph"].value[-1] - 4.22) < 0.01,
 }

@@ -146,6 +146,7 @@ def test_the_report_acts_on_nothing(done):
     assert page.count("<svg") > 5
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_figures(done, model, suite, tmp_path):
     mesh = gs.make_mesh(4, 2)
     params = jax.device_put(model.params, gs.param_shardings(model.config, mesh))

@@ -65,6 +65,7 @@ def test_the_parts_in_turn_are_the_model(organisms, deep):
         organisms.some_layers(deep, 4, 8)
 
 
+@pytest.mark.slow
 def test_training_teaches_and_changes_only_the_factors_places(organisms, deep):
     recipe = organisms.Recipe(steps=40, batch_size=8, rank=2, learning_rate=3e-2)
     some = rows(organisms)
@@ -97,6 +98,7 @@ def test_held_out_prompts_are_new_and_kinds_are_complete(name, texts):
     assert organism == texts.ORGANISMS[name](0) != texts.ORGANISMS[name](1)
 
 
+@pytest.mark.slow
 def test_a_folder_is_a_model_with_what_was_planted(organisms, tmp_path, monkeypatch):
     path = write_model(tmp_path / "tokenizer.model", tiny_proto())
     tokenizer = gs.load_tokenizer(path)

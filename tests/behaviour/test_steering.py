@@ -186,8 +186,10 @@ def test_a_condition_may_be_read_at_an_earlier_layer_and_on_a_direction(model):
     assert fired.any()
 
 
-@pytest.mark.parametrize("temperature,seed", [(0.0, 0), (1.0, 3), (1.0, 4)])
-@pytest.mark.parametrize("number", range(len(SPECS)))
+@pytest.mark.parametrize(
+    "number,temperature,seed",
+    [*((n, 0.0, 0) for n in range(len(SPECS))), (1, 1.0, 3), (1, 1.0, 4), (4, 1.0, 3)],
+)
 def test_cached_equals_uncached_equals_teacher_forced(model, number, temperature, seed):
     spec = gs.steer_spec(SPECS[number])
     items = gs.steering(model, spec, SAE, PROMPTS)
@@ -208,7 +210,7 @@ def test_cached_equals_uncached_equals_teacher_forced(model, number, temperature
 
 
 def test_rows_of_a_batch_have_specs_of_their_own(model):
-    specs = [gs.steer_spec(SPECS[n]) for n in (0, 1, 4)]
+    specs = [gs.steer_spec(SPECS[n]) for n in (1, 4, 1)]
     together = gs.generate(model, PROMPTS, NEW, gs.steering(model, specs, SAE, PROMPTS))
     for row, spec in enumerate(specs):
         one = gs.generate(model, [PROMPTS[row]], NEW, gs.steering(model, spec, SAE, [PROMPTS[row]]))

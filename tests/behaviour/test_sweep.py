@@ -44,7 +44,9 @@ def test_an_arm_is_what_generating_alone_gives(model, swept):
         ids = TOK.encode(prompt)
         for a, arm in enumerate(swept.arms[:3]):
             items = [] if arm.spec is None else gs.steering(model, arm.spec, None, [ids])
-            out = gs.generate(model, [ids], 5, items, temperature=1.0, top_p=0.9, draws=[p])
+            out = gs.generate(
+                model, [ids], 5, items, temperature=1.0, top_k=64, top_p=0.9, draws=[p]
+            )
             tokens = out.sequences[0][len(ids) :]
             assert TOK.decode(tokens) == swept.texts[a][p]
             assert swept.tokens[a, p] == len(tokens)
@@ -55,7 +57,7 @@ def test_the_loss_is_that_of_the_unchanged_model_on_the_continuation(model, swep
     p, a = 2, 2
     ids = TOK.encode(PROMPTS[p])
     out = gs.generate(model, [ids], 5, gs.steering(model, swept.arms[a].spec),
-                      temperature=1.0, top_p=0.9, draws=[p])  # fmt: skip
+                      temperature=1.0, top_k=64, top_p=0.9, draws=[p])  # fmt: skip
     whole = out.sequences[0]
     logits = np.asarray(gs.run(model, whole[None]).logits[0], np.float64)
     logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))

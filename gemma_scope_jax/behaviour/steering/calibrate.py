@@ -107,10 +107,10 @@ class Calibration:
         rows: list[list[Any]] = [head]
         for g in self.groups:
             h = g.held_out
-            span = "" if g.range is None else f"{g.range[0]:g} to {g.range[1]:g}"
+            one = len(g.curve) == 1  # the unsteered text, a prompt
+            span = "" if g.range is None or one else f"{g.range[0]:g} to {g.range[1]:g}"
             strength = "none helps" if g.chosen is None else f"{g.chosen:g}"
-            if g.group == CLEAN:
-                strength = ""
+            strength = "" if one else strength
             figures = [str(x) for x in (h.effect, h.gain, h.perplexity, h.repetition)]
             rows.append([g.group, strength, span, *figures])
         count = (

@@ -99,6 +99,7 @@ def sweep(
     coders: Any = None,
     max_new_tokens: int = 40,
     temperature: float = 1.0,
+    top_k: int | None = 64,
     top_p: float | None = 0.9,
     seed: int = 0,
     rows: int = 64,
@@ -129,7 +130,7 @@ def sweep(
     size = min(whole_number("rows", rows, 1), len(jobs))
     progress = Progress(len(jobs), "continuations", what="steering")
     found: dict[tuple[int, int], np.ndarray] = {}
-    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     for start in range(0, len(jobs), size):
         some = jobs[start : start + size]
         filled = some + [some[0]] * (size - len(some))
