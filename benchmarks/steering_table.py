@@ -108,7 +108,7 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
     y = np.r_[np.ones(len(ids[0])), np.zeros(len(ids[1]))]
     pooled = pool(model, [coder], texts, places=((SITE, LAYER),))
     raw, f = pooled.raw[SITE, LAYER].astype(np.float64), pooled.features[0]
-    choosing = np.arange(len(texts)) % 2 == 0
+    choosing = np.concatenate([np.arange(len(side)) % 2 == 0 for side in ids])
     every = np.zeros((len(texts), coder.width), np.float32)
     every[:, f.columns] = f.values
     active = f.values.any(0)

@@ -72,6 +72,8 @@ def command(
         raise gs.InputError("--positive and --negative belong together: texts of both kinds")
     gs.check_strengths(strengths)
     gs.check_bound(bound)
+    if feature is None and (out is not None or words or about or positive):
+        raise gs.InputError("--out, --words, --about and --positive are for a FEATURE")
     if rank < 0:
         raise gs.InputError("--rank is a number of features")
     plan = None if spec is None else gs.steer_spec(spec)

@@ -56,7 +56,7 @@ def test_the_cause_mediates_and_its_sign_does_not(planted, clean):
     assert np.abs(cause.controls).max() < 1e-3 and len(cause.controls) == 20
     assert cause.beyond.high < 0 and "100% of it is gone" in cause.verdict()
     sign = mediate(measure, coder, [SIGN], activity=activity)
-    assert not sign.mediates and "no more than chance" in sign.verdict()
+    assert not sign.mediates and "not shown to be more than chance" in sign.verdict()
     assert abs(sign.removed.value) < 0.02
     assert compiled <= 2 and running._run._cache_size() - before <= 2  # 44 runs
 
@@ -142,6 +142,7 @@ def test_side_effects_are_measured_as_the_behaviour_is(planted):
     assert set(found.tables()) == {"Mediation", "Side effects"} and "other prompts" in str(found)
     content = json.loads(json.dumps(found.as_dict()))
     assert content["rank_p"] == 0.25 and content["mediates"] is False
+    assert content["can_tell"] is False and "too few to tell" in found.verdict()
     assert "\n" not in repr(found)
 
 
@@ -153,6 +154,15 @@ def test_where_there_is_no_behaviour_no_share_of_it_is_removed(planted):
     )  # fmt: skip
     assert np.isnan(found.removed.value) and not found.mediates
     assert found.as_dict()["removed"]["value"] is None
+
+
+def test_below_where_it_begins_a_share_would_mean_nothing(planted):
+    """A behaviour that was absent and grows has no share that is gone."""
+    model, coder, prompts = planted[:3]
+    measure = outcome(model, prompts)
+    negative = lambda items: -np.abs(measure(items)) - 1.0
+    found = mediate(negative, coder, [CAUSE], controls=0)
+    assert np.isnan(found.removed.value) and "%" not in found.verdict()
 
 
 def test_without_is_where_the_share_begins(planted, clean):

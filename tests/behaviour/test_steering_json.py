@@ -70,6 +70,8 @@ BAD = {
     "an empty range": ([{**ADD, "where": {"from": 5, "to": 5}}], "holds no positions"),
     "a negative position": ([{**ADD, "where": [-1]}], "at least 0"),
     "a condition without level": ([{**ADD, "when": {"feature": 1}}], "above or below"),
+    "a bias of what is written": ([{**ADD, "bias": 1.0}], "unknown field 'bias'"),
+    "another version": ({"version": 2, "steps": [ADD]}, "version is 2, not 1"),
     "a file that is missing": ("nowhere.json", "nowhere.json: no such file"),
 }
 
@@ -83,6 +85,9 @@ def test_a_bad_spec_gets_one_line(name):
 
 
 MISFITS = {
+    "another coder than the one given": (
+        {**step("clamp"), "coder": "nowhere/else"}, {}, "nowhere/else",
+    ),
     "a feature that does not exist": (step("clamp", feature=F), {}, "features 0 to|has 0 to 23"),
     "a vector of another width": ({**ADD, "vector": [1.0, 2.0]}, {}, "resid_post has 32 values"),
     "a layer that does not exist": ({**ADD, "layer": 4}, {}, "has layers 0 to 3"),

@@ -116,6 +116,17 @@ def test_the_strongest_effect_within_the_bound_is_chosen_on_one_half_alone():
     assert calibrate(made_up(spoiled, loss), bound=2.0)["g"].chosen == 3.0
 
 
+def test_a_prompt_reports_its_own_figures_whatever_they_are():
+    effect, loss = np.zeros((2, 8)), np.ones((2, 8))
+    loss[1] += 3.0
+    one = made_up(effect, loss)
+    asked = dataclasses.replace(one, arms=(one.arms[0], SweepArm("prompt", before="about ")))
+    found = calibrate(asked)["prompt"]
+    assert found.held_out.perplexity.value == pytest.approx(np.exp(3.0))
+    assert found.within_bound is False and found.chosen is None
+    assert "beyond the bound" in str(calibrate(asked))
+
+
 def test_nothing_is_recommended_where_nothing_helps_or_all_falls_apart():
     flat, loss = np.zeros((3, 8)), np.ones((3, 8))
     assert calibrate(made_up(flat, loss))["g"].chosen is None

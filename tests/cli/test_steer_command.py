@@ -81,6 +81,7 @@ BAD = {
     "nothing": ([], "give one of these: a FEATURE, --spec FILE, or --rank N"),
     "two things": ([4, "--rank", 3], "give one of these"),
     "an unknown feature": ([12], "feature 12: the coder has features 0 to 11"),
+    "a page of a rank": (["--rank", 3, "--out", "new"], "are for a FEATURE"),
     "a negative rank": (["--rank", -1], "--rank is a number of features"),
     "one kind of text": ([4, "--positive", "FILE"], "--positive and --negative belong together"),
     "a missing file": ([4, "--prompts", "nowhere.txt"], "nowhere.txt: No such file"),

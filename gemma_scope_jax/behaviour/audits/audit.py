@@ -194,10 +194,11 @@ def _measured(job: _Job, answers: AnswerFile) -> dict[str, Any]:
     scored = asking.score(job.model, job.asked, kept=answers, report=report)
     groups = grouped_figures(scored, measure, seed)
     outcome = measure.outcome(scored)
+    mean = bootstrap(outcome, clusters=units_of(job.asked.items), seed=seed)
     return {
         "figures": figure_rows(measure.figures(scored, seed)),
         "groups": {name: figure_rows(some) for name, some in groups.items()},
-        "outcome": {"about": measure.about, "mean": bootstrap(outcome, seed=seed).as_dict()},
+        "outcome": {"about": measure.about, "mean": mean.as_dict()},
         "shows": (outcome > 0).tolist(),
         "judge": None,
     }
@@ -205,6 +206,9 @@ def _measured(job: _Job, answers: AnswerFile) -> dict[str, Any]:
 
 def _judged(job: _Job, answers: AnswerFile, report: Progress) -> dict[str, Any]:
     assert job.judge is not None
+    variants = len(job.asked.items[0].prompts)
+    if any(len(item.prompts) != variants for item in job.asked.items):
+        raise InputError(f"{job.suite.place}: items with different numbers of prompts")
     texts = asking.answer(
         job.model, job.tokenizer, job.asked, job.suite.new_tokens, kept=answers, report=report
     )
@@ -212,20 +216,23 @@ def _judged(job: _Job, answers: AnswerFile, report: Progress) -> dict[str, Any]:
         (p, a) for item, said in zip(job.asked.items, texts) for p, a in zip(item.prompts, said)
     ]
     verdicts = job.judge.grade(*(list(part) for part in zip(*pairs)))
-    variants = len(job.asked.items[0].prompts)
     table = verdicts.reshape(-1, variants)
     checked = agreement(job.judge, job.settings.seed) if job.judge.checked else None
     if checked is not None:
         LOG.info("%s", checked)
     last = table[:, -1]
-    shown = bootstrap(last[np.isfinite(last)], seed=job.settings.seed)
+    judged = np.isfinite(last)
+    if not judged.any():
+        raise InputError(f"{job.suite.place}: the judge ({job.judge.about}) judged no answer")
+    units = np.array(units_of(job.asked.items))[judged]
+    shown = bootstrap(last[judged], clusters=units, seed=job.settings.seed)
     return {
         "figures": figure_rows(
             verdict_figures(job.asked.items, table, job.judge.what, job.settings.seed)
         ),
         "groups": {},
         "outcome": {"about": f"whether the answer is {job.judge.what}", "mean": shown.as_dict()},
-        "shows": (last > 0.5).tolist(),
+        "shows": [bool(v > 0.5) if known else None for v, known in zip(last, judged)],
         "judge": {
             "name": job.judge.name,
             "about": job.judge.about,
@@ -240,10 +247,13 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
     suite, items, first = job.suite, job.asked.items, job.first
     if not suite.arms:
         return {"why": "the suite names no arms, so no features were contrasted"}
-    shows = np.array(measured["shows"])
+    judged = np.array([shows is not None for shows in measured["shows"]])
+    shows = np.array([bool(shows) for shows in measured["shows"]])
     of = lambda half: [item for item, keep in zip(items, half) if keep]
-    one = arms_of(suite, of(first), job.tokenizer, shows=shows[first])
-    two = arms_of(suite, of(~first), job.tokenizer, shows=shows[~first])
+    one, two = (
+        arms_of(suite, of(half), job.tokenizer, shows=shows[half])
+        for half in (first & judged, ~first & judged)
+    )
     far = _elsewhere(job, sets)
     if isinstance(one, str) or isinstance(two, str) or isinstance(far, str):
         return {"why": next(why for why in (one, two, far) if isinstance(why, str))}
@@ -262,7 +272,6 @@ def _contrasted(job: _Job, measured: Mapping[str, Any], sets: str | os.PathLike)
         "coder": public_name(job.coder),
         "verdict": made.verdict(),
         "tables": made.tables(),
-        "chosen": list(made.features(job.settings.features)),
     }
 
 
@@ -281,6 +290,9 @@ def _mediated(job: _Job, features: list[int]) -> dict[str, Any]:
     """What ablating the features does to held-out items, as JSON data, or {"why": ...}."""
     if not features:
         return {"why": "no features were found to be ablated"}
+    if job.judge is not None and job.judge.what != "refused":
+        why = f"how nearly an answer is {job.judge.what} is not measured without writing it"
+        return {"why": f"nothing was ablated: {why}"}
     held = np.flatnonzero(~job.first)
     order = np.random.default_rng(job.settings.seed).permutation(held)
     asked = job.asked.some(np.sort(order[: job.settings.mediated]))

@@ -162,10 +162,12 @@ def _of_contrast(contrasted: Mapping[str, Any]) -> list[str]:
 
 def _of_mediation(mediated: Mapping[str, Any]) -> list[str]:
     lines = []
-    if not mediated["mediates"]:
+    if not mediated["can_tell"]:
+        lines.append("There are too few random sets to tell what ablation does from chance.")
+    elif not mediated["mediates"]:
         lines.append(
-            "Ablating the features found moves the behaviour no more than ablating matched random "
-            "features does: they are signs of it at best, not its cause."
+            "It is not shown that ablating the features found moves the behaviour more than "
+            "ablating matched random features does: they may be signs of it without causing it."
         )
     lines.append(
         "Ablation removes what the features write at one layer; other layers and what the coder "

@@ -133,8 +133,9 @@ def _change(before: np.ndarray, after: np.ndarray, options: dict[str, Any]) -> C
 def _removed(
     before: np.ndarray, after: np.ndarray, without: float, options: dict[str, Any]
 ) -> Interval:
-    """The share of the behaviour that is gone; NaN if there was none to begin with."""
-    if not bootstrap(before - without, **options).excludes(0.0):
+    """The share of the behaviour that is gone; NaN unless there was some to begin with: the outcome
+    is larger where the behaviour is stronger, so below `without` a share would mean nothing."""
+    if not bootstrap(before - without, **options).low > 0.0:
         return Interval(float("nan"), float("nan"), float("nan"), len(before))
     # of a draw without any behaviour, not finite: left out
     share = lambda rows: (

@@ -53,6 +53,11 @@ class Mediation:
         return float((1 + above.sum()) / (1 + len(self.controls)))
 
     @property
+    def can_tell(self) -> bool:
+        """Whether there are random sets enough for `rank_p` to come down to `level`."""
+        return bool(self.level * (1 + len(self.controls)) >= 1)
+
+    @property
     def mediates(self) -> bool:
         """Whether the change is not chance: its intervals exclude 0, by itself and beyond that of
         random sets, and `rank_p` is at most `level`."""
@@ -68,9 +73,12 @@ class Mediation:
         moved = f"{named}: the behaviour changes by {self.behaviour.change}"
         if not len(self.controls):
             return f"{moved}; without random sets this says little."
+        if not self.can_tell:
+            few = f"{len(self.controls)} random sets are too few to tell whether that is chance"
+            return f"{moved}; {few}."
         by = f"p {self.rank_p:.2g} among {len(self.controls)} matched random sets"
         if not self.mediates:
-            return f"{moved}, no more than chance ({by})."
+            return f"{moved}, which is not shown to be more than chance ({by})."
         return f"{moved} ({by}){self._gone()}."
 
     def _gone(self) -> str:
@@ -88,6 +96,7 @@ class Mediation:
             "how": self.how,
             "features": [list(f) if isinstance(f, tuple) else f for f in self.features],
             "mediates": self.mediates,
+            "can_tell": self.can_tell,
             "level": self.level,
             "behaviour": self.behaviour.as_dict(),
             "removed": self.removed.as_dict(),

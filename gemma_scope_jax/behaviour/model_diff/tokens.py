@@ -44,7 +44,9 @@ class TokenDifferences:
 
 def check_alike(base: Model, other: Model) -> None:
     """Raise `InputError` unless both models have one architecture."""
-    for name in ("layers", "d_model", "d_mlp", "heads", "kv_heads", "head_dim", "vocab", "window"):
+    for field in dataclasses.fields(base.config):
+        if (name := field.name) in ("name", "context", "tied"):
+            continue
         one, two = getattr(base.config, name), getattr(other.config, name)
         if one != two:
             raise InputError(f"the models cannot be compared: {name} is {one} and {two}")

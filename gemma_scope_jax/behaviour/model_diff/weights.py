@@ -42,6 +42,8 @@ def weight_differences(base: Model, other: Model) -> tuple[WeightDifference, ...
     found = []
     for name in TOP:
         pair = [getattr(m.params, name) for m in (base, other)]
+        if name == "head" and any(head is not None for head in pair):
+            pair = [m.params.unembedding for m in (base, other)]  # one may be tied
         if pair[0] is not None and pair[1] is not None:
             found.append(_difference(name, None, pair[0], pair[1]))
     for name in LAYER:

@@ -110,7 +110,7 @@ def _design(
         raise InputError("a TopK coder's features depend on each other: convert it, as_jump_relu")
     y = np.arange(len(fitting.a) + len(fitting.b)) < len(fitting.a)
     values, columns = pooled.features[0]
-    if isinstance(features, int):
+    if isinstance(features, (int, np.integer)):
         if not 1 <= features <= len(columns):
             raise InputError(f"features is {features}: {len(columns)} are active on the texts")
         spread = np.sqrt((values[y].var(0) + values[~y].var(0)) / 2)

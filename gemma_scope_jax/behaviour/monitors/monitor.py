@@ -4,9 +4,9 @@
     gs.generate(model, ids[None], 64, [monitor.read(), monitor.alarm()], halt="alarm")
 
 A monitor is a probe on raw activations, or a few features of a coder with weights. It reads each
-token as it is generated; a text's score is the largest of its tokens, so that what is measured on
-whole texts is what happens while generating. Probes on raw activations
-beat features in all published tables of detection: measure both.
+token as it is generated; a text's score is the largest of its tokens. The tokens of a prompt count
+in that, while `halt` asks the generated ones alone: measure on texts like those that are written.
+Probes on raw activations beat features in all published tables of detection: measure both.
 """
 
 import dataclasses

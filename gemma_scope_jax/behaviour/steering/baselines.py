@@ -68,15 +68,15 @@ def steering_arms(
     other = (feature + 1 + int(np.random.default_rng(seed).integers(coder.width - 1))) % coder.width
     row = np.asarray(coder.written(0, 0, np.array([feature])), np.float32)[0]
     arms = [SweepArm(CLEAN)]
-    arms += at_strengths(f"feature {feature}", Reading(feature=feature), levels)
-    arms += at_strengths(RANDOM, Reading(feature=other), levels)
+    arms += at_strengths(f"feature {feature}", Reading(feature=feature), levels, coder.first)
+    arms += at_strengths(RANDOM, Reading(feature=other), levels, coder.first)
     elsewhere = Reading(vector=row, layer=far, site=coder.writes)
-    arms += at_strengths(OTHER_LAYER, elsewhere, levels)
+    arms += at_strengths(OTHER_LAYER, elsewhere, levels, coder.first)
     if len(positive) or len(negative):
         place = (coder.writes, coder.layers[0])
         for make in (contrast_vector, train_vector):
             made = make(model, positive, negative, *place)
-            arms += at_strengths(made.made["method"], as_reading(made), levels)
+            arms += at_strengths(made.made["method"], as_reading(made), levels, coder.first)
     if about.strip():
         arms.append(SweepArm(PROMPT, before=f"Write about {about.strip()}. "))
     return arms
@@ -87,9 +87,11 @@ def as_reading(vector: SteeringVector) -> Reading:
     return Reading(vector=vector.vector, site=vector.site, layer=vector.layer)
 
 
-def at_strengths(name: str, target: Reading, strengths: Sequence[float]) -> list[SweepArm]:
-    """One group: a direction added at each strength, in norms."""
-    step = lambda s: SteeringSpec((SteeringStep("add", target, s, in_norms=True),))
+def at_strengths(
+    name: str, target: Reading, strengths: Sequence[float], first: int | None = None
+) -> list[SweepArm]:
+    """One group: a direction added at each strength, in norms, from position `first` on."""
+    step = lambda s: SteeringSpec((SteeringStep("add", target, s, in_norms=True, first=first),))
     return [SweepArm(f"{name} x {s:g}", step(s), group=name, strength=s) for s in strengths]
 
 

@@ -48,10 +48,13 @@ class StrengthFigures:
 class Calibrated:
     """One group: its curve on both halves, and what was chosen.
 
-    chosen    the recommended strength, None if none raises the effect within the bound
+    chosen    the recommended strength; None if none raises the effect within the bound, and for
+              groups without strengths, such as a prompt
     range     the strengths around it, within the bound, with at least half of its gain on the half
               it was chosen on
-    held_out  the figures of `chosen` on the other half; of the unsteered text if nothing was chosen
+    held_out  the figures of `chosen` on the other half; those of the unsteered text if no strength
+              helps
+    within_bound  whether these are within the bound; None if no strength helps
     """
 
     group: str
@@ -60,7 +63,7 @@ class Calibrated:
     chosen: float | None
     range: tuple[float, float] | None
     held_out: StrengthFigures
-    within_bound: bool
+    within_bound: bool | None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON data."""
@@ -107,10 +110,10 @@ class Calibration:
         rows: list[list[Any]] = [head]
         for g in self.groups:
             h = g.held_out
-            one = len(g.curve) == 1  # the unsteered text, a prompt
-            span = "" if g.range is None or one else f"{g.range[0]:g} to {g.range[1]:g}"
+            span = "" if g.range is None else f"{g.range[0]:g} to {g.range[1]:g}"
             strength = "none helps" if g.chosen is None else f"{g.chosen:g}"
-            strength = "" if one else strength
+            if g.chosen is None and g.within_bound is not None:  # there was nothing to choose
+                strength = "" if g.within_bound else "beyond the bound"
             figures = [str(x) for x in (h.effect, h.gain, h.perplexity, h.repetition)]
             rows.append([g.group, strength, span, *figures])
         count = (
@@ -192,8 +195,11 @@ def _group(sweep, effect, name, arms, clean, halves, limits) -> Calibrated:
         f.perplexity.value <= bound and f.repetition.value <= b.repetition.value + repetition
     )
     good = [f for f in curve if fits(f, base[0]) and f.gain.value > 0]
+    if all(sweep.arms[a].spec is None for a in arms):  # the unsteered text, a prompt: no choice
+        held = other[-1]
+        return Calibrated(name, tuple(curve), tuple(other), None, None, held, fits(held, base[1]))
     if not good:
-        return Calibrated(name, tuple(curve), tuple(other), None, None, base[1], True)
+        return Calibrated(name, tuple(curve), tuple(other), None, None, base[1], None)
     best = max(good, key=lambda f: (f.gain.value, -abs(f.strength)))
     at = curve.index(best)
     enough = [f in good and f.gain.value >= 0.5 * best.gain.value for f in curve]

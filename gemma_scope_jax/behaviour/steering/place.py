@@ -22,7 +22,7 @@ from gemma_scope_jax.behaviour.steering.spec import OPS, Reading, SteeringSpec, 
 from gemma_scope_jax.behaviour.steering.tokens import token_masks
 from gemma_scope_jax.circuits.edit_rows import columns
 from gemma_scope_jax.circuits.interventions import power_of_two
-from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits
+from gemma_scope_jax.coders.coder import Coder, by_layer, check_fits, public_name
 from gemma_scope_jax.coders.coder_set import CoderSet
 from gemma_scope_jax.coders.load import decoder_rows, load_coder
 from gemma_scope_jax.errors import InputError, nearest
@@ -40,15 +40,16 @@ def steering(
     """Specs as intercepts for `run` and `generate`.
 
     specs    one for all rows of the batch, or one for each
-    coders   the coders that the specs name, by name, or a single one for all; those not given are
-             loaded by their names
+    coders   the coders that the specs name, by name, or one for the steps that name none; those
+             not given are loaded by their names
     prompts  the texts that will be run: int ids, one row each, or a `TokenBatch` (`gs.tokens`),
              which knows the roles of a chat. Needed if a step is for the "prompt", its "last"
              token, what is "generated", or roles
 
-    Features are read as the run has them where the step acts, after earlier steps; other features,
-    strengths, operations, layers, prompts compile nothing. Raises `InputError` for what the model,
-    the coders or the prompts lack.
+    Features are read as the run has them where the step acts, after earlier steps; conditions
+    before any step of their site and layer. Other features, strengths, operations, layers and
+    prompts compile nothing. Raises `InputError` for what the model, the coders or the prompts
+    lack.
     """
     config = model.config if isinstance(model, Model) else model
     given = [specs] if isinstance(specs, SteeringSpec) else list(specs)
@@ -83,7 +84,8 @@ class _Coders:
             self.known = dict(CoderSet(given).items())
 
     def named(self, name: str) -> Coder:
-        if self.only is not None:
+        own = ("",) if self.only is None else ("", self.only.info.path, public_name(self.only))
+        if self.only is not None and name in own:
             return self.only
         if name in self.known:
             return self.known[name]

@@ -48,7 +48,8 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class When:
-    """A condition: a step acts at the tokens whose `reading` is above `above` or below `below`."""
+    """A condition: a step acts at the tokens whose `reading` is above `above`, or not above
+    `below`: a `below` of 0 means that a feature is not active."""
 
     reading: Reading
     above: float | None = None
@@ -106,7 +107,8 @@ class SteeringSpec:
         write_text(expanded(path), json.dumps(self.as_dict()) + "\n")
 
     def times(self, factor: float) -> "SteeringSpec":
-        """The spec with every strength multiplied: a dial for sweeps."""
+        """The spec with every strength multiplied. At 0, add does nothing; rescale and scale
+        remove, clamp and cap hold at 0."""
         check_finite("the factor of a spec", factor)
         some = (dataclasses.replace(s, strength=s.strength * factor) for s in self.steps)
         return dataclasses.replace(self, steps=tuple(some))
@@ -123,6 +125,8 @@ def checked_step(step: SteeringStep) -> SteeringStep:
         raise InputError(f"steering: unknown op {step.op!r}{nearest(str(step.op), OPS)}")
     check_finite(f"the strength of {step.op}", step.strength)
     _check_reading(step.target, what)
+    if step.target.bias:
+        raise InputError(f"{what}: a bias belongs to a condition, not to what is written")
     if step.op in FEATURE_OPS and step.target.feature is None:
         raise InputError(f"{what} changes a feature: give coder and feature, not a vector")
     if (step.op == "swap") != (step.other is not None):

@@ -54,6 +54,9 @@ def steer_spec(given: Any, *, name: str = "") -> SteeringSpec:
     if isinstance(given, Mapping):
         if "steps" in given:
             _known(given, {*FORMAT, "name", "steps"}, where)
+            for key, wanted in FORMAT.items():
+                if given.get(key, wanted) != wanted:
+                    raise InputError(f"{where}: {key} is {given[key]!r:.60}, not {wanted!r}")
             name = name or field(given, "name", str, where, default="")
             given = field(given, "steps", list, where)
         else:

@@ -224,12 +224,15 @@ def read_set(name: str, sets: str | os.PathLike = "") -> tuple[list[Item], dict[
 
 def wrapped(items: Sequence[Item], templates: Sequence[Item], seed: int) -> list[Item]:
     """Each item with a second variant: its prompt in a template, in place of {request}; templates
-    take turns, in an order that follows the seed."""
+    take turns, in an order that follows the seed. A template is a unit: its items are not
+    independent, and none of them is on both sides of a split."""
     order = np.random.default_rng(seed).permutation(len(templates))
     found = []
     for number, item in enumerate(items):
-        template = templates[order[number % len(order)]].prompts[0]
+        which = int(order[number % len(order)])
+        template = templates[which].prompts[0]
         text = template.replace("{request}", item.prompts[0])
         texts = {**item.texts, "wrapped": text}
-        found.append(dataclasses.replace(item, prompts=(item.prompts[0], text), texts=texts))
+        both, unit = (item.prompts[0], text), f"template {which}"
+        found.append(dataclasses.replace(item, prompts=both, texts=texts, unit=unit))
     return found
