@@ -215,9 +215,14 @@ def test_features_a_slot_are_those_of_the_kernels():
 
 @pytest.mark.parametrize("folder", PACKAGED, ids=lambda p: p.name)
 def test_packaged_cards_say_what_the_text_was(folder):
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    """A coder has a card of its own; those of one run share transcoders.md, with a row each."""
+    own, shared = folder / "README.md", folder.parent / "transcoders.md"
+    path = own if own.exists() else shared
+    card = path.read_text(encoding="utf-8")
     assert "[English text and code](" in card
-    for file in (*folder.glob("*.json"), folder / "README.md"):
+    layer = re.search(r"transcoder-(\d+)-", folder.name)
+    assert path == own or re.search(rf"^\| {layer[1]} \|", card, re.M)
+    for file in (*folder.glob("*.json"), *folder.parent.glob("*.json"), path):
         assert not re.search(r"~/|/home/|/root/|\.cache", file.read_text(encoding="utf-8")), file
 
 
