@@ -33,7 +33,7 @@ def command(
     sets: shared.Place = "",
     judge: Literal["", "refusal", "lexicon", "ask", "probe", "endpoint"] = "",
     endpoint: Annotated[str, arg(metavar="URL")] = "",
-    judge_model: shared.Name = "",
+    judge_model: shared.NameOrPlace = "",
     key_variable: shared.Name = KEY_VARIABLE,
     explanations: shared.Place = "",
     cards: shared.Place = "",
@@ -93,7 +93,7 @@ def command(
         judge=gs.answer_judge(kind, weights, opened.tokenizer, **options) if kind else None,
         sets=sets,
         known=known,
-        command=_typed(suite, coder, opened.model, settings, kind, dtype),
+        command=_typed(suite, coder, opened.model, settings, kind, api, dtype),
     )
     shared.print_result(done, done.as_dict(), json)
 
@@ -123,13 +123,17 @@ def _endpoint(kind: str, url: str, model: str, variable: str) -> "gs.Endpoint | 
 
 
 def _typed(
-    suite: str, coder: str, model: str, settings: AuditOptions, judge: str, dtype: str
+    suite: str, coder: str, model: str, settings: AuditOptions, judge: str, api, dtype: str
 ) -> str:
-    """The command that repeats the audit, without the places of this machine."""
+    """The command that repeats the audit, without the places of this machine and without the key
+    of the endpoint `api`."""
     short = lambda place: os.path.basename(place.rstrip("/")) if os.path.isabs(place) else place
     words = ["gemma-scope", "audit", short(suite), "--coder", short(coder), "--model", short(model)]
     for field in dataclasses.fields(gs.AuditSettings):
         if (value := getattr(settings, field.name)) is not None:
             words += [f"--{field.name}", str(value)]
-    words += ["--judge", judge] * bool(judge) + ["--dtype", dtype, "--out", "FOLDER"]
+    words += ["--judge", judge] * bool(judge)
+    if api is not None:
+        words += ["--endpoint", api.url, "--judge-model", api.model]
+    words += ["--dtype", dtype, "--out", "FOLDER"]
     return shlex.join(words)
