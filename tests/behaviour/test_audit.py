@@ -157,17 +157,23 @@ def test_a_mesh_gives_the_same_figures(done, model, suite, tmp_path):
     assert change(found) == pytest.approx(change(done[0]), abs=1e-3)
 
 
-def judge(threshold=0):
+def judge(threshold=0, what="refused"):
     grade = lambda prompts, answers: np.array([float(len(a) > threshold) for a in answers])
-    return AnswerJudge("length", "long", "its length", grade, checked=False)
+    return AnswerJudge("length", what, "its length", grade, checked=False)
 
 
 def test_written_answers_are_judged_and_mediated(model, tmp_path):
     found = run_audit(model, answers_suite(tmp_path), tmp_path / "out", judge=judge())
-    assert [f["name"] for f in found.figures] == ["long: even", "long: odd"]
+    assert [f["name"] for f in found.figures] == ["refused: even", "refused: odd"]
     assert "length" in found.judge["name"] and found.judge["agreement"] is None
     assert any("not checked against labelled answers" in line for line in found.not_shown)
     assert "opens as a refusal" in found.mediation["about"]
+
+
+def test_what_only_a_written_answer_shows_is_not_mediated_by_refusals(model, tmp_path):
+    written = judge(what="long")
+    found = run_audit(model, answers_suite(tmp_path), tmp_path / "out", judge=written)
+    assert "how nearly an answer is long is not measured" in found.mediation["why"]
 
 
 def test_too_few_texts_for_arms_is_said_not_hidden(model, tmp_path):

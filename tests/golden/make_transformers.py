@@ -2,7 +2,7 @@
 
 So that `make test` checks parity with transformers' own numbers where torch is not installed. For
 each size the architecture, shrunk (tests/tiny.py), is stored with the seed of its weights, the
-token ids, the logits, the activations of the last tokens at four sites of every layer and 64
+token ids, the logits and the activations of the last tokens at four sites of every layer, and 64
 greedily decoded tokens;
 for the real 270M the same for one prompt, the activations of its last token and every 256th logit.
 transformers reads the GGUF file of the 270M itself, with its own dequantisation.
@@ -39,7 +39,7 @@ def shrunk(number: int, name: str) -> dict[str, np.ndarray]:
     return {
         f"{name}/about": np.array(json.dumps(about)),
         f"{name}/ids": ids,
-        f"{name}/logits": logits,
+        f"{name}/logits": logits[:, -KEPT:],
         f"{name}/generated": peer_generate(model, ids[:, :10], 64),
         **{f"{name}/{site}": stored(sites[site])[:, :, -KEPT:] for site in SITES},
     }

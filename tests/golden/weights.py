@@ -10,7 +10,7 @@ import numpy as np
 from gemma_scope_jax.model.config import Block, GemmaConfig, Params, abstract_params
 
 SITES = ("resid_post", "z", "mlp_in", "mlp_out")
-KEPT = 8  # of the shrunken models, the last tokens whose activations are stored
+KEPT = 8  # of the shrunken models, the last tokens that are stored
 
 
 def random_params(config: GemmaConfig, seed: int) -> Params:

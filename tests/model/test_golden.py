@@ -41,7 +41,7 @@ def test_shrunken_model_agrees_with_transformers(name):
     expected = golden(name)
     assert expected["ids"].shape[1] > model(name).config.window
     logits, sites = our_forward(model(name), expected["ids"])
-    assert np.abs(logits - expected["logits"]).max() < 1e-4
+    assert np.abs(logits[:, -KEPT:] - expected["logits"]).max() < 1e-4
     assert_sites_agree({site: sites[site][:, :, -KEPT:] for site in SITES}, expected)
 
 

@@ -224,8 +224,9 @@ def _judged(job: _Job, answers: AnswerFile, report: Progress) -> dict[str, Any]:
     judged = np.isfinite(last)
     if not judged.any():
         raise InputError(f"{job.suite.place}: the judge ({job.judge.about}) judged no answer")
-    units = np.array(units_of(job.asked.items))[judged]
-    shown = bootstrap(last[judged], clusters=units, seed=job.settings.seed)
+    units = units_of(job.asked.items)
+    clusters = None if units is None else np.array(units)[judged]
+    shown = bootstrap(last[judged], clusters=clusters, seed=job.settings.seed)
     return {
         "figures": figure_rows(
             verdict_figures(job.asked.items, table, job.judge.what, job.settings.seed)
