@@ -169,7 +169,7 @@ def endpoint_judge(client: ChatClient, question: str = QUESTION) -> AnswerJudge:
 def labelled_answers() -> list[dict[str, Any]]:
     """Answers to harmless and borderline requests, written for this package and labelled by hand:
     {"prompt", "answer", "label"}, the label one of `LABELS`."""
-    data = (resources.files(__package__) / LABELLED).read_bytes()
+    data = (resources.files(str(__package__)) / LABELLED).read_bytes()
     return [dict(row) for row in parse_rows(data, LABELLED)]
 
 

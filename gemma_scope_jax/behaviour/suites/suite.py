@@ -102,7 +102,7 @@ class SuiteItems:
 
 def suite_names() -> list[str]:
     """The built-in suites."""
-    folder = resources.files(__package__)
+    folder = resources.files(str(__package__))
     return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
@@ -113,7 +113,7 @@ def load_suite(source: str | os.PathLike) -> Suite:
     """
     name = os.fspath(source)
     if name in suite_names():
-        file = resources.files(__package__) / f"{name}.yaml"
+        file = resources.files(str(__package__)) / f"{name}.yaml"
         return _suite(parse_yaml(file.read_bytes(), name), name)
     if not name.lower().endswith(_SUFFIXES):
         known = suite_names()
