@@ -46,7 +46,7 @@ class Sweep:
     """What `sweep` returns: rows are arms, columns are prompts.
 
     arms, prompts  as given; prompts as texts
-    texts          [A][P]: the continuations, without the prompts
+    texts          for each arm, for each prompt: the continuation, without the prompt
     loss           float64 [A, P]: nats a token of the continuation under the unchanged model
     repetition     float64 [A, P]: share of repeated trigrams
     effects        name -> float64 [A, P]
