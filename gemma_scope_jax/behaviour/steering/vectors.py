@@ -34,7 +34,11 @@ from gemma_scope_jax.probing.pooling import pool, typical_scale
 from gemma_scope_jax.progress import Progress
 from gemma_scope_jax.storage.atomic import write_file
 from gemma_scope_jax.storage.paths import expanded
-from gemma_scope_jax.storage.safetensors_files import open_safetensors
+from gemma_scope_jax.storage.safetensors_files import (
+    StreamedTensor,
+    open_safetensors,
+    write_safetensors,
+)
 from gemma_scope_jax.storage.strict_json import field, parse_json
 
 Method = Literal["mean", "pca", "probe"]
@@ -57,12 +61,10 @@ class SteeringVector:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file. Raises `InputError` if it cannot be written."""
-        from safetensors.numpy import save
-
         facts = {"site": self.site, "layer": self.layer, "norm": self.norm, "made": self.made}
         metadata = {"format": MARK, "facts": json.dumps(facts, allow_nan=False)}
-        data = save({"vector": np.asarray(self.vector, np.float32)}, metadata=metadata)
-        write_file(expanded(path), lambda file: file.write(data))
+        tensors = {"vector": StreamedTensor.whole(np.asarray(self.vector, np.float32))}
+        write_file(expanded(path), lambda file: write_safetensors(file, tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
