@@ -20,9 +20,12 @@ BUCKET = 32  # above 1, so that `generate` can recognise an axis of tokens
 MOST = 4096  # tokens of a batch that is filled up: beyond it, memory costs more than compiling
 
 
-def bucket(length: int, most: int) -> int:
-    """`length` rounded up to a multiple of 32, or by an eighth at most; never above `most`."""
-    step = max(BUCKET, 1 << max(0, (length - 1).bit_length() - 4))
+def bucket(length: int, most: int, rows: int = 1) -> int:
+    """`length` rounded up to a multiple of 32, or by an eighth at most; never above `most`.
+
+    From 16 `rows` on, to a multiple of 8: what is filled up costs more than another program.
+    """
+    step = max(BUCKET if rows < 16 else BUCKET // 4, 1 << max(0, (length - 1).bit_length() - 4))
     return min(-(-length // step) * step, most)
 
 

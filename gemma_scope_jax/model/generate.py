@@ -123,7 +123,7 @@ def generate(
         raise InputError(f"a prompt of {longest} tokens and {new} new ones exceed {most}: {advice}")
     hooks.check_data(items, model.dtype, longest, longest + new)
     # with one column, the token axis of a read could not be recognised
-    width = bucket(longest, 2**31) if pad else max(longest, 2)
+    width = bucket(longest, 2**31, len(rows)) if pad else max(longest, 2)
     flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
     tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
     drawn = checked_draws(draws, len(rows))
