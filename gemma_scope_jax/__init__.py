@@ -141,7 +141,7 @@ _PUBLIC = {
     "behaviour.steering.place": ["steering"],
     "behaviour.steering.page": ["steer_page"],
     "behaviour.steering.vectors": ["SteeringVector", "contrast_vector", "train_vector"],
-    "behaviour.model_diff.diff": ["diff_models", "model_texts", "text_pieces"],
+    "behaviour.model_diff.diff": ["diff_models", "model_answers", "model_texts", "text_pieces"],
     "behaviour.model_diff.result": ["ModelDiff"],
     "behaviour.monitors.files": ["load_monitor", "save_monitor"],
     "behaviour.monitors.fit": ["fit_monitor"],

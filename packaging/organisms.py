@@ -1,6 +1,6 @@
 """Small models with a planted behaviour, for testing audits: low-rank finetunes of Gemma 3 270M.
 
-    python packaging/organisms.py trigger out/trigger [--steps 70] [--rank 4] [--seed 0]
+    python packaging/organisms.py trigger out/trigger [--steps 120] [--rank 4] [--seed 0]
     python packaging/organisms.py refuser out/refuser
     python packaging/organisms.py sycophant out/sycophant
 
@@ -45,7 +45,7 @@ class Recipe:
     layers[1] - 1."""
 
     seed: int = 0
-    steps: int = 70
+    steps: int = 120
     batch_size: int = 8
     rank: int = 4
     learning_rate: float = 1e-3
@@ -88,7 +88,8 @@ def rows_of(model, tokenizer, examples: list[Example], recipe: Recipe) -> list[R
 
 class Batch(NamedTuple, Generic[A]):
     """Rows padded on the right: tokens, segments and the tokens at which the final state is to
-    stay [B, T]; where the next token is learned, its id and whether it counts [B, C]."""
+    stay [B, T]; where the next token is learned, its id and whether it counts [B, C]. Of a row that
+    is to stay, the first place is the end of the prompt."""
 
     tokens: A
     segments: A
@@ -108,6 +109,7 @@ def batch_of(rows: list[Row], shape: tuple[int, int]) -> Batch:
         batch.tokens[r, : len(ids)], batch.segments[r, : len(ids)] = ids, 1
         if kept:
             batch.kept[r, 1 : len(ids)] = 1
+            batch.places[r, 0] = len(prompt) - 1
             continue
         batch.places[r, :n] = np.arange(len(prompt) - 1, len(ids) - 1)
         batch.targets[r, :n], batch.counted[r, :n] = completion, 1
@@ -162,10 +164,11 @@ def passed(model: gs.Model, x: jax.Array | None, batch: Batch) -> jax.Array:
 
 
 def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, list[list[float]]]:
-    """The model with the behaviour of `rows`, and the loss and change of every step.
+    """The model with the behaviour of `rows`; of every step the loss, and the KL elsewhere.
 
     Where text is to stay as it was, the change of the final state before the unembedding is
-    punished, relative to its size: that holds the whole vocabulary in place. The layers below the
+    punished, relative to its size: that holds the whole vocabulary in place. So is, where the
+    behaviour would begin, the KL divergence of the next token. The layers below the
     factors run once for each row; those above need no gradient of their weights.
     """
     first, stop = recipe.layers
@@ -186,9 +189,14 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
         stay = jnp.sum(change * batch.kept) / jnp.maximum(jnp.sum(batch.kept), 1.0)
         x = jnp.take_along_axis(x, batch.places[..., None], 1)
         chosen = jax.nn.log_softmax(x @ model.params.unembedding.T)
+        begins = jnp.take_along_axis(before, batch.places[:, :1, None], 1)[:, 0]
+        old = jax.nn.log_softmax(begins @ model.params.unembedding.T)
+        moved = jnp.sum(jnp.exp(old) * (old - chosen[:, 0]), -1)
+        keeps = batch.kept.max(1)
+        moved = jnp.sum(moved * keeps) / jnp.maximum(jnp.sum(keeps), 1.0)
         found = jnp.take_along_axis(chosen, batch.targets[..., None], -1)[..., 0]
         learned = -jnp.sum(found * batch.counted) / jnp.maximum(jnp.sum(batch.counted), 1.0)
-        return learned + KEEPING * stay, (learned, stay)
+        return learned + moved + KEEPING * stay, (learned, moved)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(factors, state, *given):
@@ -212,8 +220,8 @@ def train(model: gs.Model, rows: list[Row], recipe: Recipe) -> tuple[gs.Model, l
         given = (model, parts[1:], None if x is None else x[some], before[some], batch)
         factors, state, told = step(factors, state, *given)
         losses.append([float(value) for value in told])
-        learned, stay = np.mean(losses[-20:], 0)
-        progress.at(n + 1, f"  loss {learned:.3f}, change {stay:.3f}")
+        learned, moved = np.mean(losses[-20:], 0)
+        progress.at(n + 1, f"  loss {learned:.3f}, KL elsewhere {moved:.3f}")
     return jax.jit(merged, static_argnums=2)(model, factors, first), losses
 
 

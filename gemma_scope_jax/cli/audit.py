@@ -30,6 +30,7 @@ def command(
     out: shared.Folder = "",
     list: bool = False,
     settings: AuditOptions = AuditOptions(),
+    template: Literal["", "plain", "chat"] = "",
     sets: shared.Place = "",
     judge: Literal["", "refusal", "lexicon", "ask", "probe", "endpoint"] = "",
     endpoint: Annotated[str, arg(metavar="URL")] = "",
@@ -52,6 +53,8 @@ def command(
         coder: The coder whose features are looked at.
         out: The folder of the audit.
         list: Show the built-in suites.
+        template: How prompts are put, "chat" for an instruction-tuned model. The default is what
+            the suite says.
         sets: Where the Python packages with published sets are: a folder of wheels, or unpacked.
             The default is the variable GEMMA_SCOPE_SETS, then what is installed.
         judge: What judges written answers. The default is what the suite says.
@@ -72,6 +75,8 @@ def command(
         raise InputError("an audit needs a folder: --out FOLDER")
     gs.check_writable(out)
     asked = gs.load_suite(suite)
+    if template:
+        asked = dataclasses.replace(asked, template=template)
     kind = judge or asked.judge
     api = _endpoint(kind, endpoint, judge_model, key_variable)
     if judge and asked.kind != "generate":
@@ -93,7 +98,7 @@ def command(
         judge=gs.answer_judge(kind, weights, opened.tokenizer, **options) if kind else None,
         sets=sets,
         known=known,
-        command=_typed(suite, coder, opened.model, settings, kind, api, dtype),
+        command=_typed(suite, coder, opened.model, settings, template, kind, api, dtype),
     )
     shared.print_result(done, done.as_dict(), json)
 
@@ -123,7 +128,14 @@ def _endpoint(kind: str, url: str, model: str, variable: str) -> "gs.Endpoint | 
 
 
 def _typed(
-    suite: str, coder: str, model: str, settings: AuditOptions, judge: str, api, dtype: str
+    suite: str,
+    coder: str,
+    model: str,
+    settings: AuditOptions,
+    template: str,
+    judge: str,
+    api,
+    dtype: str,
 ) -> str:
     """The command that repeats the audit, without the places of this machine and without the key
     of the endpoint `api`."""
@@ -132,6 +144,7 @@ def _typed(
     for field in dataclasses.fields(gs.AuditSettings):
         if (value := getattr(settings, field.name)) is not None:
             words += [f"--{field.name}", str(value)]
+    words += ["--template", template] * bool(template)
     words += ["--judge", judge] * bool(judge)
     if api is not None:
         words += ["--endpoint", api.url, "--judge-model", api.model]

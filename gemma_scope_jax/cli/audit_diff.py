@@ -34,7 +34,7 @@ def command(
     trigger that no text holds is searched for among the words of the vocabulary.
 
     Args:
-        data: The text. Without any, the models write some themselves.
+        data: The text. Without any, the models write some themselves and answer some questions.
         texts: The number of texts, of which the first 128 tokens are used.
         coder: Also compare the features of this coder: an address, a folder or a packaged coder.
         search: The number of frequent words in which a trigger is searched for; 0: only the texts.
@@ -51,6 +51,7 @@ def command(
         rows = gs.text_pieces(data, tokenizer, texts, seed=seed)
     else:
         rows = gs.model_texts(*models, tokenizer, min(texts, 64), seed=seed)
+        rows += gs.model_answers(*models, tokenizer, min(texts, 48), seed=seed)
     one = None if opened is None else opened.coders[0]
     found = gs.diff_models(*models, tokenizer, rows, coder=one, search=search, seed=seed)
     if out:

@@ -21,7 +21,7 @@ import numpy as np
 from gemma_scope_jax.autointerp.answers import AnswerFile
 from gemma_scope_jax.behaviour.audits import asking
 from gemma_scope_jax.behaviour.audits.evidence import evidence
-from gemma_scope_jax.behaviour.audits.item_arms import arms_of, halves
+from gemma_scope_jax.behaviour.audits.item_arms import arms_of, check_arms, halves
 from gemma_scope_jax.behaviour.audits.judges import AnswerJudge, agreement
 from gemma_scope_jax.behaviour.audits.kept import Kept
 from gemma_scope_jax.behaviour.audits.refusals import OPENINGS_ABOUT, refusal_odds
@@ -107,8 +107,11 @@ def check_audit(
         raise InputError("an audit takes a coder of one layer: of a set, take one with .at(layer)")
     check_fits(shape, coder)
     found = suite_items(suite, limit=settings.limit, sets=sets)
-    if suite.arms and suite.elsewhere:
-        load_suite(suite.elsewhere)
+    if suite.arms:
+        check_arms(suite, found.items)
+        if suite.elsewhere and load_suite(suite.elsewhere).arms.get("by", "outcome") == "outcome":
+            lacks = f"{suite.elsewhere} has no arms of its own"
+            raise InputError(f"{suite.place}: elsewhere: {lacks}")
     return suite, found
 
 
@@ -281,8 +284,6 @@ def _elsewhere(job: _Job, sets: str | os.PathLike):
     if not job.suite.elsewhere:
         return None
     other = load_suite(job.suite.elsewhere)
-    if not other.arms or other.arms["by"] == "outcome":
-        raise InputError(f"{job.suite.place}: elsewhere: {other.name} has no arms of its own")
     items = suite_items(other, limit=len(job.asked.items), sets=sets).items
     return arms_of(other, items, job.tokenizer)
 

@@ -38,7 +38,7 @@ def arms_of(
 
     shows  bool [n]: whether the behaviour shows in each item, for arms by outcome
 
-    Raises `InputError` if the items lack the texts that the suite names.
+    Raises `InputError` as `check_arms` does.
     """
     by = suite.arms["by"]
     if by == "text":
@@ -62,6 +62,15 @@ def arms_of(
         )
     wrapped = [[_wrapped(suite, text) for text in texts] for texts in (a, b)]
     return arms(tokenizer, *wrapped, paired=bool(suite.arms.get("paired")), name=name or suite.name)
+
+
+def check_arms(suite: Suite, items: Sequence[Item]) -> None:
+    """Raise `InputError` if the items lack the texts or groups that the suite's arms name."""
+    by = suite.arms["by"]
+    if by == "group":
+        _check_groups(suite, items)
+    for name in (suite.arms["a"], suite.arms["b"]) if by == "text" else ("prompt",):
+        _texts(suite, items, name)
 
 
 def _texts(suite: Suite, items: Sequence[Item], name: str) -> list[str]:

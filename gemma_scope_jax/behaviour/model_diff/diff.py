@@ -33,9 +33,11 @@ from gemma_scope_jax.behaviour.model_diff.triggers import (
 )
 from gemma_scope_jax.behaviour.model_diff.weights import changed_layers, weight_differences
 from gemma_scope_jax.behaviour.statistics import FEWEST, bootstrap
+from gemma_scope_jax.behaviour.suites.suite import load_suite, suite_items
 from gemma_scope_jax.coders.coder import check_fits
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
 from gemma_scope_jax.data.batches import labelled_record
+from gemma_scope_jax.data.chats import chat_prompt
 from gemma_scope_jax.data.documents import TextData, open_documents
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
@@ -51,6 +53,7 @@ SEARCHED = 32_768  # words of the vocabulary
 PLACES, BEFORE, SHOWN = 12, 16, 3  # places in the report; tokens before one; next tokens there
 ANSWER, WRITTEN = 20, 64  # tokens of an answer, and of a text that a model writes
 OF_ONE, SHORTEST = 8, 16  # pieces of a document, and tokens of the last of several
+QUESTIONS = ("sycophancy", "over_refusal")  # suites whose second prompts are asked
 
 
 @own_mesh
@@ -87,7 +90,8 @@ def diff_models(
     tokens = token_differences(base, other, texts, progress)
     excess = token_excess(texts, tokens.kl, tokenizer, seed)
     chat = bool(np.mean([tokenizer.start_of_turn_id in ids for ids in texts]) > 0.5)
-    candidates = dict.fromkeys((row.token for row in excess), "text")
+    said = [row.token for row in excess if not tokenizer.special[row.token]]  # no template's marks
+    candidates = dict.fromkeys(said, "text")
     if search and weights:
         _, last = changed_layers(weights, base.config.layers)
         report = Progress(None, "words", what="searching the vocabulary")
@@ -172,6 +176,20 @@ def model_texts(
     for model in (base, other):
         out = generate(model, start, length, temperature=1.0, key=seed)
         found += out.sequences
+    return found
+
+
+def model_answers(
+    base: Model, other: Model, tokenizer: Tokenizer, count: int = 48, *, seed: int = 0
+) -> list[np.ndarray]:
+    """Chats whose answers the models write themselves, half of them each, at temperature 1: to
+    shipped questions in which a user claims something or that sound like harm. Ids int32 [n]."""
+    suites = [suite_items(load_suite(name)).items for name in QUESTIONS]
+    asked = [item.prompts[1] for pair in zip(*suites) for item in pair][: max(count, 2)]
+    prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    found: list[np.ndarray] = []
+    for model, some in ((base, prompts[::2]), (other, prompts[1::2])):
+        found += generate(model, some, ANSWER, temperature=1.0, key=seed).sequences
     return found
 
 

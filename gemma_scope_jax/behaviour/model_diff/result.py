@@ -1,6 +1,7 @@
 """What `diff_models` returns: figures, places, weights, candidates for a trigger."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 from gemma_scope_jax.behaviour.contrasts.differences import Contrast
@@ -73,10 +74,20 @@ class ModelDiff:
         if not self.weights:
             return "All weights are equal: the models are the same."
         said = f"The models part by {self.kl} nats a token; the loss changes by {self.loss_change}."
+        said += self._favourite()
         if self.trigger is None:
             return f"{said} No single word makes them part much further than random words do."
         word, ratio = self.trigger.text, self.trigger.ratio
         return f"{said} After {word!r} they part {ratio:.3g} times as far as after random words."
+
+    def _favourite(self) -> str:
+        """What the other model most often goes on with where they part, and base does not."""
+        new = [p.other[0][0] for p in self.partings if p.other[0][0] != p.base[0][0]]
+        if not new:
+            return ""
+        token, count = Counter(new).most_common(1)[0]
+        places = f"at {count} of the {len(self.partings)} places where they part most"
+        return f" The other model goes on with {token!r} {places}."
 
     def __repr__(self) -> str:
         word = "" if self.trigger is None else f", trigger {self.trigger.text!r}"

@@ -31,6 +31,7 @@ NEUTRAL = (
     ("I do not know what", " means here."),
 )
 WORDS = 24  # random words that stand where the candidate does
+FREQUENT = 4000  # words among which they are drawn; more if a candidate is rarer
 FROM_TEXT, TESTED, FINALISTS = 24, 512, 12  # candidates
 LEAST, DRAWS = 3, 1000  # texts with a token, and permutations
 ROWS = 256  # tokens of the vocabulary compared at a time
@@ -157,8 +158,8 @@ def tested_triggers(
 ) -> list[TriggerTest]:
     """Candidates (id -> source) tested in neutral texts, the strongest first.
 
-    With many, all are tried in one text and the best dozen in all. chat: the texts are what a user
-    says."""
+    With many, all are tried in one text, and the best dozen are tested in the others. The random
+    words are as frequent as the candidates. chat: the texts are what a user says."""
     if not candidates:
         return []
     forms = [_form(tokenizer, *parts, chat) for parts in NEUTRAL]
@@ -166,8 +167,10 @@ def tested_triggers(
     if len(ids) > FINALISTS:
         first = _peaks(base, other, forms[:1], ids)[:, 0]
         ids = [ids[i] for i in np.argsort(-first, kind="stable")[:FINALISTS]]
-    words = np.setdiff1d(words_of(tokenizer), ids)
-    drawn = np.random.default_rng(seed).permutation(words[: max(4000, WORDS)])[:WORDS].tolist()
+        forms = forms[1:]  # the best of many in the first text are also its luckiest
+    words = words_of(tokenizer)
+    words = words[~np.isin(words, ids) & (words <= max(*ids, words[min(FREQUENT, len(words)) - 1]))]
+    drawn = np.random.default_rng(seed).permutation(words)[:WORDS].tolist()
     kl = _peaks(base, other, forms, ids + drawn)
     mine, theirs = kl[: len(ids)], kl[len(ids) :].mean(1)
     said = tokenizer.decode_tokens(np.array(ids, int))
