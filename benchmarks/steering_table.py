@@ -33,13 +33,7 @@ import numpy as np
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.statistics import bootstrap
-from gemma_scope_jax.behaviour.steering.baselines import (
-    OTHER_LAYER,
-    PROMPT,
-    RANDOM,
-    as_reading,
-    at_strengths,
-)
+from gemma_scope_jax.behaviour.steering.baselines import OTHER_LAYER, PROMPT, RANDOM, at_strengths
 from gemma_scope_jax.behaviour.steering.calibrate import CLEAN
 from gemma_scope_jax.data.ranks import auc
 from gemma_scope_jax.probing.logistic import fit_logistic
@@ -143,8 +137,8 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
         "feature by output": gs.Reading(feature=writes),
         RANDOM: gs.Reading(feature=random),
         OTHER_LAYER: gs.Reading(vector=row, layer=3, site=SITE),
-        "difference of means": as_reading(means),
-        "rank-1, trained": as_reading(trained),
+        "difference of means": means.reading(),
+        "rank-1, trained": trained.reading(),
     }
     arms = [gs.SweepArm(CLEAN), gs.SweepArm(PROMPT, before=f"Write about {name}. ")]
     for group, target in targets.items():

@@ -6,10 +6,12 @@ import nbformat
 import pytest
 
 SHOWS = {
+    "audit_a_behaviour": lambda names: names["done"].figures and names["found"].alarm,
     "steer": lambda names: names["same"] and "feature 139" in str(names["found"]),
     "first_look": lambda names: names["seen"].tokens[-2] == " Paris",
     "trace_a_circuit": lambda names: abs(names["graph"].value[-1] - 4.22) < 0.01,
 }
+SLOW = ("audit_a_behaviour", "steer")  # a minute or two each
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -38,7 +40,9 @@ def test_it_opens_in_colab(path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS
+])  # fmt: skip
 def test_it_runs(path, capsys):
     namespace: dict = {}
     for cell in cells(path):

@@ -125,20 +125,38 @@ def generated(
 
     Prompts of like lengths share a batch of `rows`. Raises `InputError` as `generate` does.
     """
+    ids = generated_ids(model, prompts, max_new_tokens, intercepts, rows=rows, report=report)
+    return [tokenizer.decode(some) for some in ids]
+
+
+def generated_ids(
+    model: Model,
+    prompts: Sequence[Any],
+    max_new_tokens: int,
+    intercepts: Intercept | Sequence = (),
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rows: int = 16,
+    report: Report | None = None,
+) -> list[np.ndarray]:
+    """What the model writes after each prompt (int ids [n]), int32 [m] with a stop token at its
+    end, if there is one. A prompt draws by its number, in whatever batch."""
     whole_number("rows", rows, 1)
     order = np.argsort([len(p) for p in prompts], kind="stable")
-    answers = [""] * len(prompts)
+    found: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for start in range(0, len(order), rows):
         which = order[start : start + rows].tolist()
         # the last batch is filled up, so that its number of rows compiles nothing
-        some = [prompts[i] for i in which] + [prompts[which[0]]] * (rows - len(which))
-        out = generate(model, some, max_new_tokens, intercepts)
+        filled = which + [which[0]] * (rows - len(which))
+        how: dict[str, Any] = {"temperature": temperature, "key": seed, "draws": filled}
+        out = generate(model, [prompts[i] for i in filled], max_new_tokens, intercepts, **how)
         ids, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
         for r, i in enumerate(which):
-            answers[i] = tokenizer.decode(ids[r, : lengths[r]])
+            found[i] = ids[r, : lengths[r]]
         if report is not None:
             report(min(start + rows, len(order)), len(order))
-    return answers
+    return found
 
 
 def _ids(model: Model, given: Any, what: str, least: int) -> Ids:

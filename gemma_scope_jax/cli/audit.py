@@ -11,7 +11,6 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.errors import InputError
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 ANSWERS = "judge_answers.jsonl"
 _SUITE = "A built-in suite (--list shows them), or a suite file (.yaml, .json)."
 Suite = Annotated[shared.Place, Positional, arg(metavar="SUITE", help=_SUITE)]
@@ -33,9 +32,9 @@ def command(
     template: Literal["", "plain", "chat"] = "",
     sets: shared.Place = "",
     judge: Literal["", "refusal", "lexicon", "ask", "probe", "endpoint"] = "",
-    endpoint: Annotated[str, arg(metavar="URL")] = "",
+    endpoint: shared.Url = "",
     judge_model: shared.NameOrPlace = "",
-    key_variable: shared.Name = KEY_VARIABLE,
+    key_variable: shared.Name = shared.KEY_VARIABLE,
     explanations: shared.Place = "",
     cards: shared.Place = "",
     json: shared.Json = False,
@@ -78,7 +77,8 @@ def command(
     if template:
         asked = dataclasses.replace(asked, template=template)
     kind = judge or asked.judge
-    api = _endpoint(kind, endpoint, judge_model, key_variable)
+    wanted = kind == "endpoint", "--judge endpoint"
+    api = shared.chat_endpoint(endpoint, judge_model, key_variable, *wanted)
     if judge and asked.kind != "generate":
         raise InputError(f"{suite}: its choices are scored, so --judge does not apply")
     opened = shared.open_coders(coder, model, one_layer=True)
@@ -113,20 +113,6 @@ def _show_suites(as_json: bool) -> None:
         print(f"{suite.name:<22} {suite.question}\n{'':<22} {suite.source}; {suite.licence}")
 
 
-def _endpoint(kind: str, url: str, model: str, variable: str) -> "gs.Endpoint | None":
-    if kind != "endpoint":
-        if url or model:
-            given = "--endpoint" if url else "--judge-model"
-            raise InputError(f"{given} goes with --judge endpoint")
-        return None
-    if not (url and model):
-        raise InputError("--judge endpoint needs --endpoint URL and --judge-model NAME")
-    key = os.environ.get(variable, "").strip()
-    if not key and variable != KEY_VARIABLE:
-        raise InputError(f"--key-variable {variable}: there is no such variable, or it is empty")
-    return gs.Endpoint(url, model, key)
-
-
 def _typed(
     suite: str,
     coder: str,
@@ -142,8 +128,10 @@ def _typed(
     short = lambda place: os.path.basename(place.rstrip("/")) if os.path.isabs(place) else place
     words = ["gemma-scope", "audit", short(suite), "--coder", short(coder), "--model", short(model)]
     for field in dataclasses.fields(gs.AuditSettings):
-        if (value := getattr(settings, field.name)) is not None:
-            words += [f"--{field.name}", str(value)]
+        value = getattr(settings, field.name)
+        if value is not None and value != ():
+            option = f"--{field.name.replace('_', '-')}"
+            words += [option, *map(str, value if isinstance(value, tuple) else [value])]
     words += ["--template", template] * bool(template)
     words += ["--judge", judge] * bool(judge)
     if api is not None:

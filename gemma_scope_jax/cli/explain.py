@@ -1,7 +1,6 @@
 """`gemma-scope explain`."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -11,8 +10,6 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 from gemma_scope_jax.errors import InputError
-
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,7 @@ class EndpointOptions(gs.Endpoint):
     """The name of the endpoint's model; or the Gemma of --judge model, by default --model."""
     key: tyro.conf.Suppress[str] = ""
     options: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    key_variable: shared.Name = KEY_VARIABLE
+    key_variable: shared.Name = shared.KEY_VARIABLE
     """The environment variable that holds the API key."""
     request_options: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
     """Put these keys into every request, as JSON; null removes a key, such as '{"temperature":
@@ -44,10 +41,7 @@ class EndpointOptions(gs.Endpoint):
         more = gs.parse_json(self.request_options, "--request-options")
         if not isinstance(more, dict):
             raise InputError("--request-options: not a JSON object")
-        name = self.key_variable
-        key = os.environ.get(name, "").strip()
-        if not key and name != KEY_VARIABLE:
-            raise InputError(f"--key-variable {name}: there is no such variable, or it is empty")
+        key = shared.api_key(self.key_variable)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(gs.Endpoint)}
         return gs.Endpoint(**fields | {"key": key, "options": more})
 

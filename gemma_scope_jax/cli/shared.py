@@ -55,7 +55,33 @@ Model = Annotated[Place, arg(metavar="NAME", help=_MODEL)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], arg(help=_DTYPE)]
 ContextSize = Annotated[int, arg(help="The number of tokens in a sequence.")]
 Seed = Annotated[int, arg(help="The random seed of the order of the documents.")]
+Url = Annotated[str, arg(metavar="URL")]
 Json = Annotated[bool, arg(help="Print JSON.")]
+
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def api_key(variable: str) -> str:
+    """The API key in an environment variable; "" without one, if it is the usual variable."""
+    key = os.environ.get(variable, "").strip()
+    if not key and variable != KEY_VARIABLE:
+        raise InputError(f"--key-variable {variable}: there is no such variable, or it is empty")
+    return key
+
+
+def chat_endpoint(
+    url: str, model: str, variable: str, wanted: bool, option: str
+) -> "gs.Endpoint | None":
+    """The endpoint of --endpoint and --judge-model, which `option` needs where it is `wanted`."""
+    if not wanted:
+        if url or model:
+            given = "--endpoint" if url else "--judge-model"
+            raise InputError(f"{given} goes with {option}")
+        return None
+    if not (url and model):
+        raise InputError(f"{option} needs --endpoint URL and --judge-model NAME")
+    return gs.Endpoint(url, model, api_key(variable))
 
 
 class Refused(Exception):

@@ -9,6 +9,7 @@ import tyro
 import gemma_scope_jax as gs
 from gemma_scope_jax.cli import shared
 
+ANSWERS = "judge_answers.jsonl"
 Words = Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORD...", help_behavior_hint="")]
 Feature = Annotated[
     int | None, tyro.conf.Positional, tyro.conf.arg(metavar="FEATURE", help_behavior_hint="")
@@ -24,6 +25,11 @@ def command(
     spec: shared.File = None,
     prompts: shared.File = None,
     words: Words = (),
+    probe: shared.File = None,
+    ask: str = "",
+    endpoint: shared.Url = "",
+    judge_model: shared.NameOrPlace = "",
+    key_variable: shared.Name = shared.KEY_VARIABLE,
     about: str = "",
     positive: shared.File = None,
     negative: shared.File = None,
@@ -55,6 +61,13 @@ def command(
         words: The effect is the share of these words in what is written; "cook*" matches all that
             begin so. The default effect is the feature's own activation on the text, which says
             little about meaning.
+        probe: Another effect: a file of a monitor (`gs.save_monitor`) or a direction
+            (`SteeringVector.save`), read on what is written.
+        ask: Another effect: the share of texts to which a chat endpoint answers this question with
+            yes, such as "Is the text about cooking?".
+        endpoint: The base URL of the OpenAI-compatible API for --ask.
+        judge_model: The name of the endpoint's model.
+        key_variable: The environment variable that holds the API key.
         about: The concept in words, for prompting as a baseline.
         positive: A file with a text in each line that has the concept.
         negative: A file with a text in each line that lacks it.
@@ -72,10 +85,17 @@ def command(
         raise gs.InputError("--positive and --negative belong together: texts of both kinds")
     gs.check_strengths(strengths)
     gs.check_bound(bound)
-    if feature is None and (out is not None or words or about or positive):
-        raise gs.InputError("--out, --words, --about and --positive are for a FEATURE")
+    if feature is None and (out or words or about or positive or probe or ask):
+        raise gs.InputError(
+            "--out, --words, --probe, --ask, --about and --positive are for a FEATURE"
+        )
     if rank < 0:
         raise gs.InputError("--rank is a number of features")
+    if bool(words) + (probe is not None) + bool(ask.strip()) > 1:
+        raise gs.InputError("one effect at a time: --words, --probe or --ask")
+    api = shared.chat_endpoint(endpoint, judge_model, key_variable, bool(ask.strip()), "--ask")
+    if api is not None and out is None:
+        raise gs.InputError("--ask needs --out FOLDER, where the answers are kept")
     plan = None if spec is None else gs.steer_spec(spec)
     lines = list(gs.NEUTRAL_PROMPTS) if prompts is None else _lines(prompts)
     sides = [[] if path is None else _lines(path) for path in (positive, negative)]
@@ -96,12 +116,18 @@ def command(
         texts = _steered(weights, tok, one, plan, lines, new_tokens, temperature, seed)
         shared.print_result(gs.text_tables({"": texts}), texts, json)
         return
+    effects = {f"feature {feature}": gs.ReadingMean(gs.Reading(feature=feature), one)}
+    if words:
+        effects = {"share of words": gs.WordShare(words)}
+    elif probe is not None:
+        effects = {f"score of {probe.name}": gs.ReadingMean(gs.load_reading(probe, weights))}
+    elif api is not None and out is not None:
+        kept_in = {"endpoint": api, "answers": out / ANSWERS, "question": ask.strip()}
+        effects = {ask.strip(): gs.answer_judge("endpoint", weights, tok, **kept_in)}
     ids = [[tok.encode(text) for text in side] for side in sides]
     with shared.stage("making the baselines"):
         given = {"strengths": strengths, "about": about, "seed": seed}
         arms = gs.steering_arms(weights, one, feature, positive=ids[0], negative=ids[1], **given)
-    own = gs.ReadingMean(gs.Reading(feature=feature), one)
-    effects = {"share of words": gs.WordShare(words)} if words else {f"feature {feature}": own}
     how |= {"max_new_tokens": new_tokens, "rows": rows, "coders": one}
     swept = gs.sweep(weights, tok, lines, arms, effects=effects, **how)
     found = gs.calibrate(swept, bound=bound, seed=seed)

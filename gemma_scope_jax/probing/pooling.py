@@ -53,6 +53,7 @@ def pool(
     *,
     how: OverTokens | int = "mean",
     first: int = 1,
+    where: Sequence[np.ndarray] | None = None,
     places: Sequence[SiteLayer] = (),
     lengths: Sequence[int] = LENGTHS,
     tokens: int | None = None,
@@ -65,12 +66,13 @@ def pool(
              or the index of one of the text's tokens, such as -1 for the last
     first    tokens before this position are left out (but never a text's last token), for all
              coders alike, unless one token is asked for
+    where    for each text bool [n]: the tokens that stand for it, from `first` on if any is there
     places   more places where activations are needed, beside those that the coders read and write
     lengths  of the rows that texts are packed into
     tokens   of a batch; default: 2,048 on a CPU, 16,384 elsewhere
 
     The result takes 4 N (D + A) bytes of host memory for each coder. Raises `InputError` for a text
-    longer than the model's context.
+    longer than the model's context, and for `where` that names no token of a text.
     """
     context = model.config.context
     for number, ids in enumerate(texts):
@@ -78,13 +80,20 @@ def pool(
             have = f"text {number} has {len(ids)} tokens"
             raise InputError(f"{have}; the model's context is {context}")
         check_ids(model.config, np.asarray(ids), f"text {number}: ")
+    if where is not None:
+        check_where(where, texts)
+    if isinstance(how, int):
+        sizes = [len(ids) for ids in texts] if where is None else [int(m.sum()) for m in where]
+        short = next((n for n, size in enumerate(sizes) if not -size <= how < size), None)
+        if short is not None:
+            raise InputError(f"text {short} has {sizes[short]} tokens, none at index {how}")
     tokens = tokens or batch_tokens()
     over = how if isinstance(how, str) else None
     static = {"places": tuple(sorted({*places, *places_of(coders)})), "over": over}
     raw: dict[SiteLayer, np.ndarray] = {}
     features = [_Columns(len(texts), coder.width) for coder in coders]
     done, total = 0, sum(map(len, texts))
-    for which, *packed in packed_texts(texts, how, first, tokens, lengths, context):
+    for which, *packed in packed_texts(texts, how, first, tokens, lengths, context, where):
         vectors, found = _pool_step(model, tuple(coders), *packed, **static)
         if not raw:
             raw = {p: np.zeros((len(texts), v.shape[1]), np.float32) for p, v in vectors.items()}
@@ -96,6 +105,14 @@ def pool(
         if report is not None:
             report(done, total)
     return Pooled(raw, [kept.joined() for kept in features])
+
+
+def check_where(where: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> None:
+    """Raise `InputError` unless `where` names a token of each text at least."""
+    for number, (ids, some) in enumerate(zip(texts, where, strict=True)):
+        if np.shape(some) != (len(ids),) or np.asarray(some).dtype != bool or not np.any(some):
+            wanted = f"must be bool [{len(ids)}] with a token at least"
+            raise InputError(f"text {number}: the tokens that stand for it {wanted}")
 
 
 def batch_tokens() -> int:
@@ -152,6 +169,7 @@ def packed_texts(
     tokens: int,
     lengths: Sequence[int],
     context: int,
+    where: Sequence[np.ndarray] | None = None,
 ) -> Iterator[tuple[list[int], TokenBatch, np.ndarray, np.ndarray]]:
     """The batches of all texts, as by `_batch`; several texts in a row, of `tokens` tokens each."""
     longest = max(map(len, texts))
@@ -165,7 +183,7 @@ def packed_texts(
         B = max(1, tokens // length)
         for start in range(0, len(rows), B):
             some = rows[start : start + B]
-            yield _batch(texts, some, how, first, (B, length), B * per_row)
+            yield _batch(texts, some, how, first, (B, length), B * per_row, where)
         below = length
 
 
@@ -189,6 +207,7 @@ def _batch(
     first: int,
     shape: tuple[int, int],
     count: int,
+    where: Sequence[np.ndarray] | None,
 ) -> tuple[list[int], TokenBatch, np.ndarray, np.ndarray]:
     """The indices of the texts in `rows`; the batch [B, T]; for each token which of them includes
     it in its mean, else `count`, int32 [B, T]; and each text's token at `how`, int32 [count], in
@@ -202,9 +221,13 @@ def _batch(
             ids = texts[i]
             stop = start + len(ids)
             tokens[r, start:stop], segments[r, start:stop] = ids, n
-            owner[r, start + min(first, len(ids) - 1) : stop] = len(which)
-            at = 0 if isinstance(how, str) else how
-            picked[len(which)] = r * shape[1] + (stop if at < 0 else start) + at
+            own = np.arange(min(first, len(ids) - 1), len(ids))
+            one = np.arange(len(ids))  # of which `how` may name one, whatever `first`
+            if where is not None:
+                one = np.flatnonzero(where[i])
+                own = one[one >= first] if (one >= first).any() else one
+            owner[r, start + own] = len(which)
+            picked[len(which)] = r * shape[1] + start + one[0 if isinstance(how, str) else how]
             which.append(i)
             start = stop
     return which, TokenBatch(tokens, segments), owner, picked

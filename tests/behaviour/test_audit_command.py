@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
 from audits import Readable, answers_suite, coder_of, pairs_suite
 from commands import command, give_tiny
+from gemma_scope_jax.model.tokenizer import Chat
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def test_an_audit_is_written_and_printed(tiny, coder, tmp_path, capsys):
     assert "--features 2" in typed
     files = ("audit.json", "report.html", "manifest.json", "contrast.json")
     assert not any(str(tmp_path.parent) in (tmp_path / "out" / f).read_text() for f in files)
+    assert "--side-suites" not in typed
     assert audit(pairs_suite(tmp_path), coder, tmp_path / "out") == 0
     text = capsys.readouterr().out
     for part in (
@@ -46,6 +49,41 @@ def test_an_audit_is_written_and_printed(tiny, coder, tmp_path, capsys):
     ):
         assert part in text
     assert "\u202e" not in text
+
+
+def test_other_suites_are_side_effects(tiny, coder, tmp_path, capsys):
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    other = pairs_suite(folder, name="others")
+    more = ("--side-suites", other, "--json")
+    assert audit(pairs_suite(tmp_path), coder, tmp_path / "out", *more) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"--side-suites {other}" in found["repeat"]["command"]
+    effects = found["mediation"]["side_effects"]
+    assert list(effects) == ["loss on plain text", str(other)]
+    outcome = gs.suite_outcome(other, gs.load_model("tiny", "float32", None), Readable(), limit=8)
+    assert effects[str(other)]["before"]["value"] == pytest.approx(outcome([]).mean())
+
+
+def test_a_template_is_chosen(monkeypatch, model, coder, tmp_path, capsys):
+    asked = []
+
+    class Asks(Readable):
+        end_of_turn_id = 1
+
+        def chat(self, messages, add_generation_prompt=True):
+            asked.append(messages)
+            ids = self.encode(messages[-1]["content"])
+            return Chat(ids, np.ones(len(ids), np.int32))
+
+    give_tiny(monkeypatch, model, Asks)
+    suite = answers_suite(tmp_path)
+    assert audit(suite, coder, tmp_path / "plain") == 0 and not asked
+    assert audit(suite, coder, tmp_path / "chat", "--template", "chat", "--json") == 0
+    assert asked[0] == [{"role": "user", "content": "say 0"}]
+    found = json.loads(capsys.readouterr().out.split("\n")[-2])
+    assert found["suite"]["template"] == "chat" and "--template chat" in found["repeat"]["command"]
+    assert audit(suite, coder, tmp_path / "chat") == 2  # another suite's folder
 
 
 def test_the_built_in_suites_are_listed(capsys):
@@ -69,6 +107,11 @@ MISTAKES = {
     "few mediated": (["PAIRS", "--out", "OUT", "--mediated", "2"], "mediated must be at least 5"),
     "no controls": (["PAIRS", "--out", "OUT", "--controls", "0"], "controls must be at least 1"),
     "a seed below 0": (["PAIRS", "--out", "OUT", "--seed", "-2"], "seed must be at least 0"),
+    "an unknown side suite": (["PAIRS", "--out", "OUT", "--side-suites", "bias_bqb"], "bias_bbq"),
+    "a side suite of answers": (
+        ["PAIRS", "--out", "OUT", "--side-suites", "toxicity"], "toxicity: its answers must be",
+    ),
+    "an unknown template": (["PAIRS", "--out", "OUT", "--template", "xml"], "template"),
     "no number": (["PAIRS", "--out", "OUT", "--limit", "many"], "limit"),
     "a judge of scores": (["PAIRS", "--out", "OUT", "--judge", "ask"], "--judge does not apply"),
     "an unknown judge": (["ANSWERS", "--out", "OUT", "--judge", "me"], "judge"),

@@ -8,7 +8,7 @@ import pytest
 
 import gemma_scope_jax as gs
 from coders import random_coder
-from gemma_scope_jax.behaviour.contrasts.arms import Arms, arms
+from gemma_scope_jax.behaviour.contrasts.arms import Arms, arms, role_arms
 from gemma_scope_jax.behaviour.contrasts.contrast import contrast
 from gemma_scope_jax.behaviour.contrasts.structural import structural_features
 from gemma_scope_jax.data.ranks import auc
@@ -241,6 +241,68 @@ def test_arms_of_texts_and_chats_know_their_template():
     assert made.a[0].tolist() == [2, 8, 1, 9, 8, 2] and len(made.template_a[0]) == 6
 
 
+def test_roles_of_a_chat_are_read_at_their_own_tokens(planted):
+    model, coder = planted
+    rng = np.random.default_rng(4)
+
+    class Turns(Chatty):
+        """A turn is its role's number, the words as letters, and a mark."""
+
+        def chat(self, messages, add_generation_prompt=True):
+            from gemma_scope_jax.model.tokenizer import SPAN_ROLES, Chat
+
+            ids, roles = [2], [SPAN_ROLES.index("turn")]
+            for message in messages:
+                said = [ord(c) - 60 for c in message["content"]]
+                ids += [8, *said, 9]
+                turn, own = (SPAN_ROLES.index(r) for r in ("turn", message["role"]))
+                roles += [turn, *[own] * len(said), turn]
+            return Chat(np.array(ids, np.int32), np.array(roles, np.int32))
+
+    word = lambda: "".join(chr(c) for c in rng.integers(97, 122, rng.integers(2, 5)))
+    chats = [[{"role": r, "content": word()} for r in ("user", "model")] for _ in range(24)]
+    made = role_arms(Turns(), chats, "user", "model")
+    assert made.paired and made.name == "user and model"
+    found = contrast(model, coder, made.some(range(12), range(12)),
+                     held_out=made.some(range(12, 24), range(12, 24)))  # fmt: skip
+    f = lambda ids: np.asarray(
+        gs.run(model, ids[None], [gs.features(coder)]).reads["features"][0], np.float64
+    )
+    for row in found.rows[:4]:
+        means = [[f(ids)[mask, row.feature].mean() for ids, mask in zip(made.a[12:], some[12:])]
+                 for some in (made.where_a, made.where_b)]  # fmt: skip
+        assert [row.mean_a, row.mean_b] == pytest.approx(np.mean(means, 1), abs=1e-5)
+    with pytest.raises(InputError, match="chat 0 has no message of the role 'system'"):
+        role_arms(Turns(), chats, "user", "system")
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_texts_of_one_unit_are_one_observation(planted, paired):
+    """Each text thrice: as units the tests are those of the texts once, and halves part units."""
+    one = paired_arms(5, 20) if paired else behaviour_arms(5, 20)
+    many = [i for i in range(20) for _ in range(3)]
+    names = [f"{arm} {i:02}" for arm in "ab" for i in range(20)]
+    unit_a, unit_b = (names[:20], names[:20]) if paired else (names[:20], names[20:])
+    named = dataclasses.replace(one, unit_a=unit_a, unit_b=unit_b)
+    thrice = named.some(many, many)
+    figures = []
+    for some in (one, thrice):
+        found = contrast(*planted, some, held_out=some)
+        rows = {r.feature: (r.effect, r.p, r.q, r.stability) for r in found.rows}
+        figures.append((found.family_p, found.below, rows))
+    assert figures[0][:2] == figures[1][:2]
+    for feature, values in figures[0][2].items():
+        assert figures[1][2][feature] == pytest.approx(values, rel=1e-6, abs=1e-12)
+    plain = dataclasses.replace(thrice, unit_a=None, unit_b=None)
+    assert contrast(*planted, plain, held_out=plain).rows[-1].p < found.rows[-1].p
+    first, second = thrice.halves(1)
+    units = lambda some: {*some.unit_a, *some.unit_b}
+    assert not units(first) & units(second) and units(first) | units(second) == {*unit_a, *unit_b}
+    wide, narrow = (contrast(*planted, some, held_out=some).aucs["raw probe"]
+                    for some in (thrice, plain))  # fmt: skip
+    assert wide.high - wide.low >= narrow.high - narrow.low
+
+
 FEW = [np.array([2, 5], np.int32)] * 4
 
 LONG = Arms([np.full(5 + n, 5) for n in range(12)], [np.full(70 - n, 5) for n in range(12)])
@@ -253,6 +315,13 @@ LONG = Arms([np.full(5 + n, 5) for n in range(12)], [np.full(70 - n, 5) for n in
         (lambda m, c: Arms(FEW * 2, FEW * 3, paired=True), "8 and 12 texts are not pairs"),
         (lambda m, c: Arms([*FEW, FEW[0][:0]], FEW * 2), "text 4 of arm a is empty"),
         (lambda m, c: Arms(FEW * 2, FEW * 2, template_a=[np.ones(3)] * 8), "does not fit"),
+        (lambda m, c: Arms(FEW * 2, FEW * 2, where_b=[np.ones(3, bool)] * 8), "choice of tokens"),
+        (lambda m, c: Arms(FEW * 2, FEW * 2, unit_a=["u"] * 8), "for both arms or none"),
+        (lambda m, c: Arms(FEW * 2, FEW * 2, unit_a=["u"] * 7, unit_b=["u"] * 8), "7 units for 8"),
+        (
+            lambda m, c: Arms(FEW * 2, FEW * 2, True, unit_a=["u"] * 8, unit_b=["v"] * 8),
+            "of a pair are of one unit",
+        ),
         (lambda m, c: arms(Chatty(), "text", "text", paired=True), "must be a list of texts"),
         (lambda m, c: arms(Chatty(), [3.5] * 5, ["a"] * 5, paired=True), "text 0 of arm a is"),
         (lambda m, c: contrast(m, c, Arms(FEW * 2, FEW * 2)), "a half needs 5 texts"),

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 
 import gemma_scope_jax as gs
 from coders import random_coder
+from gemma_scope_jax.behaviour.model_diff import triggers
 from gemma_scope_jax.behaviour.model_diff.tokens import token_differences
 from gemma_scope_jax.behaviour.model_diff.triggers import (
     token_excess,
@@ -173,6 +174,30 @@ def test_words_are_what_begins_one():
 def test_the_models_write_texts_themselves(base, finetuned):
     found = gs.model_texts(base, finetuned, Words(), 6)
     assert len(found) == 6 and all(ids[0] == 2 and len(ids) > 1 for ids in found)
+
+
+def test_the_models_answer_questions(base, finetuned):
+    class Asks(Words):
+        def chat(self, messages, add_generation_prompt=True):
+            from gemma_scope_jax.model.tokenizer import Chat
+
+            ids = self.encode(messages[0]["content"][:40])
+            return Chat(ids, np.ones(len(ids), np.int32))
+
+    found = gs.model_answers(base, finetuned, Asks(), 8)
+    assert len(found) == 8 and "I am sure that" in Letters().decode(found[0])
+    asked = Asks().encode(gs.suite_items(gs.load_suite("over_refusal")).items[0].prompts[1][:40])
+    assert found[1][: len(asked)].tolist() == asked.tolist() and len(found[1]) > len(asked)
+
+
+def test_a_finalist_is_tested_in_texts_that_did_not_choose_it(base, finetuned):
+    one = {int(t): "vocabulary" for t in words_of(Words())[:30]}
+    found = triggers.tested_triggers(base, finetuned, Words(), one)
+    best = found[0]
+    forms = [triggers._form(Words(), *parts, False) for parts in triggers.NEUTRAL]
+    kl = triggers._peaks(base, finetuned, forms, [best.token])[0]
+    assert best.kl.value == pytest.approx(kl[1:].mean()) and best.kl.n == len(forms) - 1
+    assert len(found) == triggers.FINALISTS
 
 
 def test_bad_input_says_what_to_do(base, finetuned):

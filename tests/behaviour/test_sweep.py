@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.behaviour.audits.judges import AnswerJudge
+from gemma_scope_jax.behaviour.measure import generated_ids
 from gemma_scope_jax.behaviour.steering.calibrate import CLEAN, calibrate
 from gemma_scope_jax.behaviour.steering.effects import ReadingMean, WordShare, repetition
 from gemma_scope_jax.behaviour.steering.sweep import Sweep, SweepArm, sweep
 from gemma_scope_jax.behaviour.steering.vectors import add_in_norms
+from gemma_scope_jax.errors import InputError
 from letters import Letters
 from tiny import tiny_model
 
@@ -110,7 +113,13 @@ def test_the_strongest_effect_within_the_bound_is_chosen_on_one_half_alone():
     assert group.held_out.gain.value == pytest.approx((effect[3] - effect[0])[scored].mean())
     ratio = np.exp((loss[3] - loss[0])[scored].mean())
     assert group.held_out.perplexity.value == pytest.approx(ratio)
-    assert found[CLEAN].held_out.gain.value == 0.0
+    assert found[CLEAN].held_out.gain.value == 0.0 and not found[CLEAN].helps and group.helps
+    few = calibrate(made_up(effect[:, :8], loss[:, :8]))["g"]
+    assert few.chosen == 3.0 and not few.helps  # four prompts show nothing
+    turned = effect.copy()
+    turned[:, scored] *= -1.0
+    assert "not shown" in str(calibrate(made_up(turned, loss)))
+    assert "not shown" not in str(calibrate(made_up(effect, loss)))
     spoiled = effect.copy()
     spoiled[:, scored] = rng.normal(size=(5, len(scored)))
     assert calibrate(made_up(spoiled, loss), bound=2.0)["g"].chosen == 3.0
@@ -133,6 +142,20 @@ def test_nothing_is_recommended_where_nothing_helps_or_all_falls_apart():
     rising = np.arange(3.0)[:, None] + np.zeros((3, 8))
     assert calibrate(made_up(rising, loss + 2.0 * rising))["g"].chosen is None
     assert calibrate(made_up(rising, loss, 0.9 * (rising > 0)))["g"].chosen is None
+
+
+def test_a_judge_is_an_effect(model):
+    judge = AnswerJudge(
+        "even",
+        "of even length",
+        "counting",
+        lambda prompts, answers: np.array([len(a) % 2 == 0 for a in answers]),
+    )
+    one = sweep(model, TOK, PROMPTS, [SweepArm("none")], effects={"even": judge}, max_new_tokens=3)
+    assert one.effects["even"].tolist() == [[len(t) % 2 == 0 for t in one.texts[0]]]
+    silent = dataclasses.replace(judge, grade=lambda p, a: np.where(np.arange(len(p)), 1.0, np.nan))
+    with pytest.raises(InputError, match=r"did not judge 1 of 4 texts"):
+        sweep(model, TOK, PROMPTS, [SweepArm("none")], effects={"e": silent}, max_new_tokens=3)
 
 
 def test_words_are_counted_without_case_and_by_their_beginnings():
@@ -267,3 +290,41 @@ def test_a_calibration_that_cannot_be_meant_is_refused():
     steered = dataclasses.replace(one, arms=tuple(SweepArm(a.name, spec(1.0)) for a in one.arms))
     with pytest.raises(gs.InputError, match="without spec"):
         calibrate(steered)
+
+
+class Asks(Letters):
+    """A chat is its messages, one after the other."""
+
+    end_of_turn_id = 1
+
+    def chat(self, messages, add_generation_prompt=True):
+        from gemma_scope_jax.model.tokenizer import Chat
+
+        ids = self.encode(" ".join(m["content"] for m in messages))
+        return Chat(ids, np.ones(len(ids), np.int32))
+
+
+def test_a_persona_vector_is_the_difference_of_what_is_answered(model):
+    asked = [f"q{n}" for n in range(8)]
+    judge = AnswerJudge("some", "a", "letters", lambda p, a: np.array([q != "q3" for q in p]))
+    given = (["be x", "be z"], ["be y"], asked, "resid_post", LAYER)
+    options = {"max_new_tokens": 4, "rows": 3, "seed": 5}
+    found = gs.persona_vector(model, Asks(), *given, **options)
+    means = []
+    texts = [[f"{s} {q}" for s in side for q in asked] for side in given[:2]]
+    prompts = [Asks().encode(t) for side in texts for t in side]
+    answers = generated_ids(model, prompts, 4, temperature=1.0, seed=5, rows=24)
+    for prompt, answer in zip(prompts, answers):
+        answer = answer[~np.isin(answer, (1, 106))]
+        x = gs.run(model, np.concatenate([prompt, answer])[None], gs.capture("resid_post", LAYER))
+        own = np.asarray(x.reads["resid_post"][0], np.float64)[len(prompt) :]
+        means.append(own.mean(0) if len(answer) else np.full(D, np.nan))
+    want = np.nanmean(means[:16], 0) - np.nanmean(means[16:], 0)
+    np.testing.assert_allclose(found.vector, want, atol=1e-4)
+    assert found.made["method"] == "persona vector" and found.made["questions"] == asked
+    assert found.made["positive"] == ["be x", "be z"]
+    # the judge drops the answers to `negative` that have the trait: here nearly all
+    with pytest.raises(InputError, match=r"and 1 answers fit their instructions"):
+        gs.persona_vector(model, Asks(), *given, judge=judge, **options)
+    with pytest.raises(InputError, match="negative must be a list of texts"):
+        gs.persona_vector(model, Asks(), given[0], "be y", *given[2:])

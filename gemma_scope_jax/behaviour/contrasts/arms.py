@@ -33,6 +33,9 @@ class Arms:
 
     paired      a[i] and b[i] differ in the behaviour alone
     template_a, template_b  for chats, bool [n] a text: the tokens of the template around messages
+    where_a, where_b  bool [n] a text: the tokens that stand for it; None: all
+    unit_a, unit_b  names, one a text: texts of one unit (a target, a template) are not independent,
+                so they stay in one half and are one observation in tests; None: each by itself
     """
 
     a: Sequence[np.ndarray]
@@ -41,23 +44,37 @@ class Arms:
     name: str = ""
     template_a: Sequence[np.ndarray] | None = None
     template_b: Sequence[np.ndarray] | None = None
+    where_a: Sequence[np.ndarray] | None = None
+    where_b: Sequence[np.ndarray] | None = None
+    unit_a: Sequence[str] | None = None
+    unit_b: Sequence[str] | None = None
 
     def __post_init__(self):
         where = f"arms {self.name}" if self.name else "arms"
-        for arm, texts, template in self._sides():
+        if (self.unit_a is None) != (self.unit_b is None):
+            raise InputError(f"{where}: units are for both arms or none")
+        for arm, texts in self._sides():
+            template, some, units = (
+                getattr(self, f"{name}_{arm}") for name in ("template", "where", "unit")
+            )
             if len(texts) < FEWEST:
                 says = f"{len(texts)} texts in arm {arm}: give at least {FEWEST}"
                 raise InputError(f"{where}: {says}")
             sizes = list(map(len, texts))
             if not min(sizes):
                 raise InputError(f"{where}: text {sizes.index(0)} of arm {arm} is empty")
-            if template is not None and list(map(len, template)) != sizes:
-                raise InputError(f"{where}: the template of arm {arm} does not fit its texts")
+            for masks, what in ((template, "template"), (some, "choice of tokens")):
+                if masks is not None and list(map(len, masks)) != sizes:
+                    raise InputError(f"{where}: the {what} of arm {arm} does not fit its texts")
+            if units is not None and len(units) != len(texts):
+                raise InputError(f"{where}: {len(units)} units for {len(texts)} texts of arm {arm}")
         if self.paired and len(self.a) != len(self.b):
             raise InputError(f"{where}: {len(self.a)} and {len(self.b)} texts are not pairs")
+        if self.paired and self.unit_a != self.unit_b:
+            raise InputError(f"{where}: the two texts of a pair are of one unit")
 
     def _sides(self):
-        return ("a", self.a, self.template_a), ("b", self.b, self.template_b)
+        return ("a", self.a), ("b", self.b)
 
     def __repr__(self) -> str:
         count = f"{len(self.a)} pairs" if self.paired else f"{len(self.a)} and {len(self.b)} texts"
@@ -65,7 +82,7 @@ class Arms:
 
     def check_length(self, context: int) -> None:
         """Raise `InputError` for a text that is longer than the model's context."""
-        for arm, texts, _ in self._sides():
+        for arm, texts in self._sides():
             for n, ids in enumerate(texts):
                 if len(ids) > context:
                     says = f"has {len(ids)} tokens; the model's context is {context}"
@@ -74,14 +91,19 @@ class Arms:
     def some(self, a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> "Arms":
         """The arms with these texts alone; of pairs, `a` and `b` must be the same numbers."""
         take = lambda texts, which: None if texts is None else [texts[i] for i in which]
-        parts = take(self.a, a), take(self.b, b), self.paired, self.name
-        return Arms(*parts, take(self.template_a, a), take(self.template_b, b))  # type: ignore[arg-type]
+        names = [(f"{name}_{arm}".strip("_"), which) for name in ("template", "where", "unit")
+                 for arm, which in (("a", a), ("b", b))]  # fmt: skip
+        parts = {name: take(getattr(self, name), which) for name, which in names}
+        return dataclasses.replace(self, a=take(self.a, a), b=take(self.b, b), **parts)
 
     def halves(self, seed: int = 0) -> tuple["Arms", "Arms"]:
-        """Two random halves; pairs stay together, and what repeats is on one side. Raises
+        """Two random halves; pairs and units stay together, and what repeats is on one side. Raises
         `InputError` if a half has fewer than 5 texts of an arm."""
         rng = np.random.default_rng(seed)
-        if self.paired:
+        if self.unit_a is not None and self.unit_b is not None:
+            chosen = _half([*self.unit_a, *self.unit_b], rng)
+            first_a, first_b = np.split(chosen, [len(self.a)])
+        elif self.paired:
             keys = [(x.tobytes(), y.tobytes()) for x, y in zip(self.a, self.b)]
             first_a = first_b = _half(keys, rng)
         else:
@@ -102,13 +124,21 @@ def _half(keys: Sequence[Any], rng: np.random.Generator) -> np.ndarray:
 
 
 def arms(
-    tokenizer: "Tokenizer", a: Sequence[Any], b: Sequence[Any], *, paired: bool, name: str = ""
+    tokenizer: "Tokenizer",
+    a: Sequence[Any],
+    b: Sequence[Any],
+    *,
+    paired: bool,
+    name: str = "",
+    units: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Arms:
     """The two arms of a comparison.
 
     a, b    for each text a string, a chat (a list of {"role", "content"}, as `gs.chat_prompt` has
             it: the model's turn is open at its end) or ids with <bos>
     paired  whether a[i] and b[i] belong together
+    units   for each text of a and of b the name of what it shares with others, such as a template:
+            see `Arms`
 
     Raises `InputError` for fewer than 5 texts of an arm, unequal numbers of pairs, and what the
     tokenizer refuses.
@@ -122,7 +152,29 @@ def arms(
         )
     ids_a, ids_b = ([ids for ids, _ in side] for side in sides)
     templates = [[t for _, t in side] if any(t.any() for _, t in side) else None for side in sides]
-    return Arms(ids_a, ids_b, paired, name, *templates)
+    unit_a, unit_b = (None, None) if units is None else map(list, units)
+    return Arms(ids_a, ids_b, paired, name, *templates, unit_a=unit_a, unit_b=unit_b)
+
+
+def role_arms(
+    tokenizer: "Tokenizer", chats: Sequence[Any], a: str, b: str, *, name: str = ""
+) -> Arms:
+    """Two roles of the same chats, paired: the tokens of the messages of role `a` ("user", "model",
+    "system") against those of role `b`. Raises `InputError` as `arms` does, and for a chat that
+    lacks one of the roles."""
+    ids, masks = [], ([], [])
+    for n, chat in enumerate(chats):
+        try:
+            spans = tokenizer.chat(chat)
+            found = spans.mask(a), spans.mask(b)
+        except InputError as error:
+            raise InputError(f"chat {n}: {error}") from None
+        for role, mask, kept in zip((a, b), found, masks):
+            if not mask.any():
+                raise InputError(f"chat {n} has no message of the role {role!r}")
+            kept.append(mask)
+        ids.append(spans.ids)
+    return Arms(ids, ids, True, name or f"{a} and {b}", where_a=masks[0], where_b=masks[1])
 
 
 def _encoded(tokenizer: "Tokenizer", text: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +202,8 @@ class PooledArms:
     raw      {place: float32 [N, D]}
     values   float32 [N, F] of the features `columns` [F], those that are active somewhere
     y        bool [N]: arm a
-    item     int [N]: the number of the pair; unpaired: of the text
+    item     int [N]: the number of the unit; without units of the pair, or of the text
+    grouped  whether several texts of an arm may have one item: they are one observation in tests
     """
 
     raw: dict[SiteLayer, np.ndarray]
@@ -159,6 +212,7 @@ class PooledArms:
     y: np.ndarray
     item: np.ndarray
     paired: bool
+    grouped: bool = False
 
     @property
     def a(self) -> np.ndarray:
@@ -176,7 +230,8 @@ class PooledArms:
         raw = {place: both(x, other.raw[place]) for place, x in self.raw.items()}
         item = both(self.item, other.item + self.item.max() + 1)
         values = both(self.values, other.values)
-        return PooledArms(raw, values, self.columns, y[order], item, self.paired)
+        parts = raw, values, self.columns, y[order], item, self.paired
+        return PooledArms(*parts, self.grouped or other.grouped)
 
 
 def pool_arms(
@@ -189,14 +244,18 @@ def pool_arms(
     """Each of `sets` pooled, arm a by the first model and arm b by the second, which may be the
     same; all have the same columns."""
     one, two = [ids for s in sets for ids in s.a], [ids for s in sets for ids in s.b]
+    where_one, where_two = ([mask for s in sets for mask in masks_of(s, arm)] for arm in "ab")
     options: dict[str, Any] = {"how": -1 if how == "last" else how, "first": coder.first}
     options |= {"places": places, "report": Progress(None, "tokens", what="features of both arms")}
-    read = lambda model, texts: pool(model, [coder], texts, **options)
+    masked = any(m is not None for s in sets for m in (s.where_a, s.where_b))
+    read = lambda model, texts, where: pool(
+        model, [coder], texts, where=where if masked else None, **options
+    )
     if models[0] is models[1]:
-        whole = read(models[0], [*one, *two])
+        whole = read(models[0], [*one, *two], [*where_one, *where_two])
         columns, values, raw = *whole.features[0][::-1], whole.raw
     else:
-        parts = read(models[0], one), read(models[1], two)
+        parts = read(models[0], one, where_one), read(models[1], two, where_two)
         columns, values = _united(parts)
         raw = {p: np.concatenate([x, parts[1].raw[p]]) for p, x in parts[0].raw.items()}
     active = values.any(0)
@@ -211,9 +270,18 @@ def pool_arms(
         at_a, at_b = at_a + len(s.a), at_b + len(s.b)
         y = np.arange(len(rows)) < len(s.a)
         item = np.where(y, np.arange(len(rows)), np.arange(len(rows)) - len(s.a) * s.paired)
+        if s.unit_a is not None and s.unit_b is not None:
+            item = np.unique([*s.unit_a, *s.unit_b], return_inverse=True)[1]
         mine = {place: x[rows] for place, x in raw.items()}
-        found.append(PooledArms(mine, values[rows], columns, y, item, s.paired))
+        grouped = s.unit_a is not None
+        found.append(PooledArms(mine, values[rows], columns, y, item, s.paired, grouped))
     return found
+
+
+def masks_of(arms: Arms, arm: str) -> Sequence[np.ndarray]:
+    """The tokens that stand for each text of an arm, "a" or "b"."""
+    masks = getattr(arms, f"where_{arm}")
+    return [np.ones(len(ids), bool) for ids in getattr(arms, arm)] if masks is None else masks
 
 
 def _united(parts: tuple[Pooled, Pooled]) -> tuple[np.ndarray, np.ndarray]:

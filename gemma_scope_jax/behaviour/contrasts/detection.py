@@ -33,9 +33,10 @@ class Detectors:
 
     def aucs(self, arms: PooledArms, level: float, seed: int) -> dict[str, Interval]:
         """The area under the ROC curve of each on these texts, with a bootstrap interval over texts
-        (over pairs, where there are pairs). Of random features: the mean over the draws, and the
-        range that holds `level` of them."""
-        options: dict[str, Any] = {"clusters": arms.item if arms.paired else None, "level": level}
+        (over pairs or units, where there are any). Of random features: the mean over the draws, and
+        the range that holds `level` of them."""
+        clusters = arms.item if arms.paired or arms.grouped else None
+        options: dict[str, Any] = {"clusters": clusters, "level": level}
         found = {
             name: auc_interval(arms.y, scorer(arms), **options, seed=seed)
             for name, scorer in self.scorers.items()

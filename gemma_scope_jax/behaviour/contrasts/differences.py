@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_scope_jax.behaviour.contrasts.activity import FeatureActivity
 from gemma_scope_jax.behaviour.statistics import Interval
-from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.storage.strict_json import finite
 
 NONE = "none given"
@@ -137,8 +137,4 @@ class Contrast:
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {a} and {b}" for name, (a, b) in self.counts.items())
         head = f"{self.name or 'contrast'}: {self.coder}, {self.how} over tokens; texts: {counts}"
-        tables = [
-            text_table(rows[0], [list(map(str, row)) for row in rows[1:]], left=1)
-            for rows in self.tables().values()
-        ]
-        return "\n\n".join([f"{head}\n{self.verdict()}", *tables, LEGEND])
+        return f"{head}\n{self.verdict()}\n\n{text_tables(self.tables())}\n\n{LEGEND}"

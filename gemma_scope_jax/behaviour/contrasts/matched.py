@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.behaviour.statistics import FEWEST, paired_tests
-from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.coders.coder import check_fits
 from gemma_scope_jax.coders.directions import check_comparable, most_similar, written
 from gemma_scope_jax.coders.sparse_coder import SparseCoder
@@ -84,8 +84,7 @@ class MatchedFeatures:
         return {"Matched features": rows}
 
     def __str__(self) -> str:
-        head, *rows = self.tables()["Matched features"]
-        return f"{self!r}\n" + text_table(head, [list(map(str, row)) for row in rows], left=0)
+        return f"{self!r}\n\n{text_tables(self.tables(), left=0)}"
 
 
 def compare_features(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gemma_scope_jax.behaviour.statistics import Interval
-from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.storage.strict_json import finite
 
 
@@ -127,5 +127,4 @@ class Mediation:
         return found
 
     def __str__(self) -> str:
-        tables = [text_table(head, rows, left=1) for head, *rows in self.tables().values()]
-        return "\n\n".join([self.verdict(), *tables])
+        return f"{self.verdict()}\n\n{text_tables(self.tables())}"

@@ -14,10 +14,26 @@ SPLITS = 100  # random halves
 
 def tests_of(arms: PooledArms, permutations: int, seed: int = 0) -> FeatureTests:
     """The tests of arm a less arm b, for each column of `arms.values`."""
-    options = {"permutations": permutations, "seed": seed}
+    tests = paired_tests if arms.paired else unpaired_tests
+    return tests(*observations(arms), permutations=permutations, seed=seed)
+
+
+def observations(arms: PooledArms) -> list[np.ndarray]:
+    """Independent rows, float64 [n, F]: the differences of pairs, or the rows of each arm; with
+    units their means."""
     if arms.paired:
-        return paired_tests(arms.a.astype(np.float64) - arms.b, **options)
-    return unpaired_tests(arms.a, arms.b, **options)
+        rows = [(arms.a.astype(np.float64) - arms.b, arms.item[arms.y])]
+    else:
+        rows = [(arms.values[y].astype(np.float64), arms.item[y]) for y in (arms.y, ~arms.y)]
+    return [_means(x, item) if arms.grouped else x for x, item in rows]
+
+
+def _means(x: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """The mean of the rows of x [N, F] of each item."""
+    _, at, counts = np.unique(item, return_inverse=True, return_counts=True)
+    total = np.zeros((len(counts), x.shape[1]))
+    np.add.at(total, at, x)
+    return total / counts[:, None]
 
 
 def ranked(tests: FeatureTests) -> np.ndarray:
@@ -32,8 +48,8 @@ def stability(
     """For each column, the share of random halves of the texts (of the pairs, where there are
     pairs) in which it is among the k that differ most, without those `left_out`, bool [F]."""
     rng = np.random.default_rng([seed, 3])
-    sizes = _paired_sizes if arms.paired else _unpaired_sizes
-    size = sizes(arms, splits, rng)
+    rows = observations(arms)
+    size = (_paired_sizes if arms.paired else _unpaired_sizes)(splits, rng, *rows)
     size[:, left_out] = 0.0
     k = min(k, size.shape[1])
     top = np.argpartition(-size, k - 1, axis=1)[:, :k]
@@ -48,17 +64,18 @@ def _halves(count: int, splits: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permuted(np.broadcast_to(member, (splits, count)), axis=1).astype(np.float64)
 
 
-def _paired_sizes(arms: PooledArms, splits: int, rng: np.random.Generator) -> np.ndarray:
-    """mean^2 / mean of squares of the differences in each half, float64 [splits, F]: as d is."""
-    x = arms.a.astype(np.float64) - arms.b
+def _paired_sizes(splits: int, rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    """mean^2 / mean of squares of the differences x [n, F] in each half, float64 [splits, F]: as d
+    is."""
     half = _halves(len(x), splits, rng)
     mean, square = half @ x, half @ (x * x)
     return mean**2 / np.where(square > 0, square, 1.0)
 
 
-def _unpaired_sizes(arms: PooledArms, splits: int, rng: np.random.Generator) -> np.ndarray:
+def _unpaired_sizes(
+    splits: int, rng: np.random.Generator, a: np.ndarray, b: np.ndarray
+) -> np.ndarray:
     """The squared difference of means over the variance of all, [splits, F]: as d is."""
-    a, b = arms.a.astype(np.float64), arms.b.astype(np.float64)
     middle = np.concatenate([a, b]).mean(0)
     a, b = a - middle, b - middle  # so that nothing cancels
     of_a, of_b = _halves(len(a), splits, rng), _halves(len(b), splits, rng)

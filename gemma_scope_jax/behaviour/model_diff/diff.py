@@ -185,10 +185,11 @@ def model_answers(
     """Chats whose answers the models write themselves, half of them each, at temperature 1: to
     shipped questions in which a user claims something or that sound like harm. Ids int32 [n]."""
     suites = [suite_items(load_suite(name)).items for name in QUESTIONS]
-    asked = [item.prompts[1] for pair in zip(*suites) for item in pair][: max(count, 2)]
+    asked = [item.prompts[1] for pair in zip(*suites) for item in pair][: max(count, 4)]
     prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in asked]
     found: list[np.ndarray] = []
-    for model, some in ((base, prompts[::2]), (other, prompts[1::2])):
+    for turn, model in enumerate((base, other)):  # each is asked questions of all suites
+        some = [p for n, p in enumerate(prompts) if n // len(QUESTIONS) % 2 == turn]
         found += generate(model, some, ANSWER, temperature=1.0, key=seed).sequences
     return found
 

@@ -8,7 +8,7 @@ from gemma_scope_jax.behaviour.contrasts.differences import Contrast
 from gemma_scope_jax.behaviour.model_diff.triggers import TokenExcess, TriggerTest
 from gemma_scope_jax.behaviour.model_diff.weights import WeightDifference
 from gemma_scope_jax.behaviour.statistics import Interval
-from gemma_scope_jax.circuits.tables import text_table
+from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.storage.strict_json import finite
 
 NAMED = 3.0  # times the KL of random words, from which a candidate is called a trigger
@@ -159,9 +159,5 @@ class ModelDiff:
         return {heading: rows for heading, rows in found.items() if len(rows) > 1}
 
     def __str__(self) -> str:
-        tables = [
-            f"{heading}\n{text_table(rows[0], [list(map(str, r)) for r in rows[1:]], left=1)}"
-            for heading, rows in self.tables().items()
-        ]
         names = f"{self.base['name']} and {self.other['name']}"
-        return "\n\n".join([f"{names}, {self.texts} texts\n{self.verdict()}", *tables])
+        return f"{names}, {self.texts} texts\n{self.verdict()}\n\n{text_tables(self.tables())}"

@@ -11,6 +11,8 @@ import numpy as np
 
 from gemma_scope_jax.behaviour.monitors.monitor import Monitor
 from gemma_scope_jax.behaviour.monitors.quality import quality_from
+from gemma_scope_jax.behaviour.steering.spec import Reading
+from gemma_scope_jax.behaviour.steering.vectors import SteeringVector
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import site_width
@@ -87,6 +89,20 @@ def load_monitor(path: str | Path, model: Model) -> Monitor:
         quality_from(facts.get("quality"), path),
         facts["made"],
     )
+
+
+def load_reading(path: str | Path, model: Model) -> Monitor | Reading:
+    """What a file reads off `model`: a monitor, or the direction of a steering vector. Raises
+    `InputError` for any other file, and for one that does not fit the model."""
+    with open_safetensors(expanded(path)) as file:
+        if "monitor" in (file.metadata() or {}):
+            return load_monitor(path, model)
+    vector = SteeringVector.load(path)
+    width = site_width(model.config, vector.site)
+    if vector.layer >= model.config.layers or len(vector.vector) != width:
+        of = f"a direction of {len(vector.vector)} values at layer {vector.layer}"
+        raise InputError(f"{path}: {of} does not fit {model.config.name}")
+    return vector.reading()
 
 
 def _check(facts: dict[str, Any], path: Any) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemma_scope_jax.behaviour.steering.calibrate import CLEAN
-from gemma_scope_jax.behaviour.steering.spec import Reading, SteeringSpec, SteeringStep
+from gemma_scope_jax.behaviour.steering.spec import Reading, adding
 from gemma_scope_jax.behaviour.steering.sweep import SweepArm
-from gemma_scope_jax.behaviour.steering.vectors import SteeringVector, contrast_vector, train_vector
+from gemma_scope_jax.behaviour.steering.vectors import contrast_vector, train_vector
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
@@ -76,23 +76,18 @@ def steering_arms(
         place = (coder.writes, coder.layers[0])
         for make in (contrast_vector, train_vector):
             made = make(model, positive, negative, *place)
-            arms += at_strengths(made.made["method"], as_reading(made), levels, coder.first)
+            arms += at_strengths(made.made["method"], made.reading(), levels, coder.first)
     if about.strip():
         arms.append(SweepArm(PROMPT, before=f"Write about {about.strip()}. "))
     return arms
-
-
-def as_reading(vector: SteeringVector) -> Reading:
-    """A vector as the target of a step."""
-    return Reading(vector=vector.vector, site=vector.site, layer=vector.layer)
 
 
 def at_strengths(
     name: str, target: Reading, strengths: Sequence[float], first: int | None = None
 ) -> list[SweepArm]:
     """One group: a direction added at each strength, in norms, from position `first` on."""
-    step = lambda s: SteeringSpec((SteeringStep("add", target, s, in_norms=True, first=first),))
-    return [SweepArm(f"{name} x {s:g}", step(s), group=name, strength=s) for s in strengths]
+    spec = lambda s: adding(target, s, first)
+    return [SweepArm(f"{name} x {s:g}", spec(s), group=name, strength=s) for s in strengths]
 
 
 def check_strengths(strengths: Sequence[float]) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_scope_jax.behaviour.statistics import Interval, bootstrap
+from gemma_scope_jax.behaviour.statistics import FEWEST, Interval, bootstrap
 from gemma_scope_jax.behaviour.steering.sweep import Sweep
 from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.errors import InputError
@@ -65,11 +65,19 @@ class Calibrated:
     held_out: StrengthFigures
     within_bound: bool | None
 
+    @property
+    def helps(self) -> bool:
+        """Whether the held-out prompts show a gain: there are 5 at least, and its interval is above
+        0."""
+        gain = self.held_out.gain
+        return gain.n >= FEWEST and gain.low > 0
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON data."""
         return {
             "group": self.group,
             "chosen": self.chosen,
+            "helps": self.helps,
             "range": self.range and list(self.range),
             "within_bound": self.within_bound,
             "held_out": self.held_out.as_dict(),
@@ -106,7 +114,7 @@ class Calibration:
 
     def tables(self) -> dict[str, list[list[Any]]]:
         """Heading -> rows, of which the first names the columns."""
-        head = ["", "strength", "range", "effect", "gain", "perplexity x", "repetition"]
+        head = ["", "strength", "range", "effect", "gain", "", "perplexity x", "repetition"]
         rows: list[list[Any]] = [head]
         for g in self.groups:
             h = g.held_out
@@ -114,8 +122,9 @@ class Calibration:
             strength = "none helps" if g.chosen is None else f"{g.chosen:g}"
             if g.chosen is None and g.within_bound is not None:  # there was nothing to choose
                 strength = "" if g.within_bound else "beyond the bound"
-            figures = [str(x) for x in (h.effect, h.gain, h.perplexity, h.repetition)]
-            rows.append([g.group, strength, span, *figures])
+            gain = [str(h.gain), "" if g.helps or g.group == CLEAN else "not shown"]
+            rest = [str(h.perplexity), str(h.repetition)]
+            rows.append([g.group, strength, span, str(h.effect), *gain, *rest])
         count = (
             f"{len(self.scored_on)} prompts, the strength chosen on {len(self.chosen_on)} others"
         )

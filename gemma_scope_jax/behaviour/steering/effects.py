@@ -12,15 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_scope_jax.behaviour.monitors.monitor import Monitor, token_scores
 from gemma_scope_jax.behaviour.steering.spec import Reading
 from gemma_scope_jax.circuits.edit_rows import columns
-from gemma_scope_jax.coders.coder import Coder, by_layer, float32, jump_relu
+from gemma_scope_jax.coders.coder import Coder, by_layer
 from gemma_scope_jax.errors import InputError
-from gemma_scope_jax.model.batch import padded
-from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.intercept import Context, read, tokenwise
-from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.tokenizer import Tokenizer
 
 
@@ -74,44 +71,31 @@ class WordShare:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadingMean:
-    """The mean of a reading over the tokens of a continuation, as the unchanged model reads them:
-    a feature's activation (with its coder), or a probe's score."""
+    """The mean score over the tokens of a continuation, as the unchanged model reads them: of a
+    feature (with its coder), a direction, or a monitor."""
 
-    reading: Reading
+    reading: Reading | Monitor
     coder: Coder | None = None
 
     def __call__(self, model: Model, tokenizer: Tokenizer, written: Continuations) -> np.ndarray:
-        line, site, layer = self._line()
-        values = np.zeros(len(written.tokens))
         texts = [np.concatenate(pair) for pair in zip(written.prompts, written.tokens)]
-        width = bucket(max(map(len, texts)), 2**31)
-        B = min(max(1, 2048 // width), len(texts))
-        item = read(site, layer, read_line, line, name="reading")
-        for start in range(0, len(texts), B):
-            batch = padded(texts[start : start + B], B, width)
-            out = run(model, batch, item, stop_at_layer=layer + 1, logits="none", pad=False)
-            found = np.asarray(out.reads["reading"])
-            for r, text in enumerate(texts[start : start + B]):
-                own = found[r, len(written.prompts[start + r]) : len(text)]
-                values[start + r] = own.mean() if own.size else 0.0
-        return values
+        scores = token_scores(dataclasses.replace(self._monitor(), first=0), model, texts)
+        own = [s[len(p) :] for s, p in zip(scores, written.prompts)]
+        return np.array([s.mean() if s.size else 0.0 for s in own])
 
-    def _line(self) -> tuple[tuple, str, int]:
+    def _monitor(self) -> Monitor:
         r = self.reading
+        if isinstance(r, Monitor):
+            return r
         if r.feature is None:
-            vector = jnp.asarray(r.vector, jnp.float32)
-            return (vector, jnp.float32(r.bias), jnp.float32(-jnp.inf)), r.site, int(r.layer or 0)
+            w = np.asarray(r.vector, np.float32)
+            return Monitor(r.site, int(r.layer or 0), w, r.bias, np.inf)
         if self.coder is None:
             raise InputError("an effect by a feature needs its coder")
         by_layer(self.coder)
         i = self.coder.source(r.layer)
         found = columns(self.coder, jnp.full(1, i, jnp.int32), jnp.asarray([r.feature], jnp.int32))
-        return tuple(a[0] for a in found), self.coder.reads, self.coder.layers[i]
-
-
-@tokenwise
-def read_line(x, ctx: Context, line):
-    """x . v + bias [B, T], or a feature's activation if it has a threshold."""
-    vector, bias, threshold = line
-    z = jnp.einsum("btd,d->bt", float32(x), vector, precision="highest") + bias
-    return jnp.where(jnp.isfinite(threshold), jump_relu(z, threshold.reshape(1, 1)), z)
+        vector, bias, threshold = (np.asarray(a, np.float32) for a in found)
+        place = self.coder.reads, self.coder.layers[i]
+        encoder = vector.T, bias, threshold
+        return Monitor(*place, np.ones(1, np.float32), 0.0, np.inf, (r.feature,), encoder)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_scope_jax.behaviour.steering.place import steering
-from gemma_scope_jax.behaviour.steering.spec import Reading, SteeringSpec, SteeringStep
+from gemma_scope_jax.behaviour.steering.spec import Reading, adding
 from gemma_scope_jax.coders.coder import Coder
 from gemma_scope_jax.coders.directions import TO_LOGITS, extreme_logits
 from gemma_scope_jax.errors import InputError
@@ -102,7 +102,7 @@ def output_scores(
     for start in range(0, len(ids), ROWS):
         some = ids[start : start + ROWS]
         filled = np.pad(some, (0, ROWS - len(some)), mode="edge")
-        specs = [_spec(int(f), strength) for f in filled]
+        specs = [adding(Reading(feature=int(f)), strength) for f in filled]
         items = steering(model, specs, coder)
         out = run(model, np.repeat(text, ROWS, 0), items, logits="last", pad=False).logits[:, -1]
         rows = np.pad(top[start : start + ROWS], ((0, ROWS - len(some)), (0, 0)), mode="edge")
@@ -110,10 +110,6 @@ def output_scores(
         scores[start : start + len(some)], sure[start : start + len(some)] = found
         progress.at(start + len(some))
     return OutputScores(ids, scores, sure, top)
-
-
-def _spec(feature: int, strength: float) -> SteeringSpec:
-    return SteeringSpec((SteeringStep("add", Reading(feature=feature), strength, in_norms=True),))
 
 
 @jax.jit

@@ -118,6 +118,11 @@ class SteeringSpec:
         return f"SteeringSpec({', '.join(map(_said, self.steps))})"
 
 
+def adding(target: Reading, strength: float, first: int | None = None) -> SteeringSpec:
+    """A direction added to every token from `first` on, in norms of the token's own activation."""
+    return SteeringSpec((SteeringStep("add", target, strength, in_norms=True, first=first),))
+
+
 def checked_step(step: SteeringStep) -> SteeringStep:
     """The step itself. Raises `InputError` if its parts do not fit each other."""
     what = f"steering: {step.op}"

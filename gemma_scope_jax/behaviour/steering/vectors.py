@@ -1,8 +1,9 @@
 """Directions to steer with or to read, and how each was made.
 
 A vector comes from a contrast of two sets of texts (the difference of means, the first principal
-component of the differences, a probe), from training (rank 1: the text's own loss), or from
-elsewhere. It is kept as one safetensors file whose metadata say how it was made.
+component of the differences, a probe), from training (rank 1: the text's own loss), from answers
+written for it (`persona.py`), or from elsewhere. It is kept as one safetensors file whose metadata
+say how it was made.
 
 Sources: difference of means and PCA: Marks and Tegmark 2023, Zou et al. 2023 (representation
 engineering); persona vectors: Chen et al. 2025 (2507.21509); rank-1 vectors: Wu et al. 2025
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma_scope_jax.behaviour.steering.spec import Reading
 from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.arguments import whole_number
@@ -66,6 +68,10 @@ class SteeringVector:
         tensors = {"vector": StreamedTensor.whole(np.asarray(self.vector, np.float32))}
         write_file(expanded(path), lambda file: write_safetensors(file, tensors, metadata))
 
+    def reading(self) -> Reading:
+        """The direction as the target of a step or what an effect reads."""
+        return Reading(vector=self.vector, site=self.site, layer=self.layer)
+
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
         """Read a file that `save` wrote. Raises `InputError` for any other."""
@@ -100,6 +106,7 @@ def contrast_vector(
     method: Method = "mean",
     first: int = 1,
     how: Literal["mean"] | int = "mean",
+    where: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
 ) -> SteeringVector:
     """The direction from the `negative` to the `positive` texts, int ids [n] each with <bos>.
 
@@ -109,6 +116,7 @@ def contrast_vector(
             much as the difference of means does
     how     which activation stands for a text: the mean over its tokens from `first` on, or that of
             one token, such as -1 for the last
+    where   for each positive and each negative text bool [n]: the tokens that stand for it
     Raises `InputError` for too few texts, for pca without pairs, and for an unknown site or layer.
     """
     check_place(model, site, layer)
@@ -119,7 +127,9 @@ def contrast_vector(
     if method == "pca" and len(positive) != len(negative):
         raise InputError(f"pca takes pairs: {len(positive)} and {len(negative)} texts are none")
     texts = [*positive, *negative]
-    x = pool(model, (), texts, how=how, first=first, places=((site, layer),)).raw[site, layer]
+    masks = None if where is None else [*where[0], *where[1]]
+    read = {"how": how, "first": first, "where": masks, "places": ((site, layer),)}
+    x = pool(model, (), texts, **read).raw[site, layer]  # type: ignore[arg-type]
     a, b = np.split(x.astype(np.float64), [len(positive)])
     mean = a.mean(0) - b.mean(0)
     vector = mean
@@ -139,7 +149,7 @@ def contrast_vector(
         "model": model.config.name,
         "positive": len(positive),
         "negative": len(negative),
-        "read": how if how == "mean" else f"token {how}",
+        "read": ("mean" if how == "mean" else f"token {how}") + " of some" * (where is not None),
     }
     norm = float(np.median(np.linalg.norm(x, axis=1)))
     return SteeringVector(vector.astype(np.float32), site, layer, norm, made)
