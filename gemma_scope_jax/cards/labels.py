@@ -29,7 +29,7 @@ from gemma_scope_jax.storage.strict_json import field
 
 FILES = ("labels.json.zst", "labels.json.gz", "labels.json")
 FORMAT = 1
-LOWERED = 5  # tokens whose logits a feature lowers: they seldom say what it is about
+LOWERED = 3  # tokens whose logits a feature lowers: they seldom say what it is about
 BEFORE, AFTER = 11, 4  # tokens of a snippet around the one on which the feature is strongest
 
 # top_logits, bottom_logits: tokens; examples: {tokens, values, source}; density
