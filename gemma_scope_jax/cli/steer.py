@@ -38,7 +38,7 @@ def command(
     new_tokens: int = 40,
     temperature: float = 1.0,
     seed: int = 0,
-    rows: int = 32,
+    rows: int = 64,
     out: Annotated[shared.LocalPlace | None, tyro.conf.arg(metavar="FOLDER")] = None,
     dtype: shared.Dtype = "auto",
     json: shared.Json = False,

@@ -118,11 +118,12 @@ class Calibration:
         rows: list[list[Any]] = [head]
         for g in self.groups:
             h = g.held_out
-            span = "" if g.range is None else f"{g.range[0]:g} to {g.range[1]:g}"
+            span = "" if g.range is None else " to ".join(f"{s:g}" for s in sorted({*g.range}))
             strength = "none helps" if g.chosen is None else f"{g.chosen:g}"
             if g.chosen is None and g.within_bound is not None:  # there was nothing to choose
                 strength = "" if g.within_bound else "beyond the bound"
-            gain = [str(h.gain), "" if g.helps or g.group == CLEAN else "not shown"]
+            said = g.helps or g.group == CLEAN or strength == "none helps"
+            gain = [str(h.gain), "" if said else "not shown"]
             rest = [str(h.perplexity), str(h.repetition)]
             rows.append([g.group, strength, span, str(h.effect), *gain, *rest])
         count = (
