@@ -11,8 +11,8 @@ not read. Then the held-out prompts of organism.json are the key: features that 
 behaviour are found on one half of these and scored on the other, beside a probe on raw activations;
 they are ablated there, beside matched random features and the difference of means projected out.
 
-What is done is kept in the folder; the same command goes on. --row prints one line for
-results/organisms_cpu.jsonl.
+What is done is kept in the folder; the same command goes on. `--table blind` and `--table key`
+print the lines of results/organisms_blind_cpu.jsonl and results/organisms_cpu.jsonl.
 """
 
 import argparse
@@ -114,46 +114,62 @@ def planted(base, model, tokenizer, coder, facts: dict[str, Any]) -> dict[str, A
     return found
 
 
-def row(name: str, folder: Path) -> dict[str, Any]:
-    """What is kept of a model in `folder`, short."""
-    read = lambda part: (
-        json.loads((folder / f"{part}.json").read_text())
-        if (folder / f"{part}.json").exists()
-        else None
-    )
-    figure = lambda v: [v[key] for key in ("value", "low", "high")]
-    suites = {s: figure(v["outcome"]["mean"]) for s, v in (read("suites") or {}).items()}
-    found: dict[str, Any] = {"name": name, "suites": suites}
-    if (diff := read("diff")) is not None:
-        best = diff["triggers"][0] if diff["triggers"] else None
-        found["diff"] = {
-            "verdict": diff["verdict"],
-            "kl": figure(diff["kl"]),
-            "loss_change": figure(diff["loss_change"]),
-            "candidate": best and {k: best[k] for k in ("text", "source", "ratio", "above")},
-        }
-    if (key := read("planted")) is not None:
-        found["planted"] = {"shows": key["shows"], "prompts": key["prompts"]}
-        for how in HOWS:
-            c, m = key[how]["contrast"], key[how]["ablated"]
-            found["planted"][how] = {
-                "features": c["chosen"],
-                "family_p": c["family_p"],
-                "aucs": {d: figure(v) for d, v in c["aucs"].items()},
-                "removed": figure(m["removed"]),
-                "random sets": float(np.mean(m["controls"])),
-                "change": figure(m["behaviour"]["change"]),
-                "p": m["rank_p"],
-                "shows": m["shows"],
-                "loss": figure(m["side_effects"]["loss on plain text"]["change"]),
-            }
-        m = key["projected"]
-        found["planted"]["difference of means projected out"] = {
-            "removed": figure(m["removed"]),
-            "shows": m["shows"],
-            "loss": figure(m["side_effects"]["loss on plain text"]["change"]),
-        }
-    return found
+def figure(v: dict[str, Any] | None, digits: int = 2) -> str:
+    if v is None or v["value"] is None:
+        return ""
+    low, high = ("" if v[key] is None else f"{v[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{v['value']:.{digits}f} [{low}, {high}]"
+
+
+def blind_row(name: str, folder: Path) -> dict[str, Any]:
+    """What the audits said of a model without its key."""
+    read = lambda part: json.loads((folder / f"{part}.json").read_text())
+    found = {"name": name}
+    found |= {s.replace("_", " "): figure(v["outcome"]["mean"]) for s, v in read("suites").items()}
+    if name == "base":
+        return found
+    diff = read("diff")
+    best = diff["triggers"][0] if diff["triggers"] else None
+    is_one = best is not None and best["ratio"] >= 3 and best["above"] == 1.0
+    word = f"{best['text']!r} ({best['source']})" if best else "none"
+    new = [p["other"][0][0] for p in diff["partings"] if p["other"][0][0] != p["base"][0][0]]
+    most = max(set(new), key=new.count) if new else ""
+    return found | {
+        "KL, nats a token": figure(diff["kl"]),
+        "strongest word": f"{word}, x{best['ratio']:.1f}" if best else word,
+        "called a trigger": is_one,
+        "goes on with": f"{most!r} at {new.count(most)} of {len(diff['partings'])}",
+    }
+
+
+def key_rows(name: str, folder: Path) -> list[dict[str, Any]]:
+    """Detection, and what is removed, with the key: a row for each kind of edit."""
+    key = json.loads((folder / "planted.json").read_text())
+    rows, loss = [], lambda m: figure(m["side_effects"]["loss on plain text"]["change"], 3)
+    for how in HOWS:
+        c, m = key[how]["contrast"], key[how]["ablated"]
+        area = {d.split(",")[0]: v for d, v in c["aucs"].items() if ", layer" not in d}
+        random = next((v for d, v in area.items() if "random" in d), None)
+        top = next((v for d, v in area.items() if d.startswith("top")), None)
+        rows.append({
+            "organism": name,
+            "ablated": f"8 features ({how})",
+            "AUC, raw probe": figure(area["raw probe"]),
+            "best feature": figure(area.get("best feature")),
+            "8 features": figure(top),
+            "8 random": figure(random),
+            "share removed": figure(m["removed"]),
+            "p": round(m["rank_p"], 3),
+            "shows before": key["shows"],
+            "after": m["shows"],
+            "loss, nats": loss(m),
+        })  # fmt: skip
+    m = key["projected"]
+    rows.append({
+        "organism": name, "ablated": "difference of means", "share removed": figure(m["removed"]),
+        "shows before": key["shows"], "after": m["shows"], "loss, nats": loss(m),
+    })  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -161,10 +177,12 @@ def main() -> None:
     parser.add_argument("organisms", type=Path, help="a folder with a folder of each")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", default="", help="a folder with the packages of published sets")
-    parser.add_argument("--row", action="store_true", help="only print what is done, as JSON lines")
+    parser.add_argument(
+        "--table", choices=["blind", "key"], help="only print JSON lines of results"
+    )
     args = parser.parse_args()
     names = ["base", *sorted(p.name for p in args.organisms.iterdir() if p.is_dir())]
-    if not args.row:
+    if not args.table:
         gs.use_compilation_cache()
         base, tokenizer = gs.load_model(BASE, dtype="float32"), gs.load_tokenizer(BASE)
         coder = gs.load_coder(CODER)
@@ -179,7 +197,10 @@ def main() -> None:
             facts = json.loads((folder / "organism.json").read_text())
             once(out / "planted.json", planted, base, model, tokenizer, coder, facts)
     for name in names:
-        print(json.dumps(gs.finite(row(name, args.out / name))))
+        if args.table != "key":
+            print(json.dumps(blind_row(name, args.out / name)))
+        if args.table != "blind" and name != "base":
+            print(*map(json.dumps, key_rows(name, args.out / name)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """An AxBench-shaped table: which directions detect a concept, and which steer towards it.
 
     .venv/bin/python benchmarks/steering_table.py --out FOLDER [--concepts 32]
-    .venv/bin/python benchmarks/steering_table.py --out FOLDER --summary
+    .venv/bin/python benchmarks/steering_table.py --out FOLDER --table groups
 
 For each concept of steering_concepts.json (a name and words) sentences of a corpus with at least
 two of the words are its texts, sentences without any the others; half of them choose, half are
@@ -167,32 +167,40 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
     }
 
 
-def summary(done: list[dict]) -> dict[str, list[list]]:
-    groups = list(dict.fromkeys([*done[0]["detection"], *done[0]["steering"]]))
-    head = ["", "detection AUC", "steering score (0 to 2)", "perplexity x"]
-    rows: list[list] = [head]
-    for group in groups:
-        cells = []
-        for part in ("detection", "steering"):
+def group_rows(done: list[dict]) -> list[dict]:
+    """Each direction over all concepts."""
+    rows = []
+    for group in dict.fromkeys([*done[0]["detection"], *done[0]["steering"]]):
+        cells = {"": group}
+        for part, name in (("detection", "detection AUC"), ("steering", "steering score, 0 to 2")):
             values = [one[part][group] for one in done if group in one[part]]
             values = [v["score"] if isinstance(v, dict) else v for v in values]
-            cells.append(str(bootstrap(values)) if values else "")
-        ratios = [np.log(one["steering"][group]["perplexity"]) for one in done
-                  if group in one["steering"]]  # fmt: skip
-        rows.append([group, *cells, f"{np.exp(np.mean(ratios)):.2f}" if ratios else ""])
-    curves: list[list] = [["concept", "feature", "strength", "effect", "perplexity x", "in bound"]]
+            cells[name] = str(bootstrap(values)) if values else ""
+        ratios = [np.log(v[group]["perplexity"]) for v in (one["steering"] for one in done)
+                  if group in v]  # fmt: skip
+        cells["perplexity x"] = f"{np.exp(np.mean(ratios)):.2f}" if ratios else ""
+        rows.append(cells)
+    return rows
+
+
+def curve_rows(done: list[dict]) -> list[dict]:
+    """The strength of each concept's feature, chosen on five prompts, on five others."""
+    figure = lambda v: f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]"
+    rows = []
     for one in done:
-        c = one["curve"]
-        held = c["held_out"]
-        figure = lambda v: f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]"
-        strength = "none helps" if c["chosen"] is None else f"{c['chosen']:g}"
-        curves.append([one["concept"], one["features"]["output"], strength,
-                       figure(held["effect"]), figure(held["perplexity"]),
-                       "yes" if c["within_bound"] else "no"])  # fmt: skip
-    return {
-        f"{len(done)} concepts": rows,
-        "strength chosen on five prompts, scored on five": curves,
-    }
+        c, held = one["curve"], one["curve"]["held_out"]
+        short = lambda f: f"{f['effect']['value']:.3g} (x{f['perplexity']['value']:.3g})"
+        steps = {f"at {f['strength']:g}": short(f) for f in c["held_out_curve"]}
+        rows.append({
+            "concept": one["concept"],
+            "feature": str(one["features"]["output"]),
+            **steps,
+            "chosen": "none helps" if c["chosen"] is None else f"{c['chosen']:g}",
+            "effect": figure(held["effect"]),
+            "perplexity": figure(held["perplexity"]),
+            "within the bound": "" if c["within_bound"] is None else bool(c["within_bound"]),
+        })  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -201,11 +209,11 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rows", type=int, default=74)
-    parser.add_argument("--summary", action="store_true", help="only print what is done")
+    parser.add_argument("--table", choices=["groups", "curves"], help="only print results")
     args = parser.parse_args()
     path = args.out / "concepts.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not args.summary:
+    if not args.table:
         gs.use_compilation_cache()
         args.out.mkdir(parents=True, exist_ok=True)
         model, tok = (
@@ -224,8 +232,9 @@ def main() -> None:
             done.append(one)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(gs.finite(one)) + "\n")
-    if done:
-        print(gs.text_tables(summary(done)))
+    for name, rows in (("groups", group_rows), ("curves", curve_rows)):
+        if done and args.table in (None, name):
+            print(*map(json.dumps, rows(done)), sep="\n")
 
 
 if __name__ == "__main__":
