@@ -43,7 +43,7 @@ def audits(model, tokenizer, coder, out: Path, sets: str) -> dict[str, Any]:
     found = {}
     for name, limit in SUITES.items():
         suite = dataclasses.replace(gs.load_suite(name), template="chat", new_tokens=SHOWN_TOKENS)
-        settings = gs.AuditSettings(limit=limit, mediated=10, controls=19)
+        settings = gs.AuditSettings(limit=limit, mediated=5, controls=2)  # outcomes alone count
         judge = gs.answer_judge(suite.judge, model, tokenizer) if suite.judge else None
         done = gs.audit(
             suite, model, tokenizer, coder, out / name, settings, judge=judge, sets=sets
