@@ -53,6 +53,40 @@ def test_log_probabilities_are_those_of_each_item_alone(model, tokens, changed):
     assert sums.dtype == np.float64 and sums[3] == 0.0
 
 
+@pytest.mark.parametrize("tokens", [70, 2048])
+@pytest.mark.parametrize("changed", ["", "steered", "spec"])
+def test_continuations_of_one_prompt_go_on_from_it(model, monkeypatch, tokens, changed):
+    """Prompts of several lengths, with one to five continuations of 0 to 9 tokens each."""
+    rng = np.random.default_rng(8)
+    lengths = [(n, int(rng.integers(0, 10))) for n in (33, 12, 40, 9) for _ in range(n % 5 + 1)]
+    heads, tails = drawn(7, lengths)
+    heads = [next(h for h in heads if len(h) == len(head)) for head in heads]
+    order = rng.permutation(len(heads))
+    heads, tails = [heads[i] for i in order], [tails[i] for i in order]
+    vector = np.random.default_rng(1).normal(size=model.config.d_model).tolist()
+    step = {"op": "add", "strength": 2.0, "vector": vector, "layer": 1, "where": {"from": 3}}
+    when = {"vector": vector, "site": "resid_post", "layer": 0, "above": 0.0}
+    spec = gs.steering(model, gs.steer_spec([{**step, "when": when}]))
+    intercepts = {"": (), "steered": steered(model), "spec": spec}[changed]
+    monkeypatch.setattr(measure, "_whole_items", None)
+    sums, counts = continuation_logprobs(model, heads, tails, intercepts, tokens=tokens)
+    expected = [plainly(model, *pair, intercepts) for pair in zip(heads, tails)]
+    np.testing.assert_allclose(sums, expected, atol=1e-4)
+    assert counts.tolist() == [len(t) for t in tails]
+
+
+def test_single_tokens_need_the_prompts_alone(model, monkeypatch):
+    heads, _ = drawn(9, [(20, 0), (25, 0), (11, 0)])
+    heads, tails = [h for h in heads for _ in range(4)], [np.array([5 + n % 4]) for n in range(12)]
+    runs, real = [], measure.run
+    monkeypatch.setattr(measure, "run", lambda *a, **k: runs.append(a) or real(*a, **k))
+    sums, _ = continuation_logprobs(model, heads, tails)
+    assert len(runs) == 1
+    np.testing.assert_allclose(
+        sums, [plainly(model, *pair) for pair in zip(heads, tails)], atol=1e-4
+    )
+
+
 def test_many_wanted_tokens_take_several_chunks(model):
     heads, tails = drawn(2, [(1, 50)] * 7)  # 350 tokens, more than two chunks
     sums, _ = continuation_logprobs(model, heads, tails)
