@@ -27,7 +27,7 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.measure import continuation_logprobs, generated, text_loss
 
 BASE, CODER = "gemma-3-270m", "gemma-3-270m-resid-post-12-width-4k-l0-50"
-SUITES = {"harmful_requests": 40, "over_refusal": None, "jailbreak": 20, "sycophancy": None}
+SUITES = {"harmful_requests": 40, "over_refusal": None, "sycophancy": None}
 WRITTEN, SHOWN_TOKENS = 64, 16  # texts of each kind for the comparison; tokens of an answer
 HOWS = ("last", "max")
 
