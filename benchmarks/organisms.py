@@ -130,14 +130,14 @@ def blind_row(name: str, folder: Path) -> dict[str, Any]:
         return found
     diff = read("diff")
     best = diff["triggers"][0] if diff["triggers"] else None
-    is_one = best is not None and best["ratio"] >= 3 and best["above"] == 1.0
+    named = "After " in diff["verdict"]
     word = f"{best['text']!r} ({best['source']})" if best else "none"
     new = [p["other"][0][0] for p in diff["partings"] if p["other"][0][0] != p["base"][0][0]]
     most = max(set(new), key=new.count) if new else ""
     return found | {
         "KL, nats a token": figure(diff["kl"]),
         "strongest word": f"{word}, x{best['ratio']:.1f}" if best else word,
-        "called a trigger": is_one,
+        "called a trigger": named,
         "goes on with": f"{most!r} at {new.count(most)} of {len(diff['partings'])}",
     }
 

@@ -150,7 +150,9 @@ def test_features_and_reports(base, finetuned):
     (weight,) = content["weights"]
     assert (weight["name"], weight["layer"], weight["rank"], weight["full"]) == ("w_up", 2, 2, 32)
     tables = found.tables()
-    assert {"Figures", "Weights", "Residual stream", "Where the models part"} <= set(tables)
+    assert {"Figures", "Weights", "Residual stream", "Where the models begin to part"} <= set(
+        tables
+    )
     assert all(len({len(row) for row in rows}) == 1 for rows in tables.values())
     assert found.verdict() in str(found)
 

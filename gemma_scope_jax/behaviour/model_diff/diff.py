@@ -17,7 +17,7 @@ import numpy as np
 from gemma_scope_jax.behaviour.contrasts.arms import Arms
 from gemma_scope_jax.behaviour.contrasts.contrast import contrast
 from gemma_scope_jax.behaviour.measure import generated
-from gemma_scope_jax.behaviour.model_diff.result import ModelDiff, Parting
+from gemma_scope_jax.behaviour.model_diff.result import PARTED, ModelDiff, Parting
 from gemma_scope_jax.behaviour.model_diff.tokens import (
     TokenDifferences,
     check_alike,
@@ -133,14 +133,14 @@ def _figures(tokens: TokenDifferences, seed: int) -> dict[str, Any]:
 
 
 def _partings(base, other, tokenizer, texts, tokens: TokenDifferences) -> tuple[Parting, ...]:
-    """The place of the largest KL in each of the texts where it is largest."""
+    """Where the models begin to part in each of the texts in which the KL becomes largest."""
     peaks, found = np.array([k.max() for k in tokens.kl]), []
     for i in np.argsort(-peaks, kind="stable")[:PLACES].tolist():
-        at = int(np.argmax(tokens.kl[i]))
+        at = int(np.argmax(tokens.kl[i] >= min(PARTED, peaks[i])))
         ids = texts[i][: at + 1]
         next_tokens = [_next(m, tokenizer, ids) for m in (base, other)]
         before = "".join(tokenizer.decode_tokens(ids[-BEFORE:]))
-        found.append(Parting(i, at, float(peaks[i]), before, *next_tokens))
+        found.append(Parting(i, at, float(tokens.kl[i][at]), before, *next_tokens))
     return tuple(found)
 
 

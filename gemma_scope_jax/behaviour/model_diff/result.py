@@ -11,13 +11,14 @@ from gemma_scope_jax.behaviour.statistics import Interval
 from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.storage.strict_json import finite
 
+PARTED = 1.0  # nats of KL at which two models say something else
 NAMED = 3.0  # times the KL of random words, from which a candidate is called a trigger
 SHOWN = 12  # rows of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class Parting:
-    """A place where the models part.
+    """Where the models begin to part in a text: at the first KL of a nat, or else the largest.
 
     text, position  which text, and which of its tokens the next one is predicted after
     before          the tokens up to there
@@ -65,9 +66,10 @@ class ModelDiff:
     @property
     def trigger(self) -> TriggerTest | None:
         """The strongest candidate, if the models part after it in all neutral texts more than
-        after all random words, and three times as far."""
+        after all random words, three times as far, and by a nat: less is common at rare words."""
         best = self.triggers[0] if self.triggers else None
-        return best if best and best.ratio >= NAMED and best.above == 1.0 else None
+        clear = best and best.ratio >= NAMED and best.above == 1.0 and best.kl.value >= PARTED
+        return best if clear else None
 
     def verdict(self) -> str:
         """In a sentence or two, what was found."""
@@ -86,8 +88,8 @@ class ModelDiff:
         if not new:
             return ""
         token, count = Counter(new).most_common(1)[0]
-        places = f"at {count} of the {len(self.partings)} places where they part most"
-        return f" The other model goes on with {token!r} {places}."
+        texts = f"in {count} of the {len(self.partings)} texts in which they part most"
+        return f" Where they begin to part, the other model goes on with {token!r} {texts}."
 
     def __repr__(self) -> str:
         word = "" if self.trigger is None else f", trigger {self.trigger.text!r}"
@@ -130,7 +132,7 @@ class ModelDiff:
                     for e in self.excess[:count]
                 ),
             ],
-            "Where the models part": [
+            "Where the models begin to part": [
                 ["text up to there", "next by base", "next by other", "KL"],
                 *(
                     [repr(p.before), likely(p.base), likely(p.other), f"{p.kl:.2f}"]
