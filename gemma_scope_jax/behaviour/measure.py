@@ -152,6 +152,7 @@ def _one_batch(model, items, heads, tails, groups: list[list[int]], shape: tuple
         starts = np.ones(rows, np.int32)
         starts[: len(which)] = [len(heads[i]) for i in which]
         at = starts[:, None] + np.arange(more, dtype=np.int32)
+        at = np.minimum(at, model.config.context - 1)  # where there are no tokens
         options |= {"positions": at, "segments": fed.segments, "cache": cache}
         states = jnp.concatenate([states, run(model, fed.tokens, items, **options).reads[FINAL]], 1)
     places = [r * (1 + more) + np.arange(len(tails[i])) for r, i in enumerate(which)]

@@ -59,6 +59,7 @@ def test_continuations_of_one_prompt_go_on_from_it(model, monkeypatch, tokens, c
     """Prompts of several lengths, with one to five continuations of 0 to 9 tokens each."""
     rng = np.random.default_rng(8)
     lengths = [(n, int(rng.integers(0, 10))) for n in (33, 12, 40, 9) for _ in range(n % 5 + 1)]
+    lengths += [(58, 6), (58, 3), (58, 6)]  # up to the end of the context
     heads, tails = drawn(7, lengths)
     heads = [next(h for h in heads if len(h) == len(head)) for head in heads]
     order = rng.permutation(len(heads))
