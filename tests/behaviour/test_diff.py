@@ -178,6 +178,23 @@ def test_the_models_write_texts_themselves(base, finetuned):
     assert len(found) == 6 and all(ids[0] == 2 and len(ids) > 1 for ids in found)
 
 
+def test_chats_part_in_their_last_turn(base, finetuned):
+    """`Words` begins a turn with token 1."""
+    rng = np.random.default_rng(3)
+    chats = [np.r_[2, 1, rng.integers(3, 99, 12), 1, rng.integers(3, 99, 6)] for _ in range(12)]
+    chats = [ids.astype(np.int32) for ids in chats]
+    some = [*chats, *texts(12)]
+    found = gs.diff_models(base, finetuned, Words(), some, search=0)
+    own = [k[16 * (n < 12) :] for n, k in enumerate(token_differences(base, finetuned, some).kl)]
+    peaks = np.array([k.max() for k in own])
+    assert [p.text for p in found.partings] == np.argsort(-peaks, kind="stable")[:12].tolist()
+    assert any(p.text < 12 for p in found.partings)
+    for p in found.partings:
+        at = int(np.argmax(own[p.text] >= min(1.0, peaks[p.text])))
+        assert p.position == at + 16 * (p.text < 12)
+        assert p.kl == pytest.approx(own[p.text][at])
+
+
 def test_the_models_answer_questions(base, finetuned):
     class Asks(Words):
         def chat(self, messages, add_generation_prompt=True):

@@ -133,10 +133,15 @@ def _figures(tokens: TokenDifferences, seed: int) -> dict[str, Any]:
 
 
 def _partings(base, other, tokenizer, texts, tokens: TokenDifferences) -> tuple[Parting, ...]:
-    """Where the models begin to part in each of the texts in which the KL becomes largest."""
-    peaks, found = np.array([k.max() for k in tokens.kl]), []
+    """Where the models begin to part in each of the texts in which the KL becomes largest; in chats
+    from the last turn on, since nobody asks a model what users say."""
+    turns = [np.flatnonzero(ids[:-2] == tokenizer.start_of_turn_id) for ids in texts]
+    starts = [int(some[-1]) + 2 if len(some) else 0 for some in turns]
+    peaks = np.array([k[start:].max() for k, start in zip(tokens.kl, starts)])
+    found = []
     for i in np.argsort(-peaks, kind="stable")[:PLACES].tolist():
-        at = int(np.argmax(tokens.kl[i] >= min(PARTED, peaks[i])))
+        start = starts[i]
+        at = start + int(np.argmax(tokens.kl[i][start:] >= min(PARTED, peaks[i])))
         ids = texts[i][: at + 1]
         next_tokens = [_next(m, tokenizer, ids) for m in (base, other)]
         before = "".join(tokenizer.decode_tokens(ids[-BEFORE:]))

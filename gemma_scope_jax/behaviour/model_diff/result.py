@@ -18,7 +18,8 @@ SHOWN = 12  # rows of a table
 
 @dataclasses.dataclass(frozen=True)
 class Parting:
-    """Where the models begin to part in a text: at the first KL of a nat, or else the largest.
+    """Where the models begin to part in a text: at the first KL of a nat, or else the largest; in a
+    chat in its last turn.
 
     text, position  which text, and which of its tokens the next one is predicted after
     before          the tokens up to there
