@@ -302,7 +302,7 @@ def _by_width(model: Model, texts: Sequence[Ids], least: int) -> list[tuple[int,
             raise InputError(
                 f"item {i} has {len(ids)} tokens; the model's context is {context}: shorten it"
             )
-        width = max(min(least, context), bucket(len(ids), context))
+        width = max(min(least, context), bucket(len(ids), context, len(texts)))
         found.setdefault(width, []).append(i)
     return sorted(found.items())
 

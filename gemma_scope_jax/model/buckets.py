@@ -23,9 +23,10 @@ MOST = 4096  # tokens of a batch that is filled up: beyond it, memory costs more
 def bucket(length: int, most: int, rows: int = 1) -> int:
     """`length` rounded up to a multiple of 32, or by an eighth at most; never above `most`.
 
-    From 16 `rows` on, to a multiple of 8: what is filled up costs more than another program.
+    Up to 32, for 16 `rows` or more, to a multiple of 8: there, filling costs more than compiling.
     """
-    step = max(BUCKET if rows < 16 else BUCKET // 4, 1 << max(0, (length - 1).bit_length() - 4))
+    least = BUCKET // 4 if rows >= 16 and length <= BUCKET else BUCKET
+    step = max(least, 1 << max(0, (length - 1).bit_length() - 4))
     return min(-(-length // step) * step, most)
 
 

@@ -178,6 +178,18 @@ def test_the_models_write_texts_themselves(base, finetuned):
     assert len(found) == 6 and all(ids[0] == 2 and len(ids) > 1 for ids in found)
 
 
+def test_differences_may_begin_within_a_text(base, finetuned):
+    some = texts(6)
+    starts = [0, 3, 1, 5, 2, 4]
+    whole, part = (token_differences(base, finetuned, some, starts=s) for s in (None, starts))
+    for n, start in enumerate(starts):
+        for name in ("kl", "loss_base", "loss_other"):
+            a, b = getattr(whole, name)[n], getattr(part, name)[n]
+            np.testing.assert_array_equal(b[:start], 0)
+            np.testing.assert_allclose(b[start:], a[start:], rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(whole.moved[n], part.moved[n])
+
+
 def test_chats_part_in_their_last_turn(base, finetuned):
     """`Words` begins a turn with token 1."""
     rng = np.random.default_rng(3)

@@ -272,6 +272,8 @@ def test_buckets_waste_at_most_an_eighth_of_long_texts():
     for n, size in enumerate(sizes, 1):
         assert n <= size and (size - n < 32 or size - n <= n / 8)
     assert bucket(60, 64) == 64 and bucket(33, 40) == 40
+    many = [bucket(n, 10**6, rows=16) for n in (1, 8, 9, 24, 25, 32, 33, 65)]
+    assert many == [8, 8, 16, 24, 32, 32, 64, 96] and bucket(9, 10**6, rows=15) == 32
     assert len(set(sizes)) < 60
 
 

@@ -53,9 +53,17 @@ def check_alike(base: Model, other: Model) -> None:
 
 
 def token_differences(
-    base: Model, other: Model, texts: Sequence[np.ndarray], report: Report | None = None
+    base: Model,
+    other: Model,
+    texts: Sequence[np.ndarray],
+    report: Report | None = None,
+    *,
+    starts: Sequence[int] | None = None,
 ) -> TokenDifferences:
-    """Compare two models of one architecture on `texts`, int ids [n] each with <bos>."""
+    """Compare two models of one architecture on `texts`, int ids [n] each with <bos>.
+
+    starts  the first position of each text at which KL and losses are computed; 0 before
+    """
     check_alike(base, other)
     for number, ids in enumerate(texts):
         check_ids(base.config, np.asarray(ids), f"text {number}: ")
@@ -67,7 +75,11 @@ def token_differences(
         batch = padded([texts[i] for i in which], rows, width)
         given = {"segments": batch.segments, "logits": "none", "pad": False}
         states = [run(m, batch.tokens, reads, **given).reads for m in (base, other)]
-        real = np.flatnonzero(batch.segments.reshape(-1))
+        begins = np.zeros(rows, int)
+        if starts is not None:
+            begins[: len(which)] = [starts[i] for i in which]
+        asked = (batch.segments > 0) & (np.arange(width) >= begins[:, None])
+        real = np.flatnonzero(asked)
         size = -(-batch.tokens.size // CHUNK) * CHUNK  # the number of real tokens is data
         places = np.pad(real, (0, size - len(real))).astype(np.int32)
         at = np.int32(len(real))

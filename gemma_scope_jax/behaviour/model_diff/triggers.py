@@ -215,6 +215,6 @@ def _peaks(base: Model, other: Model, forms: Sequence[Any], ids: Sequence[int]) 
         for before, after in forms
     ]
     report = Progress(None, "tokens", what="testing candidates for a trigger")
-    kl = token_differences(base, other, texts, report).kl
     starts = [len(before) for _ in ids for before, _ in forms]
+    kl = token_differences(base, other, texts, report, starts=starts).kl
     return np.array([k[s:].max() for k, s in zip(kl, starts)]).reshape(len(ids), len(forms))
