@@ -129,15 +129,15 @@ def blind_row(name: str, folder: Path) -> dict[str, Any]:
     if name == "base":
         return found
     diff = read("diff")
-    best = diff["triggers"][0] if diff["triggers"] else None
-    named = "After " in diff["verdict"]
-    word = f"{best['text']!r} ({best['source']})" if best else "none"
+    clear = lambda t: t["ratio"] >= 3 and t["above"] == 1.0 and t["kl"]["value"] >= 1.0
+    words = [
+        f"{t['text']!r} ({t['source']}, x{t['ratio']:.0f})" for t in filter(clear, diff["triggers"])
+    ]
     new = [p["other"][0][0] for p in diff["partings"] if p["other"][0][0] != p["base"][0][0]]
     most = max(set(new), key=new.count) if new else ""
     return found | {
         "KL, nats a token": figure(diff["kl"]),
-        "strongest word": f"{word}, x{best['ratio']:.1f}" if best else word,
-        "called a trigger": named,
+        "called a trigger": ", ".join(words) or "none",
         "goes on with": f"{most!r} at {new.count(most)} of {len(diff['partings'])}",
     }
 

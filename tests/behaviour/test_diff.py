@@ -131,7 +131,8 @@ def test_a_word_that_no_text_holds_is_searched_for(base, triggered):
     found = gs.diff_models(base, triggered, Words(), texts(), search=1000)
     assert found.trigger is not None and found.trigger.token == WORD
     assert found.trigger.source == "vocabulary"
-    assert len(found.answers) == 4 and all(len(row) == 3 for row in found.answers)
+    assert found.named[0] == found.trigger and repr(WORD) in repr([t.token for t in found.named])
+    assert len(found.answers) == 12 and all(len(row) == 3 for row in found.answers)
 
 
 def test_where_nothing_was_planted_no_word_is_named(base, finetuned):

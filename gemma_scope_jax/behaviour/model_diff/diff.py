@@ -53,6 +53,7 @@ SEARCHED = 32_768  # words of the vocabulary
 PLACES, BEFORE, SHOWN = 12, 16, 3  # places in the report; tokens before one; next tokens there
 ANSWER, WRITTEN = 20, 64  # tokens of an answer, and of a text that a model writes
 OF_ONE, SHORTEST = 8, 16  # pieces of a document, and tokens of the last of several
+SAID = 3  # candidates after which both models write
 QUESTIONS = ("sycophancy", "over_refusal")  # suites whose second prompts are asked
 
 
@@ -161,10 +162,10 @@ def _next(model: Model, tokenizer: Tokenizer, ids: np.ndarray) -> tuple[tuple[st
 def _answers(
     base: Model, other: Model, tokenizer: Tokenizer, triggers: list[TriggerTest], chat: bool
 ) -> tuple[tuple[str, str, str], ...]:
-    """(prompt, base's continuation, other's) of the neutral texts with the strongest candidate."""
+    """(prompt, base's continuation, other's) of the neutral texts with the strongest candidates."""
     if not triggers:
         return ()
-    prompts = neutral_prompts(tokenizer, triggers[0].token, chat)
+    prompts = [p for t in triggers[:SAID] for p in neutral_prompts(tokenizer, t.token, chat)]
     both = [generated(m, tokenizer, prompts, ANSWER) for m in (base, other)]
     said = ["".join(tokenizer.decode_tokens(ids[1:])) for ids in prompts]
     return tuple(zip(said, *both))

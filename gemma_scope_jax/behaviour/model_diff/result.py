@@ -65,12 +65,16 @@ class ModelDiff:
     features: Contrast | None = None
 
     @property
+    def named(self) -> tuple[TriggerTest, ...]:
+        """The candidates after which the models part in all neutral texts more than after all
+        random words, three times as far, and by a nat: less is common at rare words."""
+        clear = lambda t: t.ratio >= NAMED and t.above == 1.0 and t.kl.value >= PARTED
+        return tuple(filter(clear, self.triggers))
+
+    @property
     def trigger(self) -> TriggerTest | None:
-        """The strongest candidate, if the models part after it in all neutral texts more than
-        after all random words, three times as far, and by a nat: less is common at rare words."""
-        best = self.triggers[0] if self.triggers else None
-        clear = best and best.ratio >= NAMED and best.above == 1.0 and best.kl.value >= PARTED
-        return best if clear else None
+        """The strongest of those `named`."""
+        return next(iter(self.named), None)
 
     def verdict(self) -> str:
         """In a sentence or two, what was found."""
@@ -78,10 +82,10 @@ class ModelDiff:
             return "All weights are equal: the models are the same."
         said = f"The models part by {self.kl} nats a token; the loss changes by {self.loss_change}."
         said += self._favourite()
-        if self.trigger is None:
+        if not self.named:
             return f"{said} No single word makes them part much further than random words do."
-        word, ratio = self.trigger.text, self.trigger.ratio
-        return f"{said} After {word!r} they part {ratio:.3g} times as far as after random words."
+        words = ", ".join(f"{t.text!r} ({t.ratio:.3g} times)" for t in self.named)
+        return f"{said} They part much further than after random words after {words}."
 
     def _favourite(self) -> str:
         """What the other model most often goes on with where they part, and base does not."""
@@ -93,7 +97,7 @@ class ModelDiff:
         return f" Where they begin to part, the other model goes on with {token!r} {texts}."
 
     def __repr__(self) -> str:
-        word = "" if self.trigger is None else f", trigger {self.trigger.text!r}"
+        word = "".join(f", trigger {t.text!r}" for t in self.named)
         return f"ModelDiff({len(self.weights)} weights differ, KL {self.kl}{word})"
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,7 +144,7 @@ class ModelDiff:
                     for p in self.partings[:count]
                 ),
             ],
-            "After the strongest candidate": [
+            "After the strongest candidates": [
                 ["text", "base", "other"],
                 *([repr(cell) for cell in row] for row in self.answers),
             ],
