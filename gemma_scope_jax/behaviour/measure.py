@@ -129,8 +129,10 @@ def _after_prompts(model, items, heads, tails, groups: list[list[int]], tokens: 
     each = max(map(len, groups))
     for width in sorted({*widths}):
         mine = [group for group, w in zip(order, widths) if w == width]
-        rows = max(each, tokens // (width + more))
-        count = max(1, rows // each)
+        # powers of 4: few sizes of batches
+        rows = min(_power(sum(map(len, mine))), _power(tokens // (width + more) // 4 + 1))
+        rows = max(rows, _power(each))
+        count = min(_power(len(mine)), max(1, _power(rows // each // 4 + 1)))
         for start in range(0, len(mine), count):
             some = mine[start : start + count]
             yield _one_batch(model, items, heads, tails, some, (count, width, rows, more))
@@ -289,8 +291,13 @@ def like_lengths(
         most = max(1, tokens // width)
         for start in range(0, len(which), most):
             some = which[start : start + most]
-            rows = min(most, 4 ** -(-(len(some) - 1).bit_length() // 2))  # few sizes of the last
+            rows = min(most, _power(len(some)))  # few sizes of the last
             yield some, -(-rows // multiple) * multiple, width
+
+
+def _power(count: int) -> int:
+    """The least power of 4 that is not below `count`."""
+    return 4 ** -(-(max(count, 1) - 1).bit_length() // 2)
 
 
 def _by_width(model: Model, texts: Sequence[Ids], least: int) -> list[tuple[int, list[int]]]:

@@ -8,11 +8,16 @@ import pytest
 import gemma_scope_jax as gs
 from commands import command, give_tiny
 from gemma_scope_jax import cli
+from gemma_scope_jax.model.tokenizer import Chat
 from letters import Letters
 
 
 class Words(Letters):
-    start_of_turn_id = 1
+    start_of_turn_id, end_of_turn_id = 1, 0
+
+    def chat(self, messages, add_generation_prompt=True):
+        ids = self.encode(messages[-1]["content"][:40])
+        return Chat(ids, np.ones(len(ids), np.int32))
 
     def decode(self, ids):
         return "".join(self.decode_tokens(ids))
