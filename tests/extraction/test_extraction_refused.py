@@ -53,7 +53,8 @@ def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
     copy, at = tmp_path / "s", Path("features") / "coder=a" / "layer=1" / "000001-0000.parquet"
     shutil.copytree(store.folder, copy)
     right, data, refused = store.segment(1).by_feature("a"), (copy / at).read_bytes(), 0
-    for place in range(len(data)):
+    places = range(0, len(data), 4)
+    for place in places:
         (copy / at).write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
         try:
             found = FeatureStore(copy).segment(1).by_feature("a")
@@ -62,7 +63,7 @@ def test_what_is_read_of_a_damaged_file_is_refused_or_right(store, tmp_path):
             refused += 1
         else:
             assert all(np.array_equal(a, b) for a, b in zip(found, right))
-    assert refused > 0.9 * len(data)
+    assert refused > 0.9 * len(places)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ from gemma_scope_jax.behaviour.audits.evidence import evidence
 from gemma_scope_jax.behaviour.audits.item_arms import arms_of, check_arms, halves
 from gemma_scope_jax.behaviour.audits.judges import AnswerJudge, agreement
 from gemma_scope_jax.behaviour.audits.kept import Kept
-from gemma_scope_jax.behaviour.audits.outcomes import check_outcome, outcome_of, suite_outcome
+from gemma_scope_jax.behaviour.audits.outcomes import (
+    Outcome,
+    check_outcome,
+    outcome_of,
+    suite_outcome,
+)
 from gemma_scope_jax.behaviour.audits.results import Audit, figure_rows, not_shown, repeat
 from gemma_scope_jax.behaviour.contrasts.activity import feature_activity
 from gemma_scope_jax.behaviour.contrasts.contrast import contrast
@@ -305,7 +310,8 @@ def _mediated(job: _Job, features: list[int], sets: str | os.PathLike) -> dict[s
     about, outcome = outcome_of(job.suite, job.model, job.tokenizer, asked)
     plain = [job.tokenizer.encode(text)[:PLAIN_TOKENS] for text in sample_documents()[:PLAIN]]
     plain = [ids[: job.model.config.context] for ids in plain]
-    broken = {"loss on plain text": lambda intercepts: text_loss(job.model, plain, intercepts)}
+    broken: dict[str, Outcome] = {}
+    broken["loss on plain text"] = lambda intercepts: text_loss(job.model, plain, intercepts)
     for name in job.settings.side_suites:
         broken[name] = suite_outcome(
             name, job.model, job.tokenizer, limit=job.settings.mediated, sets=sets

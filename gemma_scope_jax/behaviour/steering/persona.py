@@ -82,7 +82,7 @@ def persona_vector(
     texts = [[np.concatenate([prompts[i], answers[i]]) for i in side] for side in sides]
     where = [[np.arange(len(ids)) >= len(prompts[i]) for i, ids in zip(side, some)]
              for side, some in zip(sides, texts)]  # fmt: skip
-    vector = contrast_vector(model, *texts, site, layer, where=(where[0], where[1]))
+    vector = contrast_vector(model, texts[0], texts[1], site, layer, where=(where[0], where[1]))
     made = {"method": "persona vector", "answers": len(asked)}
     made |= {"judge": None if judge is None else judge.name, **given}
     return SteeringVector(vector.vector, site, layer, vector.norm, {**vector.made, **made})
