@@ -4,10 +4,10 @@
 
 200 requests of HarmBench and as many harmless instructions (those of the suite harmful_requests,
 and questions of the suites written for this package), as chats. Each line is one monitor: a
-probe on raw activations, 8 features of the packaged coder of layer 12, or one feature. Figures are
-of the quarter of the texts that had no say. `cost` is what reading it and stopping by it add to the
-time of writing 32 tokens after each of 16 prompts, in percent, the median of pairs of runs in turn;
-`floor` is what its multiplications are of the model's, in percent.
+probe on raw activations, or 8 features or one of the packaged coder of layer 12. Figures are
+of the quarter that had no say. `cost` is what reading it adds to the time of writing
+32 tokens after each of 16 prompts, in percent, the median of pairs of runs; `floor` is its share of
+the model's multiplications.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def command(
         new_tokens: The number of tokens to write after each prompt.
         temperature: 0 writes the likeliest token each time.
         rows: The number of texts written at once.
-        out: Write steer.html (a page that opens from the disk) and steer.json here.
+        out: Write steer.html (opens from the disk) and steer.json here.
     """
     if (feature is None) + (spec is None) + (rank == 0) != 2:
         raise gs.InputError("give one of these: a FEATURE, --spec FILE, or --rank N")
