@@ -57,6 +57,15 @@ def by_hand(monitor, coder, x):
     return x @ np.asarray(monitor.w, np.float64) + monitor.b
 
 
+def test_a_single_feature_is_one_that_rises(model, coder):
+    """Both ways round: what falls with one behaviour rises with the other."""
+    for sides in ((POSITIVES, NEGATIVES), (NEGATIVES, POSITIVES)):
+        one = gs.fit_monitor(model, Letters(), *sides, coder=coder, features=1)
+        assert one.w[0] > 0 and len(one.features) == 1
+        several = gs.fit_monitor(model, Letters(), *sides, coder=coder, features=4)
+        assert several.features[0] == one.features[0] and len(set(several.features)) == 4
+
+
 @pytest.mark.parametrize("kind", ["probe", "features"])
 def test_scores_and_alarms_are_the_formula(kind, model, coder, monitors):
     monitor = monitors[kind]

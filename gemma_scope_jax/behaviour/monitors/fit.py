@@ -50,7 +50,8 @@ def fit_monitor(
 
     site, layer   of a probe on raw activations
     coder         read its features instead, where it reads
-    features      which, or how many: those whose means differ most in standard deviations
+    features      which, or how many: those whose means differ most in standard deviations, one
+                  that rises in the positives among them
     how           what the weights are fitted on: the mean over a text's tokens, or its last token
     false_alarms  the threshold is passed by at most this share of the negatives set aside for it
     seed          of the split
@@ -115,6 +116,10 @@ def _design(
             raise InputError(f"features is {features}: {len(columns)} are active on the texts")
         spread = np.sqrt((values[y].var(0) + values[~y].var(0)) / 2)
         order = rank(values / np.maximum(spread, 1e-6 * spread.max()), y)
+        # a text's largest score is no news where a single feature falls with the behaviour
+        rises = values[y].mean(0) > values[~y].mean(0)
+        first = next((j for j in order if rises[j]), order[0])
+        order = np.concatenate([[first], order[order != first]])
         chosen = columns[order[:features]]
     else:
         chosen = np.asarray(features)
