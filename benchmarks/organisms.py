@@ -25,6 +25,7 @@ import numpy as np
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.measure import continuation_logprobs, generated, text_loss
+from gemma_scope_jax.behaviour.model_diff.result import NAMED, PARTED
 
 BASE, CODER = "gemma-3-270m", "gemma-3-270m-resid-post-12-width-4k-l0-50"
 SUITES = {"harmful_requests": 40, "over_refusal": None, "sycophancy": None}
@@ -129,7 +130,8 @@ def blind_row(name: str, folder: Path) -> dict[str, Any]:
     if name == "base":
         return found
     diff = read("diff")
-    clear = lambda t: t["ratio"] >= 3 and t["above"] == 1.0 and t["kl"]["value"] >= 1.0
+    far = lambda t: t["ratio"] >= NAMED and t["kl"]["value"] >= PARTED
+    clear = lambda t: far(t) and t["above"] == 1.0  # as `ModelDiff.named`
     words = [
         f"{t['text']!r} ({t['source']}, x{t['ratio']:.0f})" for t in filter(clear, diff["triggers"])
     ]

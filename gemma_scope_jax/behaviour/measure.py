@@ -124,15 +124,13 @@ def _after_prompts(model, items, heads, tails, groups: list[list[int]], tokens: 
     """Each prompt once, and all its continuations from a copy of its keys and values."""
     longest = max(map(len, tails))
     more = -(-max(longest - 1, 0) // 8) * 8  # the last token predicts nothing that is asked
-    order = sorted(groups, key=lambda group: len(heads[group[0]]))
-    widths = [bucket(len(heads[group[0]]), model.config.context) for group in order]
     each = max(map(len, groups))
-    for width in sorted({*widths}):
-        mine = [group for group, w in zip(order, widths) if w == width]
+    for width, which in _by_width(model, [heads[group[0]] for group in groups], 1):
+        mine = [groups[n] for n in which]
         # powers of 4: few sizes of batches
         rows = min(_power(sum(map(len, mine))), _power(tokens // (width + more) // 4 + 1))
         rows = max(rows, _power(each))
-        count = min(_power(len(mine)), max(1, _power(rows // each // 4 + 1)))
+        count = min(_power(len(mine)), _power(rows // each // 4 + 1))
         for start in range(0, len(mine), count):
             some = mine[start : start + count]
             yield _one_batch(model, items, heads, tails, some, (count, width, rows, more))
