@@ -18,7 +18,7 @@ from gemma_scope_jax.coders.coder import float32
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model.arguments import whole_number
-from gemma_scope_jax.model.batch import TokenBatch, check_ids, padded
+from gemma_scope_jax.model.batch import TokenBatch, check_ids, padded, padded_left
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import Model
 from gemma_scope_jax.model.gemma import Cache, init_cache, unembed
@@ -138,11 +138,10 @@ def _after_prompts(model, items, heads, tails, groups: list[list[int]], tokens: 
 
 def _one_batch(model, items, heads, tails, groups: list[list[int]], shape: tuple[int, ...]):
     count, width, rows, more = shape
-    flipped = padded([heads[group[0]][::-1] for group in groups], count, width)
-    before = {"tokens": flipped.tokens[:, ::-1], "segments": flipped.segments[:, ::-1]}
+    before = padded_left([heads[group[0]] for group in groups], count, width)
     cache = init_cache(model.config, count, width + more, model.dtype)
     options: dict[str, Any] = {"logits": "none", "pad": False}
-    out = run(model, before["tokens"], items, segments=before["segments"], cache=cache, **options)
+    out = run(model, before.tokens, items, segments=before.segments, cache=cache, **options)
     which = [i for group in groups for i in group]
     owner = np.zeros(rows, np.int32)
     owner[: len(which)] = [n for n, group in enumerate(groups) for _ in group]

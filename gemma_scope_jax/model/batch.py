@@ -104,6 +104,14 @@ def padded(
     return TokenBatch(tokens, segments)
 
 
+def padded_left(
+    rows: Sequence[np.ndarray], batch_size: int | None = None, context_size: int | None = None
+) -> TokenBatch:
+    """As `padded`, with the padding on the left: all rows end in one column."""
+    flipped = padded([row[::-1] for row in rows], batch_size, context_size)
+    return TokenBatch(flipped.tokens[:, ::-1], flipped.segments[:, ::-1])
+
+
 def tokens(
     texts: Any,
     tokenizer: "Tokenizer | str | os.PathLike",

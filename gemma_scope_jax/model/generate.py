@@ -25,7 +25,7 @@ from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model import hooks
 from gemma_scope_jax.model import intercept as ic
 from gemma_scope_jax.model.arguments import MisfitError, whole_number
-from gemma_scope_jax.model.batch import TokenBatch, check_ids, padded, refuse_text
+from gemma_scope_jax.model.batch import TokenBatch, check_ids, padded_left, refuse_text
 from gemma_scope_jax.model.buckets import bucket
 from gemma_scope_jax.model.config import GemmaConfig, Model
 from gemma_scope_jax.model.gemma import Cache, forward, init_cache
@@ -124,8 +124,8 @@ def generate(
     hooks.check_data(items, model.dtype, longest, longest + new)
     # with one column, the token axis of a read could not be recognised
     width = bucket(longest, 2**31, len(rows)) if pad else max(longest, 2)
-    flipped = padded([row[::-1] for row in rows], context_size=width)  # to pad on the left
-    tokens, segments = flipped.tokens[:, ::-1], flipped.segments[:, ::-1]
+    batch = padded_left(rows, context_size=width)
+    tokens, segments = batch.tokens, batch.segments
     drawn = checked_draws(draws, len(rows))
     sampling = checked_sampling(model.config, temperature, top_k, top_p, key, stop_tokens, drawn)
     items, new_tokens = hooks.layers_as_data(items), {"numbers of new tokens": new}
