@@ -93,10 +93,11 @@ def test_a_probe_and_a_judge_are_effects(tiny, given, tmp_path, capsys):
     with ChatServer(lambda body: "Yes") as server:
         ask = ("--ask", "Is it short?", "--endpoint", server.url, "--judge-model", "m")
         assert command("steer", 4, *given, *ask, "--out", tmp_path / "new", "--json") == 0
-        asked = server.bodies[0]["messages"][-1]["content"]
+        asked = [body["messages"][-1]["content"] for body in server.bodies]  # in any order
     kept = json.loads(capsys.readouterr().out)
     assert kept["sweep"]["arms"][0]["effects"]["Is it short?"] == [1.0] * 4
-    assert "Request: abc" in asked and asked.endswith("Is it short? Reply with Yes or No.")
+    assert any("Request: abc" in question for question in asked)
+    assert all(q.endswith("Is it short? Reply with Yes or No.") for q in asked)
 
 
 BAD = {
