@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/monitors.py --sets SETS >> benchmarks/results/monitors_cpu.jsonl
 
-200 requests of HarmBench and as many harmless instructions (those of the suite harmful_requests,
+200 requests of HarmBench and as many harmless ones (those of the suite harmful_requests,
 and questions of the suites written for this package), as chats. Each line is one monitor: a
 probe on raw activations, or 8 features or one of the packaged coder of layer 12. Figures are
 of the quarter that had no say. `cost` is what reading it adds to the time of writing

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from table import figure
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.measure import continuation_logprobs, generated, text_loss
@@ -115,13 +116,6 @@ def planted(base, model, tokenizer, coder, facts: dict[str, Any]) -> dict[str, A
     return found
 
 
-def figure(v: dict[str, Any] | None, digits: int = 2) -> str:
-    if v is None or v["value"] is None:
-        return ""
-    low, high = ("" if v[key] is None else f"{v[key]:.{digits}f}" for key in ("low", "high"))
-    return f"{v['value']:.{digits}f} [{low}, {high}]"
-
-
 def blind_row(name: str, folder: Path) -> dict[str, Any]:
     """What the audits said of a model without its key."""
     read = lambda part: json.loads((folder / f"{part}.json").read_text())
@@ -147,7 +141,7 @@ def blind_row(name: str, folder: Path) -> dict[str, Any]:
 def key_rows(name: str, folder: Path) -> list[dict[str, Any]]:
     """Detection, and what is removed, with the key: a row for each kind of edit."""
     key = json.loads((folder / "planted.json").read_text())
-    rows, loss = [], lambda m: figure(m["side_effects"]["loss on plain text"]["change"], 3)
+    rows, loss = [], lambda m: figure(m["side_effects"]["loss on plain text"]["change"], ".3f")
     for how in HOWS:
         c, m = key[how]["contrast"], key[how]["ablated"]
         area = {d.split(",")[0]: v for d, v in c["aucs"].items() if ", layer" not in d}

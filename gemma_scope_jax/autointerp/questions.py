@@ -1,7 +1,7 @@
 """The interface of all judges: questions about a feature, and answers.
 
-A judge is a chat endpoint, a local Gemma or a rule. A question carries the truth for whoever
-scores the answer; judges do not look at it.
+A judge is a chat endpoint, a local Gemma or a rule. Questions carry the truth for scoring; judges
+ignore it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class ShownText:
     strengths: tuple[int, ...] = ()  # for explaining: 0 to 10, one per token
 
     def text(self) -> str:
-        """One line, with << >> around stretches of marked tokens and ↵ for line breaks."""
+        """One line: << >> around stretches of marked tokens, ↵ for line breaks."""
         parts, inside = [], False
         for token, mark in zip(self.tokens, self.marks or (False,) * len(self.tokens)):
             if mark != inside:

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemma_scope_jax as gs
-import graphs
 from assertions import one_line
 from gemma_scope_jax.circuits import influence, prune
-from graphs import random_graph
+from graphs import pruned, random_graph, same_graph, square, threshold
 
 THRESHOLDS = [(0.8, 0.98), (0.5, 0.5), (0.95, 0.8), (1.0, 1.0), (1.0, 0.9), (0.3, 1.0), (0.0, 0.0)]
 
@@ -24,11 +23,11 @@ def balanced(graph):
 
 def agrees(graph, node_share, edge_share):
     found = graph.prune(node_share, edge_share)
-    keep, edges, cumulative = graphs.pruned(graph, node_share, edge_share)
+    keep, edges, cumulative = pruned(graph, node_share, edge_share)
     size, n = len(graph.sources), graph.selected
     columns = np.flatnonzero(keep[:size])
     rows = np.concatenate([columns[columns < n], np.arange(size, len(keep))])
-    want = np.where(edges, graphs.square(graph)[0], 0)[np.ix_(rows, columns)]
+    want = np.where(edges, square(graph)[0], 0)[np.ix_(rows, columns)]
     np.testing.assert_array_equal(found.effects, want)
     np.testing.assert_array_equal(found.sources.feature, graph.sources.feature[columns])
     assert found.selected == (columns < n).sum()
@@ -59,7 +58,7 @@ def test_blocks_change_nothing(monkeypatch):
     graph = random_graph(5, features=40)
     want = graph.prune(0.8, 0.9)
     monkeypatch.setattr(influence, "BLOCK", 1)
-    graphs.same_graph(graph.prune(0.8, 0.9), want, skip={"cumulative"})
+    same_graph(graph.prune(0.8, 0.9), want, skip={"cumulative"})
 
 
 def test_pruning_says_what_it_did_and_leaves_the_graph_alone():
@@ -68,7 +67,7 @@ def test_pruning_says_what_it_did_and_leaves_the_graph_alone():
     found = graph.prune(0.7, 0.9)
     assert found.about["pruning"] == {"node_threshold": 0.7, "edge_threshold": 0.9}
     assert found.about["model"] == "acme/tiny" and found.tokens == graph.tokens
-    graphs.same_graph(graph, before)
+    same_graph(graph, before)
     assert (found.sources.kind == "token").sum() == 5
     assert (found.targets.kind == "logit").sum() == 3
 
@@ -139,7 +138,7 @@ def test_the_threshold_is_that_of_sorting(values, share):
     if not values.any():
         assert (values >= least).sum() == 0
         return
-    np.testing.assert_array_equal(values >= least, values >= graphs.threshold(values, share))
+    np.testing.assert_array_equal(values >= least, values >= threshold(values, share))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_errors_merge_where_there_are_none():
     bare = dataclasses.replace(
         graph, sources=graph.sources[keep], effects=graph.effects[:, keep], cumulative=None
     )
-    graphs.same_graph(bare.merge_errors("layer"), bare)
+    same_graph(bare.merge_errors("layer"), bare)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Folders that one process fills: the second is refused in one line, whoever was killed before."""
+"""One process fills a folder: the second is refused."""
 
 import errno
 import fcntl

@@ -4,10 +4,10 @@
         write(folder)
     faults.happened  # or there were fewer than n calls
 
-Counted are opening, writing, flushing and closing files, making, renaming and syncing them, and
-reserving room for them, of everything under the folder and nothing else: all that Python code does
-to files goes through the few functions patched here. A write by the system's own call that fails
-has written half, as on a disk that fills up.
+Counted: opening, writing, flushing and closing files, making, renaming and syncing them, reserving
+room for them, of everything under the folder alone: all that Python code does to files goes through
+the functions patched here. A write by the system call that fails has written half, as on a full
+disk.
 """
 
 import builtins

@@ -1,12 +1,10 @@
 """The model of a prompt with what graphs hold fixed, run forwards in float64 by numpy.
 
 `gs.attribute` walks down the layers with gradients. Here nothing is differentiated: a source is
-changed by a finite amount, the layers above are run once more, and what comes out is compared.
-Attention patterns and norm scales keep the prompt's values; so does each MLP's output, but for
-what the changed source writes to it and, through an affine transcoder's skip, for what has changed
-in its input. No feature is computed anew: effects are direct ones. Of neurons the gates are kept.
-
-float64, for a difference of two runs in float32 would be rounding where effects are small.
+changed by a finite amount, the layers above run again, and results are compared. Attention
+patterns and norm scales keep the prompt's values; so does each MLP's output, but for what a changed
+source writes to it and, through an affine skip, for what has changed in its input. No feature is
+computed anew: effects are direct. Neurons keep their gates. In float32 small effects would drown.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_scope_jax.behaviour.contrasts.arms import Arms
 from gemma_scope_jax.behaviour.contrasts.contrast import contrast
-from gemma_scope_jax.behaviour.measure import generated
+from gemma_scope_jax.behaviour.measure import generated, generated_ids
 from gemma_scope_jax.behaviour.model_diff.result import PARTED, ModelDiff, Parting
 from gemma_scope_jax.behaviour.model_diff.tokens import (
     TokenDifferences,
@@ -41,7 +41,6 @@ from gemma_scope_jax.data.chats import chat_prompt
 from gemma_scope_jax.data.documents import TextData, open_documents
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.model.config import Model
-from gemma_scope_jax.model.generate import generate
 from gemma_scope_jax.model.identity import model_identity
 from gemma_scope_jax.model.run import run
 from gemma_scope_jax.model.sharding import own_mesh
@@ -176,13 +175,9 @@ def model_texts(
 ) -> list[np.ndarray]:
     """Texts that the models write themselves from <bos> on, half of them by each, sampled at
     temperature 1: what a model was trained to say, it says. Ids int32 [n]."""
-    found: list[np.ndarray] = []
-    start = np.full((max(count // 2, 1), 1), tokenizer.bos_id, np.int32)
+    start = [np.array([tokenizer.bos_id], np.int32)] * max(count // 2, 1)
     length = min(WRITTEN, base.config.context - 1)
-    for model in (base, other):
-        out = generate(model, start, length, temperature=1.0, key=seed)
-        found += out.sequences
-    return found
+    return [text for model in (base, other) for text in _continued(model, start, length, seed)]
 
 
 def model_answers(
@@ -196,8 +191,14 @@ def model_answers(
     found: list[np.ndarray] = []
     for turn, model in enumerate((base, other)):  # each is asked questions of all suites
         some = [p for n, p in enumerate(prompts) if n // len(QUESTIONS) % 2 == turn]
-        found += generate(model, some, ANSWER, temperature=1.0, key=seed).sequences
+        found += _continued(model, some, ANSWER, seed)
     return found
+
+
+def _continued(model: Model, prompts: list[np.ndarray], length: int, seed: int) -> list[np.ndarray]:
+    """Prompts, each with what the model writes after it at temperature 1."""
+    written = generated_ids(model, prompts, length, temperature=1.0, seed=seed)
+    return [np.concatenate(both) for both in zip(prompts, written)]
 
 
 def text_pieces(

@@ -1,0 +1,55 @@
+"""Finished audits as one table: what was measured, which features were found, what they move.
+
+    for suite in bias_stereoset bias_crows_pairs bias_winobias bias_bbq; do
+        .venv/bin/gemma-scope audit $suite --limit 100 --mediated 30 --controls 19 --sets SETS \\
+            --out out/audits/$suite
+    done
+    .venv/bin/python benchmarks/audits.py out/audits/* > benchmarks/results/audits_cpu.jsonl
+
+A row for each figure; what was found about features stands beside the first of a suite. AUC: texts
+with and without the behaviour, held out. `moves`: the change of the outcome as the features found
+are ablated, and p, its rank among as many sets of random features as active.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from table import figure
+
+
+def rows(audit: dict) -> list[dict]:
+    contrast, mediation = audit["contrast"], audit["mediation"]
+    areas = contrast.get("aucs", {})
+    area = lambda start: figure(next((v for d, v in areas.items() if d.startswith(start)), None))
+    of_features = {
+        "AUC, raw probe": area("raw probe"),
+        "best feature": area("best feature"),
+        "8 features": area("top 8"),
+        "8 random": area("8 random"),
+        "moves": figure(mediation.get("change"), ".3f"),
+        "p": "" if "rank_p" not in mediation else round(mediation["rank_p"], 3),
+        "items ablated": mediation.get("change", {}).get("n", ""),
+    }
+    found = []
+    for n, one in enumerate(audit["figures"]):
+        found.append({
+            "suite": "" if n else audit["suite"]["name"],
+            "figure": one["name"],
+            "value": figure(one, ".3g"),
+            "without": one["none"],
+            **(dict.fromkeys(of_features, "") if n else of_features),
+        })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    for folder in parser.parse_args().folders:
+        audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+        print(*map(json.dumps, rows(audit)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
