@@ -6,9 +6,10 @@
     done
     .venv/bin/python benchmarks/audits.py out/audits/* > benchmarks/results/audits_cpu.jsonl
 
-A row for each figure; what was found about features stands beside the first of a suite. AUC: texts
-with and without the behaviour, held out. `moves`: the change of the outcome as the features found
-are ablated, and p, its rank among as many sets of random features as active.
+A row for each figure; what was found about features stands beside the first of a suite. `family p`:
+whether any feature tells texts with and without the behaviour apart. AUC: how well, on texts held
+out. `moves`: the change of the outcome as the features found are ablated; p: its rank among sets of
+random features as active.
 """
 
 import argparse
@@ -18,18 +19,24 @@ from pathlib import Path
 from table import figure
 
 
+def _between(values: list[float] | None) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}" if values else ""
+
+
 def rows(audit: dict) -> list[dict]:
     contrast, mediation = audit["contrast"], audit["mediation"]
     areas = contrast.get("aucs", {})
     area = lambda start: figure(next((v for d, v in areas.items() if d.startswith(start)), None))
+    moved = mediation.get("behaviour", {}).get("change")
     of_features = {
+        "family p": f"{contrast['family_p']:.2g}" if "family_p" in contrast else "",
         "AUC, raw probe": area("raw probe"),
-        "best feature": area("best feature"),
         "8 features": area("top 8"),
         "8 random": area("8 random"),
-        "moves": figure(mediation.get("change"), ".3f"),
-        "p": "" if "rank_p" not in mediation else round(mediation["rank_p"], 3),
-        "items ablated": mediation.get("change", {}).get("n", ""),
+        "moves": figure(moved, ".3f"),
+        "random sets move": _between(mediation.get("controls")),
+        "p": mediation.get("rank_p", ""),
+        "items ablated": moved["n"] if moved else "",
     }
     found = []
     for n, one in enumerate(audit["figures"]):

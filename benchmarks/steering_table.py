@@ -172,7 +172,7 @@ def group_rows(done: list[dict]) -> list[dict]:
     """Each direction over all concepts."""
     rows = []
     for group in dict.fromkeys([*done[0]["detection"], *done[0]["steering"]]):
-        cells = {"": group}
+        cells = {"direction": group}
         for part, name in (("detection", "detection AUC"), ("steering", "steering score, 0 to 2")):
             values = [one[part][group] for one in done if group in one[part]]
             values = [v["score"] if isinstance(v, dict) else v for v in values]

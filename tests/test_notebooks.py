@@ -11,7 +11,7 @@ SHOWS = {
     "first_look": lambda names: names["seen"].tokens[-2] == " Paris",
     "trace_a_circuit": lambda names: abs(names["graph"].value[-1] - 4.22) < 0.01,
 }
-SLOW = ("audit_a_behaviour", "steer", "trace_a_circuit")  # a minute or two each
+SLOW = ("audit_a_behaviour", "first_look", "steer", "trace_a_circuit")  # a minute or two each
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 

@@ -61,6 +61,7 @@ def test_edges_of_neurons(model):
     check_tiny(model, None, EDGES_OF_NEURONS, max_feature_nodes=300)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cut_short")
 def test_real_model():
     """The packaged transcoders on the real 270M: sums, and edges against interventions."""

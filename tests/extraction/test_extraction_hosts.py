@@ -41,7 +41,7 @@ def same(one, two):
         assert (near | ties).all()
 
 
-@pytest.mark.parametrize("count", [61, 8])
+@pytest.mark.parametrize("count", [61, pytest.param(8, marks=pytest.mark.slow)])
 def test_one_mesh_over_two_processes_gives_the_same_store(tmp_path, count):
     """Of 61 documents one process has more shards than the other; of 8 it has all."""
     one = write(tmp_path / "one", count=count)

@@ -366,6 +366,7 @@ def test_bad_input_says_what_to_do(small, prompts, settings, message):
 
 
 @pytest.mark.real
+@pytest.mark.slow  # tests/model/test_golden.py has the real model generate, too
 def test_the_real_model_continues_deterministically():
     model = gs.load_model("gemma-3-270m", dtype="float32")
     ids = gs.load_tokenizer("gemma-3-270m").encode("The capital of France is")

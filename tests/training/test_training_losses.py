@@ -304,7 +304,12 @@ if not cpu.available():
 @pytest.mark.parametrize(
     "name,kernels",
     [
-        pytest.param(name, module, id=f"{name}-{kernels}")
+        pytest.param(
+            name,
+            module,
+            id=f"{name}-{kernels}",
+            marks=[pytest.mark.slow] * (kernels == "triton" and name != "sae"),  # interpreted
+        )
         for name in JUMPRELU
         for i, (kernels, module) in enumerate(KERNELS.items())
         if i == 0 or name in ("sae", "clt", "matryoshka")

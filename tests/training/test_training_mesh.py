@@ -94,7 +94,9 @@ def stored(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1)])
+@pytest.mark.parametrize(
+    "mesh", [(4, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in ((2, 4), (8, 1)))]
+)
 def test_a_mesh_of_eight_devices_equals_one(stored, tmp_path, mesh):
     run(tmp_path, mesh, str(stored / "store"))
     check_same(stored / "one", tmp_path)
