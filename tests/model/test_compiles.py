@@ -307,6 +307,12 @@ def forgotten(monkeypatch):
     monkeypatch.setattr(recompilation, "AGAIN", 3)
 
 
+def test_lengths_in_buckets_are_few_and_not_told(forgotten, model):
+    wide = np.tile(IDS, (1, 13))
+    for n in range(1, 5):
+        call_with(model, n, ids=wide[:, : 32 * n])
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_call_that_compiles_again_and_again_is_told_why_once(forgotten, cause):
     model = tiny_model(gs.PRESETS["gemma-3-1b"], layers=6)
