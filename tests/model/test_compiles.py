@@ -308,9 +308,9 @@ def forgotten(monkeypatch):
 
 
 def test_lengths_in_buckets_are_few_and_not_told(forgotten, model):
-    wide = np.tile(IDS, (1, 13))
+    many = np.tile(IDS, (8, 4))
     for n in range(1, 5):
-        call_with(model, n, ids=wide[:, : 32 * n])
+        call_with(model, n, ids=many[:, : 8 * n])
 
 
 @pytest.mark.parametrize("cause", CAUSES)
