@@ -111,7 +111,7 @@ def test_a_chain_that_loses_its_end_goes():
     assert graph.prune().selected == 0
 
 
-# ---- the threshold -----------------------------------------------------------------------------
+# ---- the threshold
 
 
 def found_threshold(values, share, parts=3):
@@ -163,7 +163,7 @@ def test_cumulative_shares_are_of_the_largest_first():
     assert np.isnan(prune.cumulative(np.zeros(2))).all()
 
 
-# ---- errors ------------------------------------------------------------------------------------
+# ---- errors
 
 
 @pytest.mark.parametrize(("by", "count"), [("layer", 4), ("position", 5), ("all", 1)])
