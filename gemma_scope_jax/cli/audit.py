@@ -101,6 +101,8 @@ def command(
         command=_typed(suite, coder, opened.model, settings, template, kind, api, dtype),
     )
     shared.print_result(done, done.as_dict(), json)
+    if not json:
+        print(f"\nreport    {os.path.join(out, 'report.html')}")
 
 
 def _show_suites(as_json: bool) -> None:

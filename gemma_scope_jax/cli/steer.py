@@ -57,7 +57,8 @@ def command(
             output score and the change of token confidence.
         spec: Instead of a feature, a JSON file of steering (`gs.steer_spec`): prints what it does
             to each prompt.
-        prompts: A file with a prompt in each line. The default is ten beginnings of sentences.
+        prompts: A file with a prompt in each line, at least 4 for a FEATURE. The default is ten
+            beginnings of sentences.
         words: The effect is the share of these words in what is written; "cook*" matches all that
             begin so. The default effect is the feature's own activation on the text, which says
             little about meaning.
@@ -84,7 +85,8 @@ def command(
     if (positive is None) != (negative is None):
         raise gs.InputError("--positive and --negative belong together: texts of both kinds")
     gs.check_strengths(strengths)
-    gs.check_bound(bound)
+    if new_tokens < 1:
+        raise gs.InputError(f"--new-tokens must be at least 1, not {new_tokens}")
     if feature is None and (out or words or about or positive or probe or ask):
         raise gs.InputError(
             "--out, --words, --probe, --ask, --about and --positive are for a FEATURE"
@@ -98,6 +100,7 @@ def command(
         raise gs.InputError("--ask needs --out FOLDER, where the answers are kept")
     plan = None if spec is None else gs.steer_spec(spec)
     lines = list(gs.NEUTRAL_PROMPTS) if prompts is None else _lines(prompts)
+    gs.check_bound(bound, *([] if feature is None else [len(lines)]))
     sides = [[] if path is None else _lines(path) for path in (positive, negative)]
     if out is not None:
         gs.check_writable(out / "steer.html")

@@ -120,9 +120,14 @@ def test_another_audit_in_the_folder_is_refused(done, model, suite, tmp_path, wh
         "settings": {"seed": 4},
     }
     given |= {what: other[what]}
-    with pytest.raises(InputError, match=f"holds an audit with another {what}"):
+    with pytest.raises(InputError, match=f"holds an audit with (an)?other {what}"):
         run_audit(given["model"], given["suite"], folder, coder=given["coder"], **given["settings"])
     assert result(folder) == before
+
+
+def test_it_is_said_which_settings_differ(done, model, suite):
+    with pytest.raises(InputError, match=r'other settings \(\{"seed": 0\}, not \{"seed": 4\}\)'):
+        run_audit(model, suite, done[1], coder=coder_of(), seed=4)
 
 
 def test_a_folder_of_something_else_is_left_alone(model, suite, tmp_path):

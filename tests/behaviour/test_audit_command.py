@@ -46,6 +46,7 @@ def test_an_audit_is_written_and_printed(tiny, coder, tmp_path, capsys):
         "raw probe",
         "matched random sets",
         "Not shown",
+        f"report    {tmp_path / 'out' / 'report.html'}",
     ):
         assert part in text
     assert "\u202e" not in text

@@ -184,6 +184,9 @@ def test_a_file_of_another_model_or_kind_is_refused(model, monitors, tmp_path):
     other = model.replace(params=model.params.replace(final_norm=model.params.final_norm + 1.0))
     with pytest.raises(InputError, match="fitted on another model"):
         gs.load_monitor(path, other)
+    lower = model.replace(params=jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params))
+    with pytest.raises(InputError, match=r"in float32, not .* load the model with dtype='float32'"):
+        gs.load_monitor(path, lower)
     gs.save_monitor(dataclasses.replace(monitors["probe"], w=jnp.ones(31)), path)
     with pytest.raises(InputError, match="not those of a monitor"):
         gs.load_monitor(path, model)

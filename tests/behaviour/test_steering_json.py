@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import gemma_scope_jax as gs
+from gemma_scope_jax.behaviour.steering.spec import Reading, When
 from steered import IDS, LAYER, LAYERS, PROMPTS, SAE, SPECS, VECTOR, D, F, after, clt, oracle, step
 from tiny import tiny_model
 
@@ -22,6 +23,12 @@ def test_a_spec_goes_to_json_and_back(tmp_path, model, steps):
     items = [gs.steering(model, s, SAE, PROMPTS) for s in (spec, again)]
     one, two = (gs.generate(model, PROMPTS, 2, some).tokens for some in items)
     np.testing.assert_array_equal(one, two)
+
+
+def test_a_condition_may_be_a_monitors():
+    when = When(Reading(vector=np.ones(32, np.float32), layer=2), above=0.5)
+    step = {"op": "ablate", "coder": "", "feature": 5, "when": when}
+    assert gs.steer_spec([step]).steps[0].when is when
 
 
 def test_requests_to_neuronpedia_are_understood(model):

@@ -98,11 +98,15 @@ def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_others(kept: Mapping[str, Any], about: Mapping[str, Any], folder: Path) -> None:
-    for key in about:
-        if kept.get(key) != about[key]:
-            names = {"asked": "items", "suite_identity": "suite"}
-            said = f"holds an audit with another {names.get(key, key)}"
-            short = lambda value: json.dumps(value)[:80]
-            raise InputError(
-                f"{folder}: {said} ({short(kept.get(key))}, not {short(about[key])}); {_ADVICE}"
-            )
+    what = {"suite_identity": "another suite", "asked": "other items", "settings": "other settings"}
+    for key in sorted(about, key="asked".__eq__):  # items last: other settings ask other ones
+        old, new = kept.get(key), about[key]
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differ = [name for name in new if old.get(name) != new[name]]
+            old, new = ({name: d.get(name) for name in differ} for d in (old, new))
+        said = f"{json.dumps(old)[:80]}, not {json.dumps(new)[:80]}"
+        raise InputError(
+            f"{folder}: holds an audit with {what.get(key, f'another {key}')} ({said}); {_ADVICE}"
+        )

@@ -116,7 +116,9 @@ class Mediation:
             spread = f"{self.controls.mean():.3g} (from {low:.3g} to {high:.3g})"
             rows.append([f"{len(self.controls)} matched random sets", "", spread])
             rows.append(["beyond these", "", str(self.beyond)])
-        rows.append(["share removed", "", str(self.removed)])
+        none = "undefined: as it is, the behaviour may be none"
+        share = none if np.isnan(self.removed.value) else str(self.removed)
+        rows.append(["share removed", "", share])
         found: dict[str, list[list[Any]]] = {"Mediation": rows}
         if self.side_effects:
             found["Side effects"] = [

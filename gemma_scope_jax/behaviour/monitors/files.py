@@ -62,11 +62,16 @@ def load_monitor(path: str | Path, model: Model) -> Monitor:
     facts = FORMAT.parse(text.encode(), path)
     site, layer, features = facts["site"], facts["layer"], tuple(facts["features"])
     if facts["made"]["model"]["weights"] != model_identity(model)["weights"]:
-        name = str(facts["made"]["model"].get("name", ""))[:60]
-        raise InputError(
-            f"{path}: fitted on another model ({name}, other weights than {model.config.name}); "
-            "fit it anew with gs.fit_monitor"
-        )
+        fitted, given = facts["made"]["model"], model_identity(model)
+        name, dtype = (str(fitted.get(key, ""))[:60] for key in ("name", "dtype"))
+        if dtype == given["dtype"]:
+            said = f"{name}, other weights than {given['name']}); fit it anew with gs.fit_monitor"
+        else:
+            said = (
+                f"{name} in {dtype}, not {given['name']} in {given['dtype']}); load the model with "
+            )
+            said += f"dtype={dtype!r}, or fit it anew with gs.fit_monitor"
+        raise InputError(f"{path}: fitted on another model ({said}")
     width = site_width(model.config, site)
     count = len(features)
     shapes = {"w": (count or width,)}

@@ -17,6 +17,7 @@ from gemma_scope_jax.circuits.tables import text_tables
 from gemma_scope_jax.errors import InputError
 from gemma_scope_jax.storage.strict_json import finite
 
+FEWEST_PROMPTS = 4  # two choose, two are scored
 CLEAN = "unsteered"
 
 
@@ -155,9 +156,7 @@ def calibrate(
     effect = effect or next(iter(sweep.effects))
     if effect not in sweep.effects:
         raise InputError(f"no effect {effect!r}; there are {', '.join(sweep.effects)}")
-    if len(sweep.prompts) < 4:
-        raise InputError(f"a calibration needs at least 4 prompts, not {len(sweep.prompts)}")
-    check_bound(bound)
+    check_bound(bound, len(sweep.prompts))
     clean = next(
         (a for a, arm in enumerate(sweep.arms) if not arm.before and arm.spec is None), None
     )
@@ -176,8 +175,11 @@ def calibrate(
     return Calibration(tuple(found), effect, bound, chosen_on, scored_on)
 
 
-def check_bound(bound: float) -> None:
-    """Raise `InputError` unless this can be a bound on the ratio of perplexities."""
+def check_bound(bound: float, prompts: int = FEWEST_PROMPTS) -> None:
+    """Raise `InputError` unless this can be a bound on the ratio of perplexities, and so many
+    prompts are enough for a calibration."""
+    if prompts < FEWEST_PROMPTS:
+        raise InputError(f"a calibration needs at least {FEWEST_PROMPTS} prompts, not {prompts}")
     if not bound >= 1.0:
         raise InputError(f"bound is a ratio of perplexities, at least 1, not {bound}")
 

@@ -125,6 +125,8 @@ def _reading(given: Mapping[str, Any], where: str) -> Reading:
 
 
 def _when(given: Any, where: str) -> When:
+    if isinstance(given, When):
+        return given
     _known(given, _READING | {"above", "below"}, where)
     ends = (field(given, key, float, where, default=None) for key in ("above", "below"))
     return When(_reading(given, where), *ends)
