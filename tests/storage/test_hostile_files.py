@@ -1,7 +1,4 @@
-"""What others, or a broken disk, may have put into the files of our folders: one line, or it works.
-
-Every value of every manifest is replaced by all that JSON allows and we do not expect.
-"""
+"""Every value of a manifest becomes all that JSON allows: one line."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
