@@ -1,8 +1,8 @@
 """Finished audits as one table: what was measured, which features were found, what they move.
 
     for suite in bias_stereoset bias_crows_pairs bias_winobias bias_bbq; do
-        .venv/bin/gemma-scope audit $suite --limit 100 --mediated 30 --controls 19 --sets SETS \\
-            --out out/audits/$suite
+        .venv/bin/gemma-scope audit $suite --limit 400 --mediated 100 --controls 19 \\
+            --sets SETS --out out/audits/$suite
     done
     .venv/bin/python benchmarks/audits.py out/audits/* > benchmarks/results/audits_cpu.jsonl
 
@@ -45,7 +45,7 @@ def rows(audit: dict) -> list[dict]:
             "figure": one["name"],
             "value": figure(one, ".3g"),
             "without": one["none"],
-            **(dict.fromkeys(of_features, "") if n else of_features),
+            **({} if n else of_features),
         })  # fmt: skip
     return found
 

@@ -31,7 +31,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from table import figure
+from table import figure, read
 
 import gemma_scope_jax as gs
 from gemma_scope_jax.behaviour.statistics import bootstrap
@@ -200,23 +200,19 @@ def curve_rows(curves: list[dict]) -> list[dict]:
     """The strength of each concept's feature, chosen on half of the beginnings, on the others."""
     rows = []
     for c in curves:
-        held = c["held_out"]
+        none = c["chosen"] is None
+        held = {} if none else c["held_out"]
         short = lambda f: f"{100 * f['effect']['value']:.1f} % (x{f['perplexity']['value']:.2f})"
         steps = {f"at {f['strength']:g}": short(f) for f in c["held_out_curve"]}
-        none = c["chosen"] is None
         rows.append({
             "concept": f"{c['concept']} ({c['feature']})",
             **steps,
             "chosen": "none helps" if none else f"{c['chosen']:g}",
-            "effect": "" if none else figure(held["effect"], ".1%"),
-            "perplexity x": "" if none else figure(held["perplexity"]),
-            "within 2": "" if c["within_bound"] is None else bool(c["within_bound"]),
+            "effect": figure(held.get("effect"), ".1%"),
+            "perplexity x": figure(held.get("perplexity")),
+            "within 2": c["within_bound"],
         })  # fmt: skip
     return rows
-
-
-def kept(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def keep(path: Path, one: dict) -> None:
@@ -233,7 +229,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=74)
     parser.add_argument("--table", choices=["groups", "curves"], help="only print results")
     args = parser.parse_args()
-    done, curves = kept(args.out / "concepts.jsonl"), kept(args.out / "curves.jsonl")
+    files = args.out / "concepts.jsonl", args.out / "curves.jsonl"
+    done, curves = (read(file) if file.exists() else [] for file in files)
     if not args.table:
         gs.use_compilation_cache()
         args.out.mkdir(parents=True, exist_ok=True)
@@ -248,15 +245,15 @@ def main() -> None:
             if all(one["concept"] != name for one in done):
                 one = one_concept(model, tok, coder, labels, name, words, args)
                 done.append(one)
-                keep(args.out / "concepts.jsonl", one)
+                keep(files[0], one)
         for one in done[: args.curves]:
             if all(c["concept"] != one["concept"] for c in curves):
                 words = gs.WordShare(tuple(concepts[one["concept"]]))
                 curves.append(one_curve(model, tok, coder, one, words, args))
-                keep(args.out / "curves.jsonl", curves[-1])
-    for name, rows in (("groups", group_rows(done)), ("curves", curve_rows(curves))):
-        if args.table in (None, name):
-            print(*map(json.dumps, rows), sep="\n")
+                keep(files[1], curves[-1])
+    for name, rows, found in (("groups", group_rows, done), ("curves", curve_rows, curves)):
+        if found and args.table in (None, name):
+            print(*map(json.dumps, rows(found)), sep="\n")
 
 
 if __name__ == "__main__":

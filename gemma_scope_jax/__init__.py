@@ -133,7 +133,7 @@ _PUBLIC = {
         "check_strengths",
         "steering_arms",
     ],
-    "behaviour.steering.calibrate": ["Calibration", "calibrate", "check_bound"],
+    "behaviour.steering.calibrate": ["Calibration", "calibrate", "check_bound", "check_prompts"],
     "behaviour.steering.effects": ["ReadingMean", "WordShare"],
     "behaviour.steering.selection": ["OutputScores", "output_scores"],
     "behaviour.steering.sweep": ["Sweep", "SweepArm", "sweep"],

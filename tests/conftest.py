@@ -1,6 +1,6 @@
 """A room alone: `JAX_PLATFORMS=cpu .venv/bin/python -m pytest tests/coders`; one test: `-k`.
 
-`make quick` takes two minutes, `make test` 14; tests/<room>/ follows gemma_scope_jax/<room>/.
+`make quick` takes a minute, `make test` 14; tests/<room>/ follows gemma_scope_jax/<room>/.
 What tests share lies in tests/support/ (imported by its bare name) and in a room's conftest.py.
 `model` below is the tiny Gemma; `coders.random_coder` makes every kind of coder for it.
 JAX is strict here (support/strict_jax.py), warnings are errors, and there are eight devices.

@@ -85,8 +85,7 @@ def command(
     if (positive is None) != (negative is None):
         raise gs.InputError("--positive and --negative belong together: texts of both kinds")
     gs.check_strengths(strengths)
-    if new_tokens < 1:
-        raise gs.InputError(f"--new-tokens must be at least 1, not {new_tokens}")
+    gs.check_bound(bound)
     if feature is None and (out or words or about or positive or probe or ask):
         raise gs.InputError(
             "--out, --words, --probe, --ask, --about and --positive are for a FEATURE"
@@ -100,7 +99,8 @@ def command(
         raise gs.InputError("--ask needs --out FOLDER, where the answers are kept")
     plan = None if spec is None else gs.steer_spec(spec)
     lines = list(gs.NEUTRAL_PROMPTS) if prompts is None else _lines(prompts)
-    gs.check_bound(bound, *([] if feature is None else [len(lines)]))
+    if feature is not None:
+        gs.check_prompts(lines)
     sides = [[] if path is None else _lines(path) for path in (positive, negative)]
     if out is not None:
         gs.check_writable(out / "steer.html")

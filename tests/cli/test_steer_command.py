@@ -96,7 +96,8 @@ def test_a_probe_and_a_judge_are_effects(tiny, given, tmp_path, capsys):
         asked = [body["messages"][-1]["content"] for body in server.bodies]  # in any order
     kept = json.loads(capsys.readouterr().out)
     assert kept["sweep"]["arms"][0]["effects"]["Is it short?"] == [1.0] * 4
-    assert any("Request: abc" in question for question in asked)
+    for prompt in ("abc", "de", "fghi", "jk"):
+        assert any(f"Request: {prompt}\n" in question for question in asked)
     assert all(q.endswith("Is it short? Reply with Yes or No.") for q in asked)
 
 
@@ -110,11 +111,11 @@ BAD = {
     "a missing file": ([4, "--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
     "an empty file": ([4, "--prompts", "EMPTY"], "no lines of text"),
     "too few prompts": ([4, "--prompts", "FILE"], "needs at least 4 prompts, not"),
-    "no new tokens": ([4, "--new-tokens", 0], "--new-tokens must be at least 1, not 0"),
     "strengths twice": ([4, "--strengths", 1, 1], "strengths must be different numbers"),
     "a missing spec": (["--spec", "nowhere.json"], "nowhere.json: no such file"),
     "a spec that is none": (["--spec", "FILE"], "not usable as JSON"),
     "a bound below 1": ([4, "--bound", 0.5], "at least 1"),
+    "no new tokens": ([4, "--new-tokens", 0], "max_new_tokens must be at least 1"),
     "a negative temperature": ([4, "--temperature", -1], "temperature must be 0"),
     "no rows": ([4, "--rows", 0], "rows must be at least 1"),
     "two effects": ([4, "--words", "a", "--ask", "b?"], "one effect at a time"),

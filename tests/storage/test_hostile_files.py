@@ -1,4 +1,4 @@
-"""Every value of a manifest becomes all that JSON allows: one line."""
+"""Whatever others, or a broken disk, put into files of ours: one line."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""One process fills a folder: the second is refused."""
+"""Folders that one process fills: the second is refused in one line, whoever died before."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def held(tmp_path):
 
 WRITERS = {
     "coder": lambda folder: save_coder(random_coder(), folder),
-    "cards": lambda folder: CardFiles(folder),
+    "cards": CardFiles,
     "run": lambda folder: _enter(only_writer(folder)),
 }
 

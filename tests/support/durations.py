@@ -10,17 +10,19 @@ import bisect
 import itertools
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-BUDGET = 100.0  # of the tests of `make quick`; long laws, imports and pytest itself come on top
+BUDGET = 45.0  # of the tests of `make quick`; long laws, imports and pytest itself come on top
 LONG = Path(__file__).parent.parent / "long_tests.txt"
 
 
 def long_tests() -> set[str]:
     """Functions as FILE::NAME, without their folders and parameters."""
-    return set(LONG.read_text().split()) if LONG.exists() else set()
+    lines = LONG.read_text().splitlines() if LONG.exists() else []
+    return {f"{file}::{name}" for file, *names in map(str.split, lines) for name in names}
 
 
 def name_of(item) -> str:
@@ -72,4 +74,10 @@ def pytest_sessionfinish(session):
     else:
         spent = itertools.accumulate(seconds for seconds, _ in reversed(report))
         quick = bisect.bisect(list(spent), BUDGET)
-        LONG.write_text("".join(sorted(f"{name}\n" for _, name in report[: len(report) - quick])))
+        write_long(name for _, name in report[: len(report) - quick])
+
+
+def write_long(names: Iterable[str]) -> None:
+    """A line for each file: its name, and those of its tests."""
+    by_file = itertools.groupby(sorted(n.split("::") for n in names), lambda pair: pair[0])
+    LONG.write_text("".join(f"{' '.join([f, *(t for _, t in some)])}\n" for f, some in by_file))

@@ -161,11 +161,11 @@ def audit(
     about = {
         "suite": suite.name,
         "suite_identity": suite.identity(),
-        "asked": asked.identity(),
         "model": model_identity(model),
         "coder": {"name": public_name(coder), "weights": weights_identity(coder)},
         "judge": None if judge is None else f"{judge.name}: {judge.about}",
         "settings": {**dataclasses.asdict(settings), "side_suites": list(settings.side_suites)},
+        "asked": asked.identity(),  # after what it follows from: the first that differs is named
     }
     with Kept.opened(out, about) as kept:
         job = _Job(suite, model, tokenizer, coder, settings, judge, asked, kept)

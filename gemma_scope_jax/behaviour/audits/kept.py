@@ -99,7 +99,7 @@ def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_others(kept: Mapping[str, Any], about: Mapping[str, Any], folder: Path) -> None:
     what = {"suite_identity": "another suite", "asked": "other items", "settings": "other settings"}
-    for key in sorted(about, key="asked".__eq__):  # items last: other settings ask other ones
+    for key in about:
         old, new = kept.get(key), about[key]
         if old == new:
             continue

@@ -61,17 +61,16 @@ def load_monitor(path: str | Path, model: Model) -> Monitor:
         arrays = {name: file.get_tensor(name) for name in list(file.keys())}
     facts = FORMAT.parse(text.encode(), path)
     site, layer, features = facts["site"], facts["layer"], tuple(facts["features"])
-    if facts["made"]["model"]["weights"] != model_identity(model)["weights"]:
-        fitted, given = facts["made"]["model"], model_identity(model)
+    fitted, given = facts["made"]["model"], model_identity(model)
+    if fitted["weights"] != given["weights"]:
         name, dtype = (str(fitted.get(key, ""))[:60] for key in ("name", "dtype"))
-        if dtype == given["dtype"]:
-            said = f"{name}, other weights than {given['name']}); fit it anew with gs.fit_monitor"
-        else:
-            said = (
-                f"{name} in {dtype}, not {given['name']} in {given['dtype']}); load the model with "
-            )
-            said += f"dtype={dtype!r}, or fit it anew with gs.fit_monitor"
-        raise InputError(f"{path}: fitted on another model ({said}")
+        said, advice = f"{name}, other weights than {given['name']}", ""
+        if dtype != given["dtype"]:
+            said = f"{name} in {dtype}, not {given['name']} in {given['dtype']}"
+            advice = f"load the model with dtype={dtype!r}, or "
+        raise InputError(
+            f"{path}: fitted on another model ({said}); {advice}fit it anew with gs.fit_monitor"
+        )
     width = site_width(model.config, site)
     count = len(features)
     shapes = {"w": (count or width,)}

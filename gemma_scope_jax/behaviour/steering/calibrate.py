@@ -7,6 +7,7 @@ half, so that the choice does not flatter itself.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ def calibrate(
     effect = effect or next(iter(sweep.effects))
     if effect not in sweep.effects:
         raise InputError(f"no effect {effect!r}; there are {', '.join(sweep.effects)}")
-    check_bound(bound, len(sweep.prompts))
+    check_prompts(sweep.prompts)
+    check_bound(bound)
     clean = next(
         (a for a, arm in enumerate(sweep.arms) if not arm.before and arm.spec is None), None
     )
@@ -175,11 +177,14 @@ def calibrate(
     return Calibration(tuple(found), effect, bound, chosen_on, scored_on)
 
 
-def check_bound(bound: float, prompts: int = FEWEST_PROMPTS) -> None:
-    """Raise `InputError` unless this can be a bound on the ratio of perplexities, and so many
-    prompts are enough for a calibration."""
-    if prompts < FEWEST_PROMPTS:
-        raise InputError(f"a calibration needs at least {FEWEST_PROMPTS} prompts, not {prompts}")
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise `InputError` unless there are enough for both halves."""
+    if (n := len(prompts)) < FEWEST_PROMPTS:
+        raise InputError(f"a calibration needs at least {FEWEST_PROMPTS} prompts, not {n}")
+
+
+def check_bound(bound: float) -> None:
+    """Raise `InputError` unless this can be a bound on the ratio of perplexities."""
     if not bound >= 1.0:
         raise InputError(f"bound is a ratio of perplexities, at least 1, not {bound}")
 
