@@ -90,7 +90,7 @@ def fit_monitor(
     }
     found = Monitor(*place, w, b, np.inf, chosen, encoder, first, made=made)
     high, low = (largest(s) for s in both_scores(found, model, setting))
-    threshold = float(np.quantile(low, 1 - false_alarms, method="higher"))
+    threshold = _above(np.quantile(low, 1 - false_alarms, method="higher"), [*high, *low])
     found = dataclasses.replace(found, threshold=threshold, calibration=_platt(high, low))
     quality = measure_monitor(found, model, tokenizer, test.a, test.b)
     return dataclasses.replace(found, quality=quality)
@@ -142,6 +142,14 @@ def _probe(x: np.ndarray, positives: int) -> tuple[np.ndarray, float]:
     scale = typical_scale(x)
     fitted = fit_logistic((x * scale)[None], y[None], choose_strength(x * scale, y))
     return (fitted.w[0, 0] * scale).astype(np.float32), float(fitted.b[0, 0])
+
+
+def _above(score: float, scores: Sequence[float]) -> float:
+    """A threshold that `score` does not pass: halfway to the next larger one of the scores, and at
+    least a ten-thousandth above it, since another batch computes it with another rounding."""
+    larger = [s for s in scores if s > score]
+    half = (min(larger) - score) / 2 if larger else 0.0
+    return float(score + max(half, 1e-4 * abs(score)))
 
 
 def _platt(high: np.ndarray, low: np.ndarray) -> tuple[float, float]:
