@@ -4,8 +4,7 @@
 
 A feature reads mlp_in of its layer and writes to mlp_out of that layer and of all later ones.
 
-Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
-run needs other settings than the published recipe: see docs/methods/recipe.md.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works.
 """
 
 import gemma_scope_jax as gs
@@ -19,8 +18,6 @@ config = gs.TrainConfig(
             width=256,
             target_l0=150,
             skip=skip,
-            threshold=None,
-            loss=gs.LossConfig(l0_weight=0.1, l0_warmup=200, per_token=False, dead_after=200),
         )
         for skip in (False, True)
     ),
@@ -30,7 +27,4 @@ config = gs.TrainConfig(
     batch_size=4,
     context_size=512,
     buffer=65_536,
-    train_batch_size=1024,
-    updates=2,
-    optimizer=gs.OptimizerConfig(learning_rate=1.5e-3, warmup=100, decay=0.25),
 )

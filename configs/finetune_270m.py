@@ -5,8 +5,7 @@
 The model runs twice for every pass, and gradients flow back through its later layers. Passes are
 short, since the logits of all tokens are in memory.
 
-Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
-run needs other settings than the published recipe: see docs/methods/recipe.md.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works.
 """
 
 import gemma_scope_jax as gs
@@ -16,7 +15,6 @@ sae = gs.CoderConfig(
     width=4096,
     target_l0=50,
     prefixes=(256, 1024),
-    threshold=None,
     init_from="gemma-3-270m-resid-post-12-width-4k-l0-50",
     # A batch is one passage here: features may well be active on a tenth of it.
     loss=gs.LossConfig(
@@ -38,5 +36,7 @@ config = gs.TrainConfig(
     buffer=8192,
     train_batch_size=512,
     updates=1,
-    optimizer=gs.OptimizerConfig(learning_rate=2e-4, warmup=20, decay=0.25),
+    optimizer=gs.OptimizerConfig(
+        learning_rate=2e-4, warmup=20, decay=0.25, b1=0.0, clip=1.2, threshold_rate=1.0
+    ),
 )

@@ -6,8 +6,7 @@ The packaged SAE was trained with `--tokens 8400000 --store FOLDER`, from a stor
 activations, in 20 minutes on two CPU cores; expect an FVU of 0.14 on training batches, an L0 within
 a per cent of 50, and 1 % of dead features.
 
-Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
-run needs other settings than the published recipe: see docs/methods/recipe.md.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works.
 """
 
 import gemma_scope_jax as gs
@@ -17,7 +16,6 @@ sae = gs.CoderConfig(
     width=4096,
     target_l0=50,
     prefixes=(256, 1024),
-    threshold=None,
     # The target L0 falls from 400 over the first half of the updates: with 50 features a token from
     # the beginning, many features die.
     loss=gs.LossConfig(
@@ -39,5 +37,7 @@ config = gs.TrainConfig(
     buffer=65_536,
     train_batch_size=1024,
     updates=2,
-    optimizer=gs.OptimizerConfig(learning_rate=1e-3, warmup=100, decay=0.25),
+    optimizer=gs.OptimizerConfig(
+        learning_rate=1e-3, warmup=100, decay=0.25, b1=0.0, clip=1.2, threshold_rate=1.0
+    ),
 )

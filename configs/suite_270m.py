@@ -6,8 +6,7 @@ The packaged transcoders come from such a run; their cards have its settings. On
 all coders, and the transcoders, which have one shape, are trained as one batch. This is a run for a
 GPU: ten times the tokens of the others, with larger batches.
 
-Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works. A short
-run needs other settings than the published recipe: see docs/methods/recipe.md.
+Name your own text with `--data.files`; `--tokens 100000` shows in minutes that it works.
 """
 
 import gemma_scope_jax as gs
@@ -17,7 +16,6 @@ sae = gs.CoderConfig(
     width=4096,
     target_l0=50,
     prefixes=(256, 1024),
-    threshold=None,
     # The target L0 falls from 400 over the first half of the updates: with 50 features a token from
     # the beginning, many features die.
     loss=gs.LossConfig(
@@ -37,7 +35,6 @@ transcoders = tuple(
         skip=True,
         width=384,
         target_l0=20,
-        threshold=None,
         loss=gs.LossConfig(l0_weight=0.1, l0_warmup=200, per_token=False, dead_after=200),
     )
     for layer in range(18)

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from gemma_scope_jax.training import optimizer
-from gemma_scope_jax.training.recipe import OptimizerConfig
+from gemma_scope_jax.training.recipe import SHORT, CoderConfig, OptimizerConfig, TrainConfig
 from gemma_scope_jax.training.weights import Weights, unit_decoder
 
 N, X, F, D = 2, 1, 512, 128
+
+PUBLISHED = TrainConfig((CoderConfig(0),), tokens=SHORT).resolved.optimizer
 
 
 # What training/optimizer.py's `update` would be.
@@ -89,8 +91,11 @@ def weights(seed: int) -> Weights:
 
 
 def main() -> None:
-    for config in (OptimizerConfig(), OptimizerConfig(b1=0.9), OptimizerConfig(clip=0.0)):
-        plain = jax.jit(lambda g, s, w, r, c=config: optimizer.update(g, s, w, r, c))
+    optimizer._kernel = lambda w: False  # the plain functions
+    alive = jnp.zeros((N, X, F))
+    for change in ({}, {"b1": 0.9}, {"clip": 0.0}):
+        config = dataclasses.replace(PUBLISHED, **change)
+        plain = jax.jit(lambda g, s, w, r, c=config: optimizer.update(g, s, w, r, alive, c))
         optaxed = jax.jit(lambda g, s, w, r, c=config: chained(g, s, w, r, c))
         a = b = weights(0)
         s, t = optimizer.adam(config).init(a), rules(config).init(b)
@@ -113,7 +118,7 @@ def main() -> None:
             f"b1 {config.b1}, clip {config.clip}: largest difference {worst:.2g} after 30 updates"
         )
         print(f"  {ours:.2f} ms an update, as optax {theirs:.2f} ms")
-    config, total = OptimizerConfig(), 1000
+    config, total = PUBLISHED, 1000
     rate = lambda n: optimizer.learning_rate(config, jnp.int32(n), jnp.int32(total))
     ours = jnp.stack([rate(n) for n in range(total)])
     theirs = jnp.stack([jnp.asarray(schedule(config, total)(n)) for n in range(total)])

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -454,6 +455,98 @@ static ffi::Error KthLargest(ffi::ThreadPool pool, Floats z, ffi::Result<Floats>
   return ffi::Error::Success();
 }
 
+// ---- the optimizer -----------------------------------------------------------------------------
+
+static inline Lanes root(Lanes x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Lanes>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+static inline float sum(Lanes x) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// A step of Adam on rows w, m, v, g [N,..,D] -> w, m, v, in one pass over memory. scalars [4,N]: the
+// rate, 1 / (1 - b1^t), 1 / (1 - b2^t), the factor of the gradients. An m of another size than w: no first moments. most: the largest
+// root mean square of a row's change before the rate, 0 for any. unit: rows have unit norm, and keep
+// it: gradients along them are left out.
+static ffi::Error AdamRows(ffi::ThreadPool pool, Floats w, Floats m, Floats v, Floats g,
+                           Floats scalars, ffi::Result<Floats> new_w, ffi::Result<Floats> new_m,
+                           ffi::Result<Floats> new_v, float b1, float b2, float epsilon,
+                           float most, bool unit) {
+  const int64_t D = w.dimensions().back(), rows = w.element_count() / D;
+  const bool first = m.element_count() == w.element_count();
+  const int64_t N = scalars.dimensions()[1];
+  constexpr int64_t kRows = 16;
+  each(pool, split(rows, kRows), [&](int64_t block) {
+    const int64_t padded = split(D, kLanes) * kLanes;
+    std::vector<float> held(3 * padded);  // w, the gradient and then the change, padded with 0
+    float *x = held.data(), *u = x + padded, *moment = u + padded;
+    for (int64_t row = block * kRows; row < std::min(rows, (block + 1) * kRows); ++row) {
+      const int64_t at = row * D;
+      const float* own = scalars.typed_data() + row / (rows / N);
+      const float rate = own[0], c1 = own[N], c2 = own[2 * N], factor = own[3 * N];
+      std::memcpy(x, w.typed_data() + at, D * sizeof(float));
+      std::memcpy(u, g.typed_data() + at, D * sizeof(float));
+      auto over = [&](auto&& part) {
+        for (int64_t d = 0; d < padded; d += kLanes) part(d);
+      };
+      auto put = [](float* p, Lanes value) { *reinterpret_cast<Lanes*>(p) = value; };
+      float along = 0;
+      if (unit) {
+        Lanes dot = {};
+        over([&](int64_t d) { dot += lanes(x + d) * lanes(u + d); });
+        along = sum(dot);
+      }
+      over([&](int64_t d) { put(u + d, factor * (lanes(u + d) - along * lanes(x + d))); });
+      float* old_v = new_v->typed_data() + at;
+      std::memcpy(moment, v.typed_data() + at, D * sizeof(float));
+      over([&](int64_t d) {
+        put(moment + d, b2 * lanes(moment + d) + (1 - b2) * lanes(u + d) * lanes(u + d));
+      });
+      std::memcpy(old_v, moment, D * sizeof(float));
+      if (first) {
+        float* to = new_m->typed_data() + at;
+        const float* from = m.typed_data() + at;
+        int64_t d = 0;
+        for (; d + kLanes <= D; d += kLanes) {
+          put(u + d, b1 * lanes(from + d) + (1 - b1) * lanes(u + d));
+        }
+        for (; d < D; ++d) u[d] = b1 * from[d] + (1 - b1) * u[d];
+        std::memcpy(to, u, D * sizeof(float));
+      }
+      Lanes squares = {};
+      over([&](int64_t d) {
+        const Lanes change = c1 * lanes(u + d) / (root(c2 * lanes(moment + d)) + epsilon);
+        put(u + d, change);
+        squares += change * change;
+      });
+      float step = rate;
+      if (most > 0) step /= std::max(1.0f, std::sqrt(sum(squares) / D) / most);
+      Lanes norm = {};
+      over([&](int64_t d) {
+        const Lanes value = lanes(x + d) - step * lanes(u + d);
+        put(x + d, value);
+        norm += value * value;
+      });
+      if (unit) {
+        const float scale = 1 / std::max(std::sqrt(sum(norm)), 1e-20f);
+        over([&](int64_t d) { put(x + d, scale * lanes(x + d)); });
+      }
+      std::memcpy(new_w->typed_data() + at, x, D * sizeof(float));
+    }
+  });
+  return ffi::Error::Success();
+}
+
 #define POOL ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_compact, Compact,
@@ -471,3 +564,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_decode_rows, DecodeRows,
                                   .Attr<Span>("pairs").Attr<Span>("ends"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_kth_largest, KthLargest,
                               POOL.Arg<Floats>().Ret<Floats>().Attr<int64_t>("k"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_adam_rows, AdamRows,
+                              POOL.Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+                                  .Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>()
+                                  .Attr<float>("b1").Attr<float>("b2").Attr<float>("epsilon")
+                                  .Attr<float>("most").Attr<bool>("unit"));

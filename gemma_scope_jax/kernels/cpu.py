@@ -30,7 +30,7 @@ LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 FEATURES_A_SLOT: int = 2
-NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest")
+NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest", "adam_rows")
 _registered: set[str] = set()
 
 
@@ -140,12 +140,30 @@ def kth_largest(z: jax.Array, k: int) -> jax.Array:
     return _call("kth_largest", (jnp.float32,))(z, k=np.int64(k))[0]
 
 
+def adam_rows(
+    w, m, v, g, scalars, *, b1: float, b2: float, epsilon: float, most: float, unit: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of Adam on rows w, v, g [N, .., D], in one pass over memory: (w, m, v).
+
+    m is [N, .., D], or of any other size without first moments. scalars [4, N]: the rate, 1 / (1 -
+    b1^t), 1 / (1 - b2^t), the factor of the gradients. most: the largest root mean square of a
+    row's change before the rate; 0: any. unit: rows have unit norm and keep it.
+    """
+    results = [(a.dtype, *a.shape) for a in (w, m, v)]
+    call = _call("adam_rows", *results, aliases={0: 0, 1: 1, 2: 2})
+    sizes = {"b1": b1, "b2": b2, "epsilon": epsilon, "most": most}
+    new = call(w, m, v, g, scalars, **{k: np.float32(x) for k, x in sizes.items()}, unit=unit)
+    return tuple(new)
+
+
 def _static(layout: Layout) -> dict[str, np.ndarray]:
     pairs = np.asarray(layout.pairs, np.int64).reshape(-1)
     return {"pairs": pairs, "ends": np.asarray(layout.ends, np.int64)}
 
 
-def _call(name: str, *shapes):
-    """A kernel as a function; each shape is (dtype, *sizes)."""
+def _call(name: str, *shapes, aliases: dict[int, int] | None = None):
+    """A kernel as a function; each shape is (dtype, *sizes). aliases: results written over inputs,
+    as {input: result}."""
     results = [jax.ShapeDtypeStruct(shape, dtype) for dtype, *shape in shapes]
-    return jax.ffi.ffi_call(f"gemma_scope_{name}", results, vmap_method="sequential")
+    how = {"vmap_method": "sequential", "input_output_aliases": aliases}
+    return jax.ffi.ffi_call(f"gemma_scope_{name}", results, **how)

@@ -19,7 +19,7 @@ from typing import Any
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.paths import expanded
-from gemma_scope_jax.training.recipe import TrainConfig
+from gemma_scope_jax.training.recipe import BY_LENGTH, TrainConfig
 
 NONE = ("none", "null")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
@@ -162,6 +162,8 @@ def field_table(kind: type = TrainConfig, at: str = "") -> list[tuple[str, str, 
     rows, hints, docs = [], typing.get_type_hints(kind), field_docs(kind)
     for f in dataclasses.fields(kind):
         default = "required" if f.default is dataclasses.MISSING else _shown(f.default)
+        if by_length := BY_LENGTH.get(kind.__name__, {}).get(f.name):
+            default = " or ".join(dict.fromkeys(map(_shown, by_length)))
         rows.append((at + f.name, _type_name(hints[f.name]), default, docs[f.name]))
         for inner in (hints[f.name], *typing.get_args(hints[f.name])):
             if dataclasses.is_dataclass(inner) and isinstance(inner, type):

@@ -50,6 +50,8 @@ def start(plan: TrainPlan, state: TrainState, sample: Sites, starts: dict[str, A
     for group, old in zip(plan.groups, state.groups):
         x, y = buffer.pairs(plan, group, few, state.scale)
         weights, targets = init.from_data(old.weights, group, x, y), old.l0_start
+        if group.template.activation == "batch_topk":
+            weights = calibrated(weights, x, group)
         for n, c in enumerate(group.coders):
             scales = buffer.scales_of(plan, c, state.scale)
             if c.init_from:

@@ -60,6 +60,7 @@ def plan_training(config: TrainConfig, out: str | os.PathLike = ".") -> TrainEst
 
     Raises `InputError` as `train` does before it loads the model.
     """
+    config = config.resolved
     check_inputs(config)
     path, mesh, shape = folder_path(out), run_mesh(config), model_config(config.model)
     plan = make_plan(config, shape, mesh)

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 
 from gemma_scope_jax.coders.coder import largest
 from gemma_scope_jax.kernels import active
+from gemma_scope_jax.kernels.xla import used_slots
 from gemma_scope_jax.model.sharding import mesh_of, place
 from gemma_scope_jax.training import losses
 from gemma_scope_jax.training.recipe import LossConfig
 from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
+BELOW = 0.85  # of the last cut-off of BatchTopK: entries above this share of it have slots
 ROWS = 64  # one token in this many may need more than K slots
 Parts = dict[str, jax.Array]  # of the loss, for the log: [N] each
 
@@ -45,6 +47,7 @@ class Codes:
     feature: jax.Array | None = None  # int32 [N, X, B, K]; None: all features
     count: Any = None  # int32 [N, X, B], slots in use
     rest: "Rows | None" = None  # tokens that are done densely, and have no slots in use
+    edge: jax.Array | None = None  # the `cutoff` of the whole batch, if it is known
 
 
 @flax.struct.dataclass
@@ -62,17 +65,18 @@ def gradients(
     """(gradients, parts) of a batch x [N, X, B, D], y [N, X, B, E], unit mean squared norms.
 
     `capacity` is K, 0 for dense products. Parts are [N] each, and `frequency` [N, X, F], shares of
-    tokens; a sparse step adds `dense`, 1 if too many tokens needed more than K and the whole batch
-    was done densely.
+    tokens; a sparse step adds `dense`, 1 if too many tokens needed more than K, or the cut-off fell
+    below `BELOW` of the last one, and the whole batch was done densely.
     """
     on_all = lambda w: jax.grad(
         lambda w: loss(w, encode(w, x, group), x, y, dials, group), has_aux=True
     )(w)
-    if not capacity or group.template.activation != "jumprelu":
+    if not capacity or group.template.activation == "topk":
         return on_all(w)
-    shape = x.shape[:3]
+    shape, by_batch = x.shape[:3], group.template.activation == "batch_topk"
     slots = shape[0] * shape[1]
-    low = jax.lax.stop_gradient(w.threshold) - 0.5 * group.template.loss.bandwidth
+    low = jax.lax.stop_gradient(w.threshold)
+    low = BELOW * low if by_batch else low - 0.5 * group.template.loss.bandwidth
 
     def find(w_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array):
         moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)
@@ -87,12 +91,23 @@ def gradients(
     count = jnp.where(over[None, :], 0, count)
     rows = jnp.argsort(~over, stable=True)[: max(1, shape[2] // ROWS)].astype(jnp.int32)
 
+    many = jnp.sum(over) > rows.shape[0]
+    edge, used = None, used_slots(count, capacity)
+    if by_batch:
+        in_slots = unflat(jnp.where(used, z, -NEVER))
+        in_rows = jnp.where(
+            over[rows][None, None, :, None], encode(w, x[:, :, rows], group).z, -NEVER
+        )
+        edge = _joint_cutoff(in_slots, in_rows, group)
+        many = many | jnp.any(edge[:, 0, 0, 0] <= jnp.max(low, (1, 2)))
+
     def on_active(w):
         def total(w, z):
             table = w.threshold.reshape(slots, -1)
             threshold = active.lookup(table, feature, count, NEVER)
+            z = jnp.where(used, z, 0.0) if by_batch else z
             rest = Rows(encode(w, x[:, :, rows], group), rows, over[rows])
-            codes = Codes(unflat(z), unflat(threshold), unflat(feature), unflat(count), rest)
+            codes = Codes(unflat(z), unflat(threshold), unflat(feature), unflat(count), rest, edge)
             return loss(w, codes, x, y, dials, group)
 
         (grads, dz), parts = jax.grad(total, (0, 1), has_aux=True)(w, z)
@@ -102,7 +117,6 @@ def gradients(
         )
         return grads, parts
 
-    many = jnp.sum(over) > rows.shape[0]
     grads, parts = jax.lax.cond(many, on_all, on_active, w)
     share = jnp.broadcast_to(many, parts["loss"].shape).astype(jnp.float32)
     return grads, parts | {"dense": share}
@@ -146,11 +160,20 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
 
     TopK takes the k largest of a token over all layers, BatchTopK the k B largest of the batch.
     """
-    k, (N, X, B, F) = int(group.template.target_l0), z.shape
+    k, (N, X, B, F) = group.template.target_l0, z.shape
     if group.template.activation == "topk":
         together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
-        return jax.lax.top_k(together, k)[0][:, None, :, -1:]
-    kth = [active.kth_largest(jax.lax.stop_gradient(z[n]), k * B) for n in range(N)]
+        return jax.lax.top_k(together, int(k))[0][:, None, :, -1:]
+    kth = [active.kth_largest(jax.lax.stop_gradient(z[n]), round(k * B)) for n in range(N)]
+    return jnp.stack(kth)[:, None, None, None]
+
+
+def _joint_cutoff(slots: jax.Array, rows: jax.Array, group: CoderGroup) -> jax.Array:
+    """`cutoff` of BatchTopK from two parts of the batch's z, [N, X, B, K] and [N, X, R, F]."""
+    slots, rows = jax.lax.stop_gradient((slots, rows))
+    k = round(group.template.target_l0 * slots.shape[2])
+    both = [jnp.concatenate([a.ravel(), b.ravel()]) for a, b in zip(slots, rows)]
+    kth = [active.kth_largest(values, k) for values in both]
     return jnp.stack(kth)[:, None, None, None]
 
 
@@ -212,21 +235,24 @@ def loss(
     `kl` [N], if given, joins the reconstruction as in equation (6).
     """
     config, B = group.template.loss, x.shape[2]
-    f, on = activate(codes, group)
+    edge = codes.edge
+    if edge is None and group.template.activation != "jumprelu":
+        edge = cutoff(codes.z, group)
+    f, on = activate(codes, group, codes.edge)
     outputs = decode(w, f, codes, x, group)
     active_features = lambda on: jnp.sum(on, (1, 3))
     count = lambda f, on: active_features(on)
     if config.sparsity == "tanh":
         count = lambda f, on: jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1)
-    above = lambda codes: jax.nn.relu(codes.z - codes.threshold)
+    centre = None if edge is None else jax.lax.stop_gradient(jnp.mean(edge, 2, keepdims=True))
+    above = lambda codes: jax.nn.relu(codes.z - (codes.threshold if centre is None else centre))
     l0, sparsity = active_features(on), count(f, on)  # [N, B]
     fired = per_feature(codes, on, group)  # [N, X, F]
-    edge = cutoff(codes.z, group) if group.template.activation != "jumprelu" else None
-    excess: Any = per_feature(codes, above(codes), group) if edge is None else None
+    excess = per_feature(codes, above(codes), group)
     if codes.rest is not None:
         rows = codes.rest
         keep = rows.used.astype(jnp.float32)[None, None, :, None]
-        more_f, more_on = (a * keep for a in activate(rows.codes, group))
+        more_f, more_on = (a * keep for a in activate(rows.codes, group, codes.edge))
         more = decode(w, more_f, rows.codes, x[:, :, rows.at], group)
         outputs = [
             out.at[:, :, rows.at].set(jnp.where(keep > 0, new, out[:, :, rows.at]))
@@ -246,10 +272,11 @@ def loss(
             penalty = losses.frequency_penalty(share, config.frequency_limit)
             total = total + group.of("frequency_weight") * penalty
     if config.dead_weight:
-        if edge is None:
-            below = _below_threshold(w, jnp.mean(x, 2), excess / B, fired / B, group)
-        else:
-            below = _below_cutoff(w, jnp.mean(x, 2), codes.z, edge, group)
+        mean_x = jnp.mean(x, 2)
+        if centre is None:
+            below = _below_threshold(w, mean_x, excess / B, fired / B, group)
+        else:  # the gradient goes to z
+            below = centre[..., 0] - _mean_z(w, mean_x, group) + excess / B
         revival = jnp.sum(dials.dead * below, (1, 2))
         total = total + group.of("dead_weight") * revival
     parts = {
@@ -259,6 +286,8 @@ def loss(
         "l0": jnp.mean(l0, -1),
         "frequency": jax.lax.stop_gradient(fired) / B,
     }
+    if group.template.activation == "batch_topk":
+        parts["edge"] = jnp.squeeze(edge, (1, 2, 3))
     return jnp.sum(total), parts
 
 
@@ -304,17 +333,6 @@ def _below_threshold(
     lever = jnp.where(w.threshold > 0, w.threshold, -w.b_enc)
     below = stop(w.threshold - _mean_z(w, mean_x, group) + excess)
     return below + stop(1.0 - fired) * (lever - stop(lever))
-
-
-def _below_cutoff(
-    w: Weights, mean_x: jax.Array, z: jax.Array, edge: jax.Array, group: CoderGroup
-) -> jax.Array:
-    """`_below_threshold` for TopK coders, which have no thresholds: the mean cut-off `edge` takes
-    their place, and the gradient goes to z [N, X, B, F]."""
-    edge = jax.lax.stop_gradient(jnp.mean(edge, 2))
-    threshold = jnp.broadcast_to(edge, w.threshold.shape)
-    excess = jnp.sum(jax.nn.relu(z - threshold[:, :, None, :]), 2)
-    return threshold - _mean_z(w, mean_x, group) + excess / z.shape[2]
 
 
 def _mean_z(w: Weights, mean_x: jax.Array, group: CoderGroup) -> jax.Array:

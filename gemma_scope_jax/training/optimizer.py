@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_scope_jax.kernels import active, cpu
+from gemma_scope_jax.model.sharding import mesh_of
 from gemma_scope_jax.training.recipe import OptimizerConfig
 from gemma_scope_jax.training.weights import Weights, unit_decoder
 
@@ -36,19 +38,76 @@ def adam(config: OptimizerConfig) -> Any:  # optax's types accept arrays, not da
 
 
 def update(
-    grads: Weights, moments: Any, w: Weights, rate: jax.Array, config: OptimizerConfig
+    grads: Weights,
+    moments: Any,
+    w: Weights,
+    rate: jax.Array,
+    dead: jax.Array,
+    config: OptimizerConfig,
 ) -> tuple[Weights, Any]:
     """One step of the optimizer at a learning rate: (weights, moments).
 
-    `moments` is the state of `adam(config)`.
+    `moments` is the state of `adam(config)`; `dead` [N, X, F] is above 0 for dead features, whose
+    thresholds move at the full rate.
     """
-    grads = dataclasses.replace(grads, w_dec=across(grads.w_dec, w.w_dec))
-    grads = clipped(grads, moments, config)
+    by_rows, single = _kernel(w), len(w.w_dec) == 1
+    if not (by_rows and single):
+        grads = dataclasses.replace(grads, w_dec=across(grads.w_dec, w.w_dec))
+    if not by_rows:
+        return _update(clipped(grads, moments, config), moments, w, rate, dead, config)
+    squares = _squares(grads)
+    if single:  # the kernel leaves out what is along the decoder
+        along = jnp.sum(grads.w_dec[0] * w.w_dec[0], -1)
+        left = squares.w_dec[0] - jnp.sum(along**2, (1, 2))
+        squares = dataclasses.replace(squares, w_dec=(jnp.maximum(left, 0.0),))
+    factors = clip_factors(squares, moments, config)
+    rest = lambda w: dataclasses.replace(w, w_enc=None, w_dec=() if single else w.w_dec)
+    kept = {name: getattr(moments, name) for name in ("mu", "nu") if hasattr(moments, name)}
+    few = moments._replace(**{name: rest(tree) for name, tree in kept.items()})
+    small = scaled(rest(grads), rest(factors))
+    new, few = _update(small, few, rest(w), rate, dead, config)
+    count = few.count.astype(jnp.float32)
+    known = [1.0 / (1.0 - jnp.float32(b) ** count) for b in (config.b1, config.b2)]
+    how = {"b1": config.b1, "b2": config.b2, "epsilon": config.epsilon, "most": _most(config)}
+
+    def one(pick, unit: bool) -> tuple[jax.Array, ...]:
+        m = pick(kept["mu"]) if "mu" in kept else jnp.zeros(1)
+        factor = pick(factors)
+        scalars = jnp.stack([*(jnp.broadcast_to(a, factor.shape) for a in (rate, *known)), factor])
+        return cpu.adam_rows(pick(w), m, pick(kept["nu"]), pick(grads), scalars, unit=unit, **how)
+
+    enc = one(lambda tree: tree.w_enc, unit=False)
+    dec = one(lambda tree: tree.w_dec[0], unit=True) if single else None
+    big = lambda tree, n: dataclasses.replace(
+        tree, w_enc=enc[n], w_dec=tree.w_dec if dec is None else (dec[n],)
+    )
+    at = {"mu": 1, "nu": 2}
+    return big(new, 0), few._replace(**{name: big(getattr(few, name), at[name]) for name in kept})
+
+
+def _kernel(w: Weights) -> bool:
+    """Whether `cpu.adam_rows` takes the step of large arrays: several times fewer passes over
+    memory than XLA makes."""
+    return active.backend() is cpu and mesh_of(w.w_enc) is None
+
+
+def _update(
+    grads: Weights,
+    moments: Any,
+    w: Weights,
+    rate: jax.Array,
+    dead: jax.Array,
+    config: OptimizerConfig,
+) -> tuple[Weights, Any]:
+    """`update` after the gradients have been clipped."""
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         changes, moments = adam(config).update(grads, moments, w)
     changes = limited(changes, config)
+    slow = changes.threshold * jnp.where(dead > 0, 1.0, config.threshold_rate)
+    changes = dataclasses.replace(changes, threshold=slow)
     w = jax.tree.map(lambda a, change: a - rate * change, w, changes)
-    w = dataclasses.replace(w, w_dec=unit_decoder(w.w_dec), threshold=jnp.maximum(w.threshold, 0.0))
+    w_dec = unit_decoder(w.w_dec) if w.w_dec else ()
+    w = dataclasses.replace(w, w_dec=w_dec, threshold=jnp.maximum(w.threshold, 0.0))
     return w, moments
 
 
@@ -61,25 +120,47 @@ def across(grads: tuple[jax.Array, ...], w_dec: tuple[jax.Array, ...]) -> tuple[
 
 
 def clipped(grads: Weights, moments: Any, config: OptimizerConfig) -> Weights:
-    """Gradients of a coder, for each kind of weight, of at most `clip` times their usual norm.
+    """Gradients of a coder, for each kind of weight, of at most `clip` times their usual norm."""
+    return scaled(grads, clip_factors(_squares(grads), moments, config))
+
+
+def _squares(grads: Weights) -> Weights:
+    """The squared norm of each coder's gradients: [N] for each kind of weight."""
+    return jax.tree.map(lambda g: jnp.sum(g * g, tuple(range(1, g.ndim))), grads)
+
+
+def clip_factors(squares: Weights, moments: Any, config: OptimizerConfig) -> Weights:
+    """Factors [N] that cut a coder's gradients, for each kind of weight, to at most `clip` times
+    their usual norm. `squares`: their squared norms, likewise.
 
     The usual norm is the root of the sum of Adam's second moments. An outlier token has thousands
     of active features; Adam moves each at its full rate, and at high learning rates one such batch
     could undo a run. Thresholds are exempt: they have to respond at once to an L0 off its target.
     """
     if not config.clip:
-        return grads
+        return jax.tree.map(jnp.ones_like, squares)
     count = moments.count.astype(jnp.float32)
     known = 1.0 - jnp.float32(config.b2) ** count  # 0 before the first update
 
-    def one(g: jax.Array, nu: jax.Array) -> jax.Array:
-        over = lambda a: jnp.sum(a, tuple(range(1, a.ndim)), keepdims=True)
-        limit = config.clip * jnp.sqrt(over(nu) / jnp.maximum(known, 1e-9))
-        norm = jnp.sqrt(over(g * g))
-        return jnp.where((limit > 0) & (norm > limit), g * (limit / jnp.maximum(norm, 1e-30)), g)
+    def one(square: jax.Array, nu: jax.Array) -> jax.Array:
+        usual = jnp.sum(nu, tuple(range(1, nu.ndim))) / jnp.maximum(known, 1e-9)
+        limit, norm = config.clip * jnp.sqrt(usual), jnp.sqrt(square)
+        return jnp.where((limit > 0) & (norm > limit), limit / jnp.maximum(norm, 1e-30), 1.0)
 
-    cut = jax.tree.map(one, grads, moments.nu)
-    return dataclasses.replace(cut, threshold=grads.threshold)
+    cut = jax.tree.map(one, squares, moments.nu)
+    return dataclasses.replace(cut, threshold=jnp.ones_like(cut.threshold))
+
+
+def scaled(grads: Weights, factors: Weights) -> Weights:
+    """Gradients times the factor [N] of their coder and kind."""
+    return jax.tree.map(lambda g, f: g * f.reshape(-1, *[1] * (g.ndim - 1)), grads, factors)
+
+
+def _most(config: OptimizerConfig) -> float:
+    """The largest change of a feature, in learning rates; 0 for any."""
+    if not config.step_limit:
+        return 0.0
+    return max(1.0, config.step_limit / config.learning_rate)
 
 
 def limited(changes: Weights, config: OptimizerConfig) -> Weights:
@@ -92,7 +173,7 @@ def limited(changes: Weights, config: OptimizerConfig) -> Weights:
     """
     if not config.step_limit:
         return changes
-    most = max(1.0, config.step_limit / config.learning_rate)
+    most = _most(config)
 
     def one(u: jax.Array) -> jax.Array:
         rows = u.ndim == 4  # [N, X, features or inputs, D]; biases are [N, X, F or D]

@@ -1,10 +1,14 @@
 """The recipe of a training run: nested frozen dataclasses, saved beside the weights they made.
 
 Defaults are the published recipe (Gemma Scope 2 technical paper, section 3) where it is known;
-fields that are not in the paper say so. A `configs/*.py` file sets `config` to a `TrainConfig`.
+fields that are not in the paper say so. That recipe is for billions of tokens: where another value
+is better in runs of under ten million, the default is by the length of the run (`BY_LENGTH`). A
+`configs/*.py` file sets `config` to a `TrainConfig`.
 """
 
 import dataclasses
+import functools
+from functools import partial
 from typing import Any
 
 from gemma_scope_jax.data.documents import TextData
@@ -14,7 +18,22 @@ from gemma_scope_jax.storage.strict_json import legible
 ACTIVATIONS = ("jumprelu", "topk", "batch_topk")
 SPARSITIES = ("quadratic", "step", "tanh")
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32")
-
+SHORT = 10_000_000  # tokens below which a run is a short one
+by_length: Any = None  # a default that `TrainConfig.resolved` replaces
+# By config and field: the default of short runs, and of long ones.
+BY_LENGTH: dict[str, dict[str, tuple[Any, Any]]] = {
+    "TrainConfig": {"train_batch_size": (1024, 4096), "updates": (None, None)},
+    "CoderConfig": {"activation": ("batch_topk", "jumprelu")},
+    "LossConfig": {"per_token": (False, True), "l0_warmup": (0, 50_000), "dead_after": (200, 1000)},
+    "OptimizerConfig": {
+        "learning_rate": (6e-3, 7e-5),
+        "warmup": (0.05, 1000),
+        "decay": (0.25, 0.0),
+        "b1": (0.8, 0.0),
+        "clip": (2.0, 1.2),
+        "threshold_rate": (0.03, 1.0),
+    },
+}
 
 _MUST_BE = {
     "positive": lambda v: v > 0,
@@ -35,9 +54,28 @@ def _check(config: Any, what: str, *names: str) -> None:
     """Raise `InputError` for the first of the fields that is not `what` of `_MUST_BE`."""
     for name in names:
         value = getattr(config, name)
+        if value is None and name in BY_LENGTH.get(type(config).__name__, {}):
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and _MUST_BE[what](value)):
             raise InputError(f"{name} must be {what}, not {value!r}")
+
+
+def _of_length(config: Any, long: bool) -> Any:
+    """The config with its defaults by length filled in."""
+    names = BY_LENGTH[type(config).__name__]
+    new = {k: v[long] for k, v in names.items() if getattr(config, k) is None}
+    return dataclasses.replace(config, **new)
+
+
+def _coder_of_length(coder: "CoderConfig", long: bool) -> "CoderConfig":
+    """`_of_length` of a coder and its losses; its folder is not renamed."""
+    loss = coder.loss
+    own = coder.threshold is not None or coder.init_from or coder.init_layers or loss.kl_weight
+    own = own or loss.l0_start or loss.frequency_weight or loss.sparsity != "quadratic"
+    named = coder.name or (coder.folder if coder.activation is None else "")
+    coder = _of_length(dataclasses.replace(coder, name=named), long or bool(own))
+    return dataclasses.replace(coder, loss=_of_length(loss, long))
 
 
 def _tuples(config: Any, *names: str) -> None:
@@ -68,13 +106,15 @@ class LossConfig:
     (4), which has no target; "tanh" is Anthropic's."""
     l0_weight: float = 0.1
     """lambda, the weight of the sparsity loss; the paper does not give it."""
-    l0_warmup: int | float = 50_000
-    """Updates over which lambda grows from 0; below 1, a share of the run's updates."""
+    l0_warmup: int | float = by_length
+    """Updates over which lambda grows from 0, by default 0 in short runs and 50,000 in long ones;
+    below 1, a share of the run's updates."""
     l0_start: float | None = None
     """The target L0 at the start, from which the target falls linearly over `l0_warmup`."""
-    per_token: bool = True
-    """Square each token's distance from the target L0, as in equation (5); false squares that of
-    the batch mean, so that some tokens may use more features than others."""
+    per_token: bool = by_length
+    """Square each token's distance from the target L0, as in equation (5), the default of long
+    runs; false, that of short ones, squares the distance of the batch mean, so that some tokens may
+    use more features than others."""
     tanh_scale: float = 4.0
     """c in tanh(c f), for decoder rows of unit norm."""
     frequency_limit: float = 0.1
@@ -86,9 +126,9 @@ class LossConfig:
     dead_below: float = 0.01
     """A feature is dead while its share of active tokens is below this times that of the mean
     feature, target_l0 / (layers * width)."""
-    dead_after: int = 1000
+    dead_after: int = by_length
     """Updates over which that share is averaged, and after which a feature that no longer fires is
-    dead."""
+    dead; by default 200 in short runs, 1,000 in long ones."""
     dead_weight: float = 0.01
     """The weight of the pre-activation loss that revives dead features; 0 turns it off. It is not
     in the paper, but in Anthropic's circuits updates of January 2025. Under Adam it matters for
@@ -126,9 +166,11 @@ class CoderConfig:
     """Features of each layer."""
     target_l0: float = 50.0
     """The number of features to be active on a token, over all layers."""
-    activation: str = "jumprelu"
+    activation: str = by_length
     """"jumprelu"; "topk", which keeps target_l0 features of each token over all layers; or
-    "batch_topk", which keeps as many on average and is saved as the nearest JumpReLU."""
+    "batch_topk", which keeps as many on average and is saved as the nearest JumpReLU. By default
+    "batch_topk" in short runs that start anew and ask for nothing of JumpReLU's own (a threshold,
+    l0_start, a frequency penalty, another sparsity loss), otherwise "jumprelu"."""
     as_jump_relu: bool = False
     """Also save "topk" as a JumpReLU, which is another function; its figures are on the card."""
     skip: bool = False
@@ -137,8 +179,9 @@ class CoderConfig:
     """Matryoshka: the first n features must also reconstruct alone, for each of these n."""
     input_bias: bool = True
     """Subtract b_dec from the input of a coder that writes what it reads."""
-    threshold: float | None = 0.001
-    """The thresholds at the start; None derives them from the data (`init.from_data`)."""
+    threshold: float | None = None
+    """The thresholds at the start; None derives them from the data (`init.from_data`), which is not
+    in the paper: it starts from 0.001."""
     init_from: str = ""
     """The folder or address of a coder to finetune."""
     init_layers: tuple[str, ...] = ()
@@ -151,7 +194,8 @@ class CoderConfig:
     """The losses of the coder."""
 
     def __post_init__(self) -> None:
-        _one_of("activation", self.activation, ACTIVATIONS)
+        if self.activation is not None:
+            _one_of("activation", self.activation, ACTIVATIONS)
         _tuples(self, "prefixes", "init_layers")
         if not isinstance(self.layers, int):
             _tuples(self, "layers")
@@ -176,8 +220,8 @@ class CoderConfig:
             raise InputError(f"init_layers has {count} coders, not one for each layer")
         if self.init_from and self.init_layers:
             raise InputError("init_from and init_layers exclude each other")
-        if self.activation != "jumprelu" and self.target_l0 != int(self.target_l0):
-            raise InputError(f"{self.activation} needs a whole target_l0, not {self.target_l0}")
+        if self.activation == "topk" and self.target_l0 != int(self.target_l0):
+            raise InputError(f"topk needs a whole target_l0, not {self.target_l0}")
         if self.as_jump_relu and self.activation != "topk":
             raise InputError(f"as_jump_relu is for topk: {self.activation} is saved as one anyway")
 
@@ -220,7 +264,7 @@ class CoderConfig:
             site = {"z": "attn_out"}.get(self.reads, self.reads)
             where = f"{site if self.target == self.reads else 'transcoder'}/layer_{self.layers}"
         ends = "_affine" if self.skip else ""
-        activation = "" if self.activation == "jumprelu" else f"_{self.activation}"
+        activation = "" if self.activation in (None, "jumprelu") else f"_{self.activation}"
         seed = f"_seed_{self.seed}" if self.seed else ""
         return f"{where}_width_{self.width}_l0_{self.target_l0:g}{activation}{ends}{seed}"
 
@@ -229,15 +273,17 @@ class CoderConfig:
 class OptimizerConfig:
     """Adam, as published; the same for all coders of a run."""
 
-    learning_rate: float = 7e-5
-    """The learning rate after the warm-up."""
-    warmup: int = 1000
-    """Updates over which the learning rate grows along a cosine, from a tenth."""
-    decay: float = 0.0
-    """The share of the updates, at the end, over which the rate falls linearly to 0; not in the
-    paper."""
-    b1: float = 0.0
-    """The decay of Adam's first moments."""
+    learning_rate: float = by_length
+    """The learning rate after the warm-up; by default 0.006 in short runs, 7e-5 in long ones."""
+    warmup: int | float = by_length
+    """Updates over which the learning rate grows along a cosine, from a tenth; below 1, a share of
+    the run's updates. By default a twentieth in short runs, 1,000 in long ones."""
+    decay: float = by_length
+    """The share of the updates, at the end, over which the rate falls linearly to 0; by default a
+    quarter in short runs, 0, as published, in long ones."""
+    b1: float = by_length
+    """The decay of Adam's first moments; by default 0.8 in short runs, 0, as published, in long
+    ones."""
     b2: float = 0.999
     """The decay of Adam's second moments."""
     epsilon: float = 1e-8
@@ -245,15 +291,20 @@ class OptimizerConfig:
     step_limit: float = 1e-3
     """The most that a feature's weights move in an update (root mean square), or the learning rate
     if that is larger (`optimizer.limited`); not in the paper; 0 turns it off."""
-    clip: float = 1.2
+    clip: float = by_length
     """The largest norm of a coder's gradients, as a multiple of their usual norm
-    (`optimizer.clipped`); not in the paper; 0 turns it off."""
+    (`optimizer.clipped`); not in the paper; 0 turns it off. By default 2 in short runs, which would
+    diverge at twice their learning rate without it, and 1.2 in long ones."""
+    threshold_rate: float = by_length
+    """The learning rate of thresholds as a multiple of that of weights; that of dead features'
+    thresholds is never multiplied. By default 0.03 in short runs: thresholds that move as fast as
+    weights at a high rate walk at random. 1 in long ones."""
 
     def __post_init__(self) -> None:
         _check(self, "above 0 and at most 1", "learning_rate")
         _check(self, "positive", "epsilon")
-        _check(self, "a number that is not negative", "clip", "step_limit")
-        _check(self, "a whole number from 0 on", "warmup")
+        _check(self, "a number that is not negative", "clip", "step_limit", "threshold_rate")
+        _check(self, "a whole number from 0 on, or a share below 1", "warmup")
         _check(self, "at least 0 and below 1", "b1", "b2")
         _check(self, "a share from 0 to 1", "decay")
 
@@ -283,11 +334,12 @@ class TrainConfig:
     """Leave out this many leading positions of a text: 1 for <bos>, 4 for chats."""
     buffer: int = 131_072
     """The number of activations that are shuffled on the device."""
-    train_batch_size: int = 4096
-    """The number of activations in an update."""
-    updates: int = 1
+    train_batch_size: int = by_length
+    """The number of activations in an update; by default 1,024 in short runs, 4,096 in long
+    ones."""
+    updates: int = by_length
     """Optimizer updates for each model pass: an activation is used updates * train_batch_size /
-    (batch_size * context_size) times on average."""
+    (batch_size * context_size) times on average; by default about once."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam, the same for all coders."""
     sparse: float = 4.0
@@ -327,7 +379,7 @@ class TrainConfig:
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.track:
             _one_of("track", name, ("tensorboard", "wandb"))
-        least = max(self.train_batch_size, 2 * self.batch_size * self.context_size)
+        least = max(self.train_batch_size or 1, 2 * self.batch_size * self.context_size)
         if not self.store and self.buffer < least:
             raise InputError(
                 f"buffer {self.buffer} must hold a batch and two model passes: at least {least}"
@@ -339,7 +391,7 @@ class TrainConfig:
         by_effect = any(c.loss.kl_weight for c in self.coders)
         if self.store and by_effect:
             raise InputError("kl_weight needs the model on text, not stored activations")
-        if self.updates > 1 and by_effect:
+        if (self.updates or 1) > 1 and by_effect:
             raise InputError("kl_weight needs updates=1: it makes one update for each model pass")
         folders = [c.folder for c in self.coders]
         if twice := sorted({f for f in folders if folders.count(f) > 1}):
@@ -348,7 +400,7 @@ class TrainConfig:
     @property
     def tokens_a_pass(self) -> int:
         if self.store:
-            return self.updates * self.train_batch_size
+            return self.resolved.updates * self.resolved.train_batch_size
         return self.batch_size * self.context_size
 
     @property
@@ -365,21 +417,36 @@ class TrainConfig:
     def all_updates(self) -> int:
         """Optimizer updates of the whole run: none in the passes that fill the buffer."""
         filling = 0 if self.store else -(-self.buffer // self.tokens_a_pass)
-        return max(0, self.passes - filling) * self.updates
+        return max(0, self.passes - filling) * self.resolved.updates
 
-    @property
-    def warmed(self) -> "TrainConfig":
-        """This config with each `l0_warmup` that is a share turned into a number of updates."""
+    @functools.cached_property
+    def resolved(self) -> "TrainConfig":
+        """This config with all defaults by length filled in, and each warm-up that is a share
+        turned into a number of updates. A resolved config is its own."""
+        long = self.tokens >= SHORT
+        config = _of_length(self, long)
+        if config.updates is None:
+            tokens = config.batch_size * config.context_size
+            by_effect = any(c.loss.kl_weight for c in config.coders)
+            once = 1 if config.store or by_effect else tokens / config.train_batch_size
+            config = dataclasses.replace(config, updates=max(1, round(once)))
+        coders = [_coder_of_length(c, long) for c in config.coders]
+        optimizer = _of_length(config.optimizer, long)
+        config = dataclasses.replace(config, coders=tuple(coders), optimizer=optimizer)
+        config.__dict__["resolved"] = config
+        counted = partial(_counted, updates=config.all_updates)
+        coders = [dataclasses.replace(c, loss=counted(c.loss, "l0_warmup")) for c in config.coders]
+        config = dataclasses.replace(
+            config, coders=tuple(coders), optimizer=counted(optimizer, "warmup")
+        )
+        config.__dict__["resolved"] = config
+        return config
 
-        def counted(coder: CoderConfig) -> CoderConfig:
-            if not 0 < coder.loss.l0_warmup < 1:
-                return coder
-            warmup = int(coder.loss.l0_warmup * self.all_updates)
-            return dataclasses.replace(
-                coder, loss=dataclasses.replace(coder.loss, l0_warmup=warmup)
-            )
 
-        return dataclasses.replace(self, coders=tuple(map(counted, self.coders)))
+def _counted(config: Any, name: str, updates: int) -> Any:
+    """The config with a field that is a share of the run's updates turned into their number."""
+    value = getattr(config, name)
+    return dataclasses.replace(config, **{name: int(value * updates)}) if 0 < value < 1 else config
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:

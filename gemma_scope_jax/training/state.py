@@ -79,7 +79,7 @@ class TrainPlan:
 
 def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Mesh | None = None) -> TrainPlan:
     """The plan of a run. Raises `InputError` for sites that the model does not have."""
-    config, wanted = config.warmed, {}
+    config, wanted = config.resolved, {}
     for coder in config.coders:
         for site in (coder.reads, coder.target):
             site_width(model, site)

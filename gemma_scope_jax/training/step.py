@@ -71,8 +71,11 @@ def apply(
     """(a group's state after one step of the optimizer, its parts of the loss for the log)."""
     config = plan.config.optimizer
     rate = optimizer.learning_rate(config, state.update, state.total)
-    weights, moments = optimizer.update(grads, old.optimizer, old.weights, rate, config)
+    weights, moments = optimizer.update(grads, old.optimizer, old.weights, rate, dials.dead, config)
+    if "edge" in parts:  # BatchTopK: the next update looks for its cut-off from here on
+        edge = jnp.broadcast_to(parts["edge"][:, None, None], weights.threshold.shape)
+        weights = dataclasses.replace(weights, threshold=edge)
     activity = activities(old.activity, parts["frequency"], group)
-    logged = {name: part for name, part in parts.items() if name != "frequency"}
+    logged = {name: part for name, part in parts.items() if name not in ("frequency", "edge")}
     logged["dead"] = jnp.mean(dials.dead > 0, (1, 2))
     return dataclasses.replace(old, weights=weights, optimizer=moments, activity=activity), logged

@@ -72,7 +72,7 @@ def train(
     folder for a trace of a few passes. SIGTERM and Ctrl-C save a checkpoint and exit with status
     143. Raises `InputError` for data, models and folders that do not fit.
     """
-    out = folder_path(out)
+    out, config = folder_path(out), config.resolved
     with _only_run(out), StepTrace(profile) as trace:
         _check_folder(config, out)
         mesh = run_mesh(config)
@@ -139,6 +139,7 @@ def store_activations(
 def run_mesh(config: TrainConfig) -> Mesh | None:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
+        config = config.resolved
         for name in ("train_batch_size",) if config.store else ("train_batch_size", "batch_size"):
             if (size := getattr(config, name)) % (count := config.mesh[0]):
                 raise InputError(
@@ -185,7 +186,8 @@ WHERE = ("files", "tfds_folder")  # in `data`: where the text is
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The fields in which two configs in JSON lead to different results; a field that the older one
     lacks has its default there."""
-    default = json.loads(json.dumps(as_json(TrainConfig((CoderConfig(0),)))))
+    default = TrainConfig((CoderConfig(0),), store="any", tokens=here["tokens"]).resolved
+    default = json.loads(json.dumps(as_json(default)))
     for config in (there, here):  # checkpoints identify the text by its content
         if isinstance(config.get("data"), dict):
             config["data"] = {k: v for k, v in config["data"].items() if k not in WHERE}

@@ -27,7 +27,8 @@ def documents(count=80):
 
 def coder(layers=3, **options):
     """A coder that a few dozen updates can train."""
-    return CoderConfig(layers, **dict(width=64, target_l0=8, threshold=None, loss=LOSS) | options)
+    common = dict(width=64, target_l0=8, activation="jumprelu", loss=LOSS)
+    return CoderConfig(layers, **common | options)
 
 
 def recipe(*coders, **options):
@@ -40,7 +41,7 @@ def recipe(*coders, **options):
         buffer=512,
         train_batch_size=128,
         updates=3,
-        optimizer=OptimizerConfig(3e-3, 10),
+        optimizer=OptimizerConfig(3e-3, 10, 0.0),
         checkpoint_every=1e9,
         model="tiny",
         sparse=0.0,

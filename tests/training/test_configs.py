@@ -123,14 +123,37 @@ def test_a_warm_up_may_be_a_share_of_the_updates(tokens, store):
     coders = (CoderConfig(3, loss=loss), CoderConfig(4))
     shape = dict(batch_size=4, context_size=512, buffer=65_536, train_batch_size=1024, updates=2)
     config = TrainConfig(coders, tokens=tokens, store=store, **shape)
-    first, other = config.warmed.coders
+    first, other = config.resolved.coders
     trained = tokens - (0 if store else 65_536)  # tokens from which updates are made
     assert first.loss.l0_warmup == pytest.approx(trained / 1024 / 2, abs=2)
-    assert isinstance(first.loss.l0_warmup, int) and other == config.coders[1]
+    assert isinstance(first.loss.l0_warmup, int) and other.loss.l0_warmup == 0
     assert json.dumps(dataclasses.asdict(loss))  # as it is written beside the weights
     for bad in (-1, 1.5):
         with pytest.raises(InputError, match="l0_warmup must be"):
             LossConfig(l0_warmup=bad)
+
+
+@pytest.mark.parametrize("tokens,long", [(9_999_999, False), (10_000_000, True)])
+def test_defaults_are_by_the_length_of_the_run(tokens, long):
+    """Those that are given stay; a resolved config is its own, and JSON."""
+    config = TrainConfig(
+        (CoderConfig(3), CoderConfig(4, activation="topk", loss=LossConfig(dead_after=7))),
+        optimizer=gs.OptimizerConfig(b1=0.5),
+        tokens=tokens,
+    )
+    found = config.resolved
+    assert found.optimizer.learning_rate == (7e-5 if long else 6e-3) and found.optimizer.b1 == 0.5
+    assert found.train_batch_size == (4096 if long else 1024) and found.updates == 1 + 3 * (
+        not long
+    )
+    assert [c.loss.per_token for c in found.coders] == [long, long]
+    assert [c.loss.dead_after for c in found.coders] == [1000 if long else 200, 7]
+    assert found.coders[1].activation == "topk"
+    assert found.resolved == found and found.all_updates == config.all_updates
+    given = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert None not in given["optimizer"].values() and given["coders"][0]["loss"]["dead_after"]
+    by_length = {n: default for n, _, default, _ in field_table()}
+    assert by_length["optimizer.learning_rate"] == "0.006 or 7e-05"
 
 
 def test_the_fields_are_listed_by_the_command():
@@ -150,14 +173,17 @@ def test_a_plan_says_what_a_run_takes(tmp_path, monkeypatch, store):
         monkeypatch.setattr(module, "model_config", lambda name: shape)
     (tmp_path / "a.txt").write_text("some text")
     data = gs.TextData(files=(str(tmp_path / "a.txt"),))
+    loss = LossConfig(l0_warmup=50_000)
+    coder = CoderConfig(2, width=64, target_l0=4, activation="jumprelu", loss=loss)
     config = TrainConfig(
-        (CoderConfig(2, width=64, target_l0=4),), data=data, tokens=4096, batch_size=2,
-        context_size=32, buffer=1024, train_batch_size=64, store="activations" * store, mesh=(1, 1),
+        (coder,),
+        data=data, tokens=4096, batch_size=2, context_size=32, buffer=1024, train_batch_size=64,
+        store="activations" * store, mesh=(1, 1), optimizer=gs.OptimizerConfig(warmup=1000),
     )  # fmt: skip
     found = estimate.plan_training(config, tmp_path / "out")
     assert (found.coders, found.tokens) == (1, 4096) and not (tmp_path / "out").exists()
     assert found.updates == (64 if store else 64 - 16) and found.passes == 64
     assert found.memory > found.checkpoint > 2 * found.saved > 0 and found.free > 0
-    learning, sparsity = found.doubts  # by default they grow over more updates than there are
+    learning, sparsity = found.doubts  # they grow over more updates than there are
     assert learning.startswith("optimizer.warmup is 1000: a run of ")
     assert sparsity.startswith("coders.0.loss.l0_warmup is 50000: a run of ")

@@ -54,6 +54,7 @@ def compile_for_tpu(name: str):
             context_size=1024,
             buffer=buffer,
             train_batch_size=BATCH,
+            tokens=10**9,
         ),
         config,
         mesh,

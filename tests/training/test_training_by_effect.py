@@ -36,7 +36,7 @@ def run():
         buffer=2 * B * T,
         train_batch_size=B * T,
         sparse=0,
-        optimizer=OptimizerConfig(1e-3, 0),
+        optimizer=OptimizerConfig(1e-3, 0, 0.0),
         model="tiny",
     )
     plan = make_plan(config, model.config)

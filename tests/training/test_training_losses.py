@@ -52,6 +52,10 @@ CASES = {
     "topk": two(activation="topk", **SAE),
     "batch_topk": (CoderConfig((1, 2), activation="batch_topk", loss=LOSS, **SAE),),
 }
+CASES = {
+    name: tuple(c if c.activation else dataclasses.replace(c, activation="jumprelu") for c in some)
+    for name, some in CASES.items()
+}
 JUMPRELU = [name for name in CASES if "topk" not in name]
 
 
@@ -332,6 +336,28 @@ def test_the_sparse_step_is_the_dense_one(name, kernels, monkeypatch):
         assert np.all(np.asarray(got[1].pop("dense")) == dense)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kernels", [pytest.param(k, marks=[pytest.mark.slow] * (k == "triton")) for k in KERNELS]
+)
+def test_the_sparse_step_of_batch_topk_is_the_dense_one(kernels, monkeypatch):
+    """From the last cut-off on; a much lower one makes the step dense."""
+    name, p = "batch_topk", problem("batch_topk")
+    monkeypatch.setattr(active, "backend", lambda: KERNELS[kernels])
+    monkeypatch.setattr(objective, "ROWS", 2)
+    last = calibrated(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).threshold
+    z = objective.encode(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).z
+    counts = np.sort((z > objective.BELOW * last[:, :, None]).sum(-1).max((0, 1)))
+    *_, few, _, most = counts.tolist()
+    assert 0 < few < most
+    for last_edge, slots, dense in ((last, most, 0), (last, few, 0), (2 * last, most, 1)):
+        w = p.weights(threshold=np.asarray(last_edge))
+        got, wanted = compiled(name, slots, kernels)(w), compiled(name, 0, None)(w)
+        assert np.all(np.asarray(got[1].pop("dense")) == dense)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            close(a, b, 1e-5)
+        np.testing.assert_allclose(got[1]["edge"], last[:, 0, 0], rtol=1e-5)
 
 
 def test_too_few_slots_change_nothing():

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_scope_jax.kernels import cpu
 from gemma_scope_jax.model.batch import TokenBatch
-from gemma_scope_jax.training import buffer, ends
+from gemma_scope_jax.training import buffer, ends, optimizer
 from gemma_scope_jax.training import step as steps
+from gemma_scope_jax.training.init import random_weights
 from gemma_scope_jax.training.optimizer import adam, clipped, limited
 from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, OptimizerConfig
 from gemma_scope_jax.training.state import init_state, make_plan
+from gemma_scope_jax.training.weights import CoderGroup
 from training_runs import MODEL, coder, recipe
 
 
@@ -63,7 +66,9 @@ def test_model_activations_are_of_tokens_that_count(model):
 
 def test_update_keeps_decoders_at_unit_norm_and_thresholds_positive():
     config = recipe(
-        coder((1, 2), width=16, target_l0=4), optimizer=OptimizerConfig(0.1, 0), train_batch_size=64
+        coder((1, 2), width=16, target_l0=4),
+        optimizer=OptimizerConfig(0.1, 0, 0.0),
+        train_batch_size=64,
     )
     small = dataclasses.replace(MODEL, d_model=6)
     plan = make_plan(config, small)
@@ -102,11 +107,11 @@ def test_products_have_the_precision_asked_for():
 def test_a_gradient_of_unusual_norm_is_cut_alone():
     """Other kinds of weights and other coders stay as they are."""
     config = recipe(*(coder(2, seed=n, width=16) for n in range(2)))
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(b2=0.9, clip=1.5))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(b1=0.0, b2=0.9, clip=1.5))
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
     [group] = init_state(plan, dataclasses.replace(MODEL, d_model=6)).groups
     rng, moments, squares = np.random.default_rng(0), group.optimizer, []
-    optimizer = adam(config.optimizer)
+    rule = adam(config.optimizer)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     for _ in range(4):
         grads = jax.tree.map(normal, group.weights)
@@ -122,7 +127,7 @@ def test_a_gradient_of_unusual_norm_is_cut_alone():
             assert jax.tree.all(jax.tree.map(jnp.array_equal, grads, first))
         squares.append(np.sum(np.asarray(grads.w_enc) ** 2, (1, 2, 3)))
         with jax.numpy_dtype_promotion("standard"):
-            _, moments = optimizer.update(grads, moments)
+            _, moments = rule.update(grads, moments)
     grads = jax.tree.map(normal, group.weights)
     wild = dataclasses.replace(grads, w_enc=grads.w_enc.at[1].multiply(1000.0))
     cut = clipped(wild, moments, config.optimizer)
@@ -144,20 +149,22 @@ def test_a_gradient_of_unusual_norm_is_cut_alone():
 
 def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     config = recipe(coder(2, width=16))
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(1e-2, 0, step_limit=2e-2))
+    config = dataclasses.replace(
+        config, optimizer=OptimizerConfig(1e-2, 0, b1=0.0, step_limit=2e-2)
+    )
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
     state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     [group] = state.groups
     moments = adam(config.optimizer).init(group.weights)
-    optimizer, rng = adam(config.optimizer), np.random.default_rng(0)
+    rule, rng = adam(config.optimizer), np.random.default_rng(0)
     normal = lambda w: jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
     seldom = lambda g: dataclasses.replace(
         g, w_enc=g.w_enc.at[:, :, 3].set(0.0), b_enc=g.b_enc.at[:, :, 3].set(0.0)
     )
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(2000):
-            _, moments = optimizer.update(seldom(jax.tree.map(normal, group.weights)), moments)
-        changes, _ = optimizer.update(jax.tree.map(normal, group.weights), moments)
+            _, moments = rule.update(seldom(jax.tree.map(normal, group.weights)), moments)
+        changes, _ = rule.update(jax.tree.map(normal, group.weights), moments)
     cut = limited(changes, config.optimizer)
     size = lambda a: np.sqrt(np.mean(np.asarray(a[0, 0, 3]) ** 2))
     assert size(changes.w_enc) > 20 and abs(changes.b_enc[0, 0, 3]) > 2
@@ -168,6 +175,34 @@ def test_a_feature_active_again_after_long_moves_no_more_than_the_limit():
     assert jnp.array_equal(cut.threshold, changes.threshold)
     off = limited(changes, OptimizerConfig(step_limit=0.0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, off, changes))
+
+
+@pytest.mark.parametrize("layers", [3, (1, 2)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(
+    "b1,clip,step_limit", [(0.0, 1.2, 1e-3), (0.9, 0.0, 1e-3), (0.8, 0.0, 0.0), (0.9, 1.2, 1e-3)]
+)
+def test_the_kernel_takes_the_steps_of_optax(b1, clip, step_limit, layers, monkeypatch):
+    """Where there is one; elsewhere, and on a mesh, the steps are optax's."""
+    coders = tuple(CoderConfig(layers, width=40, target_l0=4, seed=n) for n in range(2))
+    config = OptimizerConfig(
+        1e-2, 0, b1=b1, clip=clip, step_limit=step_limit, threshold_rate=0.1, decay=0.0
+    )
+    group = CoderGroup(coders)
+    start, found, rng = random_weights(group, 21, 21, 0), [], np.random.default_rng(0)
+    normal = lambda a: jnp.asarray(rng.standard_normal(a.shape), jnp.float32)
+    drawn = [jax.tree.map(normal, start) for _ in range(5)]
+    dead = jnp.zeros(start.b_enc.shape).at[:, :, ::2].set(1.0)
+    for kernel in (cpu.available(), False):
+        monkeypatch.setattr(optimizer, "_kernel", lambda w, kernel=kernel: kernel)
+        step = jax.jit(lambda g, m, w: optimizer.update(g, m, w, jnp.float32(1e-2), dead, config))
+        w, moments = start, optimizer.adam(config).init(start)
+        for size, grads in zip((1.0, 1.0, 1.0, 30.0, 1.0), drawn, strict=True):
+            w, moments = step(jax.tree.map(lambda g, size=size: size * g, grads), moments, w)
+        found.append((w, moments))
+    moved = np.abs(found[0][0].threshold - start.threshold).mean((0, 1))
+    assert moved[::2].mean() > 5 * moved[1::2].mean()  # dead features' at the full rate
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_dead_by_how_seldom_they_are_active():
@@ -198,7 +233,7 @@ def test_features_are_dead_by_how_seldom_they_are_active():
 def test_a_coder_that_starts_silent_learns():
     """Its first gradients are 0, and so is their usual norm: that is no reason to cut the next."""
     config = recipe(coder(2, width=16, threshold=0.5, loss=LossConfig(l0_warmup=0, dead_after=0)))
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(3e-2, 0))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(3e-2, 0, 0.0))
     plan = make_plan(config, dataclasses.replace(MODEL, d_model=6))
     state = init_state(plan, dataclasses.replace(MODEL, d_model=6))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128, 6)), jnp.float32)
@@ -237,7 +272,8 @@ def test_silent_features_become_features_that_are_used():
             dead_below=0.1,
             dead_weight=dead_weight,
         )
-        config = recipe(coder(2, width=F, target_l0=4, threshold=0.3, loss=loss))
+        slow = OptimizerConfig(3e-3, 10, 0.0, b1=0.0, clip=1.2, threshold_rate=1.0)
+        config = recipe(coder(2, width=F, target_l0=4, threshold=0.3, loss=loss), optimizer=slow)
         plan = make_plan(config, few)
         state = dataclasses.replace(init_state(plan, few), scale={"resid_post": jnp.ones(1)})
         [group] = state.groups
