@@ -135,7 +135,8 @@ $(PEERS)/.has: $(PEERS)/.made pyproject.toml Makefile
 	# that no test runs
 	$(PEERS)/bin/python -m uv pip install --python $(PEERS)/bin/python --no-deps \
 	    sae-bench==0.6.0 sae-probes==0.4.2 sae-dashboard==0.8.0 tabulate==0.10.0 \
-	    collectibles==0.1.5
+	    collectibles==0.1.5 eai-sparsify==1.3.3 dictionary-learning==0.1.0 simple-parsing==0.1.9 \
+	    natsort==8.4.0 schedulefree==1.4.1
 	# what circuit-tracer's page of graphs takes from the web; only its test needs it
 	-npm install --prefix $(PEERS)/js --ignore-scripts --no-audit --no-fund \
 	    d3@7 d3-jetpack@2.3.0 dagre@0.8.5 pako@2.1.0
@@ -149,8 +150,8 @@ golden: $(PEERS)/.has
 	$(PEERS)/bin/python tests/golden/make_transformers.py
 	$(PEERS)/bin/python tests/golden/make_circuit_tracer.py
 
-APART = sides train_quality train_share attribution_length circuits circuits_clt circuits_results \
-    circuits_summary
+APART = sides train_quality train_quality_peers train_share attribution_length circuits \
+    circuits_clt circuits_results circuits_summary
 bench: $(VENV)/.has-demo $(PEERS)/.has
 	@for script in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 	    echo "== $$script"; JAX_PLATFORMS=cpu $(VENV)/bin/python "$$script" || exit 1; done

@@ -11,11 +11,11 @@ training text, for seed 0 and an L0 of 50; it then serves another seed and L0s o
 What is measured is the coder as its library saves and loads it. L0s are matched: all thresholds are
 multiplied by the factor that gives the target L0 on the same half (TopK has the target as it is).
 FVU, with and without the rare tokens of enormous norm, and firing are those on the other half and
-on text of another kind; the loss of the model is measured on both texts, probing and absorption
-(--deep) on tasks. Times an update are those of the trainer's step, on the same cores.
+on text of another kind. Times an update are those of the trainer's step, on the same cores.
 
-Each finished run is a JSON line in --results, which the same command goes on from; stores and
-coders are under --folder. Text comes from $CORPUS, a folder with train/*.txt and eval/*.txt.
+Each finished run is a JSON line in --results, which the same command goes on from, and the best of
+each method a row of the table beside it (table_*.jsonl); stores and coders are under --folder. Text
+comes from $CORPUS, a folder with train/*.txt and eval/*.txt.
 """
 
 import argparse
@@ -323,6 +323,44 @@ class Ring:
             found[new] = score(new)
 
 
+def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each width, number of activations, L0 and method: means over seeds at the rate that
+    validation chose; the spread is the largest less the smallest FVU."""
+    rows, known = [], {tuple(line[k] for k in ("width", "tokens")) for line in lines}
+    for width, tokens in sorted(known):
+        some = [r for r in lines if (r["width"], r["tokens"]) == (width, tokens)]
+        for l0 in sorted({r["l0"] for r in some}):
+            found = []
+            for method in (m for m in (*OURS, *PEERS) if any(r["method"] == m for r in some)):
+                mine = [r for r in some if r["method"] == method]
+                chosen = [r for r in mine if r["l0"] == L0 and r["seed"] == 0]
+                rate = min(chosen, key=lambda r: r["validation"]["fvu"])["rate"]
+                seeds = [r for r in mine if r["rate"] == rate and r["l0"] == l0]
+                mean = lambda text, key, seeds=seeds: float(np.mean([r[text][key] for r in seeds]))
+                if not seeds:
+                    continue
+                spread = np.ptp([r["other"]["fvu"] for r in seeds]) if len(seeds) > 1 else None
+                found.append(
+                    {
+                        "width": f"{width:,}",
+                        "activations": f"{tokens / 1e6:g} M",
+                        "L0": l0,
+                        "method": method.replace("_", " "),
+                        "rate": f"{rate:g}",
+                        "FVU": f"{mean('test', 'fvu'):.3f}",
+                        "other text": f"{mean('other', 'fvu'):.3f}",
+                        "spread": None if spread is None else f"{spread:.3f}",
+                        "typical tokens": f"{mean('other', 'typical'):.3f}",
+                        "silent": f"{100 * mean('other', 'silent'):.1f} %",
+                        "dense": f"{100 * mean('other', 'dense'):.1f} %",
+                        "ms": round(1e3 * min(r["seconds"] for r in seeds)),
+                        "CPU ms": round(1e3 * min(r["cpu_seconds"] for r in seeds)),
+                    }
+                )
+            rows += sorted(found, key=lambda row: row["other text"])
+    return rows
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:
         given = json.loads(sys.argv[2])
@@ -349,6 +387,8 @@ def main() -> None:
     for tokens in args.tokens:
         for width in args.width:
             ring.run(width, tokens)
+    lines = [json.dumps(row) + "\n" for row in summary(list(ring.done.values()))]
+    args.results.with_name(f"table_{args.results.name}").write_text("".join(lines))
 
 
 if __name__ == "__main__":

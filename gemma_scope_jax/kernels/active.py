@@ -33,11 +33,14 @@ TOKENS = 256  # tokens encoded at a time; XLA encodes all at once
 
 @flax.struct.dataclass
 class ActiveEntries:
-    """The entries of z above `low`: the first K of each token, in order of feature."""
+    """The entries of z above `low` in lists of up to K, in order of feature: one list for each of B
+    tokens, then others for tokens that need several and leave their own empty. L lists in all."""
 
-    z: Array  # float32 [S, B, K]; 0 in unused slots
-    feature: Array  # int32 [S, B, K]; 0 in unused slots
-    count: Array  # int32 [S, B]: entries above `low`; if more than K, the lists are incomplete
+    z: Array  # float32 [S, L, K]; 0 in unused slots
+    feature: Array  # int32 [S, L, K]; 0 in unused slots
+    count: Array  # int32 [S, L]: entries above `low`; if more than K, the list is incomplete
+    token: Array  # int32 [L]: whose list it is
+    complete: Array  # bool: whether all entries are in the lists
 
 
 class Backend(Protocol):
@@ -101,14 +104,22 @@ def backend() -> Backend:
 
 
 def encode_active(
-    x: Array, w_enc: Array, b_enc: Array, low: Array, capacity: int, *, using: Backend | None = None
+    x: Array,
+    w_enc: Array,
+    b_enc: Array,
+    low: Array,
+    capacity: int,
+    more: tuple[int, int] = (0, 0),
+    *,
+    using: Backend | None = None,
 ) -> ActiveEntries:
-    """The entries of z = x w_enc^T + b_enc above `low`, up to `capacity` per token.
+    """The entries of z = x w_enc^T + b_enc above `low`, in lists of `capacity`.
 
-    x [S,B,D]; w_enc [S,F,D], one row per feature; b_enc, low [S,F]. Gradients flow from the
-    entries' z to w_enc and b_enc, not to x or low: subtract a trained decoder bias from the input
-    as b_enc - w_enc b_dec. If any count exceeds `capacity`, use the dense step instead. `using`
-    replaces the kernels of `backend`.
+    x [S,B,D]; w_enc [S,F,D], one row per feature; b_enc, low [S,F]. `more`: how many tokens may
+    need several lists, and how many such lists there are. Gradients flow from the entries' z to
+    w_enc and b_enc, not to x or low: subtract a trained decoder bias from the input as b_enc -
+    w_enc b_dec. If the lists are not `complete`, use the dense step instead. `using` replaces the
+    kernels of `backend`.
     """
     _check("encode_active", x=(x, 3), w_enc=(w_enc, 3), b_enc=(b_enc, 2), low=(low, 2))
     s, f, d = w_enc.shape
@@ -117,32 +128,63 @@ def encode_active(
         raise InputError(f"encode_active: shapes do not fit: {shapes}")
     if not 1 <= capacity <= f:
         raise InputError(f"encode_active: capacity {capacity} must be 1 to {f}, the features")
-    return _encode(x, w_enc, b_enc, low, capacity, using or backend())
+    return _encode(x, w_enc, b_enc, low, capacity, more, using or backend())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _encode(x, w_enc, b_enc, low, capacity: int, using: Backend) -> ActiveEntries:
-    def some(x):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _encode(x, w_enc, b_enc, low, capacity: int, more, using: Backend) -> ActiveEntries:
+    def some(x, capacity=capacity):
         z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
-        return ActiveEntries(*using.compact(z, b_enc, low, capacity))
+        return using.compact(z, b_enc, low, capacity)
 
-    b = x.shape[1]
+    b, (tokens, lists) = x.shape[1], more
     if using is xla:
-        return some(x)
-    # A fifth faster than all at once, and z never exists whole: 1 GB for 4096 tokens at 65k.
-    chunks = max(1, -(-b // TOKENS))
-    active = jax.lax.map(some, xla.split(x, 1, -(-b // chunks)))
-    return jax.tree.map(lambda a: xla.join(a, 1, b), active)
+        z, feature, count = some(x)
+    else:
+        # A fifth faster than all at once, and z never exists whole: 1 GB for 4096 tokens at 65k.
+        chunks = max(1, -(-b // TOKENS))
+        found = jax.lax.map(some, xla.split(x, 1, -(-b // chunks)))
+        z, feature, count = jax.tree.map(lambda a: xla.join(a, 1, b), found)
+    over = jnp.any(count > capacity, 0)  # [B]: the same for all sources
+    token = jnp.arange(b, dtype=jnp.int32)
+    if not lists:
+        return ActiveEntries(z, feature, count, token, ~jnp.any(over))
+    # The tokens with too many entries once more, whole; then cut into lists, one after another.
+    who = jnp.argsort(~over, stable=True)[:tokens].astype(jnp.int32)
+    pieces = -(-w_enc.shape[1] // capacity)
+    whole = some(x[:, who], pieces * capacity)
+    each = jnp.where(over[who], -(-jnp.max(whole[2], 0) // capacity), 0)
+    ends = jnp.cumsum(each)
+    number = jnp.arange(lists, dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, number, side="right"), tokens - 1)
+    piece = number - (ends - each)[row]
+    cut = lambda a: a.reshape(*a.shape[:2], pieces, capacity)[
+        :, row, jnp.minimum(piece, pieces - 1)
+    ]
+    own = jnp.clip(whole[2][:, row] - (piece * capacity)[None, :], 0, capacity)
+    own = jnp.where(number < ends[-1], own, 0)
+    used = xla.used_slots(own, capacity)
+    count = jnp.where(over[None, :], 0, count)
+    kept = xla.used_slots(count, capacity)
+    join = lambda a, b: jnp.concatenate([a, b], 1)
+    return ActiveEntries(
+        join(jnp.where(kept, z, 0.0), jnp.where(used, cut(whole[0]), 0.0)),
+        join(jnp.where(kept, feature, 0), jnp.where(used, cut(whole[1]), 0)),
+        join(count, own),
+        jnp.concatenate([token, who[row]]),
+        (jnp.sum(over) <= tokens) & (ends[-1] <= lists),
+    )
 
 
-def _encode_fwd(x, w_enc, b_enc, low, capacity, using):
-    active: ActiveEntries = _encode(x, w_enc, b_enc, low, capacity, using)
-    return active, (x, low, active.feature, active.count)
+def _encode_fwd(x, w_enc, b_enc, low, capacity, more, using):
+    found: ActiveEntries = _encode(x, w_enc, b_enc, low, capacity, more, using)
+    return found, (x, low, found.feature, found.count, found.token)
 
 
-def _encode_bwd(capacity, using, saved, cotangent):
-    x, low, feature, count = saved
+def _encode_bwd(capacity, more, using, saved, cotangent):
+    x, low, feature, count, token = saved
     s, f = low.shape
+    x = jnp.concatenate([x, x[:, token[x.shape[1] :]]], 1) if more[1] else x
     dw, db = using.decode_rows(cotangent.z, feature, count, x[:, None], separate(s, f))
     return None, dw, db, None
 

@@ -1,11 +1,11 @@
 """The loss of a group of coders on a batch, and its gradients: over all features, or active ones.
 
 The loss is written once over `Codes`: pre-activations with their thresholds, either for all F
-features or for up to K features of each token, those active or within the kernel of the
-straight-through estimator. Both give the same gradients; the second needs one dense product with
-the encoder and otherwise touches active features only (`kernels.active`). A few tokens (early on,
-outlier tokens) may need more than K features, and are done densely; with too many such tokens, the
-whole batch is dense (`lax.cond`). So the result never depends on K.
+features or for those of each token that are active or within the kernel of the straight-through
+estimator, in lists of K. Both give the same gradients; the second needs one dense product with the
+encoder and otherwise touches active features only (`kernels.active`). A few tokens (early on,
+outlier tokens) may need several lists; if too many do, the whole batch is dense (`lax.cond`). So
+the result never depends on K.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
 BELOW = 0.85  # of the last cut-off of BatchTopK: entries above this share of it have slots
-ROWS = 64  # one token in this many may need more than K slots
+TOKENS = 64  # one token in this many may need several lists
+LISTS = 8  # of which there is one for this many tokens
 Parts = dict[str, jax.Array]  # of the loss, for the log: [N] each
 
 
@@ -40,23 +41,15 @@ class Dials:
 
 @flax.struct.dataclass
 class Codes:
-    """Pre-activations and thresholds of all features, or of the `feature` ids."""
+    """Pre-activations and thresholds of all features, or of the `feature` ids in L lists, the first
+    B those of the tokens in their order (`active.ActiveEntries`)."""
 
-    z: jax.Array  # [N, X, B, F or K]
+    z: jax.Array  # [N, X, B, F] or [N, X, L, K]
     threshold: jax.Array  # likewise, or [N, X, 1, F]
-    feature: jax.Array | None = None  # int32 [N, X, B, K]; None: all features
-    count: Any = None  # int32 [N, X, B], slots in use
-    rest: "Rows | None" = None  # tokens that are done densely, and have no slots in use
+    feature: jax.Array | None = None  # int32 [N, X, L, K]; None: all features
+    count: Any = None  # int32 [N, X, L], slots in use
+    token: Any = None  # int32 [L]
     edge: jax.Array | None = None  # the `cutoff` of the whole batch, if it is known
-
-
-@flax.struct.dataclass
-class Rows:
-    """A few tokens of a batch with all their features."""
-
-    codes: Codes  # of R tokens
-    at: jax.Array  # int32 [R]: their positions in the batch
-    used: jax.Array  # bool [R]: the others only fill up the number
 
 
 def gradients(
@@ -82,33 +75,22 @@ def gradients(
         moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)
         bias = encoder_bias(moved, group.template.apply_b_dec_to_input)
         x_, enc, bias, low_ = (a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low))
-        found = active.encode_active(x_, enc, bias, low_, capacity)
-        return found.z, (found.feature, found.count)
+        more = max(1, shape[2] // TOKENS), max(2, shape[2] // LISTS)
+        found = active.encode_active(x_, enc, bias, low_, capacity, more)
+        return found.z, found
 
-    z, pull, (feature, count) = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
-    unflat = lambda a: a.reshape(*shape, *a.shape[2:])
-    over = jnp.any(count > capacity, 0)  # [B]: the same for all coders
-    count = jnp.where(over[None, :], 0, count)
-    rows = jnp.argsort(~over, stable=True)[: max(1, shape[2] // ROWS)].astype(jnp.int32)
-
-    many = jnp.sum(over) > rows.shape[0]
-    edge, used = None, used_slots(count, capacity)
+    z, pull, found = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
+    unflat = lambda a: a.reshape(*shape[:2], *a.shape[1:])
+    feature, count, many, edge = found.feature, found.count, ~found.complete, None
     if by_batch:
-        in_slots = unflat(jnp.where(used, z, -NEVER))
-        in_rows = jnp.where(
-            over[rows][None, None, :, None], encode(w, x[:, :, rows], group).z, -NEVER
-        )
-        edge = _joint_cutoff(in_slots, in_rows, group)
+        edge = _kth(jnp.where(used_slots(count, capacity), z, -NEVER), group, shape[2])
         many = many | jnp.any(edge[:, 0, 0, 0] <= jnp.max(low, (1, 2)))
 
     def on_active(w):
         def total(w, z):
-            table = w.threshold.reshape(slots, -1)
-            threshold = active.lookup(table, feature, count, NEVER)
-            z = jnp.where(used, z, 0.0) if by_batch else z
-            rest = Rows(encode(w, x[:, :, rows], group), rows, over[rows])
-            codes = Codes(unflat(z), unflat(threshold), unflat(feature), unflat(count), rest, edge)
-            return loss(w, codes, x, y, dials, group)
+            threshold = active.lookup(w.threshold.reshape(slots, -1), feature, count, NEVER)
+            lists = map(unflat, (z, threshold, feature, count))
+            return loss(w, Codes(*lists, found.token, edge), x, y, dials, group)
 
         (grads, dz), parts = jax.grad(total, (0, 1), has_aux=True)(w, z)
         d_enc, d_bias, d_dec = pull(dz)
@@ -164,17 +146,23 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
     if group.template.activation == "topk":
         together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
         return jax.lax.top_k(together, int(k))[0][:, None, :, -1:]
-    kth = [active.kth_largest(jax.lax.stop_gradient(z[n]), round(k * B)) for n in range(N)]
-    return jnp.stack(kth)[:, None, None, None]
+    return _kth(z, group, B)
 
 
-def _joint_cutoff(slots: jax.Array, rows: jax.Array, group: CoderGroup) -> jax.Array:
-    """`cutoff` of BatchTopK from two parts of the batch's z, [N, X, B, K] and [N, X, R, F]."""
-    slots, rows = jax.lax.stop_gradient((slots, rows))
-    k = round(group.template.target_l0 * slots.shape[2])
-    both = [jnp.concatenate([a.ravel(), b.ravel()]) for a, b in zip(slots, rows)]
-    kth = [active.kth_largest(values, k) for values in both]
-    return jnp.stack(kth)[:, None, None, None]
+def _kth(z: jax.Array, group: CoderGroup, tokens: int) -> jax.Array:
+    """The target_l0 * tokens largest of each coder's z, of N * X in all, as [N, 1, 1, 1]."""
+    z = jax.lax.stop_gradient(z).reshape(len(group.coders), -1)
+    k = round(group.template.target_l0 * tokens)
+    return jnp.stack([active.kth_largest(one, k) for one in z])[:, None, None, None]
+
+
+def by_token(codes: Codes, values: jax.Array, axis: int, tokens: int) -> jax.Array:
+    """Sums over the lists of each token: an axis of L lists -> B tokens."""
+    if codes.feature is None:
+        return values
+    values = jnp.moveaxis(values, axis, 0)
+    sums = values[:tokens].at[codes.token[tokens:]].add(values[tokens:])
+    return jnp.moveaxis(sums, 0, axis)
 
 
 def decode(
@@ -191,6 +179,7 @@ def decode(
             parts = active.decode_active(
                 flat(f), flat(codes.feature), flat(codes.count), flat(w_dec), pairs, N, group.ends
             )
+            parts = by_token(codes, parts, 2, x.shape[2])
         constant = w.b_dec[:, j, None, None, :]
         if w.w_skip is not None:
             constant = constant + jnp.einsum("nbd,nde->nbe", x[:, j], w.w_skip[:, j])[:, None]
@@ -240,28 +229,13 @@ def loss(
         edge = cutoff(codes.z, group)
     f, on = activate(codes, group, codes.edge)
     outputs = decode(w, f, codes, x, group)
-    active_features = lambda on: jnp.sum(on, (1, 3))
-    count = lambda f, on: active_features(on)
+    l0 = sparsity = by_token(codes, jnp.sum(on, (1, 3)), 1, B)  # [N, B]
     if config.sparsity == "tanh":
-        count = lambda f, on: jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1)
+        sparsity = by_token(codes, jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1), 1, B)
     centre = None if edge is None else jax.lax.stop_gradient(jnp.mean(edge, 2, keepdims=True))
     above = lambda codes: jax.nn.relu(codes.z - (codes.threshold if centre is None else centre))
-    l0, sparsity = active_features(on), count(f, on)  # [N, B]
     fired = per_feature(codes, on, group)  # [N, X, F]
     excess = per_feature(codes, above(codes), group)
-    if codes.rest is not None:
-        rows = codes.rest
-        keep = rows.used.astype(jnp.float32)[None, None, :, None]
-        more_f, more_on = (a * keep for a in activate(rows.codes, group, codes.edge))
-        more = decode(w, more_f, rows.codes, x[:, :, rows.at], group)
-        outputs = [
-            out.at[:, :, rows.at].set(jnp.where(keep > 0, new, out[:, :, rows.at]))
-            for out, new in zip(outputs, more)
-        ]
-        l0 = l0.at[:, rows.at].add(active_features(more_on))
-        sparsity = sparsity.at[:, rows.at].add(count(more_f, more_on))
-        fired = fired + jnp.sum(more_on, 2)
-        excess = excess + jnp.sum(above(rows.codes) * keep, 2)
     whole, nested, variance = reconstruction(outputs, y, config.outlier)
     total = nested if kl is None else losses.end_to_end(nested, kl, config.kl_weight)
     if group.template.activation == "jumprelu":

@@ -116,6 +116,38 @@ def test_encode_reports_overflow_and_keeps_the_first(kernels):
     np.testing.assert_array_equal(few.z, full.z[:, :, :2])
 
 
+def test_tokens_with_many_entries_have_several_lists(kernels):
+    """Together they hold what one long list does, with its gradients."""
+    x, w, b, low = map(jnp.asarray, coder())
+    full = encode_active(x, w, b, low, 30, using=kernels)
+    needs = -(-np.asarray(full.count).max(0) // 3)
+    tokens, lists = int((needs > 1).sum()), int(needs[needs > 1].sum())
+    assert 2 < tokens < B and lists > tokens + 2
+    weight = jnp.asarray(draw(5, 2, B, F))
+
+    def by_feature(w, b, capacity, more):
+        found = encode_active(x, w, b, low, capacity, more, using=kernels)
+        assert found.z.shape == (2, B + more[1], capacity) and bool(found.complete)
+        z = np.zeros((2, B, F), np.float32)  # unused slots are 0, and add nothing
+        for s, at in np.ndindex(2, B + more[1]):
+            np.add.at(z, (s, found.token[at], found.feature[s, at]), found.z[s, at])
+        return z
+
+    one, several = by_feature(w, b, 30, (0, 0)), by_feature(w, b, 3, (tokens + 1, lists + 4))
+    np.testing.assert_allclose(several, one, rtol=1e-6)
+    for more in ((tokens - 1, lists), (tokens, lists - 1)):
+        assert not bool(encode_active(x, w, b, low, 3, more, using=kernels).complete)
+
+    def total(w, b, capacity, more):
+        found = encode_active(x, w, b, low, capacity, more, using=kernels)
+        rows = weight[:, found.token]
+        return jnp.sum(found.z**2 * jnp.take_along_axis(rows, found.feature, -1))
+
+    gradient = jax.grad(total, (0, 1))
+    for a, c in zip(gradient(w, b, 3, (tokens, lists)), gradient(w, b, 30, (0, 0)), strict=True):
+        np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-4)
+
+
 def test_ties_and_nan_are_not_active(kernels):
     x = np.ones((1, 2, 1), np.float32)
     w = np.arange(40, dtype=np.float32)[None, :, None]

@@ -326,8 +326,9 @@ def test_the_sparse_step_is_the_dense_one(name, kernels, monkeypatch):
     z = np.stack([reference(p, p.arrays, n)[1]["z"] for n in range(len(p.group.coders))])
     slots = lambda t: np.sum(z > t[:, :, None] - LOSS.bandwidth / 2, -1).max((0, 1))  # [B]
     assert 0 < slots(p.arrays["threshold"]).max() <= K < np.sort(slots(low))[-5]
-    # So few slots that one to four tokens, of nine, need more: their rows are dense.
-    monkeypatch.setattr(objective, "ROWS", 2)
+    # So few slots that one to four tokens, of nine, need more lists than one.
+    monkeypatch.setattr(objective, "TOKENS", 2)
+    monkeypatch.setattr(objective, "LISTS", 1)
     *_, few, _, _, _, most = np.sort(slots(p.arrays["threshold"])).tolist()
     assert 0 < few < most
     usual, lower = p.weights(), p.weights(threshold=low)
@@ -345,7 +346,8 @@ def test_the_sparse_step_of_batch_topk_is_the_dense_one(kernels, monkeypatch):
     """From the last cut-off on; a much lower one makes the step dense."""
     name, p = "batch_topk", problem("batch_topk")
     monkeypatch.setattr(active, "backend", lambda: KERNELS[kernels])
-    monkeypatch.setattr(objective, "ROWS", 2)
+    monkeypatch.setattr(objective, "TOKENS", 2)
+    monkeypatch.setattr(objective, "LISTS", 1)
     last = calibrated(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).threshold
     z = objective.encode(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).z
     counts = np.sort((z > objective.BELOW * last[:, :, None]).sum(-1).max((0, 1)))
