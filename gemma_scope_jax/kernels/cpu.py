@@ -152,8 +152,8 @@ def adam_rows(
     results = [(a.dtype, *a.shape) for a in (w, m, v)]
     call = _call("adam_rows", *results, aliases={0: 0, 1: 1, 2: 2})
     sizes = {"b1": b1, "b2": b2, "epsilon": epsilon, "most": most}
-    new = call(w, m, v, g, scalars, **{k: np.float32(x) for k, x in sizes.items()}, unit=unit)
-    return tuple(new)
+    w, m, v = call(w, m, v, g, scalars, **{k: np.float32(x) for k, x in sizes.items()}, unit=unit)
+    return w, m, v
 
 
 def _static(layout: Layout) -> dict[str, np.ndarray]:

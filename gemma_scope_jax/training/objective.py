@@ -89,8 +89,8 @@ def gradients(
     def on_active(w):
         def total(w, z):
             threshold = active.lookup(w.threshold.reshape(slots, -1), feature, count, NEVER)
-            lists = map(unflat, (z, threshold, feature, count))
-            return loss(w, Codes(*lists, found.token, edge), x, y, dials, group)
+            slotted = (unflat(z), unflat(threshold), unflat(feature), unflat(count))
+            return loss(w, Codes(*slotted, found.token, edge), x, y, dials, group)
 
         (grads, dz), parts = jax.grad(total, (0, 1), has_aux=True)(w, z)
         d_enc, d_bias, d_dec = pull(dz)
@@ -151,9 +151,9 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
 
 def _kth(z: jax.Array, group: CoderGroup, tokens: int) -> jax.Array:
     """The target_l0 * tokens largest of each coder's z, of N * X in all, as [N, 1, 1, 1]."""
-    z = jax.lax.stop_gradient(z).reshape(len(group.coders), -1)
-    k = round(group.template.target_l0 * tokens)
-    return jnp.stack([active.kth_largest(one, k) for one in z])[:, None, None, None]
+    count, k = len(group.coders), round(group.template.target_l0 * tokens)
+    z = jax.lax.stop_gradient(z).reshape(count, -1)
+    return jnp.stack([active.kth_largest(z[n], k) for n in range(count)])[:, None, None, None]
 
 
 def by_token(codes: Codes, values: jax.Array, axis: int, tokens: int) -> jax.Array:
@@ -260,7 +260,7 @@ def loss(
         "l0": jnp.mean(l0, -1),
         "frequency": jax.lax.stop_gradient(fired) / B,
     }
-    if group.template.activation == "batch_topk":
+    if edge is not None and group.template.activation == "batch_topk":
         parts["edge"] = jnp.squeeze(edge, (1, 2, 3))
     return jnp.sum(total), parts
 

@@ -139,9 +139,8 @@ def store_activations(
 def run_mesh(config: TrainConfig) -> Mesh | None:
     """The mesh of a run; None for one device."""
     if config.mesh is not None:
-        config = config.resolved
         for name in ("train_batch_size",) if config.store else ("train_batch_size", "batch_size"):
-            if (size := getattr(config, name)) % (count := config.mesh[0]):
+            if (size := getattr(config.resolved, name)) % (count := config.mesh[0]):
                 raise InputError(
                     f"{name} {size} must be a multiple of the {count} devices of its mesh axis"
                 )

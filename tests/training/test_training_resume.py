@@ -277,10 +277,10 @@ def test_trouble_that_is_not_the_files_sets_no_checkpoint_aside(whole, cut, monk
 
 
 def test_a_checkpoint_of_another_version_is_not_set_aside(cut, monkeypatch):
-    """Its state has other fields: there, the optimizer's first moments."""
+    """Its state has other fields: there, no first moments of the optimizer."""
     with monkeypatch.context() as patch:
         for module in (state, optimizer):
-            patch.setattr(module, "adam", lambda config: optax.scale_by_adam(0.9))
+            patch.setattr(module, "adam", lambda config: optax.scale_by_rms(0.9))
         with pytest.raises(InputError, match="another version of gemma_scope_jax") as refused:
             run(cut)
     assert "\n" not in str(refused.value) and steps(cut) == [8, 9]
