@@ -6,6 +6,7 @@ norm and thresholds at 0 or above, in this order.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,39 +51,34 @@ def update(
     `moments` is the state of `adam(config)`; `dead` [N, X, F] is above 0 for dead features, whose
     thresholds move at the full rate.
     """
-    by_rows, single = _kernel(w), len(w.w_dec) == 1
-    if not (by_rows and single):
+    if not _kernel(w):
         grads = dataclasses.replace(grads, w_dec=across(grads.w_dec, w.w_dec))
-    if not by_rows:
-        return _update(clipped(grads, moments, config), moments, w, rate, dead, config)
+        return _by_optax(clipped(grads, moments, config), moments, w, rate, dead, config)
+    # Decoders that write several layers are several arrays with one norm: those are left to optax.
+    single = len(w.w_dec) == 1
+    rest = lambda tree: dataclasses.replace(tree, w_enc=None, w_dec=() if single else tree.w_dec)
+    if not single:
+        grads = dataclasses.replace(grads, w_dec=across(grads.w_dec, w.w_dec))
     squares = _squares(grads)
     if single:  # the kernel leaves out what is along the decoder
         along = jnp.sum(grads.w_dec[0] * w.w_dec[0], -1)
         left = squares.w_dec[0] - jnp.sum(along**2, (1, 2))
         squares = dataclasses.replace(squares, w_dec=(jnp.maximum(left, 0.0),))
     factors = clip_factors(squares, moments, config)
-    rest = lambda w: dataclasses.replace(w, w_enc=None, w_dec=() if single else w.w_dec)
     kept = {name: getattr(moments, name) for name in ("mu", "nu") if hasattr(moments, name)}
     few = moments._replace(**{name: rest(tree) for name, tree in kept.items()})
     small = scaled(rest(grads), rest(factors))
-    new, few = _update(small, few, rest(w), rate, dead, config)
-    count = few.count.astype(jnp.float32)
-    known = [1.0 / (1.0 - jnp.float32(b) ** count) for b in (config.b1, config.b2)]
-    how = {"b1": config.b1, "b2": config.b2, "epsilon": config.epsilon, "most": _most(config)}
-
-    def one(pick, unit: bool) -> tuple[jax.Array, ...]:
-        m = pick(kept["mu"]) if "mu" in kept else jnp.zeros(1)
-        factor = pick(factors)
-        scalars = jnp.stack([*(jnp.broadcast_to(a, factor.shape) for a in (rate, *known)), factor])
-        return cpu.adam_rows(pick(w), m, pick(kept["nu"]), pick(grads), scalars, unit=unit, **how)
-
-    enc = one(lambda tree: tree.w_enc, unit=False)
-    dec = one(lambda tree: tree.w_dec[0], unit=True) if single else None
-    big = lambda tree, n: dataclasses.replace(
+    new, few = _by_optax(small, few, rest(w), rate, dead, config)
+    enc = _by_rows(lambda tree: tree.w_enc, grads, kept, w, rate, factors, few.count, config)
+    dec = None
+    if single:
+        first = lambda tree: tree.w_dec[0]
+        dec = _by_rows(first, grads, kept, w, rate, factors, few.count, config, unit=True)
+    whole = lambda tree, n: dataclasses.replace(
         tree, w_enc=enc[n], w_dec=tree.w_dec if dec is None else (dec[n],)
     )
-    at = {"mu": 1, "nu": 2}
-    return big(new, 0), few._replace(**{name: big(getattr(few, name), at[name]) for name in kept})
+    moments = {name: whole(getattr(few, name), {"mu": 1, "nu": 2}[name]) for name in kept}
+    return whole(new, 0), few._replace(**moments)
 
 
 def _kernel(w: Weights) -> bool:
@@ -91,7 +87,27 @@ def _kernel(w: Weights) -> bool:
     return active.backend() is cpu and mesh_of(w.w_enc) is None
 
 
-def _update(
+def _by_rows(
+    pick: Callable[[Weights], jax.Array],
+    grads: Weights,
+    moments: dict[str, Weights],
+    w: Weights,
+    rate: jax.Array,
+    factors: Weights,
+    count: jax.Array,
+    config: OptimizerConfig,
+    unit: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights, first moments, second moments) of the array that `pick` picks, by the kernel."""
+    factor, count = pick(factors), count.astype(jnp.float32)
+    known = [1.0 / (1.0 - jnp.float32(b) ** count) for b in (config.b1, config.b2)]
+    scalars = jnp.stack([*(jnp.broadcast_to(a, factor.shape) for a in (rate, *known)), factor])
+    m = pick(moments["mu"]) if "mu" in moments else jnp.zeros(1)
+    how = {"b1": config.b1, "b2": config.b2, "epsilon": config.epsilon, "most": _most(config)}
+    return cpu.adam_rows(pick(w), m, pick(moments["nu"]), pick(grads), scalars, unit=unit, **how)
+
+
+def _by_optax(
     grads: Weights,
     moments: Any,
     w: Weights,

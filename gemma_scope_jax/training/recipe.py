@@ -72,9 +72,9 @@ def _coder_of_length(coder: "CoderConfig", long: bool) -> "CoderConfig":
     """`_of_length` of a coder and its losses; its folder is not renamed."""
     loss = coder.loss
     own = coder.threshold is not None or coder.init_from or coder.init_layers or loss.kl_weight
-    own = own or loss.l0_start or loss.frequency_weight or loss.sparsity != "quadratic"
     named = coder.name or (coder.folder if coder.activation is None else "")
-    coder = _of_length(dataclasses.replace(coder, name=named), long or bool(own))
+    coder = dataclasses.replace(coder, name=named)
+    coder = _of_length(coder, long or bool(own or loss.of_thresholds))
     return dataclasses.replace(coder, loss=_of_length(loss, long))
 
 
@@ -147,6 +147,16 @@ class LossConfig:
         _check(self, "a number that is not negative", *weights)
         _check(self, "a whole number from 0 on", "dead_after")
         _check(self, "a whole number from 0 on, or a share below 1", "l0_warmup")
+
+    @property
+    def of_thresholds(self) -> list[str]:
+        """The fields that are set and act on thresholds only."""
+        names = {
+            "l0_start": self.l0_start is not None,
+            "frequency_weight": self.frequency_weight > 0,
+            "sparsity": self.sparsity != "quadratic",
+        }
+        return [f"loss.{name}" for name, given in names.items() if given]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +232,11 @@ class CoderConfig:
             raise InputError("init_from and init_layers exclude each other")
         if self.activation == "topk" and self.target_l0 != int(self.target_l0):
             raise InputError(f"topk needs a whole target_l0, not {self.target_l0}")
+        if self.activation in ("topk", "batch_topk") and (names := self.loss.of_thresholds):
+            raise InputError(
+                f"{self.activation} trains no thresholds, which {' and '.join(names)} would act "
+                'on: leave that out, or set activation="jumprelu"'
+            )
         if self.as_jump_relu and self.activation != "topk":
             raise InputError(f"as_jump_relu is for topk: {self.activation} is saved as one anyway")
 

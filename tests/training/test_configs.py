@@ -156,6 +156,28 @@ def test_defaults_are_by_the_length_of_the_run(tokens, long):
     assert by_length["optimizer.learning_rate"] == "0.006 or 7e-05"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(threshold=0.001),
+        dict(init_from="coder"),
+        dict(init_layers=("coder",)),
+        dict(loss=LossConfig(l0_start=20.0)),
+        dict(loss=LossConfig(frequency_weight=0.1)),
+        dict(loss=LossConfig(sparsity="tanh")),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_short_runs_are_of_batch_topk_unless_a_coder_needs_thresholds(options):
+    def found(**options):
+        return TrainConfig((CoderConfig(3, **options),), tokens=1_000_000).resolved.coders[0]
+
+    plain = found(target_l0=7.5)  # a mean over tokens need not be whole
+    assert (plain.activation, plain.folder) == ("batch_topk", CoderConfig(3, target_l0=7.5).folder)
+    assert found(**options).activation == "jumprelu"
+    assert found(activation="batch_topk").folder.endswith("_batch_topk")
+
+
 def test_the_fields_are_listed_by_the_command():
     program = "import sys; from gemma_scope_jax.cli import main; sys.exit(main(sys.argv[1:]))"
     argv = [sys.executable, "-c", program, "train", "--fields"]

@@ -26,6 +26,10 @@ BAD_CODERS = {
     "layers falling": (dict(layers=(3, 1)), "rising order"),
     "a layer twice": (dict(layers=(3, 3)), "rising order"),
     "activation": (dict(activation="top"), "activation 'top' is none of .*topk"),
+    "no thresholds to penalise": (
+        dict(activation="batch_topk", loss=LossConfig(frequency_weight=0.1, l0_start=20.0)),
+        "batch_topk trains no thresholds, which loss.l0_start and loss.frequency_weight would act",
+    ),
     "half a k": (dict(activation="topk", target_l0=7.5), "needs a whole target_l0, not 7.5"),
     "prefixes falling": (dict(prefixes=(8, 4)), "prefixes .* must rise"),
     "prefix above width": (dict(width=64, target_l0=8, prefixes=(64,)), "stay below the width 64"),
