@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -253,8 +252,6 @@ def scores(file: Path, l0: float, stores: dict[str, Any]) -> dict[str, Any]:
         w = {k: found[k] if k == "k" else found[k].astype(np.float32) for k in found.files}
     raw = figures(w, stores["validation"])["l0"]
     w, factor = matched(w, stores["validation"], l0)
-    same = {k: v for k, v in w.items()}
-    np.savez(file.with_name("matched.npz"), **same)  # pyright: ignore[reportArgumentType]
     names = ("validation", "test", "other")
     return {"own_l0": raw, "factor": factor} | {n: figures(w, stores[n]) for n in names}
 
@@ -365,7 +362,6 @@ def main() -> None:
     if sys.argv[1:2] == ["--train"]:
         given = json.loads(sys.argv[2])
         cell = Cell(**{k: given[k] for k in KEY})
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         print(json.dumps(ours(cell, Path(given["store"]), Path(given["folder"]))))
         return
     parser = argparse.ArgumentParser(description=__doc__)
