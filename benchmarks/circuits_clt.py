@@ -96,7 +96,9 @@ def recipe(folder: Path, updates: int) -> Any:
         train_batch_size=1024,
         updates=2,
         # few updates of many weights that start at zero: means of gradients, a low rate
-        optimizer=gs.OptimizerConfig(learning_rate=1e-4, warmup=20, decay=0.5, b1=0.9),
+        optimizer=gs.OptimizerConfig(
+            learning_rate=1e-4, warmup=20, decay=0.5, b1=0.9, clip=1.2, threshold_rate=1.0
+        ),
         checkpoint_every=120,
     )
 

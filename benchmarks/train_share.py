@@ -27,7 +27,7 @@ from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.ends import start
-from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
+from gemma_scope_jax.training.recipe import SHORT, CoderConfig, LossConfig, TrainConfig
 from gemma_scope_jax.training.state import TrainPlan, first_state, make_plan
 
 
@@ -101,6 +101,7 @@ def main() -> None:
             buffer=8 * size,
             train_batch_size=size,
             precision=args.precision,
+            tokens=SHORT,  # of a long run: the published settings
         )
         peak = peak or measured_peak(config)
         batches = [random_batch(model, args, seed) for seed in range(4)]

@@ -103,6 +103,7 @@ def ours(args) -> None:
     from gemma_scope_jax.training import init, objective
     from gemma_scope_jax.training import step as steps
     from gemma_scope_jax.training.recipe import (
+        SHORT,
         CoderConfig,
         LossConfig,
         OptimizerConfig,
@@ -119,7 +120,8 @@ def ours(args) -> None:
         train_batch_size=batch,
         precision=args.precision,
         optimizer=OptimizerConfig(RATE, warmup=0),
-    )
+        tokens=SHORT,  # of a long run: the published settings
+    ).resolved
     active.backend().FEATURES_A_SLOT = 0  # also where a dense step may be faster
     plan = {"sparse": make_plan(config, preset("gemma-3-270m"))}
     plan["dense"] = dataclasses.replace(

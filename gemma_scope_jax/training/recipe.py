@@ -34,6 +34,8 @@ BY_LENGTH: dict[str, dict[str, tuple[Any, Any]]] = {
         "threshold_rate": (0.03, 1.0),
     },
 }
+BETWEEN_SITES = 3e-3  # the learning rate of short runs with transcoders
+
 
 _MUST_BE = {
     "positive": lambda v: v > 0,
@@ -289,7 +291,8 @@ class OptimizerConfig:
     """Adam, as published; the same for all coders of a run."""
 
     learning_rate: float = by_length
-    """The learning rate after the warm-up; by default 0.006 in short runs, 7e-5 in long ones."""
+    """The learning rate after the warm-up; by default 0.006 in short runs, 0.003 in short runs with
+    transcoders, and 7e-5 in long ones."""
     warmup: int | float = by_length
     """Updates over which the learning rate grows along a cosine, from a tenth; below 1, a share of
     the run's updates. By default a twentieth in short runs, 1,000 in long ones."""
@@ -446,7 +449,11 @@ class TrainConfig:
             once = 1 if config.store or by_effect else tokens / config.train_batch_size
             config = dataclasses.replace(config, updates=max(1, round(once)))
         coders = [_coder_of_length(c, long) for c in config.coders]
-        optimizer = _of_length(config.optimizer, long)
+        optimizer = config.optimizer
+        between = any(c.target != c.reads for c in config.coders)
+        if optimizer.learning_rate is None and between and not long:
+            optimizer = dataclasses.replace(optimizer, learning_rate=BETWEEN_SITES)
+        optimizer = _of_length(optimizer, long)
         config = dataclasses.replace(config, coders=tuple(coders), optimizer=optimizer)
         config.__dict__["resolved"] = config
         counted = partial(_counted, updates=config.all_updates)
