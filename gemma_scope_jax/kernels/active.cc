@@ -475,9 +475,9 @@ static inline float sum(Lanes x) {
 }
 
 // A step of Adam on rows w, m, v, g [N,..,D] -> w, m, v, in one pass over memory. scalars [4,N]: the
-// rate, 1 / (1 - b1^t), 1 / (1 - b2^t), the factor of the gradients. An m of another size than w: no first moments. most: the largest
-// root mean square of a row's change before the rate, 0 for any. unit: rows have unit norm, and keep
-// it: gradients along them are left out.
+// rate, 1 / (1 - b1^t), 1 / (1 - b2^t), the factor of the gradients. An m of another size than w: no
+// first moments. most: the largest root mean square of a row's change before the rate, 0 for any.
+// unit: rows have unit norm, and keep it: gradients along them are left out.
 static ffi::Error AdamRows(ffi::ThreadPool pool, Floats w, Floats m, Floats v, Floats g,
                            Floats scalars, ffi::Result<Floats> new_w, ffi::Result<Floats> new_m,
                            ffi::Result<Floats> new_v, float b1, float b2, float epsilon,
@@ -507,12 +507,11 @@ static ffi::Error AdamRows(ffi::ThreadPool pool, Floats w, Floats m, Floats v, F
         along = sum(dot);
       }
       over([&](int64_t d) { put(u + d, factor * (lanes(u + d) - along * lanes(x + d))); });
-      float* old_v = new_v->typed_data() + at;
       std::memcpy(moment, v.typed_data() + at, D * sizeof(float));
       over([&](int64_t d) {
         put(moment + d, b2 * lanes(moment + d) + (1 - b2) * lanes(u + d) * lanes(u + d));
       });
-      std::memcpy(old_v, moment, D * sizeof(float));
+      std::memcpy(new_v->typed_data() + at, moment, D * sizeof(float));
       if (first) {
         float* to = new_m->typed_data() + at;
         const float* from = m.typed_data() + at;

@@ -98,10 +98,10 @@ def _divergences(
 
     BatchTopK keeps its share of the tokens in the mask, not of <bos> and padding.
     """
-    codes, edge = encode(w, x, group), None
+    codes = encode(w, x, group)
     if group.template.activation == "batch_topk":
-        edge = cutoff(codes.z[:, :, own.rows], group)
-    outputs = [out[:, -1] for out in decode(w, activate(codes, group, edge)[0], codes, x, group)]
+        codes = dataclasses.replace(codes, edge=cutoff(codes.z[:, :, own.rows], group))
+    outputs = [out[:, -1] for out in decode(w, activate(codes, group)[0], codes, x, group)]
     found, shape = [], own.batch.tokens.shape
     for n, c in enumerate(group.coders):
         raw = buffer.scales_of(plan, c, scale)["out"]

@@ -49,7 +49,7 @@ class Codes:
     feature: jax.Array | None = None  # int32 [N, X, L, K]; None: all features
     count: Any = None  # int32 [N, X, L], slots in use
     token: Any = None  # int32 [L]
-    edge: jax.Array | None = None  # the `cutoff` of the whole batch, if it is known
+    edge: jax.Array | None = None  # the `cutoff` of BatchTopK, if it is known or that of others
 
 
 def gradients(
@@ -115,24 +115,19 @@ def encode(w: Weights, x: jax.Array, group: CoderGroup) -> Codes:
     return Codes(z, w.threshold[:, :, None, :])
 
 
-def activate(
-    codes: Codes, group: CoderGroup, edge: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(feature activations, 1 where active), both like `codes.z`, with their gradients.
-
-    `edge`: the smallest z to keep, if it is not the `cutoff` of these codes.
-    """
+def activate(codes: Codes, group: CoderGroup) -> tuple[jax.Array, jax.Array]:
+    """(feature activations, 1 where active), both like `codes.z`, with their gradients."""
     z, config = codes.z, group.template
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
-    if config.activation == "topk" and edge is None:  # as saved coders compute it
+    if config.activation == "topk":  # as saved coders compute it
         N, X, B, F = z.shape
         together = jnp.moveaxis(jax.nn.relu(z), 2, 1).reshape(N, B, X * F)
         kept = largest(together, int(config.target_l0)).reshape(N, B, X, F)
         f = jnp.moveaxis(kept, 1, 2)
         return f, jax.lax.stop_gradient(f > 0).astype(z.dtype)
-    edge = cutoff(z, group) if edge is None else edge
+    edge = cutoff(z, group) if codes.edge is None else codes.edge
     on = jax.lax.stop_gradient((z >= edge) & (z > 0)).astype(z.dtype)
     return z * on, on
 
@@ -227,7 +222,9 @@ def loss(
     edge = codes.edge
     if edge is None and group.template.activation != "jumprelu":
         edge = cutoff(codes.z, group)
-    f, on = activate(codes, group, codes.edge)
+    if group.template.activation == "batch_topk":
+        codes = dataclasses.replace(codes, edge=edge)
+    f, on = activate(codes, group)
     outputs = decode(w, f, codes, x, group)
     l0 = sparsity = by_token(codes, jnp.sum(on, (1, 3)), 1, B)  # [N, B]
     if config.sparsity == "tanh":
