@@ -123,7 +123,7 @@ def decoder_rows(
     with open_safetensors(path) as file:
         shape = parameters.read_header(file, path)["w_dec"].shape
         index = parameters.feature_index(features, shape[0])
-        stored, gather = file.get_slice("w_dec"), parameters.gather
+        stored, gather = parameters.Stored(file, "w_dec"), parameters.gather
         if not multi_layer:
             return gather(lambda a, b: stored[a:b], index, (shape[1],))
         if to is not None:

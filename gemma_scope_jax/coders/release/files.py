@@ -156,13 +156,22 @@ def _check_against_config(coder: Coder, config: FolderConfig) -> None:
 
 
 def save_coder(
-    coder: Coder, folder: str | os.PathLike, *, config_extra: Mapping[str, Any] | None = None
+    coder: Coder,
+    folder: str | os.PathLike,
+    *,
+    config_extra: Mapping[str, Any] | None = None,
+    int8: bool = False,
 ) -> None:
     """Write a coder in the published layout: config.json and the parameters, in their own dtype.
 
-    config_extra: keys of config.json that override those the coder came with. The decoder of a
-    `MultiLayerCoder` gets its full output axis; one left on disk is copied from there. The files
-    get their names when all are complete. Raises `InputError` for what could not be loaded again.
+    config_extra: keys of config.json that override those the coder came with.
+    int8: write the matrices of a coder of one layer in half the room of bfloat16, with scales for
+        rows and columns (`release.parameters`). Only this library reads such files; loaded and
+        saved again without `int8`, the coder is in the published layout.
+
+    The decoder of a `MultiLayerCoder` gets its full output axis; one left on disk is copied from
+    there. The files get their names when all are complete. Raises `InputError` for what could not
+    be loaded again.
     """
     folder = folder_path(folder)
     coder.check_shapes()
@@ -170,6 +179,8 @@ def save_coder(
         array = getattr(coder, field)
         if array is not None and str(array.dtype) not in DTYPES.values():
             raise InputError(f"{field} is {array.dtype}, not {', '.join(DTYPES.values())}")
+    if int8 and coder.multi_layer:
+        raise InputError(f"int8 is for coders of one layer, not for a {coder.kind}")
     config = config_of(coder, config_extra or {})
     names = ["params.safetensors"]
     if coder.multi_layer:
@@ -181,7 +192,7 @@ def save_coder(
     on_host = jax.tree.map(np.asarray, coder)
     parameters.check_values(on_host)
     writers: dict[str, Callable[[BinaryIO], None]] = {
-        name: functools.partial(_write_parameters, on_host, i, source)
+        name: functools.partial(_write_parameters, on_host, i, source, int8)
         for i, (name, source) in enumerate(zip(names, sources))
     }
     writers["config.json"] = lambda file: write_json(file, config)
@@ -191,13 +202,18 @@ def save_coder(
         raise InputError(f"config_extra is not JSON: {error}") from error
 
 
-def _write_parameters(coder: Coder, i: int, source: Path | None, file: BinaryIO) -> None:
+def _write_parameters(
+    coder: Coder, i: int, source: Path | None, int8: bool, file: BinaryIO
+) -> None:
     """Write the parameter file of source layer `i`; its decoder is in memory or in `source`."""
     tensors = {}
     for field, name in TENSORS.items():
         array = getattr(coder, field)
         if field == "w_dec" and coder.multi_layer:
             tensors[name] = _decoder_tensor(coder, i, source)
+        elif int8 and array is not None and field in parameters.MATRICES:
+            for end, part in zip(("", *parameters.SCALES), parameters.as_int8(array)):
+                tensors[name + end] = StreamedTensor.whole(part)
         elif array is not None and not (field == "threshold" and coder.k is not None):
             tensors[name] = StreamedTensor.whole(array[i] if coder.multi_layer else array)
     write_safetensors(file, tensors)
@@ -216,7 +232,7 @@ def _decoder_tensor(coder: Coder, i: int, source: Path | None) -> StreamedTensor
                 full[:, i:] = coder.w_dec[first : first + X - i, rows].transpose(1, 0, 2)
             else:
                 with open_safetensors(source) as file:
-                    full[:, i:] = file.get_slice("w_dec")[rows, i:]
+                    full[:, i:] = parameters.Stored(file, "w_dec")[rows, i:]
             yield full
 
     return StreamedTensor(str(dtype), shape, chunks())

@@ -2,6 +2,9 @@
 
 Tensors are read in chunks of rows, and every value is checked: NaN, infinite values and negative
 thresholds raise `InputError` instead of turning up in a result.
+
+A matrix may also be int8, which none of the release is: NAME_rows[:, None] * NAME * NAME_columns,
+the scales float32. On both sides, since inputs and outputs differ in size, a few a hundredfold.
 """
 
 import os
@@ -22,6 +25,8 @@ from gemma_scope_jax.storage.safetensors_files import open_safetensors
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TENSORS = {name: name for name in WEIGHTS} | {"w_skip": "affine_skip_connection"}  # in the files
+SCALES = ("_rows", "_columns")  # what ends the names of an int8 matrix's scales
+MATRICES = ("w_enc", "w_dec", "w_skip")  # may be int8
 CHUNK = 32 * 2**20  # bytes of a tensor read or written at once
 Dtype = DTypeLike | None  # None: as stored
 Header = dict[str, jax.ShapeDtypeStruct]  # by field
@@ -44,7 +49,9 @@ def read_header(file: Any, path: Path) -> Header:
     thresholds, so nobody can mistake it for a JumpReLU coder's.
     """
     header, present = {}, set(file.keys())
-    if others := sorted(present - set(TENSORS.values())):
+    int8 = {name for name in (TENSORS[f] for f in MATRICES) if _is_int8(file, present, name)}
+    scales = {name + end for name in int8 for end in SCALES}
+    if others := sorted(present - set(TENSORS.values()) - scales):
         raise InputError(
             f"{path}: unknown tensor {others[0]!r:.60}, expected only {', '.join(TENSORS.values())}"
         )
@@ -54,11 +61,62 @@ def read_header(file: Any, path: Path) -> Header:
                 continue
             raise InputError(f"{path}: no tensor {name!r}{nearest(name, present)}")
         stored = file.get_slice(name)
-        if stored.get_dtype() not in DTYPES:
-            raise InputError(f"{path}: {name} is {stored.get_dtype()}, not {', '.join(DTYPES)}")
-        dtype = jnp.dtype(DTYPES[stored.get_dtype()])
-        header[field] = jax.ShapeDtypeStruct(tuple(stored.get_shape()), dtype)
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        if name in int8:
+            _check_scales(file, path, name, present)
+            dtype = "BF16"
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: {name} is {dtype}, not {', '.join(DTYPES)}")
+        header[field] = jax.ShapeDtypeStruct(shape, jnp.dtype(DTYPES[dtype]))
     return header
+
+
+def _is_int8(file: Any, present: set[str], name: str) -> bool:
+    return name in present and file.get_slice(name).get_dtype() == "I8"
+
+
+def _check_scales(file: Any, path: Path, name: str, present: set[str]) -> None:
+    """Raise `InputError` unless an int8 matrix has its scales."""
+    shape = file.get_slice(name).get_shape()
+    for end, length in zip(SCALES, shape, strict=True):
+        if name + end not in present:
+            raise InputError(f"{path}: {name} is I8, without its {name + end}")
+        scale = file.get_slice(name + end)
+        got = scale.get_dtype(), list(scale.get_shape())
+        if got != ("F32", [length]):
+            raise InputError(f"{path}: {name + end} is {got[0]} {got[1]}, not F32 [{length}]")
+
+
+class Stored:
+    """A tensor of an open parameter file, read by rows; int8 times its scales, as bfloat16."""
+
+    def __init__(self, file: Any, name: str):
+        self._values, self._scales = file.get_slice(name), None
+        if self._values.get_dtype() == "I8":
+            self._scales = [file.get_tensor(name + end) for end in SCALES]
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        values = self._values[at]
+        if self._scales is None:
+            return values
+        rows, columns = self._scales
+        return (rows[at, None] * values * columns).astype(jnp.bfloat16)
+
+
+def as_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A matrix [R, C] as int8, float32 scales [R] and [C], which make the largest value of rows and
+    columns alike."""
+    sizes = np.abs(np.asarray(matrix, np.float64))
+    scales = [np.ones((len(sizes), 1)), np.ones((1, sizes.shape[1]))]
+    for _ in range(8):  # alternately, each by half of what is left
+        for i in (0, 1):
+            largest = (sizes / scales[0] / scales[1]).max(1 - i, keepdims=True)
+            scales[i] *= np.where(largest > 0, largest, 1) ** 0.5
+    most = (sizes / scales[0] / scales[1]).max(0, keepdims=True)
+    scales[1] *= np.where(most > 0, most, 1) / 127
+    rows, columns = (scale.astype(np.float32) for scale in scales)
+    values = np.rint(np.asarray(matrix, np.float32) / rows / columns)
+    return np.clip(values, -127, 127).astype(np.int8), rows[:, 0], columns[0]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -78,7 +136,7 @@ def row_chunks(shape: Sequence[int], itemsize: int) -> Iterator[slice]:
 
 def _read_into(out: np.ndarray, file: Any, path: Path, name: str) -> None:
     """Fill `out` with a tensor, cast to its dtype, and check the values."""
-    stored = file.get_slice(name)
+    stored = Stored(file, name)
     for rows in row_chunks(out.shape, 4):
         with np.errstate(over="ignore"):
             out[rows] = stored[rows]
@@ -146,7 +204,7 @@ def read_triangle(files: list[Path], F: int, D: int, dtype: DTypeLike) -> np.nda
     for i, path in enumerate(files):
         blocks = out[block_index(i, i, X) :][: X - i]
         with open_safetensors(path) as file:
-            stored = file.get_slice("w_dec")
+            stored = Stored(file, "w_dec")
             for rows in row_chunks((F, X, D), 4):
                 with np.errstate(over="ignore"):
                     blocks[:, rows] = stored[rows, i:].transpose(1, 0, 2)
