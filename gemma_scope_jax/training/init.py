@@ -16,6 +16,7 @@ from gemma_scope_jax.training.recipe import CoderConfig
 from gemma_scope_jax.training.weights import (
     CoderGroup,
     Weights,
+    decoder_norms,
     encoder_bias,
     unfold,
     unit_decoder,
@@ -50,6 +51,9 @@ def _random(config: CoderConfig, d_in: int, d_out: int, key: jax.Array) -> Weigh
     return Weights(w_enc, zeros, threshold, w_dec, jnp.zeros((X, d_out)), skip)
 
 
+STEPS = 8  # of conjugate gradients, for a coder of one layer
+
+
 def _unit(w: jax.Array) -> jax.Array:
     return w / jnp.maximum(jnp.linalg.norm(w, axis=-1, keepdims=True), 1e-20)
 
@@ -60,7 +64,8 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
 
     The decoder bias starts at the mean, the affine skip at the ridge regression of y on x, and each
     threshold where its feature is active on target_l0 / (X F) of the tokens (l0_start / (X F), if
-    given). So even a short run starts near its target L0, with nothing dead.
+    given). So even a short run starts near its target L0, with nothing dead. Decoders that write
+    another site than is read start at a regression on the features' activations (`fitted`).
     """
     if group.template.threshold is not None:
         return w
@@ -83,7 +88,61 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
     bias = encoder_bias(w, group.template.apply_b_dec_to_input)
     at = lambda n, i: _exceeded(w.w_enc[n, i] @ x[n, i].T, share[n])
     rows = [jnp.stack([at(n, i) for i in range(group.X)]) for n in range(len(starts))]
-    return dataclasses.replace(w, threshold=jnp.maximum(jnp.stack(rows) + bias, 0.001))
+    w = dataclasses.replace(w, threshold=jnp.maximum(jnp.stack(rows) + bias, 0.001))
+    if group.template.target == group.template.reads:
+        return w
+    outlier = group.template.loss.outlier
+    one = lambda n: jax.tree.map(lambda leaf: leaf[n], w)
+    fits = [fitted(one(n), x[n], y[n], outlier) for n in range(len(x))]
+    return dataclasses.replace(w, w_dec=tuple(map(jnp.stack, zip(*fits))))
+
+
+def fitted(w: Weights, x: jax.Array, y: jax.Array, outlier: float) -> list[jax.Array]:
+    """Decoders of unit norm for random encoders: x [X, B, D], y [X, B, E] of one coder.
+
+    Source by source, a few steps of conjugate gradients towards the regression of what skip and
+    sources before leave on the activations at the start. With decoders at random half
+    of the features would begin by making the error larger, and be driven below zero. A feature that
+    is active nowhere keeps its decoder.
+    """
+    X = x.shape[0]
+    left = y - w.b_dec[:, None, :]
+    if w.w_skip is not None:
+        left = left - jnp.einsum("xbd,xde->xbe", x, w.w_skip)
+    norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
+    weight = jnp.minimum(1.0, outlier / jnp.maximum(norm, 1e-20))
+    rows: list[list[jax.Array]] = [[] for _ in range(X)]
+    for i in range(X):
+        z = x[i] @ w.w_enc[i].T + w.b_enc[i][None]
+        f = jnp.where(z > w.threshold[i][None], z, 0.0)
+        for j in range(i, X):
+            fit, left_j = _towards(f * weight[j], left[j] * weight[j], max(1, STEPS // X))
+            rows[j].append(fit)
+            left = left.at[j].set(left_j / weight[j])
+    fit = [w[0] for w in unit_decoder(tuple(jnp.stack(r)[None] for r in rows))]
+    norms = decoder_norms(tuple(r[None] for r in fit))[0, :, :, None]
+    return [jnp.where(norms[: j + 1] > 0.5, fit[j], w.w_dec[j]) for j in range(X)]
+
+
+def _towards(f: jax.Array, y: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    """(decoder [F, E], what it leaves of y [B, E]) after `steps` of conjugate gradients towards the
+    ridge regression of y on f [B, F] of unit columns."""
+    size = jnp.linalg.norm(f, axis=0, keepdims=True)
+    size = jnp.maximum(size, 1e-6 * jnp.max(size))
+    f = f / size
+    rest = f.T @ y
+
+    def step(_, state):
+        fit, rest, way, square = state
+        up = f.T @ (f @ way) + way
+        far = square / jnp.maximum(jnp.sum(way * up), 1e-30)
+        rest = rest - far * up
+        new = jnp.sum(rest**2)
+        return fit + far * way, rest, rest + new / jnp.maximum(square, 1e-30) * way, new
+
+    state = (jnp.zeros_like(rest), rest, rest, jnp.sum(rest**2))
+    fit = jax.lax.fori_loop(0, steps, step, state)[0]
+    return fit / size.T, y - f @ fit
 
 
 def _exceeded(z: jax.Array, share: float) -> jax.Array:

@@ -153,6 +153,47 @@ def test_coders_started_from_data_are_at_their_target_l0():
     np.testing.assert_allclose(w.b_dec, off, atol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [3, (0, 2)])
+def test_decoders_of_another_site_start_at_a_regression(layers):
+    config = coder(layers, target_l0=8, **TRANSCODER)
+    group, X = CoderGroup((config,)), len(config.layer_tuple)
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    x, true = draw(1, X, 2000, 6), draw(X, 6, 6)
+    y = jnp.tanh(jnp.einsum("nxbd,xde->nxbe", x, true))
+    w = init.from_data(init.random_weights(group, 6, 6, 0), group, x, y)
+    for j in range(X):
+        left = np.asarray(y[0, j], np.float64) - np.asarray(w.b_dec[0, j])
+        left *= np.minimum(1, config.loss.outlier / np.linalg.norm(y[0, j], axis=1))[:, None]
+        f, _ = run_by_hand(w, 0, config, np.asarray(x[0]))
+        f = np.concatenate(list(np.asarray(f, np.float64)[: j + 1]), 1)
+        best = np.linalg.lstsq(f, left, rcond=None)[0]
+        start = np.asarray(w.w_dec[j][0], np.float64).reshape(len(best), -1)
+        # Not the directions of a finished regression, but most features point its way, and one
+        # factor for all makes the error smaller, as no factor does with random directions.
+        assert (np.sum(best * start, 1) > 0).mean() > 0.75
+        written = f @ start
+        factor = np.sum(written * left) / np.sum(written**2)
+        assert factor > 0
+        assert np.sum((left - factor * written) ** 2) < 0.9 * np.sum(left**2)
+    norms = np.sqrt(sum(np.sum(np.square(w.w_dec[j][0][0]), -1) for j in range(X)))
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_a_feature_that_is_active_nowhere_keeps_its_decoder():
+    group = CoderGroup((coder(3, target_l0=8, **TRANSCODER),))
+    w = init.random_weights(group, 6, 6, 0)
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal((1, 50, 6)), jnp.float32) for _ in range(2))
+    one = jax.tree.map(lambda leaf: leaf[0], w)
+    one = dataclasses.replace(one, threshold=one.threshold.at[0, 3].set(1e3))
+    (fit,) = init.fitted(one, x, y, 3.0)
+    np.testing.assert_array_equal(fit[0, 3], one.w_dec[0][0, 3])
+    assert not np.allclose(fit[0, 4], one.w_dec[0][0, 4], atol=0.1)
+    (same_y,) = init.fitted(one, x, jnp.zeros_like(y) + one.b_dec[:, None], 3.0)  # nothing to fit
+    np.testing.assert_array_equal(same_y, one.w_dec[0])
+
+
 def planted(later_width=16):
     """Two SAEs on layers 1 and 2; of the later one, features 1, 3 .. 15 nearly copy the earlier's
     0 .. 7 in reverse, and the others are of its own."""
