@@ -27,6 +27,7 @@ NEVER = 1e9  # the threshold of an unused slot
 BELOW = 0.85  # of the last cut-off of BatchTopK: entries above this share of it have slots
 TOKENS = 64  # one token in this many may need several lists
 LISTS = 8  # of which there is one for this many tokens
+SOURCES = 8  # both are for one source, and up to this many add up
 Parts = dict[str, jax.Array]  # of the loss, for the log: [N] each
 
 
@@ -75,7 +76,8 @@ def gradients(
         moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)
         bias = encoder_bias(moved, group.template.apply_b_dec_to_input)
         x_, enc, bias, low_ = (a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low))
-        more = max(1, shape[2] // TOKENS), max(2, shape[2] // LISTS)
+        many = min(slots, SOURCES)  # a token with many entries in one source has lists in all
+        more = max(1, many * shape[2] // TOKENS), max(2, many * shape[2] // LISTS)
         found = active.encode_active(x_, enc, bias, low_, capacity, more)
         return found.z, found
 
@@ -84,7 +86,8 @@ def gradients(
     feature, count, many, edge = found.feature, found.count, ~found.complete, None
     if by_batch:
         edge = _kth(jnp.where(used_slots(count, capacity), z, -NEVER), group, shape[2])
-        many = many | jnp.any(edge[:, 0, 0, 0] <= jnp.max(low, (1, 2)))
+        least = jnp.max(low, (1, 2))  # above 0, it may hide some of those that are kept
+        many = many | jnp.any((edge[:, 0, 0, 0] <= least) & (least > 0))
 
     def on_active(w):
         def total(w, z):
@@ -145,10 +148,11 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
 
 
 def _kth(z: jax.Array, group: CoderGroup, tokens: int) -> jax.Array:
-    """The target_l0 * tokens largest of each coder's z, of N * X in all, as [N, 1, 1, 1]."""
+    """The target_l0 * tokens largest of each coder's z, of N * X in all, or 0, as [N, 1, 1, 1]."""
     count, k = len(group.coders), round(group.template.target_l0 * tokens)
     z = jax.lax.stop_gradient(z).reshape(count, -1)
-    return jnp.stack([active.kth_largest(z[n], k) for n in range(count)])[:, None, None, None]
+    edges = jnp.stack([active.kth_largest(z[n], k) for n in range(count)])
+    return jax.nn.relu(edges)[:, None, None, None]
 
 
 def by_token(codes: Codes, values: jax.Array, axis: int, tokens: int) -> jax.Array:

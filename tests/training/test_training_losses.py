@@ -329,6 +329,7 @@ def test_the_sparse_step_is_the_dense_one(name, kernels, monkeypatch):
     # So few slots that one to four tokens, of nine, need more lists than one.
     monkeypatch.setattr(objective, "TOKENS", 2)
     monkeypatch.setattr(objective, "LISTS", 1)
+    monkeypatch.setattr(objective, "SOURCES", 1)
     *_, few, _, _, _, most = np.sort(slots(p.arrays["threshold"])).tolist()
     assert 0 < few < most
     usual, lower = p.weights(), p.weights(threshold=low)
@@ -348,6 +349,7 @@ def test_the_sparse_step_of_batch_topk_is_the_dense_one(kernels, monkeypatch):
     monkeypatch.setattr(active, "backend", lambda: KERNELS[kernels])
     monkeypatch.setattr(objective, "TOKENS", 2)
     monkeypatch.setattr(objective, "LISTS", 1)
+    monkeypatch.setattr(objective, "SOURCES", 1)
     last = calibrated(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).threshold
     z = objective.encode(p.weights(), jnp.asarray(p.x, jnp.float32), p.group).z
     counts = np.sort((z > objective.BELOW * last[:, :, None]).sum(-1).max((0, 1)))
@@ -360,6 +362,14 @@ def test_the_sparse_step_of_batch_topk_is_the_dense_one(kernels, monkeypatch):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             close(a, b, 1e-5)
         np.testing.assert_allclose(got[1]["edge"], last[:, 0, 0], rtol=1e-5)
+    # Fewer are above zero than may be active: all of them are, and the cut-off is zero.
+    top = jnp.max(z, (2, 3), keepdims=True)[:, :, 0]
+    w = p.weights(b_enc=np.asarray(p.arrays["b_enc"] - 0.9 * top), threshold=0 * np.asarray(last))
+    got, wanted = compiled(name, most, kernels)(w), compiled(name, 0, None)(w)
+    assert not np.any(np.asarray(got[1].pop("dense")))
+    assert np.all(got[1]["edge"] == 0) and 0 < np.max(got[1]["l0"]) < p.group.template.target_l0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        close(a, b, 1e-5)
 
 
 def test_too_few_slots_change_nothing():
