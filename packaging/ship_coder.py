@@ -1,15 +1,16 @@
-"""Turn the coders of a training run into coders that ship: bfloat16 weights, labels, figures.
+"""Turn the coders of a training run into coders that ship: int8 weights, labels, figures.
 
     python packaging/ship_coder.py RUN/coders/*/* [--tokens 200000] [--other news.txt] [--no-labels]
         [--notes notes.md]
 
-Writes for each gemma_scope_jax/packaged/NAME/: the published layout (params.safetensors,
-config.json) and label material (labels.json.zst). Of a single coder also the recipe and the card
-(train_config.json, README.md, curves.png) with figures on the held-out text and on text of other
-kinds (figures.json) and notes on what the text was and how the run went; several coders share one
-card, packaged/transcoders.md, and one recipe beside it. Snippets come only from
-texts whose licence lets them be shipped: Jane Austen's novels (public domain), Wikipedia leads (CC
-BY-SA), the Python manual and library (PSF).
+Writes for each gemma_scope_jax/packaged/NAME/: the weights and config in the published layout, but
+for int8 matrices (params.safetensors, config.json), and label material (labels.json.zst). Of a
+single coder also the recipe and the card (train_config.json, README.md, curves.png) with figures on
+the held-out text and on text of other kinds (figures.json) and notes on what the text was and how
+the run went; several coders share one card, packaged/transcoders.md, and one recipe beside it, with
+what all of them together cost the model. Snippets come only from texts whose licence lets them be
+shipped: Jane Austen's novels (public domain), Wikipedia leads (CC BY-SA), the Python manual and
+library (PSF).
 """
 
 import argparse
@@ -27,6 +28,7 @@ import gemma_scope_jax as gs
 from gemma_scope_jax.cards.labels import build_labels, write_labels
 from gemma_scope_jax.data.documents import read_documents
 from gemma_scope_jax.evaluation.evaluate import EvaluationPlan, measure, text_batches
+from gemma_scope_jax.evaluation.figures import Losses
 
 CORPUS = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
 OTHER_TOKENS = 41_000  # of each further text
@@ -60,22 +62,27 @@ def name_of(coder) -> str:
     return f"gemma-3-270m-{kind}-{coder.layer}-width-{width}-l0-{coder.info.l0:g}{skip}"
 
 
-def figures(model, coders, tok, path: Path, tokens: int, loss_tokens: int) -> list[dict]:
-    """Figures on a text: how each fits on `tokens`, what it costs on the first `loss_tokens`."""
+def figures(
+    model, coders, tok, path: Path, tokens: int, loss_tokens: int
+) -> tuple[list[dict], Losses | None]:
+    """Figures on a text: how each fits on `tokens`, what it costs on the first `loss_tokens`; and
+    what several coders cost together."""
     documents = read_documents([str(path)])
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
     batches = list(text_batches(tok, documents, context_size=512))
     some = lambda tokens: batches[: -(-tokens // batches[0].tokens.size)]
-    ablated = EvaluationPlan(ablations=("zero", "zero everywhere"))
+    together = len(coders) > 1
+    ablated = EvaluationPlan(ablations=("zero", "zero everywhere"), replacement=together)
     fits = measure(model, coders, some(tokens), EvaluationPlan(loss_tokens=0))
     costs = measure(model, coders, some(loss_tokens), ablated)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
-    return [
+    each = [
         fit.metrics().as_dict()
         | {name: cost.metrics().as_dict()[name] for name in names}
         | {"text": path.name}
         for fit, cost in zip(fits.tallies, costs.tallies)
     ]
+    return each, costs.replacement.metrics().losses if costs.replacement else None
 
 
 def card_section(found: list[dict]) -> str:
@@ -122,7 +129,7 @@ def compact(recipe: Path) -> None:
         recipe.write_text(json.dumps(whole, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def suite_card(coders, found: list[list[dict]], notes: str) -> str:
+def suite_card(coders, found: list[list[dict]], costs: list[Losses], notes: str) -> str:
     """One card for the coders of a run, a row each, by their figures on several texts."""
     first, texts = coders[0], [f["text"] for f in (one[0] for one in zip(*found))]
     head = ["layer", *(f"{text}: {name}" for text in texts for name in ROW)]
@@ -133,13 +140,20 @@ def suite_card(coders, found: list[list[dict]], notes: str) -> str:
             cells += [f"{f['l0']:.1f}", f"{f['fvu']:.3f}", f"{f['typical']['fvu']:.3f}"]
             cells += [str(f["dead"]), "" if f["delta_loss"] is None else f"{f['delta_loss']:+.2f}"]
         rows.append(f"| {' | '.join(cells)} |")
+    mean = lambda figure, text: np.mean([f[figure] for f in found[text]])
+    whole = "\n".join(
+        f"- {text}: mean L0 {mean('l0', i):.1f}, mean FVU {mean('fvu', i):.3f}; in place of all "
+        f"MLPs they cost {cost.delta:+.2f} nats on {cost.tokens:,} tokens, and the model's first "
+        f"choice stays on {cost.agreement:.0%}"
+        for i, (text, cost) in enumerate(zip(texts, costs))
+    )
     return (
         f"# {len(coders)} coders of one run\n\nEach reads `{first.reads}` and writes "
         f"`{first.writes}`; {first.width} features, target L0 {first.info.l0:g}; the whole recipe "
         f"is in [{SUITE}_train_config.json]({SUITE}_train_config.json).\n\n"
         + "\n".join(rows)
         + f"\n\nFVU with and without (typical) the rare outlier tokens; delta loss in nats, each "
-        f"coder alone.\n\n{notes}"
+        f"coder alone. All {len(coders)} at once:\n\n{whole}\n\n{notes}"
     )
 
 
@@ -160,17 +174,19 @@ def main() -> None:
         for source in args.folders:
             coder = gs.load_coder(source)
             folder = Path(temporary) / name_of(coder)
-            gs.save_coder(jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder), folder)
+            coder = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), coder)
+            gs.save_coder(coder, folder, int8=True)
             if len(args.folders) == 1:
                 copy_card(source, folder)
             shipped.append((folder, gs.load_coder(folder)))
         coders = [coder for _, coder in shipped]
         texts = [(CORPUS / "eval" / "heldout_mix.txt", args.tokens)]
         texts += [(path, OTHER_TOKENS) for path in args.other]
-        found = [figures(model, coders, tok, p, n, args.loss_tokens) for p, n in texts]
+        measured = [figures(model, coders, tok, p, n, args.loss_tokens) for p, n in texts]
+        found, costs = [list(part) for part in zip(*measured)]
         notes = args.notes.read_text(encoding="utf-8") if args.notes else ""
         if len(shipped) > 1:
-            card = suite_card(coders, found, notes)
+            card = suite_card(coders, found, costs, notes)
             (packaged / f"{SUITE}.md").write_text(card, encoding="utf-8")
             recipe = packaged / f"{SUITE}_train_config.json"
             shutil.copy(args.folders[0] / "train_config.json", recipe)
