@@ -27,7 +27,8 @@ from gemma_scope_jax.model.config import Model, abstract_params, preset
 from gemma_scope_jax.training import feeds
 from gemma_scope_jax.training import step as steps
 from gemma_scope_jax.training.ends import start
-from gemma_scope_jax.training.recipe import SHORT, CoderConfig, LossConfig, TrainConfig
+from gemma_scope_jax.training.lengths import SHORT
+from gemma_scope_jax.training.recipe import CoderConfig, LossConfig, TrainConfig
 from gemma_scope_jax.training.state import TrainPlan, first_state, make_plan
 
 

@@ -102,8 +102,8 @@ def ours(args) -> None:
     from gemma_scope_jax.model.config import preset
     from gemma_scope_jax.training import init, objective
     from gemma_scope_jax.training import step as steps
+    from gemma_scope_jax.training.lengths import SHORT
     from gemma_scope_jax.training.recipe import (
-        SHORT,
         CoderConfig,
         LossConfig,
         OptimizerConfig,

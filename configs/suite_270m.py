@@ -1,4 +1,4 @@
-"""An SAE of layer 12 of Gemma 3 270M and a transcoder for each layer, in one run. The packaged ones.
+"""An SAE of layer 12 of Gemma 3 270M and a transcoder for each layer: the packaged coders.
 
     gemma-scope train configs/suite_270m.py --out runs/suite_270m
 

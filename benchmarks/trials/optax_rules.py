@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from gemma_scope_jax.training import optimizer
-from gemma_scope_jax.training.recipe import SHORT, CoderConfig, OptimizerConfig, TrainConfig
+from gemma_scope_jax.training.lengths import SHORT
+from gemma_scope_jax.training.recipe import CoderConfig, OptimizerConfig, TrainConfig
 from gemma_scope_jax.training.weights import Weights, unit_decoder
 
 N, X, F, D = 2, 1, 512, 128

@@ -19,7 +19,8 @@ from typing import Any
 
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.paths import expanded
-from gemma_scope_jax.training.recipe import BY_LENGTH, TrainConfig
+from gemma_scope_jax.training.lengths import BY_LENGTH
+from gemma_scope_jax.training.recipe import TrainConfig
 
 NONE = ("none", "null")
 BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}

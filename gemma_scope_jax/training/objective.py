@@ -24,7 +24,9 @@ from gemma_scope_jax.training.recipe import LossConfig
 from gemma_scope_jax.training.weights import CoderGroup, Weights, encoder_bias
 
 NEVER = 1e9  # the threshold of an unused slot
-BELOW = 0.85  # of the last cut-off of BatchTopK: entries above this share of it have slots
+# Of the last cut-off of BatchTopK: entries above this share of it, less a little, have slots. Where
+# it comes near zero, it falls to zero from one batch to the next.
+BELOW, NEAR = 0.85, 0.01
 TOKENS = 64  # one token in this many may need several lists
 LISTS = 8  # of which there is one for this many tokens
 SOURCES = 8  # both are for one source, and up to this many add up
@@ -70,7 +72,8 @@ def gradients(
     shape, by_batch = x.shape[:3], group.template.activation == "batch_topk"
     slots = shape[0] * shape[1]
     low = jax.lax.stop_gradient(w.threshold)
-    low = BELOW * low if by_batch else low - 0.5 * group.template.loss.bandwidth
+    half = 0.5 * group.template.loss.bandwidth
+    low = jax.nn.relu(BELOW * low - NEAR) if by_batch else low - half
 
     def find(w_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array):
         moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)

@@ -2,40 +2,22 @@
 
 Defaults are the published recipe (Gemma Scope 2 technical paper, section 3) where it is known;
 fields that are not in the paper say so. That recipe is for billions of tokens: where another value
-is better in runs of under ten million, the default is by the length of the run (`BY_LENGTH`). A
+is better in runs of under ten million, the default is by the length of the run (`lengths`). A
 `configs/*.py` file sets `config` to a `TrainConfig`.
 """
 
 import dataclasses
 import functools
-from functools import partial
 from typing import Any
 
 from gemma_scope_jax.data.documents import TextData
 from gemma_scope_jax.errors import InputError, nearest
 from gemma_scope_jax.storage.strict_json import legible
+from gemma_scope_jax.training.lengths import BY_LENGTH, by_length, counted, filled
 
 ACTIVATIONS = ("jumprelu", "topk", "batch_topk")
 SPARSITIES = ("quadratic", "step", "tanh")
 PRECISIONS = ("default", "bfloat16", "tensorfloat32", "float32")
-SHORT = 10_000_000  # tokens below which a run is a short one
-by_length: Any = None  # a default that `TrainConfig.resolved` replaces
-# By config and field: the default of short runs, and of long ones.
-BY_LENGTH: dict[str, dict[str, tuple[Any, Any]]] = {
-    "TrainConfig": {"train_batch_size": (1024, 4096), "updates": (None, None)},
-    "CoderConfig": {"activation": ("batch_topk", "jumprelu")},
-    "LossConfig": {"per_token": (False, True), "l0_warmup": (0, 50_000), "dead_after": (200, 1000)},
-    "OptimizerConfig": {
-        "learning_rate": (6e-3, 7e-5),
-        "warmup": (0.05, 1000),
-        "decay": (0.25, 0.0),
-        "b1": (0.8, 0.0),
-        "clip": (2.0, 1.2),
-        "threshold_rate": (0.03, 1.0),
-    },
-}
-BETWEEN_SITES = 3e-3  # the learning rate of short runs with transcoders
-
 
 _MUST_BE = {
     "positive": lambda v: v > 0,
@@ -61,23 +43,6 @@ def _check(config: Any, what: str, *names: str) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and _MUST_BE[what](value)):
             raise InputError(f"{name} must be {what}, not {value!r}")
-
-
-def _of_length(config: Any, long: bool) -> Any:
-    """The config with its defaults by length filled in."""
-    names = BY_LENGTH[type(config).__name__]
-    new = {k: v[long] for k, v in names.items() if getattr(config, k) is None}
-    return dataclasses.replace(config, **new)
-
-
-def _coder_of_length(coder: "CoderConfig", long: bool) -> "CoderConfig":
-    """`_of_length` of a coder and its losses; its folder is not renamed."""
-    loss = coder.loss
-    own = coder.threshold is not None or coder.init_from or coder.init_layers or loss.kl_weight
-    named = coder.name or (coder.folder if coder.activation is None else "")
-    coder = dataclasses.replace(coder, name=named)
-    coder = _of_length(coder, long or bool(own or loss.of_thresholds))
-    return dataclasses.replace(coder, loss=_of_length(loss, long))
 
 
 def _tuples(config: Any, *names: str) -> None:
@@ -361,8 +326,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam, the same for all coders."""
     sparse: float = 4.0
-    """Slots for the active features of a token in the sparse step, as a multiple of the target L0;
-    0 computes dense products. An update in which too many tokens need more slots is dense."""
+    """Slots for the active features of a token in the sparse step, as a multiple of the target L0,
+    or 128 if that is more; 0 computes dense products. An update in which too many tokens need more
+    is dense."""
     precision: str = "default"
     """The precision of the coders' products, float32 in and out: "default" is the backend's (TPU:
     one pass of bfloat16, GPU: TF32); CPUs always compute in float32."""
@@ -441,34 +407,11 @@ class TrainConfig:
     def resolved(self) -> "TrainConfig":
         """This config with all defaults by length filled in, and each warm-up that is a share
         turned into a number of updates. A resolved config is its own."""
-        long = self.tokens >= SHORT
-        config = _of_length(self, long)
-        if config.updates is None:
-            tokens = config.batch_size * config.context_size
-            by_effect = any(c.loss.kl_weight for c in config.coders)
-            once = 1 if config.store or by_effect else tokens / config.train_batch_size
-            config = dataclasses.replace(config, updates=max(1, round(once)))
-        coders = [_coder_of_length(c, long) for c in config.coders]
-        optimizer = config.optimizer
-        between = any(c.target != c.reads for c in config.coders)
-        if optimizer.learning_rate is None and between and not long:
-            optimizer = dataclasses.replace(optimizer, learning_rate=BETWEEN_SITES)
-        optimizer = _of_length(optimizer, long)
-        config = dataclasses.replace(config, coders=tuple(coders), optimizer=optimizer)
+        config = filled(self)
         config.__dict__["resolved"] = config
-        counted = partial(_counted, updates=config.all_updates)
-        coders = [dataclasses.replace(c, loss=counted(c.loss, "l0_warmup")) for c in config.coders]
-        config = dataclasses.replace(
-            config, coders=tuple(coders), optimizer=counted(optimizer, "warmup")
-        )
+        config = counted(config)
         config.__dict__["resolved"] = config
         return config
-
-
-def _counted(config: Any, name: str, updates: int) -> Any:
-    """The config with a field that is a share of the run's updates turned into their number."""
-    value = getattr(config, name)
-    return dataclasses.replace(config, **{name: int(value * updates)}) if 0 < value < 1 else config
 
 
 def as_json(config: TrainConfig) -> dict[str, Any]:

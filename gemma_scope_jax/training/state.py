@@ -21,6 +21,7 @@ from gemma_scope_jax.training.optimizer import adam
 from gemma_scope_jax.training.recipe import TrainConfig
 from gemma_scope_jax.training.weights import CoderGroup, Weights, groups
 
+FEWEST = 128  # slots of a token, where the width allows it: L0s near 20 vary most among tokens
 Sites = dict[str, jax.Array]  # site -> activations of its layers [L, ..., D]
 
 
@@ -73,8 +74,8 @@ class TrainPlan:
             return 0
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
         slots = 16 * int(-(-self.config.sparse * target // 16))
-        least = active.backend().FEATURES_A_SLOT
-        return slots if least * slots < group.template.width else 0
+        most = (group.template.width - 1) // active.backend().FEATURES_A_SLOT
+        return min(max(slots, FEWEST), most // 16 * 16) if slots <= most else 0
 
 
 def make_plan(config: TrainConfig, model: GemmaConfig, mesh: Mesh | None = None) -> TrainPlan:
