@@ -62,6 +62,7 @@ MIDDLE = {
     "saelens_jumprelu_tanh": 1.5e-3,
     "ours_jumprelu_without_momentum": 1.5e-3,
 }
+METHODS = (*OURS, *PEERS)
 ARRAYS = ("w_enc", "b_enc", "threshold", "w_dec", "b_dec")
 KEY = ("method", "width", "tokens", "l0", "rate", "seed")
 
@@ -320,6 +321,12 @@ class Ring:
             found[new] = score(new)
 
 
+def best_rate(lines: list[dict[str, Any]], method: str) -> float:
+    """The rate that validation chose for a method, of lines of one width and number of tokens."""
+    mine = [r for r in lines if (r["method"], r["l0"], r["seed"]) == (method, L0, 0)]
+    return min(mine, key=lambda r: r["validation"]["fvu"])["rate"]
+
+
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each width, number of activations, L0 and method: means over seeds at the rate that
     validation chose; the spread is the largest less the smallest FVU."""
@@ -328,10 +335,9 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         some = [r for r in lines if (r["width"], r["tokens"]) == (width, tokens)]
         for l0 in sorted({r["l0"] for r in some}):
             found = []
-            for method in (m for m in (*OURS, *PEERS) if any(r["method"] == m for r in some)):
+            for method in (m for m in METHODS if any(r["method"] == m for r in some)):
                 mine = [r for r in some if r["method"] == method]
-                chosen = [r for r in mine if r["l0"] == L0 and r["seed"] == 0]
-                rate = min(chosen, key=lambda r: r["validation"]["fvu"])["rate"]
+                rate = best_rate(some, method)
                 seeds = [r for r in mine if r["rate"] == rate and r["l0"] == l0]
                 mean = lambda text, key, seeds=seeds: float(np.mean([r[text][key] for r in seeds]))
                 if not seeds:
@@ -367,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[2048])
     parser.add_argument("--tokens", type=int, nargs="+", default=[400_000])
-    parser.add_argument("--methods", nargs="+", default=[*OURS, *PEERS], choices=(*OURS, *PEERS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--more", action="store_true", help=f"also L0s of {MORE_L0S}")
     parser.add_argument("--folder", type=Path, default=ROOT / "out/train_quality")
     parser.add_argument(
