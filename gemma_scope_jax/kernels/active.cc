@@ -201,6 +201,65 @@ static ffi::Error Compact(ffi::ThreadPool pool, Floats z, Floats bias, Floats lo
   return ffi::Error::Success();
 }
 
+// Bit i: z[i] + bias[i] > low, for 16 of them.
+static inline uint32_t above(const float* z, const float* bias, float low) {
+  float same[16];
+  std::fill(same, same + 16, low);
+  return above(z, bias, same);
+}
+
+// z [S,B,F], bias [S,F] -> values [S,B,K], feature [S,B,K], count [S,B]: the K largest of a token
+// that are above zero. Those seen so far raise the bar for the rest, so few are looked at twice.
+static ffi::Error Largest(ffi::ThreadPool pool, Floats z, Floats bias, ffi::Result<Floats> values,
+                          ffi::Result<Ints> feature, ffi::Result<Ints> count) {
+  const auto shape = z.dimensions();
+  const int64_t B = shape[1], F = shape[2], K = values->dimensions()[2];
+  constexpr int64_t kTokens = 16;
+  const int64_t per_source = split(B, kTokens);
+  using Entry = std::pair<float, int32_t>;
+  each(pool, shape[0] * per_source, [&](int64_t block) {
+    const int64_t s = block / per_source, first = block % per_source * kTokens;
+    const float* c = bias.typed_data() + s * F;
+    std::vector<Entry> best;
+    best.reserve(4 * K + 16);
+    for (int64_t b = first; b < std::min(B, first + kTokens); ++b) {
+      const float* row = z.typed_data() + (s * B + b) * F;
+      float low = 0;
+      best.clear();
+      auto keep = [&] {
+        std::nth_element(best.begin(), best.begin() + (K - 1), best.end(),
+                         [](const Entry& x, const Entry& y) {
+                           return x.first != y.first ? x.first > y.first : x.second < y.second;
+                         });
+        best.resize(K);
+        low = best[K - 1].first;
+      };
+      int64_t f = 0;
+      for (; f + 16 <= F; f += 16) {
+        for (uint32_t mask = above(row + f, c + f, low); mask; mask &= mask - 1) {
+          const int64_t at = f + __builtin_ctz(mask);
+          best.emplace_back(row[at] + c[at], int32_t(at));
+        }
+        if (int64_t(best.size()) >= 4 * K) keep();
+      }
+      for (; f < F; ++f) {
+        if (row[f] + c[f] > low) best.emplace_back(row[f] + c[f], int32_t(f));
+      }
+      if (int64_t(best.size()) > K) keep();
+      std::sort(best.begin(), best.end(),
+                [](const Entry& x, const Entry& y) { return x.second < y.second; });
+      const int64_t n = best.size(), at = (s * B + b) * K;
+      float* v = values->typed_data() + at;
+      int32_t* id = feature->typed_data() + at;
+      for (int64_t i = 0; i < n; ++i) v[i] = best[i].first, id[i] = best[i].second;
+      std::fill(v + n, v + K, 0.0f);
+      std::fill(id + n, id + K, 0);
+      count->typed_data()[s * B + b] = int32_t(n);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 // ---- products with the decoder's rows ----------------------------------------------------------
 
 static int64_t group(Span ends, int64_t feature) {
@@ -550,6 +609,9 @@ static ffi::Error AdamRows(ffi::ThreadPool pool, Floats w, Floats m, Floats v, F
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_compact, Compact,
                               POOL.Arg<Floats>().Arg<Floats>().Arg<Floats>()
+                                  .Ret<Floats>().Ret<Ints>().Ret<Ints>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_largest, Largest,
+                              POOL.Arg<Floats>().Arg<Floats>()
                                   .Ret<Floats>().Ret<Ints>().Ret<Ints>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemma_scope_decode, Decode,
                               POOL.Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Floats>()

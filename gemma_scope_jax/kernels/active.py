@@ -55,6 +55,10 @@ class Backend(Protocol):
         """`ActiveEntries` of z [S,B,F] + b_enc [S,F]: the first `capacity` above `low` [S,F]."""
         ...
 
+    def largest(self, z: Array, b_enc: Array, k: int) -> tuple[Array, Array, Array]:
+        """Likewise: the k largest of z + b_enc of each token, as far as they are above zero."""
+        ...
+
     def decode(self, f: Array, feature: Array, count: Array, w_dec: Array, layout: Layout) -> Array:
         """y [T,M,B,E]: what the entries of each group of features write to each target."""
         ...
@@ -107,13 +111,14 @@ def encode_active(
     x: Array,
     w_enc: Array,
     b_enc: Array,
-    low: Array,
+    low: Array | None,
     capacity: int,
     more: tuple[int, int] = (0, 0),
     *,
     using: Backend | None = None,
 ) -> ActiveEntries:
-    """The entries of z = x w_enc^T + b_enc above `low`, in lists of `capacity`.
+    """The entries of z = x w_enc^T + b_enc above `low`, in lists of `capacity`; or, with `low`
+    None, the `capacity` largest of each token that are above zero.
 
     x [S,B,D]; w_enc [S,F,D], one row per feature; b_enc, low [S,F]. `more`: how many tokens may
     need several lists, and how many such lists there are. Gradients flow from the entries' z to
@@ -121,10 +126,11 @@ def encode_active(
     w_enc b_dec. If the lists are not `complete`, use the dense step instead. `using` replaces the
     kernels of `backend`.
     """
-    _check("encode_active", x=(x, 3), w_enc=(w_enc, 3), b_enc=(b_enc, 2), low=(low, 2))
+    bar = b_enc if low is None else low
+    _check("encode_active", x=(x, 3), w_enc=(w_enc, 3), b_enc=(b_enc, 2), low=(bar, 2))
     s, f, d = w_enc.shape
-    if x.shape[::2] != (s, d) or b_enc.shape != (s, f) or low.shape != (s, f):
-        shapes = f"x {x.shape}, w_enc {w_enc.shape}, b_enc {b_enc.shape}, low {low.shape}"
+    if x.shape[::2] != (s, d) or b_enc.shape != (s, f) or bar.shape != (s, f):
+        shapes = f"x {x.shape}, w_enc {w_enc.shape}, b_enc {b_enc.shape}, low {bar.shape}"
         raise InputError(f"encode_active: shapes do not fit: {shapes}")
     if not 1 <= capacity <= f:
         raise InputError(f"encode_active: capacity {capacity} must be 1 to {f}, the features")
@@ -135,6 +141,8 @@ def encode_active(
 def _encode(x, w_enc, b_enc, low, capacity: int, more, using: Backend) -> ActiveEntries:
     def some(x, capacity=capacity):
         z = jnp.einsum("sbd,sfd->sbf", x, w_enc)
+        if low is None:
+            return using.largest(z, b_enc, capacity)
         return using.compact(z, b_enc, low, capacity)
 
     b, (tokens, lists) = x.shape[1], more
@@ -178,12 +186,12 @@ def _encode(x, w_enc, b_enc, low, capacity: int, more, using: Backend) -> Active
 
 def _encode_fwd(x, w_enc, b_enc, low, capacity, more, using):
     found: ActiveEntries = _encode(x, w_enc, b_enc, low, capacity, more, using)
-    return found, (x, low, found.feature, found.count, found.token)
+    return found, (x, b_enc, found.feature, found.count, found.token)
 
 
 def _encode_bwd(capacity, more, using, saved, cotangent):
-    x, low, feature, count, token = saved
-    s, f = low.shape
+    x, b_enc, feature, count, token = saved
+    s, f = b_enc.shape
     x = jnp.concatenate([x, x[:, token[x.shape[1] :]]], 1) if more[1] else x
     dw, db = using.decode_rows(cotangent.z, feature, count, x[:, None], separate(s, f))
     return None, dw, db, None

@@ -30,7 +30,7 @@ LOG = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("active.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 FEATURES_A_SLOT: int = 2
-NAMES = ("compact", "decode", "decode_values", "decode_rows", "kth_largest", "adam_rows")
+NAMES = ("compact", "largest", "decode", "decode_values", "decode_rows", "kth_largest", "adam_rows")
 _registered: set[str] = set()
 
 
@@ -109,6 +109,13 @@ def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Arr
     slots = (*z.shape[:2], capacity)
     call = _call("compact", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
     values, feature, count = call(z, b_enc, low)
+    return values, feature, count
+
+
+def largest(z, b_enc, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    slots = (*z.shape[:2], k)
+    call = _call("largest", (jnp.float32, *slots), (jnp.int32, *slots), (jnp.int32, *z.shape[:2]))
+    values, feature, count = call(z, b_enc)
     return values, feature, count
 
 

@@ -46,6 +46,15 @@ def compact(z, b_enc, low, capacity: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return jnp.where(used, jnp.take_along_axis(z, feature, -1), 0.0), feature, count
 
 
+def largest(z, b_enc, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values, feature = jax.lax.top_k(z + b_enc[:, None, :], k)
+    order = jnp.argsort(jnp.where(values > 0, feature, z.shape[-1]), -1)
+    values, feature = (jnp.take_along_axis(a, order, -1) for a in (values, feature))
+    count = jnp.sum(values > 0, -1, dtype=jnp.int32)
+    used = used_slots(count, k)
+    return jnp.where(used, values, 0.0), jnp.where(used, feature, 0), count
+
+
 def first_above(z, low, capacity: int) -> tuple[jax.Array, jax.Array]:
     """(feature int32 [S,B,K], count int32 [S,B]): the first K entries above `low`, then rubbish.
 

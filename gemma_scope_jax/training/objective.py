@@ -67,18 +67,21 @@ def gradients(
     on_all = lambda w: jax.grad(
         lambda w: loss(w, encode(w, x, group), x, y, dials, group), has_aux=True
     )(w)
-    if not capacity or group.template.activation == "topk":
+    if not capacity:
         return on_all(w)
-    shape, by_batch = x.shape[:3], group.template.activation == "batch_topk"
+    shape, kind = x.shape[:3], group.template.activation
     slots = shape[0] * shape[1]
     low = jax.lax.stop_gradient(w.threshold)
     half = 0.5 * group.template.loss.bandwidth
-    low = jax.nn.relu(BELOW * low - NEAR) if by_batch else low - half
+    low = jax.nn.relu(BELOW * low - NEAR) if kind == "batch_topk" else low - half
 
     def find(w_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array):
         moved = dataclasses.replace(w, w_enc=w_enc, b_enc=b_enc, b_dec=b_dec)
         bias = encoder_bias(moved, group.template.apply_b_dec_to_input)
         x_, enc, bias, low_ = (a.reshape(slots, *a.shape[2:]) for a in (x, w_enc, bias, low))
+        if kind == "topk":
+            found = active.encode_active(x_, enc, bias, None, capacity)
+            return found.z, found
         many = min(slots, SOURCES)  # a token with many entries in one source has lists in all
         more = max(1, many * shape[2] // TOKENS), max(2, many * shape[2] // LISTS)
         found = active.encode_active(x_, enc, bias, low_, capacity, more)
@@ -87,10 +90,12 @@ def gradients(
     z, pull, found = jax.vjp(find, w.w_enc, w.b_enc, w.b_dec, has_aux=True)
     unflat = lambda a: a.reshape(*shape[:2], *a.shape[1:])
     feature, count, many, edge = found.feature, found.count, ~found.complete, None
-    if by_batch:
+    if kind == "batch_topk":
         edge = _kth(jnp.where(used_slots(count, capacity), z, -NEVER), group, shape[2])
         least = jnp.max(low, (1, 2))  # above 0, it may hide some of those that are kept
         many = many | jnp.any((edge[:, 0, 0, 0] <= least) & (least > 0))
+    elif kind == "topk":
+        edge = unflat(jnp.where(count == capacity, jnp.min(z, -1), 0.0))[..., None]
 
     def on_active(w):
         def total(w, z):
@@ -105,6 +110,8 @@ def gradients(
         )
         return grads, parts
 
+    if kind == "topk":  # k slots are always enough
+        return on_active(w)
     grads, parts = jax.lax.cond(many, on_all, on_active, w)
     share = jnp.broadcast_to(many, parts["loss"].shape).astype(jnp.float32)
     return grads, parts | {"dense": share}
@@ -127,6 +134,8 @@ def activate(codes: Codes, group: CoderGroup) -> tuple[jax.Array, jax.Array]:
     if config.activation == "jumprelu":
         threshold, width = jnp.broadcast_to(codes.threshold, z.shape), config.loss.bandwidth
         return losses.jumprelu(z, threshold, width), losses.step(z, threshold, width)
+    if config.activation == "topk" and codes.feature is not None:  # the lists hold no others
+        return jax.nn.relu(z), jax.lax.stop_gradient(z > 0).astype(z.dtype)
     if config.activation == "topk":  # as saved coders compute it
         N, X, B, F = z.shape
         together = jnp.moveaxis(jax.nn.relu(z), 2, 1).reshape(N, B, X * F)
@@ -146,7 +155,7 @@ def cutoff(z: jax.Array, group: CoderGroup) -> jax.Array:
     k, (N, X, B, F) = group.template.target_l0, z.shape
     if group.template.activation == "topk":
         together = jnp.moveaxis(z, 2, 1).reshape(N, B, X * F)
-        return jax.lax.top_k(together, int(k))[0][:, None, :, -1:]
+        return jax.nn.relu(jax.lax.top_k(together, int(k))[0][:, None, :, -1:])
     return _kth(z, group, B)
 
 
@@ -237,9 +246,12 @@ def loss(
     if config.sparsity == "tanh":
         sparsity = by_token(codes, jnp.sum(losses.tanh_l0(f, config.tanh_scale), 1), 1, B)
     centre = None if edge is None else jax.lax.stop_gradient(jnp.mean(edge, 2, keepdims=True))
-    above = lambda codes: jax.nn.relu(codes.z - (codes.threshold if centre is None else centre))
+    if edge is None:
+        above = jax.nn.relu(codes.z - codes.threshold)
+    else:  # the last to be kept is the cut-off itself
+        above = on * (codes.z - jax.lax.stop_gradient(edge))
     fired = per_feature(codes, on, group)  # [N, X, F]
-    excess = per_feature(codes, above(codes), group)
+    excess = per_feature(codes, above, group)
     whole, nested, variance = reconstruction(outputs, y, config.outlier)
     total = nested if kl is None else losses.end_to_end(nested, kl, config.kl_weight)
     if group.template.activation == "jumprelu":

@@ -72,9 +72,12 @@ class TrainPlan:
         """Slots for a token (of one layer) in the sparse step; 0 for dense products."""
         if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
             return 0
+        most = (group.template.width - 1) // active.backend().FEATURES_A_SLOT
+        if group.template.activation == "topk":  # as many as are kept, of one layer
+            slots = int(group.template.target_l0)
+            return slots if group.X == 1 and slots <= most else 0
         target = max(max(c.target_l0, c.loss.l0_start or 0) for c in group.coders)
         slots = 16 * int(-(-self.config.sparse * target // 16))
-        most = (group.template.width - 1) // active.backend().FEATURES_A_SLOT
         return min(max(slots, FEWEST), most // 16 * 16) if slots <= most else 0
 
 
