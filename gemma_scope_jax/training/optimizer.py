@@ -56,9 +56,15 @@ def update(
         return _by_optax(clipped(grads, moments, config), moments, w, rate, dead, config)
     # Decoders that write several layers are several arrays with one norm: those are left to optax.
     single = len(w.w_dec) == 1
-    rest = lambda tree: dataclasses.replace(tree, w_enc=None, w_dec=() if single else tree.w_dec)
-    if not single:
+    if single:
+        arrays = {"w_enc": lambda tree: tree.w_enc, "w_dec": lambda tree: tree.w_dec[0]}
+    else:
+        arrays = {"w_enc": lambda tree: tree.w_enc}
         grads = dataclasses.replace(grads, w_dec=across(grads.w_dec, w.w_dec))
+    if w.w_skip is not None:
+        arrays["w_skip"] = lambda tree: tree.w_skip
+    none = {name: () if name == "w_dec" else None for name in arrays}
+    rest = lambda tree: dataclasses.replace(tree, **none)
     squares = _squares(grads)
     if single:  # the kernel leaves out what is along the decoder
         along = jnp.sum(grads.w_dec[0] * w.w_dec[0], -1)
@@ -69,14 +75,12 @@ def update(
     few = moments._replace(**{name: rest(tree) for name, tree in kept.items()})
     small = scaled(rest(grads), rest(factors))
     new, few = _by_optax(small, few, rest(w), rate, dead, config)
-    enc = _by_rows(lambda tree: tree.w_enc, grads, kept, w, rate, factors, few.count, config)
-    dec = None
-    if single:
-        first = lambda tree: tree.w_dec[0]
-        dec = _by_rows(first, grads, kept, w, rate, factors, few.count, config, unit=True)
-    whole = lambda tree, n: dataclasses.replace(
-        tree, w_enc=enc[n], w_dec=tree.w_dec if dec is None else (dec[n],)
-    )
+    made = {
+        name: _by_rows(pick, grads, kept, w, rate, factors, few.count, config, name == "w_dec")
+        for name, pick in arrays.items()
+    }
+    part = lambda n: {k: (a[n],) if k == "w_dec" else a[n] for k, a in made.items()}
+    whole = lambda tree, n: dataclasses.replace(tree, **part(n))
     moments = {name: whole(getattr(few, name), {"mu": 1, "nu": 2}[name]) for name in kept}
     return whole(new, 0), few._replace(**moments)
 
@@ -96,7 +100,7 @@ def _by_rows(
     factors: Weights,
     count: jax.Array,
     config: OptimizerConfig,
-    unit: bool = False,
+    unit: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(weights, first moments, second moments) of the array that `pick` picks, by the kernel."""
     factor, count = pick(factors), count.astype(jnp.float32)
