@@ -52,6 +52,7 @@ def _random(config: CoderConfig, d_in: int, d_out: int, key: jax.Array) -> Weigh
 
 
 STEPS = 8  # of conjugate gradients, for a coder of one layer
+SEEN = 16  # activations of each feature in the sample, below which there is nothing to fit
 
 
 def _unit(w: jax.Array) -> jax.Array:
@@ -65,7 +66,8 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
     The decoder bias starts at the mean, the affine skip at the ridge regression of y on x, and each
     threshold where its feature is active on target_l0 / (X F) of the tokens (l0_start / (X F), if
     given). So even a short run starts near its target L0, with nothing dead. Decoders that write
-    another site than is read start at a regression on the features' activations (`fitted`).
+    another site than is read start at a regression on the features' activations (`fitted`), unless
+    the coder is so wide that each feature is active on a few tokens of the sample only.
     """
     if group.template.threshold is not None:
         return w
@@ -93,7 +95,10 @@ def from_data(w: Weights, group: CoderGroup, x: jax.Array, y: jax.Array) -> Weig
         return w
     outlier = group.template.loss.outlier
     one = lambda n: jax.tree.map(lambda leaf: leaf[n], w)
-    fits = [fitted(one(n), x[n], y[n], outlier) for n in range(len(x))]
+    fits = [
+        fitted(one(n), x[n], y[n], outlier) if share[n] * x.shape[2] >= SEEN else one(n).w_dec
+        for n in range(len(starts))
+    ]
     return dataclasses.replace(w, w_dec=tuple(map(jnp.stack, zip(*fits))))
 
 
