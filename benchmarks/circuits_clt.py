@@ -34,7 +34,7 @@ from table import table
 import circuits
 
 HERE = Path(__file__).resolve().parent
-LAYERS, WIDTH, L0 = 18, 384, 20
+LAYERS, WIDTH, L0 = 18, 1024, 20
 EXTRA = {"kind": "two_hop", "text": "The capital of the state containing Dallas is"}
 EXTRA |= {"answer": " Austin", "foil": " Columbus", "key": " Dallas"}
 SHARES = (0.8, 0.98)

@@ -28,7 +28,7 @@ import numpy as np
 from sides import ROOT, Side, serve
 
 SAE = "gemma-3-270m-resid-post-12-width-4k-l0-50"
-TRANSCODERS = [f"gemma-3-270m-transcoder-{i}-width-384-l0-20-affine" for i in range(18)]
+TRANSCODERS = [f"gemma-3-270m-transcoder-{i}-width-1k-l0-20-affine" for i in range(18)]
 CODERS = {"sae": [SAE], "transcoders": TRANSCODERS}
 TIE = 1e-4
 HALF = 1e-3  # values are kept as float16
@@ -38,7 +38,7 @@ D, LAYER = 640, 640 * (4 * 256 + 2 * 256) + 4 * 256 * 640 + 3 * 640 * 2048  # we
 
 def flops(coders: str, length: int) -> float:
     """Matmul flops of a token: the layers run, attention over (T + 1) / 2 keys, the encoders."""
-    layers, width = (13, 4096) if coders == "sae" else (18, 18 * 384)
+    layers, width = (13, 4096) if coders == "sae" else (18, 18 * 1024)
     return 2.0 * layers * (LAYER + 2 * 4 * 256 * (length + 1) / 2) + 2 * D * width
 
 

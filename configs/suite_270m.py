@@ -1,4 +1,4 @@
-"""An SAE of layer 12 of Gemma 3 270M and a transcoder for each layer: the packaged coders.
+"""An SAE of layer 12 of Gemma 3 270M and a transcoder for each layer: the packaged transcoders.
 
     gemma-scope train configs/suite_270m.py --out runs/suite_270m
 
@@ -25,5 +25,4 @@ config = gs.TrainConfig(
     batch_size=8,
     context_size=512,
     buffer=65_536,
-    optimizer=gs.OptimizerConfig(learning_rate=4.5e-3),
 )

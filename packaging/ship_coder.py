@@ -71,18 +71,19 @@ def figures(
     documents = [documents[i][:4000] for i in np.random.default_rng(0).permutation(len(documents))]
     batches = list(text_batches(tok, documents, context_size=512))
     some = lambda tokens: batches[: -(-tokens // batches[0].tokens.size)]
-    together = len(coders) > 1
-    ablated = EvaluationPlan(ablations=("zero", "zero everywhere"), replacement=together)
+    together = len(coders) > 1  # their card has no scores against zeros
+    ablations = () if together else ("zero", "zero everywhere")
     fits = measure(model, coders, some(tokens), EvaluationPlan(loss_tokens=0))
-    costs = measure(model, coders, some(loss_tokens), ablated)
+    plan = EvaluationPlan(ablations=ablations, replacement=together)
+    costs = measure(model, coders, some(loss_tokens), plan)
     names = ("loss", "delta_loss", "loss_recovered", "loss_recovered_saelens")
     each = [
         fit.metrics().as_dict()
         | {name: cost.metrics().as_dict()[name] for name in names}
-        | {"text": path.name}
+        | {"text": path.stem}
         for fit, cost in zip(fits.tallies, costs.tallies)
     ]
-    return each, costs.replacement.metrics().losses if costs.replacement else None
+    return each, costs.replacement.losses() if costs.replacement else None
 
 
 def card_section(found: list[dict]) -> str:
@@ -131,8 +132,11 @@ def compact(recipe: Path) -> None:
 
 def suite_card(coders, found: list[list[dict]], costs: list[Losses], notes: str) -> str:
     """One card for the coders of a run, a row each, by their figures on several texts."""
-    first, texts = coders[0], [f["text"] for f in (one[0] for one in zip(*found))]
-    head = ["layer", *(f"{text}: {name}" for text in texts for name in ROW)]
+    first, texts = coders[0], [figures[0]["text"] for figures in found]
+    head = [
+        "layer",
+        *(f"{text}: {ROW[0]}" if i == 0 else name for text in texts for i, name in enumerate(ROW)),
+    ]
     rows = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
     for coder, *figure in zip(coders, *found):
         cells = [str(coder.layer)]

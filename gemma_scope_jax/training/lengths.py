@@ -24,7 +24,7 @@ BY_LENGTH: dict[str, dict[str, tuple[Any, Any]]] = {
         "threshold_rate": (0.03, 1.0),
     },
 }
-BETWEEN_SITES = 3e-3  # the learning rate of short runs with transcoders
+BETWEEN_SITES = 4.5e-3  # the learning rate of short runs with transcoders
 
 
 def filled(config: Any) -> Any:

@@ -256,7 +256,7 @@ class OptimizerConfig:
     """Adam, as published; the same for all coders of a run."""
 
     learning_rate: float = by_length
-    """The learning rate after the warm-up; by default 0.006 in short runs, 0.003 in short runs with
+    """The learning rate after the warm-up; by default 0.006 in short runs, 0.0045 in those with
     transcoders, and 7e-5 in long ones."""
     warmup: int | float = by_length
     """Updates over which the learning rate grows along a cosine, from a tenth; below 1, a share of

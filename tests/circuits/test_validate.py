@@ -144,7 +144,7 @@ def test_a_graph_of_something_else_is_one_line(model, graphs):
 def test_the_real_model_and_the_packaged_transcoders():
     """Edges of the real 270M, of `attribute` and by brute force, against finite interventions."""
     model = gs.load_model("gemma-3-270m", dtype="float32")
-    coders = gs.load_coders("gemma-3-270m-transcoder-*-width-384-l0-20-affine")
+    coders = gs.load_coders("gemma-3-270m-transcoder-*-width-1k-l0-20-affine")
     ids = gs.load_tokenizer("gemma-3-270m").encode("The capital of France is")
     graph = gs.attribute(model, coders, ids, max_n_logits=5, max_feature_nodes=200)
     slow = reference_graph(model, coders, ids, features=features_of(graph))

@@ -153,7 +153,7 @@ def test_defaults_are_by_the_length_of_the_run(tokens, long):
     given = json.loads(json.dumps(dataclasses.asdict(found)))
     assert None not in given["optimizer"].values() and given["coders"][0]["loss"]["dead_after"]
     across = dataclasses.replace(config, coders=(CoderConfig(3, "mlp_in", "mlp_out"),))
-    assert across.resolved.optimizer.learning_rate == (7e-5 if long else 3e-3)
+    assert across.resolved.optimizer.learning_rate == (7e-5 if long else 4.5e-3)
     by_length = {n: default for n, _, default, _ in field_table()}
     assert by_length["optimizer.learning_rate"] == "0.006 or 7e-05"
 
