@@ -13,8 +13,9 @@ multiplied by the factor that gives the target L0 on the same half (TopK has the
 FVU, with and without the rare tokens of enormous norm, and firing are those on the other half and
 on text of another kind. Times an update are those of the trainer's step, on the same cores.
 
-Each finished run is a JSON line in --results, which the same command goes on from, and the best of
-each method a row of the table beside it (table_*.jsonl); stores and coders are under --folder. Text
+Each finished run is a JSON line in --results, which the same command goes on from while the text is
+the same (some of it is the code of installed packages), and the best of each method a row of the
+table beside it (table_*.jsonl); stores and coders are under --folder. Text
 comes from $CORPUS, a folder with train/*.txt and eval/*.txt.
 """
 
@@ -266,17 +267,21 @@ class Ring:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         lines = table.read(args.results) if args.results.exists() else []
-        self.done = {tuple(line[k] for k in KEY): line for line in lines}
+        self.lines, self.text = lines, ""
+        self.done = {(*(line[k] for k in KEY), line.get("text", "")): line for line in lines}
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """The line of a cell, trained now if need be."""
-        if found := self.done.get(dataclasses.astuple(cell)):
+        key = (*dataclasses.astuple(cell), self.text)
+        if found := self.done.get(key):
             return found
         took = trained(cell, self.args, self.stores)
         file = self.args.folder / cell.name / "weights.npz"
-        line = dataclasses.asdict(cell) | took | scores(file, cell.l0, self.stores)
+        line = dataclasses.asdict(cell) | {"text": self.text} | took
+        line |= scores(file, cell.l0, self.stores)
         line = json.loads(json.dumps(line), parse_float=lambda v: float(f"{float(v):.5g}"))
-        self.done[dataclasses.astuple(cell)] = line
+        self.done[key] = line
+        self.lines.append(line)
         self.args.results.parent.mkdir(parents=True, exist_ok=True)
         with self.args.results.open("a") as out:
             out.write(json.dumps(line) + "\n")
@@ -292,6 +297,7 @@ class Ring:
     def run(self, width: int, tokens: int) -> None:
         """All runs of a width and a number of activations."""
         stores = activations(self.args.folder, tokens)
+        self.text = "-".join(stores[name].manifest["data"]["text"] for name in ("train", "other"))
         begin = training_rows(stores["train"])
         half = (begin + len(stores["train"])) // 2
         stores["validation"] = rows_of(stores["train"], begin, half)
@@ -329,10 +335,13 @@ def best_rate(lines: list[dict[str, Any]], method: str) -> float:
 
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each width, number of activations, L0 and method: means over seeds at the rate that
-    validation chose; the spread is the largest less the smallest FVU."""
+    validation chose; the spread is the largest less the smallest FVU. Only runs on one text are
+    compared, the one of most of them."""
     rows, known = [], {tuple(line[k] for k in ("width", "tokens")) for line in lines}
     for width, tokens in sorted(known):
         some = [r for r in lines if (r["width"], r["tokens"]) == (width, tokens)]
+        texts = [r.get("text", "") for r in some]
+        some = [r for r in some if r.get("text", "") == max(texts, key=texts.count)]
         for l0 in sorted({r["l0"] for r in some}):
             found = []
             for method in (m for m in METHODS if any(r["method"] == m for r in some)):
@@ -389,7 +398,7 @@ def main() -> None:
     for tokens in args.tokens:
         for width in args.width:
             ring.run(width, tokens)
-    lines = [json.dumps(row) + "\n" for row in summary(list(ring.done.values()))]
+    lines = [json.dumps(row) + "\n" for row in summary(ring.lines)]
     args.results.with_name(f"table_{args.results.name}").write_text("".join(lines))
 
 
