@@ -72,7 +72,7 @@ class TrainPlan:
         """Slots for a token (of one layer) in the sparse step; 0 for dense products."""
         if not self.config.sparse or (self.mesh is not None and self.mesh.size > 1):
             return 0
-        most = (group.template.width - 1) // active.backend().FEATURES_A_SLOT
+        most = (group.template.width - 1) // max(1, active.backend().FEATURES_A_SLOT)
         if group.template.activation == "topk":  # as many as are kept, of one layer
             slots = int(group.template.target_l0)
             return slots if group.X == 1 and slots <= most else 0
