@@ -15,8 +15,8 @@ on text of another kind. Times an update are those of the trainer's step, on the
 
 Each finished run is a JSON line in --results, which the same command goes on from while the text is
 the same (some of it is the code of installed packages), and the best of each method a row of the
-table beside it (table_*.jsonl); stores and coders are under --folder. Text
-comes from $CORPUS, a folder with train/*.txt and eval/*.txt.
+table beside it (table_*.jsonl); stores and coders are under --folder. Text comes from $CORPUS, a
+folder with train/*.txt and eval/*.txt.
 """
 
 import argparse
@@ -327,21 +327,25 @@ class Ring:
             found[new] = score(new)
 
 
+def comparable(lines: list[dict[str, Any]], width: int, tokens: int) -> list[dict[str, Any]]:
+    """The lines of a width and a number of activations, of the text that most of them are on."""
+    some = [r for r in lines if (r["width"], r["tokens"]) == (width, tokens)]
+    texts = [r.get("text", "") for r in some]
+    return [r for r in some if r.get("text", "") == max(texts, key=texts.count)]
+
+
 def best_rate(lines: list[dict[str, Any]], method: str) -> float:
-    """The rate that validation chose for a method, of lines of one width and number of tokens."""
+    """The rate that validation chose for a method, of `comparable` lines."""
     mine = [r for r in lines if (r["method"], r["l0"], r["seed"]) == (method, L0, 0)]
     return min(mine, key=lambda r: r["validation"]["fvu"])["rate"]
 
 
 def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each width, number of activations, L0 and method: means over seeds at the rate that
-    validation chose; the spread is the largest less the smallest FVU. Only runs on one text are
-    compared, the one of most of them."""
+    validation chose; the spread is the largest less the smallest FVU."""
     rows, known = [], {tuple(line[k] for k in ("width", "tokens")) for line in lines}
     for width, tokens in sorted(known):
-        some = [r for r in lines if (r["width"], r["tokens"]) == (width, tokens)]
-        texts = [r.get("text", "") for r in some]
-        some = [r for r in some if r.get("text", "") == max(texts, key=texts.count)]
+        some = comparable(lines, width, tokens)
         for l0 in sorted({r["l0"] for r in some}):
             found = []
             for method in (m for m in METHODS if any(r["method"] == m for r in some)):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import table
-from train_quality import L0, LAYER, METHODS, ROOT, Cell, best_rate
+from train_quality import L0, LAYER, METHODS, ROOT, Cell, best_rate, comparable
 
 # Kinds of SAE-Probes' tasks, none of which shares text with the training mix.
 TASKS = ("5_hist_fig_ismale", "56_wikidatasex_or_gender", "87_glue_cola", "90_glue_qnli",
@@ -72,7 +72,7 @@ def measured(args: argparse.Namespace, lines: list[dict[str, Any]]) -> list[dict
     from gemma_scope_jax.probing.benchmark import benchmark, benchmark_tables
 
     corpus = Path(os.environ.get("CORPUS", "~/.cache/gemma-scope-corpus")).expanduser()
-    some = [r for r in lines if (r["width"], r["tokens"]) == (args.width, args.tokens)]
+    some = comparable(lines, args.width, args.tokens)
     coders = {}
     for method in (m for m in METHODS if any(r["method"] == m for r in some)):
         cell = Cell(method, args.width, args.tokens, L0, best_rate(some, method), 0)
